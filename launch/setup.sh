@@ -1,0 +1,93 @@
+# Sourced by the scripts of this folder: makes .venv on the first start, then puts it first on PATH.
+#
+#   MVD_PYTHON   the Python to use (3.10 to 3.13); the first one found if not set
+#
+# .venv/stamp is written last and names what was installed, so a start that was cut off is made good by the next.
+# shellcheck shell=bash
+
+mvd_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+mvd_venv="$mvd_root/.venv"
+mvd_minutes=5
+mvd_gigabytes=7
+mvd_gigabytes_free=12
+
+mvd_fail() {
+    echo "error: $*" >&2
+    exit 1
+}
+
+# Changes with the requirements, and with the folder, whose path is written into the scripts of .venv.
+mvd_wanted() {
+    { echo "$mvd_root"; cat "$mvd_root/pyproject.toml"; } | sha256sum
+}
+
+mvd_find_python() {
+    local name version found=""
+    for name in ${MVD_PYTHON:-python3.11 python3.12 python3.13 python3.10 python3 python}; do
+        version="$("$name" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" || continue
+        case "$version" in
+            3.10 | 3.11 | 3.12 | 3.13)
+                echo "$name"
+                return
+                ;;
+        esac
+        found+="${found:+, }$name is $version"
+    done
+    found="${found:-${MVD_PYTHON:-python3} does not run}"
+    mvd_fail "no Python 3.10 to 3.13 found ($found):" \
+        "install one, or name one that is elsewhere, as in MVD_PYTHON=/path/to/python3.11"
+}
+
+mvd_explain_failure() {
+    local log="$mvd_venv/install.log" reason
+    if grep -qE 'Name or service not known|name resolution|NewConnectionError|ConnectTimeout|Network is unreachable|ProxyError' "$log"; then
+        mvd_fail "pip cannot reach its package index: connect this machine to the network, or set PIP_INDEX_URL to an" \
+            "index it reaches, and start again (all output: $log)"
+    fi
+    if grep -q 'No space left on device' "$log"; then
+        mvd_fail "the disk ran full while installing $mvd_gigabytes GB: free some space (pip unpacks in ${TMPDIR:-/tmp}) and" \
+            "start again (all output: $log)"
+    fi
+    reason="$(grep -v '^ *$' "$log" | tail -n 5)"
+    mvd_fail "pip could not install the project; start again when this is mended (all output: $log):"$'\n'"$reason"
+}
+
+mvd_install() {
+    local wanted="$1" python free
+    python="$(mvd_find_python)" || exit 1
+    "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+        mvd_fail "$python has no venv module: install it (Debian and Ubuntu: apt install python3-venv) and start again"
+    free="$(df -Pk "$mvd_root" | awk 'NR == 2 { print int($4 / 1024 / 1024) }')"
+    ((free >= mvd_gigabytes_free)) ||
+        mvd_fail "$free GB are free in $mvd_root, and the installation needs $mvd_gigabytes_free GB: free some space and start again"
+
+    echo "Installing (about $mvd_minutes minutes, $mvd_gigabytes GB) into $mvd_venv ..." >&2
+    # A half-made environment is not worth repairing: pip's cache keeps what was downloaded.
+    [[ -f "$mvd_venv/stamp" ]] || rm -rf "$mvd_venv"
+    rm -f "$mvd_venv/stamp"
+    mkdir -p "$mvd_venv"
+    {
+        "$python" -m venv "$mvd_venv" &&
+            # pip 23 and newer install editable projects that have no setup.py.
+            "$mvd_venv/bin/python" -m pip install --disable-pip-version-check 'pip>=23' &&
+            "$mvd_venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off \
+                --editable "${mvd_root}[samples,dev]"
+    } >"$mvd_venv/install.log" 2>&1 || mvd_explain_failure
+    echo "$wanted" >"$mvd_venv/stamp"
+    echo "Installed." >&2
+}
+
+mvd_set_up() {
+    local wanted
+    wanted="$(mvd_wanted)"
+    [[ -x "$mvd_venv/bin/python" && "$(cat "$mvd_venv/stamp" 2>/dev/null)" == "$wanted" ]] && return
+    # One at a time: two first starts side by side would install into the same folder.
+    (
+        flock 9
+        [[ "$(cat "$mvd_venv/stamp" 2>/dev/null)" == "$wanted" ]] || mvd_install "$wanted"
+    ) 9>"$mvd_venv.lock" || exit 1
+}
+
+mvd_set_up
+export VIRTUAL_ENV="$mvd_venv"
+export PATH="$mvd_venv/bin:$PATH"

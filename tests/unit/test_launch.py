@@ -1,0 +1,265 @@
+"""A start that cannot work ends in one clear line, and nothing half-made counts as installed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LAUNCH = REPOSITORY / "launch"
+TOOLS = [
+    "awk",
+    "bash",
+    "cat",
+    "chmod",
+    "cp",
+    "df",
+    "dirname",
+    "flock",
+    "grep",
+    "mkdir",
+    "nproc",
+    "rm",
+    "sha256sum",
+    "tail",
+]
+
+PYTHON = """#!/bin/bash
+# Stands for a Python: tells its version, and makes environments whose pip does what {pip} says.
+case "$*" in
+    *sys.version_info*) echo {version} ;;
+    "-c import ensurepip, venv") exit {venv} ;;
+    "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && chmod +x "$3/bin/python" ;;
+    "-m pip "*) echo "pip $*" >>{calls}; {pip} ;;
+esac
+"""
+
+
+@dataclass
+class Machine:
+    """A copy of the repository's outside, and the programs that its scripts find."""
+
+    root: Path
+    bin: Path
+
+    @property
+    def stamp(self) -> Path:
+        return self.root / ".venv" / "stamp"
+
+    @property
+    def pip_calls(self) -> int:
+        calls = self.root / "calls"
+        return len(calls.read_text().splitlines()) if calls.exists() else 0
+
+    def program(self, name: str, text: str) -> None:
+        self.bin.joinpath(name).unlink(missing_ok=True)
+        self.bin.joinpath(name).write_text(text)
+        self.bin.joinpath(name).chmod(0o755)
+
+    def python(self, name: str = "python3.11", version: str = "3.11", pip: str = "exit 0", venv: int = 0) -> None:
+        self.program(name, PYTHON.format(version=version, pip=pip, venv=venv, calls=self.root / "calls"))
+
+    def start(self, script: str = "source launch/setup.sh; echo ready", **env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["bash", "-c", f"set -euo pipefail; {script}"],
+            cwd=self.root,
+            env={"PATH": str(self.bin), **env},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    root, programs = tmp_path / "copy", tmp_path / "bin"
+    programs.mkdir()
+    shutil.copytree(LAUNCH, root / "launch")
+    shutil.copy(REPOSITORY / "pyproject.toml", root)
+    for tool in TOOLS:
+        found = shutil.which(tool)
+        assert found, f"this machine has no {tool}"
+        programs.joinpath(tool).symlink_to(found)
+    machine = Machine(root, programs)
+    machine.python()
+    return machine
+
+
+def one_error(result: subprocess.CompletedProcess[str]) -> str:
+    """The error line of a failed start; a progress line may stand before it."""
+    assert result.returncode != 0
+    assert "ready" not in result.stdout
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("Installing (")]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_no_python_at_all(machine: Machine) -> None:
+    (machine.bin / "python3.11").unlink()
+    assert "no Python 3.10 to 3.13 found (python3 does not run)" in one_error(machine.start())
+
+
+def test_pythons_that_do_not_fit_are_named(machine: Machine) -> None:
+    (machine.bin / "python3.11").unlink()
+    machine.python("python3", version="3.8")
+    machine.python("python", version="3.14")
+    error = one_error(machine.start())
+    assert "python3 is 3.8, python is 3.14" in error
+    assert "MVD_PYTHON=" in error
+    assert not machine.stamp.exists()
+
+
+@pytest.mark.parametrize(("version", "said"), [("3.9", "/mine is 3.9)"), (None, "/mine does not run)")])
+def test_the_named_python_is_the_only_one_tried(machine: Machine, version: str | None, said: str) -> None:
+    if version:
+        machine.python("mine", version=version)
+    assert said in one_error(machine.start(MVD_PYTHON=str(machine.bin / "mine")))
+
+
+def test_missing_venv_module(machine: Machine) -> None:
+    machine.python(venv=1)
+    assert "no venv module" in one_error(machine.start())
+
+
+def test_full_disk_is_seen_before_anything_is_made(machine: Machine) -> None:
+    machine.program("df", "#!/bin/bash\necho Filesystem\necho /dev/vda 100 90 3145728 90% /\n")
+    error = one_error(machine.start())
+    assert "3 GB are free" in error
+    assert "needs 12 GB" in error
+    assert not (machine.root / ".venv").exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        (
+            "Failed to establish a new connection: [Errno -2] Name or service not known",
+            "cannot reach its package index",
+        ),
+        ("ERROR: Could not install packages: [Errno 28] No space left on device", "the disk ran full"),
+    ],
+)
+def test_failing_pip_is_explained_and_leaves_no_stamp(machine: Machine, output: str, said: str) -> None:
+    machine.python(pip=f"echo '{output}' >&2; exit 1")
+    error = one_error(machine.start())
+    assert said in error
+    assert ".venv/install.log" in error
+    assert not machine.stamp.exists()
+
+
+def test_other_failures_of_pip_show_its_last_lines(machine: Machine) -> None:
+    machine.python(pip="echo 'ERROR: a wheel does not build'; exit 1")
+    result = machine.start()
+    assert result.returncode != 0
+    assert "ERROR: a wheel does not build" in result.stderr
+    assert not machine.stamp.exists()
+
+
+def test_second_start_installs_nothing_and_takes_no_time(machine: Machine) -> None:
+    assert machine.start().stdout == "ready\n"
+    calls = machine.pip_calls
+    assert calls > 0
+    start = time.perf_counter()
+    result = machine.start()
+    assert time.perf_counter() - start < 1
+    assert (result.stdout, result.stderr) == ("ready\n", "")
+    assert machine.pip_calls == calls
+
+
+def test_a_changed_pyproject_is_installed_again(machine: Machine) -> None:
+    machine.start()
+    calls = machine.pip_calls
+    with (machine.root / "pyproject.toml").open("a") as file:
+        file.write("\n# one more requirement\n")
+    assert machine.start().stdout == "ready\n"
+    assert machine.pip_calls == 2 * calls
+
+
+def test_an_interrupted_installation_starts_afresh(machine: Machine) -> None:
+    machine.python(pip="kill -KILL $PPID; exit 1")
+    assert machine.start().returncode != 0
+    half_made = machine.root / ".venv" / "half-made"
+    half_made.touch()
+    assert not machine.stamp.exists()
+    machine.python()
+    assert machine.start().stdout == "ready\n"
+    assert not half_made.exists()
+
+
+def test_two_first_starts_side_by_side_install_once(machine: Machine) -> None:
+    machine.python(pip="sleep 0.3")
+    machine.bin.joinpath("sleep").symlink_to(shutil.which("sleep") or "")
+    both = "(source launch/setup.sh) & (source launch/setup.sh) & wait; cat calls"
+    assert len(machine.start(both).stdout.splitlines()) == 2
+
+
+@pytest.fixture
+def launcher(machine: Machine) -> Machine:
+    """A machine that is set up, with a `deepspeed` that tells how it was called."""
+    machine.start()
+    venv = machine.root / ".venv" / "bin"
+    venv.joinpath("python").unlink()
+    venv.joinpath("python").symlink_to(sys.executable)
+    venv.joinpath("deepspeed").write_text(
+        '#!/bin/bash\necho "$PWD"\necho "${DS_ACCELERATOR-} ${OMP_NUM_THREADS-}"\nprintf "[%s]" "$@"\n'
+    )
+    venv.joinpath("deepspeed").chmod(0o755)
+    return machine
+
+
+def test_single_node_takes_two_cpu_ranks_where_there_is_no_gpu(launcher: Machine, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    command = f"cd {elsewhere}; ../copy/launch/single_node.sh pretrain --recipe 'my recipe.yaml'"
+    folder, cpu, words = launcher.start(command).stdout.splitlines()
+    assert folder == str(elsewhere), "relative paths of the user must keep their meaning"
+    assert cpu == f"cpu {max(len(os.sched_getaffinity(0)) // 2, 1)}"
+    assert "[--num_gpus][2]" in words
+    assert words.endswith("[mvd_scale][pretrain][--recipe][my recipe.yaml]")
+
+
+def test_single_node_leaves_the_choice_of_gpus_to_the_launcher(launcher: Machine) -> None:
+    launcher.program("nvidia-smi", "#!/bin/bash\necho 'GPU 0: NVIDIA'\n")
+    _, accelerator, words = launcher.start("launch/single_node.sh pretrain").stdout.splitlines()
+    assert accelerator.strip() == ""
+    assert "--num_gpus" not in words
+    _, _, words = launcher.start("launch/single_node.sh pretrain", RANKS="3").stdout.splitlines()
+    assert "[--num_gpus][3]" in words
+
+
+def test_a_port_in_use_is_named(launcher: Machine) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        error = one_error(launcher.start("launch/single_node.sh pretrain", MASTER_PORT=port))
+    assert f"port {port} cannot be used" in error
+    assert "MASTER_PORT" in error
+
+
+@pytest.mark.parametrize("script", ["single_node.sh", "multi_node.sh"])
+def test_a_missing_subcommand_is_an_error(launcher: Machine, script: str) -> None:
+    assert "no subcommand" in one_error(launcher.start(f"launch/{script}"))
+
+
+def test_multi_node_needs_a_hostfile(launcher: Machine) -> None:
+    assert "no hostfile at hostfile" in one_error(launcher.start("launch/multi_node.sh pretrain"))
+
+
+def test_multi_node_without_ssh(launcher: Machine) -> None:
+    env = {"HOSTFILE": "launch/hostfile.example", "NODE_RANK": "1"}
+    assert "MASTER_ADDR is not" in one_error(launcher.start("launch/multi_node.sh pretrain", **env))
+    words = launcher.start("launch/multi_node.sh pretrain", MASTER_ADDR="10.0.0.1", **env).stdout.splitlines()[-1]
+    assert "[--hostfile][launch/hostfile.example]" in words
+    assert "[--master_addr][10.0.0.1]" in words
+    assert "[--no_ssh][--node_rank][1]" in words

@@ -1,0 +1,78 @@
+"""A wheel is whole: installed alone, it lists its recipes and reads its DeepSpeed files from any folder."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+LOOK = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+# The editable installation of the checkout must not help out.
+sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in str(finder)]
+from importlib import metadata, resources
+import mvd_kernels, mvd_scale
+from mvd_scale.config import list_recipes
+(distribution,) = metadata.distributions(name="mvd-scale", path=[sys.argv[1]])
+print(json.dumps({
+    "files": [mvd_scale.__file__, mvd_kernels.__file__],
+    "recipes": sorted(list_recipes()),
+    "deepspeed": {
+        entry.name: json.loads(entry.read_text())
+        for entry in resources.files("mvd_scale.ds_configs").iterdir() if entry.name.endswith(".json")
+    },
+    "scripts": {script.name: script.value for script in distribution.entry_points},
+    "version": [distribution.version, mvd_scale.__version__],
+}))
+"""
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    result = subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds nothing but what the wheel brings."""
+    folder = tmp_path_factory.mktemp("packaging")
+    source, wheels, target = folder / "source", folder / "wheels", folder / "target"
+    # From a copy, so that the build leaves nothing in the checkout.
+    source.mkdir()
+    for name in ("mvd_scale", "kernels", "ds_configs", "pyproject.toml", "README.md", "LICENSE"):
+        run("cp", "-r", REPOSITORY / name, source, cwd=folder)
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+    run(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", wheels, source, cwd=folder)
+    (wheel,) = wheels.iterdir()
+    run(*pip, "install", "--no-deps", "--target", target, wheel, cwd=folder)
+    return target
+
+
+@pytest.mark.slow
+def test_wheel_carries_every_module(installed: Path) -> None:
+    def modules(root: Path) -> set[str]:
+        return {str(file.relative_to(root)) for file in root.rglob("*.py")}
+
+    assert modules(installed / "mvd_scale") == modules(REPOSITORY / "mvd_scale") | {"ds_configs/__init__.py"}
+    assert modules(installed / "mvd_kernels") == modules(REPOSITORY / "kernels" / "mvd_kernels")
+
+
+@pytest.mark.slow
+def test_wheel_works_from_any_folder(installed: Path, tmp_path: Path) -> None:
+    seen = json.loads(run(sys.executable, "-c", LOOK, installed, cwd=tmp_path))
+    assert all(Path(file).is_relative_to(installed) for file in seen["files"])
+    recipes = REPOSITORY / "mvd_scale" / "recipes"
+    assert seen["recipes"] == sorted(str(file.relative_to(recipes).with_suffix("")) for file in recipes.rglob("*.yaml"))
+    assert seen["recipes"]
+    assert seen["deepspeed"] == {
+        file.name: json.loads(file.read_text()) for file in (REPOSITORY / "ds_configs").glob("*.json")
+    }
+    assert seen["scripts"] == {"mvd-scale": "mvd_scale.cli:main"}
+    assert len(set(seen["version"])) == 1
