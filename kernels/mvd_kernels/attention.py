@@ -1,0 +1,42 @@
+"""Joint space-time self-attention over packed queries, keys and values.
+
+Legend: B clips, N tokens, H heads, K channels of a head.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@cache
+def _flash_attn_installed() -> bool:
+    return find_spec("flash_attn") is not None
+
+
+def attention_backend(device: torch.device, dtype: torch.dtype) -> str:
+    """Which implementation `attention` takes for a device and dtype: `flash-attn` or `sdpa`."""
+    fits = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+    return "flash-attn" if fits and _flash_attn_installed() else "sdpa"
+
+
+def attention(qkv: Tensor) -> Tensor:
+    """Softmax(q k^T / sqrt(K)) v over all tokens of a clip, without mask and dropout.
+
+    Args:
+        qkv: (B, N, 3, H, K), any floating dtype.
+
+    Returns:
+        (B, N, H * K), same dtype.
+    """
+    if attention_backend(qkv.device, qkv.dtype) == "flash-attn":
+        from flash_attn import flash_attn_qkvpacked_func
+
+        attended: Tensor = flash_attn_qkvpacked_func(qkv)
+        return attended.flatten(2)
+    queries, keys, values = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    return F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2)

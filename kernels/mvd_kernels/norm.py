@@ -1,0 +1,29 @@
+"""LayerNorm over the last axis: apex's fused kernel on GPUs where it is installed, torch's otherwise."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+from torch import Tensor, nn
+
+
+@cache
+def _apex_installed() -> bool:
+    return find_spec("apex") is not None and find_spec("fused_layer_norm_cuda") is not None
+
+
+class LayerNorm(nn.LayerNorm):
+    """`torch.nn.LayerNorm` of one axis with eps 1e-6, the value of every published model."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=1e-6)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise (..., D); statistics in float32, same dtype out."""
+        if input.is_cuda and _apex_installed():
+            from apex.normalization.fused_layer_norm import fused_layer_norm_affine
+
+            fused: Tensor = fused_layer_norm_affine(input, self.weight, self.bias, self.normalized_shape, self.eps)
+            return fused
+        return super().forward(input)

@@ -1,0 +1,93 @@
+"""The transformer block that encoders and decoders share (Sec. 3.3: vanilla, joint space-time attention).
+
+Legend: B clips, N tokens, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import DropPath, Mlp
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from mvd_kernels import LayerNorm, attention
+
+
+class QKV(nn.Module):
+    """Packed projection with biases for query and value only.
+
+    A bias of the keys would add the same number to all scores of a query, which the softmax cancels.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(3 * width, width))
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        nn.init.xavier_uniform_(self.weight)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, D) to (B, N, 3 D)."""
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        return F.linear(tokens, self.weight, bias)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all tokens."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = QKV(width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, D) to (B, N, D)."""
+        clips, count, width = tokens.shape
+        packed = self.qkv(tokens).view(clips, count, 3, self.heads, width // self.heads)
+        projected: Tensor = self.proj(attention(packed))
+        return projected
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, each with a residual and stochastic depth."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, drop_path: float) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(width)
+        self.attn = Attention(width, heads)
+        self.norm2 = LayerNorm(width)
+        self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=nn.GELU)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, D) to (B, N, D)."""
+        tokens = tokens + self.drop_path(self.attn(self.norm1(tokens)))
+        return tokens + self.drop_path(self.mlp(self.norm2(tokens)))
+
+
+class Blocks(nn.ModuleList):
+    """A stack of blocks; stochastic depth grows linearly from 0 to `drop_path`."""
+
+    def __init__(self, width: int, depth: int, heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0) -> None:
+        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
+        super().__init__(Block(width, heads, mlp_ratio, rate) for rate in rates)
+        self.gradient_checkpointing = False
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, D) to (B, N, D)."""
+        for block in self:
+            if self.gradient_checkpointing and self.training:
+                tokens = checkpoint(block, tokens, use_reentrant=False)
+            else:
+                tokens = block(tokens)
+        return tokens
+
+
+def initialise(module: nn.Module) -> None:
+    """Published weights before pre-training: linear layers Xavier uniform, biases 0. For `Module.apply`."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,38 @@
+"""The fine-tuned model: all tokens, mean pooling, norm, linear head.
+
+Legend: B clips, T frames, H W pixels, C classes.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from mvd_kernels import LayerNorm
+from mvd_scale.config import ModelConfig
+from mvd_scale.models.blocks import QKV
+from mvd_scale.models.encoder import Encoder
+
+
+class Classifier(nn.Module):
+    """Encoder over all tokens with joint space-time attention, and a head (Sec. 3.3, Tables 3 to 5)."""
+
+    def __init__(self, config: ModelConfig, classes: int) -> None:
+        super().__init__()
+        self.encoder = Encoder(config, final_norm=False)
+        self.norm = LayerNorm(self.encoder.width)
+        self.head = nn.Linear(self.encoder.width, classes)
+        self.apply(_initialise)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Scores of whole clips: uint8 (B, T, H, W, 3) to (B, C)."""
+        tokens = self.encoder(pixels)
+        scores: Tensor = self.head(self.norm(tokens.mean(dim=1)))
+        return scores
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, QKV):
+        nn.init.trunc_normal_(module.weight, std=0.02)

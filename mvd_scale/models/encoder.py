@@ -1,0 +1,75 @@
+"""f of Eq. 1: a plain vision transformer that embeds only the tokens it is asked for.
+
+Legend: B clips, T frames, H W pixels, N tokens, K chosen tokens, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mvd_kernels import LayerNorm, tube_rows
+from mvd_scale.config import ModelConfig
+from mvd_scale.models.blocks import Blocks, initialise
+from mvd_scale.models.positions import position_table
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Encoder(nn.Module):
+    """Tubelet embedding, fixed positions, blocks and a final norm (Sec. 3.3, "Encoder").
+
+    Teachers and classifiers have no final norm: features are the output of the last block.
+    """
+
+    positions: Tensor
+
+    def __init__(self, config: ModelConfig, *, final_norm: bool = True) -> None:
+        super().__init__()
+        assert config.width is not None
+        assert config.depth is not None
+        assert config.heads is not None
+        self.config = config
+        self.mean, self.std = IMAGENET_MEAN, IMAGENET_STD
+        self.patch_embed = nn.Linear(3 * config.tubelet * config.patch_size**2, config.width)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, config.width)) if config.class_token else None
+        table = position_table(config.positions, config.grid, config.width)
+        self.register_buffer("positions", table, persistent=False)
+        self.blocks = Blocks(config.width, config.depth, config.heads, config.mlp_ratio, config.drop_path)
+        self.norm = LayerNorm(config.width) if final_norm else None
+        self.apply(initialise)
+        if self.class_token is not None:
+            nn.init.normal_(self.class_token, std=0.02)
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.patch_embed.out_features
+
+    def forward(self, pixels: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Encode the chosen tokens of each clip.
+
+        Args:
+            pixels: (B, T, H, W, 3), uint8 in 0..255 or floating in 0..1.
+            tokens: int64 (B, K) indices of the tokens to see, or None for all.
+
+        Returns:
+            (B, K, D) in the dtype of the weights, one more token in front if the model has a class token.
+        """
+        dtype = self.patch_embed.weight.dtype
+        rows = tube_rows(
+            pixels,
+            tokens,
+            tubelet=self.config.tubelet,
+            patch=self.config.patch_size,
+            mean=self.mean,
+            std=self.std,
+            dtype=dtype,
+        )
+        positions = self.positions.to(dtype)
+        encoded = self.patch_embed(rows) + (positions if tokens is None else positions[tokens])
+        if self.class_token is not None:
+            encoded = torch.cat([self.class_token.expand(len(encoded), -1, -1), encoded], dim=1)
+        encoded = self.blocks(encoded)
+        return encoded if self.norm is None else self.norm(encoded)

@@ -1,0 +1,58 @@
+"""The fixed position tables of the published models, float32 (N, D), tokens time-major."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mvd_scale.config.model import Positions
+
+
+def position_table(kind: Positions, grid: tuple[int, int, int], width: int) -> Tensor:
+    """Position of every token.
+
+    Args:
+        kind: `sincos3d` (MVD), `sinusoid` (VideoMAE) or `sincos2d` (MAE).
+        grid: tokens along time, height and width.
+        width: D.
+
+    Returns:
+        float32 (N, D).
+
+    Raises:
+        ValueError: the width does not divide as the table needs.
+    """
+    time, height, columns = grid
+    if kind == "sinusoid":
+        return _sinusoid(time * height * columns, width)
+    if kind == "sincos2d":
+        return _sincos_2d(height, columns, width).float()
+    if width % 16:
+        raise ValueError(f"positions sincos3d need a width that is a multiple of 16, got {width}")
+    temporal = _sincos_1d(torch.arange(time), width // 4)
+    spatial = _sincos_2d(height, columns, width // 4 * 3)
+    return torch.cat([temporal.repeat_interleave(height * columns, dim=0), spatial.repeat(time, 1)], dim=1).float()
+
+
+def _sincos_1d(positions: Tensor, width: int) -> Tensor:
+    rates = 10000.0 ** -(torch.arange(width // 2, dtype=torch.float64) / (width / 2))
+    angles = positions.flatten().double().outer(rates)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def _sincos_2d(height: int, columns: int, width: int) -> Tensor:
+    if width % 4:
+        raise ValueError(f"positions sincos2d need a width that is a multiple of 4, got {width}")
+    rows, cols = torch.meshgrid(torch.arange(height), torch.arange(columns), indexing="ij")
+    # The published table lists the column first.
+    return torch.cat([_sincos_1d(cols, width // 2), _sincos_1d(rows, width // 2)], dim=1)
+
+
+def _sinusoid(tokens: int, width: int) -> Tensor:
+    channel = torch.arange(width, dtype=torch.float64)
+    rates = 10000.0 ** -(2 * channel.div(2, rounding_mode="floor") / width)
+    angles = torch.arange(tokens, dtype=torch.float64).outer(rates)
+    table = angles.clone()
+    table[:, 0::2] = angles[:, 0::2].sin()
+    table[:, 1::2] = angles[:, 1::2].cos()
+    return table.float()

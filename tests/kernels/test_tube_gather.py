@@ -1,0 +1,57 @@
+"""Tubes of chosen tokens against slices written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mvd_kernels import tube_pixels, tube_rows
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+
+
+def clip(frames: int, height: int, width: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (2, frames, height, width, 3), dtype=torch.uint8, generator=generator)
+
+
+def tube(pixels: torch.Tensor, row: int, token: int, tubelet: int, patch: int) -> torch.Tensor:
+    rows, columns = pixels.shape[2] // patch, pixels.shape[3] // patch
+    t, h, w = token // (rows * columns), token // columns % rows, token % columns
+    cut = pixels[row, tubelet * t :, patch * h :, patch * w :][:tubelet, :patch, :patch]
+    return cut.double() / 255
+
+
+@pytest.mark.parametrize(
+    ("frames", "height", "width", "tubelet", "patch"), [(4, 32, 48, 2, 16), (1, 14, 28, 1, 14), (6, 8, 8, 3, 4)]
+)
+def test_rows_and_pixels_of_chosen_tokens(frames: int, height: int, width: int, tubelet: int, patch: int) -> None:
+    pixels = clip(frames, height, width)
+    count = frames // tubelet * (height // patch) * (width // patch)
+    tokens = torch.stack([torch.randperm(count, generator=torch.Generator().manual_seed(i)) for i in (1, 2)])
+    tokens = tokens[:, : max(count // 2, 1)]
+    rows = tube_rows(pixels, tokens, tubelet=tubelet, patch=patch, mean=MEAN, std=STD, dtype=torch.float32)
+    values = tube_pixels(pixels, tokens, tubelet=tubelet, patch=patch)
+    for clip_index in range(2):
+        for place, token in enumerate(tokens[clip_index].tolist()):
+            cut = tube(pixels, clip_index, token, tubelet, patch)
+            torch.testing.assert_close(values[clip_index, place].double(), cut.reshape(-1, 3), atol=1e-6, rtol=1e-6)
+            white = (cut - torch.tensor(MEAN)) / torch.tensor(STD)
+            expected = white.permute(3, 0, 1, 2).flatten()
+            torch.testing.assert_close(rows[clip_index, place].double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_no_tokens_named_means_all_in_order() -> None:
+    pixels = clip(4, 32, 32)
+    everything = torch.arange(8).expand(2, -1)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        arguments = {"tubelet": 2, "patch": 16, "mean": MEAN, "std": STD, "dtype": dtype}
+        named, all_of_them = tube_rows(pixels, everything, **arguments), tube_rows(pixels, None, **arguments)
+        assert named.dtype == dtype
+        assert torch.equal(named, all_of_them)
+
+
+def test_floating_pixels_are_taken_as_they_are() -> None:
+    pixels = clip(4, 32, 32)
+    arguments = {"tubelet": 2, "patch": 16, "mean": MEAN, "std": STD, "dtype": torch.float32}
+    torch.testing.assert_close(tube_rows(pixels.float() / 255, None, **arguments), tube_rows(pixels, None, **arguments))
