@@ -1,0 +1,42 @@
+"""What the loader hands to the model.
+
+Legend: B clips, T frames, H W pixels, N tokens, V visible, M masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ClipBatch:
+    """One micro batch of tube-masked clips on the training device.
+
+    Token indices are ascending and numbered time-major (t, h, w). Indices, not boolean masks: shapes are
+    static and gathers need no device synchronisation.
+    """
+
+    pixels: Tensor
+    """uint8 (B, T, H, W, 3), RGB as decoded and cropped."""
+
+    visible: Tensor
+    """int64 (B, V)."""
+
+    masked: Tensor
+    """int64 (B, M)."""
+
+    labels: Tensor
+    """int64 (B,); -1 where the manifest has none."""
+
+    video_ids: Tensor
+    """int64 (B,), rows of the manifest that were decoded."""
+
+    resized: Mapping[int, Tensor] = field(default_factory=dict)
+    """The same crops at other input sides, for teachers of another input size: uint8 (B, T, side, side, 3)."""
+
+    def at(self, side: int) -> Tensor:
+        """Pixels at an input side: uint8 (B, T, side, side, 3)."""
+        return self.pixels if self.pixels.shape[2] == side else self.resized[side]

@@ -1,0 +1,264 @@
+"""Micro batches of one rank, in a stream that depends on the seed alone.
+
+    Share (which clips) -> ClipSource in workers -> DALI graph -> ClipBatch
+                                                      |
+                              decode error: find the clips, hand them to PyAV, rebuild, go on
+
+Legend: B clips, T frames.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import TypedDict
+
+import torch
+from nvidia.dali.pipeline import Pipeline
+from nvidia.dali.tensors import TensorListCPU, TensorListGPU
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+from typing_extensions import Self
+
+from mvd_scale.config.data import DataConfig, RandomResizedCrop
+from mvd_scale.config.model import ModelConfig
+from mvd_scale.data.batch import ClipBatch
+from mvd_scale.data.decode import DecodeError
+from mvd_scale.data.manifest import Manifest
+from mvd_scale.data.pipeline import build_pipeline, dali_decodes
+from mvd_scale.data.sampling import Sampler, Share, steps_per_epoch
+from mvd_scale.data.source import GIVEN_UP, ClipSource
+from mvd_scale.errors import UserError
+
+JUDGED_FROM = 100
+"""Clips of a rank from which on the share of replaced ones is held against `data.max_broken`."""
+
+log = logging.getLogger("mvd_scale")
+
+
+class _Failure(TypedDict):
+    row: int
+    path: str
+    error: str
+
+
+class ClipLoader:
+    """Iterator over the micro batches of one rank, from the start of one optimizer step to the end of training.
+
+    Clip k of optimizer step s is the same for any number of ranks, workers and micro batches: its state is the
+    step. A clip whose video cannot be decoded is replaced by a deterministic substitute; `substituted` counts
+    these, the report lists each video once.
+
+    Args:
+        manifest: the videos.
+        data: how clips are cut and masked.
+        model: shape of a clip.
+        seed: of order, frames, crops and masks.
+        global_batch: clips of one optimizer step over all ranks.
+        micro_batch: clips of one batch of this rank (B); divides its share of the global batch.
+        rank: this rank.
+        world_size: number of ranks; divides the global batch.
+        device: where batches live; on a GPU it is also where they are decoded.
+        start_step: optimizer steps done already.
+        total_steps: optimizer steps at which training ends.
+        sides: further input sides, in pixels, to resize each crop to (`ClipBatch.at`).
+        report: file to append a JSON line (row, path, error, step) to for each video that could not be decoded.
+
+    Raises:
+        UserError: an epoch has fewer clips than one global batch; in iteration: more than `data.max_broken` of the
+            clips were replaced, or one had no decodable substitute.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        data: DataConfig,
+        model: ModelConfig,
+        seed: int,
+        *,
+        global_batch: int,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        start_step: int,
+        total_steps: int,
+        sides: tuple[int, ...] = (),
+        report: Path | None = None,
+    ) -> None:
+        if global_batch % (world_size * micro_batch):
+            raise ValueError(f"global batch {global_batch} is not whole micro batches of {micro_batch} x {world_size}")
+        steps_per_epoch(manifest, data, global_batch)
+        self.sides = (model.input_size, *(side for side in sides if side != model.input_size))
+        self.clips = 0
+        self.substituted = 0
+        self._manifest = manifest
+        self._data = data
+        self._sampler = Sampler(manifest, data, model, seed)
+        self._share = Share(self._sampler.clips, global_batch, rank, world_size)
+        self._micro_batch = micro_batch
+        self._device = device
+        self._next = start_step * self._share.clips_per_step
+        self._end = total_steps * self._share.clips_per_step
+        self._report = report
+        self._reported: set[int] = set()
+        self._by_host: frozenset[int] = frozenset()
+        self._workers = worker_count(data, world_size, device)
+        self._graph: Pipeline | None = self._build()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps whose clips have all been handed out: the loader's whole state."""
+        return self._next // self._share.clips_per_step
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> ClipBatch:
+        outputs = None
+        while outputs is None:
+            if self._graph is None or self._next >= self._end:
+                raise StopIteration
+            try:
+                outputs = self._graph.run(self._stream)
+            except RuntimeError as error:
+                self._route_around(error)
+        *pixels, visible, masked, labels, rows, failures = outputs
+        video_ids = _tensor(rows)
+        self._account(video_ids.tolist(), [json.loads(bytes(failures.at(k))) for k in range(self._micro_batch)])
+        self._next += self._micro_batch
+        first, *others = (_tensor(side) for side in pixels)
+        return ClipBatch(
+            pixels=first,
+            visible=_tensor(visible),
+            masked=_tensor(masked),
+            labels=_tensor(labels),
+            video_ids=video_ids.to(self._device),
+            resized=dict(zip(self.sides[1:], others, strict=True)),
+        )
+
+    def close(self) -> None:
+        """End the worker processes. The loader gives no more batches."""
+        self._end = self._next
+        self._graph = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _build(self) -> Pipeline:
+        return build_pipeline(
+            self._source(),
+            batch=self._micro_batch,
+            sides=self.sides,
+            interpolation="bicubic" if isinstance(self._data.crop, RandomResizedCrop) else "bilinear",
+            device_id=self._device_id,
+            threads=self._data.threads,
+            workers=self._workers,
+            prefetch=self._data.prefetch,
+        )
+
+    @property
+    def _device_id(self) -> int | None:
+        return (self._device.index or 0) if self._device.type == "cuda" else None
+
+    @property
+    def _stream(self) -> torch.cuda.Stream | None:
+        """Stream that orders a batch before its use, so that the host need not wait for the decoder."""
+        return torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+
+    def _source(self) -> ClipSource:
+        return ClipSource(
+            self._manifest,
+            self._sampler,
+            self._share,
+            first=self._next,
+            end=self._end,
+            backend="cpu" if self._device_id is None else "mixed",
+            by_host=self._by_host,
+        )
+
+    def _route_around(self, error: RuntimeError) -> None:
+        """Rebuild the graph without the clips that ended it.
+
+        The error does not tell which clip it was, and the graph runs ahead of what was handed out: every clip that
+        may have been in it is tried alone. A clip, not a video, goes to PyAV from then on, so that pixels depend on
+        the clip only, not on what a run has met before.
+
+        Raises:
+            RuntimeError: the error itself, if DALI decodes all of them.
+        """
+        self._graph = None
+        source = self._source()
+        ahead = min(self._next + (self._data.prefetch + 1) * self._micro_batch, self._end)
+        positions = [self._share.position(n) for n in range(self._next, ahead)]
+        failed = frozenset(position for position in positions if not self._dali_decodes(source, position))
+        if not failed:
+            raise error
+        self._by_host = frozenset(position for position in self._by_host if position >= positions[0]) | failed
+        log.info("DALI cannot decode %d of the next %d clips: PyAV tries them", len(failed), len(positions))
+        self._graph = self._build()
+
+    def _dali_decodes(self, source: ClipSource, position: int) -> bool:
+        plan = self._sampler.plan(*self._share.locate(position))
+        try:
+            encoded = source.prepare(plan, position).encoded
+        except DecodeError:
+            return True  # never reached DALI: the worker replaces it
+        size = (int(self._manifest.height[plan.row]), int(self._manifest.width[plan.row]))
+        return encoded is None or dali_decodes(encoded, plan.frames, size, self._device_id)
+
+    def _account(self, rows: list[int], failures: list[list[_Failure]]) -> None:
+        """Count the clips of a batch and tell of those that were replaced."""
+        self.clips += len(rows)
+        for row, failed in zip(rows, failures, strict=True):
+            self.substituted += bool(failed)
+            for failure in failed:
+                self._tell(failure)
+            if row == GIVEN_UP:
+                raise UserError(
+                    f"{len(failed)} videos in a row cannot be decoded, the last one {failed[-1]['path']}: "
+                    f"{failed[-1]['error']}. {self._advice}"
+                )
+        if self.clips >= JUDGED_FROM and self.substituted > self._data.max_broken * self.clips:
+            raise UserError(
+                f"{self.substituted} of {self.clips} clips were replaced because their videos cannot be decoded, more "
+                f"than data.max_broken {self._data.max_broken:g} allows. {self._advice}"
+            )
+
+    def _tell(self, failure: _Failure) -> None:
+        if failure["row"] in self._reported:
+            return
+        self._reported.add(failure["row"])
+        log.warning("video %s cannot be decoded and is replaced: %s", failure["path"], failure["error"])
+        if self._report is not None:
+            with self._report.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({**failure, "step": self.step}) + "\n")
+
+    @property
+    def _advice(self) -> str:
+        listed = f"They are listed in {self._report}. " if self._report is not None else ""
+        return f"{listed}Restore the files, or index the videos again, or raise data.max_broken"
+
+
+def worker_count(data: DataConfig, world_size: int, device: torch.device) -> int:
+    """Worker processes of one rank: `data.workers`, or its share of this machine's cores, less one for itself.
+
+    A machine runs as many ranks as it has GPUs, on CPUs all of them.
+    """
+    if data.workers != "auto":
+        return data.workers
+    ranks = min(world_size, torch.cuda.device_count()) if device.type == "cuda" else world_size
+    return max(len(os.sched_getaffinity(0)) // ranks - 1, 0)
+
+
+def _tensor(batch: TensorListCPU | TensorListGPU) -> Tensor:
+    """Without a copy: DALI's default (dynamic) executor gives every batch buffers of its own."""
+    return from_dlpack(batch.as_tensor())
