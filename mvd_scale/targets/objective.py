@@ -1,0 +1,56 @@
+"""Eq. 3: the weighted sum of distances over targets at masked tokens.
+
+Legend: B clips, M masked, D channels of a target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor, nn
+
+from mvd_scale.config import ImageTeacherTarget, PixelTarget, Recipe
+from mvd_scale.data.batch import ClipBatch
+from mvd_scale.models import Encoder
+from mvd_scale.targets.image_teacher import ImageTeacher
+from mvd_scale.targets.pixels import Pixels
+from mvd_scale.targets.target import Target
+from mvd_scale.targets.video_teacher import VideoTeacher
+
+Predictions = dict[str, Tensor]
+
+
+def build_targets(recipe: Recipe, load_teacher: Callable[[str], Encoder]) -> dict[str, Target]:
+    """The targets of a recipe by name; `load_teacher` brings the frozen model of a target's name.
+
+    Raises:
+        UserError: a teacher does not fit the student's token grid.
+    """
+    targets: dict[str, Target] = {}
+    for name, config in recipe.targets.items():
+        if isinstance(config, PixelTarget):
+            targets[name] = Pixels(config, recipe.model)
+        elif isinstance(config, ImageTeacherTarget):
+            targets[name] = ImageTeacher(name, config, load_teacher(name), recipe.model)
+        else:
+            targets[name] = VideoTeacher(name, config, load_teacher(name), recipe.model)
+    return targets
+
+
+class MaskedDistillation:
+    """The whole of the paper's Algorithm 1 between loading a batch and `backward`."""
+
+    def __init__(self, targets: Mapping[str, Target]) -> None:
+        self.targets = targets
+
+    def __call__(self, student: nn.Module, batch: ClipBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of one micro batch.
+
+        Returns:
+            the weighted sum of Eq. 3, and each target's unweighted, detached distance; float32 scalars.
+        """
+        predictions: Predictions = student(batch.pixels, batch.visible, batch.masked)
+        distances = {name: target.distance(predictions[name], batch) for name, target in self.targets.items()}
+        loss = sum(self.targets[name].config.weight * distance for name, distance in distances.items())
+        assert isinstance(loss, Tensor)
+        return loss, {name: distance.detach() for name, distance in distances.items()}

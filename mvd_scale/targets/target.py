@@ -1,0 +1,66 @@
+"""h of Eq. 2: a function from clips to one feature per token.
+
+Legend: B clips, N tokens, M masked, D channels of the target.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mvd_kernels import masked_distance
+from mvd_scale.config.target import AnyTarget, TeacherTarget
+from mvd_scale.data.batch import ClipBatch
+from mvd_scale.models import Encoder
+
+
+class Target(ABC):
+    """A named term of Eq. 3."""
+
+    channels: int
+    """D, what the decoder must put out."""
+
+    def __init__(self, config: AnyTarget) -> None:
+        self.config = config
+
+    @abstractmethod
+    def features(self, batch: ClipBatch) -> Tensor:
+        """True features at the masked tokens, as the predictions should be: (B, M, D)."""
+
+    def distance(self, predictions: Tensor, batch: ClipBatch) -> Tensor:
+        """Eq. 2: float32 scalar for predictions (B, M, D)."""
+        return masked_distance(predictions, self.features(batch), None, distance=self.config.distance)
+
+
+class FrozenTeacher(Target):
+    """A target whose features come from a frozen model; it is never part of the student."""
+
+    config: TeacherTarget
+
+    def __init__(self, config: TeacherTarget, teacher: Encoder) -> None:
+        super().__init__(config)
+        self.teacher: nn.Module = teacher.eval().requires_grad_(False)
+        self.channels = teacher.width
+        self.input_size = teacher.config.input_size
+
+    @abstractmethod
+    def encode(self, batch: ClipBatch) -> Tensor:
+        """Features of all tokens: (B, N, D)."""
+
+    @torch.no_grad()
+    def features(self, batch: ClipBatch) -> Tensor:
+        """True features at the masked tokens, normalised if the recipe says so: float32 (B, M, D)."""
+        rows = batch.masked.unsqueeze(-1).expand(-1, -1, self.channels)
+        features = self.encode(batch).gather(1, rows).float()
+        return F.layer_norm(features, features.shape[-1:], eps=1e-6) if self.config.norm else features
+
+    def distance(self, predictions: Tensor, batch: ClipBatch) -> Tensor:
+        """Eq. 2: float32 scalar for predictions (B, M, D)."""
+        with torch.no_grad():
+            features = self.encode(batch)
+        return masked_distance(
+            predictions, features, batch.masked, distance=self.config.distance, norm=self.config.norm
+        )

@@ -1,0 +1,29 @@
+"""Spatial-temporal targets: features of a frozen video model (Sec. 3.2, 3.3)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mvd_scale.config import ModelConfig, VideoTeacherTarget
+from mvd_scale.data.batch import ClipBatch
+from mvd_scale.errors import UserError
+from mvd_scale.models import Encoder
+from mvd_scale.targets.target import FrozenTeacher
+
+
+class VideoTeacher(FrozenTeacher):
+    """The teacher sees the whole clip, unmasked."""
+
+    def __init__(self, name: str, config: VideoTeacherTarget, teacher: Encoder, student: ModelConfig) -> None:
+        super().__init__(config, teacher)
+        if teacher.config.frames != student.frames or teacher.config.grid != student.grid:
+            raise UserError(
+                f"targets.{name}: the teacher takes {teacher.config.frames} frames into a grid of "
+                f"{'x'.join(map(str, teacher.config.grid))} tokens, the student {student.frames} frames into "
+                f"{'x'.join(map(str, student.grid))}; both must agree"
+            )
+
+    def encode(self, batch: ClipBatch) -> Tensor:
+        """Features of all tokens: (B, N, D)."""
+        features: Tensor = self.teacher(batch.at(self.input_size))
+        return features

@@ -1,0 +1,201 @@
+"""The only file that knows DeepSpeed: joining the ranks, the student's engine, sharded teachers.
+
+It is also the only one that reads the launcher's environment.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mvd_scale.config import Recipe, TeacherConfig
+from mvd_scale.config.deepspeed import student_deepspeed, teacher_deepspeed
+from mvd_scale.config.training import Precision
+from mvd_scale.errors import UserError
+from mvd_scale.models import Student
+from mvd_scale.targets import FrozenTeacher, Target
+from mvd_scale.training.optim import build_optimizer
+
+logger = logging.getLogger("mvd_scale")
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others, and the device it trains on."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, the one that speaks and writes."""
+        return self.rank == 0
+
+
+def join_ranks(device: str, timeout_minutes: float) -> Ranks:
+    """Meet the other ranks of the job, or be the only one when no launcher started this process.
+
+    Args:
+        device: `auto`, `cuda` or `cpu`.
+        timeout_minutes: longest wait for another rank in a collective.
+
+    Raises:
+        UserError: no GPU where one was asked for, the port is taken, or ranks did not show up.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is cuda, but torch sees no GPU here; use `--device cpu` or see `mvd-scale env`")
+    kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    if "RANK" not in os.environ:
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+        os.environ.update({key: str(value) for key, value in alone.items()})
+    # DeepSpeed chooses its accelerator when it is first imported.
+    os.environ["DS_ACCELERATOR"] = kind
+    deepspeed = _import_deepspeed()
+
+    local_rank, local_world = int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_SIZE", "1"))
+    if kind == "cuda":
+        torch.cuda.set_device(local_rank)
+    else:
+        torch.set_num_threads(max(len(os.sched_getaffinity(0)) // local_world, 1))
+        # Its shared-memory reductions would be compiled at the first start; gloo needs no compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if kind == "cuda" else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(minutes=timeout_minutes),
+        )
+    except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"the ranks could not meet at {where}: {str(error).splitlines()[0]}. "
+            "If the port is in use, choose another with `deepspeed --master_port`; "
+            "otherwise see that every host reaches it"
+        ) from error
+    device_index = local_rank if kind == "cuda" else None
+    return Ranks(
+        rank=torch.distributed.get_rank(),
+        local_rank=local_rank,
+        world_size=torch.distributed.get_world_size(),
+        device=torch.device(kind, device_index) if device_index is not None else torch.device(kind),
+    )
+
+
+def leave_ranks() -> None:
+    """Say goodbye to the other ranks at the end of a run that went well."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def student_engine(student: Student, recipe: Recipe, ranks: Ranks) -> Any:
+    """The student under DeepSpeed ZeRO with its optimizer; parameters are sharded from here on at stage 3.
+
+    Raises:
+        UserError: the DeepSpeed file contradicts the recipe, or the device lacks the precision.
+    """
+    check_precision(recipe.training.precision, ranks.device)
+    config = student_deepspeed(recipe, ranks.world_size)
+    if recipe.training.gradient_checkpointing:
+        student.checkpoint_gradients()
+    offload = config["zero_optimization"].get("offload_optimizer", {}).get("device") in ("cpu", "nvme")
+    engine, *_ = _import_deepspeed().initialize(
+        model=student.to(ranks.device),
+        optimizer=build_optimizer(student, recipe.training, ranks.device, offload=offload),
+        config=config,
+        dist_init_required=False,
+    )
+    # Off by default in float32 at stages 1 and 2: without it a step that is not finite would ruin the weights.
+    engine.optimizer.check_grad_overflow = True
+    return engine
+
+
+def teacher_precision(recipe: Recipe, device: torch.device) -> Precision:
+    """The precision of frozen teachers: fp16 on GPUs, the student's on CPUs, unless the recipe says otherwise."""
+    if recipe.teachers.precision != "auto":
+        return recipe.teachers.precision
+    return "fp16" if device.type == "cuda" else recipe.training.precision
+
+
+def shards_teacher(teachers: TeacherConfig, teacher: nn.Module, world_size: int) -> bool:
+    """Whether a teacher is kept in shards: memory at rest against the time of gathers."""
+    if teachers.sharding == "auto":
+        return world_size > 1 and sum(p.numel() for p in teacher.parameters()) > teachers.auto_shard_above
+    return teachers.sharding == "zero3"
+
+
+def host_teachers(targets: Mapping[str, Target], recipe: Recipe, ranks: Ranks) -> None:
+    """Bring the frozen teachers of all targets to their device, precision and shards."""
+    for target in targets.values():
+        if isinstance(target, FrozenTeacher):
+            target.teacher = host_teacher(target.teacher, recipe, ranks)
+
+
+def host_teacher(teacher: nn.Module, recipe: Recipe, ranks: Ranks) -> nn.Module:
+    """Bring a frozen teacher to its device and precision; sharded, each rank keeps 1/world of it at rest.
+
+    The result is called like the encoder. It has no optimizer and is never part of a checkpoint.
+    """
+    precision = teacher_precision(recipe, ranks.device)
+    check_precision(precision, ranks.device)
+    teacher = teacher.eval().requires_grad_(False)
+    if not shards_teacher(recipe.teachers, teacher, ranks.world_size):
+        return teacher.to(ranks.device, _DTYPES[precision])
+    engine, *_ = _import_deepspeed().initialize(
+        model=teacher.to(ranks.device),
+        config=teacher_deepspeed(precision, ranks.world_size),
+        dist_init_required=False,
+    )
+    engine.eval()
+    assert isinstance(engine, nn.Module)
+    return engine
+
+
+def check_precision(precision: Precision, device: torch.device) -> None:
+    """Refuse what the device cannot compute.
+
+    Raises:
+        UserError: fp16 on a CPU, bf16 on a GPU without it.
+    """
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("precision fp16 needs a GPU: on CPUs use bf16 or fp32")
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise UserError(f"{torch.cuda.get_device_name(device)} has no bf16: use fp16 or fp32")
+
+
+def full_parameters(engine: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter of the student by name: whole, float32, on the CPU. All ranks must iterate."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    for name, parameter in engine.module.named_parameters():
+        full = safe_get_full_fp32_param(parameter)
+        yield name, full.detach().float().cpu().clone()
+
+
+def _import_deepspeed() -> Any:
+    # Its import prints and logs at INFO; only warnings concern the user of a run.
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,172 @@
+"""Numbers of a run: kept on the device, read together every few steps, written by rank 0.
+
+Reading is the only moment at which the host waits for the device, and at which ranks agree on what to do next.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+from typing_extensions import Self
+
+from mvd_scale.training.engine import Ranks
+
+logger = logging.getLogger("mvd_scale")
+
+
+class Meter:
+    """Sums of one reading interval."""
+
+    def __init__(self, targets: list[str], ranks: Ranks) -> None:
+        self.targets = targets
+        self.ranks = ranks
+        self._reset()
+
+    def _reset(self) -> None:
+        self.distances = torch.zeros(len(self.targets) + 1, device=self.ranks.device, dtype=torch.float64)
+        self.micro_batches = 0
+        self.clips = 0
+        self.steps = 0
+        self.waited = 0.0
+        self.started = time.perf_counter()
+
+    def add(self, loss: Tensor, distances: dict[str, Tensor], clips: int, waited: float) -> None:
+        """Count one micro batch of this rank: its loss and distances, float32 scalars; seconds waited for data."""
+        self.distances += torch.stack([loss.detach(), *(distances[name] for name in self.targets)])
+        self.micro_batches += 1
+        self.clips += clips
+        self.waited += waited
+
+    def read(self, wishes: dict[str, bool]) -> tuple[dict[str, float], dict[str, bool]]:
+        """Means over all ranks since the last reading, and which wishes any rank has. All ranks call it."""
+        elapsed = time.perf_counter() - self.started
+        mine = [float(wish) for wish in wishes.values()] + [self.waited, peak_memory_gib(self.ranks.device)]
+        shared = torch.cat([self.distances / self.micro_batches, self.distances.new_tensor(mine)])
+        gathered = [torch.empty_like(shared) for _ in range(self.ranks.world_size)]
+        torch.distributed.all_gather(gathered, shared)
+        host = torch.stack(gathered).cpu()
+        means, worst = host.mean(0).tolist(), host.max(0).values.tolist()
+        names = ["loss", *(f"loss/{name}" for name in self.targets)]
+        values = dict(zip(names, means, strict=False))
+        first = len(names)
+        granted = {name: worst[first + i] > 0 for i, name in enumerate(wishes)}
+        values["clips_per_second"] = self.clips * self.ranks.world_size / elapsed
+        values["seconds_per_step"] = elapsed / self.steps
+        values["data_wait_share"] = worst[-2] / elapsed
+        values["memory_gib"] = worst[-1]
+        self._reset()
+        return values, granted
+
+
+class MetricWriter:
+    """Writes readings to `metrics.jsonl`, TensorBoard and the terminal. On other ranks than the first it is silent."""
+
+    def __init__(
+        self, path: Path, tensorboard: Path | None, ranks: Ranks, *, start_step: int, total_steps: int
+    ) -> None:
+        self.active = ranks.first
+        self.total_steps = total_steps
+        self.start_step = start_step
+        self.path = path
+        self.tensorboard = tensorboard
+
+    def __enter__(self) -> Self:
+        if self.active:
+            _drop_after(self.path, self.start_step)
+            self.file = self.path.open("a", encoding="utf-8")
+            self.events = None
+            if self.tensorboard is not None:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.events = SummaryWriter(str(self.tensorboard), purge_step=self.start_step + 1)
+            self.bar = _progress_bar()
+            self.task = self.bar.add_task("training", total=self.total_steps, completed=self.start_step, numbers="")
+            if self.bar.console.is_terminal:
+                self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.active:
+            self.bar.stop()
+            self.file.close()
+            if self.events is not None:
+                self.events.close()
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Write one reading, after `step` optimizer steps."""
+        if not self.active:
+            return
+        json.dump({"step": step, **values}, self.file)
+        self.file.write("\n")
+        self.file.flush()
+        if self.events is not None:
+            for name, value in values.items():
+                self.events.add_scalar(name, value, step)
+        numbers = _one_line(values)
+        self.bar.update(self.task, completed=step, numbers=numbers)
+        if not self.bar.console.is_terminal:
+            remaining = (self.total_steps - step) * values["seconds_per_step"]
+            logger.info("step %d/%d  %s  ETA %s", step, self.total_steps, numbers, _duration(remaining))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All readings in a `metrics.jsonl`, oldest first; a line cut by a kill is left out."""
+    readings = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            readings.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return readings
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Forget readings of steps that a killed run made after the checkpoint; they are made again."""
+    if path.is_file():
+        kept = [json.dumps(reading) + "\n" for reading in read_metrics(path) if reading["step"] <= step]
+        path.write_text("".join(kept), encoding="utf-8")
+
+
+def _progress_bar() -> Progress:
+    return Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[numbers]}"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        console=Console(file=sys.stderr),
+    )
+
+
+def _one_line(values: dict[str, float]) -> str:
+    losses = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name.partition("/")[0] == "loss")
+    speed = f"{values['clips_per_second']:.1f} clips/s  wait {values['data_wait_share']:.0%}"
+    return f"{losses.replace('loss/', '')}  lr {values['lr']:.2e}  {speed}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory of this rank in GiB: on the GPU, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

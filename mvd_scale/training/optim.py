@@ -1,0 +1,57 @@
+"""AdamW over two groups of parameters: with and without weight decay."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+
+from mvd_scale.config import TrainingConfig
+from mvd_scale.training.schedule import Schedule
+
+_TOKENS = ("mask_token", "class_token")
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups; biases, norms, tokens and other one-dimensional ones do not decay."""
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[parameter.ndim > 1 and not name.endswith(_TOKENS)].append(parameter)
+    return [
+        {"params": groups[True], "weight_decay": weight_decay, "decays": True},
+        {"params": groups[False], "weight_decay": 0.0, "decays": False},
+    ]
+
+
+def build_optimizer(
+    model: nn.Module, training: TrainingConfig, device: torch.device, *, offload: bool
+) -> torch.optim.Optimizer:
+    """AdamW: DeepSpeed's on the host when states are offloaded, apex's fused one where installed, else torch's."""
+    groups = parameter_groups(model, training.weight_decay)
+    if offload:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        host: torch.optim.Optimizer = DeepSpeedCPUAdam(
+            groups, lr=training.base_lr, betas=training.betas, eps=training.eps, adamw_mode=True
+        )
+        return host
+    if device.type == "cuda" and find_spec("apex") is not None and find_spec("amp_C") is not None:
+        from apex.optimizers import FusedAdam
+
+        apex: torch.optim.Optimizer = FusedAdam(
+            groups, lr=training.base_lr, betas=training.betas, eps=training.eps, adam_w_mode=True
+        )
+        return apex
+    return torch.optim.AdamW(groups, lr=training.base_lr, betas=training.betas, eps=training.eps, fused=True)
+
+
+def apply_schedule(optimizer: Any, schedule: Schedule, step: int) -> None:
+    """Set learning rate and weight decay of the coming step."""
+    lr, weight_decay = schedule.lr(step), schedule.weight_decay(step)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        if group["decays"]:
+            group["weight_decay"] = weight_decay

@@ -1,0 +1,194 @@
+"""Stage 1 and stage 2: masked feature modelling of whatever targets the recipe names (Algorithm 1)."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from mvd_scale.capabilities import probe, table
+from mvd_scale.config import Recipe
+from mvd_scale.data.batch import ClipBatch
+from mvd_scale.data.index import open_source
+from mvd_scale.data.loader import ClipLoader
+from mvd_scale.data.manifest import Manifest
+from mvd_scale.data.sampling import steps_per_epoch
+from mvd_scale.errors import UserError
+from mvd_scale.models import Student
+from mvd_scale.targets import MaskedDistillation
+from mvd_scale.targets.load import load_targets, teacher_sides
+from mvd_scale.training.engine import Ranks, host_teachers, join_ranks, leave_ranks, student_engine
+from mvd_scale.training.metrics import Meter, MetricWriter, read_metrics
+from mvd_scale.training.optim import apply_schedule
+from mvd_scale.training.resilience import Stopped, StopRequest, check_finite
+from mvd_scale.training.run_folder import RunFolder, write_whole
+from mvd_scale.training.schedule import Schedule
+from mvd_scale.training.snapshots import Snapshots, export_student
+
+logger = logging.getLogger("mvd_scale")
+
+
+def pretrain(recipe: Recipe) -> None:
+    """Run a recipe from its start, or from its newest checkpoint, to its end.
+
+    Raises:
+        UserError: something that the user can mend; nothing was overwritten.
+        Stopped: the run was asked to stop; it was saved.
+    """
+    folder = RunFolder(recipe.run.folder)
+    folder.check(recipe)
+    ranks = join_ranks(recipe.device, recipe.training.collective_timeout_minutes)
+    if ranks.first:
+        folder.claim(recipe)
+        write_whole(folder.environment, table(probe()) + "\n")
+    manifest = open_manifest(recipe, folder, ranks)
+    schedule = Schedule(recipe.training, steps_per_epoch(manifest, recipe.data, recipe.training.global_batch))
+    if folder.finished_at(schedule.last_step):
+        logger.info("%s is finished already: see %s", folder.path, folder.summary)
+        return leave_ranks()
+
+    torch.manual_seed(recipe.seed)
+    targets = load_targets(recipe)
+    student = Student(
+        recipe.model, {name: (recipe.targets[name].decoder, target.channels) for name, target in targets.items()}
+    )
+    host_teachers(targets, recipe, ranks)
+    engine = student_engine(student, recipe, ranks)
+    snapshots = Snapshots(folder, recipe, ranks, manifest.digest, schedule.steps_per_epoch)
+    start = snapshots.resume(engine)
+    if ranks.first:
+        snapshots.clear_partial()
+    describe(recipe, manifest, schedule, ranks)
+
+    loader = ClipLoader(
+        manifest,
+        recipe.data,
+        recipe.model,
+        recipe.seed,
+        global_batch=recipe.training.global_batch,
+        micro_batch=recipe.batch_split(ranks.world_size)[0],
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device=ranks.device,
+        start_step=start,
+        total_steps=schedule.last_step,
+        sides=teacher_sides(recipe, targets),
+        report=folder.quarantine,
+    )
+    with loader:
+        fit(engine, MaskedDistillation(targets), iter(loader), schedule, snapshots, recipe, folder, ranks, start)
+    finish(engine, recipe, folder, ranks, schedule.last_step)
+    leave_ranks()
+
+
+def fit(
+    engine: Any,
+    objective: MaskedDistillation,
+    batches: Iterator[ClipBatch],
+    schedule: Schedule,
+    snapshots: Snapshots,
+    recipe: Recipe,
+    folder: RunFolder,
+    ranks: Ranks,
+    start: int,
+) -> None:
+    """The training loop: optimizer steps `start` to the last."""
+    _, accumulation = recipe.batch_split(ranks.world_size)
+    meter = Meter(list(objective.targets), ranks)
+    events = folder.tensorboard if recipe.logging.tensorboard else None
+    writer = MetricWriter(folder.metrics, events, ranks, start_step=start, total_steps=schedule.last_step)
+    with StopRequest() as stop, writer:
+        for step in range(start, schedule.last_step):
+            apply_schedule(engine.optimizer, schedule, step)
+            for micro in range(accumulation):
+                reseed(recipe, step, micro, ranks)
+                asked = time.perf_counter()
+                batch = next(batches)
+                waited = time.perf_counter() - asked
+                loss, distances = objective(engine, batch)
+                engine.backward(loss)
+                engine.step()
+                meter.add(loss, distances, len(batch.pixels), waited)
+            check_finite(engine, recipe.training.precision, step)
+
+            done, wishes = step + 1, {"stop": False, "save": False}
+            meter.steps += 1
+            if done % recipe.logging.every_steps == 0 or done == schedule.last_step:
+                values, wishes = meter.read({"stop": stop.received is not None, "save": snapshots.overdue()})
+                writer.write(done, values | engine_values(engine, schedule, step))
+            if wishes["stop"] or wishes["save"] or snapshots.due(done) or done == schedule.last_step:
+                snapshots.save(engine, done)
+            if wishes["stop"] and done < schedule.last_step:
+                raise Stopped(stop.exit_code)
+
+
+def engine_values(engine: Any, schedule: Schedule, step: int) -> dict[str, float]:
+    """What the optimizer used at a step, as floats."""
+    norm = engine.get_global_grad_norm()
+    return {
+        "lr": schedule.lr(step),
+        "weight_decay": schedule.weight_decay(step),
+        "grad_norm": float("nan") if norm is None else float(norm),
+        "loss_scale": float(engine.optimizer.loss_scale),
+        "skipped_steps": float(engine.skipped_steps),
+    }
+
+
+def reseed(recipe: Recipe, step: int, micro: int, ranks: Ranks) -> None:
+    """Make stochastic depth a pure function of the place in the run, so that a resumed run draws the same."""
+    if recipe.model.drop_path:
+        place = np.random.SeedSequence((recipe.seed, step, micro, ranks.rank))
+        torch.manual_seed(int(place.generate_state(1)[0]))
+
+
+def open_manifest(recipe: Recipe, folder: RunFolder, ranks: Ranks) -> Manifest:
+    """The run's videos: indexed by rank 0 if need be, then read by all."""
+    if recipe.data.source is None:
+        raise UserError(
+            "data.source is missing: give a folder of videos, an annotation file or a manifest "
+            "with `--data.source PATH`"
+        )
+    if ranks.first:
+        open_source(recipe.data.source, recipe.data.root, folder.path)
+    torch.distributed.barrier()
+    return open_source(recipe.data.source, recipe.data.root, folder.path)
+
+
+def describe(recipe: Recipe, manifest: Manifest, schedule: Schedule, ranks: Ranks) -> None:
+    """Log what is about to run."""
+    micro, accumulation = recipe.batch_split(ranks.world_size)
+    clips = len(manifest.usable) * recipe.data.clips_per_video
+    remainder = clips - schedule.steps_per_epoch * recipe.training.global_batch
+    logger.info(
+        "%s: %d ranks on %s, %s, %s; global batch %d = %d ranks x %d clips x %d accumulation",
+        recipe.run.folder,
+        ranks.world_size,
+        ranks.device.type,
+        recipe.training.deepspeed,
+        recipe.training.precision,
+        recipe.training.global_batch,
+        ranks.world_size,
+        micro,
+        accumulation,
+    )
+    logger.info(
+        "%d videos, %d left out; %d steps of an epoch, %d clips of it unused; %d steps in all",
+        len(manifest.usable),
+        len(manifest) - len(manifest.usable),
+        schedule.steps_per_epoch,
+        remainder,
+        schedule.last_step,
+    )
+
+
+def finish(engine: Any, recipe: Recipe, folder: RunFolder, ranks: Ranks, step: int) -> None:
+    """Export the weights and leave the figures of the run."""
+    export_student(engine, folder.path, recipe, ranks)
+    if ranks.first:
+        readings = read_metrics(folder.metrics)
+        folder.finish({"steps": step, "first": readings[0], "last": readings[-1]})
+        logger.info("finished: %s", folder.encoder)

@@ -1,0 +1,86 @@
+"""The folder of a run: its recipe, and the promise that nothing in it is overwritten by another run."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from mvd_scale.config import Recipe, load_recipe
+from mvd_scale.errors import UserError
+
+
+class RunFolder:
+    """Paths of a run. Everything it writes lives here."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.environment = path / "environment.txt"
+        self.metrics = path / "metrics.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.checkpoints = path / "checkpoints"
+        self.quarantine = path / "quarantine.jsonl"
+        self.encoder = path / "encoder.safetensors"
+        self.student = path / "student.safetensors"
+        self.summary = path / "summary.json"
+
+    def check(self, recipe: Recipe) -> None:
+        """See that the folder is free or holds this very run; a run that never took a step holds nothing.
+
+        Raises:
+            UserError: it holds a run of another recipe (the differing keys are named) or something that is no run.
+        """
+        if self.metrics.is_file() or self.checkpoints.is_dir():
+            stands = load_recipe(self.recipe).identity()
+            wanted = recipe.identity()
+            differing = [
+                f"  {key}: the run there has {stands.get(key, 'nothing')!r}, this one {wanted.get(key, 'nothing')!r}"
+                for key in sorted(stands.keys() | wanted.keys())
+                if stands.get(key) != wanted.get(key)
+            ]
+            if differing:
+                raise UserError(
+                    f"{self.path} holds another run:\n"
+                    + "\n".join(differing)
+                    + "\nChoose another folder with `--run.folder`, or move that one away"
+                )
+        elif self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir()) and not self.recipe.is_file()):
+            raise UserError(
+                f"{self.path} exists and holds no run of mvd-scale; choose an empty or new folder with `--run.folder`"
+            )
+
+    def claim(self, recipe: Recipe) -> None:
+        """Make the folder, keep other processes out of it, and write the resolved recipe into it.
+
+        Raises:
+            UserError: another process trains here, or the folder cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            write_whole(self.recipe, recipe.to_yaml())
+        except BlockingIOError as error:
+            raise UserError(
+                f"another process is training in {self.path}; wait for it or choose another `--run.folder`"
+            ) from error
+        except OSError as error:
+            raise UserError(f"run.folder {self.path} cannot be written: {error.strerror}") from error
+
+    def finished_at(self, step: int) -> bool:
+        """Whether the run has come to its end after `step` optimizer steps."""
+        return self.summary.is_file() and json.loads(self.summary.read_text())["steps"] == step
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Leave the mark and the figures of a run that has come to its end."""
+        write_whole(self.summary, json.dumps(summary, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that appears whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,58 @@
+"""Learning rate and weight decay as pure functions of the optimizer step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from mvd_scale.config import TrainingConfig
+
+
+def cosine(step: int, *, total: int, start: float, end: float, warmup: int = 0) -> float:
+    """Linear warm-up from 0, then half a cosine, as the published schedules.
+
+    Args:
+        step: optimizer step, from 0.
+        total: steps of the whole schedule.
+        start: value after the warm-up.
+        end: value that the cosine tends to.
+        warmup: steps of the warm-up; its last one already has the value `start`.
+    """
+    if step < warmup:
+        return start * step / max(warmup - 1, 1)
+    progress = (step - warmup) / max(total - warmup, 1)
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What the optimizer uses at each step of a run."""
+
+    training: TrainingConfig
+    steps_per_epoch: int
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of all epochs."""
+        return self.training.epochs * self.steps_per_epoch
+
+    @property
+    def last_step(self) -> int:
+        """The step at which the run ends."""
+        return min(self.total_steps, self.training.max_steps or self.total_steps)
+
+    def lr(self, step: int) -> float:
+        """Learning rate, scaled by global batch / 256."""
+        scale = self.training.global_batch / 256
+        return cosine(
+            step,
+            total=self.total_steps,
+            start=self.training.base_lr * scale,
+            end=self.training.min_lr * scale,
+            warmup=int(self.training.warmup_epochs * self.steps_per_epoch),
+        )
+
+    def weight_decay(self, step: int) -> float:
+        """Weight decay of the groups that have any."""
+        first, last = self.training.weight_decay, self.training.weight_decay_end
+        return first if last is None else cosine(step, total=self.total_steps, start=first, end=last)

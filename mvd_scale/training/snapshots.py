@@ -1,0 +1,132 @@
+"""Checkpoints that a run resumes from: saved whole, the newest kept, found again by themselves."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mvd_scale.checkpoints.weights import save_weights
+from mvd_scale.config import Recipe
+from mvd_scale.config.deepspeed import zero_stage
+from mvd_scale.errors import UserError
+from mvd_scale.training.engine import Ranks, full_parameters
+from mvd_scale.training.run_folder import RunFolder, write_whole
+
+logger = logging.getLogger("mvd_scale")
+
+_PREFIX = "step_"
+_PARTIAL = ".partial"
+_LAYOUT = "layout.json"
+
+
+class Snapshots:
+    """The checkpoints of one run. A folder `step_N` is whole; one that is still written is `step_N.partial`."""
+
+    def __init__(self, folder: RunFolder, recipe: Recipe, ranks: Ranks, videos: str, steps_per_epoch: int) -> None:
+        self.path = folder.checkpoints
+        self.recipe = recipe
+        self.ranks = ranks
+        self.videos = videos
+        every = recipe.checkpoints
+        self.every_steps = every.every_steps
+        if every.every_epochs is not None:
+            by_epoch = max(round(every.every_epochs * steps_per_epoch), 1)
+            self.every_steps = min(by_epoch, self.every_steps or by_epoch)
+        self.saved_at = time.monotonic()
+
+    def newest(self) -> int | None:
+        """Step of the newest whole checkpoint."""
+        steps = self._steps()
+        return steps[-1] if steps else None
+
+    def due(self, step: int) -> bool:
+        """Whether step `step` ends with a checkpoint by the count of steps; the same on all ranks."""
+        return self.every_steps is not None and step % self.every_steps == 0
+
+    def overdue(self) -> bool:
+        """Whether so much time has passed that a checkpoint is wanted; by this rank's clock."""
+        minutes = self.recipe.checkpoints.every_minutes
+        return minutes is not None and time.monotonic() - self.saved_at > 60 * minutes
+
+    def save(self, engine: Any, step: int) -> None:
+        """Save the engine after `step` optimizer steps. All ranks call it."""
+        name = f"{_PREFIX}{step:08d}"
+        partial = self.path / (name + _PARTIAL)
+        if self.ranks.first:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        torch.distributed.barrier()
+        engine.save_checkpoint(str(self.path), tag=partial.name, client_state={"step": step}, save_latest=False)
+        export_student(engine, partial, self.recipe, self.ranks)
+        if self.ranks.first:
+            write_whole(partial / _LAYOUT, json.dumps(self._layout()))
+        torch.distributed.barrier()
+        if self.ranks.first:
+            partial.rename(self.path / name)
+            for old in self._steps()[: -self.recipe.checkpoints.keep]:
+                shutil.rmtree(self.path / f"{_PREFIX}{old:08d}")
+        torch.distributed.barrier()
+        self.saved_at = time.monotonic()
+        logger.info("saved checkpoint %s", self.path / name)
+
+    def resume(self, engine: Any) -> int:
+        """Load the newest whole checkpoint; the number of optimizer steps that are done, 0 without one.
+
+        Raises:
+            UserError: it was written by another number of ranks, at another ZeRO stage or precision, or of
+                other videos.
+        """
+        step = self.newest()
+        if step is None:
+            return 0
+        tag = f"{_PREFIX}{step:08d}"
+        stands = json.loads((self.path / tag / _LAYOUT).read_text())
+        if stands != self._layout():
+            there, here = (", ".join(f"{k} {v}" for k, v in layout.items()) for layout in (stands, self._layout()))
+            raise UserError(
+                f"checkpoint {self.path / tag} was written with {there}; this start has {here}. "
+                "Resume with the same, or begin a new run in another `--run.folder`"
+            )
+        loaded, _ = engine.load_checkpoint(str(self.path), tag=tag)
+        if loaded is None:
+            raise UserError(
+                f"checkpoint {self.path / tag} is incomplete; remove that folder to resume from the one before"
+            )
+        logger.info("resumed from %s", self.path / tag)
+        return step
+
+    def clear_partial(self) -> None:
+        """Remove what a killed run left half-written."""
+        for partial in self.path.glob(f"{_PREFIX}*{_PARTIAL}"):
+            shutil.rmtree(partial)
+
+    def _layout(self) -> dict[str, Any]:
+        return {
+            "ranks": self.ranks.world_size,
+            "ZeRO stage": zero_stage(self.recipe),
+            "precision": self.recipe.training.precision,
+            "videos": self.videos,
+        }
+
+    def _steps(self) -> list[int]:
+        names = (path.name for path in self.path.glob(f"{_PREFIX}*") if not path.name.endswith(_PARTIAL))
+        return sorted(int(name.removeprefix(_PREFIX)) for name in names)
+
+
+def export_student(engine: Any, folder: Path, recipe: Recipe, ranks: Ranks) -> None:
+    """Write `student.safetensors` (all of it) and `encoder.safetensors`, float32. All ranks call it."""
+    tensors = {}
+    for name, full in full_parameters(engine):
+        if ranks.first:
+            tensors[name] = full
+    if ranks.first:
+        prefix = "encoder."
+        encoder = {name.removeprefix(prefix): full for name, full in tensors.items() if name.startswith(prefix)}
+        save_weights(folder / "encoder.safetensors", encoder, recipe.model)
+        save_weights(folder / "student.safetensors", tensors, recipe.model)

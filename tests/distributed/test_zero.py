@@ -1,0 +1,98 @@
+"""The same losses by any ZeRO stage on any number of ranks, and teachers in shards.
+
+Tolerance of the losses in float32: 2e-5 relative, over six optimizer steps; the ranks sum in another order.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .zero_ranks import teacher
+
+pytestmark = pytest.mark.distributed
+
+SAME_NUMBERS = [
+    "zero1",
+    "zero2",
+    "zero3",
+    "one micro batch after the other",
+    "gradient checkpointing",
+    "replicated teachers",
+]
+
+
+def launch(world_size: int, out: Path) -> list[dict[str, Any]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    script = Path(__file__).with_name("zero_ranks.py")
+    out.mkdir()
+    ranks = []
+    for rank in range(world_size):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_SIZE": world_size}
+        env = (
+            os.environ | {k: str(v) for k, v in place.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        )
+        command = [sys.executable, str(script), str(out)]
+        ranks.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    for rank, process in enumerate(ranks):
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, f"rank {rank}:\n{output[-3000:]}"
+    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(world_size)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return launch(1, tmp_path_factory.mktemp("alone") / "out")[0]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return launch(2, tmp_path_factory.mktemp("two") / "out")
+
+
+@pytest.mark.parametrize("way", SAME_NUMBERS)
+def test_two_ranks_give_the_losses_of_one(way: str, alone: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    reference = alone["zero1"]["losses"]
+    assert max(reference) - min(reference) > 0.05
+    assert alone[way]["losses"] == pytest.approx(reference, rel=2e-5)
+    assert two[0][way]["losses"] == pytest.approx(reference, rel=2e-5)
+    assert two[0][way]["weights"] == pytest.approx(alone["zero1"]["weights"], rel=1e-4)
+
+
+def test_bf16_stays_near_float32(alone: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    assert two[0]["bf16"]["losses"] == pytest.approx(alone["zero1"]["losses"], rel=3e-2)
+
+
+def test_each_rank_keeps_its_share_of_a_teacher_at_rest(two: list[dict[str, Any]]) -> None:
+    vectors = 0
+    for name in ("image", "video"):
+        parameters = dict(teacher(name).named_parameters())
+        whole = sum(p.numel() for p in parameters.values())
+        # Vectors (biases, norms, class token) stay on every rank besides their shard: fetching them would cost more.
+        vectors = sum(p.numel() for p in parameters.values() if p.numel() < 100_000)
+        for rank in two:
+            assert rank["replicated teachers"]["at_rest"][name] == whole
+            held = rank["zero3"]["at_rest"][name]
+            assert whole / 2 <= held <= whole / 2 + vectors
+    assert vectors < 0.02 * whole
+
+
+def test_sharded_teachers_leave_torchs_linear_alone(two: list[dict[str, Any]]) -> None:
+    assert two[0]["zero2"]["linear_untouched"]
+
+
+@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(stage: str, two: list[dict[str, Any]]) -> None:
+    for rank in two:
+        result = rank[f"not finite, {stage}"]
+        assert result["skipped_steps"] == 1
+        assert result["weights"] == result["weights_before_last_step"]

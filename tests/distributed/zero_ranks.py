@@ -1,0 +1,141 @@
+"""Run by every rank of test_zero.py: trains a tiny student by each ZeRO stage and writes down what happened."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mvd_scale.config import ModelConfig, Recipe
+from mvd_scale.data.batch import ClipBatch
+from mvd_scale.models import Encoder, Student
+from mvd_scale.targets import FrozenTeacher, MaskedDistillation, build_targets
+from mvd_scale.training.engine import (
+    Ranks,
+    full_parameters,
+    host_teachers,
+    join_ranks,
+    leave_ranks,
+    student_engine,
+)
+from mvd_scale.training.optim import apply_schedule
+from mvd_scale.training.schedule import Schedule
+
+VIDEO = {"width": 320, "depth": 1, "heads": 5, "frames": 4, "input_size": 32}
+IMAGE = {**VIDEO, "frames": 1, "tubelet": 1, "positions": "sincos2d", "class_token": True}
+DECODER = {"width": 32, "depth": 1, "heads": 2}
+GLOBAL_BATCH, STEPS = 8, 6
+
+
+def recipe(stage: str, precision: str, sharding: str, micro_batch: int, checkpointing: bool) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "run": {"folder": "unused"},
+            "device": "cpu",
+            "model": VIDEO,
+            "data": {"mask": {"ratio": 0.5}},
+            "targets": {
+                "image": {"kind": "image_teacher", "decoder": DECODER},
+                "video": {"kind": "video_teacher", "decoder": DECODER},
+                "pixels": {"kind": "pixels", "decoder": DECODER},
+            },
+            "training": {
+                "epochs": 10,
+                "global_batch": GLOBAL_BATCH,
+                "micro_batch": micro_batch,
+                "base_lr": 1e-1,
+                "warmup_epochs": 1,
+                "precision": precision,
+                "deepspeed": stage,
+                "clip_grad": 1.0,
+                "gradient_checkpointing": checkpointing,
+            },
+            "teachers": {"sharding": sharding},
+        }
+    )
+
+
+def teacher(name: str) -> Encoder:
+    torch.manual_seed(5)
+    return Encoder(ModelConfig.model_validate(VIDEO if name == "video" else IMAGE), final_norm=False)
+
+
+def global_batch(step: int, *, poisoned: bool) -> ClipBatch:
+    generator = torch.Generator().manual_seed(step)
+    pixels = torch.randint(0, 256, (GLOBAL_BATCH, 4, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    if poisoned:
+        pixels = pixels.float()
+        pixels[-1] = float("nan")
+    patches = torch.stack([torch.randperm(4, generator=generator) for _ in range(GLOBAL_BATCH)])
+    visible, masked = (torch.cat([p, p + 4], 1).sort(1).values for p in (patches[:, :2], patches[:, 2:]))
+    return ClipBatch(pixels, visible, masked, torch.zeros(GLOBAL_BATCH), torch.zeros(GLOBAL_BATCH))
+
+
+def held_at_rest(module: nn.Module) -> int:
+    """Elements of parameters that this rank keeps between two forward passes."""
+    return sum(p.numel() + (p.ds_tensor.numel() if hasattr(p, "ds_tensor") else 0) for p in module.parameters())
+
+
+def train(ranks: Ranks, made: Recipe, *, poison_last: bool = False) -> dict[str, Any]:
+    targets = build_targets(made, teacher)
+    torch.manual_seed(0)
+    student = Student(made.model, {name: (made.targets[name].decoder, t.channels) for name, t in targets.items()})
+    host_teachers(targets, made, ranks)
+    engine = student_engine(student, made, ranks)
+    objective, schedule = MaskedDistillation(targets), Schedule(made.training, 1)
+    micro, accumulation = made.batch_split(ranks.world_size)
+    losses, before = [], 0.0
+    for step in range(STEPS):
+        poisoned = poison_last and step == STEPS - 1
+        if poisoned:
+            before = weight_sum(engine)
+        whole = global_batch(step, poisoned=poisoned)
+        apply_schedule(engine.optimizer, schedule, step)
+        total = torch.zeros(())
+        for turn in range(accumulation):
+            first = (ranks.rank * accumulation + turn) * micro
+            mine = slice(first, first + micro)
+            batch = ClipBatch(
+                *(getattr(whole, f)[mine] for f in ("pixels", "visible", "masked", "labels", "video_ids"))
+            )
+            loss, _ = objective(engine, batch)
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach() / accumulation
+        torch.distributed.all_reduce(total)
+        losses.append(float(total) / ranks.world_size)
+    return {
+        "losses": losses,
+        "weights": weight_sum(engine),
+        "weights_before_last_step": before,
+        "skipped_steps": engine.skipped_steps,
+        "at_rest": {n: held_at_rest(t.teacher) for n, t in targets.items() if isinstance(t, FrozenTeacher)},
+        "linear_untouched": nn.functional.linear is torch._C._nn.linear,
+    }
+
+
+def weight_sum(engine: Any) -> float:
+    return sum(float(full.double().abs().sum()) for _, full in full_parameters(engine))
+
+
+def main(out: Path) -> None:
+    ranks = join_ranks("cpu", timeout_minutes=2)
+    results = {}
+    for stage in ("zero1", "zero2", "zero3"):
+        results[stage] = train(ranks, recipe(stage, "fp32", "zero3", 4, False))
+    results["one micro batch after the other"] = train(ranks, recipe("zero2", "fp32", "zero3", 2, False))
+    results["gradient checkpointing"] = train(ranks, recipe("zero3", "fp32", "zero3", 4, True))
+    results["replicated teachers"] = train(ranks, recipe("zero2", "fp32", "replicated", 4, False))
+    results["bf16"] = train(ranks, recipe("zero2", "bf16", "zero3", 4, False))
+    for stage in ("zero1", "zero2", "zero3"):
+        results[f"not finite, {stage}"] = train(ranks, recipe(stage, "fp32", "zero3", 4, False), poison_last=True)
+    (out / f"rank{ranks.rank}.json").write_text(json.dumps(results))
+    leave_ranks()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
