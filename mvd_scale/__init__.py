@@ -1,0 +1,3 @@
+"""Masked Video Distillation at scale."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,266 @@
+"""What this machine can do, and why what is off is off. Nothing here fails because something is missing or broken."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import io
+import logging
+import os
+import platform
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Capability:
+    """One line of the table."""
+
+    name: str
+    on: bool
+    detail: str = ""
+    """Version, size or kind of what is there."""
+    reason: str = ""
+    """Why it is off, and how to get it."""
+
+
+def probe() -> list[Capability]:
+    """Look at everything once: a few seconds, most of them the imports of torch, DALI and DeepSpeed."""
+    return [
+        Capability("Python", True, platform.python_version()),
+        _processor(),
+        *_torch(),
+        *_deepspeed(),
+        _flash_attention(),
+        _apex(),
+        *_dali(),
+        *_pyav(),
+        _triton(),
+        _compiler(),
+    ]
+
+
+def table(capabilities: list[Capability]) -> str:
+    """Plain text, one capability a line: name, on or off, what it is or why it is not."""
+    width = max(len(capability.name) for capability in capabilities)
+    lines = []
+    for capability in capabilities:
+        text = "; ".join(part for part in (capability.detail, capability.reason) if part)
+        lines.append(f"{capability.name:{width}}  {'on ' if capability.on else 'off'}  {text}".rstrip())
+    return "\n".join(lines)
+
+
+def _load(module: str, install: str) -> tuple[Any, str]:
+    """The module and no reason, or no module and the reason."""
+    try:
+        with _silence():
+            return importlib.import_module(module), ""
+    except ModuleNotFoundError as error:
+        # `error.name` is the module itself or a parent of it, unless something that it imports is missing.
+        if f"{module}.".startswith(f"{error.name}."):
+            return None, f"not installed: {install}"
+        return None, f"broken: {_first_line(error)}"
+    # A damaged package raises anything while it loads: ImportError, OSError of a shared library, RuntimeError ...
+    except Exception as error:
+        return None, f"broken: {_first_line(error)}"
+
+
+def _first_line(said: BaseException | str) -> str:
+    return next(iter(str(said).splitlines()), "" if isinstance(said, str) else type(said).__name__)
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[io.StringIO]:
+    """Keep the greetings and warnings of imported packages out of the table; yields what they said."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield said
+    finally:
+        logging.disable(before)
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _processor() -> Capability:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    psutil, reason = _load("psutil", "pip install psutil")
+    memory = f"{psutil.virtual_memory().total / 2**30:.0f} GiB memory" if psutil else f"memory unknown ({reason})"
+    nodes = len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) or 1
+    return Capability("CPU", True, f"{cores} cores, {memory}, {nodes} NUMA node{'s' if nodes > 1 else ''}")
+
+
+def _torch() -> list[Capability]:
+    torch, reason = _load("torch", "pip install torch")
+    if not torch:
+        return [Capability("torch", False, reason=reason)]
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
+    rows = [Capability("torch", True, f"{torch.__version__} ({build} build)")]
+
+    if not torch.cuda.is_available():
+        why = "torch finds no NVIDIA GPU or driver" if torch.version.cuda else "this torch is built for the CPU only"
+        rows.append(Capability("GPU", False, reason=why))
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        gpu = torch.cuda.get_device_properties(index)
+        detail = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute capability {gpu.major}.{gpu.minor}"
+        rows.append(Capability(f"GPU {index}", True, detail))
+
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_nccl_available():
+        rows.append(Capability("NCCL", False, reason="this torch is built without it"))
+    elif not torch.cuda.is_available():
+        rows.append(Capability("NCCL", False, _nccl_version(torch), "needs a GPU"))
+    else:
+        rows.append(Capability("NCCL", True, _nccl_version(torch)))
+    gloo = distributed.is_available() and distributed.is_gloo_available()
+    rows.append(Capability("gloo", gloo, reason="" if gloo else "this torch is built without it"))
+
+    rows.extend(_precisions(torch))
+    return rows
+
+
+def _nccl_version(torch: Any) -> str:
+    return ".".join(map(str, torch.cuda.nccl.version()))
+
+
+def _precisions(torch: Any) -> list[Capability]:
+    if not torch.cuda.is_available():
+        return [
+            Capability("bf16", True, "CPU"),
+            Capability("fp16", False, reason="needs a GPU: CPUs compute it slowly or not at all; use bf16 or fp32"),
+        ]
+    name = torch.cuda.get_device_name()
+    # Without emulation: what the tensor cores of the device compute by themselves.
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return [
+        Capability("bf16", bf16, name if bf16 else "", "" if bf16 else f"{name} lacks it (compute capability 8.0)"),
+        Capability("fp16", True, name),
+    ]
+
+
+def _deepspeed() -> list[Capability]:
+    deepspeed, reason = _load("deepspeed", "pip install deepspeed")
+    if not deepspeed:
+        return [Capability("DeepSpeed", False, reason=reason)]
+    accelerator = deepspeed.accelerator.get_accelerator().device_name()
+    rows = [Capability("DeepSpeed", True, f"{deepspeed.__version__}, accelerator {accelerator}")]
+    ops, reason = _load("deepspeed.ops.op_builder.all_ops", "pip install deepspeed")
+    if not ops:
+        return [*rows, Capability("DeepSpeed ops", False, reason=reason)]
+    compiler = _compiler()
+    for name, builder in sorted(ops.ALL_OPS.items()):
+        # A stand-in for all ops that the accelerator does not have.
+        if type(builder).__name__ != "NotImplementedBuilder":
+            rows.append(_deepspeed_op(name, builder, compiler))
+    return rows
+
+
+def _deepspeed_op(name: str, builder: Any, compiler: Capability) -> Capability:
+    row = f"DeepSpeed {name.removeprefix('deepspeed_')}"
+    try:
+        with _silence() as spoken:
+            compatible = builder.is_compatible(verbose=True)
+    # Some builders run compilers and read their output: anything may come back.
+    except Exception as error:
+        return Capability(row, False, reason=f"cannot be checked: {_first_line(error)}")
+    if not compatible:
+        # The first warning says what is missing; those that follow guess at remedies.
+        warning = re.sub(r"\x1b\[\d+m|\[WARNING\]", "", _first_line(spoken.getvalue())).strip()
+        return Capability(row, False, reason=warning or "not compatible with this machine")
+    if not compiler.on:
+        return Capability(row, False, reason=compiler.reason)
+    return Capability(row, True, "compiled when first used")
+
+
+def _flash_attention() -> Capability:
+    module, reason = _load("flash_attn", "pip install 'mvd-scale[flash]' --no-build-isolation (needs a GPU and nvcc)")
+    if not module:
+        return Capability("flash-attn", False, reason=reason)
+    return _on_gpu("flash-attn", module.__version__)
+
+
+def _apex() -> Capability:
+    module, reason = _load("apex", "built from its source, see README.md; what pip calls apex is another project")
+    if not module:
+        return Capability("apex", False, reason=reason)
+    layer_norm, reason = _load("apex.normalization", "build apex from its source, see README.md")
+    if not layer_norm:
+        return Capability("apex", False, reason=reason)
+    kernels, reason = _load("fused_layer_norm_cuda", "build apex with its CUDA extensions, see README.md")
+    return _on_gpu("apex", _version("apex")) if kernels else Capability("apex", False, reason=reason)
+
+
+def _on_gpu(name: str, detail: str) -> Capability:
+    torch, reason = _load("torch", "pip install torch")
+    if torch and torch.cuda.is_available():
+        return Capability(name, True, detail)
+    return Capability(name, False, detail, reason or "needs a GPU")
+
+
+def _dali() -> list[Capability]:
+    builds = [name for name in ("nvidia-dali-cuda130", "nvidia-dali-cuda120") if _version(name)]
+    if len(builds) > 1:
+        reason = f"{' and '.join(builds)} overwrite each other's files: keep one of them, see README.md"
+        return [Capability("DALI", False, reason=reason)]
+    dali, reason = _load("nvidia.dali", "pip install nvidia-dali-cuda130 (Linux only)")
+    if not dali:
+        return [Capability("DALI", False, reason=reason)]
+    return [
+        Capability("DALI", True, f"{dali.__version__} ({', '.join(builds)})"),
+        Capability("DALI decode, CPU", True, "VP8, VP9, MJPEG"),
+        _nvdec(),
+    ]
+
+
+def _nvdec() -> Capability:
+    name = "DALI decode, NVDEC"
+    try:
+        ctypes.CDLL("libnvcuvid.so.1")
+    except OSError as error:
+        return Capability(name, False, reason=f"needs a GPU and its driver's video library ({_first_line(error)})")
+    return _on_gpu(name, "H.264, HEVC, VP8, VP9, AV1, MPEG-4, as far as the GPU goes")
+
+
+def _pyav() -> list[Capability]:
+    av, reason = _load("av", "pip install av")
+    if not av:
+        return [Capability("PyAV", False, reason=reason)]
+    codecs = {"h264": "H.264", "hevc": "HEVC", "vp9": "VP9", "av1": "AV1"}
+    there = [name for codec, name in codecs.items() if codec in av.codecs_available]
+    missing = [name for codec, name in codecs.items() if codec not in av.codecs_available]
+    reason = f"this build lacks {', '.join(missing)}" if missing else ""
+    return [Capability("PyAV", True, f"{av.__version__}, decodes {', '.join(there)}", reason)]
+
+
+def _triton() -> Capability:
+    triton, reason = _load("triton", "pip install triton (comes with torch on Linux)")
+    if not triton:
+        return Capability("Triton", False, reason=reason)
+    on_gpu = _on_gpu("Triton", triton.__version__)
+    return on_gpu if on_gpu.on else Capability("Triton", False, triton.__version__, "needs a GPU; interpreter only")
+
+
+def _compiler() -> Capability:
+    compiler, ninja = shutil.which("c++"), shutil.which("ninja")
+    if not compiler:
+        reason = "no C++ compiler (c++) on PATH: install g++; DeepSpeed's own ops cannot be compiled without it"
+        return Capability("C++ and ninja", False, reason=reason)
+    if not ninja:
+        reason = "no ninja on PATH: pip install ninja, and start the program from its environment"
+        return Capability("C++ and ninja", False, reason=reason)
+    return Capability("C++ and ninja", True, f"{compiler}, {ninja}")

@@ -1,0 +1,33 @@
+"""The schema of a recipe. Everything reads it; it reads nothing of the project but its errors."""
+
+from mvd_scale.config.data import CenterCrop, CornerCrop, DataConfig, MaskConfig, RandomResizedCrop
+from mvd_scale.config.model import SIZES, ModelConfig
+from mvd_scale.config.recipe import Recipe, list_recipes, load_recipe
+from mvd_scale.config.target import (
+    DecoderConfig,
+    ImageTeacherTarget,
+    PixelTarget,
+    TargetConfig,
+    VideoTeacherTarget,
+)
+from mvd_scale.config.training import TeacherConfig, TrainingConfig
+
+__all__ = [
+    "SIZES",
+    "CenterCrop",
+    "CornerCrop",
+    "DataConfig",
+    "DecoderConfig",
+    "ImageTeacherTarget",
+    "MaskConfig",
+    "ModelConfig",
+    "PixelTarget",
+    "RandomResizedCrop",
+    "Recipe",
+    "TargetConfig",
+    "TeacherConfig",
+    "TrainingConfig",
+    "VideoTeacherTarget",
+    "list_recipes",
+    "load_recipe",
+]

@@ -1,0 +1,91 @@
+"""DeepSpeed JSON: the recipe decides what the file calls "auto"; a value that contradicts the recipe is an error."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from mvd_scale.config.recipe import Recipe
+from mvd_scale.config.training import Precision
+from mvd_scale.errors import UserError
+
+
+def student_deepspeed(recipe: Recipe, world_size: int) -> dict[str, Any]:
+    """The student's DeepSpeed configuration for a number of ranks.
+
+    Raises:
+        UserError: no such file, no JSON, or a value that contradicts the recipe.
+    """
+    micro, accumulation = recipe.batch_split(world_size)
+    training = recipe.training
+    return _resolve(
+        training.deepspeed,
+        {
+            "train_batch_size": training.global_batch,
+            "train_micro_batch_size_per_gpu": micro,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": training.clip_grad or 0.0,
+            **_precision(training.precision),
+        },
+    )
+
+
+def teacher_deepspeed(precision: Precision, world_size: int) -> dict[str, Any]:
+    """The DeepSpeed configuration of a frozen teacher, sharded by ZeRO-3."""
+    batch = {"train_batch_size": world_size, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+    return _resolve("teacher_zero3", {**batch, **_precision(precision)})
+
+
+def zero_stage(recipe: Recipe) -> int:
+    """ZeRO stage of the student's DeepSpeed file."""
+    stage = _read(recipe.training.deepspeed).get("zero_optimization", {}).get("stage")
+    if stage not in (1, 2, 3):
+        raise UserError(
+            f"training.deepspeed {recipe.training.deepspeed}: zero_optimization.stage is {stage!r}, expected 1, 2 or 3"
+        )
+    return int(stage)
+
+
+def _precision(precision: Precision) -> dict[str, Any]:
+    return {"fp16.enabled": precision == "fp16", "bf16.enabled": precision == "bf16"}
+
+
+def _read(name_or_path: str) -> dict[str, Any]:
+    folder = resources.files("mvd_scale.ds_configs")
+    shipped = {entry.name.removesuffix(".json"): entry for entry in folder.iterdir() if entry.name.endswith(".json")}
+    file = shipped.get(name_or_path) or Path(name_or_path)
+    if not file.is_file():
+        raise UserError(
+            f"training.deepspeed {name_or_path}: expected the path of a DeepSpeed JSON "
+            f"or one of {', '.join(sorted(shipped))}"
+        )
+    try:
+        values = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"training.deepspeed {name_or_path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"training.deepspeed {name_or_path}: expected a JSON object")
+    return values
+
+
+def _resolve(name_or_path: str, decided: dict[str, Any]) -> dict[str, Any]:
+    values = _read(name_or_path)
+    for foreign in ("optimizer", "scheduler"):
+        if foreign in values:
+            raise UserError(
+                f"training.deepspeed {name_or_path}: `{foreign}` is the recipe's to decide; remove it from the file"
+            )
+    for key, value in decided.items():
+        *parents, last = key.split(".")
+        section = values
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        stands = section.get(last, "auto")
+        if stands not in ("auto", value):
+            raise UserError(
+                f'training.deepspeed {name_or_path}: {key} is {stands!r}, the recipe needs {value!r}; write "auto"'
+            )
+        section[last] = value
+    return values

@@ -1,0 +1,240 @@
+"""A recipe: YAML -> dotted overrides -> the typed schema -> checks across sections."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+from typing_extensions import Self
+
+from mvd_scale.config.data import DataConfig
+from mvd_scale.config.model import ModelConfig
+from mvd_scale.config.section import Section
+from mvd_scale.config.target import TargetConfig
+from mvd_scale.config.training import CheckpointConfig, LoggingConfig, RunConfig, TeacherConfig, TrainingConfig
+from mvd_scale.errors import UserError
+
+
+class Recipe(Section):
+    """Everything that one run of `mvd-scale pretrain` needs to know."""
+
+    seed: int = Field(default=0, ge=0)
+    """Of weights, order, frames, crops and masks."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """`auto` takes the GPU where there is one."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    targets: dict[str, TargetConfig] = Field(min_length=1)
+    """Any number of targets by name; the loss is their weighted sum."""
+
+    training: TrainingConfig
+    teachers: TeacherConfig = TeacherConfig()
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _check_across_sections(self) -> Self:
+        visible, total = self.visible_tokens, self.tokens
+        if not 0 < visible < total:
+            raise ValueError(
+                f"data.mask.ratio {self.data.mask.ratio} leaves {visible} of {total} tokens visible; "
+                "at least one must stay visible and one be masked"
+            )
+        for name, target in self.targets.items():
+            if not name.isidentifier():
+                raise ValueError(f"targets.{name}: a target's name must be a word of letters, digits and underscores")
+            if target.decoder.width % target.decoder.heads:
+                raise ValueError(
+                    f"targets.{name}.decoder: width {target.decoder.width} does not divide into "
+                    f"{target.decoder.heads} heads"
+                )
+        if self.training.micro_batch is not None and self.training.global_batch % self.training.micro_batch:
+            raise ValueError(
+                f"training.micro_batch {self.training.micro_batch} does not divide "
+                f"training.global_batch {self.training.global_batch}"
+            )
+        if self.device == "cpu" and "fp16" in (self.training.precision, self.teachers.precision):
+            raise ValueError("precision fp16 needs a GPU (CPUs compute it slowly or not at all): use bf16 or fp32")
+        if self.training.warmup_epochs >= self.training.epochs:
+            raise ValueError(
+                f"training.warmup_epochs {self.training.warmup_epochs:g} must be fewer than "
+                f"training.epochs {self.training.epochs}"
+            )
+        if self.training.min_lr > self.training.base_lr:
+            raise ValueError(
+                f"training.min_lr {self.training.min_lr:g} is above training.base_lr {self.training.base_lr:g}"
+            )
+        return self
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a clip (N)."""
+        time, height, width = self.model.grid
+        return time * height * width
+
+    @property
+    def visible_tokens(self) -> int:
+        """Visible tokens of a clip (V), the same in every clip.
+
+        A tube mask rounds the masked patches of one time slice down and repeats them; a random mask
+        rounds over all tokens.
+        """
+        time, height, width = self.model.grid
+        if self.data.mask.kind == "tube":
+            return self.tokens - time * int(self.data.mask.ratio * height * width)
+        return self.tokens - int(self.data.mask.ratio * self.tokens)
+
+    def batch_split(self, world_size: int) -> tuple[int, int]:
+        """Micro batch and accumulation steps for a number of ranks.
+
+        Raises:
+            UserError: the global batch cannot be split so; the message proposes the nearest that can.
+        """
+        total = self.training.global_batch
+        micro = self.training.micro_batch or max(total // world_size, 1)
+        if total % (world_size * micro):
+            unit = world_size * (self.training.micro_batch or 1)
+            below, above = total // unit * unit, -(-total // unit) * unit
+            nearest = " or ".join(str(n) for n in (below, above) if n)
+            raise UserError(
+                f"training.global_batch {total} cannot be split over {world_size} ranks in micro batches of {micro}: "
+                f"it must be a multiple of ranks x micro batch = {world_size * micro}. "
+                f"Set training.global_batch to {nearest}, or choose another training.micro_batch"
+            )
+        return micro, total // (world_size * micro)
+
+    def identity(self) -> dict[str, Any]:
+        """What makes two runs the same run: all that changes which numbers are computed, flattened to dotted keys.
+
+        Where the run lives, how often it saves and logs, how it decodes and splits batches, and where it stops
+        may change between a start and its resumption.
+        """
+        values = self.model_dump(mode="json")
+        for section in ("run", "device", "teachers", "checkpoints", "logging"):
+            del values[section]
+        for key in ("source", "root", "workers", "threads", "prefetch", "max_broken"):
+            del values["data"][key]
+        for key in ("max_steps", "micro_batch", "deepspeed", "gradient_checkpointing", "collective_timeout_minutes"):
+            del values["training"][key]
+        return dict(_flatten(values))
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every field spelled out; `load_recipe` reads it back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def list_recipes() -> dict[str, str]:
+    """Names of the shipped recipes and the first line of each one's head."""
+    root = resources.files("mvd_scale") / "recipes"
+    found = {}
+    for folder in sorted(root.iterdir(), key=lambda entry: entry.name):
+        if folder.is_dir():
+            for file in sorted(folder.iterdir(), key=lambda entry: entry.name):
+                if file.name.endswith(".yaml"):
+                    name = f"{folder.name}/{file.name.removesuffix('.yaml')}"
+                    found[name] = file.read_text().splitlines()[0].lstrip("# ")
+    return found
+
+
+def load_recipe(name_or_path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe by shipped name or by path and lay dotted overrides over it.
+
+    Args:
+        name_or_path: a name of `list_recipes`, or a YAML file.
+        overrides: command-line words such as `--training.epochs 3` or `--training.epochs=3`, values in YAML;
+            the last one of a key wins. A mapping merges into what stands, anything else replaces it.
+
+    Raises:
+        UserError: the recipe does not exist, is no YAML, or does not fit the schema; all faults are named.
+    """
+    source, text = _read(name_or_path)
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{source} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: expected a mapping of sections such as `model:` and `training:`")
+    for key, value in _parse_overrides(overrides or []):
+        _set(values, key, value)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{source} does not describe a run:\n{_describe(error)}") from error
+
+
+def _read(name_or_path: str | Path) -> tuple[str, str]:
+    path = Path(name_or_path)
+    if path.is_file():
+        try:
+            return str(path), path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not a text file: expected a YAML recipe") from error
+    known = list_recipes()
+    if str(name_or_path) in known:
+        return str(name_or_path), (resources.files("mvd_scale") / "recipes" / f"{name_or_path}.yaml").read_text()
+    raise UserError(f"no recipe {str(name_or_path)!r}: give the path of a YAML file or one of {', '.join(known)}")
+
+
+def _parse_overrides(words: list[str]) -> list[tuple[list[str], Any]]:
+    pairs = []
+    rest = iter(words)
+    for word in rest:
+        if not word.startswith("--") or len(word) == 2:
+            raise UserError(f"unexpected argument {word!r}: overrides look like `--training.epochs 3`")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            following = next(rest, None)
+            if following is None:
+                raise UserError(f"override --{key} has no value: write `--{key} VALUE`")
+            value = following
+        try:
+            pairs.append((key.split("."), yaml.safe_load(value)))
+        except yaml.YAMLError as error:
+            raise UserError(f"override --{key}: {value!r} is not a YAML value: {error}") from error
+    return pairs
+
+
+def _set(values: dict[str, Any], key: list[str], value: Any) -> None:
+    *parents, last = key
+    for depth, parent in enumerate(parents):
+        child = values.get(parent)
+        if child is None:
+            child = values[parent] = {}
+        elif not isinstance(child, dict):
+            raise UserError(f"override --{'.'.join(key)}: {'.'.join(key[: depth + 1])} is {child!r}, not a section")
+        values = child
+    if isinstance(value, dict) and isinstance(values.get(last), dict):
+        for name, inner in value.items():
+            _set(values[last], [str(name)], inner)
+    else:
+        values[last] = value
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _describe(error: ValidationError) -> str:
+    lines = []
+    for fault in error.errors():
+        key = ".".join(str(part) for part in fault["loc"]) or "recipe"
+        message = fault["msg"].removeprefix("Value error, ")
+        if fault["type"] == "extra_forbidden":
+            message = "unknown key; see `mvd-scale schema` for all keys"
+        elif fault["type"] == "missing":
+            message = "missing"
+        elif not isinstance(fault["input"], dict):
+            message = f"{message}, got {fault['input']!r}"
+        lines.append(f"  {key}: {message}")
+    return "\n".join(lines)

@@ -1,0 +1,110 @@
+"""`training:`, `teachers:`, `checkpoints:` and `logging:` - how the student is optimised and watched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from mvd_scale.config.section import Section
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+class TrainingConfig(Section):
+    """Optimisation of the student under DeepSpeed."""
+
+    epochs: int = Field(gt=0)
+    """Passes over the data."""
+
+    max_steps: int | None = Field(default=None, gt=0)
+    """Stop after this many optimizer steps; the schedule still spans all epochs."""
+
+    global_batch: int = Field(gt=0)
+    """Clips of one optimizer step over all ranks. Fixed by the recipe; the rest follows from the number of ranks."""
+
+    micro_batch: int | None = Field(default=None, gt=0)
+    """Clips per rank in one forward pass; the whole share of the rank if left out. Accumulation follows."""
+
+    base_lr: float = Field(gt=0)
+    """Peak learning rate for a global batch of 256; scaled linearly."""
+
+    min_lr: float = Field(default=1e-5, ge=0)
+    """Last learning rate for a global batch of 256; scaled likewise."""
+
+    warmup_epochs: float = Field(default=40, ge=0)
+    """Epochs of linear warm-up from 0."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of AdamW's first and second moment."""
+
+    eps: float = Field(default=1e-8, gt=0)
+    """AdamW's epsilon."""
+
+    weight_decay: float = Field(default=0.05, ge=0)
+    """Decoupled weight decay; none for biases, norms, tokens and other one-dimensional parameters."""
+
+    weight_decay_end: float | None = Field(default=None, ge=0)
+    """Weight decay at the last step, reached by a cosine; constant if left out."""
+
+    clip_grad: float | None = Field(default=None, gt=0)
+    """Largest global gradient norm; no clipping if left out."""
+
+    precision: Precision = "fp32"
+    """Of the student. fp16 uses dynamic loss scaling."""
+
+    deepspeed: str = "zero2"
+    """A file of `ds_configs/` by name, or the path of another DeepSpeed JSON."""
+
+    gradient_checkpointing: bool = False
+    """Recompute every block in the backward pass instead of keeping its activations."""
+
+    collective_timeout_minutes: float = Field(default=10, gt=0)
+    """A rank that waits longer for the others gives up; then the launcher ends the job."""
+
+
+class TeacherConfig(Section):
+    """How frozen teachers live on the ranks."""
+
+    sharding: Literal["zero3", "replicated", "auto"] = "auto"
+    """`zero3` keeps 1/world of a teacher per rank, `replicated` all of it; `auto` shards above `auto_shard_above`."""
+
+    auto_shard_above: int = Field(default=200_000_000, gt=0)
+    """Parameters of one teacher above which `auto` shards: beyond it memory matters more than the gathers."""
+
+    precision: Precision | Literal["auto"] = "auto"
+    """Of the teachers' weights and arithmetic; `auto` is fp16 on GPUs and the student's precision on CPUs."""
+
+
+class CheckpointConfig(Section):
+    """What a run leaves behind to go on from."""
+
+    every_epochs: float | None = Field(default=10, gt=0)
+    """Save after this many epochs."""
+
+    every_steps: int | None = Field(default=None, gt=0)
+    """Save after this many optimizer steps."""
+
+    every_minutes: float | None = Field(default=60, gt=0)
+    """Save when this much time has passed since the last save."""
+
+    keep: int = Field(default=3, gt=0)
+    """Newest checkpoints that are kept."""
+
+
+class LoggingConfig(Section):
+    """Where numbers go. Metrics stay on the device and are read once per `every_steps`."""
+
+    every_steps: int = Field(default=20, gt=0)
+    """Optimizer steps between two readings of the metrics."""
+
+    tensorboard: bool = True
+    """Write TensorBoard event files beside `metrics.jsonl`."""
+
+
+class RunConfig(Section):
+    """Where the run lives."""
+
+    folder: Path
+    """Folder of the run: resolved recipe, metrics, checkpoints, exported encoder."""

@@ -1,0 +1,145 @@
+"""A recipe says what a run is; whatever it says wrongly is named with key, value and expectation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mvd_scale.config import Recipe, list_recipes, load_recipe
+from mvd_scale.errors import UserError
+
+TINY: dict[str, Any] = {
+    "run": {"folder": "run"},
+    "device": "cpu",
+    "model": {"width": 32, "depth": 1, "heads": 2, "frames": 4, "input_size": 32},
+    "data": {"mask": {"ratio": 0.5}},
+    "targets": {"pixels": {"kind": "pixels", "decoder": {"width": 16, "depth": 1, "heads": 2}}},
+    "training": {"epochs": 4, "global_batch": 8, "base_lr": 1e-3, "warmup_epochs": 1},
+}
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(TINY))
+    return file
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_every_shipped_recipe_fits_the_schema(name: str) -> None:
+    load_recipe(name)
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_every_shipped_recipe_states_command_hardware_time_and_result(name: str) -> None:
+    from importlib import resources
+
+    head = (resources.files("mvd_scale") / "recipes" / f"{name}.yaml").read_text().split("\nrun:")[0]
+    for fact in ("command", "hardware", "time", "published"):
+        assert f"# {fact} " in head, fact
+
+
+def test_the_resolved_recipe_reads_back_to_itself(tiny: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(tiny, ["--training.epochs", "7"])
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(recipe.to_yaml())
+    assert load_recipe(resolved) == recipe
+
+
+def test_overrides_reach_any_depth_and_the_last_one_wins(tiny: Path) -> None:
+    recipe = load_recipe(
+        tiny,
+        [
+            "--training.epochs=5",
+            "--training.epochs",
+            "6",
+            "--targets.pixels.decoder",
+            "{width: 64}",
+            "--data.crop.kind",
+            "center",
+        ],
+    )
+    assert recipe.training.epochs == 6
+    assert recipe.targets["pixels"].decoder.width == 64
+    assert recipe.targets["pixels"].decoder.depth == 1
+    assert recipe.data.crop.kind == "center"
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "expectation"),
+    [
+        (["--training.epoch", "3"], "training.epoch", "unknown key"),
+        (["--trainin.epochs", "3"], "trainin", "unknown key"),
+        (["--training.epochs", "many"], "training.epochs", "'many'"),
+        (["--training.epochs", "0"], "training.epochs", "greater than 0"),
+        (["--data.mask.ratio", "0.1"], "recipe", "leaves 8 of 8 tokens visible"),
+        (["--data.mask.ratio", "1.5"], "data.mask.ratio", "less than 1"),
+        (["--training.micro_batch", "3"], "recipe", "does not divide"),
+        (["--training.precision", "fp16"], "recipe", "needs a GPU"),
+        (["--training.warmup_epochs", "4"], "recipe", "must be fewer"),
+        (["--training.min_lr", "1"], "recipe", "above training.base_lr"),
+        (["--model.heads", "3"], "model", "does not divide into 3 heads"),
+        (["--model.size", "B"], "model", "width is 32, but size B has 768"),
+        (["--model.input_size", "33"], "model", "not a multiple of patch_size 16"),
+        (["--model.frames", "3"], "model", "not a multiple of tubelet 2"),
+        (["--model.positions", "sincos2d"], "model", "tell no time"),
+        (["--targets.pixels.kind", "voxels"], "targets.pixels", "voxels"),
+        (["--targets.pixels.decoder.heads", "3"], "recipe", "targets.pixels.decoder"),
+        (["--training.base_lr", ".nan"], "training.base_lr", "finite"),
+    ],
+)
+def test_a_fault_is_named(tiny: Path, override: list[str], key: str, expectation: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_recipe(tiny, override)
+    assert f"  {key}" in str(error.value)
+    assert expectation in str(error.value)
+
+
+def test_all_faults_are_named_at_once(tiny: Path) -> None:
+    with pytest.raises(UserError, match=r"(?s)model\.depht.*training\.epoch"):
+        load_recipe(tiny, ["--model.depht", "1", "--training.epoch", "3"])
+
+
+@pytest.mark.parametrize("words", [["--training.epochs"], ["training.epochs", "3"], ["--", "3"]])
+def test_an_argument_that_is_no_override_is_refused(tiny: Path, words: list[str]) -> None:
+    with pytest.raises(UserError, match="--"):
+        load_recipe(tiny, words)
+
+
+def test_an_unknown_recipe_lists_the_known(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="quickstart/student"):
+        load_recipe("quickstart/studnet")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("model: [")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_recipe(broken)
+
+
+def test_the_global_batch_is_split_over_ranks() -> None:
+    recipe = Recipe.model_validate(TINY)
+    assert recipe.batch_split(1) == (8, 1)
+    assert recipe.batch_split(4) == (2, 1)
+    halved = Recipe.model_validate({**TINY, "training": {**TINY["training"], "micro_batch": 2}})
+    assert halved.batch_split(2) == (2, 2)
+
+
+def test_an_impossible_split_proposes_the_nearest() -> None:
+    with pytest.raises(UserError, match="6 or 9"):
+        Recipe.model_validate(TINY).batch_split(3)
+
+
+@pytest.mark.parametrize(("kind", "ratio", "visible"), [("tube", 0.9, 160), ("random", 0.9, 157), ("tube", 0.75, 392)])
+def test_visible_tokens_of_a_published_clip(kind: str, ratio: float, visible: int) -> None:
+    values = {**TINY, "model": {"size": "S"}, "data": {"mask": {"kind": kind, "ratio": ratio}}}
+    assert Recipe.model_validate(values).visible_tokens == visible
+
+
+def test_what_may_change_between_a_start_and_its_resumption() -> None:
+    recipe = Recipe.model_validate(TINY)
+    moved = recipe.model_copy(update={"logging": recipe.logging.model_copy(update={"every_steps": 3})})
+    assert moved.identity() == recipe.identity()
+    longer = recipe.model_copy(update={"training": recipe.training.model_copy(update={"epochs": 9})})
+    assert longer.identity() != recipe.identity()
