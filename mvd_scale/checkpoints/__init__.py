@@ -1,1 +1,29 @@
-"""Weights that go in and out of a run, and the checkpoints it resumes from."""
+"""Published and own checkpoints, in and out: any known format to `Checkpoint`, and back to what other tools expect."""
+
+from mvd_scale.checkpoints.adapt import adapt
+from mvd_scale.checkpoints.checkpoint import Checkpoint, DecoderWeights, Hints
+from mvd_scale.checkpoints.publish import export_checkpoint, to_published
+from mvd_scale.checkpoints.roles import describe, import_checkpoint
+from mvd_scale.checkpoints.weights import (
+    build_classifier,
+    build_encoder,
+    build_student,
+    load_encoder,
+    read_checkpoint,
+)
+
+__all__ = [
+    "Checkpoint",
+    "DecoderWeights",
+    "Hints",
+    "adapt",
+    "build_classifier",
+    "build_encoder",
+    "build_student",
+    "describe",
+    "export_checkpoint",
+    "import_checkpoint",
+    "load_encoder",
+    "read_checkpoint",
+    "to_published",
+]

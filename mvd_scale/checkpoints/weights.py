@@ -1,77 +1,131 @@
-"""Finished weights as safetensors, with the model's shape in the file's metadata. Tensors only, never pickles."""
+"""From checkpoints to modules: everything fits, or every reason why not is named and nothing was loaded."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mvd_scale.config import ModelConfig
+from mvd_scale.checkpoints.adapt import adapt
+from mvd_scale.checkpoints.checkpoint import Checkpoint, Hints
+from mvd_scale.checkpoints.interpret import interpret
+from mvd_scale.checkpoints.native import save_weights
+from mvd_scale.checkpoints.reading import read_source
 from mvd_scale.errors import UserError
-from mvd_scale.models import Encoder, Student
+from mvd_scale.models import Classifier, Encoder, Student
+from mvd_scale.models.positions import position_table
 
-_MODEL_KEY = "mvd_scale.model"
+__all__ = [
+    "build_classifier",
+    "build_encoder",
+    "build_student",
+    "load_encoder",
+    "load_exactly",
+    "load_student",
+    "misfits",
+    "read_checkpoint",
+    "save_weights",
+]
 
 
-def save_weights(path: Path, tensors: Mapping[str, Tensor], model: ModelConfig) -> None:
-    """Write tensors and the encoder's shape; the file appears whole or not at all."""
-    partial = path.with_suffix(".partial")
-    metadata = {_MODEL_KEY: json.dumps(model.model_dump(mode="json")), "format": "pt"}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
-    partial.chmod(0o644)
-    os.replace(partial, path)
-
-
-def load_encoder(path: Path, *, final_norm: bool) -> Encoder:
-    """Build the encoder that a file describes and load its weights, float32, on the CPU.
+def read_checkpoint(path: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008 - immutable
+    """Read any known format, recognised by its keys.
 
     Args:
-        path: an `encoder.safetensors` of a finished run.
-        final_norm: keep the norm after the last block; teachers go without.
+        path: a file of safetensors or `torch.save`; a folder of Hugging Face, DeepSpeed or one of our runs.
+        hints: what the file does not tell, and the clip that the model shall take.
 
     Raises:
-        UserError: no such file, no safetensors, no shape in it, or weights that do not fit the shape.
+        UserError: nothing readable, a pickle that carries code, no known format, or no way to the wanted clip.
     """
-    config, tensors = _read(path, "encoder.safetensors")
-    encoder = Encoder(config, final_norm=final_norm)
-    if not final_norm:
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("norm.")}
-    load_exactly(encoder, tensors, str(path))
+    checkpoint = interpret(read_source(path), hints)
+    return adapt(checkpoint, frames=hints.frames, input_size=hints.input_size)
+
+
+def build_encoder(checkpoint: Checkpoint, *, final_norm: bool) -> Encoder:
+    """The encoder of any checkpoint, float32, on the CPU. Decoders and heads are left out.
+
+    Raises:
+        UserError: names every tensor that does not fit.
+    """
+    encoder = _empty_encoder(checkpoint, final_norm=final_norm)
+    load_exactly(encoder, _encoder_tensors(checkpoint, final_norm=final_norm), checkpoint.source)
+    return encoder
+
+
+def build_student(checkpoint: Checkpoint) -> Student:
+    """Encoder and decoders, float32, on the CPU.
+
+    Raises:
+        UserError: there are no decoders, or names every tensor that does not fit.
+    """
+    if not checkpoint.decoders:
+        raise UserError(f"{checkpoint.source} has no decoders: expected a pre-training checkpoint with its decoders")
+    student = _empty_student(checkpoint)
+    load_exactly(student, checkpoint.tensors() | dict(checkpoint.leftovers), checkpoint.source)
+    return student
+
+
+def build_classifier(checkpoint: Checkpoint) -> Classifier:
+    """Encoder and classification head, float32, on the CPU.
+
+    Raises:
+        UserError: there is no head, or names every tensor that does not fit.
+    """
+    if checkpoint.classes is None:
+        raise UserError(f"{checkpoint.source} has no classification head: expected a fine-tuned checkpoint")
+    classifier = _empty_classifier(checkpoint, checkpoint.classes)
+    load_exactly(classifier, checkpoint.tensors() | dict(checkpoint.leftovers), checkpoint.source)
+    return classifier
+
+
+def load_encoder(
+    path: Path,
+    *,
+    final_norm: bool,
+    hints: Hints = Hints(),  # noqa: B008 - immutable
+    mapped: bool = False,
+) -> Encoder:
+    """Build the encoder that a checkpoint of any known format describes and load its weights.
+
+    Args:
+        path: as for `read_checkpoint`.
+        final_norm: keep the norm after the last block; teachers go without.
+        hints: as for `read_checkpoint`.
+        mapped: leave the weights in the file, memory-mapped, in its dtype and unread, where its format allows it;
+            then whoever reads them first, `engine.shard_teacher`, sees whether they are finite.
+
+    Raises:
+        UserError: as `read_checkpoint`, or names every tensor that does not fit.
+    """
+    checkpoint = read_checkpoint(path, hints)
+    if not mapped:
+        return build_encoder(checkpoint, final_norm=final_norm)
+    with torch.device("meta"):
+        encoder = _empty_encoder(checkpoint, final_norm=final_norm)
+    tensors = _encoder_tensors(checkpoint, final_norm=final_norm)
+    faults = _misnamed(encoder, tensors)
+    if faults:
+        raise _does_not_fit(str(path), faults)
+    encoder.load_state_dict(tensors, assign=True)
+    if "positions" not in tensors:
+        model = encoder.config
+        table = position_table(model.positions, model.grid, encoder.width)
+        encoder.register_buffer("positions", table, persistent=False)
     return encoder
 
 
 def load_student(student: Student, path: Path) -> None:
-    """Load a `student.safetensors`: encoder and decoders.
+    """Load encoder and decoders of a checkpoint of any known format into a student.
 
     Raises:
-        UserError: no such file, no safetensors, or weights that do not fit the student.
+        UserError: as `read_checkpoint`, or names every tensor that does not fit the student.
     """
-    _, tensors = _read(path, "student.safetensors")
-    load_exactly(student, tensors, str(path))
-
-
-def _read(path: Path, expected: str) -> tuple[ModelConfig, dict[str, Tensor]]:
-    if not path.is_file():
-        raise UserError(f"no checkpoint {path}: expected the {expected} of a finished run")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if _MODEL_KEY not in metadata:
-                raise UserError(f"{path} does not say which model it holds: expected a file that `mvd-scale` wrote")
-            config = ModelConfig.model_validate_json(metadata[_MODEL_KEY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a handle, not a dict
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a readable safetensors file ({error}); expected {expected}") from error
-    except ValidationError as error:
-        raise UserError(f"{path} describes a model that does not exist here: {error}") from error
-    return config, tensors
+    checkpoint = read_checkpoint(path)
+    load_exactly(student, checkpoint.tensors() | dict(checkpoint.leftovers), str(path))
 
 
 def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -80,14 +134,75 @@ def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], source: str) 
     Raises:
         UserError: names every missing, surplus, misshapen and non-finite tensor; nothing was copied.
     """
+    faults = _faults(module, tensors)
+    if faults:
+        raise _does_not_fit(source, faults)
+    module.load_state_dict(dict(tensors))
+
+
+def misfits(checkpoint: Checkpoint) -> list[str]:
+    """Every tensor that is missing, surplus, misshapen or not finite, judged by the model it says to be."""
+    with torch.device("meta"):
+        module: nn.Module
+        if checkpoint.kind == "student":
+            module = _empty_student(checkpoint)
+        elif checkpoint.classes is not None:
+            module = _empty_classifier(checkpoint, checkpoint.classes)
+        else:
+            # A head without its weight tells no classes: all of it counts as surplus.
+            checkpoint = replace(checkpoint, head={}, leftovers={**checkpoint.leftovers, **checkpoint.head})
+            module = _empty_encoder(checkpoint, final_norm=checkpoint.final_norm)
+    return _faults(module, checkpoint.tensors() | dict(checkpoint.leftovers))
+
+
+def _empty_encoder(checkpoint: Checkpoint, *, final_norm: bool) -> Encoder:
+    encoder = Encoder(checkpoint.model, final_norm=final_norm)
+    _make_room_for_positions(encoder, checkpoint)
+    return encoder
+
+
+def _empty_student(checkpoint: Checkpoint) -> Student:
+    decoders = {name: (decoder.config, decoder.channels) for name, decoder in checkpoint.decoders.items()}
+    student = Student(checkpoint.model, decoders)
+    _make_room_for_positions(student.encoder, checkpoint)
+    return student
+
+
+def _empty_classifier(checkpoint: Checkpoint, classes: int) -> Classifier:
+    classifier = Classifier(checkpoint.model, classes)
+    _make_room_for_positions(classifier.encoder, checkpoint)
+    return classifier
+
+
+def _make_room_for_positions(encoder: Encoder, checkpoint: Checkpoint) -> None:
+    if "positions" in checkpoint.encoder:
+        encoder.store_positions(torch.zeros_like(encoder.positions))
+
+
+def _encoder_tensors(checkpoint: Checkpoint, *, final_norm: bool) -> dict[str, Tensor]:
+    tensors = {name: t for name, t in checkpoint.encoder.items() if final_norm or not name.startswith("norm.")}
+    return tensors | dict(checkpoint.leftovers)
+
+
+def _faults(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+    broken = [
+        f"{name} holds values that are not finite"
+        for name in module.state_dict().keys() & tensors.keys()
+        if not torch.isfinite(tensors[name]).all()
+    ]
+    return sorted(_misnamed(module, tensors) + broken)
+
+
+def _misnamed(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Tensors that are missing, surplus or misshapen; reads none of them."""
     expected = module.state_dict()
     faults = [f"missing {name}" for name in expected.keys() - tensors.keys()]
     faults += [f"surplus {name}" for name in tensors.keys() - expected.keys()]
     for name in expected.keys() & tensors.keys():
         if expected[name].shape != tensors[name].shape:
             faults.append(f"{name} is {tuple(tensors[name].shape)}, expected {tuple(expected[name].shape)}")
-        elif not torch.isfinite(tensors[name]).all():
-            faults.append(f"{name} holds values that are not finite")
-    if faults:
-        raise UserError(f"{source} does not fit the model:\n  " + "\n  ".join(sorted(faults)))
-    module.load_state_dict(dict(tensors))
+    return sorted(faults)
+
+
+def _does_not_fit(source: str, faults: list[str]) -> UserError:
+    return UserError(f"{source} does not fit the model:\n  " + "\n  ".join(faults))

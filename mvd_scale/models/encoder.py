@@ -42,6 +42,10 @@ class Encoder(nn.Module):
         if self.class_token is not None:
             nn.init.normal_(self.class_token, std=0.02)
 
+    def store_positions(self, table: Tensor) -> None:
+        """Add a table of the model's own, (N, D), instead of the fixed one, and keep it in the state dict."""
+        self.register_buffer("positions", table)
+
     @property
     def width(self) -> int:
         """D."""

@@ -26,6 +26,24 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
+def layer_index(name: str, depth: int) -> int:
+    """Layer of a parameter of `Classifier` for layer-wise decay of the learning rate.
+
+    0 is the embedding with its tokens, 1 to `depth` are the blocks, `depth + 1` is what follows them.
+    """
+    inside = name.removeprefix("encoder.")
+    if inside.startswith(("patch_embed.", "class_token")):
+        return 0
+    if inside.startswith("blocks."):
+        return int(inside.split(".")[1]) + 1
+    return depth + 1
+
+
+def layer_scale(name: str, depth: int, decay: float) -> float:
+    """Factor on the learning rate of a parameter of `Classifier`: `decay` once per layer above its own."""
+    return float(decay ** (depth + 1 - layer_index(name, depth)))
+
+
 def build_optimizer(
     model: nn.Module, training: TrainingConfig, device: torch.device, *, offload: bool
 ) -> torch.optim.Optimizer:

@@ -33,6 +33,21 @@ def test_an_encoder_comes_back_as_it_was(saved: tuple[Path, Encoder]) -> None:
     torch.testing.assert_close(encoder.norm(teacher(clip)), encoder(clip))  # type: ignore[misc]
 
 
+def test_a_mapped_encoder_stays_in_its_file_until_it_is_read(saved: tuple[Path, Encoder]) -> None:
+    path, encoder = saved
+    clip = torch.randint(0, 256, (1, 4, 32, 32, 3), dtype=torch.uint8)
+    mapped = load_encoder(path, final_norm=True, mapped=True)
+    assert torch.equal(mapped(clip), encoder(clip))
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(path.name)]
+    ranges = [[int(end, 16) for end in line[0].split("-")] for line in maps]
+    assert all(any(low <= p.data_ptr() < high for low, high in ranges) for p in mapped.parameters())
+    tensors = encoder.state_dict()
+    del tensors["norm.weight"]
+    save_weights(path, tensors, SHAPE)
+    with pytest.raises(UserError, match=r"missing norm\.weight"):
+        load_encoder(path, final_norm=True, mapped=True)
+
+
 def test_others_may_read_what_was_written(saved: tuple[Path, Encoder]) -> None:
     assert saved[0].stat().st_mode & 0o044 == 0o044
 

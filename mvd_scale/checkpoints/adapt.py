@@ -1,0 +1,90 @@
+"""A model for other clips than it was trained on: more or fewer frames, another input size, images to video.
+
+Legend: N tokens, D width, t frames of a tubelet, p side of a patch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+from torch.nn import functional as F
+
+from mvd_scale.checkpoints.checkpoint import Checkpoint
+from mvd_scale.config import ModelConfig
+from mvd_scale.config.model import Positions
+from mvd_scale.errors import UserError
+
+
+def adapt(
+    checkpoint: Checkpoint, *, frames: int | None = None, input_size: int | None = None, tubelet: int | None = None
+) -> Checkpoint:
+    """The same weights for other clips; None leaves a value as it is.
+
+    Fixed position tables are rebuilt at the new grid, learned ones interpolated (bicubic in space, linear in time).
+    An image model becomes a video model where `tubelet` is given: every frame of a tubelet gets an equal share of the
+    patch embedding, so that a still clip is embedded as its image was.
+
+    Raises:
+        UserError: the tubelet of a video model would change, or the numbers do not fit the patches.
+    """
+    model = checkpoint.model
+    image = model.tubelet == 1 and model.frames == 1
+    wanted = model.tubelet if tubelet is None else tubelet
+    if wanted != model.tubelet and not image:
+        raise UserError(
+            f"{checkpoint.source} embeds tubelets of {model.tubelet} frames, not {wanted}: its weights tell those "
+            f"{model.tubelet} frames apart by motion, and no others can be made of them. "
+            "Only an image model can be inflated; choose a checkpoint of that tubelet"
+        )
+    if image and tubelet is None and frames not in (None, 1):
+        raise UserError(
+            f"{checkpoint.source} is an image model and takes 1 frame, not {frames}; "
+            "inflate it to clips with `--tubelet 2`"
+        )
+    changes = {
+        "tubelet": wanted,
+        "frames": frames or (wanted if image else model.frames),
+        "input_size": input_size or model.input_size,
+    }
+    try:
+        adapted = ModelConfig.model_validate(model.model_dump() | changes | {"positions": _positions(model, changes)})
+    except ValidationError as error:
+        reasons = "; ".join(fault["msg"].removeprefix("Value error, ") for fault in error.errors())
+        raise UserError(f"{checkpoint.source} cannot take such clips: {reasons}") from error
+    if adapted == model:
+        return checkpoint
+    encoder = dict(checkpoint.encoder)
+    if "positions" in encoder:
+        encoder["positions"] = _interpolate(encoder["positions"], model.grid, adapted.grid)
+    if wanted != model.tubelet:
+        encoder["patch_embed.weight"] = _inflate(encoder["patch_embed.weight"], wanted, model.patch_size)
+    return replace(checkpoint, model=adapted, encoder=encoder)
+
+
+def _positions(model: ModelConfig, changes: dict[str, int]) -> Positions:
+    """The table of images tells no time: clips get MVD's."""
+    still = changes["frames"] == changes["tubelet"]
+    return "sincos3d" if model.positions == "sincos2d" and not still else model.positions
+
+
+def _inflate(weight: Tensor, tubelet: int, patch: int) -> Tensor:
+    """(D, 3 p p) to (D, 3 t p p)."""
+    flat = weight.unflatten(1, (3, 1, patch * patch)) / tubelet
+    return flat.expand(-1, -1, tubelet, -1).flatten(1)
+
+
+def _interpolate(positions: Tensor, old: tuple[int, int, int], new: tuple[int, int, int]) -> Tensor:
+    """(N, D) at one grid to (N', D) at another."""
+    table = positions.float().unflatten(0, old)
+    if old[1:] != new[1:]:
+        slices = table.permute(0, 3, 1, 2)
+        slices = F.interpolate(slices, size=new[1:], mode="bicubic", antialias=True, align_corners=False)
+        table = slices.permute(0, 2, 3, 1)
+    if old[0] != new[0]:
+        lines = table.flatten(1).t().unsqueeze(0)
+        lines = F.interpolate(lines, size=new[0], mode="linear", align_corners=False)
+        table = lines.squeeze(0).t().unflatten(1, (*new[1:], -1))
+    return torch.flatten(table, 0, 2)

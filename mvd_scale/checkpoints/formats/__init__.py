@@ -1,0 +1,57 @@
+"""Published formats, each recognised by its keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from mvd_scale.checkpoints.formats.format import Format
+from mvd_scale.checkpoints.formats.hf_mae import HF_MAE
+from mvd_scale.checkpoints.formats.hf_videomae import HF_VIDEOMAE
+from mvd_scale.checkpoints.formats.mae import MAE
+from mvd_scale.checkpoints.formats.mvd import MVD, MVD_CLASSIFIER
+from mvd_scale.checkpoints.formats.timm import TIMM
+from mvd_scale.checkpoints.formats.videomae import VIDEOMAE, VIDEOMAE_FINETUNED
+from mvd_scale.config.model import Positions
+
+FAMILIES: dict[str, tuple[Format, ...]] = {
+    "videomae": (VIDEOMAE, VIDEOMAE_FINETUNED),
+    "mvd": (MVD, MVD_CLASSIFIER),
+    "mae": (MAE,),
+    "timm": (TIMM,),
+    "hf": (HF_VIDEOMAE, HF_MAE),
+}
+"""What can be written, by the word of `mvd-scale export --to`."""
+
+_ORDER = (HF_MAE, HF_VIDEOMAE, VIDEOMAE, MVD, MAE, MVD_CLASSIFIER, VIDEOMAE_FINETUNED, TIMM)
+"""The most telling keys first."""
+
+_PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.", "encoder.")
+_PATCHES = ("patch_embed.proj.weight", "patch_embed.weight", "embeddings.patch_embeddings.projection.weight")
+
+
+def recognise(tensors: Mapping[str, Tensor], positions: Positions | None) -> Format | None:
+    """The published format of a state dict without wrappers.
+
+    Fine-tuned classifiers of VideoMAE and MVD have the same keys: they count as MVD's (sincos3d) unless `positions`
+    says sinusoid.
+    """
+    found = next((form for form in _ORDER if form.recognise(tensors)), None)
+    return VIDEOMAE_FINETUNED if found is MVD_CLASSIFIER and positions == "sinusoid" else found
+
+
+def strip_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take off the prefixes of engines and larger models where the encoder lies under them."""
+    stripped = dict(tensors)
+    for prefix in _PREFIXES * 2:
+        inside = {name.removeprefix(prefix) for name in stripped if name.startswith(prefix)}
+        outside = {name for name in stripped if not name.startswith(prefix)}
+        # `encoder.` belongs to the names of VideoMAE and of ours as soon as a decoder or head of theirs is there.
+        holds_decoder = any(name.startswith(("decoder", "encoder_to_decoder")) for name in outside)
+        native = "patch_embed.weight" in inside
+        whole = prefix != "encoder." or not (holds_decoder or (native and outside))
+        encoder_inside = any(name.endswith(_PATCHES) for name in inside)
+        if encoder_inside and whole and inside.isdisjoint(outside):
+            stripped = {name.removeprefix(prefix): tensor for name, tensor in stripped.items()}
+    return stripped

@@ -1,0 +1,183 @@
+"""From the tensors of a file to a `Checkpoint`: names, shapes, heads, positions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from mvd_scale.checkpoints import native
+from mvd_scale.checkpoints.checkpoint import Checkpoint, Hints
+from mvd_scale.checkpoints.formats import recognise, strip_wrappers
+from mvd_scale.checkpoints.formats.format import Format
+from mvd_scale.checkpoints.formats.names import pack_attention, to_ours
+from mvd_scale.checkpoints.reading import Source
+from mvd_scale.checkpoints.shapes import (
+    decoder_parts,
+    decoder_weights,
+    depth_of,
+    encoder_heads,
+    mlp_ratio_of,
+    under,
+)
+from mvd_scale.config import ModelConfig
+from mvd_scale.config.model import Positions
+from mvd_scale.errors import UserError
+from mvd_scale.models.positions import position_table
+
+_PUBLISHED_GRID = 14
+"""Patches along a side of every published video model, where a file holds no positions."""
+
+_PUBLISHED_FRAMES = 16
+
+
+def interpret(source: Source, hints: Hints) -> Checkpoint:
+    """Recognise what a source holds and bring it to our names, at the shape it was trained with.
+
+    Raises:
+        UserError: no known format, or shapes that make no model; missing and surplus tensors are left for later.
+    """
+    if native.is_native(source):
+        return native.interpret(source, hints)
+    tensors = strip_wrappers(source.tensors)
+    form = recognise(tensors, hints.positions)
+    if form is None:
+        return native.interpret(replace(source, tensors=tensors), hints)
+    ours, leftovers, unused = _rename(tensors, form)
+    try:
+        return _assemble(source, form, _merge(hints, form.facts(source.config)), ours, leftovers, unused)
+    except ValidationError as error:
+        raise UserError(f"{source.path} ({form.name}) has shapes that make no model: {error}") from error
+
+
+def _merge(hints: Hints, facts: Hints) -> Hints:
+    given = {name: value for name, value in vars(hints).items() if value is not None}
+    return replace(facts, **given)
+
+
+def _rename(tensors: Mapping[str, Tensor], form: Format) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
+    """Tensors by our names with attention in our form, those without a name, and those left out on purpose."""
+    ours: dict[str, Tensor] = {}
+    leftovers: dict[str, Tensor] = {}
+    unused: list[str] = []
+    for name, tensor in tensors.items():
+        renamed = to_ours(name, form.modules, form.leaves)
+        if renamed is not None and renamed not in ours:
+            ours[renamed] = tensor
+        elif name.startswith(form.ignored):
+            unused.append(name)
+        else:
+            leftovers[name] = tensor
+    return pack_attention(ours), leftovers, unused
+
+
+def _assemble(
+    source: Source,
+    form: Format,
+    hints: Hints,
+    tensors: dict[str, Tensor],
+    leftovers: dict[str, Tensor],
+    unused: list[str],
+) -> Checkpoint:
+    patches = tensors["encoder.patch_embed.weight"]
+    tubelet, side = (patches.shape[2] if patches.ndim == 5 else 1), patches.shape[-1]
+    tensors["encoder.patch_embed.weight"] = patches.flatten(1)
+    encoder = under(tensors, "encoder.")
+    table, class_position = encoder.pop("positions", None), None
+    if table is not None:
+        table = table.flatten(0, -2)
+        if "class_token" in encoder:
+            class_position, table = table[:1], table[1:]
+    width = patches.shape[0]
+    values: dict[str, Any] = {
+        "width": width,
+        "depth": depth_of(encoder, str(source.path)),
+        "heads": hints.heads or encoder_heads(width, str(source.path)),
+        "mlp_ratio": mlp_ratio_of(encoder, width),
+        "patch_size": side,
+        "tubelet": tubelet,
+        "class_token": "class_token" in encoder,
+    }
+    learned = None
+    if table is None:
+        frames = 1 if form.image else hints.frames or _PUBLISHED_FRAMES
+        size = hints.input_size or _PUBLISHED_GRID * side
+        model = ModelConfig(**values, positions=hints.positions or form.positions, frames=frames, input_size=size)
+    else:
+        model, learned = _place(source, form, hints, values, table)
+    if class_position is not None and class_position.any():
+        encoder["class_token"] = encoder["class_token"] + class_position.view(1, 1, -1)
+    if learned is not None:
+        encoder["positions"] = learned
+    decoders = {}
+    for target, weights in decoder_parts(tensors).items():
+        positions = weights.pop("positions", None)
+        part = decoder_weights(weights, hints, f"{source.path}: decoder {target}", image=form.image)
+        decoders[target] = part
+        if positions is not None and not _is_decoder_table(positions, model, part.config.width):
+            leftovers[f"positions of decoder {target} that are not the fixed table {model.positions}"] = positions
+    head = {name: tensor for name, tensor in tensors.items() if name.startswith(("norm.", "head."))}
+    return Checkpoint(str(source.path), form.name, model, encoder, decoders, head, leftovers, tuple(unused))
+
+
+def _place(
+    source: Source, form: Format, hints: Hints, values: dict[str, Any], table: Tensor
+) -> tuple[ModelConfig, Tensor | None]:
+    """Find the grid and kind of a position table by its values; a table that is none of the fixed ones is learned."""
+    grids = list(_grids(len(table), image=form.image))
+    for frames, side in grids:
+        shape = {"frames": frames * values["tubelet"], "input_size": side * values["patch_size"]}
+        for kind in _kinds(form, values["width"], frames):
+            model = ModelConfig(**values, **shape, positions=kind)
+            if _is_table(table, model, values["width"]):
+                if hints.positions not in (None, kind):
+                    raise UserError(
+                        f"{source.path} holds the position table {kind}; --positions {hints.positions} contradicts it"
+                    )
+                return model, None
+    if hints.positions is not None:
+        raise UserError(f"{source.path} holds learned positions; leave `--positions {hints.positions}` out")
+    wanted = (hints.frames or _PUBLISHED_FRAMES) // values["tubelet"]
+    chosen = next((grid for grid in grids if form.image or grid[0] == wanted), None)
+    if chosen is None:
+        raise UserError(
+            f"{source.path} has learned positions of {len(table)} tokens, which make no square grid"
+            f"{'' if form.image else f' at {wanted} time slices; give the frames it was trained with'}"
+        )
+    frames, side = chosen
+    shape = {"frames": frames * values["tubelet"], "input_size": side * values["patch_size"]}
+    return ModelConfig(**values, **shape, positions=form.positions), table
+
+
+def _grids(tokens: int, *, image: bool) -> Iterable[tuple[int, int]]:
+    for time in [1] if image else range(1, tokens + 1):
+        side = math.isqrt(tokens // time)
+        if side and time * side * side == tokens:
+            yield time, side
+
+
+def _kinds(form: Format, width: int, time: int) -> list[Positions]:
+    others: tuple[Positions, ...] = ("sincos3d", "sinusoid", "sincos2d")
+    fits = {"sincos3d": width % 16 == 0, "sincos2d": width % 4 == 0 and time == 1, "sinusoid": True}
+    return [kind for kind in dict.fromkeys((form.positions, *others)) if fits[kind]]
+
+
+def _is_decoder_table(positions: Tensor, model: ModelConfig, width: int) -> bool:
+    rows = positions.flatten(0, -2)
+    if model.class_token:
+        if rows[0].any():
+            return False
+        rows = rows[1:]
+    return _is_table(rows, model, width)
+
+
+def _is_table(rows: Tensor, model: ModelConfig, width: int) -> bool:
+    if rows.shape != (math.prod(model.grid), width):
+        return False
+    tolerance = 1e-4 if rows.dtype == torch.float32 else 5e-3
+    return torch.allclose(rows.float(), position_table(model.positions, model.grid, width), rtol=0, atol=tolerance)

@@ -1,0 +1,85 @@
+"""Files of our own: safetensors with the model's shape in their metadata, or in the recipe of their run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import ValidationError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mvd_scale.checkpoints.checkpoint import Checkpoint, DecoderWeights, Hints
+from mvd_scale.checkpoints.reading import Source
+from mvd_scale.checkpoints.shapes import decoder_parts, decoder_weights, under
+from mvd_scale.config import DecoderConfig, ModelConfig, load_recipe
+from mvd_scale.errors import UserError
+
+_MODEL_KEY = "mvd_scale.model"
+_DECODERS_KEY = "mvd_scale.decoders"
+
+
+def save_weights(
+    path: Path, tensors: Mapping[str, Tensor], model: ModelConfig, decoders: Mapping[str, DecoderConfig] | None = None
+) -> None:
+    """Write tensors and the shapes of encoder and decoders; the file appears whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    metadata = {_MODEL_KEY: json.dumps(model.model_dump(mode="json")), "format": "pt"}
+    if decoders:
+        metadata[_DECODERS_KEY] = json.dumps({name: shape.model_dump() for name, shape in decoders.items()})
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+    partial.chmod(0o644)
+    os.replace(partial, path)
+
+
+def is_native(source: Source) -> bool:
+    """Whether the file says itself which model of ours it holds."""
+    return _MODEL_KEY in source.metadata
+
+
+def interpret(source: Source, hints: Hints) -> Checkpoint:
+    """The model that a file of ours holds; decoder heads come from the file, its run's recipe or the hints.
+
+    Raises:
+        UserError: neither the file nor a recipe says which model it is, or what they say makes no sense.
+    """
+    try:
+        model, shapes = _described(source)
+    except (ValidationError, json.JSONDecodeError, AttributeError) as error:
+        raise UserError(f"{source.path} describes a model that does not exist here: {error}") from error
+    tensors = source.tensors
+    if "encoder.patch_embed.weight" not in tensors:
+        return Checkpoint(str(source.path), "mvd-scale", model, tensors)
+    decoders = {}
+    for name, weights in decoder_parts(tensors).items():
+        if name in shapes and "head.weight" in weights:
+            decoders[name] = DecoderWeights(shapes[name], len(weights["head.weight"]), weights)
+        else:
+            decoders[name] = decoder_weights(weights, hints, f"{source.path}: decoder {name}", image=model.class_token)
+    head = {name: tensor for name, tensor in tensors.items() if name.startswith(("norm.", "head."))}
+    known = ("encoder.", "decoders.", *head)
+    leftovers = {name: tensor for name, tensor in tensors.items() if not name.startswith(known)}
+    return Checkpoint(
+        str(source.path), "mvd-scale", model, under(tensors, "encoder."), decoders, head, leftovers=leftovers
+    )
+
+
+def _described(source: Source) -> tuple[ModelConfig, Mapping[str, DecoderConfig]]:
+    if is_native(source):
+        model = ModelConfig.model_validate_json(source.metadata[_MODEL_KEY])
+        if _DECODERS_KEY in source.metadata:
+            written = json.loads(source.metadata[_DECODERS_KEY])
+            return model, {name: DecoderConfig.model_validate(shape) for name, shape in written.items()}
+        recipe = load_recipe(source.recipe) if source.recipe is not None else None
+    else:
+        ours = {"patch_embed.weight", "encoder.patch_embed.weight"} & source.tensors.keys()
+        if source.recipe is None or not ours:
+            raise UserError(
+                f"{source.path} does not say which model it holds and its keys are of no known format (MAE, VideoMAE, "
+                f"MVD, timm, Hugging Face, mvd-scale); it begins with {', '.join(sorted(source.tensors)[:3])}"
+            )
+        recipe = load_recipe(source.recipe)
+        model = recipe.model
+    return model, {name: target.decoder for name, target in recipe.targets.items()} if recipe is not None else {}

@@ -1,0 +1,105 @@
+"""PyTorch's own files, read as untrusted: tensors and plain values only, no code of the file ever runs."""
+
+from __future__ import annotations
+
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from typing_extensions import Self
+
+from mvd_scale.errors import UserError
+
+
+class _Inert:
+    """Stands in for an object of a file that nobody needs; takes everything, keeps and does nothing."""
+
+    def __new__(cls, *arguments: object) -> Self:
+        return super().__new__(cls)
+
+    def __init__(self, *arguments: object) -> None: ...
+
+    def __setstate__(self, state: object) -> None: ...
+
+
+_HARMLESS = (
+    # Settings, scores and paths that published files carry beside the weights.
+    "argparse.Namespace",
+    "pathlib.Path",
+    "pathlib.PosixPath",
+    "numpy.dtype",
+    "numpy.ndarray",
+    "numpy.core.multiarray.scalar",
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray.scalar",
+    "numpy._core.multiarray._reconstruct",
+    "_codecs.encode",
+    # What DeepSpeed keeps in the files of its optimizers.
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+)
+"""Names that a file may mention. None of them is imported or called: `_Inert` takes the place of each."""
+
+
+_FAILURES = (
+    # A pickle is a program: a damaged one can fail in any of these ways.
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
+
+
+def load_pickle(path: Path) -> Any:
+    """What `torch.save` wrote, its storages memory-mapped where the file allows it.
+
+    Raises:
+        UserError: the file carries code, or is damaged or no file of PyTorch's at all.
+    """
+    mapped = zipfile.is_zipfile(path)
+    with torch.serialization.safe_globals([(_Inert, name) for name in _HARMLESS]):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        except pickle.UnpicklingError as error:
+            names = _foreign_names(path) if mapped else ""
+            if names or "global" in str(error).lower():
+                raise UserError(_refusal(path, names)) from error
+            raise _damaged(path, error) from error
+        except _FAILURES as error:
+            raise _damaged(path, error) from error
+
+
+def _foreign_names(path: Path) -> str:
+    try:
+        return ", ".join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path))))
+    except (pickle.UnpicklingError, *_FAILURES):
+        return ""
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return UserError(f"{path} is damaged, cut short, or no file of `torch.save` ({reason}); fetch or copy it again")
+
+
+def _refusal(path: Path, names: str) -> str:
+    return (
+        f"{path} is a pickle that carries code{f' ({names})' if names else ''} and was not loaded: opening it could do "
+        "anything on this machine. If you trust its author, convert it where it can do no harm (a container without "
+        "network and secrets):\n"
+        '  python -c "import torch; from safetensors.torch import save_file; '
+        f"c = torch.load('{path.name}', map_location='cpu', weights_only=False); c = c.get('model', c); "
+        "save_file({k: v.clone() for k, v in c.items() if torch.is_tensor(v)}, 'converted.safetensors')\"\n"
+        "and use converted.safetensors here"
+    )

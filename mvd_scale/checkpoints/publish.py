@@ -1,0 +1,161 @@
+"""Back into the form that other tools expect: names, packed biases, position tables, `config.json`."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mvd_scale.checkpoints.checkpoint import Checkpoint
+from mvd_scale.checkpoints.formats import FAMILIES
+from mvd_scale.checkpoints.formats.format import Format
+from mvd_scale.checkpoints.formats.names import from_ours, unpack_attention
+from mvd_scale.checkpoints.weights import misfits
+from mvd_scale.errors import UserError
+from mvd_scale.models.positions import position_table
+
+_PICKLES = (".pth", ".pt", ".bin")
+
+
+def export_checkpoint(checkpoint: Checkpoint, family: str, out: Path) -> None:
+    """Write a checkpoint in a published format.
+
+    Args:
+        checkpoint: of any format.
+        family: `videomae`, `mvd`, `mae`, `timm` or `hf`.
+        out: `.safetensors`; `.pth`, `.pt` or `.bin` for `{"model": ...}` of `torch.save`; a folder for `hf`.
+
+    Raises:
+        UserError: the format cannot hold this model, tensors of it are missing or broken, or `out` does not fit.
+    """
+    faults = misfits(checkpoint)
+    if faults:
+        raise UserError(f"{checkpoint.source} is not whole and was not exported:\n  " + "\n  ".join(faults))
+    form, tensors = _published(checkpoint, family)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    if form.config is not None:
+        if out.suffix:
+            raise UserError(f"--out {out}: Hugging Face's tools read a folder; give one without a suffix")
+        out.mkdir(parents=True, exist_ok=True)
+        _save(tensors, out / "model.safetensors")
+        (out / "config.json").write_text(json.dumps(form.config(checkpoint), indent=2) + "\n")
+    elif out.suffix in (*_PICKLES, ".safetensors"):
+        _save(tensors, out)
+    else:
+        raise UserError(f"--out {out}: expected a file name that ends in .safetensors, {', '.join(_PICKLES)}")
+
+
+def to_published(checkpoint: Checkpoint, family: str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by the names and in the shapes of a published format.
+
+    Raises:
+        UserError: the format cannot hold this model.
+    """
+    return _published(checkpoint, family)[1]
+
+
+def _published(checkpoint: Checkpoint, family: str) -> tuple[Format, dict[str, Tensor]]:
+    form, checkpoint = _choose(checkpoint, family)
+    model = checkpoint.model
+    tensors = {name: tensor for name, tensor in _flat(checkpoint).items() if name != "encoder.positions"}
+    patches = tensors["encoder.patch_embed.weight"]
+    frames = () if form.image else (model.tubelet,)
+    tensors["encoder.patch_embed.weight"] = patches.reshape(-1, 3, *frames, model.patch_size, model.patch_size)
+    tensors = unpack_attention(tensors, form.attention, key_bias=form.key_bias)
+    if form.stores_positions:
+        tensors |= _position_tables(checkpoint)
+    published, homeless = {}, []
+    for name, tensor in tensors.items():
+        theirs = from_ours(name, form.modules, form.leaves)
+        if theirs is None:
+            homeless.append(name)
+        else:
+            published[theirs] = tensor
+    if homeless:
+        raise UserError(
+            f"{checkpoint.source} cannot be written as {form.name}, which has no place for {', '.join(homeless)}; "
+            "export the run's encoder.safetensors to leave the decoders out"
+        )
+    return form, published
+
+
+def _choose(checkpoint: Checkpoint, family: str) -> tuple[Format, Checkpoint]:
+    """The form of a family that holds the checkpoint, with parts that it never holds taken off."""
+    model = checkpoint.model
+    image = model.frames == 1 and model.tubelet == 1
+    if family == "timm":
+        # timm's models end at the encoder.
+        checkpoint = replace(checkpoint, decoders={}, head={})
+    forms = [form for form in FAMILIES[family] if form.image == image]
+    if not forms:
+        holds, has = ("clips", "images") if image else ("images", "clips")
+        raise UserError(f"{checkpoint.source} is a model of {has}, --to {family} one of {holds}")
+    form = next((form for form in forms if checkpoint.kind in form.kinds), None)
+    if form is None:
+        raise UserError(f"{checkpoint.source} is a {checkpoint.kind}, which --to {family} has no form for")
+    if form.image != model.class_token:
+        raise UserError(
+            f"{checkpoint.source} has {'a' if model.class_token else 'no'} class token; "
+            f"models of {form.name} have {'one' if form.image else 'none'}"
+        )
+    learned = "positions" in checkpoint.encoder
+    if (learned or model.positions != form.positions) and not (form.stores_positions and form.image):
+        has = "learned positions" if learned else f"the position table {model.positions}"
+        raise UserError(
+            f"{checkpoint.source} was trained with {has}, but the code of {form.name} adds {form.positions}: "
+            "the exported weights would not behave as they do here"
+        )
+    return form, _name_pixels(checkpoint, form)
+
+
+def _name_pixels(checkpoint: Checkpoint, form: Format) -> Checkpoint:
+    """The one decoder of a pixel format has a fixed name there, whatever the target was called here."""
+    pixels = any(ours.startswith("decoders.pixels.") for _, ours in form.modules)
+    if not pixels or len(checkpoint.decoders) != 1:
+        return checkpoint
+    model, (decoder,) = checkpoint.model, checkpoint.decoders.values()
+    channels = 3 * model.tubelet * model.patch_size**2
+    if decoder.channels != channels:
+        raise UserError(
+            f"the decoder of {checkpoint.source} predicts {decoder.channels} channels; "
+            f"{form.name} predicts the {channels} values of a tube's pixels"
+        )
+    return replace(checkpoint, decoders={"pixels": decoder})
+
+
+def _flat(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    if checkpoint.kind == "encoder":
+        return {f"encoder.{name}": tensor for name, tensor in checkpoint.encoder.items()}
+    return checkpoint.tensors()
+
+
+def _position_tables(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    model = checkpoint.model
+    assert model.width is not None
+    widths = {f"decoders.{name}": decoder.config.width for name, decoder in checkpoint.decoders.items()}
+    tables = {}
+    for place, width in {"encoder": model.width, **widths}.items():
+        table = position_table(model.positions, model.grid, width)
+        if place == "encoder":
+            table = checkpoint.encoder.get("positions", table)
+        if model.class_token:
+            table = torch.cat([table.new_zeros(1, width), table])
+        tables[f"{place}.positions"] = table.unsqueeze(0)
+    return tables
+
+
+def _save(tensors: dict[str, Tensor], out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(out.name + ".partial")
+    if out.suffix in _PICKLES:
+        # Clones, since torch would write the whole storage that a view is part of.
+        torch.save({"model": {name: tensor.clone() for name, tensor in tensors.items()}}, partial)
+    else:
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, partial, {"format": "pt"})
+        partial.chmod(0o644)
+    os.replace(partial, out)

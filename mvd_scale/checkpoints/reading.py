@@ -1,0 +1,159 @@
+"""Any file or folder of weights to a flat dictionary of tensors. Files are untrusted: tensors and plain values only."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mvd_scale.checkpoints.deepspeed_folders import find_deepspeed, load_deepspeed
+from mvd_scale.checkpoints.pickles import load_pickle
+from mvd_scale.errors import UserError
+
+_WRAPPERS = ("model", "module", "state_dict")
+_INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_WEIGHTS = (
+    "student.safetensors",
+    "classifier.safetensors",
+    "encoder.safetensors",
+    "model.safetensors",
+    "pytorch_model.bin",
+)
+"""Files that stand for a folder, the richest first: of our runs and checkpoints, of Hugging Face."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a file or folder holds."""
+
+    path: Path
+    """As given, for messages."""
+
+    tensors: dict[str, Tensor]
+    """By the names of the file, memory-mapped where possible."""
+
+    metadata: dict[str, str] = field(default_factory=dict)
+    """Of a safetensors file."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    """The `config.json` beside Hugging Face's weights."""
+
+    recipe: Path | None = None
+    """The recipe of the run that wrote it."""
+
+
+def read_source(path: Path) -> Source:
+    """Read safetensors (whole or sharded), files of `torch.save`, folders of Hugging Face, DeepSpeed and of our runs.
+
+    Raises:
+        UserError: nothing there, damaged, of an unknown kind, without tensors, or a pickle that carries code.
+    """
+    if path.is_dir():
+        source = _read_folder(path)
+    elif path.is_file():
+        source = _read_file(path)
+    else:
+        raise UserError(f"no checkpoint {path}: expected a file of weights or a folder that holds one")
+    if not source.tensors:
+        raise UserError(f"{path} holds no tensors: expected the weights of a model")
+    return source
+
+
+def _read_folder(path: Path) -> Source:
+    for name in _WEIGHTS:
+        if (path / name).is_file():
+            source = _read_file(path / name)
+            return Source(path, source.tensors, source.metadata, source.config, source.recipe)
+    for name in _INDICES:
+        if (path / name).is_file():
+            return _read_file(path / name)
+    deepspeed = find_deepspeed(path)
+    if deepspeed is not None:
+        return Source(path, load_deepspeed(deepspeed), recipe=_recipe_near(deepspeed))
+    steps = sorted(step for step in path.glob("checkpoints/step_*") if step.suffix != ".partial")
+    if steps:
+        return _read_folder(steps[-1])
+    raise UserError(
+        f"{path} holds no checkpoint: expected a run folder, a DeepSpeed folder, {', '.join((*_INDICES, *_WEIGHTS))}"
+    )
+
+
+def _read_file(path: Path) -> Source:
+    if path.name.endswith(".index.json"):
+        tensors = _read_shards(path)
+        return Source(path, tensors, config=_read_json(path.with_name("config.json")))
+    with path.open("rb") as file:
+        head = file.read(9)
+    config = _read_json(path.with_name("config.json"))
+    if head[8:9] == b"{" or path.suffix == ".safetensors":
+        tensors, metadata = _read_safetensors(path)
+        return Source(path, tensors, metadata, config, _recipe_near(path.parent))
+    if head[:2] not in (b"PK", b"\x80\x02"):
+        raise UserError(
+            f"{path} holds no weights: it is neither a safetensors file nor one of `torch.save` "
+            f"({'empty' if not head else f'it begins with {head!r}'})"
+        )
+    return Source(path, _unwrap(load_pickle(path)), config=config)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, "pt") as file:
+            names, metadata = file.keys(), file.metadata() or {}
+        return {name: _map_tensor(path, name) for name in names}, metadata
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} is not a readable safetensors file ({error}); it may be cut short: fetch or copy it again"
+        ) from error
+
+
+def _map_tensor(path: Path, name: str) -> Tensor:
+    """One tensor in a mapping of its own, which goes when the tensor goes: the whole file never stays in memory."""
+    with safe_open(path, "pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    places = _read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise UserError(f"{index} has no `weight_map`: expected the index of sharded weights")
+    shards: dict[str, dict[str, Tensor]] = {}
+    for name in sorted(set(places.values())):
+        shard = index.with_name(Path(name).name)
+        if shard.name != name or not shard.is_file():
+            raise UserError(f"{index} names the shard {name!r}, which does not lie beside it; fetch all shards")
+        shards[name] = _read_file(shard).tensors
+    missing = sorted(tensor for tensor, shard in places.items() if tensor not in shards[shard])
+    if missing:
+        raise UserError(f"{index} promises tensors that its shards lack: {', '.join(missing)}; fetch them again")
+    return {tensor: shards[shard][tensor] for tensor, shard in places.items()}
+
+
+def _unwrap(loaded: object) -> dict[str, Tensor]:
+    while isinstance(loaded, dict):
+        inner = next((loaded[key] for key in _WRAPPERS if isinstance(loaded.get(key), dict)), None)
+        if inner is None:
+            return {k: v for k, v in loaded.items() if isinstance(k, str) and isinstance(v, Tensor)}
+        loaded = inner
+    return {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    return values if isinstance(values, dict) else {}
+
+
+def _recipe_near(folder: Path) -> Path | None:
+    """The recipe of a run, seen from its folder or from one of its checkpoints."""
+    places = (folder / "recipe.yaml", folder.parent.parent / "recipe.yaml")
+    return next((place for place in places if place.is_file()), None)

@@ -1,0 +1,78 @@
+"""A checkpoint of any format to a file of ours that plays one role, and its description in words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, get_args
+
+from torch import nn
+
+from mvd_scale.checkpoints.checkpoint import Checkpoint
+from mvd_scale.checkpoints.native import save_weights
+from mvd_scale.checkpoints.weights import build_classifier, build_encoder, build_student, misfits
+from mvd_scale.config import SIZES
+from mvd_scale.errors import UserError
+
+Role = Literal["image_teacher", "video_teacher", "student", "classifier"]
+ROLES: tuple[Role, ...] = get_args(Role)
+
+
+def import_checkpoint(checkpoint: Checkpoint, role: Role, out: Path) -> None:
+    """Write the part of a checkpoint that a role needs as safetensors of ours, float32, checked in full before.
+
+    Raises:
+        UserError: the checkpoint cannot play the role, names every tensor that does not fit, or `out` is no
+            `.safetensors`.
+    """
+    if out.suffix != ".safetensors":
+        raise UserError(f"--out {out}: expected a file name that ends in .safetensors")
+    model: nn.Module
+    if role == "student":
+        model = build_student(checkpoint)
+    elif role == "classifier":
+        model = build_classifier(checkpoint)
+    else:
+        image = checkpoint.model.frames == 1
+        if image != (role == "image_teacher"):
+            raise UserError(
+                f"{checkpoint.source} is a model of {'images' if image else f'{checkpoint.model.frames} frames'}: "
+                f"import it as {'image_teacher' if image else 'video_teacher'}"
+            )
+        model = build_encoder(checkpoint, final_norm=checkpoint.final_norm)
+    decoders = {name: decoder.config for name, decoder in checkpoint.decoders.items()} if role == "student" else None
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_weights(out, model.state_dict(), checkpoint.model, decoders)
+
+
+def describe(checkpoint: Checkpoint) -> str:
+    """What a checkpoint is, a line per fact, with everything that is missing, surplus or broken."""
+    model = checkpoint.model
+    shape = (model.width, model.depth, model.heads)
+    size = next((name for name, published in SIZES.items() if published == shape), "free")
+    time, rows, columns = model.grid
+    positions = "learned" if "positions" in checkpoint.encoder else model.positions
+    lines = {
+        "format": f"{checkpoint.format}, {checkpoint.kind}",
+        "size": f"{size} (width {model.width}, depth {model.depth}, heads {model.heads})",
+        "patch": f"{model.patch_size} pixels, tubelet {model.tubelet}",
+        "grid": f"{time} x {rows} x {columns} tokens",
+        "input": f"{model.frames} frames of {model.input_size} x {model.input_size} pixels",
+        "positions": positions,
+        "class token": "yes" if model.class_token else "no",
+        "final norm": "yes" if checkpoint.final_norm else "no",
+    }
+    for name, decoder in checkpoint.decoders.items():
+        deep = decoder.config
+        lines[f"decoder {name}"] = (
+            f"width {deep.width}, depth {deep.depth}, heads {deep.heads}, {decoder.channels} channels"
+        )
+    lines["classes"] = "none" if checkpoint.classes is None else str(checkpoint.classes)
+    count = sum(tensor.numel() for name, tensor in checkpoint.tensors().items() if not name.endswith("positions"))
+    lines["parameters"] = f"{count / 1e6:.2f} M"
+    if checkpoint.unused:
+        lines["left out"] = ", ".join(checkpoint.unused)
+    faults = misfits(checkpoint)
+    lines["faults"] = "none" if not faults else ""
+    width = max(map(len, lines))
+    text = "\n".join(f"{key:{width}}  {value}".rstrip() for key, value in lines.items())
+    return "\n  ".join([text, *faults])

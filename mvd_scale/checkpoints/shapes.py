@@ -1,0 +1,83 @@
+"""What the shapes of tensors tell about a model, and the published tables for what they do not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from mvd_scale.checkpoints.checkpoint import DecoderWeights, Hints
+from mvd_scale.config import SIZES, DecoderConfig
+from mvd_scale.errors import UserError
+
+_DECODER_HEADS = {512: 8, 640: 8}
+"""Of VideoMAE and MVD by width; all others have heads of 64 channels."""
+
+_IMAGE_DECODER_HEADS = {512: 16}
+"""Of MAE by width."""
+
+
+def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors below a prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def depth_of(tensors: Mapping[str, Tensor], where: str) -> int:
+    """Blocks that a stack has by the highest number among its names.
+
+    Raises:
+        UserError: there are none.
+    """
+    numbers = [int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))]
+    if not numbers:
+        raise UserError(f"{where} has no blocks: expected the weights of a vision transformer")
+    return max(numbers) + 1
+
+
+def mlp_ratio_of(tensors: Mapping[str, Tensor], width: int) -> float:
+    """Hidden width of the first block's MLP over the width; 4, as published, without one."""
+    weight = tensors.get("blocks.0.mlp.fc1.weight")
+    return len(weight) / width if weight is not None else 4.0
+
+
+def encoder_heads(width: int, where: str) -> int:
+    """Attention heads of the published size of a width.
+
+    Raises:
+        UserError: no published size has it.
+    """
+    for published, _, heads in SIZES.values():
+        if width == published:
+            return heads
+    raise UserError(
+        f"{where} has width {width}, which is none of the published sizes, so its attention heads are unknown: "
+        "give them with `--heads`"
+    )
+
+
+def decoder_parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors `decoders.NAME.*` by target name, without that prefix."""
+    names = dict.fromkeys(name.split(".")[1] for name in tensors if re.match(r"decoders\.[^.]+\.", name))
+    return {name: under(tensors, f"decoders.{name}.") for name in names}
+
+
+def decoder_weights(tensors: Mapping[str, Tensor], hints: Hints, where: str, *, image: bool) -> DecoderWeights:
+    """Shape and tensors of one decoder.
+
+    Raises:
+        UserError: it lacks the tensors that tell its width and channels, or its heads are unknown.
+    """
+    embed, head = tensors.get("embed.weight"), tensors.get("head.weight")
+    if embed is None or head is None:
+        raise UserError(f"{where} lacks its {'embedding' if embed is None else 'head'}: its shape is unknown")
+    width = len(embed)
+    table = {**_DECODER_HEADS, **_IMAGE_DECODER_HEADS} if image else _DECODER_HEADS
+    heads = hints.decoder_heads or table.get(width) or (width // 64 if width % 64 == 0 else 0)
+    if not heads:
+        raise UserError(
+            f"{where} has width {width}, which is none of the published ones, so its attention heads are unknown: "
+            "give them with `--decoder-heads`"
+        )
+    config = DecoderConfig(width=width, depth=depth_of(tensors, where), heads=heads, embed_bias="embed.bias" in tensors)
+    return DecoderWeights(config, len(head), tensors)

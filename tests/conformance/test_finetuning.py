@@ -1,0 +1,70 @@
+"""Stage 3 as its authors' code computes it: logits, schedules, layer-wise decay, test views."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mvd_scale.checkpoints import Hints, build_classifier, export_checkpoint, read_checkpoint
+from mvd_scale.checkpoints.formats.mvd import MVD_CLASSIFIER
+from mvd_scale.checkpoints.formats.names import to_ours
+from mvd_scale.data.views import crop_corners, dense_views, uniform_views
+from mvd_scale.training.optim import layer_index, layer_scale
+from mvd_scale.training.schedule import cosine
+
+from .conftest import OUTPUT, Vectors, publish
+
+
+def test_logits(classifier: Vectors, tmp_path: Path) -> None:
+    config = classifier.config
+    file = publish(tmp_path, classifier.under("model."), "pth")
+    checkpoint = read_checkpoint(file, Hints(heads=config["heads"], frames=config["T"], input_size=config["S"]))
+    assert (checkpoint.format, checkpoint.kind, checkpoint.leftovers) == ("mvd", "classifier", {})
+    assert checkpoint.classes == classifier["logits"].shape[1]
+    with torch.no_grad():
+        logits = build_classifier(checkpoint)(classifier.clips("video"))
+    torch.testing.assert_close(logits, classifier["logits"], **OUTPUT)
+    export_checkpoint(checkpoint, "mvd", tmp_path / "out.pth")
+    there = torch.load(tmp_path / "out.pth", weights_only=True)["model"]
+    assert there.keys() == classifier.under("model.").keys()
+    assert all(torch.equal(there[name], tensor) for name, tensor in classifier.under("model.").items())
+
+
+def test_schedule(schedules: Any) -> None:
+    reference = schedules["cosine_warmup"]
+    steps = reference["steps_per_epoch"]
+    assert reference["start"] == 0
+    values = [
+        cosine(
+            step,
+            total=reference["epochs"] * steps,
+            start=reference["base"],
+            end=reference["final"],
+            warmup=reference["warmup_epochs"] * steps,
+        )
+        for step in range(len(reference["values"]))
+    ]
+    assert values == pytest.approx(reference["values"], rel=0, abs=1e-9)
+
+
+def test_layer_wise_decay(schedules: Any) -> None:
+    reference = schedules["layer_decay"]
+    depth = max(index for index, _ in reference["groups"].values()) - 1
+    for name, (index, factor) in reference["groups"].items():
+        ours = to_ours(name, MVD_CLASSIFIER.modules, MVD_CLASSIFIER.leaves)
+        assert ours is not None
+        assert layer_index(ours, depth) == index
+        assert layer_scale(ours, depth, reference["decay"]) == pytest.approx(factor, rel=0, abs=1e-9)
+
+
+def test_views(views: Any) -> None:
+    for total, clips in views["dense_5x3"].items():
+        assert dense_views(int(total), frames=16, stride=4, views=5).tolist() == clips
+    for total, clips in views["uniform_2x3"].items():
+        assert uniform_views(int(total), frames=16, views=2).tolist() == clips
+    for size, corners in views["crops_yx"].items():
+        height, width = map(int, size.split("x"))
+        assert [list(corner) for corner in crop_corners(height, width, side=224, crops=3)] == corners

@@ -1,0 +1,70 @@
+"""Checkpoint folders of DeepSpeed at every ZeRO stage, written by two ranks, are read without DeepSpeed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mvd_scale.checkpoints.deepspeed_folders import load_deepspeed
+from mvd_scale.checkpoints.reading import read_source
+from mvd_scale.errors import UserError
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    return {stage: _written(tmp_path_factory.mktemp(f"zero{stage}"), stage) for stage in range(4)}
+
+
+def _written(folder: Path, stage: int) -> Path:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, str(Path(__file__).with_name("zero_folder.py")), str(folder), str(stage)]
+    ranks = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **meeting, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    for process in ranks:
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, output[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("inside", ["", "step_7"])
+def test_every_parameter_comes_back(folders: dict[int, Path], stage: int, inside: str) -> None:
+    true = load_file(folders[stage] / "true.safetensors")
+    read = read_source(folders[stage] / inside).tensors
+    assert read.keys() == true.keys()
+    assert all(torch.equal(read[name], tensor) for name, tensor in true.items())
+
+
+def test_an_incomplete_folder_is_refused(folders: dict[int, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "step_7"
+    shutil.copytree(folders[3] / "step_7", folder)
+    (folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+    with pytest.raises(UserError, match=r"lacks the file zero_pp_rank_1.*2 here"):
+        load_deepspeed(folder)
+    (folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt").unlink()
+    with pytest.raises(UserError, match="lacks the file zero_pp_rank_0"):
+        load_deepspeed(folder)
+    (tmp_path / "latest").write_text("step_8")
+    with pytest.raises(UserError, match="step_8"):
+        read_source(tmp_path)
