@@ -8,6 +8,7 @@ from mvd_scale.config.target import (
     ImageTeacherTarget,
     PixelTarget,
     TargetConfig,
+    TimmTarget,
     VideoTeacherTarget,
 )
 from mvd_scale.config.training import TeacherConfig, TrainingConfig
@@ -26,6 +27,7 @@ __all__ = [
     "Recipe",
     "TargetConfig",
     "TeacherConfig",
+    "TimmTarget",
     "TrainingConfig",
     "VideoTeacherTarget",
     "list_recipes",

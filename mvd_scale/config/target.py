@@ -55,26 +55,53 @@ class PixelTarget(AnyTarget):
 class TeacherTarget(AnyTarget):
     """What targets of frozen teachers have in common."""
 
-    checkpoint: Path | None = None
-    """Weights of the frozen teacher: the `encoder.safetensors` of a finished run."""
-
-    model: ModelConfig | None = None
-    """Shape that the checkpoint must have; its own counts if left out. Benchmarks build the teacher from this one."""
-
     norm: bool = False
     """Normalise each target feature over its channels (LayerNorm without affine)."""
 
 
-class ImageTeacherTarget(TeacherTarget):
+class TrainedTeacherTarget(TeacherTarget):
+    """A teacher in one of the formats that `mvd-scale inspect` knows."""
+
+    checkpoint: Path | None = None
+    """Weights of the frozen teacher: a finished run's `encoder.safetensors`, or a published file."""
+
+    model: ModelConfig | None = None
+    """Shape that the checkpoint must have; its own counts if left out. Benchmarks build the teacher from this one."""
+
+
+class ImageTeacherTarget(TrainedTeacherTarget):
     """Features of a frozen image model on the front frame of every tubelet."""
 
     kind: Literal["image_teacher"] = "image_teacher"
 
 
-class VideoTeacherTarget(TeacherTarget):
+class VideoTeacherTarget(TrainedTeacherTarget):
     """Features of a frozen video model."""
 
     kind: Literal["video_teacher"] = "video_teacher"
 
 
-TargetConfig = Annotated[PixelTarget | ImageTeacherTarget | VideoTeacherTarget, Field(discriminator="kind")]
+class TimmTarget(TeacherTarget):
+    """Features of any vision transformer of timm on the front frame of every tubelet; patch tokens only.
+
+    It sees the frames at the input size that gives the student's token grid, whitened by its own mean and std.
+    """
+
+    kind: Literal["timm"] = "timm"
+
+    vit: str
+    """Name of the model in timm, such as `vit_large_patch14_dinov2`."""
+
+    checkpoint: Path | None = None
+    """Its weights in timm's own names; left out, timm fetches the pre-trained ones."""
+
+    input_size: int | None = Field(default=None, gt=0)
+    """Side in pixels, to be checked against the student's grid; follows from the grid if left out."""
+
+    final_norm: bool = False
+    """Keep the model's norm after the last block."""
+
+
+TargetConfig = Annotated[
+    PixelTarget | ImageTeacherTarget | VideoTeacherTarget | TimmTarget, Field(discriminator="kind")
+]

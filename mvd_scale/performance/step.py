@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from mvd_scale.config import Recipe, load_recipe
-from mvd_scale.config.target import TeacherTarget
+from mvd_scale.config import Recipe, TimmTarget, load_recipe
+from mvd_scale.config.target import TrainedTeacherTarget
 from mvd_scale.data.index import open_source
 from mvd_scale.data.loader import ClipLoader
 from mvd_scale.data.samples import make_samples
 from mvd_scale.errors import UserError
 from mvd_scale.models import Encoder, Student
+from mvd_scale.models.timm_vit import TimmViT
 from mvd_scale.targets import FrozenTeacher, MaskedDistillation, Target, build_targets
 from mvd_scale.targets.load import teacher_sides
 from mvd_scale.training.engine import Ranks, host_teachers, join_ranks, leave_ranks, student_engine
@@ -185,9 +186,11 @@ def _build(recipe: Recipe, ranks: Ranks, watch: Stopwatch) -> tuple[Any, MaskedD
     return engine, MaskedDistillation(targets)
 
 
-def _random_teacher(recipe: Recipe, name: str) -> Encoder:
+def _random_teacher(recipe: Recipe, name: str) -> Encoder | TimmViT:
     config = recipe.targets[name]
-    assert isinstance(config, TeacherTarget)
+    if isinstance(config, TimmTarget):
+        return TimmViT(config.vit, recipe.model.grid[1], final_norm=config.final_norm, pretrained=False)
+    assert isinstance(config, TrainedTeacherTarget)
     if config.model is None:
         raise UserError(f"targets.{name}.model is missing: a benchmark builds its teachers from their shape")
     return Encoder(config.model, final_norm=False)

@@ -15,7 +15,7 @@ class ImageTeacher(FrozenTeacher):
     """The teacher sees the front frame of every tubelet as an image of its own."""
 
     def __init__(self, name: str, config: ImageTeacherTarget, teacher: Encoder, student: ModelConfig) -> None:
-        super().__init__(config, teacher)
+        super().__init__(config, teacher, teacher.width, teacher.config.input_size)
         self.tubelet = student.tubelet
         self.extra_tokens = int(teacher.config.class_token)
         if teacher.config.frames != 1:
@@ -33,7 +33,20 @@ class ImageTeacher(FrozenTeacher):
 
     def encode(self, batch: ClipBatch) -> Tensor:
         """Features of all tokens: (B, N, D); the class token is dropped."""
-        fronts = batch.at(self.input_size)[:, :: self.tubelet]
-        clips, time = fronts.shape[:2]
-        features: Tensor = self.teacher(fronts.flatten(0, 1).unsqueeze(1))
-        return features[:, self.extra_tokens :].unflatten(0, (clips, time)).flatten(1, 2)
+        fronts, shape = front_frames(batch.at(self.input_size), self.tubelet)
+        features: Tensor = self.teacher(fronts)
+        return features[:, self.extra_tokens :].unflatten(0, shape).flatten(1, 2)
+
+
+def front_frames(pixels: Tensor, tubelet: int) -> tuple[Tensor, tuple[int, int]]:
+    """The front frame of every tubelet as a clip of its own.
+
+    Args:
+        pixels: (B, T, H, W, 3).
+        tubelet: frames of a token.
+
+    Returns:
+        (B * T / tubelet, 1, H, W, 3), and (B, T / tubelet).
+    """
+    fronts = pixels[:, ::tubelet]
+    return fronts.flatten(0, 1).unsqueeze(1), (fronts.shape[0], fronts.shape[1])

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from mvd_scale.checkpoints.checkpoint import Hints
+from mvd_scale.checkpoints.reading import read_source
 from mvd_scale.checkpoints.weights import load_encoder
-from mvd_scale.config import Recipe
-from mvd_scale.config.target import TeacherTarget
+from mvd_scale.config import ModelConfig, Recipe, TimmTarget
+from mvd_scale.config.target import TrainedTeacherTarget
 from mvd_scale.errors import UserError
 from mvd_scale.models import Encoder
+from mvd_scale.models.timm_vit import TimmViT
 from mvd_scale.targets.objective import build_targets
 from mvd_scale.targets.target import FrozenTeacher, Target
 
 
 def load_targets(recipe: Recipe) -> dict[str, Target]:
-    """The targets of a recipe with their teachers' weights, float32, on the CPU.
+    """The targets of a recipe with their teachers' weights on the CPU, memory-mapped where the file allows it.
 
     Raises:
         UserError: a checkpoint is missing, unreadable, of another shape than the recipe says, or does not fit
@@ -21,19 +24,32 @@ def load_targets(recipe: Recipe) -> dict[str, Target]:
     return build_targets(recipe, lambda name: _load_teacher(recipe, name))
 
 
-def _load_teacher(recipe: Recipe, name: str) -> Encoder:
+def _load_teacher(recipe: Recipe, name: str) -> Encoder | TimmViT:
     config = recipe.targets[name]
-    assert isinstance(config, TeacherTarget)
+    if isinstance(config, TimmTarget):
+        return _load_timm(config, recipe.model)
+    assert isinstance(config, TrainedTeacherTarget)
     if config.checkpoint is None:
         raise UserError(
             f"targets.{name}.checkpoint is missing: give the teacher's weights with `--targets.{name}.checkpoint PATH`"
         )
-    teacher = load_encoder(config.checkpoint, final_norm=False)
+    hints = Hints()
+    if config.model is not None:
+        shape = config.model
+        hints = Hints(shape.heads, None, shape.frames, shape.input_size, shape.positions)
+    teacher = load_encoder(config.checkpoint, final_norm=False, hints=hints, mapped=True)
     if config.model is not None:
         there, here = (model.model_dump(exclude={"drop_path"}) for model in (teacher.config, config.model))
         differing = ", ".join(f"{key} {there[key]} (recipe: {here[key]})" for key in there if there[key] != here[key])
         if differing:
             raise UserError(f"{config.checkpoint} is not the teacher of targets.{name}.model: it has {differing}")
+    return teacher
+
+
+def _load_timm(config: TimmTarget, student: ModelConfig) -> TimmViT:
+    teacher = TimmViT(config.vit, student.grid[1], final_norm=config.final_norm, pretrained=config.checkpoint is None)
+    if config.checkpoint is not None:
+        teacher.load(read_source(config.checkpoint).tensors, str(config.checkpoint))
     return teacher
 
 

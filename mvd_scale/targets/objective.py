@@ -9,18 +9,20 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from mvd_scale.config import ImageTeacherTarget, PixelTarget, Recipe
+from mvd_scale.config import ImageTeacherTarget, PixelTarget, Recipe, TimmTarget
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.models import Encoder
+from mvd_scale.models.timm_vit import TimmViT
 from mvd_scale.targets.image_teacher import ImageTeacher
 from mvd_scale.targets.pixels import Pixels
 from mvd_scale.targets.target import Target
+from mvd_scale.targets.timm_teacher import TimmTeacher
 from mvd_scale.targets.video_teacher import VideoTeacher
 
 Predictions = dict[str, Tensor]
 
 
-def build_targets(recipe: Recipe, load_teacher: Callable[[str], Encoder]) -> dict[str, Target]:
+def build_targets(recipe: Recipe, load_teacher: Callable[[str], Encoder | TimmViT]) -> dict[str, Target]:
     """The targets of a recipe by name; `load_teacher` brings the frozen model of a target's name.
 
     Raises:
@@ -30,10 +32,17 @@ def build_targets(recipe: Recipe, load_teacher: Callable[[str], Encoder]) -> dic
     for name, config in recipe.targets.items():
         if isinstance(config, PixelTarget):
             targets[name] = Pixels(config, recipe.model)
-        elif isinstance(config, ImageTeacherTarget):
-            targets[name] = ImageTeacher(name, config, load_teacher(name), recipe.model)
+            continue
+        teacher = load_teacher(name)
+        if isinstance(config, TimmTarget):
+            assert isinstance(teacher, TimmViT)
+            targets[name] = TimmTeacher(name, config, teacher, recipe.model)
+            continue
+        assert isinstance(teacher, Encoder)
+        if isinstance(config, ImageTeacherTarget):
+            targets[name] = ImageTeacher(name, config, teacher, recipe.model)
         else:
-            targets[name] = VideoTeacher(name, config, load_teacher(name), recipe.model)
+            targets[name] = VideoTeacher(name, config, teacher, recipe.model)
     return targets
 
 

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from mvd_kernels import masked_distance
 from mvd_scale.config.target import AnyTarget, TeacherTarget
 from mvd_scale.data.batch import ClipBatch
-from mvd_scale.models import Encoder
 
 
 class Target(ABC):
@@ -40,11 +39,11 @@ class FrozenTeacher(Target):
 
     config: TeacherTarget
 
-    def __init__(self, config: TeacherTarget, teacher: Encoder) -> None:
+    def __init__(self, config: TeacherTarget, teacher: nn.Module, channels: int, input_size: int) -> None:
         super().__init__(config)
-        self.teacher: nn.Module = teacher.eval().requires_grad_(False)
-        self.channels = teacher.width
-        self.input_size = teacher.config.input_size
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.channels = channels
+        self.input_size = input_size
 
     @abstractmethod
     def encode(self, batch: ClipBatch) -> Tensor:

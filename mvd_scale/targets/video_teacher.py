@@ -15,7 +15,7 @@ class VideoTeacher(FrozenTeacher):
     """The teacher sees the whole clip, unmasked."""
 
     def __init__(self, name: str, config: VideoTeacherTarget, teacher: Encoder, student: ModelConfig) -> None:
-        super().__init__(config, teacher)
+        super().__init__(config, teacher, teacher.width, teacher.config.input_size)
         if teacher.config.frames != student.frames or teacher.config.grid != student.grid:
             raise UserError(
                 f"targets.{name}: the teacher takes {teacher.config.frames} frames into a grid of "

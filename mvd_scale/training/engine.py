@@ -152,16 +152,58 @@ def host_teacher(teacher: nn.Module, recipe: Recipe, ranks: Ranks) -> nn.Module:
     precision = teacher_precision(recipe, ranks.device)
     check_precision(precision, ranks.device)
     teacher = teacher.eval().requires_grad_(False)
-    if not shards_teacher(recipe.teachers, teacher, ranks.world_size):
-        return teacher.to(ranks.device, _DTYPES[precision])
-    engine, *_ = _import_deepspeed().initialize(
-        model=teacher.to(ranks.device),
-        config=teacher_deepspeed(precision, ranks.world_size),
-        dist_init_required=False,
-    )
+    if shards_teacher(recipe.teachers, teacher, ranks.world_size):
+        return shard_teacher(teacher, precision, ranks)
+    _refuse(_read(teacher, precision, ranks.device))
+    return teacher.to(ranks.device)
+
+
+def shard_teacher(teacher: nn.Module, precision: Precision, ranks: Ranks) -> nn.Module:
+    """Cut a frozen teacher into ZeRO-3 shards, one layer after the other.
+
+    A layer whose weights are still memory-mapped is read here, so that no rank ever holds more of the teacher than
+    its share and one layer.
+
+    Raises:
+        UserError: weights that are not finite; all are named.
+    """
+    deepspeed = _import_deepspeed()
+    config = teacher_deepspeed(precision, ranks.world_size)
+    faults = []
+    for prefix, layer in _layers(teacher):
+        faults += [prefix + name for name in _read(layer, precision, ranks.device)]
+        deepspeed.zero.Init(module=layer, config_dict_or_path=config, dtype=_DTYPES[precision])
+    _refuse(faults)
+    engine, *_ = deepspeed.initialize(model=teacher.to(ranks.device), config=config, dist_init_required=False)
     engine.eval()
     assert isinstance(engine, nn.Module)
     return engine
+
+
+def _read(layer: nn.Module, precision: Precision, device: torch.device) -> list[str]:
+    """Bring a layer's parameters to the device and precision; names of those that are not finite."""
+    faults = []
+    for name, parameter in layer.named_parameters():
+        if hasattr(parameter, "ds_tensor"):
+            continue
+        if not torch.isfinite(parameter).all():
+            faults.append(name)
+        # A copy of its own: a view would keep the file mapped.
+        parameter.data = parameter.data.to(device, _DTYPES[precision], copy=True)
+    return faults
+
+
+def _refuse(faults: list[str]) -> None:
+    if faults:
+        raise UserError("weights of a teacher are not finite:\n  " + "\n  ".join(faults))
+
+
+def _layers(teacher: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The blocks of a transformer by name, then the whole, for what stands outside of blocks."""
+    for name, module in teacher.named_modules():
+        if name.rpartition(".")[0].endswith("blocks"):
+            yield f"{name}.", module
+    yield "", teacher
 
 
 def check_precision(precision: Precision, device: torch.device) -> None:

@@ -129,4 +129,5 @@ def export_student(engine: Any, folder: Path, recipe: Recipe, ranks: Ranks) -> N
         prefix = "encoder."
         encoder = {name.removeprefix(prefix): full for name, full in tensors.items() if name.startswith(prefix)}
         save_weights(folder / "encoder.safetensors", encoder, recipe.model)
-        save_weights(folder / "student.safetensors", tensors, recipe.model)
+        decoders = {name: target.decoder for name, target in recipe.targets.items()}
+        save_weights(folder / "student.safetensors", tensors, recipe.model, decoders)

@@ -1,0 +1,90 @@
+"""A vision transformer of timm as a frozen image model.
+
+Legend: B frames, H W pixels, N patches, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from mvd_kernels import tube_rows
+from mvd_scale.errors import UserError
+
+
+class TimmViT(nn.Module):
+    """Patch features of the last block; class and register tokens are dropped."""
+
+    def __init__(self, name: str, grid: int, *, final_norm: bool, pretrained: bool) -> None:
+        """Build a model so that its patches form a grid x grid raster.
+
+        Raises:
+            UserError: timm has no such model, or it is no plain vision transformer.
+        """
+        super().__init__()
+        if not timm.is_model(name):
+            close = ", ".join(get_close_matches(name, timm.list_models())) or "none"
+            raise UserError(f"timm has no model {name!r}; close to it: {close}")
+        self.patch_size = _patch_size(name)
+        self.input_size = grid * self.patch_size
+        # Weights of another input size are fitted by timm itself: it resamples their positions.
+        self.vit = timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=self.input_size)
+        if not final_norm:
+            self.vit.norm = nn.Identity()
+        self.mean, self.std = self.vit.pretrained_cfg["mean"], self.vit.pretrained_cfg["std"]
+        self.width: int = self.vit.num_features
+
+    def load(self, tensors: Mapping[str, Tensor], source: str) -> None:
+        """Load weights in timm's names, resampling positions of another input size.
+
+        Raises:
+            UserError: names or shapes do not fit; nothing was loaded.
+        """
+        from timm.models.vision_transformer import checkpoint_filter_fn
+
+        fitted = checkpoint_filter_fn(dict(tensors), self.vit)
+        expected = self.vit.state_dict()
+        heads = tuple(name for name in fitted if name.startswith(("head.", "fc_norm.")) and name not in expected)
+        fitted = {name: tensor for name, tensor in fitted.items() if name not in heads}
+        if isinstance(self.vit.norm, nn.Identity):
+            fitted = {name: tensor for name, tensor in fitted.items() if not name.startswith("norm.")}
+        faults = [f"missing {name}" for name in expected.keys() - fitted.keys()]
+        faults += [f"surplus {name}" for name in fitted.keys() - expected.keys()]
+        faults += [
+            f"{name} is {tuple(fitted[name].shape)}, expected {tuple(expected[name].shape)}"
+            for name in expected.keys() & fitted.keys()
+            if fitted[name].shape != expected[name].shape
+        ]
+        if faults:
+            raise UserError(f"{source} does not fit the model:\n  " + "\n  ".join(sorted(faults)))
+        self.vit.load_state_dict(fitted)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Patch features of single frames.
+
+        Args:
+            frames: (B, 1, H, W, 3), uint8 in 0..255 or floating in 0..1.
+
+        Returns:
+            (B, N, D) in the dtype of the weights, row by row.
+        """
+        clips, _, height, width, _ = frames.shape
+        dtype = next(self.vit.parameters()).dtype
+        # One "patch" of the whole frame: the colours whitened, channel first, as timm takes images.
+        rows = tube_rows(frames, None, tubelet=1, patch=height, mean=self.mean, std=self.std, dtype=dtype)
+        features: Tensor = self.vit.forward_features(rows.view(clips, 3, height, width))
+        return features[:, self.vit.num_prefix_tokens :]
+
+
+def _patch_size(name: str) -> int:
+    with torch.device("meta"):
+        shape = timm.create_model(name, num_classes=0)
+    patch = getattr(getattr(shape, "patch_embed", None), "patch_size", None)
+    if patch is None or not hasattr(shape, "num_prefix_tokens") or patch[0] != patch[1]:
+        raise UserError(f"timm's {name} is no plain vision transformer with square patches: expected one like vit_*")
+    side: int = patch[0]
+    return side
