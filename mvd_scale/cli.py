@@ -11,8 +11,10 @@ from typing import Any
 import click
 
 from mvd_scale import __version__
+from mvd_scale.config.launcher import launched_rank
+from mvd_scale.config.training import Precision
 from mvd_scale.errors import UserError
-from mvd_scale.logs import configure, launched_rank
+from mvd_scale.logs import configure
 
 logger = logging.getLogger("mvd_scale")
 
@@ -42,7 +44,7 @@ def pretrain(recipe: str, overrides: tuple[str, ...]) -> None:
     try:
         run(load_recipe(recipe, list(overrides)))
     except Stopped as stop:
-        logger.warning("stopped as asked, after saving; the same command goes on from here")
+        logger.info("stopped as asked, after saving; the same command goes on from here")
         sys.exit(stop.exit_code)
 
 
@@ -84,6 +86,16 @@ def quickstart(out: Path, ranks: int, steps: int | None) -> None:
     from mvd_scale.quickstart import run
 
     run(out, ranks, steps)
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--clips", type=click.IntRange(min=1), default=4, show_default=True, help="Clips to show.")
+def draw(run: Path, clips: int) -> None:
+    """Draw what a finished RUN predicts beside what is true: RUN/predictions.png."""
+    from mvd_scale.evaluation.picture import draw_run
+
+    click.echo(draw_run(run, clips=clips))
 
 
 @cli.group()
@@ -130,6 +142,87 @@ def step(recipe: str, batch: int, steps: int, as_json: bool, overrides: tuple[st
     from mvd_scale.performance.step import measure_step
 
     report = measure_step(recipe, list(overrides), batch=batch, steps=steps)
+    if launched_rank() == 0:
+        click.echo(report.to_json() if as_json else report.to_text())
+
+
+def _hints(command: Any) -> Any:
+    """Options for what a checkpoint of weights does not tell itself."""
+    count = click.IntRange(min=1)
+    tables = click.Choice(["sincos3d", "sinusoid", "sincos2d"])
+    for option in (
+        click.option("--positions", type=tables, help="Position table it was trained with, where it holds none."),
+        click.option("--input-size", type=count, help="Side of the crop it shall take; its own if left out."),
+        click.option("--frames", type=count, help="Frames it shall take; its own if left out."),
+        click.option("--decoder-heads", type=count, help="Heads of its decoders; by their width if left out."),
+        click.option("--heads", type=count, help="Heads of its encoder; by its width if left out."),
+    ):
+        command = option(command)
+    return command
+
+
+@cli.command("import")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option(
+    "--as",
+    "role",
+    type=click.Choice(["image_teacher", "video_teacher", "student", "classifier"]),
+    required=True,
+    help="What it shall be here.",
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="File to write (.safetensors).")
+@click.option("--tubelet", type=click.IntRange(min=1), help="Make a video model of an image model: frames per token.")
+@_hints
+def import_weights(source: Path, role: Any, out: Path, tubelet: int | None, **hints: Any) -> None:
+    """Bring published weights (MAE, VideoMAE, MVD, timm, Hugging Face) or a run of ours into one file of ours."""
+    from mvd_scale.checkpoints import Hints, adapt, describe, import_checkpoint, read_checkpoint
+
+    if tubelet is None:
+        checkpoint = read_checkpoint(source, Hints(**hints))
+    else:
+        # Frames count after the image became a clip.
+        frames = hints.pop("frames")
+        checkpoint = adapt(read_checkpoint(source, Hints(**hints)), frames=frames, tubelet=tubelet)
+    import_checkpoint(checkpoint, role, out)
+    click.echo(f"{out}:\n{describe(read_checkpoint(out))}")
+
+
+@cli.command("export")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option(
+    "--to", "family", type=click.Choice(["videomae", "mvd", "mae", "timm", "hf"]), required=True, help="Whose form."
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help=".pth, .safetensors, or a folder for hf.")
+@_hints
+def export_weights(source: Path, family: str, out: Path, **hints: Any) -> None:
+    """Write the weights of a run folder or file in the form that other tools expect."""
+    from mvd_scale.checkpoints import Hints, export_checkpoint, read_checkpoint
+
+    checkpoint = read_checkpoint(source, Hints(**hints))
+    export_checkpoint(checkpoint, family, out)
+    click.echo(f"{out}: {checkpoint.kind} in the form of {family}")
+
+
+@cli.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@_hints
+def inspect(file: Path, **hints: Any) -> None:
+    """Say what a checkpoint is: format, shape, decoders, classes, and what is wrong with it."""
+    from mvd_scale.checkpoints import Hints, describe, read_checkpoint
+
+    click.echo(describe(read_checkpoint(file, Hints(**hints))))
+
+
+@bench.command()
+@click.option("--size", type=click.Choice(["S", "B", "L", "H"]), default="H", show_default=True)
+@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True)
+@click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+def load(size: str, precision: Precision, device: str, as_json: bool) -> None:
+    """Time the loading of a teacher into ZeRO-3 shards and measure its memory; start it on several ranks."""
+    from mvd_scale.performance.load import measure_load
+
+    report = measure_load(size, precision, device)
     if launched_rank() == 0:
         click.echo(report.to_json() if as_json else report.to_text())
 

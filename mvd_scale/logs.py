@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import warnings
 
-
-def launched_rank() -> int:
-    """The rank that the launcher gave this process; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
+from mvd_scale.config.launcher import launched_rank
 
 
 def configure() -> None:

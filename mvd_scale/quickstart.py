@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -12,7 +13,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mvd_scale.config import load_recipe
 from mvd_scale.errors import UserError
 
 logger = logging.getLogger("mvd_scale")
@@ -37,6 +37,7 @@ def run(out: Path, ranks: int, steps: int | None) -> None:
     """
     from mvd_scale.data.index import build_manifest
     from mvd_scale.data.samples import make_samples
+    from mvd_scale.evaluation.picture import draw_run
 
     started = time.monotonic()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
@@ -48,7 +49,8 @@ def run(out: Path, ranks: int, steps: int | None) -> None:
     for number, (stage, title) in enumerate(STAGES.items(), start=1):
         logger.info("stage %d/%d: %s", number, len(STAGES), title)
         _launch(ranks, _stage_arguments(stage, out, manifest, steps))
-    picture = _draw(out, manifest)
+    for stage in STAGES:
+        picture = draw_run(out / stage)
     _sum_up(out, picture, ranks, time.monotonic() - started)
 
 
@@ -70,12 +72,13 @@ def _launch(ranks: int, arguments: list[str]) -> None:
         port = probe.getsockname()[1]
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile=", "--num_gpus", str(ranks)]
     launcher += ["--master_port", str(port), "--no_local_rank", "--quiet", "--module", "mvd_scale"]
-    # The launcher ends its ranks when it is asked to end, so every way out of here asks it.
-    with subprocess.Popen([*launcher, *arguments], env={**os.environ, "DS_ACCELERATOR": "cpu"}) as job:
+    # In a session of its own, so that a Ctrl-C reaches it once and through here.
+    env = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    with subprocess.Popen([*launcher, *arguments], env=env, start_new_session=True) as job:
         try:
             job.wait()
         except BaseException:
-            job.terminate()
+            _end_group(job)
             raise
     if job.returncode:
         raise UserError(
@@ -84,15 +87,14 @@ def _launch(ranks: int, arguments: list[str]) -> None:
         )
 
 
-def _draw(out: Path, manifest: Path) -> Path:
-    from mvd_scale.data.manifest import Manifest
-    from mvd_scale.evaluation.picture import draw_run
-
-    for stage in STAGES:
-        recipe = load_recipe(out / stage / "recipe.yaml")
-        weights = out / stage / "student.safetensors"
-        picture = draw_run(recipe, Manifest.load(manifest), weights, out / stage / "predictions.png")
-    return picture
+def _end_group(job: subprocess.Popen[bytes]) -> None:
+    """Ask a launcher and its ranks to end, and wait until the ranks have saved and are gone."""
+    os.killpg(job.pid, signal.SIGTERM)
+    job.wait()
+    with contextlib.suppress(ProcessLookupError):
+        for _ in range(400):
+            os.killpg(job.pid, 0)
+            time.sleep(0.1)
 
 
 def _sum_up(out: Path, picture: Path, ranks: int, seconds: float) -> None:

@@ -27,6 +27,9 @@ ATTEMPTS = 8
 GIVEN_UP = -1
 """Row of a clip for which no video could be decoded; its pixels are black."""
 
+GRACE_SECONDS = 20.0
+"""How long a worker goes on after SIGTERM; the launcher kills whoever is left after 30."""
+
 FIELDS = (
     "by_dali",
     "encoded",
@@ -99,7 +102,9 @@ class ClipSource:
         # Unpickled in a worker. DALI's workers wait on shared memory and would outlive a parent that was killed.
         parent = parent_process()
         if parent is not None:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent answers it
+            # Both reach workers as well as their rank, which still needs batches until it has saved.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, _exit_later)
             threading.Thread(target=_exit_after, args=(parent.sentinel,), daemon=True).start()
 
     def __call__(self, sample: Any) -> tuple[NDArray[Any], ...]:
@@ -160,6 +165,12 @@ class ClipSource:
             np.array(row, dtype=np.int64),
             np.frombuffer(json.dumps(failures).encode(), dtype=np.uint8),
         )
+
+
+def _exit_later(number: int, frame: object) -> None:
+    timer = threading.Timer(GRACE_SECONDS, os._exit, (128 + number,))
+    timer.daemon = True
+    timer.start()
 
 
 def _exit_after(sentinel: int) -> None:

@@ -14,13 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mvd_scale.checkpoints.weights import load_student
-from mvd_scale.config import ModelConfig, PixelTarget, Recipe
+from mvd_scale.config import ModelConfig, PixelTarget, Recipe, load_recipe
 from mvd_scale.data.batch import ClipBatch
+from mvd_scale.data.index import open_source
 from mvd_scale.data.loader import ClipLoader
-from mvd_scale.data.manifest import Manifest
+from mvd_scale.errors import UserError
 from mvd_scale.models import Student
-from mvd_scale.targets import Target
+from mvd_scale.targets import FrozenTeacher, Target
 from mvd_scale.targets.load import load_targets, teacher_sides
+from mvd_scale.training.run_folder import RunFolder
 
 Image = NDArray[np.float32]
 _HIDDEN = 0.5
@@ -34,21 +36,30 @@ class Panel:
     images: Image
 
 
-def draw_run(recipe: Recipe, manifest: Manifest, student_weights: Path, out: Path, *, clips: int = 4) -> Path:
-    """Draw fresh clips through a run's student and targets into a PNG, on the CPU in float32.
+def draw_run(run: Path, *, clips: int = 4) -> Path:
+    """Draw fresh clips through a finished run's student and targets into its `predictions.png`, in float32 on the CPU.
 
     Args:
-        recipe: of the run.
-        manifest: its videos.
-        student_weights: its `student.safetensors`.
-        out: the PNG.
+        run: its folder.
         clips: how many clips to show.
+
+    Raises:
+        UserError: the folder holds no finished run, or its videos or teachers are gone.
     """
+    folder = RunFolder(run)
+    if not folder.student.is_file():
+        raise UserError(f"{run} holds no finished run: expected {folder.student}")
+    recipe = load_recipe(folder.recipe)
+    assert recipe.data.source is not None
+    manifest = open_source(recipe.data.source, recipe.data.root, run)
     targets = load_targets(recipe)
+    for target in targets.values():
+        if isinstance(target, FrozenTeacher):
+            target.teacher.float()
     student = Student(
         recipe.model, {name: (recipe.targets[name].decoder, target.channels) for name, target in targets.items()}
     ).eval()
-    load_student(student, student_weights)
+    load_student(student, folder.student)
     loader = ClipLoader(
         manifest,
         recipe.data.model_copy(update={"workers": 0, "clips_per_video": max(clips, recipe.data.clips_per_video)}),
@@ -67,9 +78,9 @@ def draw_run(recipe: Recipe, manifest: Manifest, student_weights: Path, out: Pat
     )
     with loader:
         batch = next(iter(loader))
-    panels = panels_of(student, targets, batch, recipe)
-    save_panels(panels, out)
-    return out
+    picture = run / "predictions.png"
+    save_panels(panels_of(student, targets, batch, recipe), picture)
+    return picture
 
 
 @torch.no_grad()
@@ -164,4 +175,5 @@ def save_panels(panels: list[Panel], out: Path) -> None:
             if row == 0:
                 axis.set_title(panel.title, fontsize=10)
         axes[row][0].set_ylabel(f"clip {clip + 1}, slice {at + 1}/{time}", fontsize=8)
+    figure.supxlabel("grey: hidden from the student in the second column, seen by it in those to the right", fontsize=9)
     figure.savefig(out, dpi=110)

@@ -130,8 +130,8 @@ def main(out: Path) -> None:
     results["one micro batch after the other"] = train(ranks, recipe("zero2", "fp32", "zero3", 2, False))
     results["gradient checkpointing"] = train(ranks, recipe("zero3", "fp32", "zero3", 4, True))
     results["replicated teachers"] = train(ranks, recipe("zero2", "fp32", "replicated", 4, False))
-    results["bf16"] = train(ranks, recipe("zero2", "bf16", "zero3", 4, False))
     for stage in ("zero1", "zero2", "zero3"):
+        results[f"bf16, {stage}"] = train(ranks, recipe(stage, "bf16", "zero3", 4, False))
         results[f"not finite, {stage}"] = train(ranks, recipe(stage, "fp32", "zero3", 4, False), poison_last=True)
     (out / f"rank{ranks.rank}.json").write_text(json.dumps(results))
     leave_ranks()

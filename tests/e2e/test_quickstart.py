@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
+import psutil
 import pytest
 from PIL import Image
 
 from mvd_scale.training.metrics import read_metrics
 
-from .conftest import Jobs
+from .conftest import Jobs, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
+
+def test_a_quickstart_that_is_stopped_leaves_nobody_behind(jobs: Jobs, clips: Path, tmp_path: Path) -> None:
+    out = tmp_path / "quickstart"
+    process = jobs.start("quickstart", "--out", out)
+    metrics = out / "image_teacher" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and bool(metrics.read_text()), 120, process)
+    everyone = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "Traceback" not in output, output
+    _, alive = psutil.wait_procs(everyone, timeout=5)
+    assert not alive
+    assert list((out / "image_teacher" / "checkpoints").glob("step_*"))
 
 
 def test_the_quickstart(jobs: Jobs, clips: Path, tmp_path: Path) -> None:

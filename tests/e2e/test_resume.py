@@ -51,7 +51,7 @@ def test_a_killed_run_continues_bit_for_bit(jobs: Jobs, recipe: Path, clips: Pat
     for name in ("encoder.safetensors", "student.safetensors"):
         ours, theirs = (load_file(run / name) for run in (killed, whole))
         assert all((ours[key] == theirs[key]).all() for key in theirs)
-    assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["step_00000055", "step_00000060"]
+    assert sorted(p.name for p in (whole / "checkpoints").glob("step_*")) == ["step_00000055", "step_00000060"]
 
 
 def test_a_half_written_checkpoint_is_passed_over(jobs: Jobs, recipe: Path, clips: Path, tmp_path: Path) -> None:
@@ -85,8 +85,10 @@ def test_a_run_that_is_asked_to_stop_saves_first(jobs: Jobs, recipe: Path, clips
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert "Traceback" not in output, output
-    newest = max(int(p.name.removeprefix("step_")) for p in (run / "checkpoints").iterdir())
+    # The launcher itself shows one; no rank does.
+    assert "mvd_scale/training" not in output, output
+    assert output.count("stopped as asked") == 1
+    newest = max(int(p.name.removeprefix("step_")) for p in (run / "checkpoints").glob("step_*"))
     assert newest == steps_done(run)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -242,11 +243,7 @@ if __name__ == "__main__":
 
 
 def children(pid: int) -> set[int]:
-    found: set[int] = set()
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            found |= {int(child), *children(int(child))}
-    return found
+    return {child.pid for child in psutil.Process(pid).children(recursive=True)}
 
 
 def is_alive(pid: int) -> bool:
