@@ -36,4 +36,4 @@ if [[ -n "${NODE_RANK:-}" ]]; then
     fi
     options+=(--no_ssh --node_rank "$NODE_RANK")
 fi
-exec deepspeed "${options[@]}" mvd_scale "$@"
+mvd_launch deepspeed "${options[@]}" mvd_scale "$@"

@@ -88,6 +88,20 @@ mvd_set_up() {
     ) 9>"$mvd_venv.lock" || exit 1
 }
 
+# Runs a launcher in a session of its own and hands signals on to it and its ranks, which the `deepspeed` command does
+# not: ended alone, it would leave them behind. Waits until the ranks have saved and are gone.
+mvd_launch() {
+    local job status=0
+    setsid "$@" &
+    job=$!
+    trap 'kill -TERM -- "-$job" 2>/dev/null' INT TERM
+    trap 'kill -USR1 -- "-$job" 2>/dev/null' USR1
+    wait "$job" || status=$?
+    trap - INT TERM USR1
+    while pgrep -g "$job" >/dev/null; do sleep 0.2; done
+    exit "$status"
+}
+
 mvd_set_up
 export VIRTUAL_ENV="$mvd_venv"
 export PATH="$mvd_venv/bin:$PATH"

@@ -23,4 +23,4 @@ fi
 if [[ -n "${RANKS:-}" ]]; then
     options+=(--num_gpus "$RANKS")
 fi
-exec deepspeed "${options[@]}" mvd_scale "$@"
+mvd_launch deepspeed "${options[@]}" mvd_scale "$@"

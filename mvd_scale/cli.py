@@ -133,15 +133,20 @@ def bench() -> None:
 
 @bench.command(**_recipe_command)
 @click.option("--recipe", default="distill/b_from_b", show_default=True, help="Recipe whose step is measured.")
+@click.option(
+    "--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="fp16 on GPUs and fp32 on CPUs if left out."
+)
 @click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Clips of a step.")
 @click.option("--steps", type=click.IntRange(min=1), default=5, show_default=True, help="Steps that are timed.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 @_overrides
-def step(recipe: str, batch: int, steps: int, as_json: bool, overrides: tuple[str, ...]) -> None:
+def step(
+    recipe: str, precision: Precision | None, batch: int, steps: int, as_json: bool, overrides: tuple[str, ...]
+) -> None:
     """Time one optimizer step by part: data, each teacher, student forward, backward, optimizer."""
     from mvd_scale.performance.step import measure_step
 
-    report = measure_step(recipe, list(overrides), batch=batch, steps=steps)
+    report = measure_step(recipe, list(overrides), precision=precision, batch=batch, steps=steps)
     if launched_rank() == 0:
         click.echo(report.to_json() if as_json else report.to_text())
 
@@ -236,7 +241,7 @@ def main() -> None:
     configure()
     try:
         cli(prog_name="mvd-scale")
-    except UserError as error:
+    except (UserError, OSError) as error:
         if debug:
             raise
         _speak_once()

@@ -6,7 +6,6 @@ Legend: B clips, N tokens, H heads, K channels of a head.
 from __future__ import annotations
 
 from functools import cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -14,14 +13,19 @@ from torch.nn import functional as F
 
 
 @cache
-def _flash_attn_installed() -> bool:
-    return find_spec("flash_attn") is not None
+def _flash_attn_works(device: torch.device) -> bool:
+    """Whether flash-attn can be imported (it breaks with another torch) and knows the GPU (Ampere and newer)."""
+    try:
+        import flash_attn  # noqa: F401
+    except (ImportError, OSError):
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def attention_backend(device: torch.device, dtype: torch.dtype) -> str:
     """Which implementation `attention` takes for a device and dtype: `flash-attn` or `sdpa`."""
     fits = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
-    return "flash-attn" if fits and _flash_attn_installed() else "sdpa"
+    return "flash-attn" if fits and _flash_attn_works(device) else "sdpa"
 
 
 def attention(qkv: Tensor) -> Tensor:

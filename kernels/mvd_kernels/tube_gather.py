@@ -7,6 +7,7 @@ Tokens are numbered time-major: (t, h, w).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -28,6 +29,17 @@ def _gather(pixels: Tensor, tokens: Tensor | None, tubelet: int, patch: int) -> 
         :,
         tokens % columns,
     ]
+
+
+@lru_cache
+def _affine(
+    mean: tuple[float, ...], std: tuple[float, ...], white: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Factor and summand of each channel. Kept: copying them to a GPU at every call would make the host wait."""
+    scale = [1 / (white * s) for s in std]
+    shift = [-m / s for m, s in zip(mean, std, strict=True)]
+    with torch.inference_mode(False):
+        return torch.tensor(scale, device=device), torch.tensor(shift, device=device)
 
 
 def tube_rows(
@@ -57,8 +69,7 @@ def tube_rows(
     tubes = _gather(pixels, tokens, tubelet, patch)
     white = 1.0 if tubes.is_floating_point() else 255.0
     # (x / white - mean) / std as one multiply-add per channel.
-    scale = torch.tensor([1 / (white * s) for s in std], device=pixels.device)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=pixels.device)
+    scale, shift = _affine(tuple(mean), tuple(std), white, pixels.device)
     rows = torch.addcmul(shift, tubes.to(torch.float32), scale)
     return rows.permute(0, 1, 5, 2, 3, 4).flatten(2).to(dtype)
 

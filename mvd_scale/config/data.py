@@ -8,9 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeInt, PositiveFloat
 
 from mvd_scale.config.section import Section
+
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class CornerCrop(Section):
@@ -18,7 +20,7 @@ class CornerCrop(Section):
 
     kind: Literal["corner"] = "corner"
 
-    scales: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66)
+    scales: tuple[Share, ...] = Field(default=(1.0, 0.875, 0.75, 0.66), min_length=1)
     """Side factors of the short side; height and width differ by at most one step."""
 
 
@@ -27,10 +29,10 @@ class RandomResizedCrop(Section):
 
     kind: Literal["random_resized"] = "random_resized"
 
-    area: tuple[float, float] = (0.2, 1.0)
+    area: tuple[Share, Share] = (0.2, 1.0)
     """Smallest and largest share of the frame's area."""
 
-    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    aspect: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
     """Smallest and largest width over height."""
 
 
@@ -77,7 +79,7 @@ class DataConfig(Section):
     mask: MaskConfig = MaskConfig()
     """The mask over tokens."""
 
-    workers: int | Literal["auto"] = "auto"
+    workers: NonNegativeInt | Literal["auto"] = "auto"
     """Decoding processes per rank; `auto` takes the rank's share of the cores, 0 decodes in the rank itself."""
 
     threads: int = Field(default=1, gt=0)

@@ -11,6 +11,8 @@ from mvd_scale.config.recipe import Recipe
 from mvd_scale.config.training import Precision
 from mvd_scale.errors import UserError
 
+_TEACHER = "teacher_zero3"
+
 
 def student_deepspeed(recipe: Recipe, world_size: int) -> dict[str, Any]:
     """The student's DeepSpeed configuration for a number of ranks.
@@ -19,6 +21,7 @@ def student_deepspeed(recipe: Recipe, world_size: int) -> dict[str, Any]:
         UserError: no such file, no JSON, or a value that contradicts the recipe.
     """
     micro, accumulation = recipe.batch_split(world_size)
+    zero_stage(recipe)
     training = recipe.training
     return _resolve(
         training.deepspeed,
@@ -35,17 +38,24 @@ def student_deepspeed(recipe: Recipe, world_size: int) -> dict[str, Any]:
 def teacher_deepspeed(precision: Precision, world_size: int) -> dict[str, Any]:
     """The DeepSpeed configuration of a frozen teacher, sharded by ZeRO-3."""
     batch = {"train_batch_size": world_size, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
-    return _resolve("teacher_zero3", {**batch, **_precision(precision)})
+    return _resolve(_TEACHER, {**batch, **_precision(precision)})
 
 
 def zero_stage(recipe: Recipe) -> int:
     """ZeRO stage of the student's DeepSpeed file."""
-    stage = _read(recipe.training.deepspeed).get("zero_optimization", {}).get("stage")
+    stage = _section(_read(recipe.training.deepspeed), "zero_optimization", recipe.training.deepspeed).get("stage")
     if stage not in (1, 2, 3):
         raise UserError(
             f"training.deepspeed {recipe.training.deepspeed}: zero_optimization.stage is {stage!r}, expected 1, 2 or 3"
         )
     return int(stage)
+
+
+def _section(values: dict[str, Any], name: str, file: str) -> dict[str, Any]:
+    section = values.setdefault(name, {})
+    if not isinstance(section, dict):
+        raise UserError(f"training.deepspeed {file}: {name} is {section!r}, expected an object")
+    return section
 
 
 def _precision(precision: Precision) -> dict[str, Any]:
@@ -59,7 +69,7 @@ def _read(name_or_path: str) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(
             f"training.deepspeed {name_or_path}: expected the path of a DeepSpeed JSON "
-            f"or one of {', '.join(sorted(shipped))}"
+            f"or one of {', '.join(sorted(shipped.keys() - {_TEACHER}))}"
         )
     try:
         values = json.loads(file.read_text())
@@ -81,7 +91,7 @@ def _resolve(name_or_path: str, decided: dict[str, Any]) -> dict[str, Any]:
         *parents, last = key.split(".")
         section = values
         for parent in parents:
-            section = section.setdefault(parent, {})
+            section = _section(section, parent, name_or_path)
         stands = section.get(last, "auto")
         if stands not in ("auto", value):
             raise UserError(

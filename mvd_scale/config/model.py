@@ -38,7 +38,7 @@ class ModelConfig(Section):
     heads: int | None = Field(default=None, gt=0)
     """Attention heads; must divide `width`."""
 
-    mlp_ratio: float = Field(default=4.0, gt=0)
+    mlp_ratio: float = Field(default=4.0, ge=1)
     """Hidden width of a block's MLP over `width`."""
 
     frames: int = Field(default=16, gt=0)
@@ -86,6 +86,11 @@ class ModelConfig(Section):
             raise ValueError(f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
         if self.frames % self.tubelet:
             raise ValueError(f"frames {self.frames} is not a multiple of tubelet {self.tubelet}")
+        multiple = {"sincos3d": 16, "sincos2d": 4, "sinusoid": 1}[self.positions]
+        if self.width % multiple:
+            raise ValueError(
+                f"positions {self.positions} need a width that is a multiple of {multiple}, not {self.width}"
+            )
         if self.positions == "sincos2d" and self.frames != self.tubelet:
             raise ValueError("positions sincos2d tell no time: they need frames equal to tubelet (an image model)")
         return self

@@ -55,6 +55,12 @@ class Recipe(Section):
                     f"targets.{name}.decoder: width {target.decoder.width} does not divide into "
                     f"{target.decoder.heads} heads"
                 )
+            multiple = {"sincos3d": 16, "sincos2d": 4, "sinusoid": 1}[self.model.positions]
+            if target.decoder.width % multiple:
+                raise ValueError(
+                    f"targets.{name}.decoder: positions {self.model.positions} need a width that is a multiple of "
+                    f"{multiple}, not {target.decoder.width}"
+                )
         if self.training.micro_batch is not None and self.training.global_batch % self.training.micro_batch:
             raise ValueError(
                 f"training.micro_batch {self.training.micro_batch} does not divide "
@@ -121,6 +127,9 @@ class Recipe(Section):
             del values[section]
         for key in ("source", "root", "workers", "threads", "prefetch", "max_broken"):
             del values["data"][key]
+        for target in values["targets"].values():
+            # A teacher is known by its contents, which the checkpoints record, not by where it lies.
+            target.pop("checkpoint", None)
         for key in ("max_steps", "micro_batch", "deepspeed", "gradient_checkpointing", "collective_timeout_minutes"):
             del values["training"][key]
         return dict(_flatten(values))
@@ -225,10 +234,17 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
+def _without_tags(parts: list[str]) -> list[str]:
+    """A key as it is written: pydantic adds the kind of a target or crop behind its name."""
+    if len(parts) > 3 and (parts[0] == "targets" or parts[:2] == ["data", "crop"]):
+        del parts[2]
+    return parts
+
+
 def _describe(error: ValidationError) -> str:
     lines = []
     for fault in error.errors():
-        key = ".".join(str(part) for part in fault["loc"]) or "recipe"
+        key = ".".join(_without_tags([str(part) for part in fault["loc"]])) or "recipe"
         message = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":
             message = "unknown key; see `mvd-scale schema` for all keys"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from mvd_scale.config.section import Section
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
@@ -36,7 +37,7 @@ class TrainingConfig(Section):
     warmup_epochs: float = Field(default=40, ge=0)
     """Epochs of linear warm-up from 0."""
 
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Decay of AdamW's first and second moment."""
 
     eps: float = Field(default=1e-8, gt=0)

@@ -32,7 +32,7 @@ class ClipBatch:
     """int64 (B,); -1 where the manifest has none."""
 
     video_ids: Tensor
-    """int64 (B,), rows of the manifest that were decoded."""
+    """int64 (B,) on the host: rows of the manifest that were decoded."""
 
     resized: Mapping[int, Tensor] = field(default_factory=dict)
     """The same crops at other input sides, for teachers of another input size: uint8 (B, T, side, side, 3)."""

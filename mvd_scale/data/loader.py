@@ -30,7 +30,7 @@ from mvd_scale.data.decode import DecodeError
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.pipeline import build_pipeline, dali_decodes
 from mvd_scale.data.sampling import Sampler, Share, steps_per_epoch
-from mvd_scale.data.source import GIVEN_UP, ClipSource
+from mvd_scale.data.source import ATTEMPTS, GIVEN_UP, ClipSource
 from mvd_scale.errors import UserError
 
 JUDGED_FROM = 100
@@ -136,7 +136,7 @@ class ClipLoader:
             visible=_tensor(visible),
             masked=_tensor(masked),
             labels=_tensor(labels),
-            video_ids=video_ids.to(self._device),
+            video_ids=video_ids,
             resized=dict(zip(self.sides[1:], others, strict=True)),
         )
 
@@ -207,13 +207,15 @@ class ClipLoader:
         self._graph = self._build()
 
     def _dali_decodes(self, source: ClipSource, position: int) -> bool:
-        plan = self._sampler.plan(*self._share.locate(position))
-        try:
-            encoded = source.prepare(plan, position).encoded
-        except DecodeError:
-            return True  # never reached DALI: the worker replaces it
-        size = (int(self._manifest.height[plan.row]), int(self._manifest.width[plan.row]))
-        return encoded is None or dali_decodes(encoded, plan.frames, size, self._device_id)
+        for attempt in range(ATTEMPTS):
+            plan = self._sampler.plan(*self._share.locate(position), attempt)
+            try:
+                encoded = source.prepare(plan, position).encoded
+            except DecodeError:
+                continue  # never reached DALI: the worker went on to the next substitute
+            size = (int(self._manifest.height[plan.row]), int(self._manifest.width[plan.row]))
+            return encoded is None or dali_decodes(encoded, plan.frames, size, self._device_id)
+        return True
 
     def _account(self, rows: list[int], failures: list[list[_Failure]]) -> None:
         """Count the clips of a batch and tell of those that were replaced."""

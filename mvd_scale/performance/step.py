@@ -17,6 +17,7 @@ from torch import nn
 
 from mvd_scale.config import Recipe, TimmTarget, load_recipe
 from mvd_scale.config.target import TrainedTeacherTarget
+from mvd_scale.config.training import Precision
 from mvd_scale.data.index import open_source
 from mvd_scale.data.loader import ClipLoader
 from mvd_scale.data.samples import make_samples
@@ -101,17 +102,21 @@ class Stopwatch:
         self.seconds[name] += self.now() - self._started.pop(name)
 
 
-def measure_step(name: str, overrides: list[str], *, batch: int, steps: int) -> StepReport:
+def measure_step(
+    name: str, overrides: list[str], *, precision: Precision | None = None, batch: int, steps: int
+) -> StepReport:
     """Time whole optimizer steps of a recipe with teachers of random weights.
 
     Args:
         name: recipe, as for `load_recipe`.
+        precision: of the student; fp16 on GPUs and float32 on CPUs if None.
         overrides: dotted overrides; without `data.source` the clips of the `samples` extra are used.
         batch: clips of a step over all ranks.
         steps: timed steps, after two that are not.
     """
-    sized = ["--training.global_batch", str(batch), "--training.micro_batch", "null", *overrides]
-    recipe = load_recipe(name, sized)
+    precision = precision or ("fp16" if torch.cuda.is_available() else "fp32")
+    overrides = ["--training.precision", precision, "--training.micro_batch", "null", *overrides]
+    recipe = load_recipe(name, [*overrides, "--training.global_batch", str(batch)])
     ranks = join_ranks(recipe.device, recipe.training.collective_timeout_minutes)
     with tempfile.TemporaryDirectory() as scratch:
         report = _measure(recipe, ranks, name, batch, steps, Path(scratch))
@@ -122,13 +127,14 @@ def measure_step(name: str, overrides: list[str], *, batch: int, steps: int) -> 
 def _measure(recipe: Recipe, ranks: Ranks, name: str, batch: int, steps: int, scratch: Path) -> StepReport:
     watch = Stopwatch(ranks.device)
     engine, objective = _build(recipe, ranks, watch)
+    micro, accumulation = recipe.batch_split(ranks.world_size)
     loader = ClipLoader(
         open_source(recipe.data.source or make_samples(scratch / "clips"), recipe.data.root, scratch),
         recipe.data.model_copy(update={"clips_per_video": max(batch, recipe.data.clips_per_video)}),
         recipe.model,
         recipe.seed,
         global_batch=batch,
-        micro_batch=recipe.batch_split(ranks.world_size)[0],
+        micro_batch=micro,
         rank=ranks.rank,
         world_size=ranks.world_size,
         device=ranks.device,
@@ -143,13 +149,14 @@ def _measure(recipe: Recipe, ranks: Ranks, name: str, batch: int, steps: int, sc
             if done == _WARM_UP:
                 watch.seconds.clear()
                 started = watch.now()
-            with watch.part("data wait"):
-                clips = next(batches)
-            loss, _ = objective(engine, clips)
-            with watch.part("backward"):
-                engine.backward(loss)
-            with watch.part("optimizer"):
-                engine.step()
+            for _ in range(accumulation):
+                with watch.part("data wait"):
+                    clips = next(batches)
+                loss, _ = objective(engine, clips)
+                with watch.part("backward"):
+                    engine.backward(loss)
+                with watch.part("optimizer"):
+                    engine.step()
         elapsed = watch.now() - started
     order = ["data wait", *(f"{target} teacher" for target in objective.targets), "student forward"]
     parts = {part: watch.seconds[part] for part in [*order, "backward", "optimizer"] if part in watch.seconds}

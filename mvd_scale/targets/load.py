@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 from mvd_scale.checkpoints.checkpoint import Hints
 from mvd_scale.checkpoints.reading import read_source
 from mvd_scale.checkpoints.weights import load_encoder
@@ -51,6 +53,22 @@ def _load_timm(config: TimmTarget, student: ModelConfig) -> TimmViT:
     if config.checkpoint is not None:
         teacher.load(read_source(config.checkpoint).tensors, str(config.checkpoint))
     return teacher
+
+
+def teacher_digests(recipe: Recipe) -> dict[str, str]:
+    """SHA-256 of each teacher's files: how a run knows that it goes on with the teachers it began with."""
+    digests = {}
+    for name, config in recipe.targets.items():
+        path = getattr(config, "checkpoint", None)
+        if path is not None:
+            files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+            whole = hashlib.sha256()
+            for file in files:
+                with file.open("rb") as opened:
+                    while chunk := opened.read(1 << 22):
+                        whole.update(chunk)
+            digests[name] = whole.hexdigest()[:16]
+    return digests
 
 
 def teacher_sides(recipe: Recipe, targets: dict[str, Target]) -> tuple[int, ...]:

@@ -31,7 +31,12 @@ class Pixels(Target):
             pixels = (pixels - mean) / (variance.sqrt() + 1e-6)
         elif self.config.normalize == "patch":
             # MAE: all values of a patch together, after the colours were whitened by ImageNet's statistics.
-            pixels = (pixels - pixels.new_tensor(IMAGENET_MEAN)) / pixels.new_tensor(IMAGENET_STD)
+            pixels = self._whiten(pixels)
             variance, mean = torch.var_mean(pixels, dim=(2, 3), keepdim=True)
             pixels = (pixels - mean) / (variance + 1e-6).sqrt()
         return pixels.flatten(2)
+
+    @staticmethod
+    def _whiten(pixels: Tensor) -> Tensor:
+        channels = zip(pixels.unbind(-1), IMAGENET_MEAN, IMAGENET_STD, strict=True)
+        return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=-1)

@@ -5,10 +5,11 @@ It is also the only one that reads the launcher's environment.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -56,6 +57,10 @@ def join_ranks(device: str, timeout_minutes: float) -> Ranks:
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device is cuda, but torch sees no GPU here; use `--device cpu` or see `mvd-scale env`")
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        if device == "cuda":
+            raise UserError("device is cuda, but DS_ACCELERATOR=cpu asks to leave the GPUs alone; unset one of them")
+        device = "cpu"
     kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     if "RANK" not in os.environ:
         alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
@@ -92,6 +97,30 @@ def join_ranks(device: str, timeout_minutes: float) -> Ranks:
         world_size=torch.distributed.get_world_size(),
         device=torch.device(kind, device_index) if device_index is not None else torch.device(kind),
     )
+
+
+def first_decides(ranks: Ranks, name: str, work: Callable[[], Any]) -> Any:
+    """Do something on rank 0, however long it takes; all ranks return its result or raise its `UserError`.
+
+    Args:
+        ranks: all of them call this.
+        name: tells this decision from the others of the job.
+        work: gives something that JSON can hold.
+    """
+    key = f"mvd_scale/decision/{name}"
+    store = torch.distributed.distributed_c10d._get_default_store()
+    if ranks.first:
+        try:
+            answer = {"result": work()}
+        except UserError as error:
+            answer = {"error": str(error)}
+        store.set(key, json.dumps(answer))
+    # Not a collective: those end after the collective timeout, and indexing a data set takes longer.
+    store.wait([key], timedelta(days=7))
+    answer = json.loads(store.get(key))
+    if "error" in answer:
+        raise UserError(answer["error"])
+    return answer["result"]
 
 
 def leave_ranks() -> None:

@@ -1,12 +1,13 @@
 """Numbers of a run: kept on the device, read together every few steps, written by rank 0.
 
-Reading is the only moment at which the host waits for the device, and at which ranks agree on what to do next.
+Reading is the only moment at which this program makes the host wait for the device.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import resource
 import sys
 import time
@@ -21,6 +22,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from mvd_scale.training.engine import Ranks
+from mvd_scale.training.run_folder import write_whole
 
 logger = logging.getLogger("mvd_scale")
 
@@ -48,10 +50,10 @@ class Meter:
         self.clips += clips
         self.waited += waited
 
-    def read(self, wishes: dict[str, bool]) -> tuple[dict[str, float], dict[str, bool]]:
-        """Means over all ranks since the last reading, and which wishes any rank has. All ranks call it."""
+    def read(self, overdue: bool) -> tuple[dict[str, float], bool]:
+        """Means over all ranks since the last reading, and whether a checkpoint is overdue on any. All call it."""
         elapsed = time.perf_counter() - self.started
-        mine = [float(wish) for wish in wishes.values()] + [self.waited, peak_memory_gib(self.ranks.device)]
+        mine = [float(overdue), self.waited, peak_memory_gib(self.ranks.device)]
         shared = torch.cat([self.distances / self.micro_batches, self.distances.new_tensor(mine)])
         gathered = [torch.empty_like(shared) for _ in range(self.ranks.world_size)]
         torch.distributed.all_gather(gathered, shared)
@@ -59,14 +61,12 @@ class Meter:
         means, worst = host.mean(0).tolist(), host.max(0).values.tolist()
         names = ["loss", *(f"loss/{name}" for name in self.targets)]
         values = dict(zip(names, means, strict=False))
-        first = len(names)
-        granted = {name: worst[first + i] > 0 for i, name in enumerate(wishes)}
         values["clips_per_second"] = self.clips * self.ranks.world_size / elapsed
         values["seconds_per_step"] = elapsed / self.steps
         values["data_wait_share"] = worst[-2] / elapsed
         values["memory_gib"] = worst[-1]
         self._reset()
-        return values, granted
+        return values, worst[-3] > 0
 
 
 class MetricWriter:
@@ -109,7 +109,9 @@ class MetricWriter:
         """Write one reading, after `step` optimizer steps."""
         if not self.active:
             return
-        json.dump({"step": step, **values}, self.file)
+        # JSON knows no infinity, which is the gradient norm of a step that overflowed.
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        json.dump({"step": step, **finite}, self.file)
         self.file.write("\n")
         self.file.flush()
         if self.events is not None:
@@ -137,7 +139,7 @@ def _drop_after(path: Path, step: int) -> None:
     """Forget readings of steps that a killed run made after the checkpoint; they are made again."""
     if path.is_file():
         kept = [json.dumps(reading) + "\n" for reading in read_metrics(path) if reading["step"] <= step]
-        path.write_text("".join(kept), encoding="utf-8")
+        write_whole(path, "".join(kept))
 
 
 def _progress_bar() -> Progress:
@@ -156,7 +158,8 @@ def _progress_bar() -> Progress:
 def _one_line(values: dict[str, float]) -> str:
     losses = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name.partition("/")[0] == "loss")
     speed = f"{values['clips_per_second']:.1f} clips/s  wait {values['data_wait_share']:.0%}"
-    return f"{losses.replace('loss/', '')}  lr {values['lr']:.2e}  {speed}"
+    optimizer = f"lr {values['lr']:.2e}  norm {values['grad_norm']:.2g}  scale {values['loss_scale']:g}"
+    return f"{losses.replace('loss/', '')}  {optimizer}  {speed}  {values['memory_gib']:.1f} GiB"
 
 
 def _duration(seconds: float) -> str:

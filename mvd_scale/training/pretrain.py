@@ -12,6 +12,7 @@ import torch
 
 from mvd_scale.capabilities import probe, table
 from mvd_scale.config import Recipe
+from mvd_scale.config.deepspeed import student_deepspeed
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.data.index import open_source
 from mvd_scale.data.loader import ClipLoader
@@ -20,8 +21,16 @@ from mvd_scale.data.sampling import steps_per_epoch
 from mvd_scale.errors import UserError
 from mvd_scale.models import Student
 from mvd_scale.targets import MaskedDistillation
-from mvd_scale.targets.load import load_targets, teacher_sides
-from mvd_scale.training.engine import Ranks, host_teachers, join_ranks, leave_ranks, student_engine
+from mvd_scale.targets.load import load_targets, teacher_digests, teacher_sides
+from mvd_scale.training.engine import (
+    Ranks,
+    first_decides,
+    host_teachers,
+    join_ranks,
+    leave_ranks,
+    student_engine,
+    teacher_precision,
+)
 from mvd_scale.training.metrics import Meter, MetricWriter, read_metrics
 from mvd_scale.training.optim import apply_schedule
 from mvd_scale.training.resilience import Stopped, StopRequest, check_finite
@@ -40,14 +49,12 @@ def pretrain(recipe: Recipe) -> None:
         Stopped: the run was asked to stop; it was saved.
     """
     folder = RunFolder(recipe.run.folder)
-    folder.check(recipe)
     ranks = join_ranks(recipe.device, recipe.training.collective_timeout_minutes)
-    if ranks.first:
-        folder.claim(recipe)
-        write_whole(folder.environment, table(probe()) + "\n")
-    manifest = open_manifest(recipe, folder, ranks)
+    student_deepspeed(recipe, ranks.world_size)
+    first_decides(ranks, "prepared", lambda: prepare(recipe, folder))
+    manifest = Manifest.load(folder.manifest)
     schedule = Schedule(recipe.training, steps_per_epoch(manifest, recipe.data, recipe.training.global_batch))
-    if folder.finished_at(schedule.last_step):
+    if first_decides(ranks, "finished", lambda: folder.finished_at(schedule.last_step)):
         logger.info("%s is finished already: see %s", folder.path, folder.summary)
         return leave_ranks()
 
@@ -58,8 +65,19 @@ def pretrain(recipe: Recipe) -> None:
     )
     host_teachers(targets, recipe, ranks)
     engine = student_engine(student, recipe, ranks)
-    snapshots = Snapshots(folder, recipe, ranks, manifest.digest, schedule.steps_per_epoch)
+    teachers = first_decides(ranks, "teachers", lambda: teacher_digests(recipe))
+    origin = {
+        "videos": manifest.digest,
+        "teachers": teachers,
+        "teacher precision": teacher_precision(recipe, ranks.device),
+    }
+    snapshots = Snapshots(folder, recipe, ranks, origin, schedule.steps_per_epoch)
     start = snapshots.resume(engine)
+    if start > schedule.last_step:
+        raise UserError(
+            f"{folder.path} has come to step {start} already, beyond training.max_steps {recipe.training.max_steps}; "
+            "raise training.max_steps, or begin a new run in another `--run.folder`"
+        )
     if ranks.first:
         snapshots.clear_partial()
     describe(recipe, manifest, schedule, ranks)
@@ -115,14 +133,15 @@ def fit(
                 meter.add(loss, distances, len(batch.pixels), waited)
             check_finite(engine, recipe.training.precision, step)
 
-            done, wishes = step + 1, {"stop": False, "save": False}
+            done, overdue = step + 1, False
+            last, stopping = done == schedule.last_step, stop.agreed(ranks, step)
             meter.steps += 1
-            if done % recipe.logging.every_steps == 0 or done == schedule.last_step:
-                values, wishes = meter.read({"stop": stop.received is not None, "save": snapshots.overdue()})
+            if done % recipe.logging.every_steps == 0 or last or stopping:
+                values, overdue = meter.read(snapshots.overdue())
                 writer.write(done, values | engine_values(engine, schedule, step))
-            if wishes["stop"] or wishes["save"] or snapshots.due(done) or done == schedule.last_step:
+            if overdue or snapshots.due(done) or last or stopping:
                 snapshots.save(engine, done)
-            if wishes["stop"] and done < schedule.last_step:
+            if stopping and not last:
                 raise Stopped(stop.exit_code)
 
 
@@ -145,17 +164,18 @@ def reseed(recipe: Recipe, step: int, micro: int, ranks: Ranks) -> None:
         torch.manual_seed(int(place.generate_state(1)[0]))
 
 
-def open_manifest(recipe: Recipe, folder: RunFolder, ranks: Ranks) -> Manifest:
-    """The run's videos: indexed by rank 0 if need be, then read by all."""
+def prepare(recipe: Recipe, folder: RunFolder) -> None:
+    """Rank 0's part: see that the folder is free for this run, claim it, and index the videos if need be."""
     if recipe.data.source is None:
         raise UserError(
             "data.source is missing: give a folder of videos, an annotation file or a manifest "
             "with `--data.source PATH`"
         )
-    if ranks.first:
-        open_source(recipe.data.source, recipe.data.root, folder.path)
-    torch.distributed.barrier()
-    return open_source(recipe.data.source, recipe.data.root, folder.path)
+    folder.check(recipe)
+    folder.claim(recipe)
+    write_whole(folder.environment, table(probe()) + "\n")
+    manifest = open_source(recipe.data.source, recipe.data.root, folder.path)
+    manifest.save(folder.manifest)
 
 
 def describe(recipe: Recipe, manifest: Manifest, schedule: Schedule, ranks: Ranks) -> None:
@@ -175,6 +195,9 @@ def describe(recipe: Recipe, manifest: Manifest, schedule: Schedule, ranks: Rank
         micro,
         accumulation,
     )
+    short = int((manifest.frames[manifest.usable] < recipe.model.frames * recipe.data.stride).sum())
+    if short:
+        logger.info("%d videos are shorter than a clip: their last frame is repeated", short)
     logger.info(
         "%d videos, %d left out; %d steps of an epoch, %d clips of it unused; %d steps in all",
         len(manifest.usable),

@@ -6,21 +6,26 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any
 
+import torch
 from typing_extensions import Self
 
 from mvd_scale.errors import UserError
+from mvd_scale.training.engine import Ranks
+
+_WISH, _LAST_STEP = "mvd_scale/stop", "mvd_scale/stop_after"
 
 
 class StopRequest:
     """Remembers SIGTERM, SIGINT and SIGUSR1 while it is entered.
 
-    The ranks act on it together at the next reading of the metrics; a second Ctrl-C ends the process at once.
+    A second Ctrl-C ends the process at once.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._last: int | None = None
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._remember) for number in self.SIGNALS}
@@ -31,6 +36,20 @@ class StopRequest:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def agreed(self, ranks: Ranks, step: int) -> bool:
+        """Whether all ranks stop after this step. All ranks ask after every step; no device is waited for.
+
+        Rank 0 names the next step. Every other rank learns of it in time: it cannot end that step without rank 0.
+        """
+        store = torch.distributed.distributed_c10d._get_default_store()
+        if self.received is not None:
+            store.set(_WISH, "1")
+        if ranks.first and self._last is None and store.check([_WISH]):
+            store.set(_LAST_STEP, str(step + 1))
+        if self._last is None and store.check([_LAST_STEP]):
+            self._last = int(store.get(_LAST_STEP))
+        return self._last is not None and step >= self._last
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         # The launcher answers a Ctrl-C, which the terminal sends to everybody, with a SIGTERM to the ranks.

@@ -17,11 +17,13 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.lock = path / ".lock"
         self.recipe = path / "recipe.yaml"
         self.environment = path / "environment.txt"
         self.metrics = path / "metrics.jsonl"
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
+        self.manifest = path / "manifest.parquet"
         self.quarantine = path / "quarantine.jsonl"
         self.encoder = path / "encoder.safetensors"
         self.student = path / "student.safetensors"
@@ -47,7 +49,7 @@ class RunFolder:
                     + "\n".join(differing)
                     + "\nChoose another folder with `--run.folder`, or move that one away"
                 )
-        elif self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir()) and not self.recipe.is_file()):
+        elif self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir()) and not self.lock.exists()):
             raise UserError(
                 f"{self.path} exists and holds no run of mvd-scale; choose an empty or new folder with `--run.folder`"
             )
@@ -60,7 +62,7 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("w")
+            self._lock = self.lock.open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             write_whole(self.recipe, recipe.to_yaml())
         except BlockingIOError as error:
@@ -82,5 +84,8 @@ class RunFolder:
 def write_whole(path: Path, text: str) -> None:
     """Write a text file that appears whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(partial, path)

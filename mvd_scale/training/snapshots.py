@@ -15,7 +15,7 @@ from mvd_scale.checkpoints.weights import save_weights
 from mvd_scale.config import Recipe
 from mvd_scale.config.deepspeed import zero_stage
 from mvd_scale.errors import UserError
-from mvd_scale.training.engine import Ranks, full_parameters
+from mvd_scale.training.engine import Ranks, first_decides, full_parameters
 from mvd_scale.training.run_folder import RunFolder, write_whole
 
 logger = logging.getLogger("mvd_scale")
@@ -28,16 +28,16 @@ _LAYOUT = "layout.json"
 class Snapshots:
     """The checkpoints of one run. A folder `step_N` is whole; one that is still written is `step_N.partial`."""
 
-    def __init__(self, folder: RunFolder, recipe: Recipe, ranks: Ranks, videos: str, steps_per_epoch: int) -> None:
+    def __init__(
+        self, folder: RunFolder, recipe: Recipe, ranks: Ranks, origin: dict[str, Any], steps_per_epoch: int
+    ) -> None:
         self.path = folder.checkpoints
         self.recipe = recipe
         self.ranks = ranks
-        self.videos = videos
+        self.origin = origin
         every = recipe.checkpoints
-        self.every_steps = every.every_steps
-        if every.every_epochs is not None:
-            by_epoch = max(round(every.every_epochs * steps_per_epoch), 1)
-            self.every_steps = min(by_epoch, self.every_steps or by_epoch)
+        by_epoch = every.every_epochs and max(round(every.every_epochs * steps_per_epoch), 1)
+        self.intervals = [interval for interval in (by_epoch, every.every_steps) if interval]
         self.saved_at = time.monotonic()
 
     def newest(self) -> int | None:
@@ -47,7 +47,7 @@ class Snapshots:
 
     def due(self, step: int) -> bool:
         """Whether step `step` ends with a checkpoint by the count of steps; the same on all ranks."""
-        return self.every_steps is not None and step % self.every_steps == 0
+        return any(step % interval == 0 for interval in self.intervals)
 
     def overdue(self) -> bool:
         """Whether so much time has passed that a checkpoint is wanted; by this rank's clock."""
@@ -79,16 +79,19 @@ class Snapshots:
         """Load the newest whole checkpoint; the number of optimizer steps that are done, 0 without one.
 
         Raises:
-            UserError: it was written by another number of ranks, at another ZeRO stage or precision, or of
-                other videos.
+            UserError: it was written by another number of ranks, at another ZeRO stage or precision, on other
+                videos, or with other teachers.
         """
-        step = self.newest()
+        step = first_decides(self.ranks, "resumed", self.newest)
         if step is None:
             return 0
         tag = f"{_PREFIX}{step:08d}"
         stands = json.loads((self.path / tag / _LAYOUT).read_text())
         if stands != self._layout():
-            there, here = (", ".join(f"{k} {v}" for k, v in layout.items()) for layout in (stands, self._layout()))
+            differing = [key for key, value in self._layout().items() if stands.get(key) != value]
+            there, here = (
+                ", ".join(f"{key} {layout.get(key)}" for key in differing) for layout in (stands, self._layout())
+            )
             raise UserError(
                 f"checkpoint {self.path / tag} was written with {there}; this start has {here}. "
                 "Resume with the same, or begin a new run in another `--run.folder`"
@@ -111,12 +114,12 @@ class Snapshots:
             "ranks": self.ranks.world_size,
             "ZeRO stage": zero_stage(self.recipe),
             "precision": self.recipe.training.precision,
-            "videos": self.videos,
+            **self.origin,
         }
 
     def _steps(self) -> list[int]:
-        names = (path.name for path in self.path.glob(f"{_PREFIX}*") if not path.name.endswith(_PARTIAL))
-        return sorted(int(name.removeprefix(_PREFIX)) for name in names)
+        digits = "[0-9]" * 8
+        return sorted(int(path.name.removeprefix(_PREFIX)) for path in self.path.glob(_PREFIX + digits))
 
 
 def export_student(engine: Any, folder: Path, recipe: Recipe, ranks: Ranks) -> None:

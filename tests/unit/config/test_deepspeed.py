@@ -44,6 +44,9 @@ def test_the_teachers_file_has_no_optimizer_and_spares_the_student() -> None:
     [
         ({"train_batch_size": 16}, "train_batch_size is 16, the recipe needs 8"),
         ({"bf16": {"enabled": True}}, "bf16.enabled is True, the recipe needs False"),
+        ({"bf16": True}, "bf16 is True, expected an object"),
+        ({"zero_optimization": 5}, "zero_optimization is 5, expected an object"),
+        ({"zero_optimization": {"stage": 0}}, "stage is 0, expected 1, 2 or 3"),
         ({"optimizer": {"type": "Adam"}}, "`optimizer` is the recipe's to decide"),
     ],
 )

@@ -9,7 +9,16 @@ import torch
 from mvd_scale.training.engine import Ranks
 from mvd_scale.training.metrics import MetricWriter, read_metrics
 
-VALUES = {"loss": 1.0, "lr": 1e-3, "clips_per_second": 2.0, "data_wait_share": 0.0, "seconds_per_step": 1.0}
+VALUES = {
+    "loss": 1.0,
+    "lr": 1e-3,
+    "grad_norm": float("inf"),
+    "loss_scale": 1.0,
+    "clips_per_second": 2.0,
+    "data_wait_share": 0.0,
+    "seconds_per_step": 1.0,
+    "memory_gib": 1.0,
+}
 
 
 def write(path: Path, start: int, steps: range, rank: int = 0) -> None:
@@ -25,6 +34,7 @@ def test_a_resumed_run_writes_each_step_once(tmp_path: Path) -> None:
     with path.open("a") as file:
         file.write('{"step": 6, "los')
     write(path, 3, range(4, 10))
+    assert read_metrics(path)[0]["grad_norm"] is None
     assert [reading["step"] for reading in read_metrics(path)] == list(range(1, 10))
 
 
