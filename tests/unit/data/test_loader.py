@@ -26,7 +26,7 @@ from mvd_scale.data.pipeline import dali_decodes
 from mvd_scale.data.sampling import Sampler
 from mvd_scale.errors import UserError
 
-MODEL = ModelConfig(width=8, depth=1, heads=1, frames=4, input_size=32, patch_size=8)
+MODEL = ModelConfig(width=16, depth=1, heads=1, frames=4, input_size=32, patch_size=8)
 DATA = DataConfig(stride=2, workers=0, flip=0.5, max_broken=1)
 CPU = torch.device("cpu")
 
@@ -231,7 +231,7 @@ if __name__ == "__main__":
     from mvd_scale.config.model import ModelConfig
     from mvd_scale.data.index import build_manifest
     from mvd_scale.data.loader import ClipLoader
-    model = ModelConfig(width=8, depth=1, heads=1, frames=4, input_size=32, patch_size=8)
+    model = ModelConfig(width=16, depth=1, heads=1, frames=4, input_size=32, patch_size=8)
     loader = ClipLoader(
         build_manifest(Path(sys.argv[1]), workers=1), DataConfig(workers=2), model, 1, global_batch=4, micro_batch=4,
         rank=0, world_size=1, device=torch.device("cpu"), start_step=0, total_steps=1000,

@@ -14,7 +14,7 @@ from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.sampling import Sampler, Share, corner_crop, dense_frames, draw_crop, draw_mask, steps_per_epoch
 from mvd_scale.errors import UserError
 
-MODEL = ModelConfig(width=8, depth=1, heads=1, frames=4, input_size=32, patch_size=8)
+MODEL = ModelConfig(width=16, depth=1, heads=1, frames=4, input_size=32, patch_size=8)
 
 
 def make_manifest(videos: int, left_out: tuple[int, ...] = ()) -> Manifest:
