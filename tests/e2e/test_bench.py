@@ -1,0 +1,32 @@
+"""Benchmarks print what they promise; how fast it is, is not tested."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from .conftest import Jobs
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
+
+def test_the_parts_of_a_step_add_up(jobs: Jobs, clips: Path) -> None:
+    arguments = ["--recipe", "quickstart/student", "--data.source", clips, "--training.micro_batch", "1"]
+    code, output = jobs.run("bench", "step", *arguments, "--batch", "2", "--steps", "1", "--json")
+    assert code == 0, output
+    report = json.loads(output[output.index("{\n") : output.rindex("}") + 1])
+    parts = report["milliseconds"]
+    assert {"data wait", "image teacher", "video teacher", "student forward", "backward", "optimizer"} <= parts.keys()
+    assert sum(parts.values()) == pytest.approx(report["milliseconds_per_step"], rel=1e-6)
+    assert report["clips_per_second"] == pytest.approx(2000 / report["milliseconds_per_step"], rel=1e-6)
+
+
+def test_no_rank_holds_more_than_its_share_of_a_loaded_teacher(jobs: Jobs) -> None:
+    code, output = jobs.run("bench", "load", "--size", "S", "--json", ranks=2)
+    assert code == 0, output
+    report = json.loads(output[output.index("{\n") : output.rindex("}") + 1])
+    assert len(report["held_after_loading"]) == 2
+    for held in report["held_after_loading"]:
+        assert held <= report["share"] + report["largest_layer"]
