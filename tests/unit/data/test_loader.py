@@ -178,6 +178,19 @@ def test_videos_that_break_after_indexing_are_replaced_the_same_way_everywhere(
     assert_same(collect(manifest, start_step=3), got[3:])
 
 
+def test_a_substitute_may_be_broken_too(tmp_path, videos):
+    manifest = copy_videos(videos, tmp_path)
+    for number in (3, 5):
+        (tmp_path / f"{number}.mp4").unlink()
+    for number in (2, 4, 6):
+        file = tmp_path / f"{number}.webm"
+        file.write_bytes(file.read_bytes()[:400] + bytes(file.stat().st_size - 400))
+    with load(manifest, DATA.model_copy(update={"clips_per_video": 4})) as loader:
+        got = clips(list(loader))
+    assert loader.substituted > 3
+    assert not torch.isin(got["video_ids"], torch.tensor([2, 3, 4, 5, 6])).any()
+
+
 def test_dali_is_asked_for_the_frames_of_the_clip(tmp_path, encode):
     encoded = np.fromfile(encode(tmp_path / "a.webm", frames=60), np.uint8)
     cut = encoded[: len(encoded) // 2]
