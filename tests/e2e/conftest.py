@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -62,6 +63,8 @@ class Jobs:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            # A test runner in the background passes on that Ctrl-C is ignored; a terminal does not.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
             env={**os.environ, "DS_ACCELERATOR": "cpu", **(env or {})},
         )
         self.started.append(process)
