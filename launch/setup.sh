@@ -98,7 +98,10 @@ mvd_launch() {
     trap 'kill -USR1 -- "-$job" 2>/dev/null' USR1
     wait "$job" || status=$?
     trap - INT TERM USR1
-    while pgrep -g "$job" >/dev/null; do sleep 0.2; done
+    for _ in {1..200}; do
+        kill -0 -- "-$job" 2>/dev/null || break
+        sleep 0.2
+    done
     exit "$status"
 }
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 
 import av
@@ -287,7 +288,12 @@ def test_no_worker_outlives_its_rank(tmp_path, videos, how):
     script.write_text(textwrap.dedent(SCRIPT))
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
     with subprocess.Popen(
-        [sys.executable, str(script), str(videos)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+        [sys.executable, str(script), str(videos)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+        # A test runner in the background passes on that Ctrl-C is ignored; a terminal does not.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     ) as rank:
         assert rank.stdout is not None
         assert rank.stdout.readline() == b"ready\n"
