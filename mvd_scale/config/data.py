@@ -5,27 +5,32 @@ The defaults are those of stage 2 on Kinetics-400: 16 frames at rate 4, multi-sc
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
+from typing_extensions import Self
 
 from mvd_scale.config.section import Section
 
 Share = Annotated[float, Field(gt=0, le=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Interpolation = Literal["bilinear", "bicubic"]
 
 
 class CornerCrop(Section):
-    """Multi-scale corner crop: a side factor per axis, at one of 13 fixed positions, resized bilinearly."""
+    """Multi-scale corner crop: a side factor per axis, at one of 13 fixed positions."""
 
     kind: Literal["corner"] = "corner"
 
     scales: tuple[Share, ...] = Field(default=(1.0, 0.875, 0.75, 0.66), min_length=1)
     """Side factors of the short side; height and width differ by at most one step."""
 
+    interpolation: Interpolation = "bilinear"
+    """Filter that resizes the crop; it is antialiased where it shrinks."""
+
 
 class RandomResizedCrop(Section):
-    """A random area and aspect ratio, resized bicubically (MAE)."""
+    """A random area and aspect ratio (MAE; fine-tuning with areas from 0.08)."""
 
     kind: Literal["random_resized"] = "random_resized"
 
@@ -35,11 +40,17 @@ class RandomResizedCrop(Section):
     aspect: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
     """Smallest and largest width over height."""
 
+    interpolation: Interpolation = "bicubic"
+    """Filter that resizes the crop; it is antialiased where it shrinks."""
+
 
 class CenterCrop(Section):
     """The largest centred square."""
 
     kind: Literal["center"] = "center"
+
+    interpolation: Interpolation = "bilinear"
+    """Filter that resizes the crop; it is antialiased where it shrinks."""
 
 
 Crop = Annotated[CornerCrop | RandomResizedCrop | CenterCrop, Field(discriminator="kind")]
@@ -55,14 +66,87 @@ class MaskConfig(Section):
     """Share of masked tokens; the count is the same in every clip."""
 
 
+class RandAugment(Section):
+    """Random image operations over whole clips, every frame alike (RandAugment, increasing set; fine-tuning).
+
+    They are applied to the crop, after it was resized.
+    """
+
+    operations: int = Field(default=4, gt=0)
+    """Operations drawn for a clip, one after the other."""
+
+    magnitude: float = Field(default=7.0, ge=0, le=10)
+    """Mean strength, of 10."""
+
+    deviation: NonNegativeFloat = 0.5
+    """Standard deviation of the strength."""
+
+    probability: Probability = 0.5
+    """Of each of the operations to be applied."""
+
+
+class ColorJitter(Section):
+    """Factors drawn from 1 - x to 1 + x, one each for a whole clip, applied in this order."""
+
+    brightness: Probability = 0.4
+    contrast: Probability = 0.4
+    saturation: Probability = 0.4
+
+
+class RandomErasing(Section):
+    """A box filled with noise, the same box in every frame (fine-tuning)."""
+
+    probability: Probability = 0.25
+    """Of a clip to be erased."""
+
+    area: tuple[Share, Share] = (0.02, 1 / 3)
+    """Smallest and largest share of the frame's area."""
+
+    aspect: tuple[PositiveFloat, PositiveFloat] = (0.3, 1 / 0.3)
+    """Smallest and largest height over width."""
+
+
+class AugmentConfig(Section):
+    """What is done to a clip after crop and flip, in this order; nothing by default, as in pre-training."""
+
+    rand_augment: RandAugment | None = None
+    color_jitter: ColorJitter | None = None
+    erasing: RandomErasing | None = None
+
+
+class MixtureSource(Section):
+    """One set of videos of a mixture."""
+
+    source: str
+    """As `data.source`."""
+
+    root: str | None = None
+    """As `data.root`."""
+
+    weight: float = Field(default=1.0, gt=0)
+    """How often an epoch visits every clip of this set: 2 twice, 0.5 one half of the clips, the others next time."""
+
+    stride: int | None = Field(default=None, gt=0)
+    """As `data.stride`, for this set alone."""
+
+
 class DataConfig(Section):
     """Clips: where they come from, how they are cut and masked."""
 
-    source: Path | None = None
-    """A manifest (`.parquet`), a folder of videos, or an annotation file of `path label` lines."""
+    source: str | None = None
+    """A manifest (`.parquet`), a folder of videos or images, an annotation file, or whatever else
+    `mvd-scale data index` takes."""
 
-    root: Path | None = None
-    """Folder that relative paths of an annotation file start from; its own folder if left out."""
+    root: str | None = None
+    """Folder or URL that relative paths of an annotation file start from; its own folder if left out."""
+
+    mixture: dict[str, MixtureSource] | None = Field(default=None, min_length=1)
+    """Several sets of videos by name, in place of `source`."""
+
+    sampling: Literal["dense", "window", "segments"] = "dense"
+    """Frames of a clip. `dense`: every `stride`-th from a random start (pre-training). `window`: spread evenly over
+    frames x stride of them (fine-tuning on Kinetics). `segments`: a random one of each equal part of the video
+    (TSN; fine-tuning on Something-Something)."""
 
     stride: int = Field(default=4, gt=0)
     """Frames between two sampled frames (the "rate" of the paper); the clip spans frames x stride."""
@@ -73,8 +157,15 @@ class DataConfig(Section):
     crop: Crop = CornerCrop()
     """How the square is cut out."""
 
-    flip: float = Field(default=0.0, ge=0, le=1)
+    flip: Probability = 0.0
     """Probability of a horizontal flip."""
+
+    augment: AugmentConfig = AugmentConfig()
+    """What is done to the clip after that."""
+
+    copies: int = Field(default=1, gt=0)
+    """Copies of every decoded clip, each with its own crop, flip, augmentation and mask (repeated augmentation). They
+    stand side by side in the batch, and batches count them."""
 
     mask: MaskConfig = MaskConfig()
     """The mask over tokens."""
@@ -90,3 +181,16 @@ class DataConfig(Section):
 
     max_broken: float = Field(default=0.01, ge=0, le=1)
     """Share of clips that may be replaced because their video cannot be decoded; beyond it the run stops."""
+
+    read_timeout: PositiveFloat = 60.0
+    """Seconds after which a video that has not been read, or decoded on the CPU, counts as one that cannot be."""
+
+    @model_validator(mode="after")
+    def _check_sources(self) -> Self:
+        if self.mixture is not None and (self.source is not None or self.root is not None):
+            raise ValueError("give either data.source (and data.root) or data.mixture, not both")
+        if self.sampling == "segments" and self.mixture is not None:
+            strides = [name for name, part in self.mixture.items() if part.stride is not None]
+            if strides:
+                raise ValueError(f"data.mixture.{strides[0]}.stride does nothing with data.sampling segments")
+        return self

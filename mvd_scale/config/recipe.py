@@ -114,6 +114,11 @@ class Recipe(Section):
                 f"it must be a multiple of ranks x micro batch = {world_size * micro}. "
                 f"Set training.global_batch to {nearest}, or choose another training.micro_batch"
             )
+        if micro % self.data.copies:
+            raise UserError(
+                f"a micro batch of {micro} clips is not a multiple of data.copies {self.data.copies}: the copies of a "
+                f"clip stay together. Set training.micro_batch to a multiple of {self.data.copies}"
+            )
         return micro, total // (world_size * micro)
 
     def identity(self) -> dict[str, Any]:
@@ -125,8 +130,10 @@ class Recipe(Section):
         values = self.model_dump(mode="json")
         for section in ("run", "device", "teachers", "checkpoints", "logging"):
             del values[section]
-        for key in ("source", "root", "workers", "threads", "prefetch", "max_broken"):
+        for key in ("source", "root", "workers", "threads", "prefetch", "max_broken", "read_timeout"):
             del values["data"][key]
+        for part in (values["data"]["mixture"] or {}).values():
+            del part["source"], part["root"]
         for target in values["targets"].values():
             # A teacher is known by its contents, which the checkpoints record, not by where it lies.
             target.pop("checkpoint", None)

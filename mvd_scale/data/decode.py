@@ -2,41 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import av
 import numpy as np
 from numpy.typing import NDArray
 
+from mvd_scale.data.storage import DecodeError
+
 REORDER = 32
 """Packets that may come between a frame's place in the file and its place on the screen; H.264 allows 16."""
-
-
-class DecodeError(Exception):
-    """A video that cannot give the frames asked for."""
-
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(path, reason)
-        self.path = path
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
-
-
-def read_bytes(path: str) -> NDArray[np.uint8]:
-    """A whole encoded file: uint8 (bytes,).
-
-    Raises:
-        DecodeError: it cannot be read, or is empty.
-    """
-    try:
-        encoded = np.frombuffer(Path(path).read_bytes(), dtype=np.uint8)
-    except OSError as error:
-        raise DecodeError(path, error.strerror or str(error)) from error
-    if not encoded.size:
-        raise DecodeError(path, "empty file")
-    return encoded
 
 
 def decode_frames(path: str, frames: NDArray[np.int64]) -> NDArray[np.uint8]:

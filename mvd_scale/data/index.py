@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import av
-import numpy as np
 
-from mvd_scale.data.manifest import Manifest
+from mvd_scale.data.manifest import Manifest, Row
 from mvd_scale.errors import UserError
 
 SUFFIXES = frozenset({".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv"})
@@ -168,15 +167,11 @@ def _read_annotations(file: Path, root: Path) -> tuple[list[Path], list[int]]:
 
 
 def _assemble(paths: Sequence[Path], labels: Sequence[int], probes: Sequence[Probe], origin: str) -> Manifest:
-    return Manifest(
-        path=[os.path.abspath(path) for path in paths],
-        frames=np.array([probe.frames for probe in probes], dtype=np.int64),
-        fps=np.array([probe.fps for probe in probes], dtype=np.float64),
-        height=np.array([probe.height for probe in probes], dtype=np.int64),
-        width=np.array([probe.width for probe in probes], dtype=np.int64),
-        codec=[probe.codec for probe in probes],
-        label=np.array(labels, dtype=np.int64),
-        left_out=[probe.left_out for probe in probes],
+    return Manifest.of(
+        [
+            Row(name=path.name, path=os.path.abspath(path), label=label, **vars(probe))
+            for path, label, probe in zip(paths, labels, probes, strict=True)
+        ],
         source=origin,
     )
 

@@ -26,11 +26,11 @@ from typing_extensions import Self
 from mvd_scale.config.data import DataConfig, RandomResizedCrop
 from mvd_scale.config.model import ModelConfig
 from mvd_scale.data.batch import ClipBatch
-from mvd_scale.data.decode import DecodeError
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.pipeline import build_pipeline, dali_decodes
 from mvd_scale.data.sampling import Sampler, Share, steps_per_epoch
 from mvd_scale.data.source import ATTEMPTS, GIVEN_UP, ClipSource
+from mvd_scale.data.storage import DecodeError
 from mvd_scale.errors import UserError
 
 JUDGED_FROM = 100

@@ -17,31 +17,29 @@ from numpy.typing import NDArray
 
 from mvd_scale.config.data import CenterCrop, CornerCrop, DataConfig, MaskConfig, RandomResizedCrop
 from mvd_scale.config.model import ModelConfig
+from mvd_scale.data.augment import Augmentation, draw_augmentation
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.errors import UserError
 
 Box = tuple[int, int, int, int]
 """Top, left, height and width in pixels."""
 
-_ORDER, _CLIP = 1, 2
+_ORDER, _CLIP, _ROUND = 1, 2, 3
 """First words of the keys, so that the order of an epoch and its clips never share random numbers."""
 
 
 @dataclass(frozen=True)
-class ClipPlan:
-    """All that is random about one clip, decided."""
-
-    row: int
-    """Row of the manifest."""
-
-    frames: NDArray[np.int64]
-    """Frame numbers in display order, ascending, the last ones possibly equal: int64 (T,)."""
+class CopyPlan:
+    """All that is random about one copy of a clip, decided."""
 
     crop: Box
-    """Within the frame as coded."""
+    """Within the frame as shown."""
 
     flip: bool
     """Mirror left and right."""
+
+    augment: Augmentation
+    """What is done to the resized crop."""
 
     visible: NDArray[np.int64]
     """Token indices, ascending, time-major: int64 (V,)."""
@@ -50,16 +48,33 @@ class ClipPlan:
     """The other tokens, likewise: int64 (M,)."""
 
 
-class Sampler:
-    """Plans of the clips of a manifest. Picklable; holds three numbers per usable video.
+@dataclass(frozen=True)
+class ClipPlan:
+    """All that is random about one decoded clip, decided."""
 
-    An epoch has `clips` = usable videos x `clips_per_video` clips; it visits every video `clips_per_video` times.
+    row: int
+    """Row of the manifest."""
+
+    frames: NDArray[np.int64]
+    """Frame numbers in display order, ascending, some possibly equal: int64 (T,)."""
+
+    copies: tuple[CopyPlan, ...]
+    """What becomes of the frames, `data.copies` times."""
+
+
+class Sampler:
+    """Plans of the clips of a manifest. Picklable; holds a few numbers per usable video.
+
+    An epoch has `clips` clips (`steps_per_epoch` counts the same): every usable video `clips_per_video` times; of a
+    mixture, every set as often as its weight says.
     """
 
     def __init__(self, manifest: Manifest, data: DataConfig, model: ModelConfig, seed: int) -> None:
         self.rows = manifest.usable
         self.frames = manifest.frames[self.rows]
         self.sizes = np.stack([manifest.height[self.rows], manifest.width[self.rows]], axis=1)
+        self.dataset = manifest.dataset[self.rows]
+        self.parts = mixture_parts(manifest, data)
         self.data = data
         self.model = model
         self.seed = seed
@@ -67,7 +82,7 @@ class Sampler:
     @property
     def clips(self) -> int:
         """Clips of one epoch."""
-        return len(self.rows) * self.data.clips_per_video
+        return sum(part.clips for part in self.parts)
 
     def plan(self, epoch: int, i: int, attempt: int = 0) -> ClipPlan:
         """Clip `i` of an epoch.
@@ -82,13 +97,65 @@ class Sampler:
         if attempt:
             video = int(rng.integers(len(self.rows)))
         else:
-            video = int(epoch_order(self.seed, epoch, self.clips)[i]) % len(self.rows)
+            video = draw_video(self.seed, epoch, i, self.parts)
         height, width = self.sizes[video].tolist()
-        frames = dense_frames(rng, int(self.frames[video]), self.model.frames, self.data.stride)
-        crop = draw_crop(rng, self.data.crop, height, width, self.model.input_size)
-        flip = bool(rng.random() < self.data.flip)
-        visible, masked = draw_mask(rng, self.data.mask, self.model.grid)
-        return ClipPlan(int(self.rows[video]), frames, crop, flip, visible, masked)
+        data, model = self.data, self.model
+        stride = self.parts[self.dataset[video]].stride
+        frames = draw_frames(rng, data.sampling, int(self.frames[video]), model.frames, stride)
+        copies = []
+        for copy in range(data.copies):
+            rng = _generator(_CLIP, self.seed, epoch, i, attempt, copy) if copy else rng
+            crop = draw_crop(rng, data.crop, height, width, model.input_size)
+            flip = bool(rng.random() < data.flip)
+            visible, masked = draw_mask(rng, data.mask, model.grid)
+            augment = draw_augmentation(rng, data.augment, model.frames, model.input_size)
+            copies.append(CopyPlan(crop, flip, augment, visible, masked))
+        return ClipPlan(int(self.rows[video]), frames, tuple(copies))
+
+
+@dataclass(frozen=True)
+class Part:
+    """One set of videos of a mixture; a manifest without mixture is one part."""
+
+    first: int
+    """Its first video, counted over the usable ones."""
+
+    videos: int
+
+    clips: int
+    """Clips of it in one epoch."""
+
+    stride: int
+
+
+def mixture_parts(manifest: Manifest, data: DataConfig) -> tuple[Part, ...]:
+    """How many clips of each set of a mixture an epoch has."""
+    counts = np.bincount(manifest.dataset[manifest.usable], minlength=len(data.mixture or [0])).tolist()
+    shares = [(source.weight, source.stride) for source in (data.mixture or {}).values()] or [(1.0, None)]
+    parts, first = [], 0
+    for videos, (weight, stride) in zip(counts, shares, strict=True):
+        clips = max(round(weight * data.clips_per_video * videos), 1) if videos else 0
+        parts.append(Part(first, videos, clips, stride or data.stride))
+        first += videos
+    return tuple(parts)
+
+
+def draw_video(seed: int, epoch: int, i: int, parts: tuple[Part, ...]) -> int:
+    """Which usable video clip `i` of an epoch shows.
+
+    A permutation of the epoch says which clip of which part it is. A part whose epochs are not whole rounds through
+    its videos goes on in the next epoch where it stopped, in the order of an endless row of permutations: so every
+    video comes up equally often.
+    """
+    clip = int(epoch_order(seed, epoch, sum(part.clips for part in parts))[i])
+    for number, part in enumerate(parts):
+        if clip < part.clips:
+            round_, place = divmod(epoch * part.clips + clip, part.videos)
+            if part.clips % part.videos == 0:
+                return part.first + place
+            return part.first + int(round_order(seed, round_, number, part.videos)[place])
+        clip -= part.clips
+    raise IndexError(i)
 
 
 @dataclass(frozen=True)
@@ -128,20 +195,37 @@ def steps_per_epoch(manifest: Manifest, data: DataConfig, global_batch: int) -> 
         UserError: an epoch has fewer clips than one global batch.
     """
     videos = len(manifest.usable)
-    steps = videos * data.clips_per_video // global_batch
+    clips = sum(part.clips for part in mixture_parts(manifest, data))
+    steps = clips * data.copies // global_batch
     if not steps:
         raise UserError(
-            f"{videos} videos x data.clips_per_video {data.clips_per_video} are fewer clips than "
-            f"training.global_batch {global_batch}: an epoch needs at least one global batch. Set "
-            f"data.clips_per_video to {-(-global_batch // videos)} or more, or lower training.global_batch"
+            f"an epoch of {videos} videos has {clips * data.copies} clips (data.clips_per_video "
+            f"{data.clips_per_video}, data.copies {data.copies}), fewer than training.global_batch {global_batch}: it "
+            f"needs at least one global batch. Set data.clips_per_video to "
+            f"{-(-global_batch * data.clips_per_video // (clips * data.copies))} or more, or lower training.global_batch"
         )
     return steps
 
 
 @lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, clips: int) -> NDArray[np.int64]:
-    """Order of an epoch: a permutation of its clips, int64 (clips,). Clip c shows video c modulo the videos."""
+    """Order of an epoch: a permutation of its clips, int64 (clips,)."""
     return _generator(_ORDER, seed, epoch).permutation(clips)
+
+
+@lru_cache(maxsize=8)
+def round_order(seed: int, round_: int, part: int, videos: int) -> NDArray[np.int64]:
+    """Order of one round through the videos of a part: a permutation, int64 (videos,)."""
+    return _generator(_ROUND, seed, round_, part).permutation(videos)
+
+
+def draw_frames(rng: Generator, rule: str, available: int, frames: int, stride: int) -> NDArray[np.int64]:
+    """Frame numbers of a clip by one of the rules of `data.sampling`: int64 (frames,), ascending."""
+    if rule == "dense":
+        return dense_frames(rng, available, frames, stride)
+    if rule == "window":
+        return window_frames(rng, available, frames, stride)
+    return segment_frames(rng, available, frames)
 
 
 def dense_frames(rng: Generator, available: int, frames: int, stride: int) -> NDArray[np.int64]:
@@ -157,6 +241,40 @@ def dense_frames(rng: Generator, available: int, frames: int, stride: int) -> ND
     start = int(rng.integers(max(available - frames * stride + 1, 1)))
     steps = max((available - 2 - start) // stride, 0)
     return start + stride * np.minimum(np.arange(frames, dtype=np.int64), steps)
+
+
+def window_frames(rng: Generator, available: int, frames: int, stride: int) -> NDArray[np.int64]:
+    """Frame numbers of a clip spread evenly over a window of frames x stride, at random in the video.
+
+    The published fine-tuning rule for Kinetics, UCF101 and HMDB51. A video that is no longer than the window is
+    spread out whole, one frame for every `stride` of it, and its last frame is repeated.
+
+    Returns:
+        int64 (frames,), ascending, within 0 .. available - 1.
+    """
+    window = frames * stride
+    if available > window:
+        end = int(rng.integers(window, available))
+        places = np.linspace(end - window, end, num=frames)
+        return np.clip(places, end - window, end - 1).astype(np.int64)
+    whole = min(available // stride, frames)
+    places = np.concatenate([np.linspace(0, available, num=whole), np.full(frames - whole, float(available))])
+    return np.clip(places, 0, available - 1).astype(np.int64)
+
+
+def segment_frames(rng: Generator, available: int, frames: int) -> NDArray[np.int64]:
+    """A random frame of each of `frames` equal parts of the video (TSN; published for Something-Something V2).
+
+    What the division leaves at the end is never drawn; a video of fewer frames than parts gives its first frame only,
+    both as published.
+
+    Returns:
+        int64 (frames,), ascending, within 0 .. available - 1.
+    """
+    length = available // frames
+    if not length:
+        return np.zeros(frames, dtype=np.int64)
+    return np.arange(frames, dtype=np.int64) * length + rng.integers(length, size=frames)
 
 
 def draw_crop(

@@ -17,9 +17,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mvd_scale.data.decode import DecodeError, decode_frames, read_bytes
+from mvd_scale.data.decode import decode_frames
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.sampling import ClipPlan, Sampler, Share
+from mvd_scale.data.storage import DecodeError, read_bytes
 
 ATTEMPTS = 8
 """Videos tried for one clip before it is given up."""
