@@ -114,6 +114,22 @@ class AugmentConfig(Section):
     erasing: RandomErasing | None = None
 
 
+class ViewsConfig(Section):
+    """Which views of a video are tested: several clips in time, several crops of each (5 x 3 on Kinetics-400)."""
+
+    sampling: Literal["dense", "uniform"] = "dense"
+    """`dense`: clips of every `stride`-th frame, spread over the video. `uniform`: each clip spans the whole video."""
+
+    stride: int = Field(default=4, gt=0)
+    """Frames between two frames of a dense clip."""
+
+    clips: int = Field(default=5, gt=0)
+    """Clips in time."""
+
+    crops: int = Field(default=3, gt=0)
+    """Square crops along the longer side."""
+
+
 class MixtureSource(Section):
     """One set of videos of a mixture."""
 

@@ -12,6 +12,26 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class ViewBatch:
+    """The test views of some videos on the device.
+
+    Legend: K clips in time, C crops.
+    """
+
+    pixels: Tensor
+    """uint8 (B, K, C, T, H, W, 3); black where the video could not be decoded."""
+
+    labels: Tensor
+    """int64 (B,); -1 where the manifest has none."""
+
+    video_ids: Tensor
+    """int64 (B,) on the host: rows of the manifest."""
+
+    decoded: Tensor
+    """bool (B,) on the host: whether the video could be decoded."""
+
+
+@dataclass(frozen=True)
 class ClipBatch:
     """One micro batch of tube-masked clips on the training device.
 

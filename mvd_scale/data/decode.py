@@ -1,58 +1,117 @@
-"""Chosen frames of one video by PyAV, for the codecs that DALI does not decode on this device."""
+"""Chosen frames of one video by PyAV, for what DALI does not decode on this device.
+
+Legend: T frames, H W pixels as coded.
+"""
 
 from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from itertools import chain
 
 import av
 import numpy as np
 from numpy.typing import NDArray
 
-from mvd_scale.data.storage import DecodeError
+from mvd_scale.data.manifest import WHOLE_FILE, Row
+from mvd_scale.data.storage import DecodeError, is_url, read_bytes
 
 REORDER = 32
 """Packets that may come between a frame's place in the file and its place on the screen; H.264 allows 16."""
 
+Pictures = dict[int, NDArray[np.uint8]]
+"""Frames by their place in display order, uint8 (H, W, 3)."""
 
-def decode_frames(path: str, frames: NDArray[np.int64]) -> NDArray[np.uint8]:
+
+def decode_frames(video: Row, frames: NDArray[np.int64]) -> NDArray[np.uint8]:
     """The frames at given places in display order.
 
     Only the packets from the keyframe before the first frame to the last frame are decoded, and of these not the
     ones that neither are asked for nor serve as a reference; only frames asked for are converted to RGB.
 
     Args:
-        path: a video file.
+        video: where it lies, its size, and the times of its frames if these are evenly spaced.
         frames: int64 (T,), any order, repetitions allowed.
 
     Returns:
-        uint8 (T, H, W, 3), RGB, as coded (rotation metadata is not applied).
+        uint8 (T, H, W, 3), RGB, as coded (`rotation` is not applied).
 
     Raises:
-        DecodeError: the file is missing, broken, shorter than asked for, or changes its size within the clip.
+        DecodeError: the file is missing, broken, shorter than asked for, or of another size than the manifest says.
     """
+    wanted = set(frames.tolist())
     try:
-        with av.open(path) as container:
-            if not container.streams.video:
-                raise DecodeError(path, "no video stream")
-            stream = container.streams.video[0]
-            # One thread: clips are decoded side by side by the workers, and dropping packets needs the frame order.
-            stream.codec_context.thread_count = 1
-            packets = _demux(container, stream, int(frames.max()) + 1 + REORDER)
-            if any(packet.pts is None for packet in packets):
-                pictures = _decode_counting(stream, packets, frames)
-            else:
-                pictures = _decode_by_time(path, stream, packets, frames)
+        pictures = _seek_and_decode(video, wanted) if video.pts_step else None
+        if pictures is None:
+            pictures = _decode_from_start(video, wanted)
     except (av.FFmpegError, OSError) as error:
-        raise DecodeError(path, str(error)) from error
-    absent = [int(place) for place in frames if int(place) not in pictures]
+        raise DecodeError(video.path, str(error)) from error
+    absent = wanted - pictures.keys()
     if absent:
-        raise DecodeError(path, f"frame {absent[0]} cannot be decoded")
-    first = pictures[int(frames[0])]
-    clip = np.empty((len(frames), *first.shape), dtype=np.uint8)
-    for slot, place in enumerate(frames):
-        picture = pictures[int(place)]
-        if picture.shape != first.shape:
-            raise DecodeError(path, f"picture size changes from {first.shape[:2]} to {picture.shape[:2]}")
+        raise DecodeError(video.path, f"frame {min(absent)} cannot be decoded")
+    clip = np.empty((len(frames), *video.coded_size, 3), dtype=np.uint8)
+    for slot, place in enumerate(frames.tolist()):
+        picture = pictures[place]
+        if picture.shape[:2] != video.coded_size:
+            (height, width), (expected_height, expected_width) = picture.shape[:2], video.coded_size
+            raise DecodeError(
+                video.path,
+                f"frame {place} is {height} x {width}, the manifest says {expected_height} x {expected_width}",
+            )
         clip[slot] = picture
     return clip
+
+
+def open_video(video: Row) -> av.container.InputContainer:
+    """Open a file, a part of a shard or a URL; of the latter two all bytes are read, by one request."""
+    if video.offset == WHOLE_FILE and not is_url(video.path):
+        return av.open(video.path)
+    return av.open(io.BytesIO(read_bytes(video.path, video.offset, video.size).tobytes()))
+
+
+def video_stream(container: av.container.InputContainer, path: str) -> av.VideoStream:
+    """The first video stream, to be decoded by one thread: clips are decoded side by side by the workers."""
+    if not container.streams.video:
+        raise DecodeError(path, "no video stream")
+    stream = container.streams.video[0]
+    stream.codec_context.thread_count = 1
+    return stream
+
+
+def _seek_and_decode(video: Row, wanted: set[int]) -> Pictures | None:
+    """By the times that the manifest tells; None if seeking does not lead to a keyframe before the first frame."""
+    place_of = {video.first_pts + place * video.pts_step: place for place in wanted}
+    first = min(place_of)
+    with open_video(video) as container:
+        stream = video_stream(container, video.path)
+        target = first
+        while True:
+            container.seek(target, stream=stream)
+            packets = container.demux(stream)
+            head = next(packets, None)
+            if head is None or not head.is_keyframe or head.pts is None or head.dts is None:
+                return None
+            if head.pts <= first:
+                return _decode(stream, chain([head], packets), place_of)
+            if head.dts > target or target <= video.first_pts - REORDER * video.pts_step:
+                return None
+            # Containers seek by decoding time: the keyframe found may be shown after the frame that is looked for.
+            target = head.dts - 1
+
+
+def _decode_from_start(video: Row, wanted: set[int]) -> Pictures:
+    with open_video(video) as container:
+        stream = video_stream(container, video.path)
+        packets = _demux(container, stream, max(wanted) + 1 + REORDER)
+        if any(packet.pts is None for packet in packets):
+            return _decode_counting(stream, packets, wanted)
+        times = sorted(packet.pts for packet in packets if not packet.is_discard and packet.pts is not None)
+        if max(wanted) >= len(times):
+            raise DecodeError(video.path, f"frame {max(wanted)} was asked for, there are {len(times)}")
+        place_of = {times[place]: place for place in wanted}
+        first = min(place_of)
+        keyframes = (n for n, packet in enumerate(packets) if packet.is_keyframe and (packet.pts or 0) <= first)
+        return _decode(stream, iter(packets[max(keyframes, default=0) :]), place_of)
 
 
 def _demux(container: av.container.InputContainer, stream: av.VideoStream, limit: int) -> list[av.Packet]:
@@ -69,35 +128,32 @@ def _demux(container: av.container.InputContainer, stream: av.VideoStream, limit
     return packets
 
 
-def _decode_by_time(
-    path: str, stream: av.VideoStream, packets: list[av.Packet], frames: NDArray[np.int64]
-) -> dict[int, NDArray[np.uint8]]:
-    times = sorted(packet.pts for packet in packets if not packet.is_discard and packet.pts is not None)
-    if int(frames.max()) >= len(times):
-        raise DecodeError(path, f"frame {int(frames.max())} was asked for, there are {len(times)}")
-    place_of = {times[place]: int(place) for place in set(frames.tolist())}
-    first = min(place_of)
-    start = max((n for n, packet in enumerate(packets) if packet.is_keyframe and (packet.pts or 0) <= first), default=0)
+def _decode(stream: av.VideoStream, packets: Iterator[av.Packet], place_of: dict[int, int]) -> Pictures:
+    """Decode from a keyframe until the frames of all these times have come."""
     context, reformatter = stream.codec_context, av.video.reformatter.VideoReformatter()
-    pictures: dict[int, NDArray[np.uint8]] = {}
-    for packet in [*packets[start:], None]:
-        if packet is not None:
-            context.skip_frame = "DEFAULT" if packet.pts in place_of else "NONREF"
-        for frame in context.decode(packet):
+    pictures: Pictures = {}
+    for packet in packets:
+        if packet.is_disposable and packet.pts not in place_of:
+            continue
+        # Of a packet that is not marked disposable the decoder itself sees whether anything refers to it.
+        context.skip_frame = "DEFAULT" if packet.pts in place_of or not packet.size else "NONREF"
+        for frame in context.decode(packet if packet.size else None):
             place = place_of.get(frame.pts)
             if place is not None:
                 pictures[place] = reformatter.reformat(frame, format="rgb24").to_ndarray()
         if len(pictures) == len(place_of):
-            break
+            return pictures
+    for frame in context.decode(None):
+        place = place_of.get(frame.pts)
+        if place is not None:
+            pictures[place] = reformatter.reformat(frame, format="rgb24").to_ndarray()
     return pictures
 
 
-def _decode_counting(
-    stream: av.VideoStream, packets: list[av.Packet], frames: NDArray[np.int64]
-) -> dict[int, NDArray[np.uint8]]:
+def _decode_counting(stream: av.VideoStream, packets: list[av.Packet], wanted: set[int]) -> Pictures:
     """For containers without presentation times (AVI): frames in the order in which they leave the decoder."""
-    wanted, context, reformatter = set(frames.tolist()), stream.codec_context, av.video.reformatter.VideoReformatter()
-    pictures: dict[int, NDArray[np.uint8]] = {}
+    context, reformatter = stream.codec_context, av.video.reformatter.VideoReformatter()
+    pictures: Pictures = {}
     count = 0
     for packet in [*packets, None]:
         for frame in context.decode(packet):

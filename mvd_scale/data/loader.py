@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from abc import ABC, abstractmethod
 from pathlib import Path
 from types import TracebackType
 from typing import TypedDict
@@ -23,14 +24,13 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 from typing_extensions import Self
 
-from mvd_scale.config.data import DataConfig, RandomResizedCrop
+from mvd_scale.config.data import DataConfig
 from mvd_scale.config.model import ModelConfig
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.data.manifest import Manifest
-from mvd_scale.data.pipeline import build_pipeline, dali_decodes
+from mvd_scale.data.pipeline import build_pipeline, clip_body, dali_decodes
 from mvd_scale.data.sampling import Sampler, Share, steps_per_epoch
-from mvd_scale.data.source import ATTEMPTS, GIVEN_UP, ClipSource
-from mvd_scale.data.storage import DecodeError
+from mvd_scale.data.source import GIVEN_UP, Backend, ClipSource, VideoSource
 from mvd_scale.errors import UserError
 
 JUDGED_FROM = 100
@@ -39,18 +39,187 @@ JUDGED_FROM = 100
 log = logging.getLogger("mvd_scale")
 
 
-class _Failure(TypedDict):
+class Failure(TypedDict):
+    """A video that could not be decoded."""
+
     row: int
     path: str
     error: str
 
 
-class ClipLoader:
+class Feed(ABC):
+    """A DALI graph that survives what it cannot decode, and the book of what could not be decoded.
+
+    Args:
+        manifest: the videos.
+        data: workers, threads and limits.
+        batch: samples of one run of the graph.
+        first: sample to begin with.
+        end: sample at which it ends.
+        world_size: ranks that share this machine's cores.
+        device: where batches live; on a GPU it is also where they are decoded.
+        report: file to append a JSON line (row, path, error, step) to for each video that could not be decoded.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        data: DataConfig,
+        *,
+        batch: int,
+        first: int,
+        end: int,
+        world_size: int,
+        device: torch.device,
+        report: Path | None,
+    ) -> None:
+        self.clips = 0
+        self.substituted = 0
+        self._manifest = manifest
+        self._data = data
+        self._batch = batch
+        self._next = first
+        self._end = end
+        self._device = device
+        self._report = report
+        self._reported: set[int] = set()
+        self._by_host: frozenset[int] = frozenset()
+        self._workers = worker_count(data, world_size, device)
+        self._graph: Pipeline | None = self._build()
+
+    @abstractmethod
+    def _source(self) -> VideoSource:
+        """The source from sample `_next` on."""
+
+    @abstractmethod
+    def _build(self) -> Pipeline:
+        """The graph over it."""
+
+    @abstractmethod
+    def _key(self, n: int) -> int:
+        """What `by_host` calls sample n."""
+
+    _remedy = " and is replaced"
+
+    @property
+    def step(self) -> int:
+        """What the report calls the place that the feed has come to."""
+        return self._next
+
+    def run(self) -> list[TensorListCPU | TensorListGPU]:
+        """Outputs of the next run of the graph, without row, label and failures, which it has accounted for.
+
+        Raises:
+            StopIteration: the end is reached.
+            UserError: too much could not be decoded.
+        """
+        outputs = None
+        while outputs is None:
+            if self._graph is None or self._next >= self._end:
+                raise StopIteration
+            try:
+                outputs = self._graph.run(self._stream)
+            except RuntimeError as error:
+                self._route_around(error)
+        *outputs, rows, labels, failures = outputs
+        self.rows, self.labels = as_tensor(rows), as_tensor(labels)
+        failed = [json.loads(bytes(failures.at(k))) for k in range(self._batch)]
+        self._account(self.rows.tolist(), failed)
+        self._next += self._batch
+        return outputs
+
+    def close(self) -> None:
+        """End the worker processes. The feed gives no more batches."""
+        self._end = self._next
+        self._graph = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def _device_id(self) -> int | None:
+        return (self._device.index or 0) if self._device.type == "cuda" else None
+
+    @property
+    def _backend(self) -> Backend:
+        return "cpu" if self._device_id is None else "mixed"
+
+    @property
+    def _stream(self) -> torch.cuda.Stream | None:
+        """Stream that orders a batch before its use, so that the host need not wait for the decoder."""
+        return torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+
+    def _route_around(self, error: RuntimeError) -> None:
+        """Rebuild the graph without the samples that ended it.
+
+        The error does not tell which it was, and the graph runs ahead of what was handed out: every sample that may
+        have been in it is tried alone. A sample, not a video, goes to PyAV from then on, so that pixels depend on
+        the sample only, not on what a run has met before.
+
+        Raises:
+            RuntimeError: the error itself, if DALI decodes all of them.
+        """
+        self._graph = None
+        source = self._source()
+        ahead = range(self._next, min(self._next + (self._data.prefetch + 1) * self._batch, self._end))
+        failed = frozenset(self._key(n) for n in ahead if not self._dali_decodes(source, n))
+        if not failed:
+            raise error
+        self._by_host = frozenset(key for key in self._by_host if key >= self._key(self._next)) | failed
+        log.info("DALI cannot decode %d of the next %d clips: PyAV tries them", len(failed), len(ahead))
+        self._graph = self._build()
+
+    def _dali_decodes(self, source: VideoSource, n: int) -> bool:
+        task = source.to_dali(n)
+        return task is None or dali_decodes(*task, self._device_id)
+
+    def _account(self, rows: list[int], failures: list[list[Failure]]) -> None:
+        """Count the samples of a run and tell of those that were replaced."""
+        self.clips += len(rows)
+        for row, failed in zip(rows, failures, strict=True):
+            self.substituted += bool(failed)
+            for failure in failed:
+                self._tell(failure)
+            if row == GIVEN_UP:
+                self._give_up(failed)
+        if self.clips >= JUDGED_FROM and self.substituted > self._data.max_broken * self.clips:
+            raise UserError(
+                f"{self.substituted} of {self.clips} clips were replaced because their videos cannot be decoded, more "
+                f"than data.max_broken {self._data.max_broken:g} allows. {self._advice}"
+            )
+
+    def _give_up(self, failed: list[Failure]) -> None:
+        raise UserError(
+            f"{len(failed)} videos in a row cannot be decoded, the last one {failed[-1]['path']}: "
+            f"{failed[-1]['error']}. {self._advice}"
+        )
+
+    def _tell(self, failure: Failure) -> None:
+        if failure["row"] in self._reported:
+            return
+        self._reported.add(failure["row"])
+        log.warning("video %s cannot be decoded%s: %s", failure["path"], self._remedy, failure["error"])
+        if self._report is not None:
+            with self._report.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({**failure, "step": self.step}) + "\n")
+
+    @property
+    def _advice(self) -> str:
+        listed = f"They are listed in {self._report}. " if self._report is not None else ""
+        return f"{listed}Restore the files, or index the videos again, or raise data.max_broken"
+
+
+class ClipLoader(Feed):
     """Iterator over the micro batches of one rank, from the start of one optimizer step to the end of training.
 
     Clip k of optimizer step s is the same for any number of ranks, workers and micro batches: its state is the
     step. A clip whose video cannot be decoded is replaced by a deterministic substitute; `substituted` counts
-    these, the report lists each video once.
+    these, the report lists each video once. Batches count every copy of a clip (`data.copies`).
 
     Args:
         manifest: the videos.
@@ -89,25 +258,26 @@ class ClipLoader:
         sides: tuple[int, ...] = (),
         report: Path | None = None,
     ) -> None:
-        if global_batch % (world_size * micro_batch):
-            raise ValueError(f"global batch {global_batch} is not whole micro batches of {micro_batch} x {world_size}")
+        if global_batch % (world_size * micro_batch) or micro_batch % data.copies:
+            raise ValueError(
+                f"global batch {global_batch} is not whole micro batches of {micro_batch} x {world_size} ranks, "
+                f"each of whole sets of {data.copies} copies"
+            )
         steps_per_epoch(manifest, data, global_batch)
         self.sides = (model.input_size, *(side for side in sides if side != model.input_size))
-        self.clips = 0
-        self.substituted = 0
-        self._manifest = manifest
-        self._data = data
+        self._model = model
         self._sampler = Sampler(manifest, data, model, seed)
-        self._share = Share(self._sampler.clips, global_batch, rank, world_size)
-        self._micro_batch = micro_batch
-        self._device = device
-        self._next = start_step * self._share.clips_per_step
-        self._end = total_steps * self._share.clips_per_step
-        self._report = report
-        self._reported: set[int] = set()
-        self._by_host: frozenset[int] = frozenset()
-        self._workers = worker_count(data, world_size, device)
-        self._graph: Pipeline | None = self._build()
+        self._share = Share(self._sampler.clips, global_batch // data.copies, rank, world_size)
+        super().__init__(
+            manifest,
+            data,
+            batch=micro_batch // data.copies,
+            first=start_step * self._share.clips_per_step,
+            end=total_steps * self._share.clips_per_step,
+            world_size=world_size,
+            device=device,
+            report=report,
+        )
 
     @property
     def step(self) -> int:
@@ -118,61 +288,30 @@ class ClipLoader:
         return self
 
     def __next__(self) -> ClipBatch:
-        outputs = None
-        while outputs is None:
-            if self._graph is None or self._next >= self._end:
-                raise StopIteration
-            try:
-                outputs = self._graph.run(self._stream)
-            except RuntimeError as error:
-                self._route_around(error)
-        *pixels, visible, masked, labels, rows, failures = outputs
-        video_ids = _tensor(rows)
-        self._account(video_ids.tolist(), [json.loads(bytes(failures.at(k))) for k in range(self._micro_batch)])
-        self._next += self._micro_batch
-        first, *others = (_tensor(side) for side in pixels)
+        *pixels, visible, masked = self.run()
+        copies = self._data.copies
+        first, *others = (as_tensor(side) if copies == 1 else as_tensor(side).flatten(0, 1) for side in pixels)
         return ClipBatch(
             pixels=first,
-            visible=_tensor(visible),
-            masked=_tensor(masked),
-            labels=_tensor(labels),
-            video_ids=video_ids,
+            visible=as_tensor(visible).flatten(0, 1),
+            masked=as_tensor(masked).flatten(0, 1),
+            labels=self.labels.to(self._device, non_blocking=True).repeat_interleave(copies),
+            video_ids=self.rows.repeat_interleave(copies),
             resized=dict(zip(self.sides[1:], others, strict=True)),
         )
 
-    def close(self) -> None:
-        """End the worker processes. The loader gives no more batches."""
-        self._end = self._next
-        self._graph = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def _build(self) -> Pipeline:
+        source = self._source()
         return build_pipeline(
-            self._source(),
-            batch=self._micro_batch,
-            sides=self.sides,
-            interpolation="bicubic" if isinstance(self._data.crop, RandomResizedCrop) else "bilinear",
+            source,
+            clip_body(self._data, self.sides, turned=source.turned, on_gpu=self._device_id is not None),
+            frames=self._model.frames,
+            batch=self._batch,
             device_id=self._device_id,
             threads=self._data.threads,
             workers=self._workers,
             prefetch=self._data.prefetch,
         )
-
-    @property
-    def _device_id(self) -> int | None:
-        return (self._device.index or 0) if self._device.type == "cuda" else None
-
-    @property
-    def _stream(self) -> torch.cuda.Stream | None:
-        """Stream that orders a batch before its use, so that the host need not wait for the decoder."""
-        return torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
 
     def _source(self) -> ClipSource:
         return ClipSource(
@@ -181,73 +320,13 @@ class ClipLoader:
             self._share,
             first=self._next,
             end=self._end,
-            backend="cpu" if self._device_id is None else "mixed",
+            backend=self._backend,
             by_host=self._by_host,
+            timeout=self._data.read_timeout,
         )
 
-    def _route_around(self, error: RuntimeError) -> None:
-        """Rebuild the graph without the clips that ended it.
-
-        The error does not tell which clip it was, and the graph runs ahead of what was handed out: every clip that
-        may have been in it is tried alone. A clip, not a video, goes to PyAV from then on, so that pixels depend on
-        the clip only, not on what a run has met before.
-
-        Raises:
-            RuntimeError: the error itself, if DALI decodes all of them.
-        """
-        self._graph = None
-        source = self._source()
-        ahead = min(self._next + (self._data.prefetch + 1) * self._micro_batch, self._end)
-        positions = [self._share.position(n) for n in range(self._next, ahead)]
-        failed = frozenset(position for position in positions if not self._dali_decodes(source, position))
-        if not failed:
-            raise error
-        self._by_host = frozenset(position for position in self._by_host if position >= positions[0]) | failed
-        log.info("DALI cannot decode %d of the next %d clips: PyAV tries them", len(failed), len(positions))
-        self._graph = self._build()
-
-    def _dali_decodes(self, source: ClipSource, position: int) -> bool:
-        for attempt in range(ATTEMPTS):
-            plan = self._sampler.plan(*self._share.locate(position), attempt)
-            try:
-                encoded = source.prepare(plan, position).encoded
-            except DecodeError:
-                continue  # never reached DALI: the worker went on to the next substitute
-            size = (int(self._manifest.height[plan.row]), int(self._manifest.width[plan.row]))
-            return encoded is None or dali_decodes(encoded, plan.frames, size, self._device_id)
-        return True
-
-    def _account(self, rows: list[int], failures: list[list[_Failure]]) -> None:
-        """Count the clips of a batch and tell of those that were replaced."""
-        self.clips += len(rows)
-        for row, failed in zip(rows, failures, strict=True):
-            self.substituted += bool(failed)
-            for failure in failed:
-                self._tell(failure)
-            if row == GIVEN_UP:
-                raise UserError(
-                    f"{len(failed)} videos in a row cannot be decoded, the last one {failed[-1]['path']}: "
-                    f"{failed[-1]['error']}. {self._advice}"
-                )
-        if self.clips >= JUDGED_FROM and self.substituted > self._data.max_broken * self.clips:
-            raise UserError(
-                f"{self.substituted} of {self.clips} clips were replaced because their videos cannot be decoded, more "
-                f"than data.max_broken {self._data.max_broken:g} allows. {self._advice}"
-            )
-
-    def _tell(self, failure: _Failure) -> None:
-        if failure["row"] in self._reported:
-            return
-        self._reported.add(failure["row"])
-        log.warning("video %s cannot be decoded and is replaced: %s", failure["path"], failure["error"])
-        if self._report is not None:
-            with self._report.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**failure, "step": self.step}) + "\n")
-
-    @property
-    def _advice(self) -> str:
-        listed = f"They are listed in {self._report}. " if self._report is not None else ""
-        return f"{listed}Restore the files, or index the videos again, or raise data.max_broken"
+    def _key(self, n: int) -> int:
+        return self._share.position(n)
 
 
 def worker_count(data: DataConfig, world_size: int, device: torch.device) -> int:
@@ -261,6 +340,6 @@ def worker_count(data: DataConfig, world_size: int, device: torch.device) -> int
     return max(len(os.sched_getaffinity(0)) // ranks - 1, 0)
 
 
-def _tensor(batch: TensorListCPU | TensorListGPU) -> Tensor:
+def as_tensor(batch: TensorListCPU | TensorListGPU) -> Tensor:
     """Without a copy: DALI's default (dynamic) executor gives every batch buffers of its own."""
     return from_dlpack(batch.as_tensor())

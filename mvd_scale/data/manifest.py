@@ -111,6 +111,11 @@ class Row:
     left_out: str | None = None
     """Why the video is not used; None if it is."""
 
+    @property
+    def coded_size(self) -> tuple[int, int]:
+        """Height and width of a frame as decoders give it, before `rotation`."""
+        return (self.width, self.height) if self.rotation % 180 else (self.height, self.width)
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -155,7 +160,8 @@ class Manifest:
         columns: dict[str, Any] = {}
         for field in SCHEMA:
             values = [getattr(row, field.name) for row in rows]
-            columns[field.name] = values if field.type == pa.string() else np.array(values, field.type.to_pandas_dtype())
+            text = field.type == pa.string()
+            columns[field.name] = values if text else np.array(values, field.type.to_pandas_dtype())
         return cls(**columns, **about)
 
     def __len__(self) -> int:

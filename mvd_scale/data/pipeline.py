@@ -1,15 +1,18 @@
-"""The one DALI graph, on the CPU and on the GPU: decode, crop, resize, flip.
+"""The one DALI graph, on the CPU and on the GPU: decode, crop, resize, turn, flip, augment.
 
-    external_source (worker processes) --> encoded bytes --> decoders.video --+
-                                       \\-> frames by PyAV, cropped -----------+--> slice -> resize -> flip -> pixels
+    external_source (worker processes) --> encoded video --> decoders.video --+
+                                       |-> encoded image --> decoders.image --+--> slice -> resize -> turn -> augment
+                                       '-> frames by PyAV, cut to the crop ---+      (once for every copy)
 
-Legend: T frames, H W pixels.
+Nothing in it draws random numbers: everything random comes from the sampler.
+
+Legend: B clips, C copies, T frames, H W pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,32 +20,27 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline, do_not_convert
 
-from mvd_scale.data.source import FIELDS, ClipSource
+from mvd_scale.config.data import DataConfig
+from mvd_scale.data.manifest import IMAGE_CODECS, Row
+from mvd_scale.data.source import Decoder, VideoSource
 
-_TYPES = (
-    types.BOOL,
-    types.UINT8,
-    types.UINT8,
-    types.INT32,
-    types.INT32,
-    types.INT32,
-    types.INT32,
-    types.INT64,
-    types.INT64,
-    types.INT64,
-    types.INT64,
-    types.UINT8,
-)
-_NDIM = (0, 1, 4, 1, 1, 1, 0, 1, 1, 0, 0, 1)
-_LAYOUT = ("", "", "FHWC", "", "", "", "", "", "", "", "", "")
+_TYPES: dict[Any, types.DALIDataType] = {
+    np.int32: types.INT32,
+    np.int64: types.INT64,
+    np.uint8: types.UINT8,
+    np.float32: types.FLOAT,
+}
+
+Sample = dict[str, DataNode]
+"""The arrays of a source, by the names of its fields."""
 
 
 def build_pipeline(
-    source: ClipSource,
+    source: VideoSource,
+    body: Callable[[Sample, DataNode], tuple[DataNode, ...]],
     *,
+    frames: int,
     batch: int,
-    sides: Sequence[int],
-    interpolation: Literal["bilinear", "bicubic"],
     device_id: int | None,
     threads: int,
     workers: int,
@@ -50,24 +48,23 @@ def build_pipeline(
 ) -> Pipeline:
     """The graph of one rank, built, its worker processes started.
 
-    One run gives `batch` clips: uint8 pixels (T, side, side, 3) per entry of `sides`, then visible, masked, label,
-    all on the device, then row and failures on the host.
+    One run gives the outputs of `body`, then row, label and failures, for `batch` samples.
 
     Args:
-        source: prepares single clips.
-        batch: clips of a micro batch.
-        sides: input sides to resize each crop to, in pixels.
-        interpolation: filter of the resize. Both kinds are antialiased where they shrink, as the published code's
-            (PIL) are.
+        source: prepares single samples.
+        body: from a sample's arrays and its decoded frames (uint8 FHWC, on the device) to outputs.
+        frames: frames of a sample (a still image is repeated).
+        batch: samples of a run.
         device_id: GPU to decode and resize on; None for the CPU.
         threads: threads of the graph's CPU operators.
-        workers: processes that prepare clips; 0 prepares them in this process, while it waits.
+        workers: processes that prepare samples; 0 prepares them in this process, while it waits.
         prefetch: batches prepared ahead.
     """
-    graph = _clips(
+    graph = _graph(
         source=source,
-        sides=tuple(sides),
-        interpolation=types.INTERP_LINEAR if interpolation == "bilinear" else types.INTERP_CUBIC,
+        body=body,
+        decoders=tuple(source.decoders),
+        length=frames,
         on_gpu=device_id is not None,
         parallel=workers > 0,
         ahead=prefetch,
@@ -83,82 +80,143 @@ def build_pipeline(
 
 
 @pipeline_def(enable_conditionals=True)  # type: ignore[untyped-decorator]
-def _clips(
-    source: ClipSource,
-    sides: tuple[int, ...],
-    interpolation: types.DALIInterpType,
+def _graph(
+    source: VideoSource,
+    body: Callable[[Sample, DataNode], tuple[DataNode, ...]],
+    decoders: tuple[Decoder, ...],
+    length: int,
     on_gpu: bool,
     parallel: bool,
     ahead: int,
 ) -> tuple[Any, ...]:
-    clip = _read(source, parallel, ahead)
-    if clip["by_dali"]:
-        frames = _decode(clip["encoded"], clip["frames"], on_gpu)
+    sample = _read(source, parallel, ahead)
+    # The graph holds only what the videos need.
+    if len(decoders) == 1:
+        frames = _decode(sample, decoders[0], length, on_gpu)
+    elif len(decoders) == 2:
+        if sample["decoder"] == int(decoders[0]):
+            frames = _decode(sample, decoders[0], length, on_gpu)
+        else:
+            frames = _decode(sample, decoders[1], length, on_gpu)
+    elif sample["decoder"] == int(Decoder.DALI_IMAGE):
+        frames = _decode(sample, Decoder.DALI_IMAGE, length, on_gpu)
+    elif sample["decoder"] == int(Decoder.DALI_VIDEO):
+        frames = _decode(sample, Decoder.DALI_VIDEO, length, on_gpu)
     else:
-        frames = clip["decoded"].gpu() if on_gpu else clip["decoded"]
-    outputs: tuple[Any, ...] = _cut(clip, frames, sides, interpolation, on_gpu)
-    return outputs
+        frames = _decode(sample, Decoder.HOST, length, on_gpu)
+    return (*body(sample, frames), sample["row"], sample["label"], sample["failures"])
 
 
 # DALI rewrites the source of a graph with conditionals; what has none is kept out of that.
 @do_not_convert  # type: ignore[untyped-decorator]
-def _read(source: ClipSource, parallel: bool, ahead: int) -> dict[str, DataNode]:
+def _read(source: VideoSource, parallel: bool, ahead: int) -> Sample:
+    fields = source.fields
     arrays = fn.external_source(
         source,
-        num_outputs=len(FIELDS),
+        num_outputs=len(fields),
         batch=False,
         parallel=parallel,
         prefetch_queue_depth=ahead if parallel else None,
-        dtype=list(_TYPES),
-        ndim=list(_NDIM),
-        layout=list(_LAYOUT),
+        dtype=[_TYPES[field.dtype] for field in fields],
+        ndim=[field.ndim for field in fields],
+        layout=[field.layout for field in fields],
     )
-    return dict(zip(FIELDS, arrays, strict=True))
+    return {field.name: array for field, array in zip(fields, arrays, strict=True)}
 
 
 @do_not_convert  # type: ignore[untyped-decorator]
-def _decode(encoded: DataNode, frames: DataNode | list[int], on_gpu: bool) -> DataNode:
+def _decode(sample: Sample, decoder: Decoder, length: int, on_gpu: bool) -> DataNode:
+    if decoder is Decoder.DALI_VIDEO:
+        return decode_video(sample["encoded"], sample["frames"], on_gpu)
+    if decoder is Decoder.DALI_IMAGE:
+        return decode_image(sample["encoded"], length, on_gpu)
+    return sample["decoded"].gpu() if on_gpu else sample["decoded"]
+
+
+def decode_video(encoded: DataNode, frames: DataNode | list[int], on_gpu: bool) -> DataNode:
+    """Frames of a video by DALI: uint8 (T, H, W, 3)."""
     # Without this padding mode, frames beyond the end of a truncated file are black, in silence.
     return fn.decoders.video(encoded, device="mixed" if on_gpu else "cpu", frames=frames, pad_mode="none")
 
 
+def decode_image(encoded: DataNode, length: int, on_gpu: bool) -> DataNode:
+    """A still image by DALI as a clip: uint8 (T, H, W, 3). Stands as coded, as in the published image recipes."""
+    image = fn.decoders.image(
+        encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB, adjust_orientation=False
+    )
+    frame = fn.expand_dims(image, axes=[0], new_axis_names="F")
+    return frame if length == 1 else fn.cat(*[frame] * length, axis=0)
+
+
+def clip_body(
+    data: DataConfig, sides: Sequence[int], *, turned: bool, on_gpu: bool
+) -> Callable[[Sample, DataNode], tuple[DataNode, ...]]:
+    """Outputs of a training sample: pixels (C, T, side, side, 3) for each of `sides`, visible, masked: on the device.
+
+    Args:
+        data: crop, augmentation and number of copies.
+        sides: input sides in pixels; all show the same crop.
+        turned: whether clips may lie on their side.
+        on_gpu: whether the device is a GPU.
+    """
+    interpolation = types.INTERP_LINEAR if data.crop.interpolation == "bilinear" else types.INTERP_CUBIC
+
+    def body(sample: Sample, frames: DataNode) -> tuple[DataNode, ...]:
+        copies = []
+        for copy in range(data.copies):
+            cut = [_square(sample, frames, copy, side, interpolation) for side in sides]
+            if turned:
+                cut = [stand_up(sample, clip) for clip in cut]
+            copies.append([mirror(sample, clip, copy) for clip in cut])
+        return _outputs(sample, copies, on_gpu)
+
+    return body
+
+
 @do_not_convert  # type: ignore[untyped-decorator]
-def _cut(
-    clip: dict[str, DataNode],
-    frames: DataNode,
-    sides: tuple[int, ...],
-    interpolation: types.DALIInterpType,
-    on_gpu: bool,
-) -> tuple[DataNode, ...]:
-    cropped = fn.slice(frames, start=clip["anchor"], shape=clip["shape"], axes=(1, 2))
-    pixels = [
-        fn.flip(
-            fn.resize(cropped, size=(side, side), interp_type=interpolation, antialias=True), horizontal=clip["flip"]
-        )
-        for side in sides
-    ]
-    others = [clip["visible"], clip["masked"], clip["label"]]
-    if on_gpu:
-        others = [other.gpu() for other in others]
-    return (*pixels, *others, clip["row"], clip["failures"])
+def _square(sample: Sample, frames: DataNode, copy: int, side: int, interpolation: types.DALIInterpType) -> DataNode:
+    cut = fn.slice(frames, start=sample["anchor"][copy], shape=sample["shape"][copy], axes=(1, 2))
+    # Both filters are antialiased where they shrink, as the published code's (PIL) are.
+    return fn.resize(cut, size=(side, side), interp_type=interpolation, antialias=True)
 
 
-def dali_decodes(
-    encoded: NDArray[np.uint8], frames: NDArray[np.int64], size: tuple[int, int], device_id: int | None
-) -> bool:
-    """Whether DALI decodes these frames of this video, at this height and width.
+def stand_up(sample: Sample, clip: DataNode) -> DataNode:
+    """Transpose the clips whose video is to be turned by a quarter; mirroring does the rest."""
+    if sample["transpose"] != 0:
+        standing = fn.transpose(clip, perm=[0, 2, 1, 3], transpose_layout=False, output_layout="FHWC")
+    else:
+        standing = fn.copy(clip)
+    return standing
+
+
+@do_not_convert  # type: ignore[untyped-decorator]
+def mirror(sample: Sample, clip: DataNode, copy: int) -> DataNode:
+    """Mirror left-right and up-down as one copy of the sample asks."""
+    return fn.flip(clip, horizontal=sample["mirror"][copy, 0], vertical=sample["mirror"][copy, 1])
+
+
+@do_not_convert  # type: ignore[untyped-decorator]
+def _outputs(sample: Sample, copies: list[list[DataNode]], on_gpu: bool) -> tuple[DataNode, ...]:
+    pixels = [clips[0] if len(clips) == 1 else fn.stack(*clips) for clips in zip(*copies, strict=True)]
+    tokens = [sample["visible"], sample["masked"]]
+    return (*pixels, *(indices.gpu() if on_gpu else indices for indices in tokens))
+
+
+def dali_decodes(encoded: NDArray[np.uint8], frames: NDArray[np.int64], video: Row, device_id: int | None) -> bool:
+    """Whether DALI decodes these frames of this video, at the size that the manifest says.
 
     A decode error ends the graph that met it without saying which clip it was; this asks for one clip alone.
     """
+    still = video.codec in IMAGE_CODECS
 
     @pipeline_def(batch_size=1, num_threads=1, device_id=device_id)  # type: ignore[untyped-decorator]
     def one_clip() -> Any:
-        return _decode(
-            fn.external_source(lambda: [encoded], dtype=types.UINT8, ndim=1), frames.tolist(), device_id is not None
-        )
+        data = fn.external_source(lambda: [encoded], dtype=types.UINT8, ndim=1)
+        on_gpu = device_id is not None
+        return decode_image(data, 1, on_gpu) if still else decode_video(data, frames.tolist(), on_gpu)
 
     try:
         (clips,) = one_clip().run()
     except RuntimeError:
         return False
-    return tuple(clips[0].shape())[1:3] == size
+    return tuple(clips[0].shape())[1:3] == video.coded_size

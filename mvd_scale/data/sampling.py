@@ -94,10 +94,7 @@ class Sampler:
                 needed where a video turns out not to be decodable.
         """
         rng = _generator(_CLIP, self.seed, epoch, i, attempt)
-        if attempt:
-            video = int(rng.integers(len(self.rows)))
-        else:
-            video = draw_video(self.seed, epoch, i, self.parts)
+        video = int(rng.integers(len(self.rows))) if attempt else draw_video(self.seed, epoch, i, self.parts)
         height, width = self.sizes[video].tolist()
         data, model = self.data, self.model
         stride = self.parts[self.dataset[video]].stride
@@ -195,14 +192,14 @@ def steps_per_epoch(manifest: Manifest, data: DataConfig, global_batch: int) -> 
         UserError: an epoch has fewer clips than one global batch.
     """
     videos = len(manifest.usable)
-    clips = sum(part.clips for part in mixture_parts(manifest, data))
-    steps = clips * data.copies // global_batch
+    drawn = data.copies * sum(part.clips for part in mixture_parts(manifest, data))
+    steps = drawn // global_batch
     if not steps:
         raise UserError(
-            f"an epoch of {videos} videos has {clips * data.copies} clips (data.clips_per_video "
-            f"{data.clips_per_video}, data.copies {data.copies}), fewer than training.global_batch {global_batch}: it "
-            f"needs at least one global batch. Set data.clips_per_video to "
-            f"{-(-global_batch * data.clips_per_video // (clips * data.copies))} or more, or lower training.global_batch"
+            f"an epoch of {videos} videos has {drawn} clips (data.clips_per_video {data.clips_per_video}, data.copies "
+            f"{data.copies}), fewer than training.global_batch {global_batch}: it needs at least one global batch. Set "
+            f"data.clips_per_video to {-(-global_batch * data.clips_per_video // drawn)} or more, or lower "
+            "training.global_batch"
         )
     return steps
 

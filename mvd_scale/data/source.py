@@ -1,6 +1,8 @@
 """What a worker process does: plan a clip, read or decode its video, hand arrays to the DALI graph.
 
 DALI starts workers by spawn; they import this module, so it must not import torch.
+
+Legend: T frames, C copies, K operations, V visible, M masked.
 """
 
 from __future__ import annotations
@@ -9,18 +11,20 @@ import json
 import os
 import signal
 import threading
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from enum import IntEnum
 from multiprocessing import parent_process
 from multiprocessing.connection import wait
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mvd_scale.data.decode import decode_frames
-from mvd_scale.data.manifest import Manifest
-from mvd_scale.data.sampling import ClipPlan, Sampler, Share
-from mvd_scale.data.storage import DecodeError, read_bytes
+from mvd_scale.data.manifest import IMAGE_CODECS, Manifest, Row
+from mvd_scale.data.sampling import Box, ClipPlan, Sampler, Share
+from mvd_scale.data.storage import DecodeError, read_bytes, within
 
 ATTEMPTS = 8
 """Videos tried for one clip before it is given up."""
@@ -31,72 +35,100 @@ GIVEN_UP = -1
 GRACE_SECONDS = 20.0
 """How long a worker goes on after SIGTERM; the launcher kills whoever is left after 30."""
 
-FIELDS = (
-    "by_dali",
-    "encoded",
-    "decoded",
-    "frames",
-    "anchor",
-    "shape",
-    "flip",
-    "visible",
-    "masked",
-    "label",
-    "row",
-    "failures",
-)
-"""Names of the arrays of one clip, in the order in which they enter the graph."""
+Arrays = dict[str, NDArray[Any]]
+"""The arrays of one sample."""
 
-DALI_CODECS: dict[Literal["cpu", "mixed"], frozenset[str]] = {
+Backend = Literal["cpu", "mixed"]
+"""Where DALI decodes: on the CPU or by NVDEC."""
+
+DALI_CODECS: dict[Backend, frozenset[str]] = {
     "cpu": frozenset({"vp8", "vp9", "mjpeg"}),
     "mixed": frozenset({"h264", "hevc", "vp8", "vp9", "av1", "mpeg4"}),
 }
-"""Codecs that DALI 2.4 decodes on the CPU and by NVDEC ("mixed"); PyAV decodes the rest."""
+"""Codecs that DALI 2.4 decodes; PyAV decodes the rest."""
+
+DALI_PIXEL_FORMATS = frozenset({"yuv420p", "yuvj420p"})
+"""Pixels that every decoder of DALI takes: 8 bits, 4:2:0."""
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """One clip on its way into the graph: its bytes for DALI, or its frames already cropped."""
+class Decoder(IntEnum):
+    """Who decodes a clip."""
 
-    plan: ClipPlan
-    encoded: NDArray[np.uint8] | None
-    decoded: NDArray[np.uint8] | None
+    HOST = 0
+    DALI_VIDEO = 1
+    DALI_IMAGE = 2
 
 
-class ClipSource:
-    """The callback of the graph's `external_source`: DALI's sample number -> the arrays of one clip.
+class Media(NamedTuple):
+    """A clip on its way into the graph: its bytes for DALI, or its frames, decoded and cut to a box."""
+
+    decoder: Decoder
+    data: NDArray[np.uint8]
+    """Bytes (bytes,), or frames (T, height, width, 3)."""
+    top: int = 0
+    left: int = 0
+    """Where `data` begins in the coded frame."""
+
+
+class Field(NamedTuple):
+    """One array that a source gives for every sample."""
+
+    name: str
+    dtype: type
+    ndim: int
+    layout: str = ""
+
+
+FIELDS = {
+    field.name: field
+    for field in (
+        Field("decoder", np.int32, 0),
+        Field("encoded", np.uint8, 1),
+        Field("decoded", np.uint8, 4, "FHWC"),
+        Field("frames", np.int32, 1),
+        Field("row", np.int64, 0),
+        Field("label", np.int64, 0),
+        Field("failures", np.uint8, 1),
+        Field("transpose", np.int32, 0),
+        Field("anchor", np.int32, 2),
+        Field("shape", np.int32, 2),
+        Field("mirror", np.int32, 2),
+        Field("size", np.float32, 1),
+        Field("inverse", np.int64, 1),
+        Field("visible", np.int64, 2),
+        Field("masked", np.int64, 2),
+        Field("operations", np.int32, 2),
+        Field("values", np.float32, 2),
+        Field("erase", np.int32, 2),
+        Field("noise", np.uint8, 1),
+    )
+}
+"""All that may enter a graph."""
+
+
+class VideoSource(ABC):
+    """The callback of a graph's `external_source`: DALI's sample number -> the arrays of one sample.
 
     Args:
         manifest: the videos.
-        sampler: plans over its usable rows.
-        share: the rank's places in the stream.
-        first: the rank's clip that DALI's sample 0 is.
-        end: the rank's clip at which training ends.
+        first: the sample that DALI's sample 0 is.
+        end: the sample at which the graph ends.
         backend: where DALI decodes.
-        by_host: places in the stream whose video DALI failed to decode: PyAV tries them, or finds the substitute.
+        by_host: samples whose video DALI failed to decode: PyAV tries them, or finds the substitute.
+        timeout: seconds after which a video counts as one that cannot be read.
     """
 
     def __init__(
-        self,
-        manifest: Manifest,
-        sampler: Sampler,
-        share: Share,
-        *,
-        first: int,
-        end: int,
-        backend: Literal["cpu", "mixed"],
-        by_host: frozenset[int],
+        self, manifest: Manifest, *, first: int, end: int, backend: Backend, by_host: frozenset[int], timeout: float
     ) -> None:
-        self.path = manifest.path
-        self.codec = manifest.codec
-        self.label = manifest.label
-        self.size = np.stack([manifest.height, manifest.width], axis=1)
-        self.sampler = sampler
-        self.share = share
+        self.videos = Videos(manifest)
+        self.decoders = decoders_of(manifest, backend)
+        self.turned = bool((manifest.rotation[manifest.usable] % 180).any())
         self.first = first
         self.end = end
-        self.backend = backend
+        self.backend: Backend = backend
         self.by_host = by_host
+        self.timeout = timeout
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -109,63 +141,219 @@ class ClipSource:
             threading.Thread(target=_exit_after, args=(parent.sentinel,), daemon=True).start()
 
     def __call__(self, sample: Any) -> tuple[NDArray[Any], ...]:
-        """Arrays of one clip, in the order of `FIELDS`, for a `nvidia.dali.types.SampleInfo`.
+        """Arrays of one sample, in the order of `fields`, for a `nvidia.dali.types.SampleInfo`.
 
         Raises:
-            StopIteration: training has ended.
+            StopIteration: the graph has come to its end.
         """
         n = self.first + int(sample.idx_in_epoch)
         if n >= self.end:
             raise StopIteration
+        arrays = self.sample(n)
+        return tuple(arrays[field.name] for field in self.fields)
+
+    @property
+    def fields(self) -> list[Field]:
+        """What the graph needs of a sample: what it would not use does not travel."""
+        used = {"decoded", "row", "label", "failures"}
+        if len(self.decoders) > 1:
+            used |= {"decoder", "encoded"}
+        if Decoder.DALI_VIDEO in self.decoders:
+            used.add("frames")
+        if self.turned:
+            used.add("transpose")
+        return [field for name, field in FIELDS.items() if name in used | self.uses]
+
+    @property
+    @abstractmethod
+    def uses(self) -> set[str]:
+        """Fields that are this source's own."""
+
+    @abstractmethod
+    def sample(self, n: int) -> Arrays:
+        """Arrays of sample `n` by the names of `FIELDS`."""
+
+    @abstractmethod
+    def to_dali(self, n: int) -> tuple[NDArray[np.uint8], NDArray[np.int64], Row] | None:
+        """Bytes, frame numbers and video of sample `n`, if it goes to DALI's video decoder."""
+
+    def prepare(self, row: int, frames: NDArray[np.int64], box: Box | None, *, by_host: bool) -> Media:
+        """Read a video for DALI, or decode it here and cut it to a box of the coded frame.
+
+        Raises:
+            DecodeError: it cannot be read or decoded, or is not of the size that the manifest says.
+        """
+        video = self.videos[row]
+        return within(self.timeout, video.path, _prepare, video, frames, box, self.backend, by_host)
+
+    def decoding(self, media: Media, frames: NDArray[np.int64], row: int, failures: list[dict[str, object]]) -> Arrays:
+        """The arrays that have to do with decoding; `row` may be `GIVEN_UP`."""
+        host = media.decoder is Decoder.HOST
+        return {
+            "decoder": np.array(media.decoder, dtype=np.int32),
+            "encoded": np.zeros(1, np.uint8) if host else media.data,
+            "decoded": media.data if host else np.zeros((1, 1, 1, 3), np.uint8),
+            "frames": frames.astype(np.int32),
+            "row": np.array(row, dtype=np.int64),
+            "label": np.array(-1 if row == GIVEN_UP else self.videos.label[row], dtype=np.int64),
+            "failures": np.frombuffer(json.dumps(failures).encode(), dtype=np.uint8),
+        }
+
+
+class ClipSource(VideoSource):
+    """Clips of one rank, for training; sample n is the rank's n-th clip.
+
+    Args:
+        manifest: the videos.
+        sampler: plans over its usable rows.
+        share: the rank's places in the stream.
+        by_host: as for `VideoSource`, but places in the stream.
+        others: as for `VideoSource`.
+    """
+
+    def __init__(self, manifest: Manifest, sampler: Sampler, share: Share, **others: Any) -> None:
+        super().__init__(manifest, **others)
+        self.sampler = sampler
+        self.share = share
+
+    @property
+    def uses(self) -> set[str]:
+        augment = self.sampler.data.augment
+        used = {"anchor", "shape", "mirror", "visible", "masked"}
+        if augment.rand_augment is not None or augment.color_jitter is not None:
+            used |= {"operations", "values"}
+        if augment.erasing is not None:
+            used |= {"erase", "noise"}
+        return used
+
+    def sample(self, n: int) -> Arrays:
         position = self.share.position(n)
         failures: list[dict[str, object]] = []
         for attempt in range(ATTEMPTS):
             plan = self.sampler.plan(*self.share.locate(position), attempt)
             try:
-                return self._arrays(self.prepare(plan, position), int(self.label[plan.row]), plan.row, failures)
+                return self._arrays(plan, self._media(plan, position), plan.row, failures)
             except DecodeError as error:
-                failures.append({"row": plan.row, "path": error.path, "error": error.reason})
-        black = np.zeros((len(plan.frames), 1, 1, 3), dtype=np.uint8)
-        return self._arrays(Prepared(plan, None, black), -1, GIVEN_UP, failures)
+                failures.append(self.videos.failure(plan.row, error))
+        black = np.zeros((len(plan.frames), *self.videos[plan.row].coded_size, 3), dtype=np.uint8)
+        return self._arrays(plan, Media(Decoder.HOST, black), GIVEN_UP, failures)
 
-    def prepare(self, plan: ClipPlan, position: int) -> Prepared:
-        """Read a clip's video for DALI, or decode and crop it here.
+    def to_dali(self, n: int) -> tuple[NDArray[np.uint8], NDArray[np.int64], Row] | None:
+        position = self.share.position(n)
+        for attempt in range(ATTEMPTS):
+            plan = self.sampler.plan(*self.share.locate(position), attempt)
+            try:
+                media = self._media(plan, position)
+            except DecodeError:
+                continue  # never reached DALI: the worker went on to the next substitute
+            return (media.data, plan.frames, self.videos[plan.row]) if media.decoder is not Decoder.HOST else None
+        return None
 
-        Raises:
-            DecodeError: the video cannot be read or decoded, or is not of the size that the manifest says.
-        """
-        path = self.path[plan.row]
-        if self.codec[plan.row] in DALI_CODECS[self.backend] and position not in self.by_host:
-            return Prepared(plan, read_bytes(path), None)
-        frames = decode_frames(path, plan.frames)
-        height, width = self.size[plan.row].tolist()
-        if frames.shape[1:3] != (height, width):
-            raise DecodeError(
-                path, f"frames are {frames.shape[1]} x {frames.shape[2]}, the manifest says {height} x {width}"
-            )
-        y, x, h, w = plan.crop
-        return Prepared(plan, None, np.ascontiguousarray(frames[:, y : y + h, x : x + w]))
+    def _media(self, plan: ClipPlan, position: int) -> Media:
+        # Frames decoded here are cut to what the copies need: whole ones make the way through shared memory longer.
+        box = _hull([coded_box(copy.crop, self.videos[plan.row]) for copy in plan.copies])
+        return self.prepare(plan.row, plan.frames, box, by_host=position in self.by_host)
 
-    def _arrays(
-        self, clip: Prepared, label: int, row: int, failures: list[dict[str, object]]
-    ) -> tuple[NDArray[Any], ...]:
-        plan, encoded, decoded = clip.plan, clip.encoded, clip.decoded
-        # Frames decoded here are cropped already: whole ones would only make the way through shared memory longer.
-        y, x, h, w = plan.crop if decoded is None else (0, 0, *decoded.shape[1:3])
-        return (
-            np.array(decoded is None),
-            np.zeros(1, np.uint8) if encoded is None else encoded,
-            np.zeros((1, 1, 1, 3), np.uint8) if decoded is None else decoded,
-            plan.frames.astype(np.int32),
-            np.array([y, x], dtype=np.int32),
-            np.array([h, w], dtype=np.int32),
-            np.array(plan.flip, dtype=np.int32),
-            plan.visible,
-            plan.masked,
-            np.array(label, dtype=np.int64),
-            np.array(row, dtype=np.int64),
-            np.frombuffer(json.dumps(failures).encode(), dtype=np.uint8),
-        )
+    def _arrays(self, plan: ClipPlan, media: Media, row: int, failures: list[dict[str, object]]) -> Arrays:
+        video, copies = self.videos[plan.row], plan.copies
+        boxes = np.array([coded_box(copy.crop, video) for copy in copies], dtype=np.int32)
+        augments = [copy.augment for copy in copies]
+        return self.decoding(media, plan.frames, row, failures) | {
+            "transpose": np.array(video.rotation % 180 != 0, dtype=np.int32),
+            "anchor": boxes[:, :2] - np.array([media.top, media.left], dtype=np.int32),
+            "shape": boxes[:, 2:],
+            "mirror": np.array([mirrors(copy.flip, video) for copy in copies], dtype=np.int32),
+            "visible": np.stack([copy.visible for copy in copies]),
+            "masked": np.stack([copy.masked for copy in copies]),
+            "operations": np.stack([augment.operations for augment in augments]),
+            "values": np.stack([augment.values for augment in augments]),
+            "erase": np.array([augment.erase for augment in augments], dtype=np.int32),
+            "noise": np.concatenate([augment.noise.ravel() for augment in augments]),
+        }
+
+
+class Videos:
+    """What decoding needs to know of the videos: a few numbers and one text each, cheap to hand to many processes."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        columns = ("offset", "size", "height", "width", "rotation", "first_pts", "pts_step", "label")
+        self.numbers = {name: getattr(manifest, name) for name in columns}
+        self.label = manifest.label
+        self.path = _Texts(manifest.path)
+        self.codec = _Texts(manifest.codec)
+        self.pixel_format = _Texts(manifest.pixel_format)
+
+    def __getitem__(self, row: int) -> Row:
+        numbers: dict[str, Any] = {name: int(column[row]) for name, column in self.numbers.items()}
+        return Row(name="", path=self.path[row], codec=self.codec[row], pixel_format=self.pixel_format[row], **numbers)
+
+    def failure(self, row: int, error: DecodeError) -> dict[str, object]:
+        """What is told of a video that could not be decoded."""
+        return {"row": row, "path": self.path[row], "error": error.reason}
+
+
+class _Texts:
+    """Many texts in one buffer."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
+        self.ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
+        self.buffer = b"".join(encoded)
+
+    def __getitem__(self, row: int) -> str:
+        start = int(self.ends[row - 1]) if row else 0
+        return self.buffer[start : int(self.ends[row])].decode("utf-8", "surrogateescape")
+
+
+def coded_box(box: Box, video: Row) -> Box:
+    """A box of the frame as shown, in the frame as coded."""
+    top, left, height, width = box
+    if video.rotation == 90:
+        return left, video.height - top - height, width, height
+    if video.rotation == 180:
+        return video.height - top - height, video.width - left - width, height, width
+    if video.rotation == 270:
+        return video.width - left - width, top, width, height
+    return box
+
+
+def mirrors(flip: bool, video: Row) -> tuple[bool, bool]:
+    """Whether to mirror left-right and up-down, after transposing, so that a frame stands as shown and flipped."""
+    return flip ^ (video.rotation in (180, 270)), video.rotation in (90, 180)
+
+
+def decoder_of(codec: str, pixel_format: str, backend: Backend) -> Decoder:
+    """Who decodes a video: a function of its row alone, so that pixels do not depend on anything else."""
+    if codec in IMAGE_CODECS:
+        return Decoder.DALI_IMAGE
+    if codec in DALI_CODECS[backend] and pixel_format in DALI_PIXEL_FORMATS:
+        return Decoder.DALI_VIDEO
+    return Decoder.HOST
+
+
+def decoders_of(manifest: Manifest, backend: Backend) -> list[Decoder]:
+    """Who may have to decode a clip: by the codecs of the videos, and PyAV where DALI fails."""
+    kinds = {(manifest.codec[row], manifest.pixel_format[row]) for row in manifest.usable}
+    return sorted({decoder_of(*kind, backend) for kind in kinds} | {Decoder.HOST})
+
+
+def _prepare(video: Row, frames: NDArray[np.int64], box: Box | None, backend: Backend, by_host: bool) -> Media:
+    decoder = Decoder.HOST if by_host else decoder_of(video.codec, video.pixel_format, backend)
+    if decoder is not Decoder.HOST:
+        return Media(decoder, read_bytes(video.path, video.offset, video.size))
+    pictures = decode_frames(video, frames)
+    if box is None:
+        return Media(decoder, pictures)
+    top, left, height, width = box
+    cut = np.ascontiguousarray(pictures[:, top : top + height, left : left + width])
+    return Media(decoder, cut, top, left)
+
+
+def _hull(boxes: list[Box]) -> Box:
+    """The smallest box around some boxes."""
+    top, left = min(box[0] for box in boxes), min(box[1] for box in boxes)
+    bottom, right = max(box[0] + box[2] for box in boxes), max(box[1] + box[3] for box in boxes)
+    return top, left, bottom - top, right - left
 
 
 def _exit_later(number: int, frame: object) -> None:

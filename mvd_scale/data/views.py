@@ -45,6 +45,11 @@ def uniform_views(total: int, *, frames: int, views: int) -> NDArray[np.int64]:
     return middles.reshape(frames, views).T
 
 
+def resized_size(height: int, width: int, *, side: int) -> tuple[int, int]:
+    """Height and width of a frame whose shorter side was resized to `side`; the longer one is rounded down."""
+    return (side * height // width, side) if width < height else (side, side * width // height)
+
+
 def crop_corners(height: int, width: int, *, side: int, crops: int) -> list[tuple[int, int]]:
     """Top and left of square crops, spread along the longer side of a frame whose shorter side is `side`."""
     step = (max(height, width) - side) / max(crops - 1, 1)

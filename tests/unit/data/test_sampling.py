@@ -10,24 +10,48 @@ from numpy.random import default_rng
 
 from mvd_scale.config.data import CenterCrop, CornerCrop, DataConfig, MaskConfig, RandomResizedCrop
 from mvd_scale.config.model import ModelConfig
-from mvd_scale.data.manifest import Manifest
-from mvd_scale.data.sampling import Sampler, Share, corner_crop, dense_frames, draw_crop, draw_mask, steps_per_epoch
+from mvd_scale.data.manifest import Manifest, Row
+from mvd_scale.data.sampling import (
+    Sampler,
+    Share,
+    corner_crop,
+    dense_frames,
+    draw_crop,
+    draw_frames,
+    draw_mask,
+    segment_frames,
+    steps_per_epoch,
+    window_frames,
+)
 from mvd_scale.errors import UserError
 
 MODEL = ModelConfig(width=16, depth=1, heads=1, frames=4, input_size=32, patch_size=8)
 
 
 def make_manifest(videos: int, left_out: tuple[int, ...] = ()) -> Manifest:
-    return Manifest(
-        path=[f"/{k}.mp4" for k in range(videos)],
-        frames=np.arange(10, 10 + videos),
-        fps=np.full(videos, 25.0),
-        height=np.full(videos, 48),
-        width=np.full(videos, 64),
-        codec=["h264"] * videos,
-        label=np.full(videos, -1),
-        left_out=["broken" if k in left_out else None for k in range(videos)],
-        source="test",
+    return Manifest.of(
+        [
+            Row(
+                name=f"{k}.mp4",
+                path=f"/{k}.mp4",
+                frames=10 + k,
+                height=48,
+                width=64,
+                codec="h264",
+                left_out="broken" if k in left_out else None,
+            )
+            for k in range(videos)
+        ]
+    )
+
+
+def make_mixture(*videos: int) -> Manifest:
+    return Manifest.of(
+        [
+            Row(name=f"{part}/{k}", path=f"/{part}/{k}", frames=100, height=48, width=64, dataset=part)
+            for part, count in enumerate(videos)
+            for k in range(count)
+        ]
     )
 
 
@@ -37,7 +61,8 @@ def make_sampler(videos: int = 7, seed: int = 3, **data: object) -> Sampler:
 
 def as_tuple(sampler: Sampler, epoch: int, i: int, attempt: int = 0) -> tuple[object, ...]:
     plan = sampler.plan(epoch, i, attempt)
-    return (plan.row, plan.frames.tolist(), plan.crop, plan.flip, plan.visible.tolist(), plan.masked.tolist())
+    copies = [(copy.crop, copy.flip, copy.visible.tolist(), copy.masked.tolist()) for copy in plan.copies]
+    return (plan.row, plan.frames.tolist(), copies)
 
 
 @given(
@@ -74,6 +99,44 @@ def test_frames_lie_inside_the_video(seed, available, frames, stride):
     assert places.min() >= 0
     assert places.max() < available
     assert set(np.diff(places)) <= {0, stride}
+
+
+@given(
+    seed=st.integers(0, 100),
+    rule=st.sampled_from(["dense", "window", "segments"]),
+    available=st.integers(1, 200),
+    frames=st.integers(1, 16),
+    stride=st.integers(1, 5),
+)
+def test_every_rule_stays_inside_the_video_and_goes_forward(seed, rule, available, frames, stride):
+    places = draw_frames(default_rng(seed), rule, available, frames, stride)
+    assert places.shape == (frames,)
+    assert places.dtype == np.int64
+    assert places.min() >= 0
+    assert places.max() < available
+    assert (np.diff(places) >= 0).all()
+
+
+@pytest.mark.parametrize("available", [1, 3, 15, 16, 40, 63, 64, 65, 66, 300])
+def test_windows_follow_the_published_rule(available):
+    def published(rng: np.random.Generator) -> list[int]:  # VideoMAE's loader of Kinetics, written out
+        length = 16 * 4
+        if available <= length:
+            index = np.linspace(0, available, num=available // 4)
+            index = np.concatenate((index, np.ones(16 - available // 4) * available))
+            return np.clip(index, 0, available - 1).astype(np.int64).tolist()
+        end = int(rng.integers(length, available))
+        return np.clip(np.linspace(end - length, end, num=16), end - length, end - 1).astype(np.int64).tolist()
+
+    for seed in range(50):
+        assert window_frames(default_rng(seed), available, 16, 4).tolist() == published(default_rng(seed))
+
+
+def test_segments_take_any_frame_of_every_equal_part():
+    clips = np.stack([segment_frames(default_rng(seed), 35, 8) for seed in range(400)])
+    for part in range(8):
+        assert set(clips[:, part]) == set(range(part * 4, part * 4 + 4))
+    assert segment_frames(default_rng(0), 7, 8).tolist() == [0] * 8
 
 
 @pytest.mark.parametrize("available", [1, 2, 3, 10, 63, 64, 65, 100])
@@ -127,6 +190,58 @@ def test_an_epoch_visits_every_video_as_often_as_asked():
     assert sorted(rows) == sorted(list(range(7)) * 3)
 
 
+def mix(manifest: Manifest, weights: list[float], **data: object) -> Sampler:
+    mixture = {f"part{k}": {"source": "x", "weight": weight} for k, weight in enumerate(weights)}
+    return Sampler(manifest, DataConfig.model_validate({"stride": 2, "mixture": mixture, **data}), MODEL, 3)
+
+
+def count_rows(sampler: Sampler, epochs: int) -> list[int]:
+    rows = [sampler.plan(epoch, i).row for epoch in range(epochs) for i in range(sampler.clips)]
+    return np.bincount(rows, minlength=len(sampler.rows)).tolist()
+
+
+def test_a_mixture_visits_every_set_as_often_as_its_weight_says():
+    sampler = mix(make_mixture(6, 4), [1, 3])
+    assert sampler.clips == 6 + 12
+    assert count_rows(sampler, 1) == [1] * 6 + [3] * 4
+
+
+def test_a_set_of_which_an_epoch_sees_a_part_is_gone_through_in_turn():
+    sampler = mix(make_mixture(3, 10), [1, 0.4])
+    assert sampler.clips == 3 + 4
+    for epochs in (5, 10):
+        assert count_rows(sampler, epochs) == [epochs] * 3 + [epochs * 4 // 10] * 10
+    rounds = [[sampler.plan(e, i).row for e in range(k, k + 5) for i in range(7)] for k in (0, 5)]
+    assert rounds[0] != rounds[1]
+    for epoch in range(10):
+        rows = [sampler.plan(epoch, i).row for i in range(7)]
+        assert len(set(rows)) == 7 or epoch % 5 == 2  # a round may end, and the next begin, within an epoch
+
+
+def test_a_mixture_of_one_set_is_that_set():
+    alone, mixed = make_sampler(videos=7), mix(make_manifest(7), [1.0])
+    assert [as_tuple(alone, 1, i) for i in range(7)] == [as_tuple(mixed, 1, i) for i in range(7)]
+
+
+def test_a_set_of_a_mixture_may_have_a_rate_of_its_own():
+    mixture = {"fast": {"source": "x"}, "slow": {"source": "y", "stride": 5}}
+    sampler = Sampler(make_mixture(3, 3), DataConfig.model_validate({"stride": 2, "mixture": mixture}), MODEL, 3)
+    for i in range(6):
+        plan = sampler.plan(0, i)
+        assert set(np.diff(plan.frames)) == {2 if plan.row < 3 else 5}
+
+
+def test_copies_share_their_frames_and_nothing_else():
+    one, three = make_sampler(flip=0.5), make_sampler(flip=0.5, copies=3)
+    for i in range(7):
+        plan = three.plan(0, i)
+        assert plan.frames.tolist() == one.plan(0, i).frames.tolist()
+        assert plan.copies[0].crop == one.plan(0, i).copies[0].crop
+        assert len({str(copy.masked) for copy in plan.copies}) == 3
+    assert len({copy.crop for i in range(7) for copy in three.plan(0, i).copies}) > 10
+    assert steps_per_epoch(make_manifest(7), DataConfig(copies=3), 6) == 3
+
+
 def test_left_out_videos_are_never_drawn():
     sampler = Sampler(make_manifest(5, left_out=(1, 3)), DataConfig(), MODEL, 0)
     assert sorted(sampler.plan(0, i).row for i in range(sampler.clips)) == [0, 2, 4]
@@ -151,8 +266,9 @@ def test_a_plan_depends_on_its_key_only():
 def test_the_stream_is_the_one_of_earlier_releases():
     """A change here breaks the resume of every run: change it knowingly."""
     plan = make_sampler(flip=0.5).plan(2, 3)
-    assert (plan.row, plan.frames.tolist(), plan.crop, plan.flip) == (0, [0, 2, 4, 6], (6, 16, 36, 32), False)
-    assert plan.visible[:4].tolist() == [1, 14, 17, 30]
+    copy = plan.copies[0]
+    assert (plan.row, plan.frames.tolist(), copy.crop, copy.flip) == (0, [0, 2, 4, 6], (6, 16, 36, 32), False)
+    assert copy.visible[:4].tolist() == [1, 14, 17, 30]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 12])

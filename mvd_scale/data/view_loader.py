@@ -1,0 +1,231 @@
+"""Test views of every video, each video decoded once for all of its views (published evaluation).
+
+Legend: B videos, K clips in time, C crops, T frames of a clip, S side of a crop.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from nvidia.dali import fn, types
+from nvidia.dali.data_node import DataNode
+from nvidia.dali.pipeline import Pipeline, do_not_convert
+from typing_extensions import Self
+
+from mvd_scale.config.data import DataConfig, ViewsConfig
+from mvd_scale.data.batch import ViewBatch
+from mvd_scale.data.loader import Failure, Feed, as_tensor
+from mvd_scale.data.manifest import Manifest, Row
+from mvd_scale.data.pipeline import Sample, build_pipeline, mirror, stand_up
+from mvd_scale.data.source import Arrays, Decoder, Media, VideoSource, mirrors
+from mvd_scale.data.storage import DecodeError
+from mvd_scale.data.views import crop_corners, dense_views, resized_size, uniform_views
+
+_PADDING = -1
+"""Row of a sample that fills up the last batch."""
+
+
+class ViewSource(VideoSource):
+    """Sample n is the n-th of some videos; after the last come black ones that fill up a batch."""
+
+    def __init__(
+        self, manifest: Manifest, rows: NDArray[np.int64], views: ViewsConfig, frames: int, side: int, **others: Any
+    ) -> None:
+        super().__init__(manifest, **others)
+        self.rows = rows
+        self.frames = manifest.frames
+        self.views = views
+        self.length = frames
+        self.side = side
+
+    @property
+    def uses(self) -> set[str]:
+        return {"anchor", "size", "mirror", "inverse"}
+
+    def sample(self, n: int) -> Arrays:
+        if n >= len(self.rows):
+            shape = Row(name="", path="", height=self.side, width=self.side)
+            return self._arrays(shape, np.zeros(self.views.clips * self.length, np.int64), None, _PADDING, [])
+        row = int(self.rows[n])
+        video, order = self.videos[row], self._frames(row)
+        try:
+            media = self._media(row, n)
+        except DecodeError as error:
+            return self._arrays(video, order, None, row, [self.videos.failure(row, error)])
+        return self._arrays(video, order, media, row, [])
+
+    def to_dali(self, n: int) -> tuple[NDArray[np.uint8], NDArray[np.int64], Row] | None:
+        if n >= len(self.rows):
+            return None
+        row = int(self.rows[n])
+        try:
+            media = self._media(row, n)
+        except DecodeError:
+            return None
+        return (media.data, np.sort(self._frames(row)), self.videos[row]) if media.decoder is not Decoder.HOST else None
+
+    def _frames(self, row: int) -> NDArray[np.int64]:
+        """Frame numbers of all clips, one after the other: int64 (K T,)."""
+        total, views = int(self.frames[row]), self.views
+        if views.sampling == "dense":
+            return dense_views(total, frames=self.length, stride=views.stride, views=views.clips).ravel()
+        return uniform_views(total, frames=self.length, views=views.clips).ravel()
+
+    def _media(self, row: int, n: int) -> Media:
+        return self.prepare(row, np.sort(self._frames(row)), None, by_host=n in self.by_host)
+
+    def _arrays(
+        self,
+        video: Row,
+        frames: NDArray[np.int64],
+        media: Media | None,
+        row: int,
+        failures: list[dict[str, object]],
+    ) -> Arrays:
+        if media is None:
+            media = Media(Decoder.HOST, np.zeros((len(frames), *video.coded_size, 3), np.uint8))
+        height, width = resized_size(video.height, video.width, side=self.side)
+        corners = crop_corners(height, width, side=self.side, crops=self.views.crops)
+        order = np.argsort(frames, kind="stable")
+        return self.decoding(media, frames[order], row, failures) | {
+            "transpose": np.array(video.rotation % 180 != 0, dtype=np.int32),
+            "mirror": np.array([mirrors(False, video)], dtype=np.int32),
+            "size": np.array((width, height) if video.rotation % 180 else (height, width), dtype=np.float32),
+            "anchor": np.array(corners, dtype=np.int32),
+            "inverse": np.argsort(order, kind="stable"),
+        }
+
+
+class ViewLoader(Feed):
+    """Iterator over the test views of the usable videos of a manifest, every video exactly once over all ranks.
+
+    A video that cannot be decoded comes as black frames, marked as not decoded: how it counts is for the evaluation
+    to say.
+
+    Args:
+        manifest: the videos.
+        data: workers, threads and time limit of the decoding.
+        views: which views.
+        frames: T.
+        side: S.
+        batch: videos of a batch; the last one of a rank may have fewer.
+        rank: takes every world_size-th video, from this one on.
+        world_size: number of ranks.
+        device: where batches live; on a GPU it is also where they are decoded.
+        start: videos of this rank that are done already.
+        report: file to append a JSON line to for each video that could not be decoded.
+    """
+
+    _remedy = ""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        data: DataConfig,
+        views: ViewsConfig,
+        *,
+        frames: int,
+        side: int,
+        batch: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        start: int = 0,
+        report: Path | None = None,
+    ) -> None:
+        self.videos = manifest.usable[rank::world_size]
+        self._views = views
+        self._length = frames
+        self._side = side
+        super().__init__(
+            manifest,
+            data,
+            batch=batch,
+            first=start,
+            end=start + math.ceil((len(self.videos) - start) / batch) * batch,
+            world_size=world_size,
+            device=device,
+            report=report,
+        )
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> ViewBatch:
+        crops, inverse = self.run()
+        clips, kept = as_tensor(crops), (self.rows != _PADDING).nonzero().squeeze(1)
+        shape = (self._views.crops, self._views.clips, self._length, *clips.shape[3:])
+        order = as_tensor(inverse).to(self._device, non_blocking=True)
+        views = [clips[sample].index_select(1, order[sample]).view(shape).transpose(0, 1) for sample in kept.tolist()]
+        return ViewBatch(
+            pixels=torch.stack(views),
+            labels=self.labels[kept].to(self._device, non_blocking=True),
+            video_ids=self.rows[kept],
+            decoded=~torch.tensor(self._failed)[kept],
+        )
+
+    def _account(self, rows: list[int], failures: list[list[Failure]]) -> None:
+        self.clips += len(rows) - rows.count(_PADDING)
+        self._failed = [bool(failed) for failed in failures]
+        self.substituted += sum(self._failed)
+        for failed in failures:
+            for failure in failed:
+                self._tell(failure)
+
+    def _key(self, n: int) -> int:
+        return n
+
+    def _source(self) -> ViewSource:
+        return ViewSource(
+            self._manifest,
+            self.videos,
+            self._views,
+            self._length,
+            self._side,
+            first=self._next,
+            end=self._end,
+            backend=self._backend,
+            by_host=self._by_host,
+            timeout=self._data.read_timeout,
+        )
+
+    def _build(self) -> Pipeline:
+        source = self._source()
+        side, crops, turned = self._side, self._views.crops, source.turned
+
+        def body(sample: Sample, frames: DataNode) -> tuple[DataNode, ...]:
+            whole = _resize(sample, frames)
+            if turned:
+                whole = stand_up(sample, whole)
+            return _crops(sample, mirror(sample, whole, 0), side, crops)
+
+        return build_pipeline(
+            source,
+            body,
+            frames=self._views.clips * self._length,
+            batch=self._batch,
+            device_id=self._device_id,
+            threads=self._data.threads,
+            workers=self._workers,
+            prefetch=self._data.prefetch,
+        )
+
+
+@do_not_convert  # type: ignore[untyped-decorator]
+def _resize(sample: Sample, frames: DataNode) -> DataNode:
+    # Not antialiased: the published evaluation resizes by OpenCV.
+    return fn.resize(frames, size=sample["size"], interp_type=types.INTERP_LINEAR, antialias=False)
+
+
+@do_not_convert  # type: ignore[untyped-decorator]
+def _crops(sample: Sample, clip: DataNode, side: int, crops: int) -> tuple[DataNode, ...]:
+    cut = [fn.slice(clip, start=sample["anchor"][crop], shape=(side, side), axes=(1, 2)) for crop in range(crops)]
+    return fn.stack(*cut), sample["inverse"]
