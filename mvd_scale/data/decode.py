@@ -132,21 +132,18 @@ def _decode(stream: av.VideoStream, packets: Iterator[av.Packet], place_of: dict
     """Decode from a keyframe until the frames of all these times have come."""
     context, reformatter = stream.codec_context, av.video.reformatter.VideoReformatter()
     pictures: Pictures = {}
-    for packet in packets:
-        if packet.is_disposable and packet.pts not in place_of:
-            continue
-        # Of a packet that is not marked disposable the decoder itself sees whether anything refers to it.
-        context.skip_frame = "DEFAULT" if packet.pts in place_of or not packet.size else "NONREF"
-        for frame in context.decode(packet if packet.size else None):
+    for packet in chain(packets, [None]):
+        if packet is not None:
+            if not packet.size or (packet.is_disposable and packet.pts not in place_of):
+                continue
+            # Of a packet that is not marked disposable the decoder itself sees whether anything refers to it.
+            context.skip_frame = "DEFAULT" if packet.pts in place_of else "NONREF"
+        for frame in context.decode(packet):
             place = place_of.get(frame.pts)
             if place is not None:
                 pictures[place] = reformatter.reformat(frame, format="rgb24").to_ndarray()
         if len(pictures) == len(place_of):
-            return pictures
-    for frame in context.decode(None):
-        place = place_of.get(frame.pts)
-        if place is not None:
-            pictures[place] = reformatter.reformat(frame, format="rgb24").to_ndarray()
+            break
     return pictures
 
 

@@ -25,6 +25,7 @@ from torch.utils.dlpack import from_dlpack
 from typing_extensions import Self
 
 from mvd_scale.config.data import DataConfig
+from mvd_scale.config.launcher import ranks_on_this_host
 from mvd_scale.config.model import ModelConfig
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.data.manifest import Manifest
@@ -84,7 +85,7 @@ class Feed(ABC):
         self._report = report
         self._reported: set[int] = set()
         self._by_host: frozenset[int] = frozenset()
-        self._workers = worker_count(data, world_size, device)
+        self._workers = worker_count(data, world_size)
         self._graph: Pipeline | None = self._build()
 
     @abstractmethod
@@ -329,15 +330,11 @@ class ClipLoader(Feed):
         return self._share.position(n)
 
 
-def worker_count(data: DataConfig, world_size: int, device: torch.device) -> int:
-    """Worker processes of one rank: `data.workers`, or its share of this machine's cores, less one for itself.
-
-    A machine runs as many ranks as it has GPUs, on CPUs all of them.
-    """
+def worker_count(data: DataConfig, world_size: int) -> int:
+    """Worker processes of one rank: `data.workers`, or its share of this machine's cores, less one for itself."""
     if data.workers != "auto":
         return data.workers
-    ranks = min(world_size, torch.cuda.device_count()) if device.type == "cuda" else world_size
-    return max(len(os.sched_getaffinity(0)) // ranks - 1, 0)
+    return max(len(os.sched_getaffinity(0)) // ranks_on_this_host(world_size) - 1, 0)
 
 
 def as_tensor(batch: TensorListCPU | TensorListGPU) -> Tensor:

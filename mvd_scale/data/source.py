@@ -150,7 +150,7 @@ class VideoSource(ABC):
         if n >= self.end:
             raise StopIteration
         arrays = self.sample(n)
-        return tuple(arrays[field.name] for field in self.fields)
+        return tuple(np.asarray(arrays[field.name], order="C") for field in self.fields)
 
     @property
     def fields(self) -> list[Field]:

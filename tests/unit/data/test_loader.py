@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,13 +23,14 @@ from mvd_scale.config.model import ModelConfig
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.data.index import build_manifest
 from mvd_scale.data.loader import ClipLoader, worker_count
-from mvd_scale.data.manifest import Manifest
+from mvd_scale.data.manifest import Manifest, Row
 from mvd_scale.data.pipeline import dali_decodes
 from mvd_scale.data.sampling import Sampler
 from mvd_scale.errors import UserError
 
 MODEL = ModelConfig(width=16, depth=1, heads=1, frames=4, input_size=32, patch_size=8)
 DATA = DataConfig(stride=2, workers=0, flip=0.5, max_broken=1)
+WIDE = {"stride": 2, "workers": 0, "clips_per_video": 3, "copies": 2, "max_broken": 1}
 CPU = torch.device("cpu")
 
 
@@ -97,8 +99,8 @@ def test_both_codecs_in_one_batch_give_the_frames_that_were_planned(manifest, fl
     for k in range(10):
         plan = sampler.plan(0, k)
         assert batch.video_ids[k] == plan.row
-        assert batch.visible[k].tolist() == plan.visible.tolist()
-        assert batch.masked[k].tolist() == plan.masked.tolist()
+        assert batch.visible[k].tolist() == plan.copies[0].visible.tolist()
+        assert batch.masked[k].tolist() == plan.copies[0].masked.tolist()
         with av.open(manifest.path[plan.row]) as container:
             frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
         expected = frames[plan.frames][:, :, 8:56]
@@ -114,6 +116,41 @@ def test_the_stream_is_the_same_for_any_number_of_ranks(manifest, stream, world_
     each = 4 // world_size // micro_batch
     merged = [batch for step in range(5) for rank in ranks for batch in rank[step * each : (step + 1) * each]]
     assert_same(merged, stream)
+
+
+@pytest.mark.parametrize(("world_size", "workers"), [(2, 2), (3, 0), (4, 1), (8, 0)])
+def test_copies_mixtures_and_uneven_batches_over_many_ranks(manifest, world_size, workers):
+    """Everything at once: a weighted mixture, copies, 48 clips a step over 1, 2, 3, 4 and 8 ranks."""
+    mixed = replace(manifest, dataset=np.arange(10) % 3 // 2)
+    mixture = {"a": {"source": "a"}, "b": {"source": "b", "weight": 1.5, "stride": 3}}
+    data = DataConfig.model_validate({**WIDE, "mixture": mixture})
+    mixed = mixed_order(mixed)
+    reference = collect(mixed, data, global_batch=48, micro_batch=48, total_steps=3)
+    data = data.model_copy(update={"workers": workers})
+    share = 48 // world_size
+    ranks = [
+        collect(mixed, data, rank=r, world_size=world_size, global_batch=48, micro_batch=share, total_steps=3)
+        for r in range(world_size)
+    ]
+    assert_same([rank[step] for step in range(3) for rank in ranks], reference)
+
+
+def mixed_order(manifest: Manifest) -> Manifest:
+    """The sets of a mixture stand one after the other."""
+    rows = sorted(manifest.rows, key=lambda row: row.dataset)
+    return Manifest.of(rows)
+
+
+def test_copies_stand_side_by_side(manifest):
+    data = DATA.model_copy(update={"copies": 3, "flip": 0.0})
+    (batch, *_) = collect(manifest, data, global_batch=6, micro_batch=6)
+    assert batch.pixels.shape == (6, 4, 32, 32, 3)
+    assert batch.visible.shape[0] == batch.masked.shape[0] == batch.labels.shape[0] == 6
+    assert batch.video_ids.tolist() == [batch.video_ids[0]] * 3 + [batch.video_ids[3]] * 3
+    assert not torch.equal(batch.pixels[0], batch.pixels[1])
+    assert not torch.equal(batch.masked[0], batch.masked[1])
+    first = Sampler(manifest, data, MODEL, 1).plan(0, 0)
+    assert [batch.masked[k].tolist() for k in range(3)] == [copy.masked.tolist() for copy in first.copies]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -195,10 +232,11 @@ def test_a_substitute_may_be_broken_too(tmp_path, videos):
 def test_dali_is_asked_for_the_frames_of_the_clip(tmp_path, encode):
     encoded = np.fromfile(encode(tmp_path / "a.webm", frames=60), np.uint8)
     cut = encoded[: len(encoded) // 2]
-    assert dali_decodes(encoded, np.array([0, 59]), (48, 64), None)
-    assert dali_decodes(cut, np.array([0, 1]), (48, 64), None)
-    assert not dali_decodes(cut, np.array([0, 59]), (48, 64), None)
-    assert not dali_decodes(encoded, np.array([0, 59]), (64, 48), None)
+    video, turned = (Row(name="", path="", codec="vp9", height=h, width=w) for h, w in ((48, 64), (64, 48)))
+    assert dali_decodes(encoded, np.array([0, 59]), video, None)
+    assert dali_decodes(cut, np.array([0, 1]), video, None)
+    assert not dali_decodes(cut, np.array([0, 59]), video, None)
+    assert not dali_decodes(encoded, np.array([0, 59]), turned, None)
 
 
 def test_a_file_replaced_by_one_of_another_size(tmp_path, videos, encode):
@@ -228,12 +266,15 @@ def test_a_clip_without_any_substitute_ends_the_run(tmp_path, videos):
         next(loader)
 
 
-def test_workers_follow_the_machine():
+def test_workers_follow_the_machine(monkeypatch):
+    monkeypatch.delenv("LOCAL_SIZE", raising=False)
     cores = len(os.sched_getaffinity(0))
     auto = DataConfig()
-    assert worker_count(auto, 1, CPU) == cores - 1
-    assert worker_count(auto, cores, CPU) == 0
-    assert worker_count(DataConfig(workers=5), cores, CPU) == 5
+    assert worker_count(auto, 1) == cores - 1
+    assert worker_count(auto, cores) == 0
+    assert worker_count(DataConfig(workers=5), cores) == 5
+    monkeypatch.setenv("LOCAL_SIZE", "1")  # as the deepspeed launcher says where every host runs one rank
+    assert worker_count(auto, 64) == cores - 1
 
 
 SCRIPT = """
