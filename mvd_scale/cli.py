@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -20,6 +21,19 @@ logger = logging.getLogger("mvd_scale")
 
 _recipe_command: dict[str, Any] = {"context_settings": {"ignore_unknown_options": True}}
 _overrides = click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+
+
+class Fraction(click.ParamType):
+    """`3/64`: the third of 64."""
+
+    name = "K/N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        """The two numbers."""
+        number, _, count = str(value).partition("/")
+        if number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count):
+            return int(number), int(count)
+        self.fail(f"{value!r} is not K/N with 1 <= K <= N, such as 3/64", param, ctx)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -103,16 +117,65 @@ def data() -> None:
     """Videos and manifests."""
 
 
-@data.command()
-@click.argument("source", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Manifest to write (.parquet).")
-@click.option("--root", type=click.Path(path_type=Path), help="Folder that relative paths of a list start from.")
-@click.option("--workers", type=click.IntRange(min=1), default=4, show_default=True, help="Files read at a time.")
-def index(source: Path, out: Path, root: Path | None, workers: int) -> None:
-    """Probe every video of SOURCE (a folder, or a file of `path label` lines) once and write a manifest."""
-    from mvd_scale.data.index import build_manifest
+_manifest_out = click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Manifest to write (.parquet)."
+)
 
-    manifest = build_manifest(source, root, workers=workers)
+
+@data.command()
+@click.argument("sources", nargs=-1, required=True, metavar="SRC...")
+@_manifest_out
+@click.option("--root", help="Folder or URL that the paths of a list start from; the list's own if left out.")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes; the number of cores if left out.")
+@click.option("--part", type=Fraction(), help="Only a part of the videos, such as 3/64; `data merge` unites them.")
+@click.option("--verify", is_flag=True, help="Decode the first, middle and last frame of every video.")
+@click.option("--timeout", type=click.FloatRange(min=0.1), default=60.0, show_default=True, help="Seconds per video.")
+@click.option("--split", type=click.Choice(["train", "validation", "test"]), help="Of a list that holds several.")
+@click.option("--fold", type=click.IntRange(1, 3), default=1, show_default=True, help="Of HMDB51's three.")
+@click.option("--classes", help="File with the names of the classes: classInd.txt, labels.json.")
+def index(
+    sources: tuple[str, ...],
+    out: Path,
+    root: str | None,
+    workers: int | None,
+    part: tuple[int, int] | None,
+    verify: bool,
+    timeout: float,
+    split: str | None,
+    fold: int,
+    classes: str | None,
+) -> None:
+    """Probe every video of some sources once and write a manifest; started again after a kill, it goes on.
+
+    SRC is a folder, a quoted glob, a list (`path label` lines, a csv with a header, or an official list of Kinetics,
+    Something-Something, UCF101 or HMDB51), a tar file, or an fsspec URL of one of these.
+    """
+    from mvd_scale.data.index import Probing, build_manifest
+    from mvd_scale.data.listing import ListOptions
+
+    journal = out.with_name(f".{out.name}.journal")
+    manifest = build_manifest(
+        sources,
+        workers=workers or len(os.sched_getaffinity(0)),
+        options=ListOptions(root, classes, split, fold),
+        probing=Probing(timeout, verify),
+        part=part,
+        journal=journal,
+    )
+    manifest.save(out)
+    journal.unlink()
+    click.echo(f"{out}: {len(manifest)} videos, {len(manifest) - len(manifest.usable)} left out")
+
+
+@data.command()
+@click.argument("parts", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PART...")
+@_manifest_out
+def merge(parts: tuple[Path, ...], out: Path) -> None:
+    """Unite the manifests of all parts of a source."""
+    from mvd_scale.data.index import merge as unite
+    from mvd_scale.data.manifest import Manifest
+
+    manifest = unite([Manifest.load(part) for part in parts])
     manifest.save(out)
     click.echo(f"{out}: {len(manifest)} videos, {len(manifest) - len(manifest.usable)} left out")
 

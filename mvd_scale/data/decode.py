@@ -74,7 +74,13 @@ def video_stream(container: av.container.InputContainer, path: str) -> av.VideoS
     if not container.streams.video:
         raise DecodeError(path, "no video stream")
     stream = container.streams.video[0]
-    stream.codec_context.thread_count = 1
+    context = stream.codec_context
+    if context is None:
+        raise DecodeError(path, "no decoder for its codec")
+    context.thread_count = 1
+    if context.name == "mjpeg":
+        # Without this, what is missing of a picture is made up, in silence.
+        context.options = {"err_detect": "explode"}
     return stream
 
 
@@ -130,7 +136,7 @@ def _demux(container: av.container.InputContainer, stream: av.VideoStream, limit
 
 def _decode(stream: av.VideoStream, packets: Iterator[av.Packet], place_of: dict[int, int]) -> Pictures:
     """Decode from a keyframe until the frames of all these times have come."""
-    context, reformatter = stream.codec_context, av.video.reformatter.VideoReformatter()
+    context, convert = stream.codec_context, _Converter()
     pictures: Pictures = {}
     for packet in chain(packets, [None]):
         if packet is not None:
@@ -140,8 +146,8 @@ def _decode(stream: av.VideoStream, packets: Iterator[av.Packet], place_of: dict
             context.skip_frame = "DEFAULT" if packet.pts in place_of else "NONREF"
         for frame in context.decode(packet):
             place = place_of.get(frame.pts)
-            if place is not None:
-                pictures[place] = reformatter.reformat(frame, format="rgb24").to_ndarray()
+            if place is not None and not frame.is_corrupt:
+                pictures[place] = convert(frame)
         if len(pictures) == len(place_of):
             break
     return pictures
@@ -149,14 +155,25 @@ def _decode(stream: av.VideoStream, packets: Iterator[av.Packet], place_of: dict
 
 def _decode_counting(stream: av.VideoStream, packets: list[av.Packet], wanted: set[int]) -> Pictures:
     """For containers without presentation times (AVI): frames in the order in which they leave the decoder."""
-    context, reformatter = stream.codec_context, av.video.reformatter.VideoReformatter()
+    context, convert = stream.codec_context, _Converter()
     pictures: Pictures = {}
     count = 0
     for packet in [*packets, None]:
         for frame in context.decode(packet):
-            if count in wanted:
-                pictures[count] = reformatter.reformat(frame, format="rgb24").to_ndarray()
+            if count in wanted and not frame.is_corrupt:
+                pictures[count] = convert(frame)
             count += 1
         if len(pictures) == len(wanted):
             break
     return pictures
+
+
+class _Converter:
+    """Frames to RGB, with one conversion table for all frames of a clip."""
+
+    def __init__(self) -> None:
+        self._reformatter = av.video.reformatter.VideoReformatter()
+
+    def __call__(self, frame: av.VideoFrame) -> NDArray[np.uint8]:
+        picture: NDArray[np.uint8] = self._reformatter.reformat(frame, format="rgb24").to_ndarray()
+        return picture

@@ -1,58 +1,170 @@
 """Videos -> manifest: each file is probed once, here, so that training never has to.
 
+    list the sources -> take this machine's part -> probe in parallel, keeping a journal -> manifest
+
 A file that cannot be used becomes a row that says why; only a source as a whole can be wrong.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import IO
 
-import av
-
-from mvd_scale.data.manifest import Manifest, Row
+from mvd_scale.config.data import DataConfig
+from mvd_scale.data.listing import Listing, ListOptions, find_files, list_videos, unite
+from mvd_scale.data.manifest import WHOLE_FILE, Manifest, Row
+from mvd_scale.data.probe import probe
+from mvd_scale.data.processes import run_chunks
+from mvd_scale.data.storage import absolute, is_url
 from mvd_scale.errors import UserError
+from mvd_scale.progress import Advance
 
-SUFFIXES = frozenset({".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv"})
+CHUNK = 32
+"""Videos that a worker takes at a time."""
 
 log = logging.getLogger("mvd_scale")
 
 
 @dataclass(frozen=True)
-class Probe:
-    """What the container says about one video."""
+class Probing:
+    """How videos are probed: what a worker is given."""
 
-    frames: int = 0
-    fps: float = 0.0
-    height: int = 0
-    width: int = 0
-    codec: str = ""
-    left_out: str | None = None
+    timeout: float = 60.0
+    """Seconds after which a video counts as unreadable."""
+
+    verify: bool = False
+    """Also decode the first, the middle and the last frame."""
+
+    def __call__(self, videos: Sequence[Row]) -> list[Row]:
+        return [probe(video, timeout=self.timeout, verify=self.verify) for video in videos]
 
 
-def open_source(source: Path, root: Path | None, cache_folder: Path) -> Manifest:
-    """The manifest of a recipe's `data.source`.
+def open_source(data: DataConfig, cache_folder: Path) -> Manifest:
+    """The manifest of a recipe's `data.source` or `data.mixture`.
 
-    A `.parquet` is read. Anything else is indexed into `cache_folder/manifest.parquet`, which serves again as long
-    as it describes the same source and nothing in the source is newer.
+    A `.parquet` is read. Anything else is indexed into the cache folder, which serves again as long as it describes
+    the same source and nothing in the source is newer. The sets of a mixture stand one after the other, in the
+    column `dataset`; their classes are united by name.
 
     Raises:
-        UserError: as `build_manifest` and `Manifest.load`.
+        UserError: there is no source, or as `build_manifest` and `Manifest.load`.
     """
-    if source.suffix == ".parquet":
-        manifest = Manifest.load(source)
+    if data.mixture is None:
+        if data.source is None:
+            raise UserError(
+                "data.source is missing: give a folder of videos, an annotation file or a manifest "
+                "with `--data.source PATH`"
+            )
+        return _open_one(data.source, data.root, cache_folder / "manifest.parquet")
+    manifests = [
+        _open_one(part.source, part.root, cache_folder / f"manifest_{name}.parquet")
+        for name, part in data.mixture.items()
+    ]
+    return mix(manifests)
+
+
+def mix(manifests: Sequence[Manifest]) -> Manifest:
+    """One manifest of several, each a `dataset` of it.
+
+    Where one of them has labels without class names, nobody knows whether two numbers mean the same: then all labels
+    are dropped.
+    """
+    listings = [
+        Listing([replace(row, dataset=number) for row in manifest.rows], manifest.classes)
+        for number, manifest in enumerate(manifests)
+    ]
+    nameless = any(not part.classes and any(row.label >= 0 for row in part.rows) for part in listings)
+    if nameless:
+        log.info("the mixture has no labels: the classes of one of its sets have no names")
+        listings = [Listing([replace(row, label=-1) for row in part.rows]) for part in listings]
+    united = unite(listings)
+    return Manifest.of(united.rows, source="; ".join(manifest.source for manifest in manifests), classes=united.classes)
+
+
+def build_manifest(
+    source: str | Path | Sequence[str],
+    root: str | Path | None = None,
+    *,
+    workers: int,
+    options: ListOptions | None = None,
+    probing: Probing | None = None,
+    part: tuple[int, int] | None = None,
+    journal: Path | None = None,
+) -> Manifest:
+    """Probe every video of some sources.
+
+    Args:
+        source: what `listing.FORMS` says, one or several.
+        root: as `ListOptions.root`.
+        workers: processes; few videos are probed in this process.
+        options: what lists do not say themselves.
+        probing: time limit, and whether to verify.
+        part: (3, 64) for the third of 64 equal parts of the listing; `merge` puts them together.
+        journal: file that keeps what is done, so that a killed index goes on from there.
+
+    Raises:
+        UserError: the source is missing or empty, a list is not as it should be, or no video is usable.
+    """
+    sources = [str(source)] if isinstance(source, (str, Path)) else list(source)
+    options = options or ListOptions()
+    if root is not None:
+        options = replace(options, root=str(root))
+    listing = list_videos(sources, options)
+    videos = listing.rows
+    if part is not None:
+        number, count = part
+        videos = videos[len(videos) * (number - 1) // count : len(videos) * number // count]
+    rows = _probe_all(videos, workers, probing or Probing(), journal)
+    manifest = Manifest.of(rows, source=_origin(sources, options), classes=listing.classes, part=part)
+    _tell(manifest, ", ".join(sources))
+    if len(manifest) or part is None:
+        _require_usable(manifest, ", ".join(sources))
+    return manifest
+
+
+def merge(manifests: Sequence[Manifest]) -> Manifest:
+    """All parts of one source, in any order, as one manifest.
+
+    Raises:
+        UserError: they are not all the parts of one source, each once.
+    """
+    whole = [number for number, manifest in enumerate(manifests, start=1) if manifest.part is None]
+    if whole:
+        raise UserError(
+            f"manifest {whole[0]} of those given is no part: expected manifests made with `data index --part K/N`. To "
+            "train on several whole manifests, name them in `data.mixture`"
+        )
+    parts = sorted(manifests, key=lambda manifest: manifest.part or (0, 0))
+    if len({(manifest.source, manifest.classes) for manifest in parts}) > 1:
+        sources = sorted({manifest.source for manifest in parts})
+        raise UserError(f"these are parts of different sources: {'; '.join(sources)}")
+    numbers = [manifest.part for manifest in parts]
+    counts = {part[1] for part in numbers if part is not None}
+    count = max(counts)
+    expected = [(number, count) for number in range(1, count + 1)]
+    if numbers != expected:
+        have = ", ".join(f"{part[0]}/{part[1]}" for part in numbers if part is not None)
+        missing = [f"{number}/{count}" for number, _ in expected if (number, count) not in numbers]
+        lack = f", missing are {', '.join(missing)}" if missing else ""
+        raise UserError(f"expected every part of {count} once: given are {have}{lack}")
+    rows = [row for manifest in parts for row in manifest.rows]
+    return Manifest.of(rows, source=parts[0].source, classes=parts[0].classes)
+
+
+def _open_one(source: str, root: str | None, cache: Path) -> Manifest:
+    if source.endswith(".parquet"):
+        manifest = Manifest.load(Path(source))
         _require_usable(manifest, source)
         return manifest
-    if not source.exists():
-        raise _not_found(source)
-    cache = cache_folder / "manifest.parquet"
-    if cache.is_file() and cache.stat().st_mtime > _newest(source):
+    origin = _origin([source], ListOptions(root=root))
+    if cache.is_file() and (is_url(source) or (os.path.exists(source) and cache.stat().st_mtime > _newest(source))):
         manifest = Manifest.load(cache)
-        if manifest.source == _origin(source, root):
+        if manifest.source == origin:
             log.info("%d videos of %s, from %s", len(manifest.usable), source, cache)
             return manifest
     manifest = build_manifest(source, root, workers=len(os.sched_getaffinity(0)))
@@ -60,132 +172,93 @@ def open_source(source: Path, root: Path | None, cache_folder: Path) -> Manifest
     return manifest
 
 
-def build_manifest(source: Path, root: Path | None = None, *, workers: int) -> Manifest:
-    """Probe every video of a source.
-
-    Args:
-        source: a folder, searched recursively for video suffixes (rows sorted by path, no labels), or an annotation
-            file of `path label` lines, split at the last space (rows in its order).
-        root: folder that relative paths of an annotation file start from; the file's own folder if left out.
-        workers: threads; PyAV releases the interpreter while it reads.
-
-    Raises:
-        UserError: the source is missing or empty, a line has no label, or no video is usable.
-    """
-    if source.is_dir():
-        paths = sorted(Path(file) for file in _videos(source))
-        labels = [-1] * len(paths)
-        if not paths:
-            raise UserError(
-                f"no videos in the folder {source}: expected files with one of the suffixes "
-                f"{' '.join(sorted(SUFFIXES))} in it or below. Give the folder that holds the videos"
-            )
-    elif source.is_file():
-        paths, labels = _read_annotations(source, root or source.parent)
-    else:
-        raise _not_found(source)
-    with ThreadPoolExecutor(max_workers=workers) as pool:
-        probes = list(pool.map(probe, paths))
-    manifest = _assemble(paths, labels, probes, _origin(source, root))
-    _tell(manifest, source)
-    _require_usable(manifest, source)
-    return manifest
+def _probe_all(videos: Sequence[Row], workers: int, probing: Probing, journal: Path | None) -> list[Row]:
+    done = {}
+    with _Journal(journal, probing) as book, Advance("videos probed", len(videos)) as progress:
+        keys = [_key(video) for video in videos]
+        done = {n: book.known[key] for n, key in enumerate(keys) if key in book.known}
+        progress.add(len(done))
+        todo = [n for n in range(len(videos)) if n not in done]
+        chunks = [todo[start : start + CHUNK] for start in range(0, len(todo), CHUNK)]
+        work = [[videos[n] for n in chunk] for chunk in chunks]
+        for chunk, rows in run_chunks(probing, work, workers, _crashed):
+            for n, row in zip(chunks[chunk], rows, strict=True):
+                done[n] = row
+                book.add(keys[n], row)
+            progress.add(len(rows))
+        # Names and labels are those of this listing, whatever the journal's were.
+        return [replace(done[n], name=video.name, label=video.label, path=video.path) for n, video in enumerate(videos)]
 
 
-def probe(path: Path) -> Probe:
-    """Read the container of one video without decoding it; never raises for a bad file.
-
-    Every packet is demuxed: headers lie about truncated files, whether the index stands at their end or front.
-    """
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        return Probe(left_out=error.strerror or str(error))
-    if size == 0:
-        return Probe(left_out="empty file")
-    try:
-        with av.open(str(path)) as container:
-            return _probe_stream(container)
-    except (av.FFmpegError, UnicodeDecodeError) as error:
-        return Probe(left_out=f"cannot be read as a video: {error}")
+def _crashed(video: Row) -> Row:
+    return replace(video, left_out="kills the program that reads it")
 
 
-def _probe_stream(container: av.container.InputContainer) -> Probe:
-    if not container.streams.video:
-        return Probe(left_out="no video stream" if container.streams.audio else "truncated: its index is missing")
-    stream = container.streams.video[0]
-    context = stream.codec_context
-    if context is None:
-        return Probe(left_out="no decoder for its codec")
-    packets = [(packet.is_corrupt, packet.is_discard) for packet in container.demux(stream) if packet.size]
-    frames = sum(not discard for _, discard in packets)
-    if any(corrupt for corrupt, _ in packets) or len(packets) < stream.frames:
-        return Probe(left_out=f"truncated: {len(packets)} frames readable of {stream.frames}")
-    if not frames:
-        return Probe(left_out="no frames")
-    if not context.width or not context.height:
-        return Probe(left_out="no picture size")
-    rate = stream.average_rate
-    return Probe(
-        frames=frames,
-        fps=float(rate) if rate else 0.0,
-        height=context.height,
-        width=context.width,
-        codec=context.codec.canonical_name,
-    )
+class _Journal:
+    """What is known of videos already: a line each, the last one possibly torn."""
+
+    def __init__(self, path: Path | None, probing: Probing) -> None:
+        self.path = path
+        self.known: dict[str, Row] = {}
+        self._head = json.dumps({"verify": probing.verify, "version": 1})
+        self._file: IO[str] | None = None
+
+    def __enter__(self) -> _Journal:
+        if self.path is not None:
+            self.known = dict(self._read())
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a" if self.known else "w", encoding="utf-8")
+            # A line of its own ends a torn one.
+            self._file.write("\n" if self.known else self._head + "\n")
+        return self
+
+    def add(self, key: str, row: Row) -> None:
+        """Keep one more."""
+        if self._file is not None:
+            self._file.write(json.dumps([key, asdict(row)]) + "\n")
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._file is not None and self.path is not None:
+            self._file.close()
+
+    def _read(self) -> Iterator[tuple[str, Row]]:
+        assert self.path is not None
+        if not self.path.is_file():
+            return
+        head, *lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
+        if head != self._head:
+            return
+        for line in lines:
+            try:
+                key, row = json.loads(line)
+            except ValueError:
+                continue
+            yield key, Row(**row)
 
 
-def _videos(folder: Path) -> list[str]:
-    return [
-        os.path.join(parent, name)
-        for parent, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if os.path.splitext(name)[1].lower() in SUFFIXES
-    ]
+def _key(video: Row) -> str:
+    """What tells whether a video is still the one that was probed."""
+    changed = 0
+    if not is_url(video.path):
+        try:
+            stat = os.stat(video.path)
+        except OSError:
+            return f"{video.path} is missing"
+        changed = stat.st_mtime_ns + stat.st_size
+    place = "" if video.offset == WHOLE_FILE else f"{video.offset}+{video.size}"
+    return f"{video.path} {place} {changed}"
 
 
-def _read_annotations(file: Path, root: Path) -> tuple[list[Path], list[int]]:
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not a text file: expected `path label` lines, a folder or a .parquet") from error
-    paths, labels = [], []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        path, _, label = line.strip().rpartition(" ")
-        if not path or not label.removeprefix("-").isdecimal():
-            raise UserError(
-                f"{file}:{number}: no label in {line.strip()!r}: expected `path label`, the label a whole number "
-                "after the last space. Write -1 for a video without a class"
-            )
-        paths.append(root / path)
-        labels.append(int(label))
-    if not paths:
-        raise UserError(f"the annotation file {file} is empty: expected one `path label` per line")
-    return paths, labels
-
-
-def _assemble(paths: Sequence[Path], labels: Sequence[int], probes: Sequence[Probe], origin: str) -> Manifest:
-    return Manifest.of(
-        [
-            Row(name=path.name, path=os.path.abspath(path), label=label, **vars(probe))
-            for path, label, probe in zip(paths, labels, probes, strict=True)
-        ],
-        source=origin,
-    )
-
-
-def _tell(manifest: Manifest, source: Path) -> None:
+def _tell(manifest: Manifest, source: str) -> None:
     log.info("%d usable videos of %d in %s", len(manifest.usable), len(manifest), source)
-    bad = [(path, why) for path, why in zip(manifest.path, manifest.left_out, strict=True) if why is not None]
+    bad = [(path, why) for path, why in zip(manifest.name, manifest.left_out, strict=True) if why is not None]
     if bad:
         shown = "; ".join(f"{Path(path).name} ({why})" for path, why in bad[:5])
         rest = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
         log.warning("%d videos of %s are left out: %s%s", len(bad), source, shown, rest)
 
 
-def _require_usable(manifest: Manifest, source: Path) -> None:
+def _require_usable(manifest: Manifest, source: str) -> None:
     if not len(manifest.usable):
         why = next((f": {reason}" for reason in manifest.left_out if reason is not None), "")
         raise UserError(
@@ -194,20 +267,19 @@ def _require_usable(manifest: Manifest, source: Path) -> None:
         )
 
 
-def _not_found(source: Path) -> UserError:
-    return UserError(
-        f"data.source {source} does not exist: expected a manifest (.parquet), a folder of videos or an annotation "
-        "file of `path label` lines"
-    )
+def _origin(sources: Sequence[str], options: ListOptions) -> str:
+    words = [absolute(source) for source in sources]
+    for name, value in vars(options).items():
+        if value is not None and value != getattr(ListOptions(), name):
+            words.append(f"{name} {absolute(value) if name == 'root' else value}")
+    return " ".join(words)
 
 
-def _origin(source: Path, root: Path | None) -> str:
-    return os.path.abspath(source) + (f" root {os.path.abspath(root)}" if root is not None else "")
-
-
-def _newest(source: Path) -> float:
+def _newest(source: str) -> float:
     """Time of the last change in a source: seconds since 1970."""
-    if source.is_file():
-        return source.stat().st_mtime
-    folders = [parent for parent, _, _ in os.walk(source, followlinks=True)]
-    return max(os.lstat(path).st_mtime for path in [*folders, *_videos(source)])
+    if os.path.isfile(source):
+        return os.stat(source).st_mtime
+    # Folders too: what is deleted or renamed leaves its mark on them.
+    files = find_files(source, lambda _: True)
+    folders = {source, *(os.path.dirname(path) for path in files)}
+    return max(os.lstat(path).st_mtime for path in [*folders, *files])

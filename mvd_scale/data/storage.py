@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvd_scale.data.manifest import WHOLE_FILE
+from mvd_scale.errors import UserError
 
 T = TypeVar("T")
 
@@ -38,6 +39,19 @@ def absolute(path: str) -> str:
     return path if is_url(path) else os.path.abspath(path)
 
 
+def filesystem_of(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and the path in it.
+
+    Raises:
+        UserError: nothing here speaks its protocol.
+    """
+    try:
+        filesystem, inner = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{url} cannot be opened: {error}") from error
+    return filesystem, inner
+
+
 def read_bytes(path: str, offset: int = WHOLE_FILE, size: int = 0) -> NDArray[np.uint8]:
     """A whole encoded file, or one range of a shard: uint8 (bytes,).
 
@@ -46,7 +60,7 @@ def read_bytes(path: str, offset: int = WHOLE_FILE, size: int = 0) -> NDArray[np
     """
     try:
         if is_url(path):
-            filesystem, inner = fsspec.core.url_to_fs(path)
+            filesystem, inner = filesystem_of(path)
             end = None if offset == WHOLE_FILE else offset + size
             data = filesystem.cat_file(inner, start=None if offset == WHOLE_FILE else offset, end=end)
         else:

@@ -50,8 +50,7 @@ def draw_run(run: Path, *, clips: int = 4) -> Path:
     if not folder.student.is_file():
         raise UserError(f"{run} holds no finished run: expected {folder.student}")
     recipe = load_recipe(folder.recipe)
-    assert recipe.data.source is not None
-    manifest = open_source(recipe.data.source, recipe.data.root, run)
+    manifest = open_source(recipe.data, run)
     targets = load_targets(recipe)
     for target in targets.values():
         if isinstance(target, FrozenTeacher):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mvd_scale.config import Recipe, TimmTarget, load_recipe
+from mvd_scale.config import DataConfig, Recipe, TimmTarget, load_recipe
 from mvd_scale.config.target import TrainedTeacherTarget
 from mvd_scale.config.training import Precision
 from mvd_scale.data.index import open_source
@@ -129,7 +129,7 @@ def _measure(recipe: Recipe, ranks: Ranks, name: str, batch: int, steps: int, sc
     engine, objective = _build(recipe, ranks, watch)
     micro, accumulation = recipe.batch_split(ranks.world_size)
     loader = ClipLoader(
-        open_source(recipe.data.source or make_samples(scratch / "clips"), recipe.data.root, scratch),
+        open_source(_with_clips(recipe.data, scratch), scratch),
         recipe.data.model_copy(update={"clips_per_video": max(batch, recipe.data.clips_per_video)}),
         recipe.model,
         recipe.seed,
@@ -176,6 +176,13 @@ def _measure(recipe: Recipe, ranks: Ranks, name: str, batch: int, steps: int, sc
         peak_memory_gib=peak_memory_gib(ranks.device),
         torch=torch.__version__,
     )
+
+
+def _with_clips(data: DataConfig, scratch: Path) -> DataConfig:
+    """The recipe's videos; without any, the clips of the `samples` extra."""
+    if data.source is not None or data.mixture is not None:
+        return data
+    return data.model_copy(update={"source": str(make_samples(scratch / "clips"))})
 
 
 def _build(recipe: Recipe, ranks: Ranks, watch: Stopwatch) -> tuple[Any, MaskedDistillation]:

@@ -17,7 +17,7 @@ from mvd_scale.data.batch import ClipBatch
 from mvd_scale.data.index import open_source
 from mvd_scale.data.loader import ClipLoader
 from mvd_scale.data.manifest import Manifest
-from mvd_scale.data.sampling import steps_per_epoch
+from mvd_scale.data.sampling import mixture_parts, steps_per_epoch
 from mvd_scale.errors import UserError
 from mvd_scale.models import Student
 from mvd_scale.targets import MaskedDistillation
@@ -166,22 +166,17 @@ def reseed(recipe: Recipe, step: int, micro: int, ranks: Ranks) -> None:
 
 def prepare(recipe: Recipe, folder: RunFolder) -> None:
     """Rank 0's part: see that the folder is free for this run, claim it, and index the videos if need be."""
-    if recipe.data.source is None:
-        raise UserError(
-            "data.source is missing: give a folder of videos, an annotation file or a manifest "
-            "with `--data.source PATH`"
-        )
     folder.check(recipe)
     folder.claim(recipe)
     write_whole(folder.environment, table(probe()) + "\n")
-    manifest = open_source(recipe.data.source, recipe.data.root, folder.path)
+    manifest = open_source(recipe.data, folder.path)
     manifest.save(folder.manifest)
 
 
 def describe(recipe: Recipe, manifest: Manifest, schedule: Schedule, ranks: Ranks) -> None:
     """Log what is about to run."""
     micro, accumulation = recipe.batch_split(ranks.world_size)
-    clips = len(manifest.usable) * recipe.data.clips_per_video
+    clips = recipe.data.copies * sum(part.clips for part in mixture_parts(manifest, recipe.data))
     remainder = clips - schedule.steps_per_epoch * recipe.training.global_batch
     logger.info(
         "%s: %d ranks on %s, %s, %s; global batch %d = %d ranks x %d clips x %d accumulation",

@@ -9,6 +9,7 @@ import av
 import numpy as np
 import pytest
 
+from mvd_scale.config.data import DataConfig
 from mvd_scale.data.index import build_manifest, open_source
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.errors import UserError
@@ -113,17 +114,19 @@ def test_a_source_is_indexed_again_only_when_it_changes(tmp_path, encode, monkey
     past = 1_000_000_000
     for path in (folder, folder / "a.mp4"):
         os.utime(path, (past, past))
-    first = open_source(folder, None, cache)
+    first = open_source(DataConfig(source=str(folder)), cache)
     written = (cache / "manifest.parquet").stat().st_mtime_ns
-    assert open_source(folder, None, cache).path == first.path
+    assert open_source(DataConfig(source=str(folder)), cache).path == first.path
     assert (cache / "manifest.parquet").stat().st_mtime_ns == written
-    assert open_source(cache / "manifest.parquet", None, tmp_path / "unused").path == first.path
+    assert open_source(DataConfig(source=str(cache / "manifest.parquet")), tmp_path / "unused").path == first.path
 
     encode(folder / "b.mp4")
     os.utime(cache / "manifest.parquet", (past + 1, past + 1))
-    assert len(open_source(folder, None, cache)) == 2
+    assert len(open_source(DataConfig(source=str(folder)), cache)) == 2
 
     encode(tmp_path / "other" / "c.mp4")
     for path in (tmp_path / "other", tmp_path / "other" / "c.mp4"):
         os.utime(path, (past, past))
-    assert [Path(path).name for path in open_source(tmp_path / "other", None, cache).path] == ["c.mp4"]
+    assert [Path(path).name for path in open_source(DataConfig(source=str(tmp_path / "other")), cache).path] == [
+        "c.mp4"
+    ]

@@ -1,0 +1,134 @@
+"""One video -> what its container says, without decoding more than one frame; never an exception for a bad file."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from itertools import pairwise
+
+import av
+import numpy as np
+
+from mvd_scale.data.decode import decode_frames, open_video, video_stream
+from mvd_scale.data.manifest import WHOLE_FILE, Row
+from mvd_scale.data.storage import DecodeError, filesystem_of, is_url, within
+
+STILL_CODECS = {"mjpeg": "jpeg", "png": "png", "bmp": "bmp", "webp": "webp", "tiff": "tiff"}
+"""FFmpeg's codecs of still images, and what a manifest calls them."""
+
+
+def probe(video: Row, *, timeout: float, verify: bool = False) -> Row:
+    """Complete a row of which only name, place and label are known.
+
+    Every packet is read: headers lie about truncated files, whether the index stands at their end or front. The first
+    keyframe is decoded, since nothing else tells of the rotation.
+
+    Args:
+        video: name, path, label; offset and size too if it lies in a shard.
+        timeout: seconds after which it counts as unreadable.
+        verify: also decode the first, the middle and the last frame.
+
+    Returns:
+        the whole row, or one with the reason in `left_out`.
+    """
+    try:
+        return within(timeout, video.path, _probe, video, verify)
+    except DecodeError as error:
+        return replace(video, left_out=error.reason)
+    except OSError as error:
+        return replace(video, left_out=error.strerror or str(error))
+    except (av.FFmpegError, UnicodeDecodeError, ValueError) as error:
+        return replace(video, left_out=f"cannot be read as a video: {error}")
+
+
+def _probe(video: Row, verify: bool) -> Row:
+    if video.offset == WHOLE_FILE:
+        video = replace(video, size=_size(video.path))
+        if not video.size:
+            raise DecodeError(video.path, "empty file")
+    with open_video(video) as container:
+        if not container.streams.video:
+            audio = bool(container.streams.audio)
+            raise DecodeError(video.path, "no video stream" if audio else "truncated: its index is missing")
+        stream = video_stream(container, video.path)
+        context = stream.codec_context
+        name = container.format.name
+        still = STILL_CODECS.get(context.name) if name == "image2" or name.endswith("_pipe") else None
+        packets = [packet for packet in container.demux(stream) if packet.size]
+        shown = [packet for packet in packets if not packet.is_discard]
+        if not shown:
+            raise DecodeError(video.path, "no frames")
+        if packets[-1].is_corrupt or len(packets) < stream.frames:
+            raise DecodeError(video.path, f"truncated: {len(packets)} frames readable of {stream.frames}")
+        times = [packet.pts for packet in shown]
+        first_pts, pts_step, variable = _timing(times)
+        rotation, pixel_format = _first_picture(video, stream, packets)
+        turned = rotation % 180 != 0
+        rate = float(stream.average_rate or 0)
+        row = replace(
+            video,
+            frames=len(shown),
+            fps=rate,
+            variable_rate=variable,
+            duration=_duration(stream, times, rate),
+            height=context.width if turned else context.height,
+            width=context.height if turned else context.width,
+            rotation=rotation,
+            codec=still or context.codec.canonical_name,
+            pixel_format=pixel_format,
+            keyframe_interval=_keyframe_interval(shown),
+            first_pts=first_pts,
+            pts_step=pts_step,
+        )
+    if verify:
+        decode_frames(row, np.unique([0, row.frames // 2, row.frames - 1]))
+    return row
+
+
+def _size(path: str) -> int:
+    if is_url(path):
+        filesystem, inner = filesystem_of(path)
+        return int(filesystem.size(inner) or 0)
+    return os.stat(path).st_size
+
+
+def _timing(times: list[int | None]) -> tuple[int, int, bool]:
+    """First time, ticks from frame to frame (0 if they differ or are unknown), and whether they really differ."""
+    known = sorted(time for time in times if time is not None)
+    if len(known) < len(times):
+        return 0, 0, False
+    steps = [later - earlier for earlier, later in pairwise(known)]
+    if not steps:
+        return known[0], 0, False
+    # Containers round times to their ticks, and Matroska's are milliseconds.
+    usual = sorted(steps)[len(steps) // 2]
+    variable = any(abs(step - usual) > max(1, usual // 10) for step in steps)
+    return known[0], usual if min(steps) == max(steps) else 0, variable
+
+
+def _duration(stream: av.VideoStream, times: list[int | None], rate: float) -> float:
+    known = [time for time in times if time is not None]
+    if len(known) > 1 and stream.time_base is not None:
+        span = float((max(known) - min(known)) * stream.time_base)
+        return span * len(times) / (len(times) - 1)
+    return len(times) / rate if rate else 0.0
+
+
+def _keyframe_interval(packets: list[av.Packet]) -> int:
+    if all(packet.pts is not None for packet in packets):
+        packets = sorted(packets, key=lambda packet: packet.pts)
+    keys = [place for place, packet in enumerate(packets) if packet.is_keyframe]
+    return max((later - earlier for earlier, later in pairwise([*keys, len(packets)])), default=0)
+
+
+def _first_picture(video: Row, stream: av.VideoStream, packets: list[av.Packet]) -> tuple[int, str]:
+    """Rotation in degrees counterclockwise, and pixel format."""
+    key = next((packet for packet in packets if packet.is_keyframe), packets[0])
+    context = stream.codec_context
+    pictures = context.decode(key) or context.decode(None)
+    if not pictures:
+        raise DecodeError(video.path, "its first frame cannot be decoded")
+    rotation = pictures[0].rotation % 360
+    if rotation % 90:
+        raise DecodeError(video.path, f"is turned by {rotation} degrees: only quarter turns can be shown")
+    return rotation, pictures[0].format.name
