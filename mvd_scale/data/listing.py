@@ -206,7 +206,7 @@ def relative(path: str, folder: str) -> str:
     if is_url(path):
         if path.startswith(folder.rstrip("/") + "/"):
             return path.removeprefix(folder.rstrip("/") + "/")
-        if not is_url(folder):
+        if path.split("://")[0] != folder.split("://")[0]:
             return path
         return str(filesystem_of(path)[1]).removeprefix(str(filesystem_of(folder)[1]).rstrip("/") + "/")
     seen = os.path.relpath(path, folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from dataclasses import replace
 from itertools import pairwise
 
@@ -44,8 +45,6 @@ def probe(video: Row, *, timeout: float, verify: bool = False) -> Row:
 def _probe(video: Row, verify: bool) -> Row:
     if video.offset == WHOLE_FILE:
         video = replace(video, size=_size(video.path))
-        if not video.size:
-            raise DecodeError(video.path, "empty file")
     with open_video(video) as container:
         if not container.streams.video:
             audio = bool(container.streams.audio)
@@ -89,7 +88,10 @@ def _size(path: str) -> int:
     if is_url(path):
         filesystem, inner = filesystem_of(path)
         return int(filesystem.size(inner) or 0)
-    return os.stat(path).st_size
+    status = os.stat(path)
+    if stat.S_ISREG(status.st_mode) and not status.st_size:
+        raise DecodeError(path, "empty file")
+    return status.st_size
 
 
 def _timing(times: list[int | None]) -> tuple[int, int, bool]:

@@ -22,7 +22,7 @@ def run_chunks(
     workers: int,
     crashed: Callable[[In], Out],
     *,
-    few: int = FEW,
+    few: int | None = None,
 ) -> Iterator[tuple[int, list[Out]]]:
     """Apply `work` to each chunk, in parallel.
 
@@ -31,12 +31,12 @@ def run_chunks(
         chunks: the things, in portions of a second or so.
         workers: processes.
         crashed: the result for a thing that ends its process.
-        few: things per worker up to which no process is started.
+        few: things per worker up to which no process is started; `FEW` if None.
 
     Yields:
         number of a chunk and its results, in the order in which they are done.
     """
-    if sum(map(len, chunks)) <= few * workers:
+    if sum(map(len, chunks)) <= (FEW if few is None else few) * workers:
         yield from ((number, work(chunk)) for number, chunk in enumerate(chunks))
         return
     todo = iter(range(len(chunks)))

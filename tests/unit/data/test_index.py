@@ -2,16 +2,22 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from mvd_scale.cli import cli
 from mvd_scale.config.data import DataConfig
-from mvd_scale.data.index import build_manifest, open_source
-from mvd_scale.data.manifest import Manifest
+from mvd_scale.data.index import Probing, build_manifest, merge, open_source
+from mvd_scale.data.manifest import Manifest, Row
+from mvd_scale.data.probe import probe
+from mvd_scale.data.processes import run_chunks
 from mvd_scale.errors import UserError
 
 
@@ -130,3 +136,154 @@ def test_a_source_is_indexed_again_only_when_it_changes(tmp_path, encode, monkey
     assert [Path(path).name for path in open_source(DataConfig(source=str(tmp_path / "other")), cache).path] == [
         "c.mp4"
     ]
+
+
+def test_parts_put_together_are_the_whole(tmp_path, videos):
+    whole = build_manifest(videos, workers=1)
+    parts = [build_manifest(videos, workers=1, part=(number, 3)) for number in (1, 2, 3)]
+    assert [len(part) for part in parts] == [3, 3, 4]
+    for number, part in enumerate(parts):
+        part.save(tmp_path / f"{number}.parquet")
+    loaded = [Manifest.load(tmp_path / f"{number}.parquet") for number in (2, 0, 1)]
+    assert merge(loaded).rows == whole.rows
+    assert merge(loaded).source == whole.source
+    with pytest.raises(UserError, match="missing are 2/3"):
+        merge([parts[0], parts[2]])
+    with pytest.raises(UserError, match="every part of 3 once: given are 1/3, 1/3, 2/3, 3/3"):
+        merge([*parts, parts[0]])
+    with pytest.raises(UserError, match="manifest 2 of those given is no part"):
+        merge([parts[0], whole])
+    other = build_manifest(str(videos / "*.mp4"), workers=1, part=(3, 3))
+    with pytest.raises(UserError, match="parts of different sources"):
+        merge([*parts[:2], other])
+
+
+def test_classes_of_a_part_are_those_of_the_whole(tmp_path, encode):
+    for name in ("a", "b", "c"):
+        encode(tmp_path / name / "v.webm")
+    part = build_manifest(tmp_path, workers=1, part=(3, 3))
+    assert part.classes == ("a", "b", "c")
+    assert part.label.tolist() == [2]
+
+
+def test_an_index_goes_on_where_it_was_killed(tmp_path, videos, monkeypatch):
+    journal = tmp_path / "journal"
+    whole = build_manifest(videos, workers=1)
+
+    def stop_at_the_seventh(video: Row, **options: object) -> Row:
+        if video.name == "7.mp4":
+            raise KeyboardInterrupt
+        return probe(video, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("mvd_scale.data.index.CHUNK", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("mvd_scale.data.index.probe", stop_at_the_seventh)
+        with pytest.raises(KeyboardInterrupt):
+            build_manifest(videos, workers=1, journal=journal)
+    lines = journal.read_text().splitlines()
+    assert len(lines) == 1 + 7
+    journal.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:50])  # the last line is torn
+
+    asked = []
+
+    def remember(video: Row, **options: object) -> Row:
+        asked.append(video.name)
+        return probe(video, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("mvd_scale.data.index.probe", remember)
+    os.utime(videos / "2.webm")
+    again = build_manifest(videos, workers=1, journal=journal)
+    assert again.rows == whole.rows
+    assert asked == ["2.webm", "6.webm", "7.mp4", "8.webm", "9.mp4"]
+
+
+def test_processes_find_what_one_finds(videos, monkeypatch):
+    monkeypatch.setattr("mvd_scale.data.processes.FEW", 0)
+    monkeypatch.setattr("mvd_scale.data.index.CHUNK", 2)
+    assert build_manifest(videos, workers=2).rows == build_manifest(videos, workers=1).rows
+
+
+def kill_at_three(numbers: Sequence[int]) -> list[int]:
+    if 3 in numbers:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [number * 10 for number in numbers]
+
+
+def test_a_video_that_kills_its_process_kills_nothing_else():
+    chunks = [[0, 1], [2, 3, 4], [5], [6, 7]]
+    results = dict(run_chunks(kill_at_three, chunks, 2, lambda number: -number, few=0))
+    assert results == {0: [0, 10], 1: [20, -3, 40], 2: [50], 3: [60, 70]}
+
+
+def test_a_read_that_hangs_is_given_up(tmp_path, encode):
+    encode(tmp_path / "a.webm")
+    os.mkfifo(tmp_path / "b.webm")
+    (tmp_path / "list.txt").write_text("a.webm 0\nb.webm 0\n")
+    manifest = build_manifest(tmp_path / "list.txt", workers=1, probing=Probing(timeout=0.5))
+    assert manifest.usable.tolist() == [0]
+    assert manifest.left_out[1] == "not read within 0.5 s"
+
+
+def test_verifying_decodes_first_middle_and_last_frame(tmp_path, encode):
+    good, bad = encode(tmp_path / "a.mp4", frames=60), encode(tmp_path / "b.mp4", frames=60)
+    with av.open(str(bad)) as container:
+        packets = sorted((p for p in container.demux(video=0) if p.size), key=lambda packet: packet.pts)
+    data = bytearray(bad.read_bytes())
+    for packet in packets[50:]:
+        data[packet.pos : packet.pos + packet.size] = b"\x55" * packet.size
+    bad.write_bytes(data)
+    assert build_manifest(tmp_path, workers=1).left_out == [None, None]
+    verified = build_manifest(tmp_path, workers=1, probing=Probing(verify=True))
+    assert verified.left_out[0] is None
+    assert verified.left_out[1] is not None
+    assert str(good) == verified.path[0]
+
+
+def test_mixtures_unite_classes_and_keep_their_sets_apart(tmp_path, encode, caplog):
+    for name in ("k/run/a", "k/wave/b", "s/jump/c", "s/run/d", "plain/e"):
+        encode(tmp_path / f"{name}.webm")
+    mixture = {name: {"source": str(tmp_path / name)} for name in ("k", "s")}
+    cache = tmp_path / "cache"
+    mixed = open_source(DataConfig.model_validate({"mixture": mixture}), cache)
+    assert mixed.dataset.tolist() == [0, 0, 1, 1]
+    assert mixed.classes == ("run", "wave", "jump")
+    assert mixed.label.tolist() == [0, 1, 2, 0]
+    assert sorted(file.name for file in cache.iterdir()) == ["manifest_k.parquet", "manifest_s.parquet"]
+    (tmp_path / "list.txt").write_text("plain/e.webm 5\n")
+    mixture["plain"] = {"source": str(tmp_path / "list.txt")}
+    with caplog.at_level(logging.INFO, logger="mvd_scale"):
+        mixed = open_source(DataConfig.model_validate({"mixture": mixture}), cache)
+    assert set(mixed.label.tolist()) == {-1}
+    assert "the mixture has no labels" in caplog.text
+
+
+def test_what_the_container_tells(tmp_path, encode):
+    encode(tmp_path / "a.mp4", frames=33)
+    row = build_manifest(tmp_path, workers=1).row(0)
+    assert (row.codec, row.pixel_format, row.rotation, row.size) == (
+        "h264", "yuv420p", 0, (tmp_path / "a.mp4").stat().st_size
+    )  # fmt: skip
+    assert row.duration == pytest.approx(33 / 25)
+    assert row.pts_step > 0
+    assert not row.variable_rate
+    assert 1 < row.keyframe_interval <= 10
+
+
+def test_the_commands(tmp_path, videos):
+    out, runner = tmp_path / "m.parquet", CliRunner()
+    result = runner.invoke(cli, ["data", "index", str(videos), "--out", str(out), "--workers", "1"])
+    assert result.output.strip() == f"{out}: 10 videos, 0 left out"
+    assert os.listdir(tmp_path) == ["m.parquet"]
+    for number in (1, 2):
+        part = str(tmp_path / f"{number}.parquet")
+        runner.invoke(
+            cli, ["data", "index", str(videos), "--out", part, "--part", f"{number}/2"], catch_exceptions=False
+        )
+    parts = [str(tmp_path / "1.parquet"), str(tmp_path / "2.parquet")]
+    result = runner.invoke(cli, ["data", "merge", *parts, "--out", str(tmp_path / "all.parquet")])
+    assert "10 videos, 0 left out" in result.output
+    assert Manifest.load(tmp_path / "all.parquet").rows == Manifest.load(out).rows
+    for wrong in ("0/2", "3/2", "x", "1"):
+        result = runner.invoke(cli, ["data", "index", str(videos), "--out", str(out), "--part", wrong])
+        assert result.exit_code == 2
+        assert "not K/N" in result.output
