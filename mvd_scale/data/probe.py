@@ -53,20 +53,31 @@ def _probe(video: Row, verify: bool) -> Row:
         context = stream.codec_context
         name = container.format.name
         still = STILL_CODECS.get(context.name) if name == "image2" or name.endswith("_pipe") else None
-        packets = [packet for packet in container.demux(stream) if packet.size]
-        shown = [packet for packet in packets if not packet.is_discard]
-        if not shown:
+        times: list[int | None] = []
+        keys: list[bool] = []
+        count, first_key, corrupt = 0, None, False
+        for packet in container.demux(stream):
+            if packet.size:
+                count += 1
+                corrupt, key = packet.is_corrupt, packet.is_keyframe
+                if key and first_key is None:
+                    first_key = packet
+                if not packet.is_discard:
+                    times.append(packet.pts)
+                    keys.append(key)
+        if not times:
             raise DecodeError(video.path, "no frames")
-        if packets[-1].is_corrupt or len(packets) < stream.frames:
-            raise DecodeError(video.path, f"truncated: {len(packets)} frames readable of {stream.frames}")
-        times = [packet.pts for packet in shown]
+        if corrupt or count < stream.frames:
+            raise DecodeError(video.path, f"truncated: {count} frames readable of {stream.frames}")
+        if first_key is None:
+            raise DecodeError(video.path, "no keyframe: nothing can be decoded")
         first_pts, pts_step, variable = _timing(times)
-        rotation, pixel_format = _first_picture(video, stream, packets)
+        rotation, pixel_format = _first_picture(video, stream, first_key)
         turned = rotation % 180 != 0
         rate = float(stream.average_rate or 0)
         row = replace(
             video,
-            frames=len(shown),
+            frames=len(times),
             fps=rate,
             variable_rate=variable,
             duration=_duration(stream, times, rate),
@@ -75,7 +86,7 @@ def _probe(video: Row, verify: bool) -> Row:
             rotation=rotation,
             codec=still or context.codec.canonical_name,
             pixel_format=pixel_format,
-            keyframe_interval=_keyframe_interval(shown),
+            keyframe_interval=_keyframe_interval(times, keys),
             first_pts=first_pts,
             pts_step=pts_step,
         )
@@ -116,16 +127,16 @@ def _duration(stream: av.VideoStream, times: list[int | None], rate: float) -> f
     return len(times) / rate if rate else 0.0
 
 
-def _keyframe_interval(packets: list[av.Packet]) -> int:
-    if all(packet.pts is not None for packet in packets):
-        packets = sorted(packets, key=lambda packet: packet.pts)
-    keys = [place for place, packet in enumerate(packets) if packet.is_keyframe]
-    return max((later - earlier for earlier, later in pairwise([*keys, len(packets)])), default=0)
+def _keyframe_interval(times: list[int | None], keys: list[bool]) -> int:
+    known = [time for time in times if time is not None]
+    if len(known) == len(keys):
+        keys = [key for _, key in sorted(zip(known, keys, strict=True))]
+    places = [place for place, key in enumerate(keys) if key]
+    return max((later - earlier for earlier, later in pairwise([*places, len(keys)])), default=0)
 
 
-def _first_picture(video: Row, stream: av.VideoStream, packets: list[av.Packet]) -> tuple[int, str]:
+def _first_picture(video: Row, stream: av.VideoStream, key: av.Packet) -> tuple[int, str]:
     """Rotation in degrees counterclockwise, and pixel format."""
-    key = next((packet for packet in packets if packet.is_keyframe), packets[0])
     context = stream.codec_context
     pictures = context.decode(key) or context.decode(None)
     if not pictures:
