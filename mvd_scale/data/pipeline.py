@@ -21,6 +21,8 @@ from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline, do_not_convert
 
 from mvd_scale.config.data import DataConfig
+from mvd_scale.data.augment import count_operations
+from mvd_scale.data.augment_graph import erase, operate
 from mvd_scale.data.manifest import IMAGE_CODECS, Row
 from mvd_scale.data.source import Decoder, VideoSource
 
@@ -160,6 +162,7 @@ def clip_body(
         on_gpu: whether the device is a GPU.
     """
     interpolation = types.INTERP_LINEAR if data.crop.interpolation == "bilinear" else types.INTERP_CUBIC
+    operations = count_operations(data.augment)
 
     def body(sample: Sample, frames: DataNode) -> tuple[DataNode, ...]:
         copies = []
@@ -167,7 +170,16 @@ def clip_body(
             cut = [_square(sample, frames, copy, side, interpolation) for side in sides]
             if turned:
                 cut = [stand_up(sample, clip) for clip in cut]
-            copies.append([mirror(sample, clip, copy) for clip in cut])
+            cut = [mirror(sample, clip, copy) for clip in cut]
+            if operations or data.augment.erasing is not None:
+                clip = cut[0]
+                for number in range(operations):
+                    clip = operate(clip, sample["operations"][copy, number], sample["values"][copy, number], on_gpu)
+                if data.augment.erasing is not None:
+                    clip = erase(clip, sample["erase"][copy], sample["noise"][copy], sides[0], on_gpu)
+                # Boxes and warps are in pixels of the first side: the others are made from that clip.
+                cut = [clip, *(_shrink(clip, side, interpolation) for side in sides[1:])]
+            copies.append(cut)
         return _outputs(sample, copies, on_gpu)
 
     return body
@@ -178,6 +190,11 @@ def _square(sample: Sample, frames: DataNode, copy: int, side: int, interpolatio
     cut = fn.slice(frames, start=sample["anchor"][copy], shape=sample["shape"][copy], axes=(1, 2))
     # Both filters are antialiased where they shrink, as the published code's (PIL) are.
     return fn.resize(cut, size=(side, side), interp_type=interpolation, antialias=True)
+
+
+@do_not_convert  # type: ignore[untyped-decorator]
+def _shrink(clip: DataNode, side: int, interpolation: types.DALIInterpType) -> DataNode:
+    return fn.resize(clip, size=(side, side), interp_type=interpolation, antialias=True)
 
 
 def stand_up(sample: Sample, clip: DataNode) -> DataNode:

@@ -98,9 +98,9 @@ FIELDS = {
         Field("visible", np.int64, 2),
         Field("masked", np.int64, 2),
         Field("operations", np.int32, 2),
-        Field("values", np.float32, 2),
+        Field("values", np.float32, 3),
         Field("erase", np.int32, 2),
-        Field("noise", np.uint8, 1),
+        Field("noise", np.uint8, 5),
     )
 }
 """All that may enter a graph."""
@@ -268,7 +268,7 @@ class ClipSource(VideoSource):
             "operations": np.stack([augment.operations for augment in augments]),
             "values": np.stack([augment.values for augment in augments]),
             "erase": np.array([augment.erase for augment in augments], dtype=np.int32),
-            "noise": np.concatenate([augment.noise.ravel() for augment in augments]),
+            "noise": _stack_noise([augment.noise for augment in augments]),
         }
 
 
@@ -347,6 +347,15 @@ def _prepare(video: Row, frames: NDArray[np.int64], box: Box | None, backend: Ba
     top, left, height, width = box
     cut = np.ascontiguousarray(pictures[:, top : top + height, left : left + width])
     return Media(decoder, cut, top, left)
+
+
+def _stack_noise(noises: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """Noise of every copy, (C, T, height, width, 3); black where another one is larger."""
+    height, width = (max(1, *(noise.shape[axis] for noise in noises)) for axis in (1, 2))
+    stacked = np.zeros((len(noises), len(noises[0]), height, width, 3), np.uint8)
+    for copy, noise in enumerate(noises):
+        stacked[copy, :, : noise.shape[1], : noise.shape[2]] = noise
+    return stacked
 
 
 def _hull(boxes: list[Box]) -> Box:

@@ -141,6 +141,31 @@ def mixed_order(manifest: Manifest) -> Manifest:
     return Manifest.of(rows)
 
 
+AUGMENT = {"rand_augment": {"probability": 1}, "color_jitter": {}, "erasing": {"probability": 1, "area": [0.2, 0.3]}}
+
+
+def test_augmented_clips_depend_on_their_place_in_the_stream_only(manifest):
+    data = DataConfig.model_validate({**WIDE, "copies": 2, "augment": AUGMENT})
+    plain = DataConfig.model_validate({**WIDE, "copies": 2})
+    shape = {"global_batch": 8, "micro_batch": 8, "total_steps": 3}
+    stream, untouched = collect(manifest, data, **shape), collect(manifest, plain, **shape)
+    for batch, other in zip(stream, untouched, strict=True):
+        changed = (batch.pixels != other.pixels).flatten(1).float().mean(1)
+        assert (changed > 0.15).all()
+        assert torch.equal(batch.masked, other.masked)
+    ranks = [collect(manifest, data, rank=r, world_size=2, **shape | {"micro_batch": 2}) for r in range(2)]
+    merged = [batch for step in range(3) for rank in ranks for batch in rank[2 * step : 2 * step + 2]]
+    assert_same(merged, stream)
+    assert_same(collect(manifest, data.model_copy(update={"workers": 1}), **shape | {"start_step": 1}), stream[1:])
+
+
+def test_an_augmented_clip_looks_the_same_at_another_side(manifest):
+    data = DataConfig.model_validate({**WIDE, "augment": AUGMENT})
+    (batch,) = collect(manifest, data, sides=(16,), total_steps=1)
+    shrunk = torch.nn.functional.avg_pool2d(batch.pixels.flatten(0, 1).permute(0, 3, 1, 2).float(), 2)
+    assert (batch.at(16).flatten(0, 1).permute(0, 3, 1, 2) - shrunk).abs().mean() < 8
+
+
 def test_copies_stand_side_by_side(manifest):
     data = DATA.model_copy(update={"copies": 3, "flip": 0.0})
     (batch, *_) = collect(manifest, data, global_batch=6, micro_batch=6)
