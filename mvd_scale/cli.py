@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -34,6 +35,19 @@ class Fraction(click.ParamType):
         if number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count):
             return int(number), int(count)
         self.fail(f"{value!r} is not K/N with 1 <= K <= N, such as 3/64", param, ctx)
+
+
+class Bytes(click.ParamType):
+    """`500MB`, `1GB`."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number of bytes."""
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", str(value).strip(), re.IGNORECASE)
+        if match is None or not float(match[1]):
+            self.fail(f"{value!r} is no size: expected a number and a unit, such as 500MB or 1GB", param, ctx)
+        return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -178,6 +192,44 @@ def merge(parts: tuple[Path, ...], out: Path) -> None:
     manifest = unite([Manifest.load(part) for part in parts])
     manifest.save(out)
     click.echo(f"{out}: {len(manifest)} videos, {len(manifest) - len(manifest.usable)} left out")
+
+
+@data.command()
+@click.argument("manifest")
+@click.option("--out", required=True, help="Folder or fsspec URL for the shards and their manifest.")
+@click.option("--size", type=Bytes(), default="1GB", show_default=True, help="Bytes of a shard.")
+@click.option("--encode", type=click.Choice(["h264", "hevc", "vp9", "av1"]), help="Encode every video anew.")
+@click.option("--short-side", type=click.IntRange(min=16), help="With --encode: shrink to this many pixels.")
+@click.option("--keyframes", type=click.IntRange(min=1), help="With --encode: frames between keyframes; 16.")
+@click.option("--quality", type=click.IntRange(0, 63), help="With --encode: constant rate factor; lower is better.")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes; the number of cores if left out.")
+def shard(
+    manifest: str,
+    out: str,
+    size: int,
+    encode: Any,
+    short_side: int | None,
+    keyframes: int | None,
+    quality: int | None,
+    workers: int | None,
+) -> None:
+    """Pack the videos of a MANIFEST into tar shards, and write OUT/manifest.parquet that points into them.
+
+    Started again after a kill, it goes on with the next shard.
+    """
+    from mvd_scale.data.manifest import Manifest
+    from mvd_scale.data.reencode import Encoding
+    from mvd_scale.data.shards import save_manifest, shard_videos
+
+    encoding = None
+    if encode is not None:
+        encoding = Encoding(encode, short_side, keyframes or 16, quality)
+    elif (short_side, keyframes, quality) != (None, None, None):
+        raise click.UsageError("--short-side, --keyframes and --quality go with --encode")
+    packed = shard_videos(
+        Manifest.load(manifest), out, size=size, workers=workers or len(os.sched_getaffinity(0)), encoding=encoding
+    )
+    click.echo(f"{save_manifest(packed, out)}: {len(packed.usable)} videos in shards")
 
 
 @data.command()

@@ -158,7 +158,7 @@ def merge(manifests: Sequence[Manifest]) -> Manifest:
 
 def _open_one(source: str, root: str | None, cache: Path) -> Manifest:
     if source.endswith(".parquet"):
-        manifest = Manifest.load(Path(source))
+        manifest = Manifest.load(source)
         _require_usable(manifest, source)
         return manifest
     origin = _origin([source], ListOptions(root=root))

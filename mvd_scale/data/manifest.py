@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -202,15 +203,16 @@ class Manifest:
         partial.replace(path)
 
     @classmethod
-    def load(cls, path: Path) -> Self:
-        """Read what `save` wrote.
+    def load(cls, path: Path | str) -> Self:
+        """Read what `save` wrote, from a file or an fsspec URL.
 
         Raises:
             UserError: there is no such file, it is not Parquet, or it lacks a column.
         """
         try:
-            table = pq.read_table(path)
-        except (OSError, pa.ArrowInvalid) as error:
+            with fsspec.open(str(path), "rb") as file:
+                table = pq.read_table(file)
+        except (OSError, ImportError, pa.ArrowInvalid) as error:
             raise UserError(
                 f"cannot read the manifest {path}: {error}. Expected a Parquet file that this program wrote; "
                 "index the videos again"
