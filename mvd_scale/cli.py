@@ -196,6 +196,21 @@ def merge(parts: tuple[Path, ...], out: Path) -> None:
 
 @data.command()
 @click.argument("manifest")
+@click.option("--png", type=click.Path(path_type=Path), help="Picture to draw.")
+def stats(manifest: str, png: Path | None) -> None:
+    """Say what a MANIFEST holds: classes, codecs, lengths, sizes, and what was left out and why."""
+    from mvd_scale.data.manifest import Manifest
+    from mvd_scale.data.statistics import Statistics
+
+    statistics = Statistics.of(Manifest.load(manifest))
+    click.echo(statistics.to_text())
+    if png is not None:
+        statistics.draw(png)
+        click.echo(f"\n{png}")
+
+
+@data.command()
+@click.argument("manifest")
 @click.option("--out", required=True, help="Folder or fsspec URL for the shards and their manifest.")
 @click.option("--size", type=Bytes(), default="1GB", show_default=True, help="Bytes of a shard.")
 @click.option("--encode", type=click.Choice(["h264", "hevc", "vp9", "av1"]), help="Encode every video anew.")

@@ -1,0 +1,227 @@
+"""What a manifest holds, in text and as a picture: classes, codecs, lengths, sizes, and what was left out and why."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mvd_scale.data.manifest import WHOLE_FILE, Manifest
+
+_SHOWN = 10
+"""Classes, codecs and reasons that are named; the rest is summed up."""
+
+_BAR = 40
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Figures of the usable videos of a manifest."""
+
+    videos: int
+    left_out: int
+    hours: float
+    gigabytes: float
+    classes: list[tuple[str, int]]
+    """Name and videos of each class, largest first, those without videos too; empty without labels."""
+    unlabelled: int
+    codecs: list[tuple[str, int]]
+    pixel_formats: list[tuple[str, int]]
+    durations: NDArray[np.float64]
+    """Seconds of each video."""
+    heights: NDArray[np.int64]
+    widths: NDArray[np.int64]
+    keyframe_intervals: NDArray[np.int64]
+    variable_rate: int
+    rotated: int
+    in_shards: int
+    reasons: list[tuple[str, int, str]]
+    """Why videos were left out: reason, how often, an example."""
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Statistics:
+        """Count a manifest."""
+        rows = manifest.usable
+        labels = manifest.label[rows]
+        counts = Counter(labels[labels >= 0].tolist())
+        known = range(len(manifest.classes)) if manifest.classes else sorted(counts)
+        named = {label: manifest.classes[label] if manifest.classes else str(label) for label in known}
+        classes = sorted(((named[label], counts[label]) for label in known), key=lambda pair: (-pair[1], pair[0]))
+        return cls(
+            videos=len(rows),
+            left_out=len(manifest) - len(rows),
+            hours=float(manifest.duration[rows].sum()) / 3600,
+            gigabytes=float(manifest.size[rows].sum()) / 1e9,
+            classes=classes,
+            unlabelled=int((labels < 0).sum()),
+            codecs=Counter(manifest.codec[row] for row in rows).most_common(),
+            pixel_formats=Counter(manifest.pixel_format[row] for row in rows).most_common(),
+            durations=manifest.duration[rows],
+            heights=manifest.height[rows],
+            widths=manifest.width[rows],
+            keyframe_intervals=manifest.keyframe_interval[rows],
+            variable_rate=int(manifest.variable_rate[rows].sum()),
+            rotated=int((manifest.rotation[rows] != 0).sum()),
+            in_shards=int((manifest.offset[rows] != WHOLE_FILE).sum()),
+            reasons=_reasons(manifest),
+        )
+
+    def to_text(self) -> str:
+        """One page."""
+        lines = [
+            f"{self.videos} videos, {self.hours:.3g} hours, {self.gigabytes:.3g} GB; {self.left_out} left out",
+            f"{self.in_shards} in shards, {self.variable_rate} of variable frame rate, {self.rotated} rotated",
+            *_section("codecs", self.codecs),
+            *_section("pixel formats", self.pixel_formats),
+        ]
+        if self.videos:
+            lines += _section("duration in seconds", _histogram(self.durations))
+            lines += _section("height x width", _sizes(self.heights, self.widths))
+            lines += _section("largest number of frames between keyframes", _histogram(self.keyframe_intervals))
+        if self.classes:
+            counts = [count for _, count in self.classes]
+            lines += [
+                "",
+                f"{len(counts)} classes: {min(counts)} to {max(counts)} videos, median {np.median(counts):g}; "
+                f"{counts.count(0)} without any; {self.unlabelled} videos without a class",
+            ]
+            lines += [f"  {count:>8}  {name}" for name, count in self.classes[:_SHOWN]]
+            if len(counts) > _SHOWN:
+                rest = self.classes[max(len(counts) - _SHOWN, _SHOWN) :]
+                lines += ["       ..."] * (len(counts) > 2 * _SHOWN)
+                lines += [f"  {count:>8}  {name}" for name, count in rest]
+        if self.reasons:
+            lines += ["", f"left out: {self.left_out}"]
+            lines += [f"  {count:>8}  {reason}, such as {example}" for reason, count, example in self.reasons]
+        return "\n".join(lines)
+
+    def draw(self, out: Path) -> None:
+        """One picture (PNG)."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        panels = [_draw_durations, _draw_sizes, _draw_counts("codec", self.codecs), _draw_keyframes]
+        if self.classes:
+            panels.append(_draw_classes)
+        if self.reasons:
+            panels.append(_draw_counts("left out because", [(reason, count) for reason, count, _ in self.reasons]))
+        rows = -(-len(panels) // 2)
+        figure = Figure(figsize=(11, 3.4 * rows), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(rows, 2, squeeze=False).ravel()
+        for axis, panel in zip(axes, panels, strict=False):
+            panel(axis, self)
+            axis.spines[["top", "right"]].set_visible(False)
+        for axis in axes[len(panels) :]:
+            axis.set_visible(False)
+        figure.suptitle(f"{self.videos:,} videos, {self.hours:,.1f} hours, {self.left_out:,} left out")
+        figure.savefig(out, dpi=110)
+
+
+def _reasons(manifest: Manifest) -> list[tuple[str, int, str]]:
+    """Reasons alike but for their numbers and addresses are one."""
+    found: dict[str, tuple[str, int, str]] = {}
+    for name, reason in zip(manifest.name, manifest.left_out, strict=True):
+        if reason is not None:
+            kind = re.sub(r"\d+", "n", reason)
+            first, count, example = found.get(kind, (reason, 0, name))
+            found[kind] = (first, count + 1, example)
+    merged = [(kind if count > 1 else first, count, example) for kind, (first, count, example) in found.items()]
+    return sorted(merged, key=lambda entry: -entry[1])
+
+
+def _section(title: str, counts: Sequence[tuple[str, int]]) -> list[str]:
+    most = max((count for _, count in counts), default=1)
+    width = max((len(name) for name, _ in counts[:_SHOWN]), default=0)
+    lines = ["", title]
+    for name, count in counts[:_SHOWN]:
+        lines.append(f"  {name or 'unknown':<{width}}  {count:>8}  {'#' * round(_BAR * count / max(most, 1))}")
+    if len(counts) > _SHOWN:
+        lines.append(f"  {len(counts) - _SHOWN} more: {sum(count for _, count in counts[_SHOWN:])}")
+    return lines
+
+
+def _histogram(values: NDArray[Any]) -> list[tuple[str, int]]:
+    """Up to eight bins; long tails lie in the last one."""
+    low, high = float(values.min()), float(np.quantile(values, 0.98))
+    if high <= low:
+        return [(f"{low:g}", len(values))]
+    edges = np.linspace(low, high, 9)
+    counts = np.histogram(np.minimum(values, high), edges)[0]
+    digits = 0 if high - low > 16 else 2
+    return [
+        (f"{left:.{digits}f} to {right:.{digits}f}{' or more' if right == high < values.max() else ''}", int(count))
+        for left, right, count in zip(edges[:-1], edges[1:], counts, strict=True)
+    ]
+
+
+def _sizes(heights: NDArray[np.int64], widths: NDArray[np.int64]) -> list[tuple[str, int]]:
+    return [
+        (f"{height} x {width}", count)
+        for (height, width), count in Counter(zip(heights.tolist(), widths.tolist(), strict=True)).most_common()
+    ]
+
+
+_COLOUR = "#3b6ea5"
+
+
+def _draw_durations(axis: Any, statistics: Statistics) -> None:
+    _draw_histogram(axis, statistics.durations, "duration in seconds")
+
+
+def _draw_keyframes(axis: Any, statistics: Statistics) -> None:
+    _draw_histogram(axis, statistics.keyframe_intervals, "largest number of frames between keyframes")
+
+
+def _draw_histogram(axis: Any, values: NDArray[Any], title: str) -> None:
+    if len(values):
+        axis.hist(np.minimum(values, np.quantile(values, 0.99)), bins=40, color=_COLOUR)
+    axis.set_title(title, fontsize=10)
+    axis.set_ylabel("videos")
+
+
+def _draw_sizes(axis: Any, statistics: Statistics) -> None:
+    counts = Counter(zip(statistics.widths.tolist(), statistics.heights.tolist(), strict=True))
+    if counts:
+        sizes = np.array(list(counts.values()), float)
+        places = np.array(list(counts))
+        axis.scatter(places[:, 0], places[:, 1], s=12 + 250 * sizes / sizes.max(), alpha=0.5, color=_COLOUR, lw=0)
+        axis.set_xlim(0, places[:, 0].max() * 1.15)
+        axis.set_ylim(0, places[:, 1].max() * 1.25)
+    axis.set_title("width and height in pixels; the larger the dot, the more videos", fontsize=10)
+
+
+def _draw_classes(axis: Any, statistics: Statistics) -> None:
+    counts = [count for _, count in statistics.classes]
+    axis.bar(range(len(counts)), counts, width=1.0 if len(counts) > 40 else 0.8, color=_COLOUR)
+    axis.set_title(f"videos of each of {len(counts)} classes", fontsize=10)
+    if len(counts) <= 12:
+        names = [_shorten(name, 14) for name, _ in statistics.classes]
+        axis.set_xticks(range(len(counts)), names, rotation=30, ha="right", fontsize=8)
+    else:
+        axis.set_xlabel("class, largest first")
+
+
+def _draw_counts(title: str, counts: Sequence[tuple[str, int]]) -> Any:
+    def draw(axis: Any, statistics: Statistics) -> None:
+        shown = list(counts[:8])
+        rest = sum(count for _, count in counts[8:])
+        shown += [("others", rest)] * bool(rest)
+        bars = axis.barh(range(len(shown)), [count for _, count in shown], color=_COLOUR, height=0.6)
+        axis.bar_label(bars, fontsize=8, padding=3)
+        axis.set_yticks(range(len(shown)), [_shorten(name or "unknown", 34) for name, _ in shown], fontsize=8)
+        axis.set_ylim(max(len(shown), 4) - 0.5, -0.5)
+        axis.margins(x=0.15)
+        axis.set_title(title, fontsize=10)
+
+    return draw
+
+
+def _shorten(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
