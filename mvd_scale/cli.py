@@ -281,6 +281,39 @@ def step(
         click.echo(report.to_json() if as_json else report.to_text())
 
 
+@bench.command("data")
+@click.argument("source", required=False)
+@click.option("--workers", default="0,1,2", show_default=True, help="Worker processes to try.")
+@click.option("--clips", type=click.IntRange(min=8), default=128, show_default=True, help="Clips timed for each way.")
+@click.option("--large/--no-large", default=True, show_default=True, help="Also 1280x720, without SOURCE.")
+@click.option("--work", type=click.Path(path_type=Path), help="Folder that keeps the videos made; a temporary one.")
+@click.option("--memory", type=click.IntRange(min=80), metavar="CLIPS", help="Instead: memory while drawing so many.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+def bench_data(
+    source: str | None, workers: str, clips: int, large: bool, work: Path | None, memory: int | None, as_json: bool
+) -> None:
+    """Time the data path beside decord, torchcodec and PyAV over the same videos.
+
+    SOURCE is a manifest or whatever `data index` takes; without it, real pictures are encoded into clips of 10 s.
+    """
+    import tempfile
+
+    from mvd_scale.performance.data import measure_data, measure_memory
+
+    if not re.fullmatch(r"\d+(,\d+)*", workers):
+        raise click.BadParameter(f"{workers!r} is no list of numbers such as 0,1,2", param_hint="--workers")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = work or Path(scratch)
+        if memory is not None:
+            for drawn, mib in measure_memory(source, folder, memory):
+                click.echo(f"{drawn:>8} clips  {mib:8.1f} MiB")
+            return
+        report = measure_data(
+            source, folder, workers=[int(count) for count in workers.split(",")], clips=clips, large=large
+        )
+        click.echo(report.to_json() if as_json else report.to_text())
+
+
 def _hints(command: Any) -> Any:
     """Options for what a checkpoint of weights does not tell itself."""
     count = click.IntRange(min=1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from typing_extensions import Self
 
 from mvd_scale.config.section import Section
@@ -189,8 +189,8 @@ class DataConfig(Section):
     workers: NonNegativeInt | Literal["auto"] = "auto"
     """Decoding processes per rank; `auto` takes the rank's share of the cores, 0 decodes in the rank itself."""
 
-    threads: int = Field(default=1, gt=0)
-    """Threads of the DALI graph per rank, for CPU operators."""
+    threads: PositiveInt | Literal["auto"] = "auto"
+    """Threads of the DALI graph per rank, for what it does on the CPU; `auto` takes the rank's share of the cores."""
 
     prefetch: int = Field(default=2, gt=0)
     """Batches prepared ahead."""

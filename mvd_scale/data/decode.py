@@ -19,6 +19,9 @@ from mvd_scale.data.storage import DecodeError, is_url, read_bytes
 REORDER = 32
 """Packets that may come between a frame's place in the file and its place on the screen; H.264 allows 16."""
 
+_BUFFER = 2**18
+"""Bytes that a decoder takes at a time from memory; each time costs a call."""
+
 Pictures = dict[int, NDArray[np.uint8]]
 """Frames by their place in display order, uint8 (H, W, 3)."""
 
@@ -66,7 +69,7 @@ def open_video(video: Row) -> av.container.InputContainer:
     """Open a file, a part of a shard or a URL; of the latter two all bytes are read, by one request."""
     if video.offset == WHOLE_FILE and not is_url(video.path):
         return av.open(video.path)
-    return av.open(io.BytesIO(read_bytes(video.path, video.offset, video.size).tobytes()))
+    return av.open(io.BytesIO(read_bytes(video.path, video.offset, video.size).tobytes()), buffer_size=_BUFFER)
 
 
 def video_stream(container: av.container.InputContainer, path: str) -> av.VideoStream:

@@ -86,6 +86,7 @@ class Feed(ABC):
         self._reported: set[int] = set()
         self._by_host: frozenset[int] = frozenset()
         self._workers = worker_count(data, world_size)
+        self._threads = thread_count(data, world_size)
         self._graph: Pipeline | None = self._build()
 
     @abstractmethod
@@ -309,7 +310,7 @@ class ClipLoader(Feed):
             frames=self._model.frames,
             batch=self._batch,
             device_id=self._device_id,
-            threads=self._data.threads,
+            threads=self._threads,
             workers=self._workers,
             prefetch=self._data.prefetch,
         )
@@ -332,9 +333,16 @@ class ClipLoader(Feed):
 
 def worker_count(data: DataConfig, world_size: int) -> int:
     """Worker processes of one rank: `data.workers`, or its share of this machine's cores, less one for itself."""
-    if data.workers != "auto":
-        return data.workers
-    return max(len(os.sched_getaffinity(0)) // ranks_on_this_host(world_size) - 1, 0)
+    return max(_cores(world_size) - 1, 0) if data.workers == "auto" else data.workers
+
+
+def thread_count(data: DataConfig, world_size: int) -> int:
+    """Threads of one rank's graph: `data.threads`, or its share of this machine's cores."""
+    return max(_cores(world_size), 1) if data.threads == "auto" else data.threads
+
+
+def _cores(world_size: int) -> int:
+    return len(os.sched_getaffinity(0)) // ranks_on_this_host(world_size)
 
 
 def as_tensor(batch: TensorListCPU | TensorListGPU) -> Tensor:

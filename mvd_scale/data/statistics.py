@@ -194,7 +194,7 @@ def _draw_sizes(axis: Any, statistics: Statistics) -> None:
         axis.scatter(places[:, 0], places[:, 1], s=12 + 250 * sizes / sizes.max(), alpha=0.5, color=_COLOUR, lw=0)
         axis.set_xlim(0, places[:, 0].max() * 1.15)
         axis.set_ylim(0, places[:, 1].max() * 1.25)
-    axis.set_title("width and height in pixels; the larger the dot, the more videos", fontsize=10)
+    axis.set_title("width and height in pixels (area of a dot: videos)", fontsize=10)
 
 
 def _draw_classes(axis: Any, statistics: Statistics) -> None:
@@ -215,7 +215,7 @@ def _draw_counts(title: str, counts: Sequence[tuple[str, int]]) -> Any:
         shown += [("others", rest)] * bool(rest)
         bars = axis.barh(range(len(shown)), [count for _, count in shown], color=_COLOUR, height=0.6)
         axis.bar_label(bars, fontsize=8, padding=3)
-        axis.set_yticks(range(len(shown)), [_shorten(name or "unknown", 34) for name, _ in shown], fontsize=8)
+        axis.set_yticks(range(len(shown)), [_shorten(name or "unknown", 26) for name, _ in shown], fontsize=8)
         axis.set_ylim(max(len(shown), 4) - 0.5, -0.5)
         axis.margins(x=0.15)
         axis.set_title(title, fontsize=10)

@@ -213,7 +213,7 @@ class ViewLoader(Feed):
             frames=self._views.clips * self._length,
             batch=self._batch,
             device_id=self._device_id,
-            threads=self._data.threads,
+            threads=self._threads,
             workers=self._workers,
             prefetch=self._data.prefetch,
         )

@@ -22,7 +22,7 @@ from mvd_scale.config.data import CenterCrop, DataConfig
 from mvd_scale.config.model import ModelConfig
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.data.index import build_manifest
-from mvd_scale.data.loader import ClipLoader, worker_count
+from mvd_scale.data.loader import ClipLoader, thread_count, worker_count
 from mvd_scale.data.manifest import Manifest, Row
 from mvd_scale.data.pipeline import dali_decodes
 from mvd_scale.data.sampling import Sampler
@@ -300,6 +300,10 @@ def test_workers_follow_the_machine(monkeypatch):
     assert worker_count(DataConfig(workers=5), cores) == 5
     monkeypatch.setenv("LOCAL_SIZE", "1")  # as the deepspeed launcher says where every host runs one rank
     assert worker_count(auto, 64) == cores - 1
+    assert thread_count(auto, 64) == cores
+    assert thread_count(DataConfig(threads=3), 64) == 3
+    monkeypatch.setenv("LOCAL_SIZE", str(cores * 2))
+    assert (worker_count(auto, 64), thread_count(auto, 64)) == (0, 1)
 
 
 SCRIPT = """
