@@ -247,6 +247,30 @@ def shard(
     click.echo(f"{save_manifest(packed, out)}: {len(packed.usable)} videos in shards")
 
 
+@data.command(**_recipe_command)
+@click.argument("source")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Contact sheet to write (.png).")
+@click.option("--recipe", default="distill/b_from_b", show_default=True, help="Recipe that says how clips are cut.")
+@click.option("--clips", type=click.IntRange(min=1), default=6, show_default=True, help="Clips to show.")
+@click.option("--moving", type=click.Path(path_type=Path), help="Also write the first clip as .gif or .mp4.")
+@_overrides
+def preview(source: str, out: Path, recipe: str, clips: int, moving: Path | None, overrides: tuple[str, ...]) -> None:
+    """Draw clips of SOURCE (a manifest, or whatever `data index` takes) as the student sees them.
+
+    OVERRIDES are dotted keys of the recipe: --data.copies 2 --data.mask.ratio 0.75
+    """
+    import tempfile
+
+    from mvd_scale.config import load_recipe
+    from mvd_scale.evaluation.preview import preview as draw_preview
+
+    loaded = load_recipe(recipe, [*overrides, "--data.source", source])
+    with tempfile.TemporaryDirectory() as scratch:
+        replaced = draw_preview(loaded, out, clips=clips, moving=moving, scratch=Path(scratch))
+    note = f", {replaced} of the clips replaced because their videos cannot be decoded" if replaced else ""
+    click.echo(f"{out}{f' and {moving}' if moving else ''}{note}")
+
+
 @data.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the clips.")
 def samples(out: Path) -> None:
