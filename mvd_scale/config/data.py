@@ -205,6 +205,9 @@ class DataConfig(Section):
     def _check_sources(self) -> Self:
         if self.mixture is not None and (self.source is not None or self.root is not None):
             raise ValueError("give either data.source (and data.root) or data.mixture, not both")
+        for name in self.mixture or {}:
+            if not name.isidentifier():
+                raise ValueError(f"data.mixture.{name}: the name of a set must be letters, digits and underscores")
         if self.sampling == "segments" and self.mixture is not None:
             strides = [name for name, part in self.mixture.items() if part.stride is not None]
             if strides:

@@ -159,6 +159,11 @@ def merge(manifests: Sequence[Manifest]) -> Manifest:
 def _open_one(source: str, root: str | None, cache: Path) -> Manifest:
     if source.endswith(".parquet"):
         manifest = Manifest.load(source)
+        if manifest.part is not None:
+            raise UserError(
+                f"{source} holds part {manifest.part[0]}/{manifest.part[1]} of its videos only: put all parts together "
+                "with `mvd-scale data merge`"
+            )
         _require_usable(manifest, source)
         return manifest
     origin = _origin([source], ListOptions(root=root))
@@ -216,6 +221,7 @@ class _Journal:
         """Keep one more."""
         if self._file is not None:
             self._file.write(json.dumps([key, asdict(row)]) + "\n")
+            self._file.flush()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._file is not None and self.path is not None:

@@ -129,7 +129,8 @@ def _list_folder(folder: str) -> Listing:
             f"{' '.join(sorted(VIDEO_SUFFIXES | IMAGE_SUFFIXES))} in it or below. Give the folder that holds the videos"
         )
     names = [relative(path, folder) for path in paths]
-    rows = [Row(name=name, path=absolute(path)) for name, path in zip(names, paths, strict=True)]
+    rows = [_named(Row(name=name, path=absolute(path))) for name, path in zip(names, paths, strict=True)]
+    names = [row.name for row in rows]
     if not all("/" in name for name in names):
         return Listing(rows)
     classes = sorted({name.split("/")[0] for name in names})
@@ -218,6 +219,16 @@ def join(root: str, path: str) -> str:
     if is_url(path):
         return path
     return f"{root.rstrip('/')}/{path}" if is_url(root) else os.path.join(root, path)
+
+
+def _named(row: Row) -> Row:
+    """A row that a manifest can hold: file names may be any bytes, texts in Parquet may not."""
+    try:
+        f"{row.name}{row.path}".encode()
+    except UnicodeEncodeError:
+        readable = [text.encode(errors="replace").decode() for text in (row.name, row.path)]
+        return replace(row, name=readable[0], path=readable[1], left_out="its name is not UTF-8: rename it")
+    return row
 
 
 def _again(folder: str, seen: set[str]) -> bool:

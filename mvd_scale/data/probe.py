@@ -25,13 +25,15 @@ def probe(video: Row, *, timeout: float, verify: bool = False) -> Row:
     keyframe is decoded, since nothing else tells of the rotation.
 
     Args:
-        video: name, path, label; offset and size too if it lies in a shard.
+        video: name, path, label; offset and size too if it lies in a shard. It is left as it is if it is left out.
         timeout: seconds after which it counts as unreadable.
         verify: also decode the first, the middle and the last frame.
 
     Returns:
         the whole row, or one with the reason in `left_out`.
     """
+    if video.left_out is not None:
+        return video
     try:
         return within(timeout, video.path, _probe, video, verify)
     except DecodeError as error:

@@ -15,7 +15,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from enum import IntEnum
 from multiprocessing import parent_process
-from multiprocessing.connection import wait
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 
 from mvd_scale.data.decode import decode_frames
 from mvd_scale.data.manifest import IMAGE_CODECS, Manifest, Row
+from mvd_scale.data.processes import follow_parent
 from mvd_scale.data.sampling import Box, ClipPlan, Sampler, Share
 from mvd_scale.data.storage import DecodeError, read_bytes, within
 
@@ -132,13 +132,11 @@ class VideoSource(ABC):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        # Unpickled in a worker. DALI's workers wait on shared memory and would outlive a parent that was killed.
-        parent = parent_process()
-        if parent is not None:
-            # Both reach workers as well as their rank, which still needs batches until it has saved.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if parent_process() is not None:
+            # Unpickled in a worker. DALI's workers wait on shared memory and would outlive a parent that was killed.
+            follow_parent()
+            # It reaches workers as well as their rank, which still needs batches until it has saved.
             signal.signal(signal.SIGTERM, _exit_later)
-            threading.Thread(target=_exit_after, args=(parent.sentinel,), daemon=True).start()
 
     def __call__(self, sample: Any) -> tuple[NDArray[Any], ...]:
         """Arrays of one sample, in the order of `fields`, for a `nvidia.dali.types.SampleInfo`.
@@ -175,7 +173,7 @@ class VideoSource(ABC):
 
     @abstractmethod
     def to_dali(self, n: int) -> tuple[NDArray[np.uint8], NDArray[np.int64], Row] | None:
-        """Bytes, frame numbers and video of sample `n`, if it goes to DALI's video decoder."""
+        """Bytes, frame numbers and video of sample `n`, if DALI decodes it."""
 
     def prepare(self, row: int, frames: NDArray[np.int64], box: Box | None, *, by_host: bool) -> Media:
         """Read a video for DALI, or decode it here and cut it to a box of the coded frame.
@@ -369,8 +367,3 @@ def _exit_later(number: int, frame: object) -> None:
     timer = threading.Timer(GRACE_SECONDS, os._exit, (128 + number,))
     timer.daemon = True
     timer.start()
-
-
-def _exit_after(sentinel: int) -> None:
-    wait([sentinel])
-    os._exit(1)

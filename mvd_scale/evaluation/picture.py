@@ -61,7 +61,9 @@ def draw_run(run: Path, *, clips: int = 4) -> Path:
     load_student(student, folder.student)
     loader = ClipLoader(
         manifest,
-        recipe.data.model_copy(update={"workers": 0, "clips_per_video": max(clips, recipe.data.clips_per_video)}),
+        recipe.data.model_copy(
+            update={"workers": 0, "copies": 1, "clips_per_video": max(clips, recipe.data.clips_per_video)}
+        ),
         recipe.model,
         # A seed of its own: clips that no step of the run has seen.
         recipe.seed + 1,

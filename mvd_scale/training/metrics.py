@@ -50,10 +50,15 @@ class Meter:
         self.clips += clips
         self.waited += waited
 
-    def read(self, overdue: bool) -> tuple[dict[str, float], bool]:
-        """Means over all ranks since the last reading, and whether a checkpoint is overdue on any. All call it."""
+    def read(self, overdue: bool, replaced: int) -> tuple[dict[str, float], bool]:
+        """Means over all ranks since the last reading, and whether a checkpoint is overdue on any. All call it.
+
+        Args:
+            overdue: whether this rank's clock says that a checkpoint is due.
+            replaced: clips of this rank, so far, whose videos could not be decoded.
+        """
         elapsed = time.perf_counter() - self.started
-        mine = [float(overdue), self.waited, peak_memory_gib(self.ranks.device)]
+        mine = [float(replaced), float(overdue), self.waited, peak_memory_gib(self.ranks.device)]
         shared = torch.cat([self.distances / self.micro_batches, self.distances.new_tensor(mine)])
         gathered = [torch.empty_like(shared) for _ in range(self.ranks.world_size)]
         torch.distributed.all_gather(gathered, shared)
@@ -65,6 +70,7 @@ class Meter:
         values["seconds_per_step"] = elapsed / self.steps
         values["data_wait_share"] = worst[-2] / elapsed
         values["memory_gib"] = worst[-1]
+        values["clips_replaced"] = float(host[:, -4].sum())
         self._reset()
         return values, worst[-3] > 0
 

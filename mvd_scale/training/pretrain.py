@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,6 @@ import torch
 from mvd_scale.capabilities import probe, table
 from mvd_scale.config import Recipe
 from mvd_scale.config.deepspeed import student_deepspeed
-from mvd_scale.data.batch import ClipBatch
 from mvd_scale.data.index import open_source
 from mvd_scale.data.loader import ClipLoader
 from mvd_scale.data.manifest import Manifest
@@ -98,7 +96,7 @@ def pretrain(recipe: Recipe) -> None:
         report=folder.quarantine,
     )
     with loader:
-        fit(engine, MaskedDistillation(targets), iter(loader), schedule, snapshots, recipe, folder, ranks, start)
+        fit(engine, MaskedDistillation(targets), loader, schedule, snapshots, recipe, folder, ranks, start)
     finish(engine, recipe, folder, ranks, schedule.last_step)
     leave_ranks()
 
@@ -106,7 +104,7 @@ def pretrain(recipe: Recipe) -> None:
 def fit(
     engine: Any,
     objective: MaskedDistillation,
-    batches: Iterator[ClipBatch],
+    loader: ClipLoader,
     schedule: Schedule,
     snapshots: Snapshots,
     recipe: Recipe,
@@ -125,7 +123,7 @@ def fit(
             for micro in range(accumulation):
                 reseed(recipe, step, micro, ranks)
                 asked = time.perf_counter()
-                batch = next(batches)
+                batch = next(loader)
                 waited = time.perf_counter() - asked
                 loss, distances = objective(engine, batch)
                 engine.backward(loss)
@@ -137,7 +135,7 @@ def fit(
             last, stopping = done == schedule.last_step, stop.agreed(ranks, step)
             meter.steps += 1
             if done % recipe.logging.every_steps == 0 or last or stopping:
-                values, overdue = meter.read(snapshots.overdue())
+                values, overdue = meter.read(snapshots.overdue(), loader.substituted)
                 writer.write(done, values | engine_values(engine, schedule, step))
             if overdue or snapshots.due(done) or last or stopping:
                 snapshots.save(engine, done)

@@ -149,3 +149,35 @@ def test_what_may_change_between_a_start_and_its_resumption() -> None:
     assert moved.identity() == recipe.identity()
     longer = recipe.model_copy(update={"training": recipe.training.model_copy(update={"epochs": 9})})
     assert longer.identity() != recipe.identity()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (["--data.mixture", "{a: {source: x}}", "--data.source", "y"], "not both"),
+        (["--data.mixture", "{a b: {source: x}}"], "letters, digits and underscores"),
+        (["--data.mixture", "{a: {source: x, stride: 2}}", "--data.sampling", "segments"], "does nothing"),
+        (["--data.mixture", "{a: {source: x, weight: 0}}"], "data.mixture.a.weight"),
+        (["--data.augment", "{jitter: {}}"], "data.augment.jitter: unknown key"),
+    ],
+)
+def test_contradictions_of_data(override, message):
+    with pytest.raises(UserError, match=message):
+        load_recipe("distill/b_from_b", override)
+
+
+def test_a_micro_batch_holds_whole_sets_of_copies():
+    recipe = load_recipe("distill/b_from_b", ["--data.copies", "3", "--training.micro_batch", "null"])
+    with pytest.raises(UserError, match=r"not a multiple of data.copies 3"):
+        recipe.batch_split(32)
+    recipe = load_recipe("distill/b_from_b", ["--data.copies", "2", "--training.micro_batch", "16"])
+    assert recipe.batch_split(32) == (16, 2)
+
+
+def test_where_videos_lie_and_who_reads_them_is_not_what_makes_a_run():
+    first = load_recipe("distill/b_from_b", ["--data.mixture", "{a: {source: x, weight: 2}}"])
+    second = load_recipe(
+        "distill/b_from_b", ["--data.mixture", "{a: {source: y, weight: 2}}", "--data.read_timeout", "5"]
+    )
+    third = load_recipe("distill/b_from_b", ["--data.mixture", "{a: {source: y, weight: 3}}"])
+    assert first.identity() == second.identity() != third.identity()

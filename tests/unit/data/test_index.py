@@ -147,6 +147,8 @@ def test_parts_put_together_are_the_whole(tmp_path, videos):
     loaded = [Manifest.load(tmp_path / f"{number}.parquet") for number in (2, 0, 1)]
     assert merge(loaded).rows == whole.rows
     assert merge(loaded).source == whole.source
+    with pytest.raises(UserError, match="holds part 1/3 of its videos only"):
+        open_source(DataConfig(source=str(tmp_path / "0.parquet")), tmp_path)
     with pytest.raises(UserError, match="missing are 2/3"):
         merge([parts[0], parts[2]])
     with pytest.raises(UserError, match="every part of 3 once: given are 1/3, 1/3, 2/3, 3/3"):
@@ -209,7 +211,8 @@ def kill_at_three(numbers: Sequence[int]) -> list[int]:
     return [number * 10 for number in numbers]
 
 
-def test_a_video_that_kills_its_process_kills_nothing_else():
+def test_a_video_that_kills_its_process_kills_nothing_else(monkeypatch, pytestconfig):
+    monkeypatch.syspath_prepend(pytestconfig.rootpath)  # where a new process finds `kill_at_three`
     chunks = [[0, 1], [2, 3, 4], [5], [6, 7]]
     results = dict(run_chunks(kill_at_three, chunks, 2, lambda number: -number, few=0))
     assert results == {0: [0, 10], 1: [20, -3, 40], 2: [50], 3: [60, 70]}

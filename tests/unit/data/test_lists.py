@@ -12,6 +12,8 @@ import fsspec
 import pytest
 
 from mvd_scale.data.listing import ListOptions, list_videos
+from mvd_scale.data.manifest import Manifest
+from mvd_scale.data.probe import probe
 from mvd_scale.errors import UserError
 
 
@@ -42,6 +44,21 @@ def test_a_link_to_a_parent_folder_is_not_followed_forever(tmp_path):
     touch(tmp_path, "videos/a.mp4")
     (tmp_path / "videos" / "loop").symlink_to(tmp_path / "videos")
     assert listed(tmp_path / "videos")[0] == [("a.mp4", -1)]
+
+
+def test_a_file_whose_name_is_no_text_is_left_out_not_fatal(tmp_path):
+    encoded = os.fsencode(tmp_path) + b"/caf\xe9.mp4"
+    try:
+        with open(encoded, "wb"):
+            pass
+    except OSError as error:
+        pytest.skip(f"this file system wants UTF-8 names: {error}")
+    touch(tmp_path, "good.mp4")
+    listing = list_videos([str(tmp_path)], ListOptions())
+    assert [row.left_out for row in listing.rows] == ["its name is not UTF-8: rename it", None]
+    manifest = Manifest.of([probe(row, timeout=5) for row in listing.rows])
+    manifest.save(tmp_path / "m.parquet")
+    assert Manifest.load(tmp_path / "m.parquet").name == ["caf?.mp4", "good.mp4"]
 
 
 def test_globs(tmp_path):
