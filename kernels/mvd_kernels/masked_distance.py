@@ -5,14 +5,26 @@ Legend: B clips, N tokens, M masked tokens, D channels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Distance = Literal["smooth_l1", "l1", "l2"]
-_DISTANCES = {"smooth_l1": F.smooth_l1_loss, "l1": F.l1_loss, "l2": F.mse_loss}
+Distance = Literal["smooth_l1", "l1", "l2", "cosine"]
+
+
+def _cosine(predictions: Tensor, features: Tensor) -> Tensor:
+    return 1 - F.cosine_similarity(predictions, features, dim=-1).mean()
+
+
+_DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "smooth_l1": F.smooth_l1_loss,
+    "l1": F.l1_loss,
+    "l2": F.mse_loss,
+    "cosine": _cosine,
+}
 
 
 def masked_distance(
@@ -22,9 +34,9 @@ def masked_distance(
 
     Args:
         predictions: (B, M, D), any floating dtype.
-        features: (B, N, D) of all tokens; (B, M, D) of the masked ones if `masked` is None. No gradient flows here.
+        features: (B, N, D) of all tokens; (B, M, D) of the chosen ones if `masked` is None. No gradient flows here.
         masked: int64 (B, M), the tokens of `features` to compare with.
-        distance: smooth L1 (beta 1), L1 or L2 (squared error).
+        distance: smooth L1 (beta 1), L1, L2 (squared error), or 1 minus the cosine of a token's channels.
         norm: take features through a LayerNorm without affine (eps 1e-6) first.
 
     Returns:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from mvd_scale.config import DecoderConfig, ModelConfig
+from mvd_scale.config import DecoderConfig, ModelConfig, TokenHeadConfig
 from mvd_scale.config.model import Positions
 
 Kind = Literal["encoder", "student", "classifier"]
@@ -44,6 +44,15 @@ class DecoderWeights:
 
 
 @dataclass(frozen=True)
+class TokenHeadWeights:
+    """One head on the encoder's tokens: its shape, its output channels and its tensors by the names of `TokenHead`."""
+
+    config: TokenHeadConfig
+    channels: int
+    tensors: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """Weights in the project's own names. Tensors keep the file's dtype and may be memory-mapped."""
 
@@ -62,6 +71,9 @@ class Checkpoint:
     decoders: Mapping[str, DecoderWeights] = field(default_factory=dict)
     """By target name."""
 
+    token_heads: Mapping[str, TokenHeadWeights] = field(default_factory=dict)
+    """By target name."""
+
     head: Mapping[str, Tensor] = field(default_factory=dict)
     """`norm` and `head` of `Classifier`; empty without one."""
 
@@ -74,7 +86,7 @@ class Checkpoint:
     @property
     def kind(self) -> Kind:
         """What the file can be loaded as."""
-        if self.decoders:
+        if self.decoders or self.token_heads:
             return "student"
         return "classifier" if self.head else "encoder"
 
@@ -95,4 +107,6 @@ class Checkpoint:
         flat = {f"encoder.{name}": tensor for name, tensor in self.encoder.items()}
         for target, decoder in self.decoders.items():
             flat |= {f"decoders.{target}.{name}": tensor for name, tensor in decoder.tensors.items()}
+        for target, head in self.token_heads.items():
+            flat |= {f"heads.{target}.{name}": tensor for name, tensor in head.tensors.items()}
         return flat | dict(self.head)

@@ -122,7 +122,7 @@ def _assemble(
         if positions is not None and not _is_decoder_table(positions, model, part.config.width):
             leftovers[f"positions of decoder {target} that are not the fixed table {model.positions}"] = positions
     head = {name: tensor for name, tensor in tensors.items() if name.startswith(("norm.", "head."))}
-    return Checkpoint(str(source.path), form.name, model, encoder, decoders, head, leftovers, tuple(unused))
+    return Checkpoint(str(source.path), form.name, model, encoder, decoders, {}, head, leftovers, tuple(unused))
 
 
 def _place(

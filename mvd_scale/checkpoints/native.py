@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mvd_scale.checkpoints.checkpoint import Checkpoint, DecoderWeights, Hints
 from mvd_scale.checkpoints.reading import Source
-from mvd_scale.checkpoints.shapes import decoder_parts, decoder_weights, under
+from mvd_scale.checkpoints.shapes import decoder_parts, decoder_weights, token_heads, under
 from mvd_scale.config import DecoderConfig, ModelConfig, load_recipe
 from mvd_scale.errors import UserError
 
@@ -59,11 +59,11 @@ def interpret(source: Source, hints: Hints) -> Checkpoint:
         else:
             decoders[name] = decoder_weights(weights, hints, f"{source.path}: decoder {name}", image=model.class_token)
     head = {name: tensor for name, tensor in tensors.items() if name.startswith(("norm.", "head."))}
-    known = ("encoder.", "decoders.", *head)
+    heads = token_heads(tensors)
+    known = ("encoder.", "decoders.", *(f"heads.{name}." for name in heads), *head)
     leftovers = {name: tensor for name, tensor in tensors.items() if not name.startswith(known)}
-    return Checkpoint(
-        str(source.path), "mvd-scale", model, under(tensors, "encoder."), decoders, head, leftovers=leftovers
-    )
+    encoder = under(tensors, "encoder.")
+    return Checkpoint(str(source.path), "mvd-scale", model, encoder, decoders, heads, head, leftovers)
 
 
 def _described(source: Source) -> tuple[ModelConfig, Mapping[str, DecoderConfig]]:
@@ -82,4 +82,5 @@ def _described(source: Source) -> tuple[ModelConfig, Mapping[str, DecoderConfig]
             )
         recipe = load_recipe(source.recipe)
         model = recipe.model
-    return model, {name: target.decoder for name, target in recipe.targets.items()} if recipe is not None else {}
+    targets = recipe.targets if recipe is not None else {}
+    return model, {name: target.decoder for name, target in targets.items() if target.decoder is not None}

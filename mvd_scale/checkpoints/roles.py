@@ -67,6 +67,8 @@ def describe(checkpoint: Checkpoint) -> str:
             f"width {deep.width}, depth {deep.depth}, heads {deep.heads}, {decoder.channels} channels"
         )
     lines["classes"] = "none" if checkpoint.classes is None else str(checkpoint.classes)
+    for name, head in checkpoint.token_heads.items():
+        lines[f"{head.config.kind} head {name}"] = f"{head.channels} channels"
     count = sum(tensor.numel() for name, tensor in checkpoint.tensors().items() if not name.endswith("positions"))
     lines["parameters"] = f"{count / 1e6:.2f} M"
     if checkpoint.unused:

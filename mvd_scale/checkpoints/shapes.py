@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from mvd_scale.checkpoints.checkpoint import DecoderWeights, Hints
-from mvd_scale.config import SIZES, DecoderConfig
+from mvd_scale.checkpoints.checkpoint import DecoderWeights, Hints, TokenHeadWeights
+from mvd_scale.config import SIZES, DecoderConfig, TokenHeadConfig
 from mvd_scale.errors import UserError
 
 _DECODER_HEADS = {512: 8, 640: 8}
@@ -81,3 +81,16 @@ def decoder_weights(tensors: Mapping[str, Tensor], hints: Hints, where: str, *, 
         )
     config = DecoderConfig(width=width, depth=depth_of(tensors, where), heads=heads, embed_bias="embed.bias" in tensors)
     return DecoderWeights(config, len(head), tensors)
+
+
+def token_heads(tensors: Mapping[str, Tensor]) -> dict[str, TokenHeadWeights]:
+    """Heads on the encoder's tokens among the tensors of a student of ours, by target name."""
+    found = {}
+    for name in sorted({name.split(".")[1] for name in tensors if name.startswith("heads.")}):
+        weights = under(tensors, f"heads.{name}.")
+        if "layers.weight" in weights:
+            found[name] = TokenHeadWeights(TokenHeadConfig(kind="linear"), len(weights["layers.weight"]), weights)
+        elif {"layers.0.weight", "layers.2.weight"} <= weights.keys():
+            shape = TokenHeadConfig(kind="mlp", hidden=len(weights["layers.0.weight"]))
+            found[name] = TokenHeadWeights(shape, len(weights["layers.2.weight"]), weights)
+    return found

@@ -14,6 +14,7 @@ from mvd_scale.checkpoints.checkpoint import Checkpoint, Hints
 from mvd_scale.checkpoints.interpret import interpret
 from mvd_scale.checkpoints.native import save_weights
 from mvd_scale.checkpoints.reading import read_source
+from mvd_scale.config import HeadConfig
 from mvd_scale.errors import UserError
 from mvd_scale.models import Classifier, Encoder, Student
 from mvd_scale.models.positions import position_table
@@ -28,6 +29,7 @@ __all__ = [
     "misfits",
     "read_checkpoint",
     "save_weights",
+    "start_encoder",
 ]
 
 
@@ -57,12 +59,12 @@ def build_encoder(checkpoint: Checkpoint, *, final_norm: bool) -> Encoder:
 
 
 def build_student(checkpoint: Checkpoint) -> Student:
-    """Encoder and decoders, float32, on the CPU.
+    """Encoder, decoders and other heads of targets, float32, on the CPU.
 
     Raises:
-        UserError: there are no decoders, or names every tensor that does not fit.
+        UserError: there are none of these heads, or names every tensor that does not fit.
     """
-    if not checkpoint.decoders:
+    if checkpoint.kind != "student":
         raise UserError(f"{checkpoint.source} has no decoders: expected a pre-training checkpoint with its decoders")
     student = _empty_student(checkpoint)
     load_exactly(student, checkpoint.tensors() | dict(checkpoint.leftovers), checkpoint.source)
@@ -118,6 +120,25 @@ def load_encoder(
     return encoder
 
 
+def start_encoder(encoder: Encoder, path: Path) -> None:
+    """Load the weights that an encoder starts its training from; an image model is inflated to clips.
+
+    The encoder keeps its own positions and, where the checkpoint has none, its final norm.
+
+    Raises:
+        UserError: as `read_checkpoint`, or names every tensor that does not fit.
+    """
+    checkpoint, model = read_checkpoint(path), encoder.config
+    tubelet = model.tubelet if checkpoint.model.frames == 1 else None
+    checkpoint = adapt(checkpoint, frames=model.frames, input_size=model.input_size, tubelet=tubelet)
+    tensors = {name: tensor for name, tensor in checkpoint.encoder.items() if name != "positions"}
+    if encoder.class_token is None:
+        tensors.pop("class_token", None)
+    if encoder.norm is not None and not checkpoint.final_norm:
+        tensors |= {f"norm.{name}": tensor for name, tensor in encoder.norm.state_dict().items()}
+    load_exactly(encoder, tensors | dict(checkpoint.leftovers), str(path))
+
+
 def load_student(student: Student, path: Path) -> None:
     """Load encoder and decoders of a checkpoint of any known format into a student.
 
@@ -162,8 +183,12 @@ def _empty_encoder(checkpoint: Checkpoint, *, final_norm: bool) -> Encoder:
 
 
 def _empty_student(checkpoint: Checkpoint) -> Student:
-    decoders = {name: (decoder.config, decoder.channels) for name, decoder in checkpoint.decoders.items()}
-    student = Student(checkpoint.model, decoders)
+    heads: dict[str, tuple[HeadConfig, int]] = {}
+    for name, decoder in checkpoint.decoders.items():
+        heads[name] = (decoder.config, decoder.channels)
+    for name, head in checkpoint.token_heads.items():
+        heads[name] = (head.config, head.channels)
+    student = Student(checkpoint.model, heads)
     _make_room_for_positions(student.encoder, checkpoint)
     return student
 

@@ -5,10 +5,13 @@ from mvd_scale.config.model import SIZES, ModelConfig
 from mvd_scale.config.recipe import Recipe, list_recipes, load_recipe
 from mvd_scale.config.target import (
     DecoderConfig,
+    HeadConfig,
     ImageTeacherTarget,
+    MomentumTarget,
     PixelTarget,
     TargetConfig,
     TimmTarget,
+    TokenHeadConfig,
     VideoTeacherTarget,
 )
 from mvd_scale.config.training import TeacherConfig, TrainingConfig
@@ -19,15 +22,18 @@ __all__ = [
     "CornerCrop",
     "DataConfig",
     "DecoderConfig",
+    "HeadConfig",
     "ImageTeacherTarget",
     "MaskConfig",
     "ModelConfig",
+    "MomentumTarget",
     "PixelTarget",
     "RandomResizedCrop",
     "Recipe",
     "TargetConfig",
     "TeacherConfig",
     "TimmTarget",
+    "TokenHeadConfig",
     "TrainingConfig",
     "VideoTeacherTarget",
     "list_recipes",

@@ -7,7 +7,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 from typing_extensions import Self
 
 from mvd_scale.config.section import Section
@@ -64,6 +72,17 @@ class MaskConfig(Section):
 
     ratio: float = Field(default=0.9, gt=0, lt=1)
     """Share of masked tokens; the count is the same in every clip."""
+
+    decode: float = 1.0
+    """Share of the masked tokens that decoders and loss compute: 0.25, 0.5 or 0.75 take it in cells of 2 x 2 patches
+    that run through time (VideoMAE V2)."""
+
+    @field_validator("decode")
+    @classmethod
+    def _check_decode(cls, share: float) -> float:
+        if share not in (0.25, 0.5, 0.75, 1.0):
+            raise ValueError("expected 0.25, 0.5, 0.75 or 1")
+        return share
 
 
 class RandAugment(Section):
@@ -183,8 +202,8 @@ class DataConfig(Section):
     """Copies of every decoded clip, each with its own crop, flip, augmentation and mask (repeated augmentation). They
     stand side by side in the batch, and batches count them."""
 
-    mask: MaskConfig = MaskConfig()
-    """The mask over tokens."""
+    mask: MaskConfig | None = MaskConfig()
+    """The mask over tokens; without one (null) the student sees them all."""
 
     workers: NonNegativeInt | Literal["auto"] = "auto"
     """Decoding processes per rank; `auto` takes the rank's share of the cores, 0 decodes in the rank itself."""

@@ -39,17 +39,23 @@ class Recipe(Section):
     checkpoints: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_targets(cls, values: object) -> object:
+        """A target that is null is none: how a recipe leaves out one of its base."""
+        if isinstance(values, dict) and isinstance(values.get("targets"), dict):
+            kept = {name: target for name, target in values["targets"].items() if target is not None}
+            return {**values, "targets": kept}
+        return values
+
     @model_validator(mode="after")
     def _check_across_sections(self) -> Self:
-        visible, total = self.visible_tokens, self.tokens
-        if not 0 < visible < total:
-            raise ValueError(
-                f"data.mask.ratio {self.data.mask.ratio} leaves {visible} of {total} tokens visible; "
-                "at least one must stay visible and one be masked"
-            )
+        self._check_mask()
         for name, target in self.targets.items():
             if not name.isidentifier():
                 raise ValueError(f"targets.{name}: a target's name must be a word of letters, digits and underscores")
+            if target.decoder is None:
+                continue
             if target.decoder.width % target.decoder.heads:
                 raise ValueError(
                     f"targets.{name}.decoder: width {target.decoder.width} does not divide into "
@@ -61,11 +67,6 @@ class Recipe(Section):
                     f"targets.{name}.decoder: positions {self.model.positions} need a width that is a multiple of "
                     f"{multiple}, not {target.decoder.width}"
                 )
-        if self.training.micro_batch is not None and self.training.global_batch % self.training.micro_batch:
-            raise ValueError(
-                f"training.micro_batch {self.training.micro_batch} does not divide "
-                f"training.global_batch {self.training.global_batch}"
-            )
         if self.device == "cpu" and "fp16" in (self.training.precision, self.teachers.precision):
             raise ValueError("precision fp16 needs a GPU (CPUs compute it slowly or not at all): use bf16 or fp32")
         if self.training.warmup_epochs >= self.training.epochs:
@@ -78,6 +79,35 @@ class Recipe(Section):
                 f"training.min_lr {self.training.min_lr:g} is above training.base_lr {self.training.base_lr:g}"
             )
         return self
+
+    def _check_mask(self) -> None:
+        mask, visible, total = self.data.mask, self.visible_tokens, self.tokens
+        for name, target in self.targets.items():
+            if mask is None and target.tokens != "all":
+                raise ValueError(
+                    f"targets.{name}.tokens is {target.tokens}, but without data.mask the student sees all tokens: "
+                    "give a mask, or `tokens: all` with `head: mlp` or `linear`"
+                )
+            if mask is not None and target.tokens == "all":
+                raise ValueError(
+                    f"targets.{name}.tokens is all, but data.mask hides some of them from the student: "
+                    "set data.mask to null, or `tokens: visible`"
+                )
+        if mask is None:
+            return
+        if not 0 < visible < total:
+            raise ValueError(
+                f"data.mask.ratio {mask.ratio} leaves {visible} of {total} tokens visible; "
+                "at least one must stay visible and one be masked"
+            )
+        if mask.decode < 1:
+            if mask.kind != "tube" or self.model.grid[0] % 4:
+                raise ValueError(
+                    f"data.mask.decode {mask.decode:g} runs through tube masks of 4, 8 ... time slices, where it takes "
+                    f"equally many of every clip; here it is a {mask.kind} mask of {self.model.grid[0]} slices"
+                )
+            if not any(target.tokens == "masked" for target in self.targets.values()):
+                raise ValueError(f"data.mask.decode {mask.decode:g} does nothing: no target is at masked tokens")
 
     @property
     def tokens(self) -> int:
@@ -92,34 +122,39 @@ class Recipe(Section):
         A tube mask rounds the masked patches of one time slice down and repeats them; a random mask
         rounds over all tokens.
         """
-        time, height, width = self.model.grid
-        if self.data.mask.kind == "tube":
-            return self.tokens - time * int(self.data.mask.ratio * height * width)
-        return self.tokens - int(self.data.mask.ratio * self.tokens)
+        mask, (time, height, width) = self.data.mask, self.model.grid
+        if mask is None:
+            return self.tokens
+        if mask.kind == "tube":
+            return self.tokens - time * int(mask.ratio * height * width)
+        return self.tokens - int(mask.ratio * self.tokens)
 
     def batch_split(self, world_size: int) -> tuple[int, int]:
-        """Micro batch and accumulation steps for a number of ranks.
+        """Micro batch and accumulation steps for a number of ranks: the largest micro batch that the recipe allows.
 
         Raises:
-            UserError: the global batch cannot be split so; the message proposes the nearest that can.
+            UserError: the global batch cannot be split so; the message proposes the nearest numbers that can.
         """
-        total = self.training.global_batch
-        micro = self.training.micro_batch or max(total // world_size, 1)
-        if total % (world_size * micro):
-            unit = world_size * (self.training.micro_batch or 1)
-            below, above = total // unit * unit, -(-total // unit) * unit
-            nearest = " or ".join(str(n) for n in (below, above) if n)
+        total, copies = self.training.global_batch, self.data.copies
+        limit = self.training.micro_batch or total
+        if limit < copies:
             raise UserError(
-                f"training.global_batch {total} cannot be split over {world_size} ranks in micro batches of {micro}: "
-                f"it must be a multiple of ranks x micro batch = {world_size * micro}. "
-                f"Set training.global_batch to {nearest}, or choose another training.micro_batch"
+                f"training.micro_batch {limit} is less than data.copies {copies}: the copies of a clip stay together"
             )
-        if micro % self.data.copies:
+        if total % (world_size * copies):
+            unit = world_size * copies
+            splits = [n for n in range(1, total // copies + 1) if total % (n * copies) == 0]
+            ranks = _nearest(splits, world_size)
+            batches = [n for n in (total // unit * unit, -(-total // unit) * unit) if n]
             raise UserError(
-                f"a micro batch of {micro} clips is not a multiple of data.copies {self.data.copies}: the copies of a "
-                f"clip stay together. Set training.micro_batch to a multiple of {self.data.copies}"
+                f"training.global_batch {total} cannot be split over {world_size} ranks"
+                + (f" in whole sets of {copies} copies" if copies > 1 else "")
+                + (f". Start {_either(ranks)} ranks, or" if ranks else ". No number of ranks can;")
+                + f" set training.global_batch to {_either(batches)}, with which the learning rate scales"
             )
-        return micro, total // (world_size * micro)
+        share = total // world_size
+        micro = max(n for n in range(copies, min(share, limit) + 1, copies) if share % n == 0)
+        return micro, share // micro
 
     def identity(self) -> dict[str, Any]:
         """What makes two runs the same run: all that changes which numbers are computed, flattened to dotted keys.
@@ -135,9 +170,12 @@ class Recipe(Section):
         for part in (values["data"]["mixture"] or {}).values():
             del part["source"], part["root"]
         for target in values["targets"].values():
-            # A teacher is known by its contents, which the checkpoints record, not by where it lies.
+            # Weights are known by their contents, which the checkpoints record, not by where they lie.
             target.pop("checkpoint", None)
-        for key in ("max_steps", "micro_batch", "deepspeed", "gradient_checkpointing", "collective_timeout_minutes"):
+        for key in (
+            "max_steps", "micro_batch", "deepspeed", "gradient_checkpointing", "collective_timeout_minutes",
+            "initial_encoder",
+        ):  # fmt: skip
             del values["training"][key]
         return dict(_flatten(values))
 
@@ -170,19 +208,41 @@ def load_recipe(name_or_path: str | Path, overrides: list[str] | None = None) ->
     Raises:
         UserError: the recipe does not exist, is no YAML, or does not fit the schema; all faults are named.
     """
-    source, text = _read(name_or_path)
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{source} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{source}: expected a mapping of sections such as `model:` and `training:`")
+    source, values = _read_with_base(name_or_path, ())
     for key, value in _parse_overrides(overrides or []):
         _set(values, key, value)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{source} does not describe a run:\n{_describe(error)}") from error
+
+
+def _read_with_base(name_or_path: str | Path, above: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
+    """A recipe laid over the one that its `base:` names, that one over its own, and so on."""
+    source, text = _read(name_or_path)
+    if source in above:
+        raise UserError(f"{' -> '.join([*above, source])}: a recipe cannot be its own base")
+    try:
+        values = _unshared(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise UserError(f"{source} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: expected a mapping of sections such as `model:` and `training:`")
+    base = values.pop("base", None)
+    if base is None:
+        return source, values
+    if not isinstance(base, str):
+        raise UserError(f"{source}: base is {base!r}, expected the name or path of a recipe")
+    beside = Path(source).parent / base
+    _, merged = _read_with_base(beside if beside.is_file() else base, (*above, source))
+    for key, value in values.items():
+        _set(merged, [str(key)], value)
+    return source, merged
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which what an anchor of YAML put in several places can be changed in one of them."""
+    return {key: _unshared(inner) for key, inner in value.items()} if isinstance(value, dict) else value
 
 
 def _read(name_or_path: str | Path) -> tuple[str, str]:
@@ -231,6 +291,16 @@ def _set(values: dict[str, Any], key: list[str], value: Any) -> None:
             _set(values[last], [str(name)], inner)
     else:
         values[last] = value
+
+
+def _nearest(numbers: list[int], wanted: int) -> list[int]:
+    """The next smaller and the next larger of ascending numbers."""
+    below, above = [n for n in numbers if n < wanted], [n for n in numbers if n > wanted]
+    return below[-1:] + above[:1]
+
+
+def _either(numbers: list[int]) -> str:
+    return " or ".join(map(str, numbers))
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from mvd_scale.config.model import ModelConfig
 from mvd_scale.config.section import Section
@@ -27,17 +28,71 @@ class DecoderConfig(Section):
     """Bias of the projection from the encoder (MVD, MAE: yes; VideoMAE: no)."""
 
 
+class TokenHeadConfig(Section):
+    """A head on the encoder's own tokens, without mask tokens (Sec. 4.3, "per-token distillation")."""
+
+    kind: Literal["mlp", "linear"]
+    """`mlp` has one hidden layer."""
+
+    hidden: int | None = Field(default=None, gt=0)
+    """Channels of the MLP's hidden layer; the encoder's width if left out."""
+
+
+HeadConfig = DecoderConfig | TokenHeadConfig
+Distance = Literal["smooth_l1", "l1", "l2", "cosine"]
+Tokens = Literal["masked", "visible", "all"]
+
+
 class AnyTarget(Section):
     """What all targets have in common."""
 
-    decoder: DecoderConfig
-    """The decoder that predicts this target."""
+    head: Literal["decoder", "mlp", "linear"] = "decoder"
+    """What predicts this target: a decoder from mask tokens, or an MLP or a linear layer from the encoder's tokens."""
+
+    decoder: DecoderConfig | None = None
+    """Shape of the decoder."""
+
+    hidden: int | None = Field(default=None, gt=0)
+    """Channels of the hidden layer of `head: mlp`; the encoder's width if left out."""
+
+    tokens: Tokens = "masked"
+    """Where it is predicted: at masked tokens by a decoder; at visible ones (UMT, InternVideo2) or, without a mask, at
+    all of them (Sec. 4.3) by the other heads."""
 
     weight: float = Field(default=1.0, gt=0)
     """Lambda of Eq. 3."""
 
-    distance: Literal["smooth_l1", "l1", "l2"] = "smooth_l1"
-    """D of Eq. 2, averaged over tokens and channels; smooth L1 has beta 1."""
+    distance: Distance = "smooth_l1"
+    """D of Eq. 2, averaged over tokens and channels; smooth L1 has beta 1, cosine is 1 minus the cosine of a token's
+    channels."""
+
+    @property
+    def head_config(self) -> HeadConfig:
+        """Shape of the head."""
+        if self.head == "decoder":
+            assert self.decoder is not None
+            return self.decoder
+        return TokenHeadConfig(kind=self.head, hidden=self.hidden)
+
+    @model_validator(mode="after")
+    def _check_head(self) -> Self:
+        if self.head == "decoder":
+            if self.decoder is None:
+                raise ValueError("decoder is missing: `head: decoder`, the default, needs its width, depth and heads")
+            if self.tokens != "masked":
+                raise ValueError(
+                    f"a decoder predicts masked tokens, not tokens {self.tokens}: use `head: mlp` or `linear`"
+                )
+        else:
+            if self.decoder is not None:
+                raise ValueError(f"decoder does nothing with `head: {self.head}`: set it to null")
+            if self.tokens == "masked":
+                raise ValueError(
+                    f"`head: {self.head}` sits on tokens that the encoder sees: give `tokens: visible` or `tokens: all`"
+                )
+        if self.hidden is not None and self.head != "mlp":
+            raise ValueError(f"hidden does nothing with `head: {self.head}`: it is the width of an MLP")
+        return self
 
 
 class PixelTarget(AnyTarget):
@@ -45,7 +100,7 @@ class PixelTarget(AnyTarget):
 
     kind: Literal["pixels"] = "pixels"
 
-    distance: Literal["smooth_l1", "l1", "l2"] = "l2"
+    distance: Distance = "l2"
     """D of Eq. 2; squared error in the published runs."""
 
     normalize: Literal["none", "channel", "patch"] = "channel"
@@ -102,6 +157,18 @@ class TimmTarget(TeacherTarget):
     """Keep the model's norm after the last block."""
 
 
+class MomentumTarget(TeacherTarget):
+    """Features of an exponential moving average of the student's own encoder on the whole clip (Table 8)."""
+
+    kind: Literal["momentum"] = "momentum"
+
+    momentum: float = Field(default=0.996, ge=0, lt=1)
+    """Share of the average that a step keeps, at the first step."""
+
+    momentum_end: float = Field(default=1.0, ge=0, le=1)
+    """The same at the last step of the schedule, reached by half a cosine."""
+
+
 TargetConfig = Annotated[
-    PixelTarget | ImageTeacherTarget | VideoTeacherTarget | TimmTarget, Field(discriminator="kind")
+    PixelTarget | ImageTeacherTarget | VideoTeacherTarget | TimmTarget | MomentumTarget, Field(discriminator="kind")
 ]

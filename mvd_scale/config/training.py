@@ -26,7 +26,12 @@ class TrainingConfig(Section):
     """Clips of one optimizer step over all ranks. Fixed by the recipe; the rest follows from the number of ranks."""
 
     micro_batch: int | None = Field(default=None, gt=0)
-    """Clips per rank in one forward pass; the whole share of the rank if left out. Accumulation follows."""
+    """Most clips per rank in one forward pass; the whole share of the rank if left out. The largest number up to it
+    that divides the share is taken, and accumulation follows."""
+
+    initial_encoder: Path | None = None
+    """Weights in any known format that the encoder starts from, in place of random ones. An image model is inflated to
+    clips; decoders start at random."""
 
     base_lr: float = Field(gt=0)
     """Peak learning rate for a global batch of 256; scaled linearly."""

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from mvd_scale.config.target import Tokens
+
 
 @dataclass(frozen=True)
 class ViewBatch:
@@ -46,7 +48,7 @@ class ClipBatch:
     """int64 (B, V)."""
 
     masked: Tensor
-    """int64 (B, M)."""
+    """int64 (B, M), of the masked tokens those to be decoded."""
 
     labels: Tensor
     """int64 (B,); -1 where the manifest has none."""
@@ -56,6 +58,10 @@ class ClipBatch:
 
     resized: Mapping[int, Tensor] = field(default_factory=dict)
     """The same crops at other input sides, for teachers of another input size: uint8 (B, T, side, side, 3)."""
+
+    def tokens(self, which: Tokens) -> Tensor | None:
+        """Indices of the tokens at which a target is predicted, int64; None for all of them in order."""
+        return None if which == "all" else self.masked if which == "masked" else self.visible
 
     def at(self, side: int) -> Tensor:
         """Pixels at an input side: uint8 (B, T, side, side, 3)."""

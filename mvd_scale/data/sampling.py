@@ -326,17 +326,19 @@ def random_resized_crop(
 
 
 def draw_mask(
-    rng: Generator, mask: MaskConfig, grid: tuple[int, int, int]
+    rng: Generator, mask: MaskConfig | None, grid: tuple[int, int, int]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Visible and masked tokens of a grid (time, height, width), in the same number for every draw.
 
     A tube mask hides int(ratio x height x width) patches, the same ones in every time slice (VideoMAE, Sec. 3.2);
-    a random mask hides int(ratio x N) tokens.
+    a random mask hides int(ratio x N) tokens. Of the masked tokens, only those to be decoded are listed.
 
     Returns:
         visible int64 (V,), masked int64 (M,): ascending, time-major.
     """
     slices, height, width = grid
+    if mask is None:
+        return np.arange(slices * height * width, dtype=np.int64), np.empty(0, dtype=np.int64)
     if mask.kind == "random":
         order = rng.permutation(slices * height * width)
         hidden = int(mask.ratio * len(order))
@@ -344,7 +346,24 @@ def draw_mask(
     order = rng.permutation(height * width)
     hidden = int(mask.ratio * len(order))
     starts = np.arange(slices, dtype=np.int64)[:, None] * len(order)
-    return (starts + np.sort(order[hidden:])).ravel(), (starts + np.sort(order[:hidden])).ravel()
+    visible, masked = (starts + np.sort(order[hidden:])).ravel(), (starts + np.sort(order[:hidden])).ravel()
+    return visible, masked if mask.decode == 1 else masked[running_cells(rng, mask.decode, grid)[masked]]
+
+
+def running_cells(rng: Generator, share: float, grid: tuple[int, int, int]) -> NDArray[np.bool_]:
+    """Tokens that are decoded (VideoMAE V2, "dual masking"): 4 x share patches of every cell of 2 x 2.
+
+    The choice moves on by one patch of the cell with every time slice, so that four slices take every patch equally
+    often. Where it starts is random.
+
+    Returns:
+        bool (N,), time-major.
+    """
+    slices, height, width = grid
+    place = np.arange(height)[:, None] % 2 * 2 + np.arange(width) % 2
+    turn = np.arange(slices)[:, None, None] + int(rng.integers(4))
+    taken: NDArray[np.bool_] = (place + turn) % 4 < round(4 * share)
+    return taken.ravel()
 
 
 def _generator(*key: int) -> Generator:

@@ -51,12 +51,12 @@ def draw_run(run: Path, *, clips: int = 4) -> Path:
         raise UserError(f"{run} holds no finished run: expected {folder.student}")
     recipe = load_recipe(folder.recipe)
     manifest = open_source(recipe.data, run)
-    targets = load_targets(recipe)
+    targets = load_targets(recipe, run)
     for target in targets.values():
         if isinstance(target, FrozenTeacher):
             target.teacher.float()
     student = Student(
-        recipe.model, {name: (recipe.targets[name].decoder, target.channels) for name, target in targets.items()}
+        recipe.model, {name: (recipe.targets[name].head_config, target.channels) for name, target in targets.items()}
     ).eval()
     load_student(student, folder.student)
     loader = ClipLoader(
@@ -89,7 +89,7 @@ def panels_of(student: torch.nn.Module, targets: dict[str, Target], batch: ClipB
     """Frames, masked frames, and for each target its truth and its prediction."""
     model = recipe.model
     frames = batch.pixels[:, :: model.tubelet].float().div(255).numpy()
-    hidden = _tokens_to_images(torch.zeros(*batch.masked.shape, 3), batch.masked, model, outside=1.0)
+    hidden = _tokens_to_images(torch.ones(*batch.visible.shape, 3), batch.visible, model, outside=0.0)
     panels = [
         Panel("front frame", frames),
         Panel("what the student sees", np.where(_enlarge(hidden, model) == 0, np.float32(_HIDDEN), frames)),

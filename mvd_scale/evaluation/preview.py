@@ -74,19 +74,19 @@ def preview(recipe: Recipe, out: Path, *, clips: int, moving: Path | None, scrat
     return loader.substituted
 
 
-def hide(pixels: Pictures, masked: NDArray[np.int64], model: ModelConfig) -> Pictures:
-    """A clip with its masked patches grey.
+def hide(pixels: Pictures, visible: NDArray[np.int64], model: ModelConfig) -> Pictures:
+    """A clip with its hidden patches grey.
 
     Args:
         pixels: uint8 (T, H, W, 3).
-        masked: token indices, time-major.
+        visible: token indices, time-major.
         model: grid of the tokens.
 
     Returns:
         uint8 (T, H, W, 3).
     """
-    tokens = np.zeros(int(np.prod(model.grid)), bool)
-    tokens[masked] = True
+    tokens = np.ones(int(np.prod(model.grid)), bool)
+    tokens[visible] = False
     hidden = tokens.reshape(model.grid)
     for axis, size in enumerate((model.tubelet, model.patch_size, model.patch_size)):
         hidden = hidden.repeat(size, axis)
@@ -108,7 +108,7 @@ def _draw_sheet(batch: ClipBatch, manifest: Manifest, plans: list[ClipPlan], rec
     )  # fmt: skip
     for clip in range(clips):
         pixels = batch.pixels[clip].numpy()
-        seen = hide(pixels, batch.masked[clip].numpy(), recipe.model)
+        seen = hide(pixels, batch.visible[clip].numpy(), recipe.model)
         axis = figure.add_subplot(grid[clip, 1])
         # A hairline of white between frames, and between what is there and what is seen.
         rows = [np.concatenate([_framed(row[frame]) for frame in frames], axis=1) for row in (pixels, seen)]
@@ -121,9 +121,9 @@ def _draw_sheet(batch: ClipBatch, manifest: Manifest, plans: list[ClipPlan], rec
             family="monospace", linespacing=1.45, transform=words.transAxes,
         )  # fmt: skip
     model = recipe.model
-    mask = recipe.data.mask
+    mask = "no mask" if recipe.data.mask is None else f"{recipe.data.mask.kind} mask {recipe.data.mask.ratio:g}"
     figure.suptitle(
-        f"{model.frames} frames of {model.input_size} x {model.input_size}, {mask.kind} mask {mask.ratio:g}: "
+        f"{model.frames} frames of {model.input_size} x {model.input_size}, {mask}: "
         "above as cropped, below as the student sees it",
         fontsize=10, x=0.01, ha="left", y=1 - 0.12 / figure.get_figheight(), va="top",
     )  # fmt: skip
@@ -169,7 +169,7 @@ def _shorten(text: str, length: int) -> str:
 
 def _write_moving(batch: ClipBatch, model: ModelConfig, out: Path) -> None:
     pixels = batch.pixels[0].numpy()
-    seen = hide(pixels, batch.masked[0].numpy(), model)
+    seen = hide(pixels, batch.visible[0].numpy(), model)
     gap = np.full((*pixels.shape[:2], 4, 3), 255, np.uint8)
     both = np.concatenate([pixels, gap, seen], axis=2)
     if out.suffix == ".gif":

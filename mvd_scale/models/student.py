@@ -1,6 +1,6 @@
-"""The trained model of every method: one encoder and a decoder per target.
+"""The trained model of every method: one encoder and a head per target.
 
-Legend: B clips, T frames, H W pixels, V visible, M masked, K channels of a target.
+Legend: B clips, T frames, H W pixels, N tokens, V visible, M masked, K channels of a target.
 """
 
 from __future__ import annotations
@@ -9,22 +9,26 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from mvd_scale.config import DecoderConfig, ModelConfig
+from mvd_scale.config import DecoderConfig, HeadConfig, ModelConfig
 from mvd_scale.models.blocks import Blocks
 from mvd_scale.models.decoder import Decoder
 from mvd_scale.models.encoder import Encoder
+from mvd_scale.models.heads import TokenHead
 
 
 class Student(nn.Module):
     """Encoder over visible tubes; separate decoders with separate weights (Sec. 3.2, 3.3, Algorithm 1)."""
 
-    def __init__(self, config: ModelConfig, decoders: Mapping[str, tuple[DecoderConfig, int]]) -> None:
-        """Build from the encoder's shape and, by target name, a decoder's shape and its output channels."""
+    def __init__(self, config: ModelConfig, heads: Mapping[str, tuple[HeadConfig, int]]) -> None:
+        """Build from the encoder's shape and, by target name, a head's shape and its output channels."""
         super().__init__()
         self.encoder = Encoder(config)
-        self.decoders = nn.ModuleDict(
-            {name: Decoder(decoder, config, channels) for name, (decoder, channels) in decoders.items()}
-        )
+        self.decoders, self.heads = nn.ModuleDict(), nn.ModuleDict()
+        for name, (head, channels) in heads.items():
+            if isinstance(head, DecoderConfig):
+                self.decoders[name] = Decoder(head, config, channels)
+            else:
+                self.heads[name] = TokenHead(head, config, channels)
 
     def checkpoint_gradients(self) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
@@ -33,7 +37,7 @@ class Student(nn.Module):
                 module.gradient_checkpointing = True
 
     def forward(self, pixels: Tensor, visible: Tensor, masked: Tensor) -> dict[str, Tensor]:
-        """Predict every target at the masked tokens.
+        """Predict every target: by decoders at the masked tokens, by other heads at the visible ones.
 
         Args:
             pixels: uint8 (B, T, H, W, 3).
@@ -41,7 +45,9 @@ class Student(nn.Module):
             masked: int64 (B, M).
 
         Returns:
-            {target name: (B, M, K)}.
+            {target name: (B, M, K) or (B, V, K)}.
         """
-        encoded = self.encoder(pixels, visible)
-        return {name: decoder(encoded, visible, masked) for name, decoder in self.decoders.items()}
+        everything = visible.shape[1] == len(self.encoder.positions)
+        encoded = self.encoder(pixels, None if everything else visible)
+        predictions = {name: decoder(encoded, visible, masked) for name, decoder in self.decoders.items()}
+        return predictions | {name: head(encoded, visible) for name, head in self.heads.items()}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mvd_scale.config import DataConfig, Recipe, TimmTarget, load_recipe
+from mvd_scale.config import DataConfig, MomentumTarget, Recipe, TimmTarget, load_recipe
 from mvd_scale.config.target import TrainedTeacherTarget
 from mvd_scale.config.training import Precision
 from mvd_scale.data.index import open_source
@@ -25,7 +25,7 @@ from mvd_scale.errors import UserError
 from mvd_scale.models import Encoder, Student
 from mvd_scale.models.timm_vit import TimmViT
 from mvd_scale.targets import FrozenTeacher, MaskedDistillation, Target, build_targets
-from mvd_scale.targets.load import teacher_sides
+from mvd_scale.targets.load import empty_average, teacher_sides
 from mvd_scale.training.engine import Ranks, host_teachers, join_ranks, leave_ranks, student_engine
 from mvd_scale.training.metrics import peak_memory_gib
 
@@ -189,7 +189,7 @@ def _build(recipe: Recipe, ranks: Ranks, watch: Stopwatch) -> tuple[Any, MaskedD
     torch.manual_seed(recipe.seed)
     targets: dict[str, Target] = build_targets(recipe, lambda name: _random_teacher(recipe, name))
     student = Student(
-        recipe.model, {name: (recipe.targets[name].decoder, target.channels) for name, target in targets.items()}
+        recipe.model, {name: (recipe.targets[name].head_config, target.channels) for name, target in targets.items()}
     )
     host_teachers(targets, recipe, ranks)
     for name, target in targets.items():
@@ -204,6 +204,8 @@ def _random_teacher(recipe: Recipe, name: str) -> Encoder | TimmViT:
     config = recipe.targets[name]
     if isinstance(config, TimmTarget):
         return TimmViT(config.vit, recipe.model.grid[1], final_norm=config.final_norm, pretrained=False)
+    if isinstance(config, MomentumTarget):
+        return empty_average(recipe)
     assert isinstance(config, TrainedTeacherTarget)
     if config.model is None:
         raise UserError(f"targets.{name}.model is missing: a benchmark builds its teachers from their shape")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 from mvd_scale.checkpoints.checkpoint import Hints
 from mvd_scale.checkpoints.reading import read_source
 from mvd_scale.checkpoints.weights import load_encoder
-from mvd_scale.config import ModelConfig, Recipe, TimmTarget
+from mvd_scale.config import ModelConfig, MomentumTarget, Recipe, TimmTarget
 from mvd_scale.config.target import TrainedTeacherTarget
 from mvd_scale.errors import UserError
 from mvd_scale.models import Encoder
@@ -16,18 +17,36 @@ from mvd_scale.targets.objective import build_targets
 from mvd_scale.targets.target import FrozenTeacher, Target
 
 
-def load_targets(recipe: Recipe) -> dict[str, Target]:
+def load_targets(recipe: Recipe, averages: Path | None = None) -> dict[str, Target]:
     """The targets of a recipe with their teachers' weights on the CPU, memory-mapped where the file allows it.
+
+    Args:
+        recipe: names the teachers' files.
+        averages: folder that holds the moving averages of momentum targets; these start at random without it.
 
     Raises:
         UserError: a checkpoint is missing, unreadable, of another shape than the recipe says, or does not fit
             the student's token grid.
     """
-    return build_targets(recipe, lambda name: _load_teacher(recipe, name))
+    return build_targets(recipe, lambda name: _load_teacher(recipe, name, averages))
 
 
-def _load_teacher(recipe: Recipe, name: str) -> Encoder | TimmViT:
+def average_file(folder: Path, name: str) -> Path:
+    """Where a run or a checkpoint keeps the moving average of a momentum target."""
+    return folder / f"momentum_{name}.safetensors"
+
+
+def empty_average(recipe: Recipe) -> Encoder:
+    """The encoder of a momentum target, with weights that are still to come: the student's own shape."""
+    return Encoder(recipe.model.model_copy(update={"drop_path": 0.0}), final_norm=False)
+
+
+def _load_teacher(recipe: Recipe, name: str, averages: Path | None) -> Encoder | TimmViT:
     config = recipe.targets[name]
+    if isinstance(config, MomentumTarget):
+        return (
+            empty_average(recipe) if averages is None else load_encoder(average_file(averages, name), final_norm=False)
+        )
     if isinstance(config, TimmTarget):
         return _load_timm(config, recipe.model)
     assert isinstance(config, TrainedTeacherTarget)
@@ -55,11 +74,14 @@ def _load_timm(config: TimmTarget, student: ModelConfig) -> TimmViT:
     return teacher
 
 
-def teacher_digests(recipe: Recipe) -> dict[str, str]:
-    """SHA-256 of each teacher's files: how a run knows that it goes on with the teachers it began with."""
+def weight_digests(recipe: Recipe) -> dict[str, str]:
+    """SHA-256 of the files of each teacher, and of the weights that the encoder starts from.
+
+    So a run knows that it goes on with those it began with.
+    """
     digests = {}
-    for name, config in recipe.targets.items():
-        path = getattr(config, "checkpoint", None)
+    paths = {name: getattr(config, "checkpoint", None) for name, config in recipe.targets.items()}
+    for name, path in (*paths.items(), ("initial encoder", recipe.training.initial_encoder)):
         if path is not None:
             files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
             whole = hashlib.sha256()

@@ -1,7 +1,4 @@
-"""Eq. 3: the weighted sum of distances over targets at masked tokens.
-
-Legend: B clips, M masked, D channels of a target.
-"""
+"""Eq. 3: the weighted sum of distances over targets."""
 
 from __future__ import annotations
 
@@ -9,11 +6,12 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from mvd_scale.config import ImageTeacherTarget, PixelTarget, Recipe, TimmTarget
+from mvd_scale.config import ImageTeacherTarget, MomentumTarget, PixelTarget, Recipe, TimmTarget
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.models import Encoder
 from mvd_scale.models.timm_vit import TimmViT
 from mvd_scale.targets.image_teacher import ImageTeacher
+from mvd_scale.targets.momentum import Momentum
 from mvd_scale.targets.pixels import Pixels
 from mvd_scale.targets.target import Target
 from mvd_scale.targets.timm_teacher import TimmTeacher
@@ -39,7 +37,9 @@ def build_targets(recipe: Recipe, load_teacher: Callable[[str], Encoder | TimmVi
             targets[name] = TimmTeacher(name, config, teacher, recipe.model)
             continue
         assert isinstance(teacher, Encoder)
-        if isinstance(config, ImageTeacherTarget):
+        if isinstance(config, MomentumTarget):
+            targets[name] = Momentum(config, teacher)
+        elif isinstance(config, ImageTeacherTarget):
             targets[name] = ImageTeacher(name, config, teacher, recipe.model)
         else:
             targets[name] = VideoTeacher(name, config, teacher, recipe.model)

@@ -23,8 +23,8 @@ class Pixels(Target):
         self.channels = model.tubelet * model.patch_size**2 * 3
 
     def features(self, batch: ClipBatch) -> Tensor:
-        """Pixels at the masked tokens: float32 (B, M, t p p 3)."""
-        pixels = tube_pixels(batch.pixels, batch.masked, tubelet=self.model.tubelet, patch=self.model.patch_size)
+        """Pixels at the target's tokens: float32 (B, M, t p p 3)."""
+        pixels = tube_pixels(batch.pixels, self.tokens(batch), tubelet=self.model.tubelet, patch=self.model.patch_size)
         if self.config.normalize == "channel":
             # VideoMAE: every colour of a tube by its own mean and unbiased deviation.
             variance, mean = torch.var_mean(pixels, dim=2, keepdim=True)

@@ -1,6 +1,6 @@
 """h of Eq. 2: a function from clips to one feature per token.
 
-Legend: B clips, N tokens, M masked, D channels of the target.
+Legend: B clips, N tokens, M tokens at which the target is predicted, D channels of the target.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ class Target(ABC):
 
     @abstractmethod
     def features(self, batch: ClipBatch) -> Tensor:
-        """True features at the masked tokens, as the predictions should be: (B, M, D)."""
+        """True features at the target's tokens, as the predictions should be: (B, M, D)."""
+
+    def tokens(self, batch: ClipBatch) -> Tensor | None:
+        """Where the target is predicted: int64 (B, M), or None for all tokens in order."""
+        return batch.tokens(self.config.tokens)
 
     def distance(self, predictions: Tensor, batch: ClipBatch) -> Tensor:
         """Eq. 2: float32 scalar for predictions (B, M, D)."""
@@ -51,9 +55,11 @@ class FrozenTeacher(Target):
 
     @torch.no_grad()
     def features(self, batch: ClipBatch) -> Tensor:
-        """True features at the masked tokens, normalised if the recipe says so: float32 (B, M, D)."""
-        rows = batch.masked.unsqueeze(-1).expand(-1, -1, self.channels)
-        features = self.encode(batch).gather(1, rows).float()
+        """True features at the target's tokens, normalised if the recipe says so: float32 (B, M, D)."""
+        features, tokens = self.encode(batch), self.tokens(batch)
+        if tokens is not None:
+            features = features.gather(1, tokens.unsqueeze(-1).expand(-1, -1, self.channels))
+        features = features.float()
         return F.layer_norm(features, features.shape[-1:], eps=1e-6) if self.config.norm else features
 
     def distance(self, predictions: Tensor, batch: ClipBatch) -> Tensor:
@@ -61,5 +67,5 @@ class FrozenTeacher(Target):
         with torch.no_grad():
             features = self.encode(batch)
         return masked_distance(
-            predictions, features, batch.masked, distance=self.config.distance, norm=self.config.norm
+            predictions, features, self.tokens(batch), distance=self.config.distance, norm=self.config.norm
         )

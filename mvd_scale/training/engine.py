@@ -23,6 +23,7 @@ from mvd_scale.config.training import Precision
 from mvd_scale.errors import UserError
 from mvd_scale.models import Student
 from mvd_scale.targets import FrozenTeacher, Target
+from mvd_scale.targets.momentum import Momentum
 from mvd_scale.training.optim import build_optimizer
 
 logger = logging.getLogger("mvd_scale")
@@ -170,11 +171,13 @@ def host_teachers(targets: Mapping[str, Target], recipe: Recipe, ranks: Ranks) -
     """Bring the frozen teachers of all targets to their device, precision and shards."""
     for target in targets.values():
         if isinstance(target, FrozenTeacher):
-            target.teacher = host_teacher(target.teacher, recipe, ranks)
+            target.teacher = host_teacher(target.teacher, recipe, ranks, moves=isinstance(target, Momentum))
 
 
-def host_teacher(teacher: nn.Module, recipe: Recipe, ranks: Ranks) -> nn.Module:
+def host_teacher(teacher: nn.Module, recipe: Recipe, ranks: Ranks, *, moves: bool = False) -> nn.Module:
     """Bring a frozen teacher to its device and precision; sharded, each rank keeps 1/world of it at rest.
+
+    One whose weights move during the run keeps nothing but its shards.
 
     The result is called like the encoder. It has no optimizer and is never part of a checkpoint.
     """
@@ -182,22 +185,24 @@ def host_teacher(teacher: nn.Module, recipe: Recipe, ranks: Ranks) -> nn.Module:
     check_precision(precision, ranks.device)
     teacher = teacher.eval().requires_grad_(False)
     if shards_teacher(recipe.teachers, teacher, ranks.world_size):
-        return shard_teacher(teacher, precision, ranks)
+        return shard_teacher(teacher, precision, ranks, keep_vectors=not moves)
     _refuse(_read(teacher, precision, ranks.device))
     return teacher.to(ranks.device)
 
 
-def shard_teacher(teacher: nn.Module, precision: Precision, ranks: Ranks) -> nn.Module:
+def shard_teacher(teacher: nn.Module, precision: Precision, ranks: Ranks, *, keep_vectors: bool = True) -> nn.Module:
     """Cut a frozen teacher into ZeRO-3 shards, one layer after the other.
 
     A layer whose weights are still memory-mapped is read here, so that no rank ever holds more of the teacher than
-    its share and one layer.
+    its share and one layer. Vectors also stay whole on every rank, which spares their gathers, unless told otherwise.
 
     Raises:
         UserError: weights that are not finite; all are named.
     """
     deepspeed = _import_deepspeed()
     config = teacher_deepspeed(precision, ranks.world_size)
+    if not keep_vectors:
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     faults = []
     for prefix, layer in _layers(teacher):
         faults += [prefix + name for name in _read(layer, precision, ranks.device)]
@@ -254,6 +259,51 @@ def full_parameters(engine: Any) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in engine.module.named_parameters():
         full = safe_get_full_fp32_param(parameter)
         yield name, full.detach().float().cpu().clone()
+
+
+def online_share(online: nn.Parameter, averaged: nn.Parameter, ranks: Ranks) -> Tensor:
+    """The part of a parameter of the student that this rank keeps of its moving average: float32, flat.
+
+    At ZeRO stage 3 and with a sharded average both are cut alike and nothing is sent; at stages 1 and 2 every rank has
+    the whole parameter in the precision that it trains in. All ranks call it.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
+
+    if not hasattr(online, "ds_id"):
+        return share_of(online.detach(), averaged, ranks).float()
+    if hasattr(averaged, "ds_tensor"):
+        local: Tensor = safe_get_local_fp32_param(online)
+        return local
+    full: Tensor = safe_get_full_fp32_param(online)
+    return full.detach().float().flatten()
+
+
+def share_of(whole: Tensor, like: nn.Parameter, ranks: Ranks) -> Tensor:
+    """What this rank keeps of a whole tensor if it is cut as the parameter `like` is: flat, padded with zeros."""
+    flat = whole.flatten()
+    if not hasattr(like, "ds_tensor"):
+        return flat
+    size = like.ds_tensor.numel()
+    share = flat[ranks.rank * size : (ranks.rank + 1) * size]
+    return nn.functional.pad(share, (0, size - share.numel()))
+
+
+def whole_of(share: Tensor, like: nn.Parameter, ranks: Ranks) -> Tensor:
+    """The inverse of `share_of`: a tensor of the shape of `like`. All ranks call it."""
+    if not hasattr(like, "ds_tensor"):
+        return share.view(like.shape)
+    shares = [torch.empty_like(share) for _ in range(ranks.world_size)]
+    torch.distributed.all_gather(shares, share)
+    whole: Tensor = torch.cat(shares)[: like.ds_numel].view(like.ds_shape)  # type: ignore[attr-defined]
+    return whole
+
+
+def write_share(parameter: nn.Parameter, share: Tensor) -> None:
+    """Put what `share_of` cuts out into a parameter of a frozen model, sharded or not."""
+    if hasattr(parameter, "ds_tensor"):
+        parameter.ds_tensor.data.copy_(share)
+    else:
+        parameter.data.copy_(share.view(parameter.shape))
 
 
 def _import_deepspeed() -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from mvd_scale.capabilities import probe, table
+from mvd_scale.checkpoints.weights import start_encoder
 from mvd_scale.config import Recipe
 from mvd_scale.config.deepspeed import student_deepspeed
 from mvd_scale.data.index import open_source
@@ -19,7 +20,7 @@ from mvd_scale.data.sampling import mixture_parts, steps_per_epoch
 from mvd_scale.errors import UserError
 from mvd_scale.models import Student
 from mvd_scale.targets import MaskedDistillation
-from mvd_scale.targets.load import load_targets, teacher_digests, teacher_sides
+from mvd_scale.targets.load import load_targets, teacher_sides, weight_digests
 from mvd_scale.training.engine import (
     Ranks,
     first_decides,
@@ -30,11 +31,12 @@ from mvd_scale.training.engine import (
     teacher_precision,
 )
 from mvd_scale.training.metrics import Meter, MetricWriter, read_metrics
+from mvd_scale.training.momentum import moving_averages, start_averages
 from mvd_scale.training.optim import apply_schedule
 from mvd_scale.training.resilience import Stopped, StopRequest, check_finite
 from mvd_scale.training.run_folder import RunFolder, write_whole
 from mvd_scale.training.schedule import Schedule
-from mvd_scale.training.snapshots import Snapshots, export_student
+from mvd_scale.training.snapshots import Snapshots
 
 logger = logging.getLogger("mvd_scale")
 
@@ -59,17 +61,20 @@ def pretrain(recipe: Recipe) -> None:
     torch.manual_seed(recipe.seed)
     targets = load_targets(recipe)
     student = Student(
-        recipe.model, {name: (recipe.targets[name].decoder, target.channels) for name, target in targets.items()}
+        recipe.model, {name: (recipe.targets[name].head_config, target.channels) for name, target in targets.items()}
     )
+    if recipe.training.initial_encoder is not None:
+        start_encoder(student.encoder, recipe.training.initial_encoder)
+    start_averages(targets, student)
     host_teachers(targets, recipe, ranks)
     engine = student_engine(student, recipe, ranks)
-    teachers = first_decides(ranks, "teachers", lambda: teacher_digests(recipe))
+    averages = moving_averages(targets, engine, schedule, ranks)
     origin = {
         "videos": manifest.digest,
-        "teachers": teachers,
+        "teachers": first_decides(ranks, "teachers", lambda: weight_digests(recipe)),
         "teacher precision": teacher_precision(recipe, ranks.device),
     }
-    snapshots = Snapshots(folder, recipe, ranks, origin, schedule.steps_per_epoch)
+    snapshots = Snapshots(folder, recipe, ranks, origin, schedule.steps_per_epoch, averages)
     start = snapshots.resume(engine)
     if start > schedule.last_step:
         raise UserError(
@@ -97,7 +102,7 @@ def pretrain(recipe: Recipe) -> None:
     )
     with loader:
         fit(engine, MaskedDistillation(targets), loader, schedule, snapshots, recipe, folder, ranks, start)
-    finish(engine, recipe, folder, ranks, schedule.last_step)
+    finish(engine, snapshots, folder, ranks, schedule.last_step)
     leave_ranks()
 
 
@@ -130,6 +135,8 @@ def fit(
                 engine.step()
                 meter.add(loss, distances, len(batch.pixels), waited)
             check_finite(engine, recipe.training.precision, step)
+            for average in snapshots.averages:
+                average.update(step)
 
             done, overdue = step + 1, False
             last, stopping = done == schedule.last_step, stop.agreed(ranks, step)
@@ -201,9 +208,9 @@ def describe(recipe: Recipe, manifest: Manifest, schedule: Schedule, ranks: Rank
     )
 
 
-def finish(engine: Any, recipe: Recipe, folder: RunFolder, ranks: Ranks, step: int) -> None:
+def finish(engine: Any, snapshots: Snapshots, folder: RunFolder, ranks: Ranks, step: int) -> None:
     """Export the weights and leave the figures of the run."""
-    export_student(engine, folder.path, recipe, ranks)
+    snapshots.export(engine, folder.path)
     if ranks.first:
         readings = read_metrics(folder.metrics)
         folder.finish({"steps": step, "first": readings[0], "last": readings[-1]})

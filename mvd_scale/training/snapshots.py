@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from mvd_scale.config import Recipe
 from mvd_scale.config.deepspeed import zero_stage
 from mvd_scale.errors import UserError
 from mvd_scale.training.engine import Ranks, first_decides, full_parameters
+from mvd_scale.training.momentum import MovingAverage
 from mvd_scale.training.run_folder import RunFolder, write_whole
 
 logger = logging.getLogger("mvd_scale")
@@ -29,12 +31,19 @@ class Snapshots:
     """The checkpoints of one run. A folder `step_N` is whole; one that is still written is `step_N.partial`."""
 
     def __init__(
-        self, folder: RunFolder, recipe: Recipe, ranks: Ranks, origin: dict[str, Any], steps_per_epoch: int
+        self,
+        folder: RunFolder,
+        recipe: Recipe,
+        ranks: Ranks,
+        origin: dict[str, Any],
+        steps_per_epoch: int,
+        averages: Sequence[MovingAverage],
     ) -> None:
         self.path = folder.checkpoints
         self.recipe = recipe
         self.ranks = ranks
         self.origin = origin
+        self.averages = averages
         every = recipe.checkpoints
         by_epoch = every.every_epochs and max(round(every.every_epochs * steps_per_epoch), 1)
         self.intervals = [interval for interval in (by_epoch, every.every_steps) if interval]
@@ -63,7 +72,7 @@ class Snapshots:
             partial.mkdir(parents=True)
         torch.distributed.barrier()
         engine.save_checkpoint(str(self.path), tag=partial.name, client_state={"step": step}, save_latest=False)
-        export_student(engine, partial, self.recipe, self.ranks)
+        self.export(engine, partial)
         if self.ranks.first:
             write_whole(partial / _LAYOUT, json.dumps(self._layout()))
         torch.distributed.barrier()
@@ -101,8 +110,16 @@ class Snapshots:
             raise UserError(
                 f"checkpoint {self.path / tag} is incomplete; remove that folder to resume from the one before"
             )
+        for average in self.averages:
+            average.load(self.path / tag)
         logger.info("resumed from %s", self.path / tag)
         return step
+
+    def export(self, engine: Any, folder: Path) -> None:
+        """Write the weights of the student and of its moving averages into a folder, float32. All ranks call it."""
+        export_student(engine, folder, self.recipe, self.ranks)
+        for average in self.averages:
+            average.save(folder)
 
     def clear_partial(self) -> None:
         """Remove what a killed run left half-written."""
@@ -132,5 +149,5 @@ def export_student(engine: Any, folder: Path, recipe: Recipe, ranks: Ranks) -> N
         prefix = "encoder."
         encoder = {name.removeprefix(prefix): full for name, full in tensors.items() if name.startswith(prefix)}
         save_weights(folder / "encoder.safetensors", encoder, recipe.model)
-        decoders = {name: target.decoder for name, target in recipe.targets.items()}
+        decoders = {name: target.decoder for name, target in recipe.targets.items() if target.decoder is not None}
         save_weights(folder / "student.safetensors", tensors, recipe.model, decoders)

@@ -83,7 +83,7 @@ def held_at_rest(module: nn.Module) -> int:
 def train(ranks: Ranks, made: Recipe, *, poison_last: bool = False) -> dict[str, Any]:
     targets = build_targets(made, teacher)
     torch.manual_seed(0)
-    student = Student(made.model, {name: (made.targets[name].decoder, t.channels) for name, t in targets.items()})
+    student = Student(made.model, {name: (made.targets[name].head_config, t.channels) for name, t in targets.items()})
     host_teachers(targets, made, ranks)
     engine = student_engine(student, made, ranks)
     objective, schedule = MaskedDistillation(targets), Schedule(made.training, 1)

@@ -45,8 +45,8 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     ),
     "a GPU where there is none": (lambda _: ["--device", "cuda"], "torch sees no GPU"),
     "a batch that does not divide": (
-        lambda _: ["--training.micro_batch", "3"],
-        "training.micro_batch 3 does not divide",
+        lambda _: ["--data.copies", "3"],
+        "cannot be split over 1 ranks in whole sets of 3 copies",
     ),
 }
 

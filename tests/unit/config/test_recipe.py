@@ -77,7 +77,20 @@ def test_overrides_reach_any_depth_and_the_last_one_wins(tiny: Path) -> None:
         (["--training.epochs", "0"], "training.epochs", "greater than 0"),
         (["--data.mask.ratio", "0.1"], "recipe", "leaves 8 of 8 tokens visible"),
         (["--data.mask.ratio", "1.5"], "data.mask.ratio", "less than 1"),
-        (["--training.micro_batch", "3"], "recipe", "does not divide"),
+        (["--targets.pixels.decoder", "null"], "targets.pixels", "needs its width, depth and heads"),
+        (
+            ["--targets.pixels.tokens", "visible"],
+            "targets.pixels",
+            "not tokens visible",
+        ),
+        (["--targets.pixels.head", "mlp"], "targets.pixels", "decoder does nothing with `head: mlp`"),
+        (["--targets.pixels.hidden", "8"], "targets.pixels", "it is the width of an MLP"),
+        (["--targets.pixels", "{head: mlp, decoder: null}"], "targets.pixels", "`tokens: visible` or `tokens: all`"),
+        (["--targets.pixels", "{head: mlp, decoder: null, tokens: all}"], "recipe", "set data.mask to null"),
+        (["--data.mask", "null"], "recipe", "the student sees all tokens"),
+        (["--data.mask.decode", "0.4"], "data.mask.decode", "0.25, 0.5, 0.75 or 1"),
+        (["--data.mask.decode", "0.5"], "recipe", "a tube mask of 2 slices"),
+        (["--targets", "{pixels: null}"], "targets", "at least 1 item"),
         (["--training.precision", "fp16"], "recipe", "needs a GPU"),
         (["--training.warmup_epochs", "4"], "recipe", "must be fewer"),
         (["--training.min_lr", "1"], "recipe", "above training.base_lr"),
@@ -130,11 +143,17 @@ def test_the_global_batch_is_split_over_ranks() -> None:
     assert recipe.batch_split(4) == (2, 1)
     halved = Recipe.model_validate({**TINY, "training": {**TINY["training"], "micro_batch": 2}})
     assert halved.batch_split(2) == (2, 2)
+    assert halved.batch_split(8) == (1, 1)
+    # The largest micro batch up to the recipe's that divides a rank's share.
+    uneven = Recipe.model_validate({**TINY, "training": {**TINY["training"], "micro_batch": 3}})
+    assert uneven.batch_split(2) == (2, 2)
 
 
 def test_an_impossible_split_proposes_the_nearest() -> None:
-    with pytest.raises(UserError, match="6 or 9"):
+    with pytest.raises(UserError, match=r"Start 2 or 4 ranks, or set training\.global_batch to 6 or 9"):
         Recipe.model_validate(TINY).batch_split(3)
+    with pytest.raises(UserError, match=r"Start 8 ranks, or set training\.global_batch to 9,"):
+        Recipe.model_validate(TINY).batch_split(9)
 
 
 @pytest.mark.parametrize(("kind", "ratio", "visible"), [("tube", 0.9, 160), ("random", 0.9, 157), ("tube", 0.75, 392)])
@@ -168,10 +187,16 @@ def test_contradictions_of_data(override, message):
 
 def test_a_micro_batch_holds_whole_sets_of_copies():
     recipe = load_recipe("distill/b_from_b", ["--data.copies", "3", "--training.micro_batch", "null"])
-    with pytest.raises(UserError, match=r"not a multiple of data.copies 3"):
+    with pytest.raises(
+        UserError,
+        match=r"in whole sets of 3 copies\. No number of ranks can; set .* to 960 or 1056",
+    ):
         recipe.batch_split(32)
     recipe = load_recipe("distill/b_from_b", ["--data.copies", "2", "--training.micro_batch", "16"])
     assert recipe.batch_split(32) == (16, 2)
+    recipe = load_recipe("distill/b_from_b", ["--data.copies", "2", "--training.micro_batch", "1"])
+    with pytest.raises(UserError, match=r"micro_batch 1 is less than data\.copies 2"):
+        recipe.batch_split(32)
 
 
 def test_where_videos_lie_and_who_reads_them_is_not_what_makes_a_run():

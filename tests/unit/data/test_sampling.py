@@ -19,6 +19,7 @@ from mvd_scale.data.sampling import (
     draw_crop,
     draw_frames,
     draw_mask,
+    running_cells,
     segment_frames,
     steps_per_epoch,
     window_frames,
@@ -78,8 +79,33 @@ def test_a_tube_mask_hides_the_same_patches_in_every_slice_and_always_as_many(se
     assert (np.diff(visible) > 0).all()
     assert (np.diff(masked) > 0).all()
     assert visible.dtype == masked.dtype == np.int64
-    slices = masked.reshape(time, -1) - np.arange(time)[:, None] * height * width
+    slices = masked.reshape(time, len(masked) // time) - np.arange(time)[:, None] * height * width
     assert (slices == slices[0]).all()
+
+
+@given(
+    seed=st.integers(0, 1000),
+    share=st.sampled_from([0.25, 0.5, 0.75]),
+    grid=st.tuples(st.sampled_from([4, 8]), st.integers(1, 14), st.integers(1, 14)),
+)
+def test_running_cells_take_the_same_share_of_every_tube(seed, share, grid):
+    time, height, width = grid
+    whole = draw_mask(default_rng(seed), MaskConfig(ratio=0.7), grid)
+    visible, decoded = draw_mask(default_rng(seed), MaskConfig(ratio=0.7, decode=share), grid)
+    assert visible.tolist() == whole[0].tolist()
+    assert set(decoded) <= set(whole[1])
+    assert len(decoded) == share * len(whole[1])
+    taken = running_cells(default_rng(seed), share, (time, height, width)).reshape(time, height, width)
+    assert (taken.sum(0) == share * time).all()
+    if height > 1 and width > 1:
+        assert (taken[:, :2, :2].sum((1, 2)) == 4 * share).all()  # of every cell, in every slice
+        assert (taken[1] != taken[0]).any()
+
+
+def test_without_a_mask_all_tokens_are_visible():
+    visible, masked = draw_mask(default_rng(0), None, (2, 3, 3))
+    assert visible.tolist() == list(range(18))
+    assert masked.shape == (0,)
 
 
 @given(seed=st.integers(0, 1000), ratio=st.floats(0.05, 0.95))

@@ -49,7 +49,7 @@ def test_copies_and_augmentation_are_shown(tmp_path, clips):
 def test_only_masked_patches_are_hidden():
     model = ModelConfig(width=16, depth=1, heads=1, frames=4, input_size=16, patch_size=8, tubelet=2)
     pixels = np.full((4, 16, 16, 3), 7, np.uint8)
-    hidden = hide(pixels, np.array([0, 7]), model)
+    hidden = hide(pixels, np.array([1, 2, 3, 4, 5, 6]), model)
     assert (hidden[:2, :8, :8] != 7).all()
     assert (hidden[2:, 8:, 8:] != 7).all()
     assert (hidden != 7).mean() == 2 / 8

@@ -91,7 +91,7 @@ def test_the_loss_is_the_weighted_sum_of_mean_distances(batch: ClipBatch, distan
     )
     teachers = {"image": teacher(**IMAGE), "video": teacher(**VIDEO)}
     targets = build_targets(made, teachers.__getitem__)
-    student = Student(made.model, {n: (made.targets[n].decoder, t.channels) for n, t in targets.items()})
+    student = Student(made.model, {n: (made.targets[n].head_config, t.channels) for n, t in targets.items()})
     loss, distances = MaskedDistillation(targets)(student, batch)
     measure = {"smooth_l1": F.smooth_l1_loss, "l1": F.l1_loss, "l2": F.mse_loss}[distance]
     expected = 0.0
@@ -109,7 +109,7 @@ def test_no_gradient_reaches_a_teacher_and_none_of_it_is_the_student(batch: Clip
     video = teacher(**VIDEO)
     targets = build_targets(recipe(video={"kind": "video_teacher"}), lambda _: video)
     made = recipe(video={"kind": "video_teacher"})
-    student = Student(made.model, {"video": (made.targets["video"].decoder, 48)})
+    student = Student(made.model, {"video": (made.targets["video"].head_config, 48)})
     loss, _ = MaskedDistillation(targets)(student, batch)
     loss.backward()
     assert all(not p.requires_grad and p.grad is None for p in video.parameters())
