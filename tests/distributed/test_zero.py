@@ -97,3 +97,37 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(stage: str, two
         result = rank[f"not finite, {stage}"]
         assert result["skipped_steps"] == 1
         assert result["weights"] == result["weights_before_last_step"]
+
+
+@pytest.mark.parametrize("sharding", ["zero3", "replicated"])
+@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
+def test_a_moving_average_is_the_same_by_any_stage(
+    stage: str, sharding: str, alone: dict[str, Any], two: list[dict[str, Any]]
+) -> None:
+    reference, way = alone["momentum, zero1, replicated"], f"momentum, {stage}, {sharding}"
+    assert max(reference["losses"]) - min(reference["losses"]) > 0.02
+    for result in (alone[way], two[0][way]):
+        assert result["losses"] == pytest.approx(reference["losses"], rel=2e-5)
+        assert result["names"]
+        assert result["error"] < 1e-6
+        assert result["comes_back"]
+
+
+@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
+def test_a_moving_average_in_half_precision_stays_near(
+    stage: str, alone: dict[str, Any], two: list[dict[str, Any]]
+) -> None:
+    reference, result = alone["momentum, zero1, replicated"], two[0][f"momentum, {stage}, bf16"]
+    assert result["losses"] == pytest.approx(reference["losses"], rel=3e-2)
+    # Stages 1 and 2 average the weights as they are rounded for training.
+    assert result["error"] < (1e-6 if stage == "zero3" else 3e-3)
+    assert result["comes_back"]
+
+
+@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
+def test_no_rank_holds_a_sharded_moving_average_whole(stage: str, two: list[dict[str, Any]]) -> None:
+    for rank in two:
+        result = rank[f"momentum, {stage}, zero3"]
+        # A tensor of odd size is padded on the last rank.
+        assert result["whole"] / 2 <= result["share"] <= result["whole"] / 2 + 50
+        assert result["at_rest"]["average"] == result["share"]

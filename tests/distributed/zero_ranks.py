@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from mvd_scale.config import ModelConfig, Recipe
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.models import Encoder, Student
 from mvd_scale.targets import FrozenTeacher, MaskedDistillation, build_targets
+from mvd_scale.targets.load import average_file
 from mvd_scale.training.engine import (
     Ranks,
     full_parameters,
@@ -22,6 +24,7 @@ from mvd_scale.training.engine import (
     leave_ranks,
     student_engine,
 )
+from mvd_scale.training.momentum import MovingAverage, moving_averages, start_averages
 from mvd_scale.training.optim import apply_schedule
 from mvd_scale.training.schedule import Schedule
 
@@ -31,18 +34,29 @@ DECODER = {"width": 32, "depth": 1, "heads": 2}
 GLOBAL_BATCH, STEPS = 8, 6
 
 
-def recipe(stage: str, precision: str, sharding: str, micro_batch: int, checkpointing: bool) -> Recipe:
+FROZEN: dict[str, Any] = {
+    "image": {"kind": "image_teacher", "decoder": DECODER},
+    "video": {"kind": "video_teacher", "decoder": DECODER},
+    "pixels": {"kind": "pixels", "decoder": DECODER},
+}
+MOMENTUM: dict[str, Any] = {"average": {"kind": "momentum", "momentum": 0.8, "norm": True, "decoder": DECODER}}
+
+
+def recipe(
+    stage: str,
+    precision: str,
+    sharding: str,
+    micro_batch: int,
+    checkpointing: bool,
+    targets: dict[str, Any] = FROZEN,
+) -> Recipe:
     return Recipe.model_validate(
         {
             "run": {"folder": "unused"},
             "device": "cpu",
             "model": VIDEO,
             "data": {"mask": {"ratio": 0.5}},
-            "targets": {
-                "image": {"kind": "image_teacher", "decoder": DECODER},
-                "video": {"kind": "video_teacher", "decoder": DECODER},
-                "pixels": {"kind": "pixels", "decoder": DECODER},
-            },
+            "targets": targets,
             "training": {
                 "epochs": 10,
                 "global_batch": GLOBAL_BATCH,
@@ -61,7 +75,7 @@ def recipe(stage: str, precision: str, sharding: str, micro_batch: int, checkpoi
 
 def teacher(name: str) -> Encoder:
     torch.manual_seed(5)
-    return Encoder(ModelConfig.model_validate(VIDEO if name == "video" else IMAGE), final_norm=False)
+    return Encoder(ModelConfig.model_validate(IMAGE if name == "image" else VIDEO), final_norm=False)
 
 
 def global_batch(step: int, *, poisoned: bool) -> ClipBatch:
@@ -80,13 +94,16 @@ def held_at_rest(module: nn.Module) -> int:
     return sum(p.numel() + (p.ds_tensor.numel() if hasattr(p, "ds_tensor") else 0) for p in module.parameters())
 
 
-def train(ranks: Ranks, made: Recipe, *, poison_last: bool = False) -> dict[str, Any]:
+def train(ranks: Ranks, made: Recipe, *, poison_last: bool = False, out: Path | None = None) -> dict[str, Any]:
     targets = build_targets(made, teacher)
     torch.manual_seed(0)
     student = Student(made.model, {name: (made.targets[name].head_config, t.channels) for name, t in targets.items()})
+    start_averages(targets, student)
     host_teachers(targets, made, ranks)
     engine = student_engine(student, made, ranks)
     objective, schedule = MaskedDistillation(targets), Schedule(made.training, 1)
+    averages = moving_averages(targets, engine, schedule, ranks)
+    expected = encoder_weights(engine) if averages else {}
     micro, accumulation = made.batch_split(ranks.world_size)
     losses, before = [], 0.0
     for step in range(STEPS):
@@ -106,15 +123,50 @@ def train(ranks: Ranks, made: Recipe, *, poison_last: bool = False) -> dict[str,
             engine.backward(loss)
             engine.step()
             total += loss.detach() / accumulation
+        for average in averages:
+            average.update(step)
+            kept = average.momentum(step)
+            now = encoder_weights(engine)
+            expected = {name: kept * old + (1 - kept) * now[name] for name, old in expected.items()}
         torch.distributed.all_reduce(total)
         losses.append(float(total) / ranks.world_size)
-    return {
+    return average_values(averages, expected, out, ranks) | {
         "losses": losses,
         "weights": weight_sum(engine),
         "weights_before_last_step": before,
         "skipped_steps": engine.skipped_steps,
         "at_rest": {n: held_at_rest(t.teacher) for n, t in targets.items() if isinstance(t, FrozenTeacher)},
         "linear_untouched": nn.functional.linear is torch._C._nn.linear,
+    }
+
+
+def encoder_weights(engine: Any) -> dict[str, Tensor]:
+    whole = {name.removeprefix("encoder."): full.double() for name, full in full_parameters(engine)}
+    return {name: full for name, full in whole.items() if not name.startswith(("norm.", "decoders."))}
+
+
+def average_values(
+    averages: list[MovingAverage], expected: dict[str, Tensor], out: Path | None, ranks: Ranks
+) -> dict[str, Any]:
+    """How far an average is from the true one, whether it comes back from its file, and how much of it lies here."""
+    if not averages:
+        return {}
+    assert out is not None
+    (average,) = averages
+    average.save(out)
+    torch.distributed.barrier()
+    before = [share.clone() for share in average.shares]
+    for share in average.shares:
+        share.zero_()
+    average.load(out)
+    weights = load_file(average_file(out, average.name))
+    torch.distributed.barrier()
+    return {
+        "names": weights.keys() == expected.keys(),
+        "error": max(float((weight - expected[name]).abs().max()) for name, weight in weights.items()),
+        "comes_back": all(map(torch.equal, before, average.shares)),
+        "share": sum(share.numel() for share in average.shares),
+        "whole": sum(weight.numel() for weight in weights.values()),
     }
 
 
@@ -130,6 +182,12 @@ def main(out: Path) -> None:
     results["one micro batch after the other"] = train(ranks, recipe("zero2", "fp32", "zero3", 2, False))
     results["gradient checkpointing"] = train(ranks, recipe("zero3", "fp32", "zero3", 4, True))
     results["replicated teachers"] = train(ranks, recipe("zero2", "fp32", "replicated", 4, False))
+    for stage in ("zero1", "zero2", "zero3"):
+        for sharding in ("zero3", "replicated"):
+            made = recipe(stage, "fp32", sharding, 4, False, MOMENTUM)
+            results[f"momentum, {stage}, {sharding}"] = train(ranks, made, out=out)
+        made = recipe(stage, "bf16", "zero3", 4, False, MOMENTUM)
+        results[f"momentum, {stage}, bf16"] = train(ranks, made, out=out)
     for stage in ("zero1", "zero2", "zero3"):
         results[f"bf16, {stage}"] = train(ranks, recipe(stage, "bf16", "zero3", 4, False))
         results[f"not finite, {stage}"] = train(ranks, recipe(stage, "fp32", "zero3", 4, False), poison_last=True)
