@@ -187,7 +187,7 @@ def _with_clips(data: DataConfig, scratch: Path) -> DataConfig:
 
 def _build(recipe: Recipe, ranks: Ranks, watch: Stopwatch) -> tuple[Any, MaskedDistillation]:
     torch.manual_seed(recipe.seed)
-    targets: dict[str, Target] = build_targets(recipe, lambda name: _random_teacher(recipe, name))
+    targets: dict[str, Target] = build_targets(recipe, lambda name: random_teacher(recipe, name))
     student = Student(
         recipe.model, {name: (recipe.targets[name].head_config, target.channels) for name, target in targets.items()}
     )
@@ -200,7 +200,12 @@ def _build(recipe: Recipe, ranks: Ranks, watch: Stopwatch) -> tuple[Any, MaskedD
     return engine, MaskedDistillation(targets)
 
 
-def _random_teacher(recipe: Recipe, name: str) -> Encoder | TimmViT:
+def random_teacher(recipe: Recipe, name: str) -> Encoder | TimmViT:
+    """The frozen model of a target by its shape alone.
+
+    Raises:
+        UserError: the recipe does not say its shape.
+    """
     config = recipe.targets[name]
     if isinstance(config, TimmTarget):
         return TimmViT(config.vit, recipe.model.grid[1], final_norm=config.final_norm, pretrained=False)

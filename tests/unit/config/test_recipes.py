@@ -1,0 +1,165 @@
+"""The shipped recipes: each resolves for the numbers of ranks that people have, and says what it promises."""
+
+from __future__ import annotations
+
+from importlib import resources
+
+import pytest
+import torch
+
+from mvd_scale.config import (
+    DecoderConfig,
+    ImageTeacherTarget,
+    MomentumTarget,
+    PixelTarget,
+    Recipe,
+    VideoTeacherTarget,
+    list_recipes,
+    load_recipe,
+)
+from mvd_scale.config.deepspeed import student_deepspeed
+from mvd_scale.models import Student
+from mvd_scale.performance.step import random_teacher
+from mvd_scale.targets import build_targets
+
+PUBLISHED = [name for name in list_recipes() if not name.startswith("quickstart/")]
+DISTILLED = [name for name in PUBLISHED if name.startswith("distill/")]
+
+
+def text_of(name: str) -> str:
+    return (resources.files("mvd_scale") / "recipes" / f"{name}.yaml").read_text()
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_a_head_states_command_hardware_time_and_result(name: str) -> None:
+    title, _, *head = [line for line in text_of(name).splitlines() if line.startswith("#")]
+    words = {line.split()[1] for line in head if not line.startswith("#  ")}
+    assert words >= {"command", "hardware", "time", "published"}
+    assert len(title) > 20
+    assert f"--recipe {name}" in text_of(name)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_it_resolves_for_any_usual_number_of_ranks(name: str) -> None:
+    recipe = load_recipe(name)
+    for world_size in (1, 8, 32, 64):
+        micro, accumulation = recipe.batch_split(world_size)
+        assert micro * accumulation * world_size == recipe.training.global_batch
+        assert micro <= (recipe.training.micro_batch or micro)
+        student_deepspeed(recipe, world_size)
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_its_models_fit_each_other(name: str) -> None:
+    recipe = load_recipe(name)
+    with torch.device("meta"):
+        targets = build_targets(recipe, lambda target: random_teacher(recipe, target))
+        heads = {target: (recipe.targets[target].head_config, made.channels) for target, made in targets.items()}
+        student = Student(recipe.model, heads)
+        batch = 2
+        model = recipe.model
+        pixels = torch.zeros(batch, model.frames, model.input_size, model.input_size, 3)
+        visible = torch.zeros(batch, recipe.visible_tokens, dtype=torch.int64)
+        masked = torch.zeros(batch, recipe.tokens - recipe.visible_tokens, dtype=torch.int64)
+        predictions = student(pixels, visible, masked)
+    for target, made in targets.items():
+        tokens = {"masked": masked, "visible": visible}.get(recipe.targets[target].tokens, visible).shape[1]
+        assert predictions[target].shape == (batch, tokens, made.channels)
+
+
+def targets_of(recipe: Recipe) -> list[type]:
+    return sorted((type(target) for target in recipe.targets.values()), key=lambda kind: kind.__name__)
+
+
+@pytest.mark.parametrize("name", DISTILLED)
+def test_distillation_is_as_published(name: str) -> None:
+    recipe = load_recipe(name)
+    student, _, teacher = name.removeprefix("distill/").removesuffix("_800").upper().split("_")
+    training, data = recipe.training, recipe.data
+    assert recipe.model.size == student
+    assert targets_of(recipe) == [ImageTeacherTarget, VideoTeacherTarget]
+    shape = {"S": (384, 2, 6), "B": (768, 2, 12), "L": (512, 4, 8), "H": (640, 8, 8)}[student]
+    for target in recipe.targets.values():
+        assert isinstance(target, ImageTeacherTarget | VideoTeacherTarget)
+        assert target.model is not None
+        assert target.model.size == teacher
+        assert target.decoder == DecoderConfig(width=shape[0], depth=shape[1], heads=shape[2])
+        assert (target.distance, target.weight, target.norm, target.tokens) == ("smooth_l1", 1, False, "masked")
+    assert training.epochs == (800 if name.endswith("_800") else 400)
+    assert training.global_batch == (512 if student in "LH" else 1024)
+    assert training.min_lr == (1e-5 if student == "H" else 1e-4)
+    assert recipe.model.drop_path == (0.2 if student == "H" else 0.1)
+    assert training.gradient_checkpointing == (student == "H")
+    assert (training.base_lr, training.betas, training.weight_decay) == (1.5e-4, (0.9, 0.95), 0.05)
+    assert (training.warmup_epochs, training.clip_grad, training.precision) == (40, None, "fp16")
+    assert data.mask is not None
+    assert (data.mask.kind, data.mask.ratio, data.stride, data.flip, data.crop.kind) == ("tube", 0.9, 4, 0, "corner")
+    assert (recipe.teachers.sharding == "zero3") == (teacher in "LH")
+    image = recipe.targets["image"]
+    assert isinstance(image, ImageTeacherTarget)
+    assert image.model is not None
+    assert (image.model.patch_size, image.model.input_size) == ((14, 196) if teacher == "H" else (16, 224))
+
+
+@pytest.mark.parametrize("size", "sblh")
+@pytest.mark.parametrize("dataset", ["k400", "ssv2", "ucf101"])
+def test_video_teachers_are_as_published(size: str, dataset: str) -> None:
+    recipe = load_recipe(f"pretrain/videomae_{size}_{dataset}")
+    (pixels,) = recipe.targets.values()
+    assert isinstance(pixels, PixelTarget)
+    shape = {"s": (192, 4, 3), "b": (384, 4, 6), "l": (512, 12, 8), "h": (640, 12, 8)}[size]
+    assert pixels.decoder == DecoderConfig(width=shape[0], depth=shape[1], heads=shape[2], embed_bias=False)
+    assert (pixels.normalize, pixels.distance) == ("channel", "l2")
+    small = dataset == "ucf101"
+    training, mask = recipe.training, recipe.data.mask
+    assert mask is not None
+    assert (mask.kind, mask.ratio) == ("tube", 0.75 if small else 0.9)
+    assert recipe.data.stride == (2 if dataset == "ssv2" else 4)
+    assert (recipe.data.crop.kind, recipe.data.flip) == ("corner", 0)
+    assert training.global_batch == (192 if small else {"s": 2048, "b": 2048, "l": 512, "h": 1024}[size])
+    assert (training.base_lr, training.min_lr) == (3e-4 if small else 1.5e-4, 1e-5)
+    assert training.epochs == (3200 if small else 1600)
+    assert (recipe.model.positions, recipe.model.drop_path) == ("sinusoid", 0)
+
+
+@pytest.mark.parametrize("size", "blh")
+def test_image_teachers_are_as_published(size: str) -> None:
+    recipe = load_recipe(f"pretrain/mae_{size}")
+    (pixels,) = recipe.targets.values()
+    assert isinstance(pixels, PixelTarget)
+    assert pixels.decoder == DecoderConfig(width=512, depth=8, heads=16)
+    assert pixels.normalize == "patch"
+    crop, mask = recipe.data.crop, recipe.data.mask
+    assert mask is not None
+    assert (crop.kind, crop.interpolation, recipe.data.flip) == ("random_resized", "bicubic", 0.5)
+    assert (mask.kind, mask.ratio) == ("random", 0.75)
+    assert (recipe.training.global_batch, recipe.training.epochs) == (4096, 1600)
+    assert recipe.model.patch_size == (14 if size == "h" else 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds", "epochs"),
+    [
+        ("image_teacher_s", [ImageTeacherTarget], 400),
+        ("image_teacher_b", [ImageTeacherTarget], 400),
+        ("video_teacher_s", [VideoTeacherTarget], 400),
+        ("video_teacher_b", [VideoTeacherTarget], 400),
+        ("image_teacher_s_300", [ImageTeacherTarget], 300),
+        ("image_teacher_pixels_s", [ImageTeacherTarget, PixelTarget], 300),
+        ("co_teaching_s_300", [ImageTeacherTarget, VideoTeacherTarget], 300),
+        ("co_teaching_pixels_s", [ImageTeacherTarget, PixelTarget, VideoTeacherTarget], 300),
+        ("momentum_b", [MomentumTarget], 800),
+        ("momentum_b_in1k", [MomentumTarget], 800),
+        ("momentum_b_from_in1k", [MomentumTarget], 800),
+        ("per_token_b", [VideoTeacherTarget], 400),
+    ],
+)
+def test_an_ablation_differs_in_its_targets(name: str, kinds: list[type], epochs: int) -> None:
+    recipe = load_recipe(f"ablations/{name}")
+    assert targets_of(recipe) == kinds
+    assert recipe.training.epochs == epochs
+
+
+def test_every_run_has_a_folder_of_its_own() -> None:
+    folders = [load_recipe(name).run.folder for name in list_recipes()]
+    assert len(set(folders)) == len(folders)
