@@ -110,10 +110,34 @@ def env() -> None:
 @click.option("--ranks", type=click.IntRange(min=1), default=2, show_default=True, help="Processes of every stage.")
 @click.option("--steps", type=click.IntRange(min=1), help="Stop every stage after so many steps.")
 def quickstart(out: Path, ranks: int, steps: int | None) -> None:
-    """Train two teachers on real clips and distil a student from both, on any machine."""
-    from mvd_scale.quickstart import run
+    """Train two teachers on real clips and distil a student from both, on any machine: `pipeline quickstart`."""
+    from mvd_scale.config.pipeline import PretrainStage, load_pipeline
+    from mvd_scale.pipeline import run_pipeline
 
-    run(out, ranks, steps)
+    overrides = ["--folder", str(out), "--ranks", str(ranks)]
+    if steps is not None:
+        trained = [n for n, stage in load_pipeline("quickstart").stages.items() if isinstance(stage, PretrainStage)]
+        overrides += [f"--stages.{name}.recipe.training.max_steps={steps}" for name in trained]
+    run_pipeline(load_pipeline("quickstart", overrides))
+    click.echo(
+        "Next: your own videos, with any recipe of `mvd-scale recipes`:\n"
+        "  mvd-scale pretrain --recipe quickstart/video_teacher --run.folder runs/mine --data.source VIDEOS/"
+    )
+
+
+@cli.command(**_recipe_command)
+@click.argument("file")
+@_overrides
+def pipeline(file: str, overrides: tuple[str, ...]) -> None:
+    """Run the stages of a pipeline FILE in order: what is done is skipped, what was cut off goes on.
+
+    FILE is a YAML file, or the name of one that comes with it: quickstart. OVERRIDES are its dotted keys:
+    --folder runs/mine --stages.student.recipe.training.max_steps 100
+    """
+    from mvd_scale.config.pipeline import load_pipeline
+    from mvd_scale.pipeline import run_pipeline
+
+    run_pipeline(load_pipeline(file, list(overrides)))
 
 
 @cli.command()

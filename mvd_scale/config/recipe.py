@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from mvd_scale.config.data import DataConfig
 from mvd_scale.config.model import ModelConfig
+from mvd_scale.config.reading import describe, parse_overrides, read_mapping, set_value
 from mvd_scale.config.section import Section
 from mvd_scale.config.target import TargetConfig
 from mvd_scale.config.training import CheckpointConfig, LoggingConfig, RunConfig, TeacherConfig, TrainingConfig
@@ -201,96 +202,62 @@ def load_recipe(name_or_path: str | Path, overrides: list[str] | None = None) ->
     """Read a recipe by shipped name or by path and lay dotted overrides over it.
 
     Args:
-        name_or_path: a name of `list_recipes`, or a YAML file.
+        name_or_path: a name of `list_recipes`, or a YAML file. The recipe that its `base:` names stands below it.
         overrides: command-line words such as `--training.epochs 3` or `--training.epochs=3`, values in YAML;
             the last one of a key wins. A mapping merges into what stands, anything else replaces it.
 
     Raises:
         UserError: the recipe does not exist, is no YAML, or does not fit the schema; all faults are named.
     """
-    source, values = _read_with_base(name_or_path, ())
-    for key, value in _parse_overrides(overrides or []):
-        _set(values, key, value)
+    source, values = _read(name_or_path, ())
+    for key, value in parse_overrides(overrides or []):
+        set_value(values, key, value)
+    return _validated(values, source)
+
+
+def recipe_of(values: dict[str, Any], source: str) -> Recipe:
+    """A recipe from the mapping that a YAML file would hold; `source` names it in messages.
+
+    Raises:
+        UserError: as `load_recipe`.
+    """
+    return _validated(_with_base(values, source, None, ()), source)
+
+
+def _validated(values: dict[str, Any], source: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{source} does not describe a run:\n{_describe(error)}") from error
+        raise UserError(f"{source} does not describe a run:\n{describe(error)}") from error
 
 
-def _read_with_base(name_or_path: str | Path, above: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
-    """A recipe laid over the one that its `base:` names, that one over its own, and so on."""
-    source, text = _read(name_or_path)
+def _read(name_or_path: str | Path, above: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
+    source, path = str(name_or_path), Path(name_or_path)
     if source in above:
         raise UserError(f"{' -> '.join([*above, source])}: a recipe cannot be its own base")
-    try:
-        values = _unshared(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise UserError(f"{source} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{source}: expected a mapping of sections such as `model:` and `training:`")
-    base = values.pop("base", None)
+    expected = "sections such as `model:` and `training:`"
+    if path.is_file():
+        return source, _with_base(read_mapping(path.read_bytes(), source, expected), source, path.parent, above)
+    known = list_recipes()
+    if source not in known:
+        raise UserError(f"no recipe {source!r}: give the path of a YAML file or one of {', '.join(known)}")
+    shipped = resources.files("mvd_scale") / "recipes" / f"{source}.yaml"
+    return source, _with_base(read_mapping(shipped.read_bytes(), source, expected), source, None, above)
+
+
+def _with_base(values: dict[str, Any], source: str, folder: Path | None, above: tuple[str, ...]) -> dict[str, Any]:
+    """A recipe laid over the one that its `base:` names, that one over its own, and so on."""
+    base = values.get("base")
+    own = {key: value for key, value in values.items() if key != "base"}
     if base is None:
-        return source, values
+        return own
     if not isinstance(base, str):
         raise UserError(f"{source}: base is {base!r}, expected the name or path of a recipe")
-    beside = Path(source).parent / base
-    _, merged = _read_with_base(beside if beside.is_file() else base, (*above, source))
-    for key, value in values.items():
-        _set(merged, [str(key)], value)
-    return source, merged
-
-
-def _unshared(value: Any) -> Any:
-    """A copy in which what an anchor of YAML put in several places can be changed in one of them."""
-    return {key: _unshared(inner) for key, inner in value.items()} if isinstance(value, dict) else value
-
-
-def _read(name_or_path: str | Path) -> tuple[str, str]:
-    path = Path(name_or_path)
-    if path.is_file():
-        try:
-            return str(path), path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not a text file: expected a YAML recipe") from error
-    known = list_recipes()
-    if str(name_or_path) in known:
-        return str(name_or_path), (resources.files("mvd_scale") / "recipes" / f"{name_or_path}.yaml").read_text()
-    raise UserError(f"no recipe {str(name_or_path)!r}: give the path of a YAML file or one of {', '.join(known)}")
-
-
-def _parse_overrides(words: list[str]) -> list[tuple[list[str], Any]]:
-    pairs = []
-    rest = iter(words)
-    for word in rest:
-        if not word.startswith("--") or len(word) == 2:
-            raise UserError(f"unexpected argument {word!r}: overrides look like `--training.epochs 3`")
-        key, equals, value = word[2:].partition("=")
-        if not equals:
-            following = next(rest, None)
-            if following is None:
-                raise UserError(f"override --{key} has no value: write `--{key} VALUE`")
-            value = following
-        try:
-            pairs.append((key.split("."), yaml.safe_load(value)))
-        except yaml.YAMLError as error:
-            raise UserError(f"override --{key}: {value!r} is not a YAML value: {error}") from error
-    return pairs
-
-
-def _set(values: dict[str, Any], key: list[str], value: Any) -> None:
-    *parents, last = key
-    for depth, parent in enumerate(parents):
-        child = values.get(parent)
-        if child is None:
-            child = values[parent] = {}
-        elif not isinstance(child, dict):
-            raise UserError(f"override --{'.'.join(key)}: {'.'.join(key[: depth + 1])} is {child!r}, not a section")
-        values = child
-    if isinstance(value, dict) and isinstance(values.get(last), dict):
-        for name, inner in value.items():
-            _set(values[last], [str(name)], inner)
-    else:
-        values[last] = value
+    beside = folder / base if folder is not None else None
+    _, merged = _read(beside if beside is not None and beside.is_file() else base, (*above, source))
+    for key, value in own.items():
+        set_value(merged, [str(key)], value)
+    return merged
 
 
 def _nearest(numbers: list[int], wanted: int) -> list[int]:
@@ -309,25 +276,3 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _without_tags(parts: list[str]) -> list[str]:
-    """A key as it is written: pydantic adds the kind of a target or crop behind its name."""
-    if len(parts) > 3 and (parts[0] == "targets" or parts[:2] == ["data", "crop"]):
-        del parts[2]
-    return parts
-
-
-def _describe(error: ValidationError) -> str:
-    lines = []
-    for fault in error.errors():
-        key = ".".join(_without_tags([str(part) for part in fault["loc"]])) or "recipe"
-        message = fault["msg"].removeprefix("Value error, ")
-        if fault["type"] == "extra_forbidden":
-            message = "unknown key; see `mvd-scale schema` for all keys"
-        elif fault["type"] == "missing":
-            message = "missing"
-        elif not isinstance(fault["input"], dict):
-            message = f"{message}, got {fault['input']!r}"
-        lines.append(f"  {key}: {message}")
-    return "\n".join(lines)

@@ -1,0 +1,224 @@
+"""`mvd-scale pipeline`: stages in order, each resumable; what is done is skipped, what was cut off goes on."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mvd_scale.config import Recipe
+from mvd_scale.config.pipeline import (
+    DrawStage,
+    IndexStage,
+    Pipeline,
+    PretrainStage,
+    SamplesStage,
+    references,
+)
+from mvd_scale.config.recipe import recipe_of
+from mvd_scale.errors import UserError
+
+logger = logging.getLogger("mvd_scale")
+
+_PATIENCE = 120
+"""Seconds that a start waits for the ranks of an earlier one, which save before they end."""
+
+
+def run_pipeline(pipeline: Pipeline) -> None:
+    """Do all stages of a pipeline that are not done.
+
+    Raises:
+        UserError: a recipe does not fit, before anything is started; or a stage failed, and what was wrong.
+    """
+    started = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    recipes = {name: _recipe(pipeline, name) for name in pipeline.stages if _trains(pipeline, name)}
+    ranks = pipeline.ranks or _usual_ranks()
+    if pipeline.hostfile is None:
+        for recipe in recipes.values():
+            recipe.batch_split(ranks)
+    with _alone(pipeline.folder) as lock:
+        for number, name in enumerate(pipeline.stages, start=1):
+            stage, mark = pipeline.stages[name], pipeline.folder / f".{name}.done"
+            label = f"stage {number}/{len(pipeline.stages)}, {name}"
+            wanted = _fingerprint(pipeline, name)
+            if _output(pipeline, name).exists() and mark.is_file() and mark.read_text() == wanted:
+                logger.info("%s: is done already", label)
+                continue
+            logger.info("%s: %s", label, stage.title or stage.kind)
+            if name in recipes:
+                _train(pipeline, name, recipes[name], ranks, lock)
+            else:
+                _work(pipeline, name)
+            mark.write_text(wanted)
+    _sum_up(pipeline, list(recipes), ranks, time.monotonic() - started)
+
+
+def _trains(pipeline: Pipeline, name: str) -> bool:
+    return isinstance(pipeline.stages[name], PretrainStage)
+
+
+def _recipe(pipeline: Pipeline, name: str) -> Recipe:
+    values = pipeline.resolved(name)["recipe"] | {"run": {"folder": str(pipeline.place(name))}}
+    return recipe_of(values, f"stages.{name}.recipe")
+
+
+def _fingerprint(pipeline: Pipeline, name: str) -> str:
+    """Changes with what a stage does and with what the stages that it builds on do."""
+    below = {other: _fingerprint(pipeline, other) for other in references(pipeline.stages[name])}
+    described = {"stage": pipeline.resolved(name), "below": below}
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def _output(pipeline: Pipeline, name: str) -> Path:
+    """What is there when a stage is done."""
+    stage, place = pipeline.stages[name], pipeline.place(name)
+    if isinstance(stage, DrawStage):
+        return Path(pipeline.resolved(name)["run"]) / "predictions.png"
+    made = {SamplesStage: ".", IndexStage: "manifest.parquet", PretrainStage: "encoder.safetensors"}
+    return place / made[type(stage)]
+
+
+def _work(pipeline: Pipeline, name: str) -> None:
+    """A stage that needs one process: this one."""
+    place = pipeline.place(name)
+    stage = type(pipeline.stages[name]).model_validate(pipeline.resolved(name))
+    if isinstance(stage, SamplesStage):
+        from mvd_scale.data.samples import make_samples
+
+        make_samples(place)
+    elif isinstance(stage, IndexStage):
+        _index(stage, place)
+    else:
+        assert isinstance(stage, DrawStage)
+        from mvd_scale.evaluation.picture import draw_run
+
+        logger.info("%s", draw_run(Path(stage.run), clips=stage.clips))
+
+
+def _index(stage: IndexStage, place: Path) -> None:
+    from mvd_scale.data.index import build_manifest
+    from mvd_scale.data.listing import ListOptions
+
+    place.mkdir(exist_ok=True)
+    journal = place / ".journal"
+    options = ListOptions(stage.root, stage.classes, stage.split, stage.fold)
+    workers = len(os.sched_getaffinity(0))
+    build_manifest(stage.sources, workers=workers, options=options, journal=journal).save(place / "manifest.parquet")
+    journal.unlink()
+
+
+def _train(pipeline: Pipeline, name: str, recipe: Recipe, ranks: int, lock: int) -> None:
+    """A stage under the `deepspeed` launcher; its resolved recipe stays beside its folder."""
+    from mvd_scale.training.run_folder import write_whole
+
+    file = pipeline.folder / f"{name}.yaml"
+    write_whole(file, recipe.to_yaml())
+    arguments = ["pretrain", "--recipe", str(file)]
+    code = _launch(pipeline, arguments, ranks, lock, cpu=recipe.device == "cpu")
+    if code:
+        raise UserError(
+            f"stage {name}, `mvd-scale {' '.join(arguments)}`, ended with exit code {code}; its own message stands "
+            "above. Start the same command again to go on where it stopped"
+        )
+
+
+def _launch(pipeline: Pipeline, arguments: list[str], ranks: int, lock: int, *, cpu: bool) -> int:
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(_free_port())]
+    hosts = ["--hostfile=", "--num_gpus", str(ranks)]
+    command += hosts if pipeline.hostfile is None else ["--hostfile", str(pipeline.hostfile)]
+    command += ["--no_local_rank", "--quiet", "--module", "mvd_scale", *arguments]
+    alive, held = os.pipe()
+    guarded = [sys.executable, "-m", "mvd_scale.guard", str(alive), *command]
+    env = {**os.environ, "DS_ACCELERATOR": "cpu"} if cpu or not _gpus() else dict(os.environ)
+    # The job holds the lock too: a new start waits until the last rank of a killed one is gone.
+    with subprocess.Popen(guarded, env=env, start_new_session=True, pass_fds=(alive, lock)) as job:
+        os.close(alive)
+        try:
+            code = job.wait()
+        finally:
+            os.close(held)
+            _wait_for_group(job)
+    return code
+
+
+def _wait_for_group(job: subprocess.Popen[bytes]) -> None:
+    """Until the launcher and its ranks, which may still be saving, are gone."""
+    job.wait()
+    for _ in range(10 * _PATIENCE):
+        try:
+            os.killpg(job.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[int]:
+    """Keep other starts of the same pipeline out, and wait for the ranks of one that was killed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"folder {folder} cannot be written: {error.strerror}") from error
+    with file:
+        for second in range(_PATIENCE):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if second == 0:
+                    logger.info("another start of this pipeline is still at work in %s: waiting for it to end", folder)
+                time.sleep(1)
+        else:
+            raise UserError(f"another process runs a pipeline in {folder}: end it, or choose another folder")
+        yield file.fileno()
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _usual_ranks() -> int:
+    return _gpus() or 2
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _sum_up(pipeline: Pipeline, trained: list[str], ranks: int, seconds: float) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{pipeline.folder}: {ranks} ranks, {seconds / 60:.1f} minutes")
+    for column in ("stage", "steps", "loss at start", "at end", "clips/s", "encoder"):
+        table.add_column(column, overflow="fold")
+    for name in trained:
+        summary: dict[str, Any] = json.loads((pipeline.place(name) / "summary.json").read_text())
+        losses = [f"{reading['loss']:.4f}" for reading in (summary["first"], summary["last"])]
+        weights = str(pipeline.place(name) / "encoder.safetensors")
+        table.add_row(name, str(summary["steps"]), *losses, f"{summary['last']['clips_per_second']:.1f}", weights)
+    console = Console()
+    if trained:
+        console.print(table)
+        console.print(f"Curves: tensorboard --logdir {pipeline.folder}")
+    for name in pipeline.stages:
+        if isinstance(pipeline.stages[name], DrawStage):
+            console.print(f"Picture: {_output(pipeline, name)}")

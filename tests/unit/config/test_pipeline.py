@@ -1,0 +1,53 @@
+"""Pipelines: references between stages, faults by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mvd_scale.config.pipeline import load_pipeline, references
+from mvd_scale.errors import UserError
+
+TWO = """
+folder: out
+stages:
+  videos: {kind: index, sources: [clips]}
+  teacher: {kind: pretrain, recipe: {base: quickstart/video_teacher, data: {source: "{videos}/manifest.parquet"}}}
+"""
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "pipeline.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_names_in_braces_are_the_folders_of_earlier_stages(tmp_path: Path) -> None:
+    pipeline = load_pipeline(written(tmp_path, TWO), ["--folder", "elsewhere"])
+    assert references(pipeline.stages["teacher"]) == ["videos"]
+    recipe = pipeline.resolved("teacher")["recipe"]
+    assert recipe["data"]["source"] == "elsewhere/videos/manifest.parquet"
+    assert recipe["base"] == "quickstart/video_teacher"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("{videos}", "{video}"), r"stages.teacher: \{video\} is no earlier stage; those are \{videos\}"),
+        (("kind: index", "kind: indices"), "indices"),
+        (("sources:", "source:"), "stages.videos.source: unknown key"),
+        (("folder: out", "folders: out"), "folder: missing"),
+        (("videos: {", "vid eos: {"), "must be a word"),
+        (("{base:", "{run: {folder: x}, base:"), "recipe.run is the pipeline's to decide"),
+        (("stages:", "ranks: 2\nhostfile: hosts\nstages:"), "either ranks or hostfile"),
+    ],
+)
+def test_a_fault_is_named(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_pipeline(written(tmp_path, TWO.replace(*change)))
+
+
+def test_an_unknown_pipeline_lists_the_known() -> None:
+    with pytest.raises(UserError, match="give the path of a YAML file or quickstart"):
+        load_pipeline("quickstrat")
