@@ -150,6 +150,76 @@ def draw(run: Path, clips: int) -> None:
     click.echo(draw_run(run, clips=clips))
 
 
+@cli.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("source")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the shards of features.")
+@click.option("--layer", type=click.IntRange(min=1), help="Block whose output is taken; the last if left out.")
+@click.option(
+    "--pool", type=click.Choice(["clip", "time", "none"]), default="clip", show_default=True,
+    help="Mean over the tokens of a clip, of each time slice, or every token.",
+)  # fmt: skip
+@click.option("--norm/--no-norm", default=True, show_default=True, help="The final norm, after the last block.")
+@click.option("--sampling", type=click.Choice(["dense", "uniform", "sliding"]), default="dense", show_default=True)
+@click.option("--stride", type=click.IntRange(min=1), default=4, show_default=True, help="Frames between frames.")
+@click.option("--every", type=click.IntRange(min=1), help="With sliding: frames between the starts of clips.")
+@click.option("--clips", type=click.IntRange(min=1), default=1, show_default=True, help="Clips in time.")
+@click.option("--crops", type=click.IntRange(min=1), default=1, show_default=True, help="Crops of a clip.")
+@click.option(
+    "--format", "kind", type=click.Choice(["safetensors", "parquet"]), default="safetensors", show_default=True
+)
+@click.option("--shard", type=click.IntRange(min=1), default=256, show_default=True, help="Videos of a shard.")
+@click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Videos decoded together.")
+@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="fp16 on GPUs, fp32 on CPUs.")
+@click.option("--root", help="Folder or URL that the paths of a list start from.")
+@click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True)
+def features(
+    checkpoint: Path,
+    source: str,
+    out: Path,
+    layer: int | None,
+    pool: Any,
+    norm: bool,
+    sampling: Any,
+    stride: int,
+    every: int | None,
+    clips: int,
+    crops: int,
+    kind: Any,
+    shard: int,
+    batch: int,
+    precision: Precision | None,
+    root: str | None,
+    device: str,
+) -> None:
+    """Write what the encoder of a CHECKPOINT makes of the videos of SOURCE; started again after a kill, it goes on.
+
+    CHECKPOINT is in any format that `inspect` knows; SOURCE is a manifest or whatever `data index` takes. On several
+    ranks: launch/single_node.sh features ...
+    """
+    from mvd_scale.config.data import DataConfig, ViewsConfig
+    from mvd_scale.evaluation.features import FeatureOptions, write_features
+    from mvd_scale.training.engine import join_ranks, leave_ranks
+
+    if (every is not None) != (sampling == "sliding"):
+        raise click.UsageError("--every goes with --sampling sliding, which needs it")
+    views = ViewsConfig(sampling=sampling, stride=stride, every=every, clips=clips, crops=crops)
+    ranks = join_ranks(device, timeout_minutes=10)
+    written, failed = write_features(
+        checkpoint,
+        DataConfig(source=source, root=root),
+        FeatureOptions(views, layer, pool, norm, kind, shard),
+        out,
+        ranks,
+        batch=batch,
+        precision=precision or ("fp16" if ranks.device.type == "cuda" else "fp32"),
+    )
+    leave_ranks()
+    if ranks.first:
+        note = f"; {failed} videos cannot be decoded, see {out / 'quarantine.jsonl'}" if failed else ""
+        click.echo(f"{out}: features of {written} views{note}")
+
+
 @cli.group()
 def data() -> None:
     """Videos and manifests."""

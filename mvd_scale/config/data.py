@@ -136,17 +136,27 @@ class AugmentConfig(Section):
 class ViewsConfig(Section):
     """Which views of a video are tested: several clips in time, several crops of each (5 x 3 on Kinetics-400)."""
 
-    sampling: Literal["dense", "uniform"] = "dense"
-    """`dense`: clips of every `stride`-th frame, spread over the video. `uniform`: each clip spans the whole video."""
+    sampling: Literal["dense", "uniform", "sliding"] = "dense"
+    """`dense`: clips of every `stride`-th frame, spread over the video. `uniform`: each clip spans the whole video.
+    `sliding`: a clip of every `stride`-th frame from each `every`-th frame on, as many as the video has room for."""
 
     stride: int = Field(default=4, gt=0)
-    """Frames between two frames of a dense clip."""
+    """Frames between two frames of a dense or sliding clip."""
+
+    every: int | None = Field(default=None, gt=0)
+    """Frames between the starts of two sliding clips."""
 
     clips: int = Field(default=5, gt=0)
-    """Clips in time."""
+    """Clips in time; of sliding ones, those that are decoded together."""
 
     crops: int = Field(default=3, gt=0)
-    """Square crops along the longer side."""
+    """Square crops along the longer side; a single one is in the middle."""
+
+    @model_validator(mode="after")
+    def _check_every(self) -> Self:
+        if (self.every is not None) != (self.sampling == "sliding"):
+            raise ValueError("every, the frames between two starts, goes with sampling sliding and no other")
+        return self
 
 
 class MixtureSource(Section):

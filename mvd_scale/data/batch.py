@@ -29,6 +29,9 @@ class ViewBatch:
     video_ids: Tensor
     """int64 (B,) on the host: rows of the manifest."""
 
+    first_clips: Tensor
+    """int64 (B,) on the host: which of its video's clips the first one is; 0 but for sliding clips."""
+
     decoded: Tensor
     """bool (B,) on the host: whether the video could be decoded."""
 

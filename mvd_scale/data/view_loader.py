@@ -24,20 +24,38 @@ from mvd_scale.data.manifest import Manifest, Row
 from mvd_scale.data.pipeline import Sample, build_pipeline, mirror, stand_up
 from mvd_scale.data.source import Arrays, Decoder, Media, VideoSource, mirrors
 from mvd_scale.data.storage import DecodeError
-from mvd_scale.data.views import crop_corners, dense_views, resized_size, uniform_views
+from mvd_scale.data.views import clips_of, crop_corners, resized_size
 
 _PADDING = -1
 """Row of a sample that fills up the last batch."""
 
 
+def view_items(manifest: Manifest, views: ViewsConfig, *, frames: int) -> NDArray[np.int64]:
+    """What there is to load: every usable video, or, of sliding clips, its clips in groups of `views.clips`.
+
+    Args:
+        manifest: the videos.
+        views: which views.
+        frames: T.
+
+    Returns:
+        row of the manifest and first clip, int64 (items, 2).
+    """
+    if views.sampling != "sliding":
+        return np.stack([manifest.usable, np.zeros_like(manifest.usable)], axis=1)
+    counts = [len(clips_of(views, int(manifest.frames[row]), frames=frames)) for row in manifest.usable]
+    items = [(row, k) for row, n in zip(manifest.usable, counts, strict=True) for k in range(0, n, views.clips)]
+    return np.array(items, dtype=np.int64).reshape(-1, 2)
+
+
 class ViewSource(VideoSource):
-    """Sample n is the n-th of some videos; after the last come black ones that fill up a batch."""
+    """Sample n is the n-th of some items; after the last come black ones that fill up a batch."""
 
     def __init__(
-        self, manifest: Manifest, rows: NDArray[np.int64], views: ViewsConfig, frames: int, side: int, **others: Any
+        self, manifest: Manifest, items: NDArray[np.int64], views: ViewsConfig, frames: int, side: int, **others: Any
     ) -> None:
         super().__init__(manifest, **others)
-        self.rows = rows
+        self.items = items
         self.frames = manifest.frames
         self.views = views
         self.length = frames
@@ -48,11 +66,10 @@ class ViewSource(VideoSource):
         return {"anchor", "size", "mirror", "inverse"}
 
     def sample(self, n: int) -> Arrays:
-        if n >= len(self.rows):
+        if n >= len(self.items):
             shape = Row(name="", path="", height=self.side, width=self.side)
             return self._arrays(shape, np.zeros(self.views.clips * self.length, np.int64), None, _PADDING, [])
-        row = int(self.rows[n])
-        video, order = self.videos[row], self._frames(row)
+        row, video, order = int(self.items[n, 0]), self.videos[int(self.items[n, 0])], self._frames(n)
         try:
             media = self._media(row, n)
         except DecodeError as error:
@@ -60,24 +77,24 @@ class ViewSource(VideoSource):
         return self._arrays(video, order, media, row, [])
 
     def to_dali(self, n: int) -> tuple[NDArray[np.uint8], NDArray[np.int64], Row] | None:
-        if n >= len(self.rows):
+        if n >= len(self.items):
             return None
-        row = int(self.rows[n])
+        row = int(self.items[n, 0])
         try:
             media = self._media(row, n)
         except DecodeError:
             return None
-        return (media.data, np.sort(self._frames(row)), self.videos[row]) if media.decoder is not Decoder.HOST else None
+        return (media.data, np.sort(self._frames(n)), self.videos[row]) if media.decoder is not Decoder.HOST else None
 
-    def _frames(self, row: int) -> NDArray[np.int64]:
-        """Frame numbers of all clips, one after the other: int64 (K T,)."""
-        total, views = int(self.frames[row]), self.views
-        if views.sampling == "dense":
-            return dense_views(total, frames=self.length, stride=views.stride, views=views.clips).ravel()
-        return uniform_views(total, frames=self.length, views=views.clips).ravel()
+    def _frames(self, n: int) -> NDArray[np.int64]:
+        """Frame numbers of all clips of an item, one after the other: int64 (K T,)."""
+        row, first = self.items[n]
+        clips = clips_of(self.views, int(self.frames[row]), frames=self.length)
+        # The last group of sliding clips is filled up with its last one.
+        return clips[np.minimum(first + np.arange(self.views.clips), len(clips) - 1)].ravel()
 
     def _media(self, row: int, n: int) -> Media:
-        return self.prepare(row, np.sort(self._frames(row)), None, by_host=n in self.by_host)
+        return self.prepare(row, np.sort(self._frames(n)), None, by_host=n in self.by_host)
 
     def _arrays(
         self,
@@ -102,7 +119,7 @@ class ViewSource(VideoSource):
 
 
 class ViewLoader(Feed):
-    """Iterator over the test views of the usable videos of a manifest, every video exactly once over all ranks.
+    """Iterator over the test views of videos, each of them exactly once.
 
     A video that cannot be decoded comes as black frames, marked as not decoded: how it counts is for the evaluation
     to say.
@@ -111,13 +128,12 @@ class ViewLoader(Feed):
         manifest: the videos.
         data: workers, threads and time limit of the decoding.
         views: which views.
+        items: this rank's part of `view_items`.
         frames: T.
         side: S.
-        batch: videos of a batch; the last one of a rank may have fewer.
-        rank: takes every world_size-th video, from this one on.
+        batch: items of a batch; the last one may have fewer.
         world_size: number of ranks.
         device: where batches live; on a GPU it is also where they are decoded.
-        start: videos of this rank that are done already.
         report: file to append a JSON line to for each video that could not be decoded.
     """
 
@@ -128,17 +144,16 @@ class ViewLoader(Feed):
         manifest: Manifest,
         data: DataConfig,
         views: ViewsConfig,
+        items: NDArray[np.int64],
         *,
         frames: int,
         side: int,
         batch: int,
-        rank: int,
         world_size: int,
         device: torch.device,
-        start: int = 0,
         report: Path | None = None,
     ) -> None:
-        self.videos = manifest.usable[rank::world_size]
+        self.items = items
         self._views = views
         self._length = frames
         self._side = side
@@ -146,20 +161,21 @@ class ViewLoader(Feed):
             manifest,
             data,
             batch=batch,
-            first=start,
-            end=start + math.ceil((len(self.videos) - start) / batch) * batch,
+            first=0,
+            end=math.ceil(len(items) / batch) * batch,
             world_size=world_size,
             device=device,
             report=report,
         )
 
     def __len__(self) -> int:
-        return len(self.videos)
+        return len(self.items)
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> ViewBatch:
+        first = self.step
         crops, inverse = self.run()
         clips, kept = as_tensor(crops), (self.rows != _PADDING).nonzero().squeeze(1)
         shape = (self._views.crops, self._views.clips, self._length, *clips.shape[3:])
@@ -169,6 +185,7 @@ class ViewLoader(Feed):
             pixels=torch.stack(views),
             labels=self.labels[kept].to(self._device, non_blocking=True),
             video_ids=self.rows[kept],
+            first_clips=torch.from_numpy(self.items[first : first + len(kept), 1]),
             decoded=~torch.tensor(self._failed)[kept],
         )
 
@@ -186,7 +203,7 @@ class ViewLoader(Feed):
     def _source(self) -> ViewSource:
         return ViewSource(
             self._manifest,
-            self.videos,
+            self.items,
             self._views,
             self._length,
             self._side,

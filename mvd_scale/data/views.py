@@ -8,6 +8,18 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from mvd_scale.config.data import ViewsConfig
+
+
+def clips_of(views: ViewsConfig, total: int, *, frames: int) -> NDArray[np.int64]:
+    """All test clips of a video of `total` frames (F): frame numbers, int64 (clips, T)."""
+    if views.sampling == "dense":
+        return dense_views(total, frames=frames, stride=views.stride, views=views.clips)
+    if views.sampling == "uniform":
+        return uniform_views(total, frames=frames, views=views.clips)
+    assert views.every is not None
+    return sliding_views(total, frames=frames, stride=views.stride, every=views.every)
+
 
 def dense_views(total: int, *, frames: int, stride: int, views: int) -> NDArray[np.int64]:
     """Clips of every `stride`-th frame, spread evenly from the beginning to the end (Kinetics-400: 5 views).
@@ -16,15 +28,15 @@ def dense_views(total: int, *, frames: int, stride: int, views: int) -> NDArray[
         total: F.
         frames: T.
         stride: frames between two frames of a clip; a video that is too short repeats its last such frame.
-        views: number of clips.
+        views: number of clips; a single one lies in the middle.
 
     Returns:
         frame numbers, int64 (views, T).
     """
     kept = np.arange(0, total, stride)
     kept = np.pad(kept, (0, max(frames - len(kept), 0)), mode="edge")
-    step = (len(kept) - frames) / max(views - 1, 1)
-    starts = [int(view * step) for view in range(views)]
+    room = len(kept) - frames
+    starts = [int(view * (room / (views - 1))) for view in range(views)] if views > 1 else [room // 2]
     return np.stack([kept[start : start + frames] for start in starts])
 
 
@@ -45,13 +57,27 @@ def uniform_views(total: int, *, frames: int, views: int) -> NDArray[np.int64]:
     return middles.reshape(frames, views).T
 
 
+def sliding_views(total: int, *, frames: int, stride: int, every: int) -> NDArray[np.int64]:
+    """Clips of every `stride`-th frame, starting `every` frames apart, up to the one that reaches the end of the video.
+
+    Returns:
+        frame numbers, int64 (clips, T); beyond the end the last frame is repeated.
+    """
+    count = 1 + max(-(-(total - frames * stride) // every), 0)
+    starts = np.arange(count, dtype=np.int64)[:, None] * every
+    return np.minimum(starts + np.arange(frames, dtype=np.int64) * stride, total - 1)
+
+
 def resized_size(height: int, width: int, *, side: int) -> tuple[int, int]:
     """Height and width of a frame whose shorter side was resized to `side`; the longer one is rounded down."""
     return (side * height // width, side) if width < height else (side, side * width // height)
 
 
 def crop_corners(height: int, width: int, *, side: int, crops: int) -> list[tuple[int, int]]:
-    """Top and left of square crops, spread along the longer side of a frame whose shorter side is `side`."""
-    step = (max(height, width) - side) / max(crops - 1, 1)
-    offsets = [int(crop * step) for crop in range(crops)]
+    """Top and left of square crops, spread along the longer side of a frame whose shorter side is `side`.
+
+    A single one lies in the middle.
+    """
+    room = max(height, width) - side
+    offsets = [int(crop * (room / (crops - 1))) for crop in range(crops)] if crops > 1 else [room // 2]
     return [(offset, 0) if height > width else (0, offset) for offset in offsets]

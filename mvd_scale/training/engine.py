@@ -124,6 +124,18 @@ def first_decides(ranks: Ranks, name: str, work: Callable[[], Any]) -> Any:
     return answer["result"]
 
 
+def everybody_done(ranks: Ranks, name: str) -> None:
+    """Wait until all ranks have come here, however long the slowest takes."""
+    store = torch.distributed.distributed_c10d._get_default_store()
+    store.set(f"mvd_scale/done/{name}/{ranks.rank}", "1")
+    store.wait([f"mvd_scale/done/{name}/{rank}" for rank in range(ranks.world_size)], timedelta(days=7))
+
+
+def dtype_of(precision: Precision) -> torch.dtype:
+    """Of weights in a precision."""
+    return _DTYPES[precision]
+
+
 def leave_ranks() -> None:
     """Say goodbye to the other ranks at the end of a run that went well."""
     if torch.distributed.is_initialized():

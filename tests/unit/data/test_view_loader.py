@@ -13,8 +13,8 @@ from mvd_scale.config.data import DataConfig, ViewsConfig
 from mvd_scale.data.batch import ViewBatch
 from mvd_scale.data.index import build_manifest
 from mvd_scale.data.manifest import Manifest
-from mvd_scale.data.view_loader import ViewLoader
-from mvd_scale.data.views import crop_corners, dense_views, resized_size, uniform_views
+from mvd_scale.data.view_loader import ViewLoader, view_items
+from mvd_scale.data.views import clips_of, crop_corners, resized_size, sliding_views
 
 DATA = DataConfig(workers=0)
 DENSE = ViewsConfig(stride=2, clips=3)
@@ -29,8 +29,9 @@ def manifest(videos: Path) -> Manifest:
 
 
 def load(manifest: Manifest, views: ViewsConfig = DENSE, data: DataConfig = DATA, **changes: object) -> ViewLoader:
-    shape = {"frames": T, "side": SIDE, "batch": 4, "rank": 0, "world_size": 1}
-    return ViewLoader(manifest, data, views, device=CPU, **(shape | changes))
+    shape = {"frames": T, "side": SIDE, "batch": 4, "world_size": 1} | changes
+    items = view_items(manifest, views, frames=T)[shape.pop("rank", 0) :: shape["world_size"]][shape.pop("start", 0) :]
+    return ViewLoader(manifest, data, views, items, device=CPU, **shape)
 
 
 def collect(manifest: Manifest, views: ViewsConfig = DENSE, **changes: object) -> list[ViewBatch]:
@@ -44,10 +45,7 @@ def plainly(path: str, views: ViewsConfig) -> torch.Tensor:
         frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     size = resized_size(*frames.shape[1:3], side=SIDE)
     small = interpolate(torch.from_numpy(frames).permute(0, 3, 1, 2).float(), size=size, mode="bilinear")
-    if views.sampling == "dense":
-        clips = dense_views(len(frames), frames=T, stride=views.stride, views=views.clips)
-    else:
-        clips = uniform_views(len(frames), frames=T, views=views.clips)
+    clips = clips_of(views, len(frames), frames=T)
     corners = crop_corners(*size, side=SIDE, crops=views.crops)
     cut = [torch.stack([small[clip][:, :, y : y + SIDE, x : x + SIDE] for y, x in corners]) for clip in clips]
     return torch.stack(cut).permute(0, 1, 2, 4, 5, 3)
@@ -110,3 +108,42 @@ def test_a_video_that_cannot_be_decoded_is_marked_and_named_never_dropped(tmp_pa
     assert pixels[3:5].max() == 0
     assert pixels[5].max() > 0
     assert [json.loads(line)["row"] for line in report.read_text().splitlines()] == [3, 4]
+
+
+def test_sliding_clips_cover_the_video_whatever_their_groups(manifest):
+    views = ViewsConfig(sampling="sliding", stride=2, every=5, clips=3, crops=1)
+    together, apart = (
+        collect(manifest, views.model_copy(update={"clips": clips}), data=DataConfig(workers=0)) for clips in (3, 1)
+    )
+    seen = {}
+    for batch in together:
+        for pixels, row, first in zip(batch.pixels, batch.video_ids.tolist(), batch.first_clips.tolist(), strict=True):
+            for clip, cut in enumerate(pixels):
+                seen[row, first + clip] = cut
+    count = 0
+    for batch in apart:
+        for pixels, row, first in zip(batch.pixels, batch.video_ids.tolist(), batch.first_clips.tolist(), strict=True):
+            assert torch.equal(pixels[0], seen[row, first])
+            count += 1
+    assert count == sum(len(clips_of(views, int(manifest.frames[row]), frames=T)) for row in range(10))
+
+
+@pytest.mark.parametrize(("total", "starts"), [(5, [0]), (8, [0]), (9, [0, 3]), (11, [0, 3]), (12, [0, 3, 6])])
+def test_the_last_sliding_clip_reaches_the_end(total, starts):
+    clips = sliding_views(total, frames=4, stride=2, every=3)
+    assert clips[:, 0].tolist() == starts
+    assert clips.max() <= total - 1
+    assert clips[-1, 0] + 8 >= total
+
+
+def test_a_single_view_lies_in_the_middle():
+    assert crop_corners(32, 100, side=32, crops=1) == [(0, 34)]
+    (clip,) = clips_of(ViewsConfig(stride=2, clips=1), 20, frames=4)
+    assert clip.tolist() == [6, 8, 10, 12]
+
+
+def test_the_distance_of_starts_belongs_to_sliding_clips():
+    with pytest.raises(ValueError, match="goes with sampling sliding"):
+        ViewsConfig(every=4)
+    with pytest.raises(ValueError, match="goes with sampling sliding"):
+        ViewsConfig(sampling="sliding")
