@@ -386,14 +386,28 @@ def bench() -> None:
 )
 @click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Clips of a step.")
 @click.option("--steps", type=click.IntRange(min=1), default=5, show_default=True, help="Steps that are timed.")
+@click.option("--methods", help="Instead of a recipe: all, or some methods of the paper, beside co-teaching.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 @_overrides
 def step(
-    recipe: str, precision: Precision | None, batch: int, steps: int, as_json: bool, overrides: tuple[str, ...]
+    recipe: str,
+    precision: Precision | None,
+    batch: int,
+    steps: int,
+    methods: str | None,
+    as_json: bool,
+    overrides: tuple[str, ...],
 ) -> None:
     """Time one optimizer step by part: data, each teacher, student forward, backward, optimizer."""
     from mvd_scale.performance.step import measure_step
 
+    if methods is not None:
+        from mvd_scale.performance.methods import measure_methods
+
+        words = ["--batch", str(batch), "--steps", str(steps), *overrides]
+        table = measure_methods(methods, words if precision is None else [*words, "--precision", precision])
+        click.echo(table.to_json() if as_json else table.to_text())
+        return
     report = measure_step(recipe, list(overrides), precision=precision, batch=batch, steps=steps)
     if launched_rank() == 0:
         click.echo(report.to_json() if as_json else report.to_text())

@@ -99,6 +99,41 @@ class CheckpointConfig(Section):
     """Newest checkpoints that are kept."""
 
 
+class PicturesConfig(Section):
+    """A few clips that are drawn again and again: frames, mask, and each target beside its prediction."""
+
+    every_epochs: float = Field(default=10, gt=0)
+    """Epochs between two pictures."""
+
+    clips: int = Field(default=4, gt=0)
+    """Clips to show, none of which the training sees."""
+
+
+class ProbeConfig(Section):
+    """Labelled videos on which the frozen encoder is judged during training: features of one clip of each."""
+
+    kind: Literal["knn", "linear"] = "knn"
+    """Vote of the nearest neighbours by cosine, or logistic regression."""
+
+    train: str
+    """Videos to learn from, as `data.source`, with labels."""
+
+    test: str
+    """Videos to be tested on, likewise, with the same classes."""
+
+    root: str | None = None
+    """As `data.root`, for both."""
+
+    every_epochs: float = Field(default=10, gt=0)
+    """Epochs between two probes."""
+
+    neighbours: int = Field(default=20, gt=0)
+    """That vote."""
+
+    batch: int = Field(default=8, gt=0)
+    """Videos that a rank encodes together."""
+
+
 class LoggingConfig(Section):
     """Where numbers go. Metrics stay on the device and are read once per `every_steps`."""
 
@@ -107,6 +142,12 @@ class LoggingConfig(Section):
 
     tensorboard: bool = True
     """Write TensorBoard event files beside `metrics.jsonl`."""
+
+    pictures: PicturesConfig | None = PicturesConfig()
+    """Draw what the student predicts, into `pictures/` and TensorBoard."""
+
+    probe: ProbeConfig | None = None
+    """Judge the encoder on labelled videos, into `probe.jsonl` and TensorBoard."""
 
 
 class RunConfig(Section):

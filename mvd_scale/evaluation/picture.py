@@ -5,12 +5,14 @@ Legend: B clips, T frames, N tokens, M masked, D channels, R principal component
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from mvd_scale.checkpoints.weights import load_student
@@ -18,14 +20,22 @@ from mvd_scale.config import ModelConfig, PixelTarget, Recipe, load_recipe
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.data.index import open_source
 from mvd_scale.data.loader import ClipLoader
+from mvd_scale.data.manifest import Manifest
 from mvd_scale.errors import UserError
 from mvd_scale.models import Student
 from mvd_scale.targets import FrozenTeacher, Target
 from mvd_scale.targets.load import load_targets, teacher_sides
 from mvd_scale.training.run_folder import RunFolder
 
-Image = NDArray[np.float32]
+Images = NDArray[np.float32]
+Picture = NDArray[np.uint8]
 _HIDDEN = 0.5
+
+_SIDE = 192
+"""Pixels that small frames are enlarged to."""
+
+_LEFT, _TOP, _GAP, _TEXT = 72, 24, 4, 14
+"""Pixels around and between the panels, and of the letters."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +43,7 @@ class Panel:
     """One column of the picture: an image per clip and time slice, float32 (B, time, height, width, 3) in 0..1."""
 
     title: str
-    images: Image
+    images: Images
 
 
 def draw_run(run: Path, *, clips: int = 4) -> Path:
@@ -59,51 +69,67 @@ def draw_run(run: Path, *, clips: int = 4) -> Path:
         recipe.model, {name: (recipe.targets[name].head_config, target.channels) for name, target in targets.items()}
     ).eval()
     load_student(student, folder.student)
+    batch = fresh_batch(recipe, manifest, targets, clips, torch.device("cpu"))
+    picture = run / "predictions.png"
+    Image.fromarray(compose(panels_of(student, targets, batch, recipe))).save(picture)
+    return picture
+
+
+def fresh_batch(
+    recipe: Recipe, manifest: Manifest, targets: dict[str, Target], clips: int, device: torch.device
+) -> ClipBatch:
+    """The same few clips for a recipe at any time, none of which a step of its run has seen."""
     loader = ClipLoader(
         manifest,
         recipe.data.model_copy(
             update={"workers": 0, "copies": 1, "clips_per_video": max(clips, recipe.data.clips_per_video)}
         ),
         recipe.model,
-        # A seed of its own: clips that no step of the run has seen.
         recipe.seed + 1,
         global_batch=clips,
         micro_batch=clips,
         rank=0,
         world_size=1,
-        device=torch.device("cpu"),
+        device=device,
         start_step=0,
         total_steps=1,
         sides=teacher_sides(recipe, targets),
         report=None,
     )
     with loader:
-        batch = next(iter(loader))
-    picture = run / "predictions.png"
-    save_panels(panels_of(student, targets, batch, recipe), picture)
-    return picture
+        return next(iter(loader))
 
 
 @torch.no_grad()
 def panels_of(student: torch.nn.Module, targets: dict[str, Target], batch: ClipBatch, recipe: Recipe) -> list[Panel]:
-    """Frames, masked frames, and for each target its truth and its prediction."""
+    """Frames, what is visible of them, and for each target its truth and its prediction."""
+    predictions = student(batch.pixels, batch.visible, batch.masked)
+    pairs = {name: (target.features(batch), predictions[name]) for name, target in targets.items()}
+    return panels_from(pairs, targets, batch, recipe)
+
+
+def panels_from(
+    pairs: Mapping[str, tuple[Tensor, Tensor]], targets: Mapping[str, Target], batch: ClipBatch, recipe: Recipe
+) -> list[Panel]:
+    """The same from features (B, M, D) and predictions that are there already, on any device."""
     model = recipe.model
-    frames = batch.pixels[:, :: model.tubelet].float().div(255).numpy()
-    hidden = _tokens_to_images(torch.ones(*batch.visible.shape, 3), batch.visible, model, outside=0.0)
+    frames = batch.pixels[:, :: model.tubelet].cpu().float().div(255).numpy()
+    visible = batch.visible.cpu()
+    seen = _tokens_to_images(torch.ones(*visible.shape, 3), visible, model, outside=0.0)
     panels = [
         Panel("front frame", frames),
-        Panel("what the student sees", np.where(_enlarge(hidden, model) == 0, np.float32(_HIDDEN), frames)),
+        Panel("what the student sees", np.where(_enlarge(seen, model) == 0, np.float32(_HIDDEN), frames)),
     ]
-    predictions = student(batch.pixels, batch.visible, batch.masked)
-    for name, target in targets.items():
-        truth, guess = target.features(batch).float(), predictions[name].float()
+    for name, pair in pairs.items():
+        truth, guess = (values.float().cpu() for values in pair)
+        tokens = targets[name].tokens(batch)
+        places = torch.arange(recipe.tokens).expand(len(truth), -1) if tokens is None else tokens.cpu()
         if isinstance(recipe.targets[name], PixelTarget):
-            pairs = [_front_pixels(values, batch.masked, model) for values in (truth, guess)]
+            images = [_front_pixels(values, places, model) for values in (truth, guess)]
         else:
-            pairs = [
-                _enlarge(_tokens_to_images(c, batch.masked, model), model) for c in principal_colours(truth, guess)
-            ]
-        panels += [Panel(f"{name}: target", pairs[0]), Panel(f"{name}: predicted", pairs[1])]
+            colours = principal_colours(truth, guess)
+            images = [_enlarge(_tokens_to_images(colour, places, model), model) for colour in colours]
+        panels += [Panel(f"{name}: target", images[0]), Panel(f"{name}: predicted", images[1])]
     return panels
 
 
@@ -119,35 +145,37 @@ def principal_colours(truth: Tensor, guess: Tensor) -> tuple[Tensor, Tensor]:
     """
     flat = truth.flatten(0, 1)
     mean = flat.mean(0)
-    _, _, axes = torch.pca_lowrank(flat - mean, q=3, niter=8)
+    # Ascending; no random start as in `pca_lowrank`, whose draws would be the training's.
+    _, axes = torch.linalg.eigh(torch.cov(flat.T))
+    axes = axes[:, -3:].flip(1)
     projected = [(values - mean) @ axes for values in (truth, guess)]
     low, high = projected[0].flatten(0, 1).quantile(torch.tensor([0.01, 0.99]), dim=0)
     first, second = (((values - low) / (high - low)).clamp(0, 1) for values in projected)
     return first, second
 
 
-def _tokens_to_images(values: Tensor, tokens: Tensor, model: ModelConfig, outside: float = _HIDDEN) -> Image:
+def _tokens_to_images(values: Tensor, tokens: Tensor, model: ModelConfig, outside: float = _HIDDEN) -> Images:
     """(B, M, 3) at token indices (B, M) to float32 (B, time, rows, columns, 3); other tokens get `outside`."""
     time, rows, columns = model.grid
     grid = torch.full((len(values), time * rows * columns, 3), outside)
     grid.scatter_(1, tokens.unsqueeze(-1).expand(-1, -1, 3), values)
-    images: Image = grid.view(-1, time, rows, columns, 3).numpy()
+    images: Images = grid.view(-1, time, rows, columns, 3).numpy()
     return images
 
 
-def _enlarge(images: Image, model: ModelConfig) -> Image:
+def _enlarge(images: Images, model: ModelConfig) -> Images:
     """One pixel per token to one pixel per pixel."""
     return images.repeat(model.patch_size, axis=2).repeat(model.patch_size, axis=3)
 
 
-def _front_pixels(values: Tensor, masked: Tensor, model: ModelConfig) -> Image:
+def _front_pixels(values: Tensor, masked: Tensor, model: ModelConfig) -> Images:
     """Normalised pixels of masked tokens (B, M, t p p 3) to images of the front frames, scaled to 0..1."""
     side = model.patch_size
     fronts = values.unflatten(2, (model.tubelet, side, side, 3))[:, :, 0].clamp(-2, 2).div(4).add(0.5)
     time, rows, columns = model.grid
     grid = torch.full((len(values), time * rows * columns, side, side, 3), _HIDDEN)
     grid[torch.arange(len(values)).unsqueeze(1), masked] = fronts
-    images: Image = (
+    images: Images = (
         grid.view(-1, time, rows, columns, side, side, 3)
         .permute(0, 1, 2, 4, 3, 5, 6)
         .reshape(-1, time, rows * side, columns * side, 3)
@@ -156,25 +184,22 @@ def _front_pixels(values: Tensor, masked: Tensor, model: ModelConfig) -> Image:
     return images
 
 
-def save_panels(panels: list[Panel], out: Path) -> None:
-    """Lay panels out as columns, clips and up to two time slices of each as rows, and write a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    clips, time = panels[0].images.shape[:2]
-    slices = sorted({0, time // 2})
-    rows = [(clip, at) for clip in range(clips) for at in slices]
-    figure = Figure(figsize=(2.1 * len(panels), 2.1 * len(rows) + 0.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(len(rows), len(panels), squeeze=False)
+def compose(panels: list[Panel]) -> Picture:
+    """Panels as columns, clips and up to two time slices of each as rows: uint8 (height, width, 3)."""
+    clips, time, height, width = panels[0].images.shape[:4]
+    scale = max(_SIDE // width, 1)
+    rows = [(clip, at) for clip in range(clips) for at in sorted({0, time // 2})]
+    high, wide = height * scale, width * scale
+    sheet = Image.new("RGB", (_LEFT + len(panels) * (wide + _GAP), _TOP + len(rows) * (high + _GAP) + _TOP), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_TEXT)
+    for column, panel in enumerate(panels):
+        left = _LEFT + column * (wide + _GAP)
+        draw.text((left, 4), panel.title, "black", font)
+        for row, (clip, at) in enumerate(rows):
+            pixels = (panel.images[clip, at] * 255).round().astype(np.uint8).repeat(scale, 0).repeat(scale, 1)
+            sheet.paste(Image.fromarray(pixels), (left, _TOP + row * (high + _GAP)))
     for row, (clip, at) in enumerate(rows):
-        for column, panel in enumerate(panels):
-            axis = axes[row][column]
-            axis.imshow(panel.images[clip, at], vmin=0, vmax=1, interpolation="nearest")
-            axis.set_xticks([])
-            axis.set_yticks([])
-            if row == 0:
-                axis.set_title(panel.title, fontsize=10)
-        axes[row][0].set_ylabel(f"clip {clip + 1}, slice {at + 1}/{time}", fontsize=8)
-    figure.supxlabel("grey: hidden from the student in the second column, seen by it in those to the right", fontsize=9)
-    figure.savefig(out, dpi=110)
+        draw.text((4, _TOP + row * (high + _GAP)), f"clip {clip + 1}\nslice {at + 1}/{time}", "black", font)
+    note = "grey: hidden from the student in the second column; not predicted in those to the right"
+    draw.text((_LEFT, sheet.height - _TOP + 2), note, "black", font)
+    return np.asarray(sheet)

@@ -28,6 +28,8 @@ from mvd_scale.targets import FrozenTeacher, MaskedDistillation, Target, build_t
 from mvd_scale.targets.load import empty_average, teacher_sides
 from mvd_scale.training.engine import Ranks, host_teachers, join_ranks, leave_ranks, student_engine
 from mvd_scale.training.metrics import peak_memory_gib
+from mvd_scale.training.momentum import moving_averages, start_averages
+from mvd_scale.training.schedule import Schedule
 
 _WARM_UP = 2
 
@@ -127,6 +129,7 @@ def measure_step(
 def _measure(recipe: Recipe, ranks: Ranks, name: str, batch: int, steps: int, scratch: Path) -> StepReport:
     watch = Stopwatch(ranks.device)
     engine, objective = _build(recipe, ranks, watch)
+    averages = moving_averages(objective.targets, engine, Schedule(recipe.training, 1), ranks)
     micro, accumulation = recipe.batch_split(ranks.world_size)
     loader = ClipLoader(
         open_source(_with_clips(recipe.data, scratch), scratch),
@@ -157,9 +160,16 @@ def _measure(recipe: Recipe, ranks: Ranks, name: str, batch: int, steps: int, sc
                     engine.backward(loss)
                 with watch.part("optimizer"):
                     engine.step()
+            for average in averages:
+                with watch.part("moving average"):
+                    average.update(done)
         elapsed = watch.now() - started
     order = ["data wait", *(f"{target} teacher" for target in objective.targets), "student forward"]
-    parts = {part: watch.seconds[part] for part in [*order, "backward", "optimizer"] if part in watch.seconds}
+    parts = {
+        part: watch.seconds[part]
+        for part in [*order, "backward", "optimizer", "moving average"]
+        if part in watch.seconds
+    }
     parts["loss and rest"] = elapsed - sum(parts.values())
     return StepReport(
         recipe=name,
@@ -191,6 +201,7 @@ def _build(recipe: Recipe, ranks: Ranks, watch: Stopwatch) -> tuple[Any, MaskedD
     student = Student(
         recipe.model, {name: (recipe.targets[name].head_config, target.channels) for name, target in targets.items()}
     )
+    start_averages(targets, student)
     host_teachers(targets, recipe, ranks)
     for name, target in targets.items():
         if isinstance(target, FrozenTeacher):

@@ -15,7 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
@@ -110,6 +112,15 @@ class MetricWriter:
             self.file.close()
             if self.events is not None:
                 self.events.close()
+
+    def show(self, step: int, name: str, value: float | NDArray[np.uint8]) -> None:
+        """Give a number or a picture, uint8 (H, W, 3), to TensorBoard. May be called from another thread."""
+        if not self.active or self.events is None:
+            return
+        if isinstance(value, float):
+            self.events.add_scalar(name, value, step)
+        else:
+            self.events.add_image(name, value, step, dataformats="HWC")
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Write one reading, after `step` optimizer steps."""

@@ -19,7 +19,7 @@ from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.sampling import mixture_parts, steps_per_epoch
 from mvd_scale.errors import UserError
 from mvd_scale.models import Student
-from mvd_scale.targets import MaskedDistillation
+from mvd_scale.targets import MaskedDistillation, Target
 from mvd_scale.targets.load import load_targets, teacher_sides, weight_digests
 from mvd_scale.training.engine import (
     Ranks,
@@ -32,6 +32,7 @@ from mvd_scale.training.engine import (
 )
 from mvd_scale.training.metrics import Meter, MetricWriter, read_metrics
 from mvd_scale.training.momentum import moving_averages, start_averages
+from mvd_scale.training.observers import Observer, Observers, Pictures, Probe, open_probe
 from mvd_scale.training.optim import apply_schedule
 from mvd_scale.training.resilience import Stopped, StopRequest, check_finite
 from mvd_scale.training.run_folder import RunFolder, write_whole
@@ -100,8 +101,9 @@ def pretrain(recipe: Recipe) -> None:
         sides=teacher_sides(recipe, targets),
         report=folder.quarantine,
     )
+    observers = observers_of(recipe, manifest, targets, folder, ranks, schedule)
     with loader:
-        fit(engine, MaskedDistillation(targets), loader, schedule, snapshots, recipe, folder, ranks, start)
+        fit(engine, MaskedDistillation(targets), loader, schedule, snapshots, observers, recipe, folder, ranks, start)
     finish(engine, snapshots, folder, ranks, schedule.last_step)
     leave_ranks()
 
@@ -112,6 +114,7 @@ def fit(
     loader: ClipLoader,
     schedule: Schedule,
     snapshots: Snapshots,
+    observers: Observers,
     recipe: Recipe,
     folder: RunFolder,
     ranks: Ranks,
@@ -122,7 +125,7 @@ def fit(
     meter = Meter(list(objective.targets), ranks)
     events = folder.tensorboard if recipe.logging.tensorboard else None
     writer = MetricWriter(folder.metrics, events, ranks, start_step=start, total_steps=schedule.last_step)
-    with StopRequest() as stop, writer:
+    with StopRequest() as stop, writer, observers:
         for step in range(start, schedule.last_step):
             apply_schedule(engine.optimizer, schedule, step)
             for micro in range(accumulation):
@@ -144,6 +147,7 @@ def fit(
             if done % recipe.logging.every_steps == 0 or last or stopping:
                 values, overdue = meter.read(snapshots.overdue(), loader.substituted)
                 writer.write(done, values | engine_values(engine, schedule, step))
+            observers.observe(engine, done, writer)
             if overdue or snapshots.due(done) or last or stopping:
                 snapshots.save(engine, done)
             if stopping and not last:
@@ -176,6 +180,25 @@ def prepare(recipe: Recipe, folder: RunFolder) -> None:
     write_whole(folder.environment, table(probe()) + "\n")
     manifest = open_source(recipe.data, folder.path)
     manifest.save(folder.manifest)
+    if recipe.logging.probe is not None:
+        open_probe(recipe.logging.probe, folder)
+
+
+def observers_of(
+    recipe: Recipe,
+    manifest: Manifest,
+    targets: dict[str, Target],
+    folder: RunFolder,
+    ranks: Ranks,
+    schedule: Schedule,
+) -> Observers:
+    """The observers that a recipe asks for."""
+    observers: list[Observer] = []
+    if recipe.logging.pictures is not None:
+        observers.append(Pictures(recipe, manifest, targets, folder, ranks, schedule.steps_per_epoch))
+    if recipe.logging.probe is not None:
+        observers.append(Probe(recipe, folder, ranks, schedule.steps_per_epoch))
+    return Observers(observers)
 
 
 def describe(recipe: Recipe, manifest: Manifest, schedule: Schedule, ranks: Ranks) -> None:

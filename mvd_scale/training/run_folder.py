@@ -24,6 +24,8 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
         self.manifest = path / "manifest.parquet"
+        self.pictures = path / "pictures"
+        self.probe = path / "probe.jsonl"
         self.quarantine = path / "quarantine.jsonl"
         self.encoder = path / "encoder.safetensors"
         self.student = path / "student.safetensors"

@@ -1,0 +1,87 @@
+"""`mvd-scale bench step --methods`: what each method of the paper costs beside co-teaching, in one run on one machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import subprocess
+import sys
+
+from mvd_scale.errors import UserError
+from mvd_scale.performance.step import StepReport
+
+logger = logging.getLogger("mvd_scale")
+
+_VISIBLE = "{head: linear, tokens: visible, decoder: null}"
+METHODS: dict[str, list[str]] = {
+    "co-teaching": ["--recipe", "distill/b_from_b"],
+    "image teacher": ["--recipe", "ablations/image_teacher_b"],
+    "video teacher": ["--recipe", "ablations/video_teacher_b"],
+    "co-teaching + pixels": [
+        "--recipe", "distill/b_from_b",
+        "--targets.pixels", "{kind: pixels, decoder: {width: 768, depth: 2, heads: 12}}",
+    ],
+    "co-teaching, half decoded": ["--recipe", "ablations/decoder_mask_b"],
+    "co-teaching, random mask": ["--recipe", "ablations/random_mask_b"],
+    "co-teaching, cosine": ["--recipe", "ablations/distance_cosine_b"],
+    "momentum teacher": ["--recipe", "ablations/momentum_b"],
+    "per-token distillation": ["--recipe", "ablations/per_token_b"],
+    "alignment, visible tokens": [
+        "--recipe", "distill/b_from_b", "--targets.image", _VISIBLE, "--targets.video", _VISIBLE,
+    ],
+    "VideoMAE": ["--recipe", "pretrain/videomae_b_k400"],
+}  # fmt: skip
+"""Command-line words of each at size B; the first is what the others are compared with."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodsReport:
+    """A step of each method."""
+
+    steps: dict[str, StepReport]
+
+    def to_json(self) -> str:
+        """All fields, one object."""
+        return json.dumps({name: dataclasses.asdict(step) for name, step in self.steps.items()}, indent=2)
+
+    def to_text(self) -> str:
+        """A table: time, memory, and both relative to the first method."""
+        first = next(iter(self.steps.values()))
+        head = (
+            f"on {first.device}, {first.precision}, {first.ranks} ranks x {first.threads} threads, "
+            f"{first.clips_per_step} clips a step, mean of {first.steps} steps, torch {first.torch}\n"
+            f"  {'method':<28}{'ms a step':>12}{'ratio':>8}{'peak GiB':>10}{'ratio':>8}"
+        )
+        rows = [
+            f"  {name:<28}{step.milliseconds_per_step:>12.0f}"
+            f"{step.milliseconds_per_step / first.milliseconds_per_step:>8.2f}"
+            f"{step.peak_memory_gib:>10.2f}{step.peak_memory_gib / first.peak_memory_gib:>8.2f}"
+            for name, step in self.steps.items()
+        ]
+        return "\n".join([head, *rows])
+
+
+def measure_methods(names: str, words: list[str]) -> MethodsReport:
+    """Time a step of several methods, each in a process of its own, so that each has its own peak of memory.
+
+    Args:
+        names: `all`, or names of `METHODS` separated by commas; co-teaching always comes first.
+        words: further words of `mvd-scale bench step`.
+
+    Raises:
+        UserError: an unknown method, or one of them failed (its own message stands above).
+    """
+    wanted = list(METHODS) if names == "all" else [name.strip() for name in names.split(",")]
+    unknown = [name for name in wanted if name not in METHODS]
+    if unknown:
+        raise UserError(f"--methods {unknown[0]!r}: expected all, or some of {', '.join(METHODS)}")
+    reports = {}
+    for name in dict.fromkeys([next(iter(METHODS)), *wanted]):
+        logger.info("%s", name)
+        command = [sys.executable, "-m", "mvd_scale", "bench", "step", "--json", *METHODS[name], *words]
+        result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        if result.returncode:
+            raise UserError(f"{name} ended with exit code {result.returncode}; its own message stands above")
+        reports[name] = StepReport(**json.loads(result.stdout))
+    return MethodsReport(reports)
