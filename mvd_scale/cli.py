@@ -131,7 +131,7 @@ def quickstart(out: Path, ranks: int, steps: int | None) -> None:
 def pipeline(file: str, overrides: tuple[str, ...]) -> None:
     """Run the stages of a pipeline FILE in order: what is done is skipped, what was cut off goes on.
 
-    FILE is a YAML file, or the name of one that comes with it: quickstart. OVERRIDES are its dotted keys:
+    FILE is a YAML file, or the name of one that comes with it: quickstart, mvd_b. OVERRIDES are its dotted keys:
     --folder runs/mine --stages.student.recipe.training.max_steps 100
     """
     from mvd_scale.config.pipeline import load_pipeline

@@ -43,7 +43,7 @@ def run_pipeline(pipeline: Pipeline) -> None:
     """
     started = time.monotonic()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    recipes = {name: _recipe(pipeline, name) for name in pipeline.stages if _trains(pipeline, name)}
+    recipes = {name: stage_recipe(pipeline, name) for name in pipeline.stages if _trains(pipeline, name)}
     ranks = pipeline.ranks or _usual_ranks()
     if pipeline.hostfile is None:
         for recipe in recipes.values():
@@ -69,7 +69,12 @@ def _trains(pipeline: Pipeline, name: str) -> bool:
     return isinstance(pipeline.stages[name], PretrainStage)
 
 
-def _recipe(pipeline: Pipeline, name: str) -> Recipe:
+def stage_recipe(pipeline: Pipeline, name: str) -> Recipe:
+    """What a stage trains, in its folder.
+
+    Raises:
+        UserError: it does not describe a run.
+    """
     values = pipeline.resolved(name)["recipe"] | {"run": {"folder": str(pipeline.place(name))}}
     return recipe_of(values, f"stages.{name}.recipe")
 

@@ -133,6 +133,11 @@ def references(stage: AnyStage) -> list[str]:
     return [name for text in _texts(stage.model_dump(mode="json")) for name in _REFERENCE.findall(text)]
 
 
+def list_pipelines() -> list[str]:
+    """Names of the shipped pipelines."""
+    return sorted(file.name.removesuffix(".yaml") for file in (resources.files("mvd_scale") / "pipelines").iterdir())
+
+
 def load_pipeline(name_or_path: str | Path, overrides: list[str] | None = None) -> Pipeline:
     """Read a pipeline by shipped name or by path and lay dotted overrides over it.
 
@@ -142,10 +147,8 @@ def load_pipeline(name_or_path: str | Path, overrides: list[str] | None = None) 
     shipped = resources.files("mvd_scale") / "pipelines" / f"{name_or_path}.yaml"
     path = Path(name_or_path)
     if not path.is_file() and not shipped.is_file():
-        known = [file.name.removesuffix(".yaml") for file in (resources.files("mvd_scale") / "pipelines").iterdir()]
-        raise UserError(
-            f"no pipeline {str(name_or_path)!r}: give the path of a YAML file or {', '.join(sorted(known))}"
-        )
+        known = ", ".join(list_pipelines())
+        raise UserError(f"no pipeline {str(name_or_path)!r}: give the path of a YAML file or one of {known}")
     raw = path.read_bytes() if path.is_file() else shipped.read_bytes()
     values = read_mapping(raw, str(name_or_path), "`folder:` and `stages:`")
     for key, value in parse_overrides(overrides or []):

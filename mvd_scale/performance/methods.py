@@ -1,4 +1,4 @@
-"""`mvd-scale bench step --methods`: what each method of the paper costs beside co-teaching, in one run on one machine."""
+"""`mvd-scale bench step --methods`: what each method of the paper costs beside co-teaching, on one machine."""
 
 from __future__ import annotations
 

@@ -134,8 +134,9 @@ class Pictures(Observer):
         if self._drawn is not None:
             try:
                 self._drawn.result()
-            except OSError as error:
-                logger.warning("a picture could not be written: %s", error)
+            except (OSError, RuntimeError) as error:
+                # A full disk, or features that are not finite: no reason to end a run.
+                logger.warning("no picture could be drawn: %s", error)
             self._drawn = None
 
 

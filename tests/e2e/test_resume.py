@@ -33,7 +33,10 @@ def descendants(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 def test_a_killed_run_continues_bit_for_bit(jobs: Jobs, recipe: Path, clips: Path, tmp_path: Path) -> None:
-    arguments = ["pretrain", "--recipe", recipe, "--data.source", clips]
+    # With a moving average, which must come back too.
+    average = "{kind: momentum, momentum: 0.9, norm: true, decoder: {width: 32, depth: 1, heads: 2}}"
+    arguments = ["pretrain", "--recipe", recipe, "--data.source", clips, "--targets.average", average]
+    arguments += ["--teachers.sharding", "zero3"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     code, output = jobs.run(*arguments, "--run.folder", whole, ranks=2)
     assert code == 0, output
@@ -48,7 +51,7 @@ def test_a_killed_run_continues_bit_for_bit(jobs: Jobs, recipe: Path, clips: Pat
     assert "resumed from" in output
 
     assert numbers(killed) == numbers(whole)
-    for name in ("encoder.safetensors", "student.safetensors"):
+    for name in ("encoder.safetensors", "student.safetensors", "momentum_average.safetensors"):
         ours, theirs = (load_file(run / name) for run in (killed, whole))
         assert all((ours[key] == theirs[key]).all() for key in theirs)
     assert sorted(p.name for p in (whole / "checkpoints").glob("step_*")) == ["step_00000055", "step_00000060"]

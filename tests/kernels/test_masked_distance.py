@@ -9,7 +9,7 @@ from mvd_kernels import masked_distance
 
 
 @pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("distance", ["smooth_l1", "l1", "l2"])
+@pytest.mark.parametrize("distance", ["smooth_l1", "l1", "l2", "cosine"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_mean_distance_at_masked_tokens(distance: str, norm: bool, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -25,6 +25,9 @@ def test_mean_distance_at_masked_tokens(distance: str, norm: bool, dtype: torch.
                 truth = (truth - truth.mean()) / (truth.var(unbiased=False) + 1e-6).sqrt()
             gap = (predictions[clip, place].detach().double() - truth).abs()
             terms = {"l1": gap, "l2": gap**2, "smooth_l1": torch.where(gap < 1, gap**2 / 2, gap - 0.5)}
+            guess = predictions[clip, place].detach().double()
+            cosine = guess @ truth / (guess.norm() * truth.norm())
+            terms["cosine"] = (1 - cosine).expand(5)  # one value per token
             total += terms[distance].sum().item()
     assert result.dtype == torch.float32
     assert result.item() == pytest.approx(total / (2 * 3 * 5), rel=1e-5)

@@ -8,10 +8,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mvd_scale.checkpoints.weights import load_encoder, load_exactly, save_weights
-from mvd_scale.config import ModelConfig
+from mvd_scale.checkpoints import describe
+from mvd_scale.checkpoints.weights import (
+    build_student,
+    load_encoder,
+    load_exactly,
+    read_checkpoint,
+    save_weights,
+    start_encoder,
+)
+from mvd_scale.config import DecoderConfig, ModelConfig, TokenHeadConfig
 from mvd_scale.errors import UserError
-from mvd_scale.models import Encoder
+from mvd_scale.models import Encoder, Student
 
 SHAPE = ModelConfig(width=32, depth=1, heads=2, frames=4, input_size=32)
 
@@ -80,3 +88,48 @@ def test_a_file_of_unknown_origin_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(UserError, match="not a readable safetensors file"):
         load_encoder(path, final_norm=True)
+
+
+def test_heads_of_all_kinds_come_back(tmp_path: Path) -> None:
+    decoder = DecoderConfig(width=16, depth=1, heads=2)
+    mlp = TokenHeadConfig(kind="mlp", hidden=12)
+    student = Student(SHAPE, {"a": (decoder, 5), "b": (TokenHeadConfig(kind="linear"), 6), "c": (mlp, 7)})
+    path = tmp_path / "student.safetensors"
+    save_weights(path, student.state_dict(), SHAPE, {"a": decoder})
+    checkpoint = read_checkpoint(path)
+    assert checkpoint.kind == "student"
+    description = describe(checkpoint)
+    assert "linear head b" in description
+    assert "mlp head c" in description
+    assert description.endswith("none")  # no faults
+    again = build_student(checkpoint)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in student.state_dict().items())
+
+
+def test_a_start_from_an_image_model_embeds_still_clips_as_images(tmp_path: Path) -> None:
+    shape = ModelConfig(
+        width=32, depth=1, heads=2, frames=1, tubelet=1, input_size=32, positions="sincos2d", class_token=True
+    )
+    image, path = Encoder(shape), tmp_path / "image.safetensors"
+    save_weights(path, image.state_dict(), shape)
+    encoder = Encoder(SHAPE)
+    start_encoder(encoder, path)
+    assert torch.equal(encoder.positions, Encoder(SHAPE).positions)
+    assert torch.equal(encoder.blocks[0].mlp.fc1.weight, image.blocks[0].mlp.fc1.weight)
+    patch = torch.rand(1, 3, 16, 16)
+    still = encoder.patch_embed(patch.unsqueeze(2).expand(-1, -1, 2, -1, -1).flatten(1))
+    torch.testing.assert_close(still, image.patch_embed(patch.flatten(1)))
+
+
+def test_a_start_from_a_teacher_without_a_norm_keeps_a_fresh_one(tmp_path: Path) -> None:
+    teacher, path = Encoder(SHAPE, final_norm=False), tmp_path / "teacher.safetensors"
+    save_weights(path, teacher.state_dict(), SHAPE)
+    encoder = Encoder(SHAPE)
+    start_encoder(encoder, path)
+    assert torch.equal(encoder.patch_embed.weight, teacher.patch_embed.weight)
+    assert encoder.norm is not None
+    assert (encoder.norm.weight == 1).all()
+    narrow = ModelConfig(width=16, depth=1, heads=2, frames=4, input_size=32)
+    save_weights(path, Encoder(narrow).state_dict(), narrow)
+    with pytest.raises(UserError, match=r"patch_embed\.weight is \(16, 1536\), expected \(32, 1536\)"):
+        start_encoder(encoder, path)

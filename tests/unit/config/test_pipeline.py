@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from mvd_scale.config.pipeline import load_pipeline, references
+from mvd_scale.config.pipeline import PretrainStage, list_pipelines, load_pipeline, references
 from mvd_scale.errors import UserError
+from mvd_scale.pipeline import stage_recipe
 
 TWO = """
 folder: out
@@ -48,6 +49,17 @@ def test_a_fault_is_named(tmp_path: Path, change: tuple[str, str], message: str)
         load_pipeline(written(tmp_path, TWO.replace(*change)))
 
 
+@pytest.mark.parametrize("name", list_pipelines())
+def test_the_recipes_of_a_shipped_pipeline_describe_runs(name: str) -> None:
+    pipeline = load_pipeline(name)
+    recipes = [stage for stage in pipeline.stages if isinstance(pipeline.stages[stage], PretrainStage)]
+    assert len(recipes) == 3
+    for stage in recipes:
+        recipe = stage_recipe(pipeline, stage)
+        assert recipe.run.folder == pipeline.folder / stage
+        recipe.batch_split(pipeline.ranks or 64)
+
+
 def test_an_unknown_pipeline_lists_the_known() -> None:
-    with pytest.raises(UserError, match="give the path of a YAML file or quickstart"):
+    with pytest.raises(UserError, match="give the path of a YAML file or one of mvd_b, quickstart"):
         load_pipeline("quickstrat")
