@@ -150,6 +150,83 @@ def draw(run: Path, clips: int) -> None:
     click.echo(draw_run(run, clips=clips))
 
 
+@cli.command(**_recipe_command)
+@click.option("--recipe", required=True, help="A name of `mvd-scale recipes`, or the path of a YAML file.")
+@_overrides
+def finetune(recipe: str, overrides: tuple[str, ...]) -> None:
+    """Teach a pre-trained encoder to name classes; resume when its run folder holds checkpoints.
+
+    OVERRIDES are dotted keys of the recipe: --training.initial_encoder runs/mine/encoder.safetensors
+    """
+    from mvd_scale.config import load_finetuning
+    from mvd_scale.training.finetune import finetune as run
+    from mvd_scale.training.resilience import Stopped
+
+    try:
+        run(load_finetuning(recipe, list(overrides)))
+    except Stopped as stop:
+        logger.info("stopped as asked, after saving; the same command goes on from here")
+        sys.exit(stop.exit_code)
+
+
+@cli.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("source")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for scores and figures.")
+@click.option("--sampling", type=click.Choice(["dense", "uniform"]), default="dense", show_default=True)
+@click.option("--stride", type=click.IntRange(min=1), default=4, show_default=True, help="Of dense: between frames.")
+@click.option("--clips", type=click.IntRange(min=1), default=5, show_default=True, help="Clips in time.")
+@click.option("--crops", type=click.IntRange(min=1), default=3, show_default=True, help="Crops of a clip.")
+@click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Videos decoded together.")
+@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="fp16 on GPUs, fp32 on CPUs.")
+@click.option("--root", help="Folder or URL that the paths of a list start from.")
+@click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True)
+def evaluate(
+    checkpoint: Path,
+    source: str,
+    out: Path,
+    sampling: Any,
+    stride: int,
+    clips: int,
+    crops: int,
+    batch: int,
+    precision: Precision | None,
+    root: str | None,
+    device: str,
+) -> None:
+    """Test a fine-tuned CHECKPOINT on the videos of SOURCE by several views; started again after a kill, it goes on.
+
+    5 x 3 dense views are published for Kinetics, UCF101 and HMDB51, 2 x 3 uniform ones for Something-Something.
+    """
+    from mvd_scale.config.data import DataConfig, ViewsConfig
+    from mvd_scale.evaluation.evaluate import evaluate as test
+    from mvd_scale.training.engine import join_ranks, leave_ranks
+
+    ranks = join_ranks(device, timeout_minutes=10)
+    tested = test(
+        checkpoint,
+        DataConfig(source=source, root=root),
+        ViewsConfig(sampling=sampling, stride=stride, clips=clips, crops=crops),
+        out,
+        ranks,
+        batch=batch,
+        precision=precision or ("fp16" if ranks.device.type == "cuda" else "fp32"),
+    )
+    leave_ranks()
+    if ranks.first:
+        click.echo(f"{tested.to_text()}\n{out}")
+
+
+@cli.command()
+@click.argument("tests", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="TEST...")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for scores and figures.")
+def ensemble(tests: tuple[Path, ...], out: Path) -> None:
+    """Average the scores of several models, each a folder that `evaluate` wrote over the same videos."""
+    from mvd_scale.evaluation.evaluate import merge_tests
+
+    click.echo(f"{merge_tests(tests, out).to_text()}\n{out}")
+
+
 @cli.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("source")
@@ -372,6 +449,19 @@ def samples(out: Path) -> None:
     from mvd_scale.data.samples import make_samples
 
     click.echo(make_samples(out))
+
+
+@data.command()
+@click.option("--kind", type=click.Choice(["appearance", "motion"]), required=True, help="What the label is.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for train/ and test/.")
+@click.option("--train", type=click.IntRange(min=1), default=100, show_default=True, help="Videos of a class.")
+@click.option("--test", type=click.IntRange(min=1), default=25, show_default=True, help="Videos of a class.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+def synth(kind: Any, out: Path, train: int, test: int, seed: int) -> None:
+    """Make labelled videos of real textures: the label lies in what is seen, or in how it moves, and nowhere else."""
+    from mvd_scale.data.synth import make_synthetic
+
+    click.echo(make_synthetic(kind, out, train=train, test=test, seed=seed))
 
 
 @cli.group()

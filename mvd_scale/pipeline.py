@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mvd_scale.config import Recipe
+from mvd_scale.config import Recipe, recipe_of
 from mvd_scale.config.pipeline import (
     DrawStage,
     IndexStage,
@@ -26,7 +26,6 @@ from mvd_scale.config.pipeline import (
     SamplesStage,
     references,
 )
-from mvd_scale.config.recipe import recipe_of
 from mvd_scale.errors import UserError
 
 logger = logging.getLogger("mvd_scale")

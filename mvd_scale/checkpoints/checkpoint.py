@@ -83,6 +83,9 @@ class Checkpoint:
     unused: tuple[str, ...] = ()
     """Known parts of the file that are left out on purpose."""
 
+    class_names: tuple[str, ...] = ()
+    """Of the classification head, in its order; empty where nobody told."""
+
     @property
     def kind(self) -> Kind:
         """What the file can be loaded as."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -14,21 +14,29 @@ from torch import Tensor
 from mvd_scale.checkpoints.checkpoint import Checkpoint, DecoderWeights, Hints
 from mvd_scale.checkpoints.reading import Source
 from mvd_scale.checkpoints.shapes import decoder_parts, decoder_weights, token_heads, under
-from mvd_scale.config import DecoderConfig, ModelConfig, load_recipe
+from mvd_scale.config import DecoderConfig, ModelConfig, Recipe, load_any
 from mvd_scale.errors import UserError
 
 _MODEL_KEY = "mvd_scale.model"
 _DECODERS_KEY = "mvd_scale.decoders"
+_CLASSES_KEY = "mvd_scale.classes"
 
 
 def save_weights(
-    path: Path, tensors: Mapping[str, Tensor], model: ModelConfig, decoders: Mapping[str, DecoderConfig] | None = None
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    model: ModelConfig,
+    decoders: Mapping[str, DecoderConfig] | None = None,
+    *,
+    classes: Sequence[str] = (),
 ) -> None:
-    """Write tensors and the shapes of encoder and decoders; the file appears whole or not at all."""
+    """Write tensors, the shapes of encoder and decoders, and names of classes; the file appears whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     metadata = {_MODEL_KEY: json.dumps(model.model_dump(mode="json")), "format": "pt"}
     if decoders:
         metadata[_DECODERS_KEY] = json.dumps({name: shape.model_dump() for name, shape in decoders.items()})
+    if classes:
+        metadata[_CLASSES_KEY] = json.dumps(list(classes))
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
     partial.chmod(0o644)
     os.replace(partial, path)
@@ -63,7 +71,10 @@ def interpret(source: Source, hints: Hints) -> Checkpoint:
     known = ("encoder.", "decoders.", *(f"heads.{name}." for name in heads), *head)
     leftovers = {name: tensor for name, tensor in tensors.items() if not name.startswith(known)}
     encoder = under(tensors, "encoder.")
-    return Checkpoint(str(source.path), "mvd-scale", model, encoder, decoders, heads, head, leftovers)
+    names = tuple(json.loads(source.metadata.get(_CLASSES_KEY, "[]")))
+    return Checkpoint(
+        str(source.path), "mvd-scale", model, encoder, decoders, heads, head, leftovers, class_names=names
+    )
 
 
 def _described(source: Source) -> tuple[ModelConfig, Mapping[str, DecoderConfig]]:
@@ -72,7 +83,7 @@ def _described(source: Source) -> tuple[ModelConfig, Mapping[str, DecoderConfig]
         if _DECODERS_KEY in source.metadata:
             written = json.loads(source.metadata[_DECODERS_KEY])
             return model, {name: DecoderConfig.model_validate(shape) for name, shape in written.items()}
-        recipe = load_recipe(source.recipe) if source.recipe is not None else None
+        recipe = load_any(source.recipe) if source.recipe is not None else None
     else:
         ours = {"patch_embed.weight", "encoder.patch_embed.weight"} & source.tensors.keys()
         if source.recipe is None or not ours:
@@ -80,7 +91,7 @@ def _described(source: Source) -> tuple[ModelConfig, Mapping[str, DecoderConfig]
                 f"{source.path} does not say which model it holds and its keys are of no known format (MAE, VideoMAE, "
                 f"MVD, timm, Hugging Face, mvd-scale); it begins with {', '.join(sorted(source.tensors)[:3])}"
             )
-        recipe = load_recipe(source.recipe)
+        recipe = load_any(source.recipe)
         model = recipe.model
-    targets = recipe.targets if recipe is not None else {}
+    targets = recipe.targets if isinstance(recipe, Recipe) else {}
     return model, {name: target.decoder for name, target in targets.items() if target.decoder is not None}

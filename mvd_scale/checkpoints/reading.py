@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,17 @@ _WEIGHTS = (
     "pytorch_model.bin",
 )
 """Files that stand for a folder, the richest first: of our runs and checkpoints, of Hugging Face."""
+
+
+def digest(path: Path) -> str:
+    """First half of the SHA-256 of a file, or of all files of a folder."""
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    whole = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            while chunk := opened.read(1 << 22):
+                whole.update(chunk)
+    return whole.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """The schema of a recipe. Everything reads it; it reads nothing of the project but its errors."""
 
 from mvd_scale.config.data import CenterCrop, CornerCrop, DataConfig, MaskConfig, RandomResizedCrop
+from mvd_scale.config.finetune import FinetuneRecipe
+from mvd_scale.config.loading import list_recipes, load_any, load_finetuning, load_recipe, recipe_of
 from mvd_scale.config.model import SIZES, ModelConfig
-from mvd_scale.config.recipe import Recipe, list_recipes, load_recipe
+from mvd_scale.config.recipe import Recipe, RunRecipe
 from mvd_scale.config.target import (
     DecoderConfig,
     HeadConfig,
@@ -22,6 +24,7 @@ __all__ = [
     "CornerCrop",
     "DataConfig",
     "DecoderConfig",
+    "FinetuneRecipe",
     "HeadConfig",
     "ImageTeacherTarget",
     "MaskConfig",
@@ -30,6 +33,7 @@ __all__ = [
     "PixelTarget",
     "RandomResizedCrop",
     "Recipe",
+    "RunRecipe",
     "TargetConfig",
     "TeacherConfig",
     "TimmTarget",
@@ -37,5 +41,8 @@ __all__ = [
     "TrainingConfig",
     "VideoTeacherTarget",
     "list_recipes",
+    "load_any",
+    "load_finetuning",
     "load_recipe",
+    "recipe_of",
 ]

@@ -7,14 +7,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from mvd_scale.config.recipe import Recipe
+from mvd_scale.config.recipe import RunRecipe
 from mvd_scale.config.training import Precision
 from mvd_scale.errors import UserError
 
 _TEACHER = "teacher_zero3"
 
 
-def student_deepspeed(recipe: Recipe, world_size: int) -> dict[str, Any]:
+def student_deepspeed(recipe: RunRecipe, world_size: int) -> dict[str, Any]:
     """The student's DeepSpeed configuration for a number of ranks.
 
     Raises:
@@ -41,7 +41,7 @@ def teacher_deepspeed(precision: Precision, world_size: int) -> dict[str, Any]:
     return _resolve(_TEACHER, {**batch, **_precision(precision)})
 
 
-def zero_stage(recipe: Recipe) -> int:
+def zero_stage(recipe: RunRecipe) -> int:
     """ZeRO stage of the student's DeepSpeed file."""
     stage = _section(_read(recipe.training.deepspeed), "zero_optimization", recipe.training.deepspeed).get("stage")
     if stage not in (1, 2, 3):

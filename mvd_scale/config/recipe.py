@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib import resources
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from mvd_scale.config.data import DataConfig
 from mvd_scale.config.model import ModelConfig
-from mvd_scale.config.reading import describe, parse_overrides, read_mapping, set_value
 from mvd_scale.config.section import Section
 from mvd_scale.config.target import TargetConfig
-from mvd_scale.config.training import CheckpointConfig, LoggingConfig, RunConfig, TeacherConfig, TrainingConfig
+from mvd_scale.config.training import (
+    CheckpointConfig,
+    LoggingConfig,
+    PretrainLogging,
+    RunConfig,
+    TeacherConfig,
+    TrainingConfig,
+)
 from mvd_scale.errors import UserError
 
 
-class Recipe(Section):
-    """Everything that one run of `mvd-scale pretrain` needs to know."""
+class RunRecipe(Section):
+    """What all runs that train have in common."""
 
     seed: int = Field(default=0, ge=0)
     """Of weights, order, frames, crops and masks."""
@@ -32,13 +36,94 @@ class Recipe(Section):
     run: RunConfig
     model: ModelConfig
     data: DataConfig
+    training: TrainingConfig
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _check_training(self) -> Self:
+        if self.device == "cpu" and self.training.precision == "fp16":
+            raise ValueError("precision fp16 needs a GPU (CPUs compute it slowly or not at all): use bf16 or fp32")
+        if self.training.warmup_epochs >= self.training.epochs:
+            raise ValueError(
+                f"training.warmup_epochs {self.training.warmup_epochs:g} must be fewer than "
+                f"training.epochs {self.training.epochs}"
+            )
+        if self.training.min_lr > self.training.base_lr:
+            raise ValueError(
+                f"training.min_lr {self.training.min_lr:g} is above training.base_lr {self.training.base_lr:g}"
+            )
+        return self
+
+    @property
+    def lr_batch(self) -> int:
+        """Clips of an optimizer step by which the learning rate is scaled."""
+        return self.training.global_batch
+
+    def batch_split(self, world_size: int) -> tuple[int, int]:
+        """Micro batch and accumulation steps for a number of ranks: the largest micro batch that the recipe allows.
+
+        Raises:
+            UserError: the global batch cannot be split so; the message proposes the nearest numbers that can.
+        """
+        total, copies = self.training.global_batch, self.data.copies
+        limit = self.training.micro_batch or total
+        if limit < copies:
+            raise UserError(
+                f"training.micro_batch {limit} is less than data.copies {copies}: the copies of a clip stay together"
+            )
+        if total % (world_size * copies):
+            unit = world_size * copies
+            splits = [n for n in range(1, total // copies + 1) if total % (n * copies) == 0]
+            ranks = _nearest(splits, world_size)
+            batches = [n for n in (total // unit * unit, -(-total // unit) * unit) if n]
+            raise UserError(
+                f"training.global_batch {total} cannot be split over {world_size} ranks"
+                + (f" in whole sets of {copies} copies" if copies > 1 else "")
+                + (f". Start {_either(ranks)} ranks, or" if ranks else ". No number of ranks can;")
+                + f" set training.global_batch to {_either(batches)}, with which the learning rate scales"
+            )
+        share = total // world_size
+        micro = max(n for n in range(copies, min(share, limit) + 1, copies) if share % n == 0)
+        return micro, share // micro
+
+    def identity(self) -> dict[str, Any]:
+        """What makes two runs the same run: all that changes which numbers are computed, flattened to dotted keys.
+
+        Where the run lives, how often it saves and logs, how it decodes and splits batches, and where it stops
+        may change between a start and its resumption.
+        """
+        return dict(_flatten(self._identity()))
+
+    def _identity(self) -> dict[str, Any]:
+        values = self.model_dump(mode="json")
+        for section in ("run", "device", "checkpoints", "logging"):
+            del values[section]
+        for key in ("source", "root", "workers", "threads", "prefetch", "max_broken", "read_timeout"):
+            del values["data"][key]
+        for part in (values["data"]["mixture"] or {}).values():
+            del part["source"], part["root"]
+        # Weights are known by their contents, which the checkpoints record, not by where they lie.
+        for key in (
+            "max_steps", "micro_batch", "deepspeed", "gradient_checkpointing", "collective_timeout_minutes",
+            "initial_encoder",
+        ):  # fmt: skip
+            del values["training"][key]
+        return values
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every field spelled out; `load_recipe` reads it back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+class Recipe(RunRecipe):
+    """Everything that one run of `mvd-scale pretrain` needs to know."""
+
     targets: dict[str, TargetConfig] = Field(min_length=1)
     """Any number of targets by name; the loss is their weighted sum."""
 
-    training: TrainingConfig
     teachers: TeacherConfig = TeacherConfig()
-    checkpoints: CheckpointConfig = CheckpointConfig()
-    logging: LoggingConfig = LoggingConfig()
+    logging: PretrainLogging = PretrainLogging()
 
     @model_validator(mode="before")
     @classmethod
@@ -68,17 +153,8 @@ class Recipe(Section):
                     f"targets.{name}.decoder: positions {self.model.positions} need a width that is a multiple of "
                     f"{multiple}, not {target.decoder.width}"
                 )
-        if self.device == "cpu" and "fp16" in (self.training.precision, self.teachers.precision):
+        if self.device == "cpu" and self.teachers.precision == "fp16":
             raise ValueError("precision fp16 needs a GPU (CPUs compute it slowly or not at all): use bf16 or fp32")
-        if self.training.warmup_epochs >= self.training.epochs:
-            raise ValueError(
-                f"training.warmup_epochs {self.training.warmup_epochs:g} must be fewer than "
-                f"training.epochs {self.training.epochs}"
-            )
-        if self.training.min_lr > self.training.base_lr:
-            raise ValueError(
-                f"training.min_lr {self.training.min_lr:g} is above training.base_lr {self.training.base_lr:g}"
-            )
         return self
 
     def _check_mask(self) -> None:
@@ -130,134 +206,12 @@ class Recipe(Section):
             return self.tokens - time * int(mask.ratio * height * width)
         return self.tokens - int(mask.ratio * self.tokens)
 
-    def batch_split(self, world_size: int) -> tuple[int, int]:
-        """Micro batch and accumulation steps for a number of ranks: the largest micro batch that the recipe allows.
-
-        Raises:
-            UserError: the global batch cannot be split so; the message proposes the nearest numbers that can.
-        """
-        total, copies = self.training.global_batch, self.data.copies
-        limit = self.training.micro_batch or total
-        if limit < copies:
-            raise UserError(
-                f"training.micro_batch {limit} is less than data.copies {copies}: the copies of a clip stay together"
-            )
-        if total % (world_size * copies):
-            unit = world_size * copies
-            splits = [n for n in range(1, total // copies + 1) if total % (n * copies) == 0]
-            ranks = _nearest(splits, world_size)
-            batches = [n for n in (total // unit * unit, -(-total // unit) * unit) if n]
-            raise UserError(
-                f"training.global_batch {total} cannot be split over {world_size} ranks"
-                + (f" in whole sets of {copies} copies" if copies > 1 else "")
-                + (f". Start {_either(ranks)} ranks, or" if ranks else ". No number of ranks can;")
-                + f" set training.global_batch to {_either(batches)}, with which the learning rate scales"
-            )
-        share = total // world_size
-        micro = max(n for n in range(copies, min(share, limit) + 1, copies) if share % n == 0)
-        return micro, share // micro
-
-    def identity(self) -> dict[str, Any]:
-        """What makes two runs the same run: all that changes which numbers are computed, flattened to dotted keys.
-
-        Where the run lives, how often it saves and logs, how it decodes and splits batches, and where it stops
-        may change between a start and its resumption.
-        """
-        values = self.model_dump(mode="json")
-        for section in ("run", "device", "teachers", "checkpoints", "logging"):
-            del values[section]
-        for key in ("source", "root", "workers", "threads", "prefetch", "max_broken", "read_timeout"):
-            del values["data"][key]
-        for part in (values["data"]["mixture"] or {}).values():
-            del part["source"], part["root"]
+    def _identity(self) -> dict[str, Any]:
+        values = super()._identity()
+        del values["teachers"]
         for target in values["targets"].values():
-            # Weights are known by their contents, which the checkpoints record, not by where they lie.
             target.pop("checkpoint", None)
-        for key in (
-            "max_steps", "micro_batch", "deepspeed", "gradient_checkpointing", "collective_timeout_minutes",
-            "initial_encoder",
-        ):  # fmt: skip
-            del values["training"][key]
-        return dict(_flatten(values))
-
-    def to_yaml(self) -> str:
-        """The resolved recipe, every field spelled out; `load_recipe` reads it back."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-def list_recipes() -> dict[str, str]:
-    """Names of the shipped recipes and the first line of each one's head."""
-    root = resources.files("mvd_scale") / "recipes"
-    found = {}
-    for folder in sorted(root.iterdir(), key=lambda entry: entry.name):
-        if folder.is_dir():
-            for file in sorted(folder.iterdir(), key=lambda entry: entry.name):
-                if file.name.endswith(".yaml"):
-                    name = f"{folder.name}/{file.name.removesuffix('.yaml')}"
-                    found[name] = file.read_text().splitlines()[0].lstrip("# ")
-    return found
-
-
-def load_recipe(name_or_path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe by shipped name or by path and lay dotted overrides over it.
-
-    Args:
-        name_or_path: a name of `list_recipes`, or a YAML file. The recipe that its `base:` names stands below it.
-        overrides: command-line words such as `--training.epochs 3` or `--training.epochs=3`, values in YAML;
-            the last one of a key wins. A mapping merges into what stands, anything else replaces it.
-
-    Raises:
-        UserError: the recipe does not exist, is no YAML, or does not fit the schema; all faults are named.
-    """
-    source, values = _read(name_or_path, ())
-    for key, value in parse_overrides(overrides or []):
-        set_value(values, key, value)
-    return _validated(values, source)
-
-
-def recipe_of(values: dict[str, Any], source: str) -> Recipe:
-    """A recipe from the mapping that a YAML file would hold; `source` names it in messages.
-
-    Raises:
-        UserError: as `load_recipe`.
-    """
-    return _validated(_with_base(values, source, None, ()), source)
-
-
-def _validated(values: dict[str, Any], source: str) -> Recipe:
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        raise UserError(f"{source} does not describe a run:\n{describe(error)}") from error
-
-
-def _read(name_or_path: str | Path, above: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
-    source, path = str(name_or_path), Path(name_or_path)
-    if source in above:
-        raise UserError(f"{' -> '.join([*above, source])}: a recipe cannot be its own base")
-    expected = "sections such as `model:` and `training:`"
-    if path.is_file():
-        return source, _with_base(read_mapping(path.read_bytes(), source, expected), source, path.parent, above)
-    known = list_recipes()
-    if source not in known:
-        raise UserError(f"no recipe {source!r}: give the path of a YAML file or one of {', '.join(known)}")
-    shipped = resources.files("mvd_scale") / "recipes" / f"{source}.yaml"
-    return source, _with_base(read_mapping(shipped.read_bytes(), source, expected), source, None, above)
-
-
-def _with_base(values: dict[str, Any], source: str, folder: Path | None, above: tuple[str, ...]) -> dict[str, Any]:
-    """A recipe laid over the one that its `base:` names, that one over its own, and so on."""
-    base = values.get("base")
-    own = {key: value for key, value in values.items() if key != "base"}
-    if base is None:
-        return own
-    if not isinstance(base, str):
-        raise UserError(f"{source}: base is {base!r}, expected the name or path of a recipe")
-    beside = folder / base if folder is not None else None
-    _, merged = _read(beside if beside is not None and beside.is_file() else base, (*above, source))
-    for key, value in own.items():
-        set_value(merged, [str(key)], value)
-    return merged
+        return values
 
 
 def _nearest(numbers: list[int], wanted: int) -> list[int]:

@@ -143,6 +143,10 @@ class LoggingConfig(Section):
     tensorboard: bool = True
     """Write TensorBoard event files beside `metrics.jsonl`."""
 
+
+class PretrainLogging(LoggingConfig):
+    """And what a person judges pre-training by."""
+
     pictures: PicturesConfig | None = PicturesConfig()
     """Draw what the student predicts, into `pictures/` and TensorBoard."""
 

@@ -1,22 +1,17 @@
 """`mvd-scale features`: what a frozen encoder makes of the videos of a manifest, in shards on disk.
 
-    list what there is to load -> cut it into shards -> each rank writes the shards that are missing -> index
-
-A shard is written whole or not at all, so that a start after a kill goes on with the next one, by any number of ranks.
-
 Legend: V views, N tokens, t time slices, D width.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -33,14 +28,11 @@ from mvd_scale.config.training import Precision
 from mvd_scale.data.batch import ViewBatch
 from mvd_scale.data.index import open_source
 from mvd_scale.data.manifest import Manifest
-from mvd_scale.data.view_loader import ViewLoader, view_items
 from mvd_scale.data.views import clips_of
 from mvd_scale.errors import UserError
+from mvd_scale.evaluation.sharded import Shards
 from mvd_scale.models import Encoder
-from mvd_scale.training.engine import Ranks, check_precision, dtype_of, everybody_done, first_decides
-from mvd_scale.training.run_folder import write_whole
-
-logger = logging.getLogger("mvd_scale")
+from mvd_scale.training.engine import Ranks, check_precision, dtype_of, first_decides
 
 Pool = Literal["clip", "time", "none"]
 Format = Literal["safetensors", "parquet"]
@@ -127,8 +119,7 @@ def write_features(
     extract = FeatureExtractor(
         build_encoder(read, final_norm=read.final_norm), options, ranks.device, dtype_of(precision)
     )
-    model = read.model
-    manifest_file, quarantine = out / "manifest.parquet", out / "quarantine.jsonl"
+    model, shards = read.model, Shards(out, "features", options.format, options.shard)
     settings = {
         "checkpoint": str(checkpoint), "source": data.source, "precision": precision,
         "frames": model.frames, "input_size": model.input_size, **asdict(options),
@@ -136,61 +127,47 @@ def write_features(
     }  # fmt: skip
 
     def prepare() -> None:
-        _claim(out, settings)
-        if not manifest_file.is_file():
-            open_source(data, out).save(manifest_file)
+        shards.claim(settings)
+        if not (out / "manifest.parquet").is_file():
+            open_source(data, out).save(out / "manifest.parquet")
 
     first_decides(ranks, "features", prepare)
-    manifest = Manifest.load(manifest_file)
-    items = view_items(manifest, options.views, frames=model.frames)
-    shards = [items[start : start + options.shard] for start in range(0, len(items), options.shard)]
-    missing = [n for n in range(len(shards)) if not _shard_file(out, n, options.format).is_file()]
-    mine = missing[ranks.rank :: ranks.world_size]
-    logger.info("%d of %d shards are there already", len(shards) - len(missing), len(shards))
-    if mine:
-        loader = ViewLoader(
-            manifest,
-            data,
-            options.views,
-            np.concatenate([shards[n] for n in mine]),
-            frames=model.frames,
-            side=model.input_size,
-            batch=batch,
-            world_size=ranks.world_size,
-            device=ranks.device,
-            report=quarantine,
-        )
-        with loader:
-            rows = _rows(loader, extract, manifest, options, model.frames)
-            for n in mine:
-                _write_shard(_shard_file(out, n, options.format), [next(rows) for _ in range(len(shards[n]))])
-    everybody_done(ranks, "features")
-    return first_decides(ranks, "index", lambda: _index(out, manifest, options, len(shards)))
+    manifest = Manifest.load(out / "manifest.parquet")
+    files = shards.fill(
+        manifest,
+        data,
+        options.views,
+        model,
+        ranks,
+        batch=batch,
+        results=lambda views: _rows(views, extract, manifest, options, model.frames),
+        write=_write_shard,
+    )
+    views, failed = first_decides(ranks, "index", lambda: _index(out, manifest, files))
+    return views, failed
 
 
 Rows = dict[str, NDArray[np.int64] | Tensor]
 
 
 def _rows(
-    loader: ViewLoader, extract: FeatureExtractor, manifest: Manifest, options: FeatureOptions, frames: int
+    batch: ViewBatch, extract: FeatureExtractor, manifest: Manifest, options: FeatureOptions, frames: int
 ) -> Iterator[Rows]:
-    """Columns and features of one item after the other; of one that could not be decoded, none."""
-    for batch in loader:
-        features = _features(extract, batch)
-        for k in range(len(batch.video_ids)):
-            row, first = int(batch.video_ids[k]), int(batch.first_clips[k])
-            starts = clips_of(options.views, int(manifest.frames[row]), frames=frames)[:, 0]
-            clips = min(options.views.clips, len(starts) - first) if bool(batch.decoded[k]) else 0
-            crops = options.views.crops
-            clip = np.repeat(np.arange(first, first + clips), crops)
-            yield {
-                "video": np.full(clips * crops, row),
-                "label": np.full(clips * crops, int(manifest.label[row])),
-                "clip": clip,
-                "crop": np.tile(np.arange(crops), clips),
-                "first_frame": starts[clip],
-                "features": features[k, :clips].flatten(0, 1),
-            }
+    """Columns and features of each item of a batch; of one that could not be decoded, none."""
+    features, crops = _features(extract, batch), options.views.crops
+    for k in range(len(batch.video_ids)):
+        row, first = int(batch.video_ids[k]), int(batch.first_clips[k])
+        starts = clips_of(options.views, int(manifest.frames[row]), frames=frames)[:, 0]
+        clips = min(options.views.clips, len(starts) - first) if bool(batch.decoded[k]) else 0
+        clip = np.repeat(np.arange(first, first + clips), crops)
+        yield {
+            "video": np.full(clips * crops, row),
+            "label": np.full(clips * crops, int(manifest.label[row])),
+            "clip": clip,
+            "crop": np.tile(np.arange(crops), clips),
+            "first_frame": starts[clip],
+            "features": features[k, :clips].flatten(0, 1),
+        }
 
 
 def _features(extract: FeatureExtractor, batch: ViewBatch) -> Tensor:
@@ -198,62 +175,30 @@ def _features(extract: FeatureExtractor, batch: ViewBatch) -> Tensor:
     return torch.stack([extract(views.flatten(0, 1)).unflatten(0, views.shape[:2]).cpu() for views in batch.pixels])
 
 
-def _claim(out: Path, settings: Mapping[str, Any]) -> None:
-    """See that the folder is free or holds these very features.
-
-    Raises:
-        UserError: it holds others, or cannot be written.
-    """
-    described = out / "features.json"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if described.is_file():
-            stands = json.loads(described.read_text())
-            differing = [key for key, value in settings.items() if stands.get(key) != value]
-            if differing:
-                there, here = (", ".join(f"{key} {of.get(key)}" for key in differing) for of in (stands, settings))
-                raise UserError(f"{out} holds features with {there}; this start has {here}: choose another --out")
-        elif any(out.iterdir()):
-            raise UserError(f"{out} exists and holds no features: choose an empty or new folder with --out")
-        write_whole(described, json.dumps(settings, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
-
-
-def _shard_file(out: Path, number: int, kind: Format) -> Path:
-    return out / f"features_{number:06d}.{kind}"
-
-
 def _write_shard(file: Path, rows: list[Rows]) -> None:
     columns = {name: np.concatenate([np.asarray(row[name]) for row in rows]).astype(np.int64) for name in _COLUMNS}
     features = torch.cat([torch.as_tensor(row["features"]) for row in rows])
-    partial = file.with_name(file.name + ".partial")
-    if file.suffix == ".safetensors":
-        save_file(
-            {"features": features, **{name: torch.from_numpy(column) for name, column in columns.items()}}, partial
-        )
+    if ".safetensors" in file.suffixes:
+        save_file({"features": features} | {name: torch.from_numpy(column) for name, column in columns.items()}, file)
     else:
         shape = list(features.shape[1:])
         flat = pa.array(features.float().flatten(1).numpy().reshape(-1), pa.float32())
         listed = pa.FixedSizeListArray.from_arrays(flat, math.prod(shape))
         table = pa.table({**columns, "features": listed}).replace_schema_metadata({"shape": json.dumps(shape)})
-        pq.write_table(table, partial)
-    os.replace(partial, file)
+        pq.write_table(table, file)
 
 
-def _index(out: Path, manifest: Manifest, options: FeatureOptions, shards: int) -> list[int]:
+def _index(out: Path, manifest: Manifest, files: list[Path]) -> list[int]:
     """Write `index.parquet`: a row per view with the name of its video and its place in the shards."""
     parts = []
-    for number in range(shards):
-        file = _shard_file(out, number, options.format)
-        if options.format == "parquet":
+    for file in files:
+        if file.suffix == ".parquet":
             columns = pq.read_table(file, columns=list(_COLUMNS)).to_pydict()
         else:
             with safe_open(file, framework="np") as opened:
                 columns = {name: opened.get_tensor(name).tolist() for name in _COLUMNS}
-        parts.append(
-            columns | {"shard": [file.name] * len(columns["video"]), "row": list(range(len(columns["video"])))}
-        )
+        count = len(columns["video"])
+        parts.append(columns | {"shard": [file.name] * count, "row": list(range(count))})
     whole = {name: [value for part in parts for value in part[name]] for name in (*_COLUMNS, "shard", "row")}
     names = [manifest.name[row] for row in whole["video"]]
     partial = out / "index.parquet.partial"

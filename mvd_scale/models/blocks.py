@@ -85,6 +85,13 @@ class Blocks(nn.ModuleList):
         return tokens
 
 
+def checkpoint_gradients(model: nn.Module) -> None:
+    """Recompute each block of a model in the backward pass instead of keeping its activations."""
+    for module in model.modules():
+        if isinstance(module, Blocks):
+            module.gradient_checkpointing = True
+
+
 def initialise(module: nn.Module) -> None:
     """Published weights before pre-training: linear layers Xavier uniform, biases 0. For `Module.apply`."""
     if isinstance(module, nn.Linear):

@@ -5,6 +5,7 @@ Legend: B clips, T frames, H W pixels, C classes.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from mvd_kernels import LayerNorm
@@ -16,17 +17,21 @@ from mvd_scale.models.encoder import Encoder
 class Classifier(nn.Module):
     """Encoder over all tokens with joint space-time attention, and a head (Sec. 3.3, Tables 3 to 5)."""
 
-    def __init__(self, config: ModelConfig, classes: int) -> None:
+    def __init__(self, config: ModelConfig, classes: int, *, dropout: float = 0.0, init_scale: float = 1.0) -> None:
+        """Build from the encoder's shape; `dropout` stands before the head, whose first weights are scaled."""
         super().__init__()
         self.encoder = Encoder(config, final_norm=False)
         self.norm = LayerNorm(self.encoder.width)
+        self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(self.encoder.width, classes)
         self.apply(_initialise)
+        with torch.no_grad():
+            self.head.weight *= init_scale
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Scores of whole clips: uint8 (B, T, H, W, 3) to (B, C)."""
         tokens = self.encoder(pixels)
-        scores: Tensor = self.head(self.norm(tokens.mean(dim=1)))
+        scores: Tensor = self.head(self.dropout(self.norm(tokens.mean(dim=1))))
         return scores
 
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from mvd_scale.config import DecoderConfig, HeadConfig, ModelConfig
-from mvd_scale.models.blocks import Blocks
 from mvd_scale.models.decoder import Decoder
 from mvd_scale.models.encoder import Encoder
 from mvd_scale.models.heads import TokenHead
@@ -29,12 +28,6 @@ class Student(nn.Module):
                 self.decoders[name] = Decoder(head, config, channels)
             else:
                 self.heads[name] = TokenHead(head, config, channels)
-
-    def checkpoint_gradients(self) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
-        for module in self.modules():
-            if isinstance(module, Blocks):
-                module.gradient_checkpointing = True
 
     def forward(self, pixels: Tensor, visible: Tensor, masked: Tensor) -> dict[str, Tensor]:
         """Predict every target: by decoders at the masked tokens, by other heads at the visible ones.

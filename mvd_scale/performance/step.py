@@ -26,9 +26,10 @@ from mvd_scale.models import Encoder, Student
 from mvd_scale.models.timm_vit import TimmViT
 from mvd_scale.targets import FrozenTeacher, MaskedDistillation, Target, build_targets
 from mvd_scale.targets.load import empty_average, teacher_sides
-from mvd_scale.training.engine import Ranks, host_teachers, join_ranks, leave_ranks, student_engine
+from mvd_scale.training.engine import Ranks, host_teachers, join_ranks, leave_ranks, train_engine
 from mvd_scale.training.metrics import peak_memory_gib
 from mvd_scale.training.momentum import moving_averages, start_averages
+from mvd_scale.training.optim import parameter_groups
 from mvd_scale.training.schedule import Schedule
 
 _WARM_UP = 2
@@ -129,7 +130,7 @@ def measure_step(
 def _measure(recipe: Recipe, ranks: Ranks, name: str, batch: int, steps: int, scratch: Path) -> StepReport:
     watch = Stopwatch(ranks.device)
     engine, objective = _build(recipe, ranks, watch)
-    averages = moving_averages(objective.targets, engine, Schedule(recipe.training, 1), ranks)
+    averages = moving_averages(objective.targets, engine, Schedule(recipe.training, 1, recipe.lr_batch), ranks)
     micro, accumulation = recipe.batch_split(ranks.world_size)
     loader = ClipLoader(
         open_source(_with_clips(recipe.data, scratch), scratch),
@@ -206,7 +207,7 @@ def _build(recipe: Recipe, ranks: Ranks, watch: Stopwatch) -> tuple[Any, MaskedD
     for name, target in targets.items():
         if isinstance(target, FrozenTeacher):
             watch.watch(f"{name} teacher", target.teacher)
-    engine = student_engine(student, recipe, ranks)
+    engine = train_engine(student, parameter_groups(student, recipe.training.weight_decay), recipe, ranks)
     watch.watch("student forward", engine)
     return engine, MaskedDistillation(targets)
 

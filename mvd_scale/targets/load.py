@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from mvd_scale.checkpoints.checkpoint import Hints
-from mvd_scale.checkpoints.reading import read_source
+from mvd_scale.checkpoints.reading import digest, read_source
 from mvd_scale.checkpoints.weights import load_encoder
 from mvd_scale.config import ModelConfig, MomentumTarget, Recipe, TimmTarget
 from mvd_scale.config.target import TrainedTeacherTarget
@@ -83,13 +82,7 @@ def weight_digests(recipe: Recipe) -> dict[str, str]:
     paths = {name: getattr(config, "checkpoint", None) for name, config in recipe.targets.items()}
     for name, path in (*paths.items(), ("initial encoder", recipe.training.initial_encoder)):
         if path is not None:
-            files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-            whole = hashlib.sha256()
-            for file in files:
-                with file.open("rb") as opened:
-                    while chunk := opened.read(1 << 22):
-                        whole.update(chunk)
-            digests[name] = whole.hexdigest()[:16]
+            digests[name] = digest(path)
     return digests
 
 

@@ -52,6 +52,11 @@ class MaskedDistillation:
     def __init__(self, targets: Mapping[str, Target]) -> None:
         self.targets = targets
 
+    @property
+    def parts(self) -> list[str]:
+        """Names of the targets, each with its distance."""
+        return list(self.targets)
+
     def __call__(self, student: nn.Module, batch: ClipBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of one micro batch.
 

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mvd_scale.config import Recipe, TeacherConfig
+from mvd_scale.config import Recipe, RunRecipe, TeacherConfig
 from mvd_scale.config.deepspeed import student_deepspeed, teacher_deepspeed
 from mvd_scale.config.training import Precision
 from mvd_scale.errors import UserError
-from mvd_scale.models import Student
+from mvd_scale.models.blocks import checkpoint_gradients
 from mvd_scale.targets import FrozenTeacher, Target
 from mvd_scale.targets.momentum import Momentum
 from mvd_scale.training.optim import build_optimizer
@@ -131,6 +131,18 @@ def everybody_done(ranks: Ranks, name: str) -> None:
     store.wait([f"mvd_scale/done/{name}/{rank}" for rank in range(ranks.world_size)], timedelta(days=7))
 
 
+def gather_rows(mine: Tensor, ranks: Ranks) -> Tensor:
+    """The rows of all ranks, one rank after the other; they may have different numbers of them. All ranks call it."""
+    count = torch.tensor([len(mine)], device=mine.device)
+    counts = [torch.empty_like(count) for _ in range(ranks.world_size)]
+    torch.distributed.all_gather(counts, count)
+    most = int(torch.cat(counts).max())
+    padded = torch.cat([mine, mine.new_zeros(most - len(mine), *mine.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in range(ranks.world_size)]
+    torch.distributed.all_gather(parts, padded)
+    return torch.cat([part[: int(n)] for part, n in zip(parts, counts, strict=True)])
+
+
 def dtype_of(precision: Precision) -> torch.dtype:
     """Of weights in a precision."""
     return _DTYPES[precision]
@@ -143,8 +155,14 @@ def leave_ranks() -> None:
         torch.distributed.destroy_process_group()
 
 
-def student_engine(student: Student, recipe: Recipe, ranks: Ranks) -> Any:
-    """The student under DeepSpeed ZeRO with its optimizer; parameters are sharded from here on at stage 3.
+def train_engine(model: nn.Module, groups: list[dict[str, Any]], recipe: RunRecipe, ranks: Ranks) -> Any:
+    """A model under DeepSpeed ZeRO with its optimizer; parameters are sharded from here on at stage 3.
+
+    Args:
+        model: on the CPU.
+        groups: its parameters, as `optim.parameter_groups` cuts them.
+        recipe: precision, DeepSpeed file, batch and optimizer.
+        ranks: all of them call this.
 
     Raises:
         UserError: the DeepSpeed file contradicts the recipe, or the device lacks the precision.
@@ -152,11 +170,11 @@ def student_engine(student: Student, recipe: Recipe, ranks: Ranks) -> Any:
     check_precision(recipe.training.precision, ranks.device)
     config = student_deepspeed(recipe, ranks.world_size)
     if recipe.training.gradient_checkpointing:
-        student.checkpoint_gradients()
+        checkpoint_gradients(model)
     offload = config["zero_optimization"].get("offload_optimizer", {}).get("device") in ("cpu", "nvme")
     engine, *_ = _import_deepspeed().initialize(
-        model=student.to(ranks.device),
-        optimizer=build_optimizer(student, recipe.training, ranks.device, offload=offload),
+        model=model.to(ranks.device),
+        optimizer=build_optimizer(groups, recipe.training, ranks.device, offload=offload),
         config=config,
         dist_init_required=False,
     )

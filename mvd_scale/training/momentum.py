@@ -1,15 +1,16 @@
-"""The moving average behind a momentum target, kept in the shards in which its encoder is kept (Table 8)."""
+"""Moving averages of weights: behind a momentum target (Table 8), and of a model that is fine-tuned."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mvd_scale.checkpoints.weights import read_checkpoint, save_weights
+from mvd_scale.checkpoints.native import save_weights
 from mvd_scale.errors import UserError
 from mvd_scale.models import Student
 from mvd_scale.targets import Target
@@ -20,21 +21,35 @@ from mvd_scale.training.schedule import Schedule, cosine
 
 
 class MovingAverage:
-    """A float32 average of the encoder's weights over the steps.
+    """A float32 average of weights over the steps.
 
-    Each rank keeps the part of it that it keeps of the target's encoder: its shard, or everything where that is
-    replicated. The encoder itself may have another precision and takes over the average after every step.
+    Each rank keeps the part of it that it keeps of the averaged module: its shard, or everything where that is
+    replicated. The module itself may have another precision and takes over the average after every step.
+
+    Args:
+        averaged: parameters of the module that takes the average, by name.
+        online: those of the trained model under the same names.
+        momentum: share of the average that stays at a step.
+        file: where a folder keeps it.
+        write: writes all of it into such a file.
+        ranks: all of them keep their parts.
     """
 
-    def __init__(self, name: str, target: Momentum, student: nn.Module, schedule: Schedule, ranks: Ranks) -> None:
-        self.name = name
-        self.config = target.config
-        self.model = target.encoder.config
-        self.schedule = schedule
+    def __init__(
+        self,
+        averaged: Mapping[str, nn.Parameter],
+        online: Mapping[str, nn.Parameter],
+        momentum: Callable[[int], float],
+        file: Callable[[Path], Path],
+        write: Callable[[Path, dict[str, Tensor]], None],
+        ranks: Ranks,
+    ) -> None:
+        self.averaged = averaged
+        self.online = {name: online[name] for name in averaged}
+        self.momentum = momentum
         self.ranks = ranks
-        online = dict(student.encoder.named_parameters())  # type: ignore[union-attr]
-        self.averaged = dict(target.encoder.named_parameters())
-        self.online = {parameter: online[parameter] for parameter in self.averaged}
+        self._file = file
+        self._write = write
         self.shares = [share.clone() for share in self._online_shares()]
         self._publish()
 
@@ -44,20 +59,15 @@ class MovingAverage:
         torch._foreach_lerp_(self.shares, list(self._online_shares()), 1 - self.momentum(step))
         self._publish()
 
-    def momentum(self, step: int) -> float:
-        """Share of the average that stays at a step."""
-        total = self.schedule.total_steps
-        return cosine(step, total=total, start=self.config.momentum, end=self.config.momentum_end)
-
     def save(self, folder: Path) -> None:
-        """Write the whole average as an encoder of ours. All ranks call it."""
+        """Write the whole average into its file. All ranks call it."""
         whole = {}
         for (name, parameter), share in zip(self.averaged.items(), self.shares, strict=True):
             full = whole_of(share, parameter, self.ranks)
             if self.ranks.first:
                 whole[name] = full.cpu()
         if self.ranks.first:
-            save_weights(average_file(folder, self.name), whole, self.model)
+            self._write(self._file(folder), whole)
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
@@ -66,12 +76,10 @@ class MovingAverage:
         Raises:
             UserError: the file is missing or damaged.
         """
-        path = average_file(folder, self.name)
-        tensors = read_checkpoint(path).encoder
+        path = self._file(folder)
+        tensors = load_file(path) if path.is_file() else {}
         if tensors.keys() != self.averaged.keys():
-            raise UserError(
-                f"{path} is not the average of this student; remove its folder to resume from the one before"
-            )
+            raise UserError(f"{path} is not the average of this run: remove its folder to resume from the one before")
         for (name, parameter), share in zip(self.averaged.items(), self.shares, strict=True):
             share.copy_(share_of(tensors[name].to(share), parameter, self.ranks))
         self._publish()
@@ -98,7 +106,23 @@ def moving_averages(
 ) -> list[MovingAverage]:
     """An average for each momentum target of a run, after student and targets came to their shards."""
     return [
-        MovingAverage(name, target, engine.module, schedule, ranks)
+        _average_of(name, target, engine.module.encoder, schedule, ranks)
         for name, target in targets.items()
         if isinstance(target, Momentum)
     ]
+
+
+def _average_of(name: str, target: Momentum, encoder: nn.Module, schedule: Schedule, ranks: Ranks) -> MovingAverage:
+    config, model = target.config, target.encoder.config
+
+    def momentum(step: int) -> float:
+        return cosine(step, total=schedule.total_steps, start=config.momentum, end=config.momentum_end)
+
+    return MovingAverage(
+        dict(target.encoder.named_parameters()),
+        dict(encoder.named_parameters()),
+        momentum,
+        lambda folder: average_file(folder, name),
+        lambda path, tensors: save_weights(path, tensors, model),
+        ranks,
+    )

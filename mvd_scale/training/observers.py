@@ -7,32 +7,29 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from typing_extensions import Self
 
 from mvd_scale.config import Recipe
-from mvd_scale.config.data import DataConfig, ViewsConfig
+from mvd_scale.config.data import DataConfig
 from mvd_scale.config.training import ProbeConfig
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.data.index import open_source
 from mvd_scale.data.manifest import Manifest
-from mvd_scale.data.view_loader import ViewLoader, view_items
 from mvd_scale.errors import UserError
 from mvd_scale.evaluation.features import pooled
 from mvd_scale.evaluation.picture import compose, fresh_batch, panels_from
 from mvd_scale.evaluation.probes import linear_classifier, nearest_neighbours, top1
+from mvd_scale.evaluation.sweep import Sweep
 from mvd_scale.targets import Target
 from mvd_scale.training.engine import Ranks
 from mvd_scale.training.metrics import MetricWriter
@@ -148,69 +145,33 @@ class Probe(Observer):
         assert config is not None
         super().__init__(config.every_epochs, steps_per_epoch)
         self.config = config
-        self.model = recipe.model
-        self.data = recipe.data
-        self.views = ViewsConfig(stride=recipe.data.stride, clips=1, crops=1)
+        self.grid = recipe.model.grid
         self.report = folder.probe
         self.ranks = ranks
-        self.train, self.test = (
-            Manifest.load(folder.path / part / "manifest.parquet") for part in ("probe_train", "probe_test")
-        )
+        manifests = [Manifest.load(folder.path / part / "manifest.parquet") for part in ("probe_train", "probe_test")]
+        self.classes = len(manifests[0].classes)
+        self.sweeps = [Sweep(manifest, recipe.data, recipe.model, ranks, config.batch) for manifest in manifests]
 
     def observe(self, engine: Any, step: int, writer: MetricWriter) -> None:
         """Encode all videos, each on one rank, and classify them on the first."""
-        known, labels = self._encode(engine, self.train)
-        tested, truth = self._encode(engine, self.test)
+
+        def encode(pixels: Tensor) -> Tensor:
+            return pooled(engine.module.encoder(pixels), self.grid, "clip").float()
+
+        (known, labels, seen), (tested, truth, decoded) = (sweep(encode) for sweep in self.sweeps)
         if not self.ranks.first:
             return
-        classes = len(self.train.classes)
+        known, labels, tested, truth = known[seen], labels[seen], tested[decoded], truth[decoded]
         if self.config.kind == "knn":
-            scores = nearest_neighbours(known, labels, tested, classes=classes, neighbours=self.config.neighbours)
+            neighbours = self.config.neighbours
+            scores = nearest_neighbours(known, labels, tested, classes=self.classes, neighbours=neighbours)
         else:
-            scores = linear_classifier(known, labels, tested, classes=classes)
+            scores = linear_classifier(known, labels, tested, classes=self.classes)
         accuracy = top1(scores, truth)
         with self.report.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "kind": self.config.kind, "top1": accuracy}) + "\n")
         writer.show(step, f"probe/{self.config.kind}_top1", accuracy)
         logger.info("step %d  %s probe: top-1 %.1f %% of %d videos", step, self.config.kind, 100 * accuracy, len(truth))
-
-    def _encode(self, engine: Any, manifest: Manifest) -> tuple[Tensor, Tensor]:
-        """Features, float32 (X, D), and labels of the labelled videos that can be decoded; on every rank."""
-        items = view_items(manifest, self.views, frames=self.model.frames)
-        items = items[manifest.label[items[:, 0]] >= 0]
-        mine = items[self.ranks.rank :: self.ranks.world_size]
-        features, labels = [], []
-        for pixels, known in self._batches(manifest, items, mine):
-            encoded = pooled(engine.module.encoder(pixels), self.model.grid, "clip").float()
-            features.append(encoded[: len(known)][known >= 0])
-            labels.append(known[known >= 0])
-        return _gathered(torch.cat(features), self.ranks), _gathered(torch.cat(labels), self.ranks)
-
-    def _batches(
-        self, manifest: Manifest, items: NDArray[np.int64], mine: NDArray[np.int64]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """As many batches on every rank, since at ZeRO stage 3 they encode together: clips, and labels or -1."""
-        shape = (1, self.model.frames, self.model.input_size, self.model.input_size, 3)
-        nothing = torch.zeros(shape, dtype=torch.uint8, device=self.ranks.device)
-        most = math.ceil(math.ceil(len(items) / self.ranks.world_size) / self.config.batch)
-        loader = ViewLoader(
-            manifest,
-            self.data.model_copy(update={"workers": 0}),
-            self.views,
-            mine,
-            frames=self.model.frames,
-            side=self.model.input_size,
-            batch=self.config.batch,
-            world_size=self.ranks.world_size,
-            device=self.ranks.device,
-        )
-        with loader:
-            for batch in loader:
-                most -= 1
-                known = torch.where(batch.decoded.to(batch.labels.device), batch.labels, -1)
-                yield batch.pixels.flatten(0, 2), known
-        for _ in range(most):
-            yield nothing, torch.full((1,), -1, device=self.ranks.device)
 
 
 def open_probe(config: ProbeConfig, folder: RunFolder) -> None:
@@ -235,15 +196,3 @@ def open_probe(config: ProbeConfig, folder: RunFolder) -> None:
             f"logging.probe: {config.train} and {config.test} have not the same classes in the same order"
             + (f"; in one only are {', '.join(only[:5])}" if only else "")
         )
-
-
-def _gathered(mine: Tensor, ranks: Ranks) -> Tensor:
-    """The rows of all ranks, one rank after the other; they may have different numbers of them."""
-    count = torch.tensor([len(mine)], device=mine.device)
-    counts = [torch.empty_like(count) for _ in range(ranks.world_size)]
-    torch.distributed.all_gather(counts, count)
-    most = int(torch.cat(counts).max())
-    padded = torch.cat([mine, mine.new_zeros(most - len(mine), *mine.shape[1:])])
-    parts = [torch.empty_like(padded) for _ in range(ranks.world_size)]
-    torch.distributed.all_gather(parts, padded)
-    return torch.cat([part[: int(n)] for part, n in zip(parts, counts, strict=True)])

@@ -1,7 +1,8 @@
-"""AdamW over two groups of parameters: with and without weight decay."""
+"""AdamW over groups of parameters: with and without weight decay, and by layer in fine-tuning."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,15 +15,24 @@ from mvd_scale.training.schedule import Schedule
 _TOKENS = ("mask_token", "class_token")
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups; biases, norms, tokens and other one-dimensional ones do not decay."""
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+def parameter_groups(
+    model: nn.Module, weight_decay: float, lr_scale: Callable[[str], float] = lambda name: 1.0
+) -> list[dict[str, Any]]:
+    """Trainable parameters in groups; biases, norms, tokens and other one-dimensional ones do not decay.
+
+    Args:
+        model: the parameters' owner.
+        weight_decay: of those that decay.
+        lr_scale: factor on the learning rate of a parameter by name.
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[parameter.ndim > 1 and not name.endswith(_TOKENS)].append(parameter)
+            decays = parameter.ndim > 1 and not name.endswith(_TOKENS)
+            groups.setdefault((lr_scale(name), decays), []).append(parameter)
     return [
-        {"params": groups[True], "weight_decay": weight_decay, "decays": True},
-        {"params": groups[False], "weight_decay": 0.0, "decays": False},
+        {"params": params, "weight_decay": weight_decay if decays else 0.0, "decays": decays, "lr_scale": scale}
+        for (scale, decays), params in groups.items()
     ]
 
 
@@ -45,10 +55,9 @@ def layer_scale(name: str, depth: int, decay: float) -> float:
 
 
 def build_optimizer(
-    model: nn.Module, training: TrainingConfig, device: torch.device, *, offload: bool
+    groups: list[dict[str, Any]], training: TrainingConfig, device: torch.device, *, offload: bool
 ) -> torch.optim.Optimizer:
     """AdamW: DeepSpeed's on the host when states are offloaded, apex's fused one where installed, else torch's."""
-    groups = parameter_groups(model, training.weight_decay)
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -70,6 +79,6 @@ def apply_schedule(optimizer: Any, schedule: Schedule, step: int) -> None:
     """Set learning rate and weight decay of the coming step."""
     lr, weight_decay = schedule.lr(step), schedule.weight_decay(step)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
         if group["decays"]:
             group["weight_decay"] = weight_decay

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mvd_scale.config import Recipe, load_recipe
+from mvd_scale.config import RunRecipe, load_any
 from mvd_scale.errors import UserError
 
 
@@ -28,17 +28,20 @@ class RunFolder:
         self.probe = path / "probe.jsonl"
         self.quarantine = path / "quarantine.jsonl"
         self.encoder = path / "encoder.safetensors"
+        self.classifier = path / "classifier.safetensors"
+        self.best = path / "best.safetensors"
+        self.validation = path / "validation.jsonl"
         self.student = path / "student.safetensors"
         self.summary = path / "summary.json"
 
-    def check(self, recipe: Recipe) -> None:
+    def check(self, recipe: RunRecipe) -> None:
         """See that the folder is free or holds this very run; a run that never took a step holds nothing.
 
         Raises:
             UserError: it holds a run of another recipe (the differing keys are named) or something that is no run.
         """
         if self.metrics.is_file() or self.checkpoints.is_dir():
-            stands = load_recipe(self.recipe).identity()
+            stands = load_any(self.recipe).identity()
             wanted = recipe.identity()
             differing = [
                 f"  {key}: the run there has {stands.get(key, 'nothing')!r}, this one {wanted.get(key, 'nothing')!r}"
@@ -56,7 +59,7 @@ class RunFolder:
                 f"{self.path} exists and holds no run of mvd-scale; choose an empty or new folder with `--run.folder`"
             )
 
-    def claim(self, recipe: Recipe) -> None:
+    def claim(self, recipe: RunRecipe) -> None:
         """Make the folder, keep other processes out of it, and write the resolved recipe into it.
 
         Raises:

@@ -30,6 +30,8 @@ class Schedule:
 
     training: TrainingConfig
     steps_per_epoch: int
+    lr_batch: int
+    """Clips of a step by which the learning rate is scaled."""
 
     @property
     def total_steps(self) -> int:
@@ -42,8 +44,8 @@ class Schedule:
         return min(self.total_steps, self.training.max_steps or self.total_steps)
 
     def lr(self, step: int) -> float:
-        """Learning rate, scaled by global batch / 256."""
-        scale = self.training.global_batch / 256
+        """Learning rate, scaled by the batch / 256."""
+        scale = self.lr_batch / 256
         return cosine(
             step,
             total=self.total_steps,

@@ -6,14 +6,14 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mvd_scale.checkpoints.weights import save_weights
-from mvd_scale.config import Recipe
+from mvd_scale.config import Recipe, RunRecipe
 from mvd_scale.config.deepspeed import zero_stage
 from mvd_scale.errors import UserError
 from mvd_scale.training.engine import Ranks, first_decides, full_parameters
@@ -33,17 +33,19 @@ class Snapshots:
     def __init__(
         self,
         folder: RunFolder,
-        recipe: Recipe,
+        recipe: RunRecipe,
         ranks: Ranks,
         origin: dict[str, Any],
         steps_per_epoch: int,
         averages: Sequence[MovingAverage],
+        export: Callable[[Any, Path], None],
     ) -> None:
         self.path = folder.checkpoints
         self.recipe = recipe
         self.ranks = ranks
         self.origin = origin
         self.averages = averages
+        self._export = export
         every = recipe.checkpoints
         by_epoch = every.every_epochs and max(round(every.every_epochs * steps_per_epoch), 1)
         self.intervals = [interval for interval in (by_epoch, every.every_steps) if interval]
@@ -116,8 +118,8 @@ class Snapshots:
         return step
 
     def export(self, engine: Any, folder: Path) -> None:
-        """Write the weights of the student and of its moving averages into a folder, float32. All ranks call it."""
-        export_student(engine, folder, self.recipe, self.ranks)
+        """Write the weights of the model and of its moving averages into a folder, float32. All ranks call it."""
+        self._export(engine, folder)
         for average in self.averages:
             average.save(folder)
 

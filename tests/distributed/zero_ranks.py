@@ -22,10 +22,10 @@ from mvd_scale.training.engine import (
     host_teachers,
     join_ranks,
     leave_ranks,
-    student_engine,
+    train_engine,
 )
 from mvd_scale.training.momentum import MovingAverage, moving_averages, start_averages
-from mvd_scale.training.optim import apply_schedule
+from mvd_scale.training.optim import apply_schedule, parameter_groups
 from mvd_scale.training.schedule import Schedule
 
 VIDEO = {"width": 320, "depth": 1, "heads": 5, "frames": 4, "input_size": 32}
@@ -100,8 +100,8 @@ def train(ranks: Ranks, made: Recipe, *, poison_last: bool = False, out: Path | 
     student = Student(made.model, {name: (made.targets[name].head_config, t.channels) for name, t in targets.items()})
     start_averages(targets, student)
     host_teachers(targets, made, ranks)
-    engine = student_engine(student, made, ranks)
-    objective, schedule = MaskedDistillation(targets), Schedule(made.training, 1)
+    engine = train_engine(student, parameter_groups(student, made.training.weight_decay), made, ranks)
+    objective, schedule = MaskedDistillation(targets), Schedule(made.training, 1, made.lr_batch)
     averages = moving_averages(targets, engine, schedule, ranks)
     expected = encoder_weights(engine) if averages else {}
     micro, accumulation = made.batch_split(ranks.world_size)
@@ -159,7 +159,7 @@ def average_values(
     for share in average.shares:
         share.zero_()
     average.load(out)
-    weights = load_file(average_file(out, average.name))
+    weights = load_file(average_file(out, "average"))
     torch.distributed.barrier()
     return {
         "names": weights.keys() == expected.keys(),

@@ -1,4 +1,4 @@
-"""Trains a small student by each method of the paper, one after the other in this process, and prints its losses.
+"""Trains a small student by each method of the paper, one after the other, and prints its losses.
 
     python tests/e2e/methods.py FOLDER VIDEOS IMAGE_TEACHER VIDEO_TEACHER STEPS [METHOD...]
 
@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import sys
 from pathlib import Path
 from statistics import mean
 
-from mvd_scale.config.recipe import recipe_of
+from mvd_scale.config import recipe_of
 from mvd_scale.training.metrics import read_metrics
 from mvd_scale.training.pretrain import pretrain
 
@@ -51,32 +52,43 @@ METHODS: dict[str, dict] = {
 }
 
 
+def train(method: str, folder: str, videos: str, image: str, video: str, steps: str) -> None:
+    changes = METHODS[method]
+    targets = {name: dict(target or {}) or target for name, target in changes.get("targets", {}).items()}
+    for name, checkpoint in (("image", image), ("video", video)):
+        if name not in targets or targets[name] is not None:
+            targets[name] = {**(targets.get(name) or {}), "checkpoint": checkpoint}
+    run = Path(folder) / method.replace(" ", "_")
+    recipe = recipe_of(
+        {
+            "base": "quickstart/student",
+            "run": {"folder": str(run)},
+            "model": changes.get("model", {}),
+            "data": {"source": videos, "workers": 0, **changes.get("data", {})},
+            "targets": targets,
+            "training": {"max_steps": int(steps), "warmup_epochs": 0.25},
+            "logging": {"every_steps": 1, "tensorboard": False, "pictures": None},
+        },
+        method,
+    )
+    pretrain(recipe)
+    losses = [reading["loss"] for reading in read_metrics(run / "metrics.jsonl")]
+    tenth = max(len(losses) // 10, 3)
+    print(json.dumps({"method": method, "first": mean(losses[:tenth]), "last": mean(losses[-tenth:])}), flush=True)
+
+
 def main() -> None:
     logging.getLogger("mvd_scale").setLevel(logging.WARNING)
     folder, videos, image, video, steps, *chosen = sys.argv[1:]
     for method in chosen or METHODS:
-        changes = METHODS[method]
-        targets = {name: dict(target or {}) or target for name, target in changes.get("targets", {}).items()}
-        for name, checkpoint in (("image", image), ("video", video)):
-            if name not in targets or targets[name] is not None:
-                targets[name] = {**(targets.get(name) or {}), "checkpoint": checkpoint}
-        run = Path(folder) / method.replace(" ", "_")
-        recipe = recipe_of(
-            {
-                "base": "quickstart/student",
-                "run": {"folder": str(run)},
-                "model": changes.get("model", {}),
-                "data": {"source": videos, "workers": 0, **changes.get("data", {})},
-                "targets": targets,
-                "training": {"max_steps": int(steps), "warmup_epochs": 0.25},
-                "logging": {"every_steps": 1, "tensorboard": False, "pictures": None},
-            },
-            method,
+        # A process of its own: DeepSpeed keeps its groups when a process leaves them. Forked, it imports nothing again.
+        process = multiprocessing.get_context("fork").Process(
+            target=train, args=(method, folder, videos, image, video, steps)
         )
-        pretrain(recipe)
-        losses = [reading["loss"] for reading in read_metrics(run / "metrics.jsonl")]
-        tenth = max(len(losses) // 10, 3)
-        print(json.dumps({"method": method, "first": mean(losses[:tenth]), "last": mean(losses[-tenth:])}), flush=True)
+        process.start()
+        process.join()
+        if process.exitcode:
+            sys.exit(f"{method} failed")
 
 
 if __name__ == "__main__":

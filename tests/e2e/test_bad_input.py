@@ -45,7 +45,7 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     ),
     "a GPU where there is none": (lambda _: ["--device", "cuda"], "torch sees no GPU"),
     "a batch that does not divide": (
-        lambda _: ["--data.copies", "3"],
+        lambda _: ["--data.copies", "3", "--training.micro_batch", "null"],
         "cannot be split over 1 ranks in whole sets of 3 copies",
     ),
 }

@@ -9,20 +9,26 @@ import torch
 
 from mvd_scale.config import (
     DecoderConfig,
+    FinetuneRecipe,
     ImageTeacherTarget,
     MomentumTarget,
     PixelTarget,
     Recipe,
     VideoTeacherTarget,
     list_recipes,
+    load_any,
+    load_finetuning,
     load_recipe,
 )
 from mvd_scale.config.deepspeed import student_deepspeed
-from mvd_scale.models import Student
+from mvd_scale.config.finetune import MixConfig
+from mvd_scale.models import Classifier, Student
 from mvd_scale.performance.step import random_teacher
 from mvd_scale.targets import build_targets
 
-PUBLISHED = [name for name in list_recipes() if not name.startswith("quickstart/")]
+FINETUNED = [name for name in list_recipes() if isinstance(load_any(name), FinetuneRecipe)]
+PRETRAINED = [name for name in list_recipes() if name not in FINETUNED]
+PUBLISHED = [name for name in list_recipes() if not name.startswith("quickstart/") and name != "finetune/own_videos"]
 DISTILLED = [name for name in PUBLISHED if name.startswith("distill/")]
 
 
@@ -41,7 +47,7 @@ def test_a_head_states_command_hardware_time_and_result(name: str) -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_it_resolves_for_any_usual_number_of_ranks(name: str) -> None:
-    recipe = load_recipe(name)
+    recipe = load_any(name)
     for world_size in (1, 8, 32, 64):
         micro, accumulation = recipe.batch_split(world_size)
         assert micro * accumulation * world_size == recipe.training.global_batch
@@ -49,7 +55,7 @@ def test_it_resolves_for_any_usual_number_of_ranks(name: str) -> None:
         student_deepspeed(recipe, world_size)
 
 
-@pytest.mark.parametrize("name", list_recipes())
+@pytest.mark.parametrize("name", PRETRAINED)
 def test_its_models_fit_each_other(name: str) -> None:
     recipe = load_recipe(name)
     with torch.device("meta"):
@@ -65,6 +71,15 @@ def test_its_models_fit_each_other(name: str) -> None:
     for target, made in targets.items():
         tokens = {"masked": masked, "visible": visible}.get(recipe.targets[target].tokens, visible).shape[1]
         assert predictions[target].shape == (batch, tokens, made.channels)
+
+
+@pytest.mark.parametrize("name", FINETUNED)
+def test_its_classifier_builds(name: str) -> None:
+    recipe = load_finetuning(name)
+    model = recipe.model
+    with torch.device("meta"):
+        pixels = torch.zeros(2, model.frames, model.input_size, model.input_size, 3)
+        assert Classifier(model, 11)(pixels).shape == (2, 11)
 
 
 def targets_of(recipe: Recipe) -> list[type]:
@@ -160,6 +175,45 @@ def test_an_ablation_differs_in_its_targets(name: str, kinds: list[type], epochs
     assert recipe.training.epochs == epochs
 
 
+@pytest.mark.parametrize(
+    ("name", "batch", "lr", "epochs", "drop_path", "dropout", "views"),
+    [
+        ("s_k400", 16 * 12 * 2, 5e-4, 150, 0.1, 0, (5, 3)),
+        ("b_k400", 32 * 6 * 2, 5e-4, 75, 0.1, 0, (5, 3)),
+        ("l_k400", 32 * 2 * 8, 1e-3, 50, 0.3, 0.5, (5, 3)),
+        ("h_k400", 32 * 8, 1e-3, 50, 0.3, 0.5, (5, 3)),
+        ("s_ssv2", 32 * 12, 1e-3, 40, 0.1, 0, (2, 3)),
+        ("b_ssv2", 16 * 24, 5e-4, 30, 0.1, 0, (2, 3)),
+        ("l_ssv2", 16 * 16, 5e-4, 30, 0.3, 0.5, (2, 3)),
+        ("h_ssv2", 16 * 8, 5e-4, 30, 0.3, 0.5, (2, 3)),
+        ("b_ucf101", 8 * 16, 5e-4, 100, 0.2, 0.5, (5, 3)),
+        ("b_hmdb51", 8 * 16, 5e-4, 100, 0.2, 0.5, (5, 3)),
+    ],
+)
+def test_fine_tuning_is_as_published(
+    name: str, batch: int, lr: float, epochs: int, drop_path: float, dropout: float, views: tuple[int, int]
+) -> None:
+    recipe = load_finetuning(f"finetune/{name}")
+    training, data = recipe.training, recipe.data
+    assert (recipe.lr_batch, training.global_batch, data.copies) == (batch, 2 * batch, 2)
+    assert (training.base_lr, training.epochs, training.warmup_epochs) == (lr, epochs, 5)
+    assert training.min_lr == (1e-5 if name in {"h_ssv2", "b_ucf101", "b_hmdb51"} else 1e-6)
+    assert training.layer_decay == (0.7 if name in {"s_ssv2", "b_ucf101", "b_hmdb51"} else 0.75)
+    assert training.gradient_checkpointing == (name in {"h_k400", "b_ssv2", "l_ssv2", "h_ssv2"})
+    assert (training.betas, training.weight_decay) == ((0.9, 0.999), 0.05)
+    assert (recipe.model.drop_path, recipe.classifier.dropout) == (drop_path, dropout)
+    assert (recipe.classifier.label_smoothing, recipe.classifier.init_scale) == (0.1, 0.001)
+    assert recipe.classifier.classes == {"k400": 400, "ssv2": 174, "ucf101": 101, "hmdb51": 51}[name[2:]]
+    assert recipe.mix == MixConfig(mixup=0.8, cutmix=1.0, switch=0.5)
+    ssv2 = name.endswith("ssv2")
+    assert (data.flip, data.sampling) == ((0, "segments") if ssv2 else (0.5, "window"))
+    assert (data.crop.kind, data.crop.area) == ("random_resized", (0.08, 1.0))
+    randomly = data.augment.rand_augment
+    assert (randomly.operations, randomly.magnitude, randomly.deviation) == (4, 7, 0.5)
+    assert data.augment.erasing.probability == 0.25
+    assert (recipe.test.sampling, recipe.test.clips, recipe.test.crops) == ("uniform" if ssv2 else "dense", *views)
+
+
 def test_every_run_has_a_folder_of_its_own() -> None:
-    folders = [load_recipe(name).run.folder for name in list_recipes()]
+    folders = [load_any(name).run.folder for name in list_recipes()]
     assert len(set(folders)) == len(folders)

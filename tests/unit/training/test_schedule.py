@@ -10,7 +10,7 @@ from mvd_scale.training.schedule import Schedule
 
 def schedule(**training: float) -> Schedule:
     values = {"epochs": 10, "global_batch": 512, "base_lr": 1e-3, "min_lr": 1e-5, "warmup_epochs": 2, **training}
-    return Schedule(TrainingConfig.model_validate(values), steps_per_epoch=5)
+    return Schedule(TrainingConfig.model_validate(values), steps_per_epoch=5, lr_batch=values["global_batch"])
 
 
 def test_rates_scale_with_the_global_batch() -> None:

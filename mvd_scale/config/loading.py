@@ -1,0 +1,114 @@
+"""A recipe: YAML -> the recipe that is its base -> dotted overrides -> the typed schema."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from mvd_scale.config.finetune import FinetuneRecipe
+from mvd_scale.config.reading import describe, parse_overrides, read_mapping, set_value
+from mvd_scale.config.recipe import Recipe, RunRecipe
+from mvd_scale.errors import UserError
+
+
+def list_recipes() -> dict[str, str]:
+    """Names of the shipped recipes and the first line of each one's head."""
+    root = resources.files("mvd_scale") / "recipes"
+    found = {}
+    for folder in sorted(root.iterdir(), key=lambda entry: entry.name):
+        if folder.is_dir():
+            for file in sorted(folder.iterdir(), key=lambda entry: entry.name):
+                if file.name.endswith(".yaml"):
+                    name = f"{folder.name}/{file.name.removesuffix('.yaml')}"
+                    found[name] = file.read_text().splitlines()[0].lstrip("# ")
+    return found
+
+
+def load_recipe(name_or_path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe of pre-training by shipped name or by path and lay dotted overrides over it.
+
+    Args:
+        name_or_path: a name of `list_recipes`, or a YAML file. The recipe that its `base:` names stands below it.
+        overrides: command-line words such as `--training.epochs 3` or `--training.epochs=3`, values in YAML;
+            the last one of a key wins. A mapping merges into what stands, anything else replaces it.
+
+    Raises:
+        UserError: the recipe does not exist, is no YAML, or does not fit the schema; all faults are named.
+    """
+    return _load(Recipe, name_or_path, overrides)
+
+
+def load_finetuning(name_or_path: str | Path, overrides: list[str] | None = None) -> FinetuneRecipe:
+    """Read a recipe of fine-tuning; otherwise as `load_recipe`."""
+    return _load(FinetuneRecipe, name_or_path, overrides)
+
+
+def load_any(name_or_path: str | Path) -> RunRecipe:
+    """Read a recipe of whatever kind."""
+    source, values = _read(name_or_path, ())
+    return _validated(FinetuneRecipe if _finetunes(values) else Recipe, values, source)
+
+
+def recipe_of(values: dict[str, Any], source: str) -> Recipe:
+    """A recipe from the mapping that a YAML file would hold; `source` names it in messages.
+
+    Raises:
+        UserError: as `load_recipe`.
+    """
+    return _validated(Recipe, _with_base(values, source, None, ()), source)
+
+
+Kind = TypeVar("Kind", bound=RunRecipe)
+
+
+def _load(kind: type[Kind], name_or_path: str | Path, overrides: list[str] | None) -> Kind:
+    source, values = _read(name_or_path, ())
+    for key, value in parse_overrides(overrides or []):
+        set_value(values, key, value)
+    return _validated(kind, values, source)
+
+
+def _finetunes(values: dict[str, Any]) -> bool:
+    return "classifier" in values
+
+
+def _validated(kind: type[Kind], values: dict[str, Any], source: str) -> Kind:
+    if _finetunes(values) != (kind is FinetuneRecipe):
+        does, command = ("fine-tunes", "finetune") if _finetunes(values) else ("pre-trains", "pretrain")
+        raise UserError(f"{source} {does}: start it with `mvd-scale {command}`, or choose another recipe")
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{source} does not describe a run:\n{describe(error)}") from error
+
+
+def _read(name_or_path: str | Path, above: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
+    source, path = str(name_or_path), Path(name_or_path)
+    if source in above:
+        raise UserError(f"{' -> '.join([*above, source])}: a recipe cannot be its own base")
+    expected = "sections such as `model:` and `training:`"
+    if path.is_file():
+        return source, _with_base(read_mapping(path.read_bytes(), source, expected), source, path.parent, above)
+    known = list_recipes()
+    if source not in known:
+        raise UserError(f"no recipe {source!r}: give the path of a YAML file or one of {', '.join(known)}")
+    shipped = resources.files("mvd_scale") / "recipes" / f"{source}.yaml"
+    return source, _with_base(read_mapping(shipped.read_bytes(), source, expected), source, None, above)
+
+
+def _with_base(values: dict[str, Any], source: str, folder: Path | None, above: tuple[str, ...]) -> dict[str, Any]:
+    """A recipe laid over the one that its `base:` names, that one over its own, and so on."""
+    base = values.get("base")
+    own = {key: value for key, value in values.items() if key != "base"}
+    if base is None:
+        return own
+    if not isinstance(base, str):
+        raise UserError(f"{source}: base is {base!r}, expected the name or path of a recipe")
+    beside = folder / base if folder is not None else None
+    _, merged = _read(beside if beside is not None and beside.is_file() else base, (*above, source))
+    for key, value in own.items():
+        set_value(merged, [str(key)], value)
+    return merged

@@ -1,0 +1,65 @@
+"""What labels of a manifest must be before a classifier learns or is tested by them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mvd_scale.data.manifest import Manifest
+from mvd_scale.errors import UserError
+
+
+def class_count(manifest: Manifest, classes: int | None = None) -> int:
+    """Number of classes: as told, or as the manifest names or numbers them; 0 without any label."""
+    labels = manifest.label[manifest.usable]
+    return classes or len(manifest.classes) or int(labels.max(initial=-1)) + 1
+
+
+def check_labels(
+    manifest: Manifest,
+    classes: int,
+    key: str,
+    *,
+    every_class: bool = False,
+    like: Manifest | None = None,
+) -> None:
+    """See that every usable video has a label within the classes.
+
+    Args:
+        manifest: the videos.
+        classes: of the head.
+        key: of the recipe, for messages.
+        every_class: each class must have a video.
+        like: a manifest whose classes these must be, in its order.
+
+    Raises:
+        UserError: what is wrong, with the first video that shows it.
+    """
+    rows = manifest.usable
+    if not len(rows):
+        raise UserError(f"{key} has no usable video; `mvd-scale data stats` says why")
+    labels = manifest.label[rows]
+    without = rows[labels < 0]
+    if len(without):
+        raise UserError(
+            f"{key}: {len(without)} videos have no label, the first is {manifest.name[without[0]]}; "
+            "give class folders, or a list of `path label`"
+        )
+    beyond = rows[labels >= classes]
+    if len(beyond):
+        raise UserError(
+            f"{key}: {manifest.name[beyond[0]]} has label {manifest.label[beyond[0]]}, but there are {classes} classes "
+            f"(0 to {classes - 1}); {len(beyond)} videos have such labels"
+        )
+    if manifest.classes and len(manifest.classes) != classes:
+        raise UserError(f"{key} has {len(manifest.classes)} classes, but the classifier has {classes}")
+    if every_class:
+        absent = np.setdiff1d(np.arange(classes), labels)
+        if len(absent):
+            names = ", ".join(manifest.classes[c] if manifest.classes else str(c) for c in absent[:5])
+            raise UserError(f"{key}: {len(absent)} of {classes} classes have no usable video: {names}")
+    if like is not None and like.classes and manifest.classes and like.classes != manifest.classes:
+        differing = next(c for c in range(classes) if like.classes[c] != manifest.classes[c])
+        raise UserError(
+            f"{key}: class {differing} is {manifest.classes[differing]!r} here, but {like.classes[differing]!r} in the "
+            "training videos; give both the same class folders, or lists with the same numbers"
+        )

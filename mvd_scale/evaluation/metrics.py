@@ -1,0 +1,108 @@
+"""Figures of a test: how often a classifier was right, about what, and how sure it was.
+
+Legend: X videos, V views, C classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+BINS = 15
+"""Of the reliability diagram."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a test gave for each video."""
+
+    labels: NDArray[np.int64]
+    """(X,)."""
+
+    decoded: NDArray[np.bool_]
+    """(X,). A video that could not be decoded counts as wrong."""
+
+    views: NDArray[np.float32]
+    """Softmax of each view, (X, V, C)."""
+
+    @property
+    def scores(self) -> NDArray[np.float32]:
+        """Mean softmax of the views, (X, C), the published score of a video."""
+        scores: NDArray[np.float32] = self.views.mean(1)
+        return scores
+
+    @property
+    def predictions(self) -> NDArray[np.int64]:
+        """Class of the highest score, (X,); -1 for a video that could not be decoded."""
+        return np.where(self.decoded, self.scores.argmax(1), -1)
+
+    def top(self, count: int) -> float:
+        """Share of videos whose label is among the `count` highest scores."""
+        return float(self._among(count).mean())
+
+    def _among(self, count: int) -> NDArray[np.bool_]:
+        own = np.take_along_axis(self.scores, self.labels[:, None], 1)
+        # Of equal scores the lower class is taken first, as argmax does.
+        ahead = (self.scores > own).sum(1)
+        equal = (self.scores == own) & (np.arange(self.scores.shape[1]) < self.labels[:, None])
+        return (ahead + equal.sum(1) < count) & self.decoded
+
+    @property
+    def confusion(self) -> NDArray[np.int64]:
+        """Videos by label (row) and prediction (column), (C, C + 1); the last column is of those not decoded."""
+        classes = self.scores.shape[1]
+        table = np.zeros((classes, classes + 1), dtype=np.int64)
+        np.add.at(table, (self.labels, np.where(self.decoded, self.predictions, classes)), 1)
+        return table
+
+    @property
+    def class_accuracy(self) -> NDArray[np.float64]:
+        """Share of right predictions by class, (C,); nan for a class without videos."""
+        table = self.confusion
+        with np.errstate(invalid="ignore"):
+            accuracy: NDArray[np.float64] = np.diagonal(table) / table.sum(1)
+        return accuracy
+
+    @property
+    def mean_class_accuracy(self) -> float:
+        """Mean over the classes that have videos."""
+        return float(np.nanmean(self.class_accuracy))
+
+    @property
+    def view_accuracy(self) -> NDArray[np.float64]:
+        """Top-1 of each view by itself, (V,)."""
+        right = (self.views.argmax(2) == self.labels[:, None]) & self.decoded[:, None]
+        accuracy: NDArray[np.float64] = right.mean(0)
+        return accuracy
+
+    def reliability(self) -> list[tuple[int, float, float]]:
+        """Videos, mean highest score and accuracy of each bin of the highest score; of decoded videos."""
+        scores = self.scores[self.decoded]
+        sure, right = scores.max(1), scores.argmax(1) == self.labels[self.decoded]
+        place = np.minimum((sure * BINS).astype(int), BINS - 1)
+        return [
+            (int(inside.sum()), float(sure[inside].mean()), float(right[inside].mean()))
+            if (inside := place == b).any() else (0, 0.0, 0.0)
+            for b in range(BINS)
+        ]  # fmt: skip
+
+    @property
+    def calibration_error(self) -> float:
+        """Expected calibration error: mean gap between sureness and accuracy over the bins, weighted by videos."""
+        bins = self.reliability()
+        total = max(sum(count for count, _, _ in bins), 1)
+        return sum(count * abs(sure - right) for count, sure, right in bins) / total
+
+    def summary(self) -> dict[str, float | int | list[float]]:
+        """The figures of the whole test."""
+        return {
+            "videos": len(self.labels),
+            "not_decoded": int((~self.decoded).sum()),
+            "top1": self.top(1),
+            "top5": self.top(5),
+            "mean_class_accuracy": self.mean_class_accuracy,
+            "calibration_error": self.calibration_error,
+            "view_top1": self.view_accuracy.tolist(),
+        }

@@ -1,0 +1,121 @@
+"""A pass over the test views of many videos, whose results go into shards on disk.
+
+    list what there is to load -> cut it into shards -> each rank writes those of the missing ones that are its share
+
+A shard is written whole or not at all, so that a start after a kill goes on with the next one, by any number of ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from mvd_scale.config.data import DataConfig, ViewsConfig
+from mvd_scale.config.model import ModelConfig
+from mvd_scale.data.batch import ViewBatch
+from mvd_scale.data.manifest import Manifest
+from mvd_scale.data.view_loader import ViewLoader, view_items
+from mvd_scale.errors import UserError
+from mvd_scale.training.engine import Ranks, everybody_done
+from mvd_scale.training.run_folder import write_whole
+
+logger = logging.getLogger("mvd_scale")
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The folder of a pass: `NAME.json` says what it holds, `NAME_000000.SUFFIX` and so on hold it."""
+
+    out: Path
+    name: str
+    suffix: str
+    size: int
+    """Items of a shard."""
+
+    def claim(self, settings: Mapping[str, Any]) -> None:
+        """See that the folder is free or holds the results of this very pass. Rank 0's part.
+
+        Raises:
+            UserError: it holds others, or cannot be written.
+        """
+        described = self.out / f"{self.name}.json"
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            if described.is_file():
+                stands = json.loads(described.read_text())
+                differing = [key for key, value in settings.items() if stands.get(key) != value]
+                if differing:
+                    there, here = (", ".join(f"{key} {of.get(key)}" for key in differing) for of in (stands, settings))
+                    raise UserError(
+                        f"{self.out} holds {self.name} with {there}; this start has {here}: choose another --out"
+                    )
+            elif any(self.out.iterdir()):
+                raise UserError(f"{self.out} exists and holds no {self.name}: choose an empty or new folder with --out")
+            write_whole(described, json.dumps(settings, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"--out {self.out} cannot be written: {error.strerror}") from error
+
+    def file(self, number: int) -> Path:
+        """Where a shard lies."""
+        return self.out / f"{self.name}_{number:06d}.{self.suffix}"
+
+    def fill(
+        self,
+        manifest: Manifest,
+        data: DataConfig,
+        views: ViewsConfig,
+        model: ModelConfig,
+        ranks: Ranks,
+        *,
+        batch: int,
+        results: Callable[[ViewBatch], Iterator[Result]],
+        write: Callable[[Path, list[Result]], None],
+    ) -> list[Path]:
+        """Write the shards that are missing; all of them, in their order, are there at the end. All ranks call it.
+
+        Args:
+            manifest: the videos.
+            data: workers and time limit of the decoding.
+            views: which views.
+            model: frames and input size of a view.
+            ranks: each writes its share.
+            batch: items that a rank loads together.
+            results: one result for each item of a batch.
+            write: writes the results of a shard into a file.
+        """
+        items = view_items(manifest, views, frames=model.frames)
+        parts = [items[start : start + self.size] for start in range(0, len(items), self.size)]
+        files = [self.file(number) for number in range(len(parts))]
+        missing = [number for number, file in enumerate(files) if not file.is_file()]
+        mine = missing[ranks.rank :: ranks.world_size]
+        logger.info("%d of %d shards are there already", len(parts) - len(missing), len(parts))
+        if mine:
+            loader = ViewLoader(
+                manifest,
+                data,
+                views,
+                np.concatenate([parts[number] for number in mine]),
+                frames=model.frames,
+                side=model.input_size,
+                batch=batch,
+                world_size=ranks.world_size,
+                device=ranks.device,
+                report=self.out / "quarantine.jsonl",
+            )
+            with loader:
+                stream = (result for views in loader for result in results(views))
+                for number in mine:
+                    partial = files[number].with_name(files[number].name + ".partial")
+                    write(partial, [next(stream) for _ in range(len(parts[number]))])
+                    os.replace(partial, files[number])
+        everybody_done(ranks, self.name)
+        return files

@@ -1,0 +1,142 @@
+"""The training loop of every run: pre-training, distillation and fine-tuning."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mvd_scale.config import RunRecipe
+from mvd_scale.data.batch import ClipBatch
+from mvd_scale.data.loader import ClipLoader
+from mvd_scale.data.manifest import Manifest
+from mvd_scale.data.sampling import mixture_parts
+from mvd_scale.training.engine import Ranks
+from mvd_scale.training.metrics import Meter, MetricWriter, read_metrics
+from mvd_scale.training.observers import Observers
+from mvd_scale.training.optim import apply_schedule
+from mvd_scale.training.resilience import Stopped, StopRequest, check_finite
+from mvd_scale.training.run_folder import RunFolder
+from mvd_scale.training.schedule import Schedule
+from mvd_scale.training.snapshots import Snapshots
+
+logger = logging.getLogger("mvd_scale")
+
+
+class Objective(Protocol):
+    """What a run minimises."""
+
+    @property
+    def parts(self) -> Sequence[str]:
+        """Names of the numbers that are logged beside the loss."""
+
+    def __call__(self, engine: Any, batch: ClipBatch, /) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a micro batch, and its parts, detached; float32 scalars."""
+
+
+def fit(
+    engine: Any,
+    objective: Objective,
+    loader: ClipLoader,
+    schedule: Schedule,
+    snapshots: Snapshots,
+    observers: Observers,
+    recipe: RunRecipe,
+    folder: RunFolder,
+    ranks: Ranks,
+    start: int,
+) -> None:
+    """The training loop: optimizer steps `start` to the last."""
+    _, accumulation = recipe.batch_split(ranks.world_size)
+    meter = Meter(list(objective.parts), ranks)
+    events = folder.tensorboard if recipe.logging.tensorboard else None
+    writer = MetricWriter(folder.metrics, events, ranks, start_step=start, total_steps=schedule.last_step)
+    with StopRequest() as stop, writer, observers:
+        for step in range(start, schedule.last_step):
+            apply_schedule(engine.optimizer, schedule, step)
+            for micro in range(accumulation):
+                reseed(recipe, step, micro, ranks)
+                asked = time.perf_counter()
+                batch = next(loader)
+                waited = time.perf_counter() - asked
+                loss, distances = objective(engine, batch)
+                engine.backward(loss)
+                engine.step()
+                meter.add(loss, distances, len(batch.pixels), waited)
+            check_finite(engine, recipe.training.precision, step)
+            for average in snapshots.averages:
+                average.update(step)
+
+            done, overdue = step + 1, False
+            last, stopping = done == schedule.last_step, stop.agreed(ranks, step)
+            meter.steps += 1
+            if done % recipe.logging.every_steps == 0 or last or stopping:
+                values, overdue = meter.read(snapshots.overdue(), loader.substituted)
+                writer.write(done, values | engine_values(engine, schedule, step))
+            observers.observe(engine, done, writer)
+            if overdue or snapshots.due(done) or last or stopping:
+                snapshots.save(engine, done)
+            if stopping and not last:
+                raise Stopped(stop.exit_code)
+
+
+def engine_values(engine: Any, schedule: Schedule, step: int) -> dict[str, float]:
+    """What the optimizer used at a step, as floats."""
+    norm = engine.get_global_grad_norm()
+    return {
+        "lr": schedule.lr(step),
+        "weight_decay": schedule.weight_decay(step),
+        "grad_norm": float("nan") if norm is None else float(norm),
+        "loss_scale": float(engine.optimizer.loss_scale),
+        "skipped_steps": float(engine.skipped_steps),
+    }
+
+
+def reseed(recipe: RunRecipe, step: int, micro: int, ranks: Ranks) -> None:
+    """Make what is drawn in a step a function of its place in the run, so that a resumed run draws the same."""
+    place = np.random.SeedSequence((recipe.seed, step, micro, ranks.rank))
+    torch.manual_seed(int(place.generate_state(1)[0]))
+
+
+def describe(recipe: RunRecipe, manifest: Manifest, schedule: Schedule, ranks: Ranks) -> None:
+    """Log what is about to run."""
+    micro, accumulation = recipe.batch_split(ranks.world_size)
+    clips = recipe.data.copies * sum(part.clips for part in mixture_parts(manifest, recipe.data))
+    remainder = clips - schedule.steps_per_epoch * recipe.training.global_batch
+    logger.info(
+        "%s: %d ranks on %s, %s, %s; global batch %d = %d ranks x %d clips x %d accumulation",
+        recipe.run.folder,
+        ranks.world_size,
+        ranks.device.type,
+        recipe.training.deepspeed,
+        recipe.training.precision,
+        recipe.training.global_batch,
+        ranks.world_size,
+        micro,
+        accumulation,
+    )
+    short = int((manifest.frames[manifest.usable] < recipe.model.frames * recipe.data.stride).sum())
+    if short:
+        logger.info("%d videos are shorter than a clip: their last frame is repeated", short)
+    logger.info(
+        "%d videos, %d left out; %d steps of an epoch, %d clips of it unused; %d steps in all",
+        len(manifest.usable),
+        len(manifest) - len(manifest.usable),
+        schedule.steps_per_epoch,
+        remainder,
+        schedule.last_step,
+    )
+
+
+def finish(engine: Any, snapshots: Snapshots, folder: RunFolder, ranks: Ranks, step: int) -> None:
+    """Export the weights and leave the figures of the run."""
+    snapshots.export(engine, folder.path)
+    if ranks.first:
+        readings = read_metrics(folder.metrics)
+        folder.finish({"steps": step, "first": readings[0], "last": readings[-1]})
+        logger.info("finished: %s", folder.path)
