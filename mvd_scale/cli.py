@@ -173,10 +173,10 @@ def finetune(recipe: str, overrides: tuple[str, ...]) -> None:
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("source")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for scores and figures.")
-@click.option("--sampling", type=click.Choice(["dense", "uniform"]), default="dense", show_default=True)
-@click.option("--stride", type=click.IntRange(min=1), default=4, show_default=True, help="Of dense: between frames.")
-@click.option("--clips", type=click.IntRange(min=1), default=5, show_default=True, help="Clips in time.")
-@click.option("--crops", type=click.IntRange(min=1), default=3, show_default=True, help="Crops of a clip.")
+@click.option("--sampling", type=click.Choice(["dense", "uniform"]), help="As the weights say if left out, or dense.")
+@click.option("--stride", type=click.IntRange(min=1), help="Of dense: frames between frames; likewise, or 4.")
+@click.option("--clips", type=click.IntRange(min=1), help="Clips in time; likewise, or 5.")
+@click.option("--crops", type=click.IntRange(min=1), help="Crops of a clip; likewise, or 3.")
 @click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Videos decoded together.")
 @click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="fp16 on GPUs, fp32 on CPUs.")
 @click.option("--root", help="Folder or URL that the paths of a list start from.")
@@ -185,20 +185,17 @@ def evaluate(
     checkpoint: Path,
     source: str,
     out: Path,
-    sampling: Any,
-    stride: int,
-    clips: int,
-    crops: int,
     batch: int,
     precision: Precision | None,
     root: str | None,
     device: str,
+    **views: Any,
 ) -> None:
     """Test a fine-tuned CHECKPOINT on the videos of SOURCE by several views; started again after a kill, it goes on.
 
     5 x 3 dense views are published for Kinetics, UCF101 and HMDB51, 2 x 3 uniform ones for Something-Something.
     """
-    from mvd_scale.config.data import DataConfig, ViewsConfig
+    from mvd_scale.config.data import DataConfig
     from mvd_scale.evaluation.evaluate import evaluate as test
     from mvd_scale.training.engine import join_ranks, leave_ranks
 
@@ -206,7 +203,7 @@ def evaluate(
     tested = test(
         checkpoint,
         DataConfig(source=source, root=root),
-        ViewsConfig(sampling=sampling, stride=stride, clips=clips, crops=crops),
+        {name: value for name, value in views.items() if value is not None},
         out,
         ranks,
         batch=batch,

@@ -17,13 +17,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mvd_scale.config import Recipe, recipe_of
+from mvd_scale.config import RunRecipe, finetuning_of, recipe_of
 from mvd_scale.config.pipeline import (
     DrawStage,
+    EvaluateStage,
+    FinetuneStage,
     IndexStage,
     Pipeline,
     PretrainStage,
     SamplesStage,
+    SynthStage,
+    TrainStage,
     references,
 )
 from mvd_scale.errors import UserError
@@ -58,6 +62,8 @@ def run_pipeline(pipeline: Pipeline) -> None:
             logger.info("%s: %s", label, stage.title or stage.kind)
             if name in recipes:
                 _train(pipeline, name, recipes[name], ranks, lock)
+            elif isinstance(stage, EvaluateStage):
+                _evaluate(pipeline, name, ranks, lock)
             else:
                 _work(pipeline, name)
             mark.write_text(wanted)
@@ -65,17 +71,18 @@ def run_pipeline(pipeline: Pipeline) -> None:
 
 
 def _trains(pipeline: Pipeline, name: str) -> bool:
-    return isinstance(pipeline.stages[name], PretrainStage)
+    return isinstance(pipeline.stages[name], TrainStage)
 
 
-def stage_recipe(pipeline: Pipeline, name: str) -> Recipe:
+def stage_recipe(pipeline: Pipeline, name: str) -> RunRecipe:
     """What a stage trains, in its folder.
 
     Raises:
         UserError: it does not describe a run.
     """
     values = pipeline.resolved(name)["recipe"] | {"run": {"folder": str(pipeline.place(name))}}
-    return recipe_of(values, f"stages.{name}.recipe")
+    read = finetuning_of if isinstance(pipeline.stages[name], FinetuneStage) else recipe_of
+    return read(values, f"stages.{name}.recipe")
 
 
 def _fingerprint(pipeline: Pipeline, name: str) -> str:
@@ -90,7 +97,14 @@ def _output(pipeline: Pipeline, name: str) -> Path:
     stage, place = pipeline.stages[name], pipeline.place(name)
     if isinstance(stage, DrawStage):
         return Path(pipeline.resolved(name)["run"]) / "predictions.png"
-    made = {SamplesStage: ".", IndexStage: "manifest.parquet", PretrainStage: "encoder.safetensors"}
+    made = {
+        SamplesStage: ".",
+        SynthStage: ".",
+        IndexStage: "manifest.parquet",
+        PretrainStage: "encoder.safetensors",
+        FinetuneStage: "classifier.safetensors",
+        EvaluateStage: "summary.json",
+    }
     return place / made[type(stage)]
 
 
@@ -102,6 +116,10 @@ def _work(pipeline: Pipeline, name: str) -> None:
         from mvd_scale.data.samples import make_samples
 
         make_samples(place)
+    elif isinstance(stage, SynthStage):
+        from mvd_scale.data.synth import make_synthetic
+
+        make_synthetic(stage.label, place, train=stage.train, test=stage.test)
     elif isinstance(stage, IndexStage):
         _index(stage, place)
     else:
@@ -123,29 +141,33 @@ def _index(stage: IndexStage, place: Path) -> None:
     journal.unlink()
 
 
-def _train(pipeline: Pipeline, name: str, recipe: Recipe, ranks: int, lock: int) -> None:
+def _train(pipeline: Pipeline, name: str, recipe: RunRecipe, ranks: int, lock: int) -> None:
     """A stage under the `deepspeed` launcher; its resolved recipe stays beside its folder."""
     from mvd_scale.training.run_folder import write_whole
 
     file = pipeline.folder / f"{name}.yaml"
     write_whole(file, recipe.to_yaml())
-    arguments = ["pretrain", "--recipe", str(file)]
-    code = _launch(pipeline, arguments, ranks, lock, cpu=recipe.device == "cpu")
-    if code:
-        raise UserError(
-            f"stage {name}, `mvd-scale {' '.join(arguments)}`, ended with exit code {code}; its own message stands "
-            "above. Start the same command again to go on where it stopped"
-        )
+    _launch(pipeline, name, [pipeline.stages[name].kind, "--recipe", str(file)], ranks, lock, recipe.device)
 
 
-def _launch(pipeline: Pipeline, arguments: list[str], ranks: int, lock: int, *, cpu: bool) -> int:
+def _evaluate(pipeline: Pipeline, name: str, ranks: int, lock: int) -> None:
+    stage = EvaluateStage.model_validate(pipeline.resolved(name))
+    arguments = ["evaluate", str(stage.checkpoint), stage.source, "--out", str(pipeline.place(name))]
+    views = {} if stage.views is None else stage.views.model_dump(exclude_unset=True)
+    for option, value in (views | {"batch": stage.batch, "device": stage.device, "root": stage.root}).items():
+        if value is not None:
+            arguments += [f"--{option}", str(value)]
+    _launch(pipeline, name, arguments, ranks, lock, stage.device)
+
+
+def _launch(pipeline: Pipeline, name: str, arguments: list[str], ranks: int, lock: int, device: str) -> None:
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(_free_port())]
     hosts = ["--hostfile=", "--num_gpus", str(ranks)]
     command += hosts if pipeline.hostfile is None else ["--hostfile", str(pipeline.hostfile)]
     command += ["--no_local_rank", "--quiet", "--module", "mvd_scale", *arguments]
     alive, held = os.pipe()
     guarded = [sys.executable, "-m", "mvd_scale.guard", str(alive), *command]
-    env = {**os.environ, "DS_ACCELERATOR": "cpu"} if cpu or not _gpus() else dict(os.environ)
+    env = {**os.environ, "DS_ACCELERATOR": "cpu"} if device == "cpu" or not _gpus() else dict(os.environ)
     # The job holds the lock too: a new start waits until the last rank of a killed one is gone.
     with subprocess.Popen(guarded, env=env, start_new_session=True, pass_fds=(alive, lock)) as job:
         os.close(alive)
@@ -154,7 +176,11 @@ def _launch(pipeline: Pipeline, arguments: list[str], ranks: int, lock: int, *, 
         finally:
             os.close(held)
             _wait_for_group(job)
-    return code
+    if code:
+        raise UserError(
+            f"stage {name}, `mvd-scale {' '.join(arguments)}`, ended with exit code {code}; its own message stands "
+            "above. Start the same command again to go on where it stopped"
+        )
 
 
 def _wait_for_group(job: subprocess.Popen[bytes]) -> None:
@@ -212,12 +238,12 @@ def _sum_up(pipeline: Pipeline, trained: list[str], ranks: int, seconds: float) 
     from rich.table import Table
 
     table = Table(title=f"{pipeline.folder}: {ranks} ranks, {seconds / 60:.1f} minutes")
-    for column in ("stage", "steps", "loss at start", "at end", "clips/s", "encoder"):
+    for column in ("stage", "steps", "loss at start", "at end", "clips/s", "weights"):
         table.add_column(column, overflow="fold")
     for name in trained:
         summary: dict[str, Any] = json.loads((pipeline.place(name) / "summary.json").read_text())
         losses = [f"{reading['loss']:.4f}" for reading in (summary["first"], summary["last"])]
-        weights = str(pipeline.place(name) / "encoder.safetensors")
+        weights = str(_output(pipeline, name))
         table.add_row(name, str(summary["steps"]), *losses, f"{summary['last']['clips_per_second']:.1f}", weights)
     console = Console()
     if trained:
@@ -226,3 +252,6 @@ def _sum_up(pipeline: Pipeline, trained: list[str], ranks: int, seconds: float) 
     for name in pipeline.stages:
         if isinstance(pipeline.stages[name], DrawStage):
             console.print(f"Picture: {_output(pipeline, name)}")
+        elif isinstance(pipeline.stages[name], EvaluateStage):
+            figures = json.loads(_output(pipeline, name).read_text())
+            console.print(f"{name}: top-1 {100 * figures['top1']:.1f} % of {figures['videos']} videos")

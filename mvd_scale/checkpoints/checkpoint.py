@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from mvd_scale.config import DecoderConfig, ModelConfig, TokenHeadConfig
+from mvd_scale.config.data import ViewsConfig
 from mvd_scale.config.model import Positions
 
 Kind = Literal["encoder", "student", "classifier"]
@@ -85,6 +86,9 @@ class Checkpoint:
 
     class_names: tuple[str, ...] = ()
     """Of the classification head, in its order; empty where nobody told."""
+
+    views: ViewsConfig | None = None
+    """By which a classifier is tested; None where nobody told."""
 
     @property
     def kind(self) -> Kind:

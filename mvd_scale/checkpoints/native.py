@@ -15,11 +15,13 @@ from mvd_scale.checkpoints.checkpoint import Checkpoint, DecoderWeights, Hints
 from mvd_scale.checkpoints.reading import Source
 from mvd_scale.checkpoints.shapes import decoder_parts, decoder_weights, token_heads, under
 from mvd_scale.config import DecoderConfig, ModelConfig, Recipe, load_any
+from mvd_scale.config.data import ViewsConfig
 from mvd_scale.errors import UserError
 
 _MODEL_KEY = "mvd_scale.model"
 _DECODERS_KEY = "mvd_scale.decoders"
 _CLASSES_KEY = "mvd_scale.classes"
+_VIEWS_KEY = "mvd_scale.views"
 
 
 def save_weights(
@@ -29,14 +31,26 @@ def save_weights(
     decoders: Mapping[str, DecoderConfig] | None = None,
     *,
     classes: Sequence[str] = (),
+    views: ViewsConfig | None = None,
 ) -> None:
-    """Write tensors, the shapes of encoder and decoders, and names of classes; the file appears whole or not at all."""
+    """Write a model; the file appears whole or not at all.
+
+    Args:
+        path: of the file.
+        tensors: by the names of `Encoder`, `Student` or `Classifier`.
+        model: shape of the encoder.
+        decoders: their shapes.
+        classes: their names, in the order of the head.
+        views: by which a classifier is tested.
+    """
     partial = path.with_name(path.name + ".partial")
     metadata = {_MODEL_KEY: json.dumps(model.model_dump(mode="json")), "format": "pt"}
     if decoders:
         metadata[_DECODERS_KEY] = json.dumps({name: shape.model_dump() for name, shape in decoders.items()})
     if classes:
         metadata[_CLASSES_KEY] = json.dumps(list(classes))
+    if views is not None:
+        metadata[_VIEWS_KEY] = views.model_dump_json()
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
     partial.chmod(0o644)
     os.replace(partial, path)
@@ -55,6 +69,7 @@ def interpret(source: Source, hints: Hints) -> Checkpoint:
     """
     try:
         model, shapes = _described(source)
+        names, views = _test(source)
     except (ValidationError, json.JSONDecodeError, AttributeError) as error:
         raise UserError(f"{source.path} describes a model that does not exist here: {error}") from error
     tensors = source.tensors
@@ -71,10 +86,16 @@ def interpret(source: Source, hints: Hints) -> Checkpoint:
     known = ("encoder.", "decoders.", *(f"heads.{name}." for name in heads), *head)
     leftovers = {name: tensor for name, tensor in tensors.items() if not name.startswith(known)}
     encoder = under(tensors, "encoder.")
-    names = tuple(json.loads(source.metadata.get(_CLASSES_KEY, "[]")))
     return Checkpoint(
-        str(source.path), "mvd-scale", model, encoder, decoders, heads, head, leftovers, class_names=names
+        str(source.path), "mvd-scale", model, encoder, decoders, heads, head, leftovers, class_names=names, views=views
     )
+
+
+def _test(source: Source) -> tuple[tuple[str, ...], ViewsConfig | None]:
+    """Names of the classes and views of the test, as far as the file tells them."""
+    names = tuple(json.loads(source.metadata.get(_CLASSES_KEY, "[]")))
+    views = source.metadata.get(_VIEWS_KEY)
+    return names, None if views is None else ViewsConfig.model_validate_json(views)
 
 
 def _described(source: Source) -> tuple[ModelConfig, Mapping[str, DecoderConfig]]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -35,6 +37,15 @@ def digest(path: Path) -> str:
         with file.open("rb") as opened:
             while chunk := opened.read(1 << 22):
                 whole.update(chunk)
+    return whole.hexdigest()[:16]
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """First half of the SHA-256 of tensors and their names, in whatever file they lie."""
+    whole = hashlib.sha256()
+    for name in sorted(tensors):
+        whole.update(name.encode())
+        whole.update(tensors[name].detach().contiguous().flatten().view(torch.uint8).numpy().data)
     return whole.hexdigest()[:16]
 
 

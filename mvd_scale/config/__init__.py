@@ -2,7 +2,14 @@
 
 from mvd_scale.config.data import CenterCrop, CornerCrop, DataConfig, MaskConfig, RandomResizedCrop
 from mvd_scale.config.finetune import FinetuneRecipe
-from mvd_scale.config.loading import list_recipes, load_any, load_finetuning, load_recipe, recipe_of
+from mvd_scale.config.loading import (
+    finetuning_of,
+    list_recipes,
+    load_any,
+    load_finetuning,
+    load_recipe,
+    recipe_of,
+)
 from mvd_scale.config.model import SIZES, ModelConfig
 from mvd_scale.config.recipe import Recipe, RunRecipe
 from mvd_scale.config.target import (
@@ -40,6 +47,7 @@ __all__ = [
     "TokenHeadConfig",
     "TrainingConfig",
     "VideoTeacherTarget",
+    "finetuning_of",
     "list_recipes",
     "load_any",
     "load_finetuning",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import (
+    AfterValidator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -157,6 +158,16 @@ class ViewsConfig(Section):
         if (self.every is not None) != (self.sampling == "sliding"):
             raise ValueError("every, the frames between two starts, goes with sampling sliding and no other")
         return self
+
+
+def _of_one_number(views: ViewsConfig) -> ViewsConfig:
+    if views.sampling == "sliding":
+        raise ValueError("a test takes the same number of views of every video: sampling is dense or uniform")
+    return views
+
+
+TestViews = Annotated[ViewsConfig, AfterValidator(_of_one_number)]
+"""Views of a test."""
 
 
 class MixtureSource(Section):

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from mvd_scale.config.data import Probability, ViewsConfig
+from mvd_scale.config.data import Probability, TestViews, ViewsConfig
 from mvd_scale.config.recipe import RunRecipe
 from mvd_scale.config.section import Section
 from mvd_scale.config.training import Decay, TrainingConfig
@@ -100,8 +100,8 @@ class FinetuneRecipe(RunRecipe):
     mix: MixConfig | None = MixConfig()
     validation: ValidationConfig | None = None
 
-    test: ViewsConfig = ViewsConfig()
-    """Views by which `mvd-scale evaluate` tests the result."""
+    test: TestViews = ViewsConfig()
+    """Views by which `mvd-scale evaluate` tests the result; the weights carry them."""
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> Self:

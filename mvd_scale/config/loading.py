@@ -61,6 +61,11 @@ def recipe_of(values: dict[str, Any], source: str) -> Recipe:
     return _validated(Recipe, _with_base(values, source, None, ()), source)
 
 
+def finetuning_of(values: dict[str, Any], source: str) -> FinetuneRecipe:
+    """As `recipe_of`, of fine-tuning."""
+    return _validated(FinetuneRecipe, _with_base(values, source, None, ()), source)
+
+
 Kind = TypeVar("Kind", bound=RunRecipe)
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 from typing_extensions import Self
 
+from mvd_scale.config.data import TestViews
 from mvd_scale.config.reading import describe, parse_overrides, read_mapping, set_value
 from mvd_scale.config.section import Section
 from mvd_scale.errors import UserError
@@ -50,10 +51,23 @@ class IndexStage(AnyStage):
     """File with the names of the classes."""
 
 
-class PretrainStage(AnyStage):
-    """Trains under the `deepspeed` launcher; its folder is the run's, with `encoder.safetensors` at the end."""
+class SynthStage(AnyStage):
+    """Makes labelled videos: `train/` and `test/` in its folder."""
 
-    kind: Literal["pretrain"]
+    kind: Literal["synth"]
+
+    label: Literal["appearance", "motion"]
+    """What it lies in."""
+
+    train: int = Field(default=100, gt=0)
+    """Training videos of a class."""
+
+    test: int = Field(default=25, gt=0)
+    """Test videos of a class."""
+
+
+class TrainStage(AnyStage):
+    """Trains under the `deepspeed` launcher; its folder is the run's."""
 
     recipe: dict[str, Any]
     """A recipe, most often a `base` and what differs from it; `run.folder` is the stage's."""
@@ -63,6 +77,42 @@ class PretrainStage(AnyStage):
         if "run" in self.recipe:
             raise ValueError("recipe.run is the pipeline's to decide: the run lives in the folder of its stage")
         return self
+
+
+class PretrainStage(TrainStage):
+    """A run of `mvd-scale pretrain`, with `encoder.safetensors` at the end."""
+
+    kind: Literal["pretrain"]
+
+
+class FinetuneStage(TrainStage):
+    """A run of `mvd-scale finetune`, with `classifier.safetensors` at the end."""
+
+    kind: Literal["finetune"]
+
+
+class EvaluateStage(AnyStage):
+    """The multi-view test of a classifier; its folder holds scores and figures, with `summary.json` at the end."""
+
+    kind: Literal["evaluate"]
+
+    checkpoint: Path
+    """Weights with a head, or the folder of a run of fine-tuning."""
+
+    source: str
+    """Labelled videos: a manifest, or whatever `data index` takes."""
+
+    root: str | None = None
+    """Folder or URL that the paths of a list start from."""
+
+    views: TestViews | None = None
+    """Clips and crops of each video; those that the weights were meant for if left out."""
+
+    batch: int = Field(default=4, gt=0)
+    """Videos that a rank decodes together."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """`auto` takes the GPU where there is one."""
 
 
 class DrawStage(AnyStage):
@@ -77,7 +127,10 @@ class DrawStage(AnyStage):
     """Clips to show."""
 
 
-Stage = Annotated[SamplesStage | IndexStage | PretrainStage | DrawStage, Field(discriminator="kind")]
+Stage = Annotated[
+    SamplesStage | SynthStage | IndexStage | PretrainStage | FinetuneStage | EvaluateStage | DrawStage,
+    Field(discriminator="kind"),
+]
 
 
 class Pipeline(Section):

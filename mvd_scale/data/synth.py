@@ -30,7 +30,7 @@ Picture = NDArray[np.uint8]
 SIDE, FRAMES, FPS, OBJECT = 96, 32, 25, 36
 """Pixels of a frame, frames of a video, and pixels of an object."""
 
-TEXTURES = ("brick", "coins", "grass", "gravel", "page", "text")
+TEXTURES = ("brick", "coins", "grass", "gravel", "ihc", "text")
 """Pictures that objects are cut from: from the left half for training, from the right half for the test."""
 
 BACKGROUNDS = {"train": ("astronaut", "chelsea", "coffee"), "test": ("rocket", "motorcycle_left", "hubble_deep_field")}
@@ -100,9 +100,11 @@ def draw_video(kind: Kind, label: int, tested: bool, pictures: dict[str, Picture
 def _track(texture: Picture, tested: bool, speed: tuple[float, float], rng: Generator) -> Track:
     middle = texture.shape[1] // 2
     half = texture[:, middle:] if tested else texture[:, :middle]
-    top, left = (int(rng.integers(size - OBJECT + 1)) for size in half.shape[:2])
+    # Of a few places the one with the most to see: a joint of a wall, not the face of a brick.
+    places = rng.integers(np.array(half.shape[:2]) - OBJECT + 1, size=(8, 2))
+    cuts = [half[top : top + OBJECT, left : left + OBJECT] for top, left in places]
     start = tuple(float(place) for place in rng.uniform(0, SIDE, size=2))
-    return Track(half[top : top + OBJECT, left : left + OBJECT], (start[0], start[1]), speed)
+    return Track(max(cuts, key=np.std), (start[0], start[1]), speed)
 
 
 def _frame(background: Picture, tracks: list[Track], number: int) -> Picture:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from mvd_scale.checkpoints.reading import tensors_digest
 from mvd_scale.checkpoints.weights import build_classifier, read_checkpoint
 from mvd_scale.config.data import DataConfig, ViewsConfig
 from mvd_scale.config.training import Precision
@@ -136,7 +137,7 @@ class Tested:
 def evaluate(
     checkpoint: Path,
     data: DataConfig,
-    views: ViewsConfig,
+    views: Mapping[str, Any],
     out: Path,
     ranks: Ranks,
     *,
@@ -148,7 +149,7 @@ def evaluate(
     Args:
         checkpoint: a fine-tuned classifier in any known format.
         data: `source` and `root` say which videos; workers and time limit how they are read.
-        views: which views of each.
+        views: fields of `ViewsConfig` in which the test differs from the one that the checkpoint was meant for.
         out: folder of the results.
         ranks: each tests its share.
         batch: videos that a rank decodes together.
@@ -162,13 +163,14 @@ def evaluate(
     score = Scorer(build_classifier(read), ranks.device, precision)
     classes = read.classes
     assert classes is not None
+    chosen = ViewsConfig.model_validate((read.views or ViewsConfig()).model_dump() | dict(views))
     shards = Shards(out, "scores", "parquet", _SHARD)
     settings: dict[str, Any] = {
-        "checkpoint": str(checkpoint), "source": data.source, "views": views.model_dump(), "precision": precision,
+        "checkpoint": str(checkpoint), "source": data.source, "views": chosen.model_dump(), "precision": precision,
     }  # fmt: skip
 
     def prepare() -> None:
-        shards.claim(settings)
+        shards.claim(settings | {"weights": tensors_digest(read.tensors())})
         file = out / "manifest.parquet"
         manifest = Manifest.load(file) if file.is_file() else open_source(data, out)
         check_labels(manifest, classes, "the test")
@@ -180,7 +182,7 @@ def evaluate(
     files = shards.fill(
         manifest,
         data,
-        views,
+        chosen,
         read.model,
         ranks,
         batch=batch,
@@ -189,7 +191,7 @@ def evaluate(
     )
     tables = pa.concat_tables([pq.read_table(file) for file in files])
     scores = np.stack(tables["views"].to_numpy()).astype(np.float32)
-    shape = (len(tables), views.clips * views.crops, classes)
+    shape = (len(tables), chosen.clips * chosen.crops, classes)
     outcome = Outcome(
         tables["label"].to_numpy(), tables["decoded"].to_numpy(zero_copy_only=False), scores.reshape(shape)
     )

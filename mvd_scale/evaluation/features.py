@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mvd_scale.checkpoints.reading import tensors_digest
 from mvd_scale.checkpoints.weights import build_encoder, read_checkpoint
 from mvd_scale.config.data import DataConfig, ViewsConfig
 from mvd_scale.config.training import Precision
@@ -127,7 +128,7 @@ def write_features(
     }  # fmt: skip
 
     def prepare() -> None:
-        shards.claim(settings)
+        shards.claim(settings | {"weights": tensors_digest(read.tensors())})
         if not (out / "manifest.parquet").is_file():
             open_source(data, out).save(out / "manifest.parquet")
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mvd_scale.capabilities import probe, table
 from mvd_scale.checkpoints.reading import digest
@@ -66,11 +69,12 @@ def finetune(recipe: FinetuneRecipe) -> None:
     model = Classifier(recipe.model, classes, dropout=head.dropout, init_scale=head.init_scale)
     if weights is not None:
         start_encoder(model.encoder, weights)
+    write = partial(save_weights, model=recipe.model, classes=manifest.classes, views=recipe.test)
     averaged = copy.deepcopy(model).to(ranks.device) if recipe.training.ema_decay else None
     depth, decay = len(model.encoder.blocks), recipe.training.layer_decay
     groups = parameter_groups(model, recipe.training.weight_decay, lambda name: layer_scale(name, depth, decay))
     engine = train_engine(model, groups, recipe, ranks)
-    averages = [] if averaged is None else [_average(averaged, engine, recipe, manifest, ranks)]
+    averages = [] if averaged is None else [_average(averaged, engine, recipe, write, ranks)]
     origin = {
         "videos": manifest.digest,
         "initial encoder": first_decides(ranks, "weights", lambda: None if weights is None else digest(weights)),
@@ -79,7 +83,7 @@ def finetune(recipe: FinetuneRecipe) -> None:
     def export(engine: Any, where: Path) -> None:
         tensors = {name: full for name, full in full_parameters(engine) if ranks.first}
         if ranks.first:
-            save_weights(where / folder.classifier.name, tensors, recipe.model, classes=manifest.classes)
+            write(where / folder.classifier.name, tensors)
 
     snapshots = Snapshots(folder, recipe, ranks, origin, steps, averages, export)
     start = snapshots.resume(engine)
@@ -88,7 +92,7 @@ def finetune(recipe: FinetuneRecipe) -> None:
     describe(recipe, manifest, schedule, ranks)
     observers: list[Observer] = []
     if recipe.validation is not None:
-        observers.append(Validation(recipe, folder, ranks, steps, averaged, export))
+        observers.append(Validation(recipe, folder, ranks, steps, averaged, export, write))
     loader = ClipLoader(
         manifest,
         recipe.data,
@@ -134,7 +138,11 @@ def prepare(recipe: FinetuneRecipe, folder: RunFolder) -> None:
 
 
 def _average(
-    averaged: Classifier, engine: Any, recipe: FinetuneRecipe, manifest: Manifest, ranks: Ranks
+    averaged: Classifier,
+    engine: Any,
+    recipe: FinetuneRecipe,
+    write: Callable[[Path, dict[str, Tensor]], None],
+    ranks: Ranks,
 ) -> MovingAverage:
     decay = recipe.training.ema_decay
     assert decay is not None
@@ -144,6 +152,6 @@ def _average(
         dict(engine.module.named_parameters()),
         lambda step: decay,
         lambda folder: folder / "average.safetensors",
-        lambda path, tensors: save_weights(path, tensors, recipe.model, classes=manifest.classes),
+        write,
         ranks,
     )

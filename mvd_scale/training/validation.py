@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from mvd_scale.checkpoints.weights import save_weights
 from mvd_scale.config import FinetuneRecipe
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.evaluation.sweep import Sweep
@@ -33,7 +33,8 @@ class Validation(Observer):
         ranks: all take part.
         steps_per_epoch: optimizer steps.
         averaged: the moving average of the weights, which is tested too and then is what is kept.
-        export: writes the classifier into a folder.
+        export: writes the classifier that is trained into a folder; all ranks call it.
+        write: writes tensors of a classifier into a file.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Validation(Observer):
         steps_per_epoch: int,
         averaged: Classifier | None,
         export: Callable[[Any, Path], None],
+        write: Callable[[Path, dict[str, Tensor]], None],
     ) -> None:
         config = recipe.validation
         assert config is not None
@@ -52,8 +54,8 @@ class Validation(Observer):
         self.ranks = ranks
         self.averaged = averaged
         self.export = export
+        self.write = write
         manifest = Manifest.load(folder.path / "validation" / "manifest.parquet")
-        self.classes = manifest.classes
         self.sweep = Sweep(manifest, recipe.data, recipe.model, ranks, config.batch)
 
     def observe(self, engine: Any, step: int, writer: MetricWriter) -> None:
@@ -91,8 +93,7 @@ class Validation(Observer):
         if self.averaged is None:
             self.export(engine, partial)
         elif self.ranks.first:
-            path, weights = partial / self.folder.classifier.name, self.averaged.state_dict()
-            save_weights(path, weights, self.averaged.encoder.config, classes=self.classes)
+            self.write(partial / self.folder.classifier.name, self.averaged.state_dict())
         if self.ranks.first:
             os.replace(partial / self.folder.classifier.name, self.folder.best)
             partial.rmdir()
