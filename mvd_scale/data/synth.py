@@ -27,13 +27,16 @@ log = logging.getLogger("mvd_scale")
 Kind = Literal["appearance", "motion"]
 Picture = NDArray[np.uint8]
 
-SIDE, FRAMES, FPS, OBJECT = 96, 32, 25, 36
+SIDE, FRAMES, FPS, OBJECT = 96, 32, 25, 44
 """Pixels of a frame, frames of a video, and pixels of an object."""
 
 TEXTURES = ("brick", "coins", "grass", "gravel", "ihc", "text")
 """Pictures that objects are cut from: from the left half for training, from the right half for the test."""
 
-BACKGROUNDS = {"train": ("astronaut", "chelsea", "coffee"), "test": ("rocket", "motorcycle_left", "hubble_deep_field")}
+BACKGROUNDS = {
+    "train": ("astronaut", "camera", "chelsea", "clock_motion", "coffee", "moon"),
+    "test": ("hubble_deep_field", "motorcycle_left", "rocket"),
+}
 
 DIRECTIONS = ("left_up", "left_down", "right_up", "right_down")
 
@@ -104,7 +107,7 @@ def _track(texture: Picture, tested: bool, speed: tuple[float, float], rng: Gene
     places = rng.integers(np.array(half.shape[:2]) - OBJECT + 1, size=(8, 2))
     cuts = [half[top : top + OBJECT, left : left + OBJECT] for top, left in places]
     start = tuple(float(place) for place in rng.uniform(0, SIDE, size=2))
-    return Track(max(cuts, key=np.std), (start[0], start[1]), speed)
+    return Track(_tinted(max(cuts, key=np.std), rng), (start[0], start[1]), speed)
 
 
 def _frame(background: Picture, tracks: list[Track], number: int) -> Picture:
@@ -119,7 +122,14 @@ def _frame(background: Picture, tracks: list[Track], number: int) -> Picture:
 
 def _background(picture: Picture, rng: Generator) -> Picture:
     top, left = (int(rng.integers(size - SIDE + 1)) for size in picture.shape[:2])
-    return picture[top : top + SIDE, left : left + SIDE]
+    return _tinted(picture[top : top + SIDE, left : left + SIDE], rng)
+
+
+def _tinted(picture: Picture, rng: Generator) -> Picture:
+    """Turned, mirrored, and in another light: three backgrounds by themselves could be learnt by heart."""
+    turned = np.rot90(picture, int(rng.integers(4)))[:, :: int(rng.choice([-1, 1]))]
+    tinted: Picture = np.clip(turned * rng.uniform(0.6, 1.2, size=3), 0, 255).astype(np.uint8)
+    return tinted
 
 
 def _picture(name: str) -> Picture:

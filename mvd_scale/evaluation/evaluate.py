@@ -34,8 +34,8 @@ from mvd_scale.models import Classifier
 from mvd_scale.training.engine import Ranks, check_precision, dtype_of, first_decides
 from mvd_scale.training.run_folder import write_whole
 
-_SHARD = 64
-"""Videos of a shard of scores: what a kill may cost."""
+_SHARD = 32
+"""Videos of a shard of scores: what a kill may cost, and what a rank takes at a time."""
 
 
 class Scorer:
@@ -66,7 +66,7 @@ class Tested:
         figures = self.outcome.summary()
         lines = [
             f"videos               {figures['videos']}",
-            f"not decoded          {figures['not_decoded']} (counted as wrong)",
+            f"not decoded          {figures['not_decoded']}, counted as wrong",
             *(
                 f"{title:<20} {100 * self._number(key):.2f} %"
                 for title, key in (
@@ -177,7 +177,7 @@ def evaluate(
         _check_names(manifest.classes, read.class_names)
         manifest.save(file)
 
-    first_decides(ranks, "test", prepare)
+    first_decides(ranks, f"test {out}", prepare)
     manifest = Manifest.load(out / "manifest.parquet")
     files = shards.fill(
         manifest,
@@ -189,16 +189,15 @@ def evaluate(
         results=lambda part: _results(part, score, manifest, classes),
         write=_write,
     )
-    tables = pa.concat_tables([pq.read_table(file) for file in files])
-    scores = np.stack(tables["views"].to_numpy()).astype(np.float32)
-    shape = (len(tables), chosen.clips * chosen.crops, classes)
-    outcome = Outcome(
-        tables["label"].to_numpy(), tables["decoded"].to_numpy(zero_copy_only=False), scores.reshape(shape)
-    )
-    names = [manifest.name[row] for row in tables["video"].to_pylist()]
     known = read.class_names or manifest.classes or [str(c) for c in range(classes)]
+    outcome, names = _outcome(manifest, files, (chosen.clips * chosen.crops, classes))
     tested = Tested(out, outcome, names, list(known))
-    first_decides(ranks, "figures", tested.write)
+
+    def finish() -> None:
+        tested.write()
+        _list_failures(out, manifest, outcome)
+
+    first_decides(ranks, f"figures {out}", finish)
     return tested
 
 
@@ -235,6 +234,29 @@ def _check_names(tested: Sequence[str], learnt: Sequence[str]) -> None:
 
 
 Result = dict[str, Any]
+
+
+def _outcome(manifest: Manifest, files: Sequence[Path], shape: tuple[int, int]) -> tuple[Outcome, list[str]]:
+    """All labelled videos in the order of the manifest; those that were left out of it could not be decoded either."""
+    rows = np.flatnonzero(manifest.label >= 0)
+    decoded, views = np.zeros(len(rows), dtype=np.bool_), np.zeros((len(rows), *shape), dtype=np.float32)
+    for file in files:
+        table = pq.read_table(file)
+        places = np.searchsorted(rows, table["video"].to_numpy())
+        decoded[places] = table["decoded"].to_numpy(zero_copy_only=False)
+        views[places] = np.stack(table["views"].to_numpy()).reshape(-1, *shape)
+    return Outcome(manifest.label[rows], decoded, views), [manifest.name[row] for row in rows.tolist()]
+
+
+def _list_failures(out: Path, manifest: Manifest, outcome: Outcome) -> None:
+    """Write `not_decoded.csv`: the videos that count as wrong, and why they could not be decoded."""
+    reasons = dict(enumerate(manifest.left_out))
+    quarantine = out / "quarantine.jsonl"
+    if quarantine.is_file():
+        reasons |= {line["row"]: line["error"] for line in map(json.loads, quarantine.read_text().splitlines())}
+    rows = np.flatnonzero(manifest.label >= 0)[~outcome.decoded].tolist()
+    with (out / "not_decoded.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("name", "reason"), *((manifest.name[row], reasons[row]) for row in rows)])
 
 
 def _results(batch: ViewBatch, score: Scorer, manifest: Manifest, classes: int) -> Iterator[Result]:

@@ -132,7 +132,7 @@ def write_features(
         if not (out / "manifest.parquet").is_file():
             open_source(data, out).save(out / "manifest.parquet")
 
-    first_decides(ranks, "features", prepare)
+    first_decides(ranks, f"features {out}", prepare)
     manifest = Manifest.load(out / "manifest.parquet")
     files = shards.fill(
         manifest,
@@ -144,7 +144,7 @@ def write_features(
         results=lambda views: _rows(views, extract, manifest, options, model.frames),
         write=_write_shard,
     )
-    views, failed = first_decides(ranks, "index", lambda: _index(out, manifest, files))
+    views, failed = first_decides(ranks, f"index {out}", lambda: _index(out, manifest, files))
     return views, failed
 
 

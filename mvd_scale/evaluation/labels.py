@@ -44,7 +44,7 @@ def check_labels(
             f"{key}: {len(without)} videos have no label, the first is {manifest.name[without[0]]}; "
             "give class folders, or a list of `path label`"
         )
-    beyond = rows[labels >= classes]
+    beyond = np.flatnonzero(manifest.label >= classes)
     if len(beyond):
         raise UserError(
             f"{key}: {manifest.name[beyond[0]]} has label {manifest.label[beyond[0]]}, but there are {classes} classes "

@@ -1,13 +1,18 @@
-"""How good frozen features are for naming classes: nearest neighbours and a linear layer.
+"""How good frozen features are for naming classes: nearest neighbours, a linear layer, an attentive head.
 
-Legend: X and Y features to learn from and to test, C classes, D width.
+Legend: X and Y features to learn from and to test, C classes, N tokens, D width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
+
+from mvd_scale.models.attentive import AttentiveHead
 
 _TEMPERATURE = 0.07
 _CHUNK = 1024
@@ -65,6 +70,52 @@ def linear_classifier(
     with torch.enable_grad():
         optimizer.step(closure)
     return F.linear(asked, weight, bias).detach()
+
+
+def attentive_classifier(
+    parts: Callable[[], Iterator[tuple[Tensor, Tensor]]],
+    tested: Iterable[Tensor],
+    head: AttentiveHead,
+    *,
+    epochs: int,
+    lr: float,
+    batch: int = 64,
+    decay: float = 0.05,
+) -> Tensor:
+    """Classes by an attentive head, trained by AdamW with a cosine schedule, a tenth of it warm-up.
+
+    Args:
+        parts: an epoch of tokens (X_i, N, D) and labels int64 (X_i,), as many at a time as fit into memory.
+        tested: tokens (Y_i, N, D), likewise.
+        head: with fresh weights, on the device that computes.
+        epochs: passes over the tokens.
+        lr: highest learning rate.
+        batch: clips of a step.
+        decay: weight decay.
+
+    Returns:
+        scores, float32 (Y, C), on the host.
+    """
+    device = head.query.device
+    steps = epochs * sum(-(-len(labels) // batch) for _, labels in parts())
+    optimizer = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=decay)
+    rise, fall = LinearLR(optimizer, 0.01, total_iters=max(steps // 10, 1)), CosineAnnealingLR(optimizer, steps)
+    order = torch.Generator().manual_seed(0)
+    head.train()
+    with torch.enable_grad():
+        for _ in range(epochs):
+            for tokens, labels in parts():
+                for rows in torch.randperm(len(labels), generator=order).split(batch):
+                    scores = head(tokens[rows].to(device).float())
+                    loss = F.cross_entropy(scores, labels[rows].to(device))
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    rise.step()
+                    fall.step()
+    head.eval()
+    with torch.no_grad():
+        return torch.cat([head(rows.to(device).float()).cpu() for tokens in tested for rows in tokens.split(batch)])
 
 
 def top1(scores: Tensor, labels: Tensor) -> float:

@@ -117,5 +117,5 @@ class Shards:
                     partial = files[number].with_name(files[number].name + ".partial")
                     write(partial, [next(stream) for _ in range(len(parts[number]))])
                     os.replace(partial, files[number])
-        everybody_done(ranks, self.name)
+        everybody_done(ranks, str(self.out))
         return files

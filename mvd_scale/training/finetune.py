@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -77,6 +78,7 @@ def finetune(recipe: FinetuneRecipe) -> None:
     averages = [] if averaged is None else [_average(averaged, engine, recipe, write, ranks)]
     origin = {
         "videos": manifest.digest,
+        "labels": hashlib.sha256(manifest.label[manifest.usable].tobytes()).hexdigest()[:16],
         "initial encoder": first_decides(ranks, "weights", lambda: None if weights is None else digest(weights)),
     }
 

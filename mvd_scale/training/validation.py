@@ -56,6 +56,8 @@ class Validation(Observer):
         self.export = export
         self.write = write
         manifest = Manifest.load(folder.path / "validation" / "manifest.parquet")
+        # Those that the index left out count as wrong too.
+        self.videos = int((manifest.label >= 0).sum())
         self.sweep = Sweep(manifest, recipe.data, recipe.model, ranks, config.batch)
 
     def observe(self, engine: Any, step: int, writer: MetricWriter) -> None:
@@ -77,7 +79,7 @@ class Validation(Observer):
 
     def _accuracy(self, model: Any) -> float:
         scores, labels, decoded = self.sweep(lambda pixels: model(pixels).float())
-        return float(((scores.argmax(1) == labels) & decoded).float().mean())
+        return int(((scores.argmax(1) == labels) & decoded).sum()) / self.videos
 
     def _best(self, step: int) -> float:
         """Best accuracy before a step; a killed run may have gone beyond its checkpoint."""

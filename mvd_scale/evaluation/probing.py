@@ -1,0 +1,162 @@
+"""`mvd-scale probe`: what a frozen encoder is worth, by a small classifier of its features.
+
+    features of the training videos, features of the test videos (shards, by all ranks) -> judge, by the first rank
+
+Legend: X videos, N tokens, D width, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mvd_scale.config.data import DataConfig
+from mvd_scale.config.training import Precision
+from mvd_scale.data.manifest import Manifest
+from mvd_scale.errors import UserError
+from mvd_scale.evaluation.evaluate import Tested
+from mvd_scale.evaluation.features import FeatureOptions, write_features
+from mvd_scale.evaluation.labels import check_labels, class_count
+from mvd_scale.evaluation.metrics import Outcome
+from mvd_scale.evaluation.probes import attentive_classifier, linear_classifier, nearest_neighbours
+from mvd_scale.models.attentive import AttentiveHead
+from mvd_scale.training.engine import Ranks, first_decides
+
+Kind = Literal["knn", "linear", "attentive"]
+_HEAD = 64
+"""Channels of an attention head."""
+
+
+@dataclass(frozen=True)
+class FeatureFolder:
+    """What `write_features` left: one clip of each video that could be decoded."""
+
+    folder: Path
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """All videos."""
+        return Manifest.load(self.folder / "manifest.parquet")
+
+    def parts(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Features (X_i, D) or (X_i, N, D) and labels int64 (X_i,), shard by shard."""
+        for shard in self._shards():
+            yield shard["features"], shard["label"]
+
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """Features float32 (X, D) and labels int64 (X,)."""
+        features, labels = zip(*self.parts(), strict=True)
+        return torch.cat(features).float(), torch.cat(labels)
+
+    @property
+    def videos(self) -> list[int]:
+        """Rows of the manifest, in the order of the features."""
+        return [row for shard in self._shards() for row in shard["video"].tolist()]
+
+    def _shards(self) -> Iterator[dict[str, Tensor]]:
+        for file in sorted(self.folder.glob("features_*.safetensors")):
+            yield load_file(file)
+
+
+Judge = Callable[[FeatureFolder, FeatureFolder, int], Tensor]
+"""From training and test features and C to scores (Y, C) that sum to 1."""
+
+
+def probe(
+    checkpoint: Path,
+    kind: Kind,
+    judge: Judge,
+    train: DataConfig,
+    test: DataConfig,
+    options: FeatureOptions,
+    out: Path,
+    ranks: Ranks,
+    *,
+    batch: int,
+    precision: Precision,
+) -> Tested:
+    """Judge an encoder; started again, it takes the features that are there. All ranks call it.
+
+    Args:
+        checkpoint: weights in any known format.
+        kind: of the judge; the folder of its results in `out`.
+        judge: one of `by_neighbours`, `by_linear_layer`, `by_attention`.
+        train: labelled videos to learn from.
+        test: labelled videos to be judged by.
+        options: which clip of each video.
+        out: folder of features and results.
+        ranks: each encodes its share.
+        batch: videos that a rank decodes together.
+        precision: of the encoder.
+
+    Raises:
+        UserError: weights or videos cannot be read, or labels do not fit each other.
+    """
+    pool: Literal["none", "clip"] = "none" if kind == "attentive" else "clip"
+    pooled, folders = replace(options, pool=pool), []
+    for part, data in (("train", train), ("test", test)):
+        folder = out / f"{part}_{'tokens' if pool == 'none' else 'features'}"
+        write_features(checkpoint, data, pooled, folder, ranks, batch=batch, precision=precision)
+        folders.append(FeatureFolder(folder))
+    first_decides(ranks, f"probe {kind}", lambda: _judged(folders[0], folders[1], judge, out / kind).write())
+    return Tested.load(out / kind)
+
+
+def _judged(train: FeatureFolder, test: FeatureFolder, judge: Judge, out: Path) -> Tested:
+    classes = class_count(train.manifest)
+    check_labels(train.manifest, classes, "the training set of the probe", every_class=True)
+    check_labels(test.manifest, classes, "the test set of the probe", like=train.manifest)
+    decoded = test.videos
+    if not decoded or not train.videos:
+        raise UserError("no video of the probe could be decoded: see quarantine.jsonl in the folders of the features")
+    rows = test.manifest.usable
+    views = np.zeros((len(rows), 1, classes), dtype=np.float32)
+    found = np.isin(rows, decoded)
+    places = {row: place for place, row in enumerate(rows.tolist())}
+    views[[places[row] for row in decoded], 0] = judge(train, test, classes).numpy()
+    out.mkdir(exist_ok=True)
+    names = test.manifest.classes or [str(c) for c in range(classes)]
+    outcome = Outcome(test.manifest.label[rows].astype(np.int64), found, views)
+    return Tested(out, outcome, [test.manifest.name[row] for row in rows.tolist()], list(names))
+
+
+def by_neighbours(neighbours: int) -> Judge:
+    """The vote of the nearest training videos."""
+
+    def judge(train: FeatureFolder, test: FeatureFolder, classes: int) -> Tensor:
+        features, labels = train.whole()
+        votes = nearest_neighbours(features, labels, test.whole()[0], classes=classes, neighbours=neighbours)
+        return votes / votes.sum(1, keepdim=True)
+
+    return judge
+
+
+def by_linear_layer(decay: float) -> Judge:
+    """A linear layer on pooled features."""
+
+    def judge(train: FeatureFolder, test: FeatureFolder, classes: int) -> Tensor:
+        features, labels = train.whole()
+        return linear_classifier(features, labels, test.whole()[0], classes=classes, decay=decay).softmax(1)
+
+    return judge
+
+
+def by_attention(epochs: int, lr: float, device: torch.device) -> Judge:
+    """An attentive head on all tokens."""
+
+    def judge(train: FeatureFolder, test: FeatureFolder, classes: int) -> Tensor:
+        width = next(train.parts())[0].shape[-1]
+        torch.manual_seed(0)
+        head = AttentiveHead(width, max(width // _HEAD, 1), classes).to(device)
+        tested = (features for features, _ in test.parts())
+        return attentive_classifier(train.parts, tested, head, epochs=epochs, lr=lr).softmax(1)
+
+    return judge
