@@ -170,6 +170,36 @@ def finetune(recipe: str, overrides: tuple[str, ...]) -> None:
 
 
 @cli.command()
+@click.argument("source")
+@click.option("--encoder", type=click.Path(path_type=Path), required=True, help="Pre-trained weights.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Recipe to write (.yaml).")
+@click.option("--validation", help="Labelled videos to test after every epoch.")
+@click.option(
+    "--folder", type=click.Path(path_type=Path), default=Path("runs/mine"), show_default=True, help="Of the run."
+)
+def propose(source: str, encoder: Path, out: Path, validation: str | None, folder: Path) -> None:
+    """Write a recipe that fine-tunes an encoder on the labelled videos of SOURCE, after their number and length.
+
+    SOURCE is a folder with a folder for each class, a csv of paths and labels, or whatever `data index` takes.
+    """
+    import tempfile
+
+    from mvd_scale.checkpoints import read_checkpoint
+    from mvd_scale.config.data import DataConfig
+    from mvd_scale.data.index import open_source
+    from mvd_scale.training.proposal import propose as settings
+    from mvd_scale.training.run_folder import write_whole
+
+    model = read_checkpoint(encoder).model
+    with tempfile.TemporaryDirectory() as scratch:
+        manifest = open_source(DataConfig(source=source), Path(scratch))
+    proposal = settings(manifest, model, source=source, encoder=encoder, validation=validation, folder=folder)
+    command = f"launch/single_node.sh finetune --recipe {out}"
+    write_whole(out, proposal.to_yaml(command))
+    click.echo(f"{out}: {proposal.title}\nStart it: {command}")
+
+
+@cli.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("source")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for scores and figures.")

@@ -1,0 +1,144 @@
+"""`mvd-scale propose`: a recipe of fine-tuning for videos of one's own, from their number, length and the encoder.
+
+The published data sets (HMDB51 3 500 videos, UCF101 9 500, SSv2 169 000, K400 240 000) are the fixed points: fewer
+videos are seen more often, in smaller batches, with more dropout.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from mvd_scale.config.model import ModelConfig
+from mvd_scale.data.manifest import Manifest
+from mvd_scale.evaluation.labels import check_labels, class_count
+
+_STEPS_OF_AN_EPOCH = 20
+"""At least, where the batch can be made small enough."""
+
+_STEPS = 2000
+"""At least, in all, unless that takes more than `_EPOCHS`."""
+
+_EPOCHS = 200
+
+_SMALL = 10_000
+"""Videos up to which a set is treated like UCF101 and HMDB51."""
+
+_MICRO_BATCH = {384: 24, 768: 12, 1024: 4, 1280: 4}
+"""Clips of a GPU of 32 GB at 16 x 224 x 224, by the width of the encoder."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Values of a recipe, each with the reason for it."""
+
+    values: dict[str, dict[str, Any]]
+    """By section and key."""
+
+    reasons: dict[str, str]
+    """By dotted key."""
+
+    title: str
+
+    def to_yaml(self, command: str) -> str:
+        """The recipe with its reasons as comments; `command` starts it."""
+        lines = [f"# {self.title}", "#", f"# command   {command}", "# hardware  any; the micro batch is that of 32 GB"]
+        lines += ["# time      not measured", "# published none", "base: finetune/own_videos"]
+        for section, values in self.values.items():
+            lines.append(f"{section}:")
+            for key, value in values.items():
+                reason = self.reasons.get(f"{section}.{key}")
+                if reason is not None:
+                    lines.append(f"  # {reason}")
+                lines.append(f"  {key}: {yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}")
+        return "\n".join(lines) + "\n"
+
+
+def propose(
+    manifest: Manifest, model: ModelConfig, *, source: str, encoder: Path, validation: str | None, folder: Path
+) -> Proposal:
+    """Settings for labelled videos.
+
+    Args:
+        manifest: the training videos.
+        model: shape of the pre-trained encoder.
+        source: what was indexed.
+        encoder: the pre-trained weights.
+        validation: videos that are tested after every epoch.
+        folder: of the run.
+
+    Raises:
+        UserError: labels are missing, or a class has no video.
+    """
+    classes = class_count(manifest)
+    check_labels(manifest, classes, source, every_class=True)
+    videos = len(manifest.usable)
+    frames = int(np.median(manifest.frames[manifest.usable]))
+    assert model.width is not None
+    large, small = model.width >= 1024, videos <= _SMALL
+    batch = _batch(videos)
+    steps = videos // batch
+    epochs = _epochs(videos, steps)
+    data, test, why = _clips(frames, model.frames)
+    training: dict[str, Any] = {
+        "initial_encoder": str(encoder),
+        "epochs": epochs,
+        "warmup_epochs": min(5, epochs // 10),
+        "global_batch": 2 * batch,
+        "micro_batch": min(_MICRO_BATCH.get(model.width, 16), 2 * batch),
+        "base_lr": 1e-3 if large else 5e-4,
+        "layer_decay": 0.7 if small else 0.75,
+    }
+    values: dict[str, dict[str, Any]] = {
+        "run": {"folder": str(folder)},
+        "model": model.model_dump(mode="json") | {"drop_path": 0.3 if large else 0.2 if small else 0.1},
+        "data": {"source": source, **data},
+        "classifier": {"dropout": 0.5 if large or small else 0.0},
+        "training": training,
+        "test": test,
+    }
+    if validation is not None:
+        values["validation"] = {"source": validation}
+    reasons = {
+        "data.sampling": why,
+        "data.flip": "half of the clips are mirrored: set 0 if left and right are different classes",
+        "classifier.dropout": "0.5 as published for L, H and small sets" if large or small else "as published",
+        "training.epochs": f"{epochs * steps} steps in all",
+        "training.global_batch": f"two copies of {batch} videos: {steps} steps of an epoch",
+        "training.base_lr": "of 256 clips without their copies; scaled with the batch",
+    }
+    return Proposal(
+        values, reasons, f"Fine-tuning on {videos} videos of {classes} classes, {frames} frames long (median)."
+    )
+
+
+def _batch(videos: int) -> int:
+    """Videos of an optimizer step: a power of two from 8 to 256."""
+    fitting = max(videos // _STEPS_OF_AN_EPOCH, 1)
+    return min(max(2 ** int(math.log2(fitting)), min(8, videos)), 256)
+
+
+def _epochs(videos: int, steps: int) -> int:
+    usual = 100 * min(_SMALL / videos, 1) ** 0.3
+    return round(min(max(usual, _STEPS / steps), _EPOCHS))
+
+
+def _clips(length: int, frames: int) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """How clips are cut in training and in the test, and why, by the length of a video in frames."""
+    for stride in (4, 2):
+        if length >= frames * stride:
+            return (
+                {"sampling": "window", "stride": stride, "flip": 0.5},
+                {"sampling": "dense", "stride": stride, "clips": 5, "crops": 3},
+                f"every {stride}th frame: {frames * stride} of a video's {length} frames make a clip",
+            )
+    return (
+        {"sampling": "segments", "flip": 0.5},
+        {"sampling": "uniform", "clips": 2, "crops": 3},
+        f"a clip spans the whole video: its {length} frames are fewer than two for each frame of a clip",
+    )
