@@ -123,7 +123,8 @@ def load_encoder(
 def start_encoder(encoder: Encoder, path: Path) -> None:
     """Load the weights that an encoder starts its training from; an image model is inflated to clips.
 
-    The encoder keeps its own positions and, where the checkpoint has none, its final norm.
+    The encoder keeps its own positions and, where the checkpoint has none, its final norm. One without a class token or
+    a final norm leaves these out.
 
     Raises:
         UserError: as `read_checkpoint`, or names every tensor that does not fit.
@@ -131,12 +132,13 @@ def start_encoder(encoder: Encoder, path: Path) -> None:
     checkpoint, model = read_checkpoint(path), encoder.config
     tubelet = model.tubelet if checkpoint.model.frames == 1 else None
     checkpoint = adapt(checkpoint, frames=model.frames, input_size=model.input_size, tubelet=tubelet)
-    tensors = {name: tensor for name, tensor in checkpoint.encoder.items() if name != "positions"}
+    tensors = _encoder_tensors(checkpoint, final_norm=encoder.norm is not None)
+    tensors.pop("positions", None)
     if encoder.class_token is None:
         tensors.pop("class_token", None)
     if encoder.norm is not None and not checkpoint.final_norm:
         tensors |= {f"norm.{name}": tensor for name, tensor in encoder.norm.state_dict().items()}
-    load_exactly(encoder, tensors | dict(checkpoint.leftovers), str(path))
+    load_exactly(encoder, tensors, str(path))
 
 
 def load_student(student: Student, path: Path) -> None:

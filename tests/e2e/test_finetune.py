@@ -195,7 +195,7 @@ def test_bad_input_is_one_message(
             ): "has label 7, but there are 2 classes (0 to 1)",
             ("--data.source", str(hollow)): "1 of 3 classes have no usable video: 1",
             ("--data.source", str(empty)): "nothing.mp4",
-            ("--classifier.classes", "5"): "data.source has 6 classes, but the classifier has 5",
+            ("--classifier.classes", "5"): "has label 5, but there are 5 classes (0 to 4)",
             ("--training.initial_encoder", str(notes)): "notes.safetensors",
             ("--training.initial_encoder", "null"): "training.initial_encoder is missing",
             ("--validation.source", str(empty)): "nothing.mp4",
