@@ -110,13 +110,13 @@ def env() -> None:
 @click.option("--ranks", type=click.IntRange(min=1), default=2, show_default=True, help="Processes of every stage.")
 @click.option("--steps", type=click.IntRange(min=1), help="Stop every stage after so many steps.")
 def quickstart(out: Path, ranks: int, steps: int | None) -> None:
-    """Train two teachers on real clips and distil a student from both, on any machine: `pipeline quickstart`."""
-    from mvd_scale.config.pipeline import PretrainStage, load_pipeline
+    """Train two teachers on real clips, distil a student from both, fine-tune and test it: `pipeline quickstart`."""
+    from mvd_scale.config.pipeline import TrainStage, load_pipeline
     from mvd_scale.pipeline import run_pipeline
 
     overrides = ["--folder", str(out), "--ranks", str(ranks)]
     if steps is not None:
-        trained = [n for n, stage in load_pipeline("quickstart").stages.items() if isinstance(stage, PretrainStage)]
+        trained = [n for n, stage in load_pipeline("quickstart").stages.items() if isinstance(stage, TrainStage)]
         overrides += [f"--stages.{name}.recipe.training.max_steps={steps}" for name in trained]
     run_pipeline(load_pipeline("quickstart", overrides))
     click.echo(
@@ -131,8 +131,8 @@ def quickstart(out: Path, ranks: int, steps: int | None) -> None:
 def pipeline(file: str, overrides: tuple[str, ...]) -> None:
     """Run the stages of a pipeline FILE in order: what is done is skipped, what was cut off goes on.
 
-    FILE is a YAML file, or the name of one that comes with it: quickstart, mvd_b. OVERRIDES are its dotted keys:
-    --folder runs/mine --stages.student.recipe.training.max_steps 100
+    FILE is a YAML file, or the name of one that comes with it: quickstart, synthetic, mvd_b. OVERRIDES are its dotted
+    keys: --folder runs/mine --stages.student.recipe.training.max_steps 100
     """
     from mvd_scale.config.pipeline import load_pipeline
     from mvd_scale.pipeline import run_pipeline

@@ -73,7 +73,7 @@ class Jobs:
     def run(self, *arguments: str | Path, ranks: int = 0, env: dict[str, str] | None = None) -> tuple[int, str]:
         """Exit code and everything that was printed."""
         process = self.start(*arguments, ranks=ranks, env=env)
-        output, _ = process.communicate(timeout=240)
+        output, _ = process.communicate(timeout=400)
         return process.returncode, output
 
     @staticmethod

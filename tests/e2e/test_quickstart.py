@@ -1,4 +1,4 @@
-"""The README's first command, shortened: three stages by the launcher, a table, pictures."""
+"""The README's first command, shortened: stages by the launcher, a table, pictures, a test."""
 
 from __future__ import annotations
 
@@ -45,6 +45,9 @@ def test_the_quickstart(jobs: Jobs, clips: Path, tmp_path: Path) -> None:
         assert stage in output
         with Image.open(out / stage / "predictions.png") as picture:
             assert len(picture.convert("RGB").getcolors(1 << 24) or []) > 100
+    assert json.loads((out / "classifier" / "summary.json").read_text())["steps"] == 12
+    assert json.loads((out / "test" / "summary.json").read_text())["videos"] == 150
+    assert "test: top-1" in output
     readings = read_metrics(out / "student" / "metrics.jsonl")
     expected = {
         "loss",
@@ -61,4 +64,4 @@ def test_the_quickstart(jobs: Jobs, clips: Path, tmp_path: Path) -> None:
     # Started again it has nothing left to do.
     code, output = jobs.run("quickstart", "--out", out, "--steps", "12")
     assert code == 0, output
-    assert output.count("is done already") == 8
+    assert output.count("is done already") == 11

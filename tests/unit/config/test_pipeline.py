@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mvd_scale.config.pipeline import PretrainStage, list_pipelines, load_pipeline, references
+from mvd_scale.config.pipeline import TrainStage, list_pipelines, load_pipeline, references
 from mvd_scale.errors import UserError
 from mvd_scale.pipeline import stage_recipe
 
@@ -52,8 +52,8 @@ def test_a_fault_is_named(tmp_path: Path, change: tuple[str, str], message: str)
 @pytest.mark.parametrize("name", list_pipelines())
 def test_the_recipes_of_a_shipped_pipeline_describe_runs(name: str) -> None:
     pipeline = load_pipeline(name)
-    recipes = [stage for stage in pipeline.stages if isinstance(pipeline.stages[stage], PretrainStage)]
-    assert len(recipes) == 3
+    recipes = [stage for stage in pipeline.stages if isinstance(pipeline.stages[stage], TrainStage)]
+    assert recipes
     for stage in recipes:
         recipe = stage_recipe(pipeline, stage)
         assert recipe.run.folder == pipeline.folder / stage
