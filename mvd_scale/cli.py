@@ -199,14 +199,26 @@ def propose(source: str, encoder: Path, out: Path, validation: str | None, folde
     click.echo(f"{out}: {proposal.title}\nStart it: {command}")
 
 
+def _test_views(command: Any) -> Any:
+    """Which views of a video a classifier is shown."""
+    count = click.IntRange(min=1)
+    for option in (
+        click.option("--crops", type=count, help="Crops of a clip; likewise, or 3."),
+        click.option("--clips", type=count, help="Clips in time; likewise, or 5."),
+        click.option("--stride", type=count, help="Of dense: frames between frames; likewise, or 4."),
+        click.option(
+            "--sampling", type=click.Choice(["dense", "uniform"]), help="As the weights say if left out, or dense."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 @cli.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("source")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for scores and figures.")
-@click.option("--sampling", type=click.Choice(["dense", "uniform"]), help="As the weights say if left out, or dense.")
-@click.option("--stride", type=click.IntRange(min=1), help="Of dense: frames between frames; likewise, or 4.")
-@click.option("--clips", type=click.IntRange(min=1), help="Clips in time; likewise, or 5.")
-@click.option("--crops", type=click.IntRange(min=1), help="Crops of a clip; likewise, or 3.")
+@_test_views
 @click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Videos decoded together.")
 @click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="fp16 on GPUs, fp32 on CPUs.")
 @click.option("--root", help="Folder or URL that the paths of a list start from.")
@@ -242,6 +254,23 @@ def evaluate(
     leave_ranks()
     if ranks.first:
         click.echo(f"{tested.to_text()}\n{out}")
+
+
+@cli.command()
+@click.argument("videos", nargs=-1, required=True, metavar="VIDEO...")
+@click.option("--checkpoint", type=click.Path(path_type=Path), required=True, help="Fine-tuned weights, or their run.")
+@click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Classes to name.")
+@_test_views
+@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="fp16 on GPUs, fp32 on CPUs.")
+@click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print a line of JSON for each video instead of text.")
+def predict(videos: tuple[str, ...], checkpoint: Path, top: int, as_json: bool, **options: Any) -> None:
+    """Name the most likely classes of each VIDEO, a file or URL; fewer views are faster: --clips 1 --crops 1."""
+    from mvd_scale.evaluation.predict import load_classifier
+    from mvd_scale.evaluation.predict import predict as name_classes
+
+    for prediction in name_classes(load_classifier(checkpoint, **options), videos, top):
+        click.echo(prediction.to_json() if as_json else prediction.to_text())
 
 
 @cli.command()
@@ -699,12 +728,24 @@ def import_weights(source: Path, role: Any, out: Path, tubelet: int | None, **hi
 @cli.command("export")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option(
-    "--to", "family", type=click.Choice(["videomae", "mvd", "mae", "timm", "hf"]), required=True, help="Whose form."
+    "--to",
+    "family",
+    type=click.Choice(["videomae", "mvd", "mae", "timm", "hf", "torch", "onnx"]),
+    required=True,
+    help="Whose form; torch and onnx: a classifier as a program.",
 )
-@click.option("--out", type=click.Path(path_type=Path), required=True, help=".pth, .safetensors, or a folder for hf.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help=".pth, .safetensors, or a folder for hf; .pt2 for torch, .onnx for onnx.",
+)
 @_hints
 def export_weights(source: Path, family: str, out: Path, **hints: Any) -> None:
-    """Write the weights of a run folder or file in the form that other tools expect."""
+    """Write the weights of a run folder or file in the form that other tools expect.
+
+    Programs take clips, uint8 (batch, frames, size, size, 3), and give their softmax, float32 (batch, classes).
+    """
     from mvd_scale.checkpoints import Hints, export_checkpoint, read_checkpoint
 
     checkpoint = read_checkpoint(source, Hints(**hints))

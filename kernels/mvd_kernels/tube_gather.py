@@ -69,7 +69,9 @@ def tube_rows(
     tubes = _gather(pixels, tokens, tubelet, patch)
     white = 1.0 if tubes.is_floating_point() else 255.0
     # (x / white - mean) / std as one multiply-add per channel.
-    scale, shift = _affine(tuple(mean), tuple(std), white, pixels.device)
+    # While a program is exported, new tensors are stand-ins without values: none of them may stay in the cache.
+    affine = _affine.__wrapped__ if torch.compiler.is_exporting() else _affine
+    scale, shift = affine(tuple(mean), tuple(std), white, pixels.device)
     rows = torch.addcmul(shift, tubes.to(torch.float32), scale)
     return rows.permute(0, 1, 5, 2, 3, 4).flatten(2).to(dtype)
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -22,6 +22,7 @@ _MODEL_KEY = "mvd_scale.model"
 _DECODERS_KEY = "mvd_scale.decoders"
 _CLASSES_KEY = "mvd_scale.classes"
 _VIEWS_KEY = "mvd_scale.views"
+_NAMES = TypeAdapter(tuple[str, ...])
 
 
 def save_weights(
@@ -44,16 +45,22 @@ def save_weights(
         views: by which a classifier is tested.
     """
     partial = path.with_name(path.name + ".partial")
-    metadata = {_MODEL_KEY: json.dumps(model.model_dump(mode="json")), "format": "pt"}
+    metadata = describe_model(model, classes, views) | {"format": "pt"}
     if decoders:
         metadata[_DECODERS_KEY] = json.dumps({name: shape.model_dump() for name, shape in decoders.items()})
-    if classes:
-        metadata[_CLASSES_KEY] = json.dumps(list(classes))
-    if views is not None:
-        metadata[_VIEWS_KEY] = views.model_dump_json()
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
     partial.chmod(0o644)
     os.replace(partial, path)
+
+
+def describe_model(model: ModelConfig, classes: Sequence[str], views: ViewsConfig | None) -> dict[str, str]:
+    """What a file says of its model: its shape, and as far as they are known its classes and the views of its test."""
+    told = {_MODEL_KEY: json.dumps(model.model_dump(mode="json"))}
+    if classes:
+        told[_CLASSES_KEY] = json.dumps(list(classes))
+    if views is not None:
+        told[_VIEWS_KEY] = views.model_dump_json()
+    return told
 
 
 def is_native(source: Source) -> bool:
@@ -82,6 +89,8 @@ def interpret(source: Source, hints: Hints) -> Checkpoint:
         else:
             decoders[name] = decoder_weights(weights, hints, f"{source.path}: decoder {name}", image=model.class_token)
     head = {name: tensor for name, tensor in tensors.items() if name.startswith(("norm.", "head."))}
+    if names and "head.weight" in head and len(names) != len(head["head.weight"]):
+        raise UserError(f"{source.path} names {len(names)} classes, but its head has {len(head['head.weight'])}")
     heads = token_heads(tensors)
     known = ("encoder.", "decoders.", *(f"heads.{name}." for name in heads), *head)
     leftovers = {name: tensor for name, tensor in tensors.items() if not name.startswith(known)}
@@ -93,7 +102,7 @@ def interpret(source: Source, hints: Hints) -> Checkpoint:
 
 def _test(source: Source) -> tuple[tuple[str, ...], ViewsConfig | None]:
     """Names of the classes and views of the test, as far as the file tells them."""
-    names = tuple(json.loads(source.metadata.get(_CLASSES_KEY, "[]")))
+    names = _NAMES.validate_json(source.metadata.get(_CLASSES_KEY, "[]"))
     views = source.metadata.get(_VIEWS_KEY)
     return names, None if views is None else ViewsConfig.model_validate_json(views)
 

@@ -15,6 +15,7 @@ from mvd_scale.checkpoints.checkpoint import Checkpoint
 from mvd_scale.checkpoints.formats import FAMILIES
 from mvd_scale.checkpoints.formats.format import Format
 from mvd_scale.checkpoints.formats.names import from_ours, unpack_attention
+from mvd_scale.checkpoints.programs import PROGRAMS, export_program
 from mvd_scale.checkpoints.weights import misfits
 from mvd_scale.errors import UserError
 from mvd_scale.models.positions import position_table
@@ -23,16 +24,19 @@ _PICKLES = (".pth", ".pt", ".bin")
 
 
 def export_checkpoint(checkpoint: Checkpoint, family: str, out: Path) -> None:
-    """Write a checkpoint in a published format.
+    """Write a checkpoint in a published format, or a classifier as a program.
 
     Args:
         checkpoint: of any format.
-        family: `videomae`, `mvd`, `mae`, `timm` or `hf`.
+        family: `videomae`, `mvd`, `mae`, `timm` or `hf`; `torch` or `onnx` for a program, as `export_program`.
         out: `.safetensors`; `.pth`, `.pt` or `.bin` for `{"model": ...}` of `torch.save`; a folder for `hf`.
 
     Raises:
         UserError: the format cannot hold this model, tensors of it are missing or broken, or `out` does not fit.
     """
+    if family in PROGRAMS:
+        export_program(checkpoint, family, out)
+        return
     faults = misfits(checkpoint)
     if faults:
         raise UserError(f"{checkpoint.source} is not whole and was not exported:\n  " + "\n  ".join(faults))

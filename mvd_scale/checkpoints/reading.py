@@ -21,12 +21,13 @@ _WRAPPERS = ("model", "module", "state_dict")
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WEIGHTS = (
     "student.safetensors",
+    "best.safetensors",
     "classifier.safetensors",
     "encoder.safetensors",
     "model.safetensors",
     "pytorch_model.bin",
 )
-"""Files that stand for a folder, the richest first: of our runs and checkpoints, of Hugging Face."""
+"""Files that stand for a folder, the richest and best first: of our runs and checkpoints, of Hugging Face."""
 
 
 def digest(path: Path) -> str:

@@ -6,6 +6,7 @@ Legend: B videos, K clips in time, C crops, T frames of a clip, S side of a crop
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,7 @@ class ViewLoader(Feed):
         world_size: number of ranks.
         device: where batches live; on a GPU it is also where they are decoded.
         report: file to append a JSON line to for each video that could not be decoded.
+        source: what prepares the samples, with the arguments of `ViewSource`.
     """
 
     _remedy = ""
@@ -152,8 +154,10 @@ class ViewLoader(Feed):
         world_size: int,
         device: torch.device,
         report: Path | None = None,
+        source: Callable[..., ViewSource] = ViewSource,
     ) -> None:
         self.items = items
+        self._prepared_by = source
         self._views = views
         self._length = frames
         self._side = side
@@ -201,7 +205,7 @@ class ViewLoader(Feed):
         return n
 
     def _source(self) -> ViewSource:
-        return ViewSource(
+        return self._prepared_by(
             self._manifest,
             self.items,
             self._views,

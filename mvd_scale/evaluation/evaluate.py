@@ -17,11 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor
 
 from mvd_scale.checkpoints.reading import tensors_digest
 from mvd_scale.checkpoints.weights import build_classifier, read_checkpoint
-from mvd_scale.config.data import DataConfig, ViewsConfig
+from mvd_scale.config.data import DataConfig
 from mvd_scale.config.training import Precision
 from mvd_scale.data.batch import ViewBatch
 from mvd_scale.data.index import open_source
@@ -29,25 +28,13 @@ from mvd_scale.data.manifest import Manifest
 from mvd_scale.errors import UserError
 from mvd_scale.evaluation.labels import check_labels
 from mvd_scale.evaluation.metrics import Outcome
+from mvd_scale.evaluation.scorer import Scorer, views_of
 from mvd_scale.evaluation.sharded import Shards
-from mvd_scale.models import Classifier
-from mvd_scale.training.engine import Ranks, check_precision, dtype_of, first_decides
+from mvd_scale.training.engine import Ranks, check_precision, first_decides
 from mvd_scale.training.run_folder import write_whole
 
 _SHARD = 32
 """Videos of a shard of scores: what a kill may cost, and what a rank takes at a time."""
-
-
-class Scorer:
-    """A frozen classifier on its device and in its precision."""
-
-    def __init__(self, classifier: Classifier, device: torch.device, precision: Precision) -> None:
-        self.classifier = classifier.eval().requires_grad_(False).to(device, dtype_of(precision))
-
-    @torch.inference_mode()
-    def __call__(self, clips: Tensor) -> Tensor:
-        """Softmax of clips: uint8 (V, T, S, S, 3) to float32 (V, C)."""
-        return self.classifier(clips).float().softmax(1)
 
 
 @dataclass(frozen=True)
@@ -163,7 +150,7 @@ def evaluate(
     score = Scorer(build_classifier(read), ranks.device, precision)
     classes = read.classes
     assert classes is not None
-    chosen = ViewsConfig.model_validate((read.views or ViewsConfig()).model_dump() | dict(views))
+    chosen = views_of(read, views)
     shards = Shards(out, "scores", "parquet", _SHARD)
     settings: dict[str, Any] = {
         "checkpoint": str(checkpoint), "source": data.source, "views": chosen.model_dump(), "precision": precision,

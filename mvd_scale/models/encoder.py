@@ -74,6 +74,6 @@ class Encoder(nn.Module):
         positions = self.positions.to(dtype)
         encoded = self.patch_embed(rows) + (positions if tokens is None else positions[tokens])
         if self.class_token is not None:
-            encoded = torch.cat([self.class_token.expand(len(encoded), -1, -1), encoded], dim=1)
+            encoded = torch.cat([self.class_token.expand(encoded.shape[0], -1, -1), encoded], dim=1)
         encoded = self.blocks(encoded)
         return encoded if self.norm is None else self.norm(encoded)

@@ -46,6 +46,23 @@ class Ranks:
         return self.rank == 0
 
 
+def choose_device(device: str) -> torch.device:
+    """The kind of device that `auto`, `cuda` or `cpu` means here.
+
+    Raises:
+        UserError: no GPU where one was asked for, or another word.
+    """
+    if device not in ("auto", "cuda", "cpu"):
+        raise UserError(f"device is {device!r}: expected auto, cuda or cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is cuda, but torch sees no GPU here; use `--device cpu` or see `mvd-scale env`")
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        if device == "cuda":
+            raise UserError("device is cuda, but DS_ACCELERATOR=cpu asks to leave the GPUs alone; unset one of them")
+        device = "cpu"
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
 def join_ranks(device: str, timeout_minutes: float) -> Ranks:
     """Meet the other ranks of the job, or be the only one when no launcher started this process.
 
@@ -56,13 +73,7 @@ def join_ranks(device: str, timeout_minutes: float) -> Ranks:
     Raises:
         UserError: no GPU where one was asked for, the port is taken, or ranks did not show up.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device is cuda, but torch sees no GPU here; use `--device cpu` or see `mvd-scale env`")
-    if os.environ.get("DS_ACCELERATOR") == "cpu":
-        if device == "cuda":
-            raise UserError("device is cuda, but DS_ACCELERATOR=cpu asks to leave the GPUs alone; unset one of them")
-        device = "cpu"
-    kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    kind = choose_device(device).type
     if "RANK" not in os.environ:
         alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
         os.environ.update({key: str(value) for key, value in alone.items()})

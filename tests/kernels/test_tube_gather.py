@@ -55,3 +55,16 @@ def test_floating_pixels_are_taken_as_they_are() -> None:
     pixels = clip(4, 32, 32)
     arguments = {"tubelet": 2, "patch": 16, "mean": MEAN, "std": STD, "dtype": torch.float32}
     torch.testing.assert_close(tube_rows(pixels.float() / 255, None, **arguments), tube_rows(pixels, None, **arguments))
+
+
+def test_an_export_leaves_nothing_of_its_tracing_behind() -> None:
+    class Rows(torch.nn.Module):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            # A mean of its own: no other test has filled the cache for it.
+            return tube_rows(pixels, None, tubelet=2, patch=16, mean=(0.1, 0.2, 0.3), std=STD, dtype=torch.float32)
+
+    pixels = clip(4, 32, 32)
+    exported = torch.export.export(Rows(), (pixels,)).module()(pixels)
+    eager = Rows()(pixels)
+    assert type(eager) is torch.Tensor
+    assert torch.equal(exported, eager)

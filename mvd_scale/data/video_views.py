@@ -1,0 +1,81 @@
+"""The test views of one video, from a file or from frames in memory, cut as the multi-view test cuts them.
+
+Legend: F frames of a video, H W pixels, V views, T frames of a clip, S side of a crop.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mvd_scale.config.data import DataConfig, ViewsConfig
+from mvd_scale.config.model import ModelConfig
+from mvd_scale.data.loader import Failure
+from mvd_scale.data.manifest import Manifest, Row
+from mvd_scale.data.probe import probe
+from mvd_scale.data.sampling import Box
+from mvd_scale.data.source import Decoder, Media
+from mvd_scale.data.storage import DecodeError, absolute
+from mvd_scale.data.view_loader import ViewLoader, ViewSource, view_items
+
+_DATA = DataConfig(workers=0, prefetch=1)
+
+
+def views_of_file(path: str, views: ViewsConfig, model: ModelConfig, device: torch.device) -> Tensor:
+    """The views of a file that PyAV opens, or of a URL: uint8 (V, T, S, S, 3) on the device.
+
+    Raises:
+        DecodeError: it is missing or broken.
+    """
+    video = probe(Row(name=path, path=absolute(path)), timeout=_DATA.read_timeout)
+    if video.left_out is not None:
+        raise DecodeError(path, video.left_out)
+    return _cut(video, views, model, device)
+
+
+def views_of_frames(frames: NDArray[np.uint8], views: ViewsConfig, model: ModelConfig, device: torch.device) -> Tensor:
+    """The views of frames in RGB, as shown: uint8 (F, H, W, 3) to uint8 (V, T, S, S, 3) on the device."""
+    count, height, width, _ = frames.shape
+    video = Row("frames", "frames", frames=count, height=height, width=width, codec="rawvideo", pixel_format="rgb24")
+    return _cut(video, views, model, device, source=partial(_FramesSource, frames))
+
+
+class _FramesSource(ViewSource):
+    """Takes frames from memory instead of a file."""
+
+    def __init__(self, pictures: NDArray[np.uint8], *arguments: Any, **others: Any) -> None:
+        super().__init__(*arguments, **others)
+        self.pictures = pictures
+
+    def prepare(self, row: int, frames: NDArray[np.int64], box: Box | None, *, by_host: bool) -> Media:
+        return Media(Decoder.HOST, self.pictures[frames])
+
+
+class _OneVideo(ViewLoader):
+    """Raises what is wrong with its video instead of telling it."""
+
+    def _tell(self, failure: Failure) -> None:
+        raise DecodeError(failure["path"], failure["error"])
+
+
+def _cut(video: Row, views: ViewsConfig, model: ModelConfig, device: torch.device, **others: Any) -> Tensor:
+    manifest = Manifest.of([video])
+    loader = _OneVideo(
+        manifest,
+        _DATA,
+        views,
+        view_items(manifest, views, frames=model.frames),
+        frames=model.frames,
+        side=model.input_size,
+        batch=1,
+        world_size=1,
+        device=device,
+        **others,
+    )
+    with loader:
+        return next(loader).pixels[0].flatten(0, 1)

@@ -1,0 +1,151 @@
+"""`mvd-scale predict` and `mvd_scale.load_classifier`: what a fine-tuned classifier sees in single videos.
+
+Legend: F frames of a video, H W pixels, V views, C classes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mvd_scale.checkpoints import Checkpoint, build_classifier, read_checkpoint
+from mvd_scale.config.data import ViewsConfig
+from mvd_scale.config.training import Precision
+from mvd_scale.data.storage import DecodeError
+from mvd_scale.data.video_views import views_of_file, views_of_frames
+from mvd_scale.errors import UserError
+from mvd_scale.evaluation.scorer import Scorer, views_of
+from mvd_scale.training.engine import check_precision, choose_device
+
+Video = str | os.PathLike[str] | NDArray[np.uint8] | Tensor
+"""A path or URL, or frames in RGB: uint8 (F, H, W, 3)."""
+
+
+class VideoClassifier:
+    """A fine-tuned classifier that takes whole videos; made by `load_classifier`."""
+
+    def __init__(self, checkpoint: Checkpoint, views: ViewsConfig, device: torch.device, precision: Precision) -> None:
+        self.score = Scorer(build_classifier(checkpoint), device, precision)
+        self.model = checkpoint.model
+        self.views = views
+        self.device = device
+        self.classes = checkpoint.class_names or tuple(map(str, range(checkpoint.classes or 0)))
+        """Names in the order of the scores; numbers where the weights tell no names."""
+
+    def __call__(self, video: Video) -> Tensor:
+        """Score a video as `mvd-scale evaluate` does.
+
+        Args:
+            video: path or URL of a file, or frames in RGB, uint8 (F, H, W, 3), as an array or a tensor.
+
+        Returns:
+            the mean softmax of its views, float32 (C,), on the CPU.
+
+        Raises:
+            UserError: the file is missing or broken, or these are no frames.
+        """
+        return self.score(self._cut(video)).mean(0).cpu()
+
+    def top(self, video: Video, count: int = 5) -> list[tuple[str, float]]:
+        """The most likely classes of a video and their probabilities, the likeliest first; otherwise as a call."""
+        values, places = self(video).topk(min(count, len(self.classes)))
+        return [(self.classes[c], p) for c, p in zip(places.tolist(), values.tolist(), strict=True)]
+
+    def _cut(self, video: Video) -> Tensor:
+        if isinstance(video, (str, os.PathLike)):
+            try:
+                return views_of_file(os.fspath(video), self.views, self.model, self.device)
+            except DecodeError as error:
+                raise UserError(f"{os.fspath(video)} cannot be decoded: {error.reason}") from error
+        frames = video.detach().cpu().numpy() if isinstance(video, Tensor) else video
+        if not isinstance(frames, np.ndarray):
+            raise UserError(f"a {type(video).__name__} is no video: expected a path, or uint8 frames (F, H, W, 3)")
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
+            raise UserError(f"{frames.dtype} {frames.shape} is no video: expected uint8 frames (F, H, W, 3) in RGB")
+        return views_of_frames(frames, self.views, self.model, self.device)
+
+
+def load_classifier(
+    path: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    precision: Precision | None = None,
+    sampling: Literal["dense", "uniform"] | None = None,
+    stride: int | None = None,
+    clips: int | None = None,
+    crops: int | None = None,
+) -> VideoClassifier:
+    """Read a fine-tuned classifier, to be called with videos.
+
+    Args:
+        path: file or folder in any format that `mvd-scale inspect` knows; of a run folder the best weights, if it
+            kept them.
+        device: `auto`, `cuda` or `cpu`.
+        precision: of the classifier; fp16 on GPUs and fp32 on CPUs if left out.
+        sampling: how the frames of a clip are chosen. This and the others are as the weights say if left out, or as
+            published for Kinetics-400.
+        stride: of dense clips, frames between frames.
+        clips: clips in time.
+        crops: crops of a clip.
+
+    Raises:
+        UserError: the weights cannot be read or have no classification head, or the device, its precision or the
+            views do not exist.
+    """
+    place = choose_device(device)
+    precision = precision or ("fp16" if place.type == "cuda" else "fp32")
+    check_precision(precision, place)
+    checkpoint = read_checkpoint(Path(path))
+    changes = {"sampling": sampling, "stride": stride, "clips": clips, "crops": crops}
+    views = views_of(checkpoint, {name: value for name, value in changes.items() if value is not None})
+    return VideoClassifier(checkpoint, views, place, precision)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a classifier sees in one video, or why it sees nothing."""
+
+    video: str
+    top: list[tuple[str, float]]
+    """Classes and probabilities, the likeliest first."""
+
+    error: str | None = None
+
+    def to_text(self) -> str:
+        """The video, and a line for each class."""
+        lines = [f"{100 * probability:6.2f} %  {name}" for name, probability in self.top]
+        return "\n  ".join([self.video, *lines] if self.error is None else [self.video, f"error: {self.error}"])
+
+    def to_json(self) -> str:
+        """One line."""
+        if self.error is not None:
+            return json.dumps({"video": self.video, "error": self.error})
+        return json.dumps(
+            {"video": self.video, "top": [{"class": name, "probability": value} for name, value in self.top]}
+        )
+
+
+def predict(classifier: VideoClassifier, videos: Sequence[str], count: int) -> Iterator[Prediction]:
+    """The `count` most likely classes of each video, one after the other; a broken one does not keep the others off.
+
+    Raises:
+        UserError: after the last one, if some could not be predicted.
+    """
+    failed = []
+    for video in videos:
+        try:
+            yield Prediction(video, classifier.top(video, count))
+        except UserError as error:
+            failed.append(video)
+            yield Prediction(video, [], str(error))
+    if failed:
+        raise UserError(f"{len(failed)} of {len(videos)} videos cannot be decoded: {', '.join(failed)}")
