@@ -655,6 +655,38 @@ def bench_data(
         click.echo(report.to_json() if as_json else report.to_text())
 
 
+@bench.command("eval")
+@click.argument("source", required=False)
+@click.option("--videos", type=click.IntRange(min=1), default=12, show_default=True, help="Videos timed for each way.")
+@click.option(
+    "--size", type=click.Choice(["none", "S", "B", "L", "H"]), default="S", show_default=True,
+    help="Classifier of the whole test; none times the loading of the views alone.",
+)  # fmt: skip
+@click.option("--workers", type=click.IntRange(min=0), help="Worker processes; the number of cores if left out.")
+@click.option("--work", type=click.Path(path_type=Path), help="Folder that keeps the videos made; a temporary one.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+def bench_eval(
+    source: str | None, videos: int, size: str, workers: int | None, work: Path | None, as_json: bool
+) -> None:
+    """Time the test by 5 x 3 views beside plain ways, which decode a video anew for every view or clip.
+
+    SOURCE is a manifest or whatever `data index` takes; without it, real pictures are encoded into clips of 10 s.
+    """
+    import tempfile
+
+    from mvd_scale.performance.testing import measure_testing
+
+    with tempfile.TemporaryDirectory() as scratch:
+        report = measure_testing(
+            source,
+            work or Path(scratch),
+            videos=videos,
+            size=None if size == "none" else size,
+            workers=len(os.sched_getaffinity(0)) if workers is None else workers,
+        )
+        click.echo(report.to_json() if as_json else report.to_text())
+
+
 def _hints(command: Any) -> Any:
     """Options for what a checkpoint of weights does not tell itself."""
     count = click.IntRange(min=1)
