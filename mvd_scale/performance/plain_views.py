@@ -54,7 +54,14 @@ def plain_views(
         workers: processes that load items; 0 loads them in this one.
     """
     items = _Items(way, paths, frames, views, length, side)
-    return DataLoader(items, batch_size=items.per_video, num_workers=workers, shuffle=False, collate_fn=torch.cat)
+    return DataLoader(
+        items,
+        batch_size=items.per_video,
+        num_workers=workers,
+        collate_fn=torch.cat,
+        # A fork of a process in which DALI has threads ends with a complaint.
+        multiprocessing_context="spawn" if workers else None,
+    )
 
 
 def frames_decoded(way: Way, total: int, views: ViewsConfig, *, length: int) -> int:

@@ -51,7 +51,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class TestingReport:
+class EvalReport:
     """All figures of one run on one machine."""
 
     figures: list[Figure]
@@ -92,7 +92,7 @@ class TestingReport:
         return "\n".join(lines)
 
 
-def measure_testing(source: str | None, work: Path, *, videos: int, size: str | None, workers: int) -> TestingReport:
+def measure_testing(source: str | None, work: Path, *, videos: int, size: str | None, workers: int) -> EvalReport:
     """Time our loader of test views and the plain ones over the same videos, each in a process of its own.
 
     Args:
@@ -119,7 +119,7 @@ def measure_testing(source: str | None, work: Path, *, videos: int, size: str | 
             spent, cpu = apart(_time_plain, way, manifest, rows, videos, workers, model)
             counts = [frames_decoded(way, int(total), VIEWS, length=FRAMES) for total in totals]
             figures.append(Figure(part, _TITLES[way], 1 / spent, cpu, float(np.mean(counts))))
-    return TestingReport(
+    return EvalReport(
         figures=figures,
         size=size or "none",
         videos=videos,
