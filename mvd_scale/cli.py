@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -238,6 +239,7 @@ def evaluate(
         ranks,
         batch=batch,
         precision=precision or ("fp16" if ranks.device.type == "cuda" else "fp32"),
+        command=_command(),
     )
     leave_ranks()
     if ranks.first:
@@ -251,7 +253,23 @@ def ensemble(tests: tuple[Path, ...], out: Path) -> None:
     """Average the scores of several models, each a folder that `evaluate` wrote over the same videos."""
     from mvd_scale.evaluation.evaluate import merge_tests
 
-    click.echo(f"{merge_tests(tests, out).to_text()}\n{out}")
+    click.echo(f"{merge_tests(tests, out, _command()).to_text()}\n{out}")
+
+
+@cli.command()
+@click.argument("test", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Page to write; TEST/report.html if left out.")
+@click.option("--hardest", type=click.IntRange(min=0), default=8, show_default=True, help="Videos shown of each kind.")
+def report(test: Path, out: Path | None, hardest: int) -> None:
+    """Write the report of a finished TEST as one page: figures, classes, and the hardest videos in pictures.
+
+    TEST is a folder that `evaluate`, `ensemble` or `probe` wrote.
+    """
+    from mvd_scale.evaluation.report import write_report
+
+    page = test / "report.html" if out is None else out
+    write_report(test, page, hardest=hardest)
+    click.echo(page)
 
 
 @cli.command()
@@ -327,6 +345,11 @@ def features(
 @cli.group()
 def probe() -> None:
     """Judge a frozen encoder by a small classifier of its features, during pre-training or after it."""
+
+
+def _command() -> str:
+    """This very command line, to be kept with what it makes."""
+    return shlex.join(["mvd-scale", *sys.argv[1:]])
 
 
 def _probing(command: Any) -> Any:
@@ -410,6 +433,7 @@ def _probe(
         ranks,
         batch=batch,
         precision=precision or ("fp16" if ranks.device.type == "cuda" else "fp32"),
+        command=_command(),
     )
     leave_ranks()
     if ranks.first:

@@ -42,11 +42,11 @@ def reader_name() -> str:
 def plain_views(
     way: Way, paths: Sequence[str], frames: Sequence[int], views: ViewsConfig, *, length: int, side: int, workers: int
 ) -> DataLoader:
-    """An endless stream of videos, each as its views: uint8 (K C, T, S, S, 3).
+    """Videos, each as its views: uint8 (K C, T, S, S, 3).
 
     Args:
         way: one of `WAYS`.
-        paths: files, gone through again and again.
+        paths: files, in their order.
         frames: of each of them.
         views: which views; dense ones.
         length: T.
@@ -54,14 +54,7 @@ def plain_views(
         workers: processes that load items; 0 loads them in this one.
     """
     items = _Items(way, paths, frames, views, length, side)
-    return DataLoader(
-        items,
-        batch_size=items.per_video,
-        num_workers=workers,
-        collate_fn=torch.cat,
-        # A fork of a process in which DALI has threads ends with a complaint.
-        multiprocessing_context="spawn" if workers else None,
-    )
+    return DataLoader(items, batch_size=items.per_video, num_workers=workers, collate_fn=torch.cat)
 
 
 def frames_decoded(way: Way, total: int, views: ViewsConfig, *, length: int) -> int:
@@ -93,10 +86,10 @@ class _Items(Dataset[Tensor]):
         self.read: Reader = decord_frames if reader_name() == "decord" else pyav_frames
 
     def __len__(self) -> int:
-        return 1_000_000 * self.per_video
+        return len(self.paths) * self.per_video
 
     def __getitem__(self, item: int) -> Tensor:
-        video, view = item // self.per_video % len(self.paths), item % self.per_video
+        video, view = divmod(item, self.per_video)
         clip, crop = (view, None) if self.way == "clip" else divmod(view, self.views.crops)
         total = self.frames[video]
         chosen = clips_of(self.views, total, frames=self.length)[clip]

@@ -35,6 +35,9 @@ _TITLES: dict[str, str] = {"view": "view by view", "clip": "clip by clip", "whol
 BATCH = 4
 """Videos that ours decodes together, as `evaluate` does; of each way so many are loaded before any is timed."""
 
+_AHEAD = 12
+"""Videos that are loaded ahead of the model, at most."""
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -138,10 +141,8 @@ def _time_ours(
     manifest: Manifest, rows: NDArray[np.int64], videos: int, workers: int, size: str | None
 ) -> tuple[float, float]:
     data = DataConfig(workers=workers)
-    # The loader works ahead: with videos left at the end it does so there as at the start.
-    count = BATCH + videos + (data.prefetch + 1) * BATCH
     items = view_items(manifest, VIEWS, frames=FRAMES)
-    chosen = np.resize(items[np.isin(items[:, 0], rows)], (count, 2))
+    chosen = np.resize(items[np.isin(items[:, 0], rows)], (_loaded(videos), 2))
     loader = ViewLoader(
         manifest, data, VIEWS, chosen, frames=FRAMES, side=SIDE, batch=BATCH, world_size=1, device=_device()
     )
@@ -153,9 +154,19 @@ def _time_ours(
 def _time_plain(
     way: Way, manifest: Manifest, rows: NDArray[np.int64], videos: int, workers: int, size: str | None
 ) -> tuple[float, float]:
-    paths, frames = [manifest.path[row] for row in rows], manifest.frames[rows].tolist()
-    views = plain_views(way, paths, frames, VIEWS, length=FRAMES, side=SIDE, workers=workers)
-    return time_batches(_used(iter(views), size), BATCH, videos)
+    again = np.resize(rows, _loaded(videos))
+    paths, frames = [manifest.path[row] for row in again], manifest.frames[again].tolist()
+    views = iter(plain_views(way, paths, frames, VIEWS, length=FRAMES, side=SIDE, workers=workers))
+    times = time_batches(_used(views, size), BATCH, videos)
+    # Workers that are stopped in the middle of a batch complain.
+    for _ in views:
+        pass
+    return times
+
+
+def _loaded(videos: int) -> int:
+    """Videos to load: every way works ahead, and shall do so at the end as it did at the start."""
+    return BATCH + videos + _AHEAD
 
 
 def _used(videos: Iterator[Tensor], size: str | None) -> Iterator[Tensor]:

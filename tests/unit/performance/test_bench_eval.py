@@ -23,7 +23,7 @@ from mvd_scale.data.view_loader import ViewLoader, view_items
 from mvd_scale.data.views import clips_of
 from mvd_scale.performance import plain_loaders
 from mvd_scale.performance.plain_views import WAYS, Way, frames_decoded, plain_views
-from mvd_scale.performance.testing import Figure, EvalReport
+from mvd_scale.performance.testing import EvalReport, Figure
 
 VIEWS = ViewsConfig(stride=3, clips=3, crops=2)
 T, SIDE = 4, 64
