@@ -21,7 +21,7 @@ _COLOURS = {"#010101": "currentColor", "#010102": "var(--right)", "#010103": "va
 """What stands for the page's colours while matplotlib draws."""
 
 INK, RIGHT, WRONG, FAINT = _COLOURS
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "mvd-scale",
     "font.size": 8.5,
