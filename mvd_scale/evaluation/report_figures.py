@@ -36,7 +36,7 @@ _STYLE: Any = {
     "ytick.labelcolor": INK,
 }
 
-_CELLS = 200
+_CELLS = 120
 """Cells of a heat map along a side, at most."""
 
 _DIAGONAL, _BESIDE = (66, 133, 200), (224, 108, 48)
