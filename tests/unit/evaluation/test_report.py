@@ -20,7 +20,8 @@ from mvd_scale.data.manifest import Manifest, Row
 from mvd_scale.evaluation.evaluate import merge_tests
 from mvd_scale.evaluation.metrics import Outcome
 from mvd_scale.evaluation.report import TABLE, class_results, confusions, hard_videos, render, write_report
-from mvd_scale.evaluation.tested import Origin, Tested, percent
+from mvd_scale.evaluation.tested import Origin, percent
+from mvd_scale.evaluation.tested import Tested as FinishedTest
 from mvd_scale.evaluation.thumbnails import HEIGHT, thumbnails
 
 EVIL = '<script>alert("x")</script>'
@@ -65,7 +66,7 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Row:
     return build_manifest(file.parent, workers=1).row(0)
 
 
-Make = Callable[..., tuple[Tested, Manifest]]
+Make = Callable[..., tuple[FinishedTest, Manifest]]
 
 
 @pytest.fixture
@@ -81,7 +82,7 @@ def make(video: Row, tmp_path: Path) -> Make:
         path: str | None = None,
         name: str = "videos/{}.mp4",
         views: int = 3,
-    ) -> tuple[Tested, Manifest]:
+    ) -> tuple[FinishedTest, Manifest]:
         draw = np.random.default_rng(0)
         scores = draw.dirichlet(np.ones(len(classes)), (len(labels), views)).astype(np.float32)
         fine = np.ones(len(labels), bool) if decoded is None else np.array(decoded)
@@ -107,7 +108,7 @@ def make(video: Row, tmp_path: Path) -> Make:
         out = tmp_path / f"test{len(list(tmp_path.iterdir()))}"
         out.mkdir()
         manifest.save(out / "manifest.parquet")
-        tested = Tested(out, Outcome(np.array(labels), fine, scores), names, classes, origin, reasons)
+        tested = FinishedTest(out, Outcome(np.array(labels), fine, scores), names, classes, origin, reasons)
         tested.write()
         return tested, manifest
 
@@ -149,7 +150,7 @@ def test_classes_worst_first_and_pairs_most_frequent_first(make: Make) -> None:
     views = np.zeros((7, 3, 4), np.float32)
     for video, prediction in enumerate([0, 1, 1, 2, 1, 0, 2]):
         views[video, :, prediction] = 1
-    counted = Tested(
+    counted = FinishedTest(
         tested.out, Outcome(tested.outcome.labels, tested.outcome.decoded, views), tested.names, tested.classes,
         tested.origin, {},
     )  # fmt: skip
@@ -164,7 +165,7 @@ def test_classes_worst_first_and_pairs_most_frequent_first(make: Make) -> None:
 def test_the_hardest_videos(make: Make) -> None:
     tested, manifest = make([0, 0, 0, 1], names(2), decoded=[True, True, True, False], views=1)
     views = np.array([[0.3, 0.7], [0.1, 0.9], [0.8, 0.2], [0, 0]], np.float32)[:, None]
-    test = Tested(
+    test = FinishedTest(
         tested.out, Outcome(tested.outcome.labels, tested.outcome.decoded, views), tested.names, tested.classes,
         tested.origin, tested.reasons,
     )  # fmt: skip
