@@ -32,11 +32,8 @@ VIEWS = ViewsConfig()
 FRAMES, SIDE, CLASSES = 16, 224, 400
 
 _TITLES: dict[str, str] = {"view": "view by view", "clip": "clip by clip", "whole": "view by view, all frames"}
-BATCH = 4
-"""Videos that ours decodes together, as `evaluate` does; of each way so many are loaded before any is timed."""
-
-_AHEAD = 12
-"""Videos that are loaded ahead of the model, at most."""
+_WARM_UP, _AHEAD = 4, 4
+"""Videos loaded before any is timed, and left at the end: all ways work ahead, by no more than so many."""
 
 
 @dataclass(frozen=True)
@@ -144,11 +141,11 @@ def _time_ours(
     items = view_items(manifest, VIEWS, frames=FRAMES)
     chosen = np.resize(items[np.isin(items[:, 0], rows)], (_loaded(videos), 2))
     loader = ViewLoader(
-        manifest, data, VIEWS, chosen, frames=FRAMES, side=SIDE, batch=BATCH, world_size=1, device=_device()
+        manifest, data, VIEWS, chosen, frames=FRAMES, side=SIDE, batch=1, world_size=1, device=_device()
     )
     with loader:
         views = (clips.flatten(0, 1) for batch in loader for clips in batch.pixels)
-        return time_batches(_used(views, size), BATCH, videos)
+        return time_batches(_used(views, size), _WARM_UP, videos)
 
 
 def _time_plain(
@@ -157,7 +154,7 @@ def _time_plain(
     again = np.resize(rows, _loaded(videos))
     paths, frames = [manifest.path[row] for row in again], manifest.frames[again].tolist()
     views = iter(plain_views(way, paths, frames, VIEWS, length=FRAMES, side=SIDE, workers=workers))
-    times = time_batches(_used(views, size), BATCH, videos)
+    times = time_batches(_used(views, size), _WARM_UP, videos)
     # Workers that are stopped in the middle of a batch complain.
     for _ in views:
         pass
@@ -165,8 +162,8 @@ def _time_plain(
 
 
 def _loaded(videos: int) -> int:
-    """Videos to load: every way works ahead, and shall do so at the end as it did at the start."""
-    return BATCH + videos + _AHEAD
+    """Videos to load: a way that works ahead when the timing begins shall still do so when it ends."""
+    return _WARM_UP + videos + _AHEAD
 
 
 def _used(videos: Iterator[Tensor], size: str | None) -> Iterator[Tensor]:
