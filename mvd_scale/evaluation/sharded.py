@@ -131,5 +131,6 @@ def failures(out: Path, manifest: Manifest) -> dict[str, str]:
     found = {name: why for name, why in zip(manifest.name, manifest.left_out, strict=True) if why is not None}
     quarantine = out / "quarantine.jsonl"
     if quarantine.is_file():
-        found |= {manifest.name[line["row"]]: line["error"] for line in map(json.loads, quarantine.open())}
+        lines = map(json.loads, quarantine.read_text().splitlines())
+        found |= {manifest.name[line["row"]]: line["error"] for line in lines}
     return found

@@ -234,7 +234,7 @@ def test_one_command_for_a_test_and_for_a_merged_one(make: Make, tmp_path: Path)
         assert result.stdout.strip() == str(folder / "report.html")
         assert command in (folder / "report.html").read_text()
     text = (both.out / "report.html").read_text()
-    assert "Test of 2 classifiers" in text
+    assert "Test of 2 models" in text
     assert "the mean of 2 tests" in text
 
 
