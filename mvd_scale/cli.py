@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -250,6 +251,7 @@ def evaluate(
         ranks,
         batch=batch,
         precision=precision or ("fp16" if ranks.device.type == "cuda" else "fp32"),
+        command=_command(),
     )
     leave_ranks()
     if ranks.first:
@@ -280,7 +282,23 @@ def ensemble(tests: tuple[Path, ...], out: Path) -> None:
     """Average the scores of several models, each a folder that `evaluate` wrote over the same videos."""
     from mvd_scale.evaluation.evaluate import merge_tests
 
-    click.echo(f"{merge_tests(tests, out).to_text()}\n{out}")
+    click.echo(f"{merge_tests(tests, out, _command()).to_text()}\n{out}")
+
+
+@cli.command()
+@click.argument("test", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Page to write; TEST/report.html if left out.")
+@click.option("--hardest", type=click.IntRange(min=0), default=8, show_default=True, help="Videos shown of each kind.")
+def report(test: Path, out: Path | None, hardest: int) -> None:
+    """Write the report of a finished TEST as one page: figures, classes, and the hardest videos in pictures.
+
+    TEST is a folder that `evaluate`, `ensemble` or `probe` wrote.
+    """
+    from mvd_scale.evaluation.report import write_report
+
+    page = test / "report.html" if out is None else out
+    write_report(test, page, hardest=hardest)
+    click.echo(page)
 
 
 @cli.command()
@@ -356,6 +374,11 @@ def features(
 @cli.group()
 def probe() -> None:
     """Judge a frozen encoder by a small classifier of its features, during pre-training or after it."""
+
+
+def _command() -> str:
+    """This very command line, to be kept with what it makes."""
+    return shlex.join(["mvd-scale", *sys.argv[1:]])
 
 
 def _probing(command: Any) -> Any:
@@ -439,6 +462,7 @@ def _probe(
         ranks,
         batch=batch,
         precision=precision or ("fp16" if ranks.device.type == "cuda" else "fp32"),
+        command=_command(),
     )
     leave_ranks()
     if ranks.first:
@@ -680,6 +704,38 @@ def bench_data(
             return
         report = measure_data(
             source, folder, workers=[int(count) for count in workers.split(",")], clips=clips, large=large
+        )
+        click.echo(report.to_json() if as_json else report.to_text())
+
+
+@bench.command("eval")
+@click.argument("source", required=False)
+@click.option("--videos", type=click.IntRange(min=1), default=12, show_default=True, help="Videos timed for each way.")
+@click.option(
+    "--size", type=click.Choice(["none", "S", "B", "L", "H"]), default="S", show_default=True,
+    help="Classifier of the whole test; none times the loading of the views alone.",
+)  # fmt: skip
+@click.option("--workers", type=click.IntRange(min=0), help="Worker processes; the number of cores if left out.")
+@click.option("--work", type=click.Path(path_type=Path), help="Folder that keeps the videos made; a temporary one.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+def bench_eval(
+    source: str | None, videos: int, size: str, workers: int | None, work: Path | None, as_json: bool
+) -> None:
+    """Time the test by 5 x 3 views beside plain ways, which decode a video anew for every view or clip.
+
+    SOURCE is a manifest or whatever `data index` takes; without it, real pictures are encoded into clips of 10 s.
+    """
+    import tempfile
+
+    from mvd_scale.performance.testing import measure_testing
+
+    with tempfile.TemporaryDirectory() as scratch:
+        report = measure_testing(
+            source,
+            work or Path(scratch),
+            videos=videos,
+            size=None if size == "none" else size,
+            workers=len(os.sched_getaffinity(0)) if workers is None else workers,
         )
         click.echo(report.to_json() if as_json else report.to_text())
 

@@ -94,7 +94,7 @@ FIELDS = {
         Field("shape", np.int32, 2),
         Field("mirror", np.int32, 2),
         Field("size", np.float32, 1),
-        Field("inverse", np.int64, 1),
+        Field("inverse", np.int32, 1),
         Field("visible", np.int64, 2),
         Field("masked", np.int64, 2),
         Field("operations", np.int32, 2),

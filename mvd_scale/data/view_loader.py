@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -109,13 +110,14 @@ class ViewSource(VideoSource):
             media = Media(Decoder.HOST, np.zeros((len(frames), *video.coded_size, 3), np.uint8))
         height, width = resized_size(video.height, video.width, side=self.side)
         corners = crop_corners(height, width, side=self.side, crops=self.views.crops)
+        views = product(range(self.views.clips), corners)
         order = np.argsort(frames, kind="stable")
         return self.decoding(media, frames[order], row, failures) | {
             "transpose": np.array(video.rotation % 180 != 0, dtype=np.int32),
             "mirror": np.array([mirrors(False, video)], dtype=np.int32),
             "size": np.array((width, height) if video.rotation % 180 else (height, width), dtype=np.float32),
-            "anchor": np.array(corners, dtype=np.int32),
-            "inverse": np.argsort(order, kind="stable"),
+            "anchor": np.array([(clip * self.length, *corner) for clip, corner in views], dtype=np.int32),
+            "inverse": np.argsort(order, kind="stable").astype(np.int32),
         }
 
 
@@ -180,13 +182,11 @@ class ViewLoader(Feed):
 
     def __next__(self) -> ViewBatch:
         first = self.step
-        crops, inverse = self.run()
-        clips, kept = as_tensor(crops), (self.rows != _PADDING).nonzero().squeeze(1)
-        shape = (self._views.crops, self._views.clips, self._length, *clips.shape[3:])
-        order = as_tensor(inverse).to(self._device, non_blocking=True)
-        views = [clips[sample].index_select(1, order[sample]).view(shape).transpose(0, 1) for sample in kept.tolist()]
+        (views,) = self.run()
+        # Those that fill up a batch come last.
+        kept = (self.rows != _PADDING).nonzero().squeeze(1)
         return ViewBatch(
-            pixels=torch.stack(views),
+            pixels=as_tensor(views)[: len(kept)].unflatten(1, (self._views.clips, self._views.crops)),
             labels=self.labels[kept].to(self._device, non_blocking=True),
             video_ids=self.rows[kept],
             first_clips=torch.from_numpy(self.items[first : first + len(kept), 1]),
@@ -220,13 +220,14 @@ class ViewLoader(Feed):
 
     def _build(self) -> Pipeline:
         source = self._source()
-        side, crops, turned = self._side, self._views.crops, source.turned
+        length, side, turned = self._length, self._side, source.turned
+        views = self._views.clips * self._views.crops
 
         def body(sample: Sample, frames: DataNode) -> tuple[DataNode, ...]:
             whole = _resize(sample, frames)
             if turned:
                 whole = stand_up(sample, whole)
-            return _crops(sample, mirror(sample, whole, 0), side, crops)
+            return _cut(sample, mirror(sample, whole, 0), views, (length, side, side))
 
         return build_pipeline(
             source,
@@ -247,6 +248,7 @@ def _resize(sample: Sample, frames: DataNode) -> DataNode:
 
 
 @do_not_convert  # type: ignore[untyped-decorator]
-def _crops(sample: Sample, clip: DataNode, side: int, crops: int) -> tuple[DataNode, ...]:
-    cut = [fn.slice(clip, start=sample["anchor"][crop], shape=(side, side), axes=(1, 2)) for crop in range(crops)]
-    return fn.stack(*cut), sample["inverse"]
+def _cut(sample: Sample, frames: DataNode, views: int, shape: tuple[int, int, int]) -> tuple[DataNode, ...]:
+    clips = fn.sequence_rearrange(frames, new_order=sample["inverse"])
+    cut = [fn.slice(clips, start=sample["anchor"][view], shape=shape, axes=(0, 1, 2)) for view in range(views)]
+    return (fn.stack(*cut),)

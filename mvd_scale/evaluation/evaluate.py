@@ -5,11 +5,7 @@ Legend: X videos, V views, C classes.
 
 from __future__ import annotations
 
-import csv
-import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +16,7 @@ import torch
 
 from mvd_scale.checkpoints.reading import tensors_digest
 from mvd_scale.checkpoints.weights import build_classifier, read_checkpoint
-from mvd_scale.config.data import DataConfig
+from mvd_scale.config.data import DataConfig, ViewsConfig
 from mvd_scale.config.training import Precision
 from mvd_scale.data.batch import ViewBatch
 from mvd_scale.data.index import open_source
@@ -29,96 +25,12 @@ from mvd_scale.errors import UserError
 from mvd_scale.evaluation.labels import check_labels
 from mvd_scale.evaluation.metrics import Outcome
 from mvd_scale.evaluation.scorer import Scorer, views_of
-from mvd_scale.evaluation.sharded import Shards
+from mvd_scale.evaluation.sharded import Shards, failures
+from mvd_scale.evaluation.tested import Origin, Tested, as_lists
 from mvd_scale.training.engine import Ranks, check_precision, first_decides
-from mvd_scale.training.run_folder import write_whole
 
 _SHARD = 32
 """Videos of a shard of scores: what a kill may cost, and what a rank takes at a time."""
-
-
-@dataclass(frozen=True)
-class Tested:
-    """A finished test in its folder."""
-
-    out: Path
-    outcome: Outcome
-    names: Sequence[str]
-    """Of the videos."""
-
-    classes: Sequence[str]
-
-    def to_text(self) -> str:
-        """The figures, a line each."""
-        figures = self.outcome.summary()
-        lines = [
-            f"videos               {figures['videos']}",
-            f"not decoded          {figures['not_decoded']}, counted as wrong",
-            *(
-                f"{title:<20} {100 * self._number(key):.2f} %"
-                for title, key in (
-                    ("top-1", "top1"),
-                    ("top-5", "top5"),
-                    ("mean class accuracy", "mean_class_accuracy"),
-                    ("calibration error", "calibration_error"),
-                )
-            ),
-            "views, top-1         " + "  ".join(f"{100 * value:.2f}" for value in self.outcome.view_accuracy),
-        ]
-        return "\n".join(lines)
-
-    def _number(self, key: str) -> float:
-        value = self.outcome.summary()[key]
-        assert isinstance(value, float)
-        return value
-
-    def write(self) -> None:
-        """Leave `summary.json`, `scores.parquet`, `classes.csv` and `confusion.csv` in the folder."""
-        outcome = self.outcome
-        write_whole(self.out / "summary.json", json.dumps(outcome.summary(), indent=2) + "\n")
-        table = pa.table(
-            {
-                "name": list(self.names),
-                "label": outcome.labels,
-                "decoded": outcome.decoded,
-                "prediction": outcome.predictions,
-                "scores": _listed(outcome.scores),
-                "views": _listed(outcome.views.reshape(len(outcome.labels), -1)),
-            }
-        )
-        described = {"shape": list(outcome.views.shape[1:]), "classes": list(self.classes)}
-        partial = self.out / "scores.parquet.partial"
-        pq.write_table(table.replace_schema_metadata({"mvd_scale": json.dumps(described)}), partial)
-        os.replace(partial, self.out / "scores.parquet")
-        confusion, accuracy = outcome.confusion, outcome.class_accuracy
-        with (self.out / "classes.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["class", "name", "videos", "top1", "most_often_taken_for"])
-            for c, name in enumerate(self.classes):
-                others = confusion[c, :-1].copy()
-                others[c] = 0
-                taken = self.classes[int(others.argmax())] if others.any() else ""
-                writer.writerow([c, name, int(confusion[c].sum()), f"{accuracy[c]:.4f}", taken])
-        with (self.out / "confusion.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["label", *self.classes, "not decoded"])
-            writer.writerows([name, *row] for name, row in zip(self.classes, confusion.tolist(), strict=True))
-
-    @classmethod
-    def load(cls, out: Path) -> Tested:
-        """A finished test from its folder.
-
-        Raises:
-            UserError: there is none.
-        """
-        file = out / "scores.parquet"
-        if not file.is_file():
-            raise UserError(f"{out} holds no finished test: expected {file}, which `mvd-scale evaluate` writes")
-        table = pq.read_table(file)
-        described = json.loads(table.schema.metadata[b"mvd_scale"])
-        views = np.stack(table["views"].to_numpy()).astype(np.float32).reshape(len(table), *described["shape"])
-        outcome = Outcome(table["label"].to_numpy(), table["decoded"].to_numpy(zero_copy_only=False), views)
-        return cls(out, outcome, table["name"].to_pylist(), described["classes"])
 
 
 def evaluate(
@@ -130,6 +42,7 @@ def evaluate(
     *,
     batch: int,
     precision: Precision,
+    command: str,
 ) -> Tested:
     """Test a classifier on all videos of a source, or go on where an earlier start was cut off. All ranks call it.
 
@@ -141,6 +54,7 @@ def evaluate(
         ranks: each tests its share.
         batch: videos that a rank decodes together.
         precision: of the classifier.
+        command: the command line, which is kept with the results.
 
     Raises:
         UserError: weights, videos or labels do not fit each other, or `out` holds another test.
@@ -178,18 +92,27 @@ def evaluate(
     )
     known = read.class_names or manifest.classes or [str(c) for c in range(classes)]
     outcome, names = _outcome(manifest, files, (chosen.clips * chosen.crops, classes))
-    tested = Tested(out, outcome, names, list(known))
-
-    def finish() -> None:
-        tested.write()
-        _list_failures(out, manifest, outcome)
-
-    first_decides(ranks, f"figures {out}", finish)
+    origin = Origin(command, [str(checkpoint)], str(data.source), precision, *_words(chosen))
+    reasons = failures(out, manifest)
+    tested = Tested(out, outcome, names, list(known), origin, reasons)
+    first_decides(ranks, f"figures {out}", tested.write)
     return tested
 
 
-def merge_tests(folders: Sequence[Path], out: Path) -> Tested:
+def _words(views: ViewsConfig) -> tuple[str, list[str]]:
+    """What the views are, all together and one by one."""
+    frames = f"dense, stride {views.stride}" if views.sampling == "dense" else "uniform"
+    names = [f"clip {clip}, crop {crop}" for clip in range(1, views.clips + 1) for crop in range(1, views.crops + 1)]
+    return f"{views.clips} clips x {views.crops} crops, {frames}", names
+
+
+def merge_tests(folders: Sequence[Path], out: Path, command: str) -> Tested:
     """The mean score of several models, tested on the same videos.
+
+    Args:
+        folders: of their tests.
+        out: folder of the results.
+        command: the command line, which is kept with the results.
 
     Raises:
         UserError: they were tested on other videos or name other classes.
@@ -205,8 +128,18 @@ def merge_tests(folders: Sequence[Path], out: Path) -> Tested:
     views = np.stack([part.outcome.scores for part in parts], axis=1)
     decoded = np.all([part.outcome.decoded for part in parts], axis=0)
     out.mkdir(parents=True, exist_ok=True)
-    merged = Tested(out, Outcome(first.outcome.labels, decoded, views), first.names, first.classes)
+    origin = Origin(
+        command,
+        checkpoints=[checkpoint for part in parts for checkpoint in part.origin.checkpoints],
+        source=first.origin.source,
+        precision=", ".join(dict.fromkeys(part.origin.precision for part in parts)),
+        described=f"the mean of {len(parts)} tests, " + "; ".join(dict.fromkeys(p.origin.described for p in parts)),
+        views=[str(folder) for folder in folders],
+    )
+    reasons = {name: reason for part in parts for name, reason in part.reasons.items()}
+    merged = Tested(out, Outcome(first.outcome.labels, decoded, views), first.names, first.classes, origin, reasons)
     merged.write()
+    Manifest.load(folders[0] / "manifest.parquet").save(out / "manifest.parquet")
     return merged
 
 
@@ -235,17 +168,6 @@ def _outcome(manifest: Manifest, files: Sequence[Path], shape: tuple[int, int]) 
     return Outcome(manifest.label[rows], decoded, views), [manifest.name[row] for row in rows.tolist()]
 
 
-def _list_failures(out: Path, manifest: Manifest, outcome: Outcome) -> None:
-    """Write `not_decoded.csv`: the videos that count as wrong, and why they could not be decoded."""
-    reasons = dict(enumerate(manifest.left_out))
-    quarantine = out / "quarantine.jsonl"
-    if quarantine.is_file():
-        reasons |= {line["row"]: line["error"] for line in map(json.loads, quarantine.read_text().splitlines())}
-    rows = np.flatnonzero(manifest.label >= 0)[~outcome.decoded].tolist()
-    with (out / "not_decoded.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("name", "reason"), *((manifest.name[row], reasons[row]) for row in rows)])
-
-
 def _results(batch: ViewBatch, score: Scorer, manifest: Manifest, classes: int) -> Iterator[Result]:
     for k, row in enumerate(batch.video_ids.tolist()):
         clips = batch.pixels[k].flatten(0, 1)
@@ -261,9 +183,4 @@ def _results(batch: ViewBatch, score: Scorer, manifest: Manifest, classes: int) 
 
 def _write(file: Path, results: list[Result]) -> None:
     columns = {name: [result[name] for result in results] for name in ("video", "label", "decoded")}
-    pq.write_table(pa.table({**columns, "views": _listed(np.stack([result["views"] for result in results]))}), file)
-
-
-def _listed(values: Any) -> pa.FixedSizeListArray:
-    flat = pa.array(np.ascontiguousarray(values, dtype=np.float32).reshape(-1), pa.float32())
-    return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+    pq.write_table(pa.table({**columns, "views": as_lists(np.stack([result["views"] for result in results]))}), file)

@@ -22,11 +22,12 @@ from mvd_scale.config.data import DataConfig
 from mvd_scale.config.training import Precision
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.errors import UserError
-from mvd_scale.evaluation.evaluate import Tested
 from mvd_scale.evaluation.features import FeatureOptions, write_features
 from mvd_scale.evaluation.labels import check_labels, class_count
 from mvd_scale.evaluation.metrics import Outcome
 from mvd_scale.evaluation.probes import attentive_classifier, linear_classifier, nearest_neighbours
+from mvd_scale.evaluation.sharded import failures
+from mvd_scale.evaluation.tested import Origin, Tested
 from mvd_scale.models.attentive import AttentiveHead
 from mvd_scale.training.engine import Ranks, first_decides
 
@@ -82,6 +83,7 @@ def probe(
     *,
     batch: int,
     precision: Precision,
+    command: str,
 ) -> Tested:
     """Judge an encoder; started again, it takes the features that are there. All ranks call it.
 
@@ -96,6 +98,7 @@ def probe(
         ranks: each encodes its share.
         batch: videos that a rank decodes together.
         precision: of the encoder.
+        command: the command line, which is kept with the results.
 
     Raises:
         UserError: weights or videos cannot be read, or labels do not fit each other.
@@ -106,11 +109,13 @@ def probe(
         folder = out / f"{part}_{'tokens' if pool == 'none' else 'features'}"
         write_features(checkpoint, data, pooled, folder, ranks, batch=batch, precision=precision)
         folders.append(FeatureFolder(folder))
-    first_decides(ranks, f"probe {kind}", lambda: _judged(folders[0], folders[1], judge, out / kind).write())
+    described = f"{kind} probe of one clip in the middle, learnt from {train.source}"
+    origin = Origin(command, [str(checkpoint)], str(test.source), precision, described, ["middle"])
+    first_decides(ranks, f"probe {kind}", lambda: _judged(folders[0], folders[1], judge, out / kind, origin).write())
     return Tested.load(out / kind)
 
 
-def _judged(train: FeatureFolder, test: FeatureFolder, judge: Judge, out: Path) -> Tested:
+def _judged(train: FeatureFolder, test: FeatureFolder, judge: Judge, out: Path, origin: Origin) -> Tested:
     classes = class_count(train.manifest)
     check_labels(train.manifest, classes, "the training set of the probe", every_class=True)
     check_labels(test.manifest, classes, "the test set of the probe", like=train.manifest)
@@ -123,9 +128,11 @@ def _judged(train: FeatureFolder, test: FeatureFolder, judge: Judge, out: Path) 
     places = {row: place for place, row in enumerate(rows.tolist())}
     views[[places[row] for row in decoded], 0] = judge(train, test, classes).numpy()
     out.mkdir(exist_ok=True)
+    test.manifest.save(out / "manifest.parquet")
     names = test.manifest.classes or [str(c) for c in range(classes)]
     outcome = Outcome(test.manifest.label[rows].astype(np.int64), found, views)
-    return Tested(out, outcome, [test.manifest.name[row] for row in rows.tolist()], list(names))
+    reasons = failures(test.folder, test.manifest)
+    return Tested(out, outcome, [test.manifest.name[row] for row in rows.tolist()], list(names), origin, reasons)
 
 
 def by_neighbours(neighbours: int) -> Judge:

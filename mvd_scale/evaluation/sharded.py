@@ -119,3 +119,18 @@ class Shards:
                     os.replace(partial, files[number])
         everybody_done(ranks, str(self.out))
         return files
+
+
+def failures(out: Path, manifest: Manifest) -> dict[str, str]:
+    """Why videos could not be decoded by a pass, or were left out before it, by their names.
+
+    Args:
+        out: folder of the pass.
+        manifest: its videos.
+    """
+    found = {name: why for name, why in zip(manifest.name, manifest.left_out, strict=True) if why is not None}
+    quarantine = out / "quarantine.jsonl"
+    if quarantine.is_file():
+        lines = map(json.loads, quarantine.read_text().splitlines())
+        found |= {manifest.name[line["row"]]: line["error"] for line in lines}
+    return found

@@ -59,11 +59,9 @@ class _Clips(Dataset[tuple[Tensor, Tensor]]):
 
 
 def _decord_pil(path: str, places: list[int]) -> Tensor:
-    import decord
     from PIL import Image
 
-    reader = decord.VideoReader(path, num_threads=1, ctx=decord.cpu(0))
-    pictures = [Image.fromarray(frame).convert("RGB") for frame in reader.get_batch(places).asnumpy()]
+    pictures = [Image.fromarray(frame).convert("RGB") for frame in decord_frames(path, places)]
     top, left, height, width = _corner(pictures[0].height, pictures[0].width)
     box = (left, top, left + width, top + height)
     pictures = [picture.crop(box).resize((SIDE, SIDE), Image.Resampling.BILINEAR) for picture in pictures]
@@ -82,6 +80,20 @@ def _torchcodec(path: str, places: list[int]) -> Tensor:
 
 
 def _pyav(path: str, places: list[int]) -> Tensor:
+    return _torchvision(torch.from_numpy(pyav_frames(path, places)).permute(0, 3, 1, 2))
+
+
+def decord_frames(path: str, places: Sequence[int]) -> NDArray[np.uint8]:
+    """Frames of a file, opened for them alone: uint8 (T, H, W, 3)."""
+    import decord
+
+    reader = decord.VideoReader(path, num_threads=1, ctx=decord.cpu(0))
+    frames: NDArray[np.uint8] = reader.get_batch(list(places)).asnumpy()
+    return frames
+
+
+def pyav_frames(path: str, places: Sequence[int]) -> NDArray[np.uint8]:
+    """The same by PyAV: from the start of the file to the last one asked for. `places` ascend."""
     import av
 
     wanted, pictures = set(places), {}
@@ -91,8 +103,7 @@ def _pyav(path: str, places: list[int]) -> Tensor:
                 pictures[number] = frame.to_ndarray(format="rgb24")
             if number == places[-1]:
                 break
-    clip = np.stack([pictures[place] for place in places])
-    return _torchvision(torch.from_numpy(clip).permute(0, 3, 1, 2))
+    return np.stack([pictures[place] for place in places])
 
 
 def _torchvision(clip: Tensor) -> Tensor:

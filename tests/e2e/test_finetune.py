@@ -173,6 +173,15 @@ def test_a_killed_test_goes_on(jobs: Jobs, classifier: Path, labelled: Path, tmp
     assert code == 0, output
     both = pq.read_table(tmp_path / "both" / "scores.parquet")
     np.testing.assert_allclose(np.stack(both["scores"].to_numpy()), np.stack(whole["scores"].to_numpy()), atol=1e-6)
+    for folder, made in (
+        (out, f"mvd-scale evaluate {classifier} {source} --out {out}"),
+        (tmp_path / "both", "ensemble"),
+    ):
+        code, output = jobs.run("report", folder)
+        assert code == 0, output
+        page = (folder / "report.html").read_text()
+        assert made in page
+        assert "data:image/jpeg" in page
 
 
 def test_bad_input_is_one_message(

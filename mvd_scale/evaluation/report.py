@@ -1,0 +1,207 @@
+"""`mvd-scale report`: a finished test as one page of HTML that stands alone: no network, no scripts.
+
+Whatever is named in a test (classes, files, paths) is untrusted; the template escapes all of it.
+
+Legend: X videos, C classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from numpy.typing import NDArray
+
+from mvd_scale.data.manifest import Manifest
+from mvd_scale.data.storage import DecodeError
+from mvd_scale.evaluation.report_figures import confidences, heat_map, reliability
+from mvd_scale.evaluation.tested import Tested, percent
+from mvd_scale.evaluation.thumbnails import thumbnails
+from mvd_scale.training.run_folder import write_whole
+
+TABLE = 20
+"""Classes up to which all stand in tables; of more, the confusion matrix is a heat map."""
+
+_LISTED = 10
+"""Classes, and pairs of them, that are listed of many."""
+
+
+@dataclass(frozen=True)
+class ClassResult:
+    """One class that has videos."""
+
+    name: str
+    videos: int
+    accuracy: float
+    taken_for: str
+    """The class that its videos were most often taken for instead; empty if none was."""
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Videos of one class that were taken for another."""
+
+    label: str
+    prediction: str
+    videos: int
+    share: float
+    """Of the videos of the class."""
+
+
+@dataclass(frozen=True)
+class HardVideo:
+    """One video that the model finds hard."""
+
+    name: str
+    label: str
+    label_score: float
+    prediction: str
+    prediction_score: float
+    pictures: list[str]
+    """`data:` URLs; none if it cannot be decoded any more."""
+
+    missing: str
+    """Why there are none."""
+
+
+def write_report(folder: Path, out: Path, *, hardest: int) -> None:
+    """Write the page.
+
+    Args:
+        folder: of a test, as `evaluate`, `ensemble` or `probe` leave it.
+        out: file to write.
+        hardest: videos to show of each kind.
+
+    Raises:
+        UserError: the folder holds no finished test, or its manifest is gone.
+    """
+    tested = Tested.load(folder)
+    manifest = Manifest.load(folder / "manifest.parquet")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(out, render(tested, manifest, hardest=hardest))
+
+
+def render(tested: Tested, manifest: Manifest, *, hardest: int) -> str:
+    """The page of a test over the videos of a manifest; `hardest` videos are shown of each kind."""
+    outcome = tested.outcome
+    confusion = outcome.confusion
+    classes = class_results(tested)
+    few = len(tested.classes) <= TABLE
+    picture, span = ("", 1) if few else heat_map(confusion[:, :-1])
+    sure, low = hard_videos(tested, manifest, hardest)
+    environment = Environment(
+        loader=PackageLoader("mvd_scale", "evaluation"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = percent
+    return environment.get_template("report.html").render(
+        origin=tested.origin,
+        figures=tested.figures(),
+        reliability=reliability(outcome),
+        confidences=confidences(outcome),
+        views=list(zip(tested.origin.views, outcome.view_accuracy.tolist(), strict=True)),
+        top1=outcome.top(1),
+        class_names=tested.classes,
+        classes=classes,
+        empty=len(tested.classes) - len(classes),
+        few=few,
+        listed=_LISTED,
+        matrix=_matrix(tested) if few else [],
+        heat_map=picture,
+        span=span,
+        confusions=confusions(tested)[:_LISTED],
+        sure=sure,
+        low=low,
+        failures=[
+            (name, tested.reasons[name])
+            for name, decoded in zip(tested.names, outcome.decoded, strict=True)
+            if not decoded
+        ],
+    )
+
+
+def class_results(tested: Tested) -> list[ClassResult]:
+    """The classes that have videos, the worst first; of equals the larger one first."""
+    confusion, accuracy = tested.outcome.confusion, tested.outcome.class_accuracy
+    videos = confusion.sum(1)
+    beside = _beside(confusion)
+    found = np.flatnonzero(videos)
+    return [
+        ClassResult(
+            tested.classes[c],
+            int(videos[c]),
+            float(accuracy[c]),
+            tested.classes[int(beside[c].argmax())] if beside[c].any() else "",
+        )
+        for c in found[np.lexsort((-videos[found], accuracy[found]))].tolist()
+    ]
+
+
+def confusions(tested: Tested) -> list[Confusion]:
+    """All pairs of classes that were confused, the most frequent first."""
+    table = tested.outcome.confusion
+    beside, videos = _beside(table), table.sum(1)
+    labels, predictions = np.nonzero(beside)
+    counts = beside[labels, predictions]
+    order = np.lexsort((-counts / videos[labels], -counts))
+    return [
+        Confusion(
+            tested.classes[label], tested.classes[prediction], int(table[label, prediction]),
+            float(table[label, prediction] / videos[label]),
+        )
+        for label, prediction in zip(labels[order].tolist(), predictions[order].tolist(), strict=True)
+    ]  # fmt: skip
+
+
+def hard_videos(tested: Tested, manifest: Manifest, count: int) -> tuple[list[HardVideo], list[HardVideo]]:
+    """The decoded videos that were named wrongly with the highest scores, and of all others those whose own class has
+    the lowest scores; `count` of each."""
+    outcome = tested.outcome
+    scores, predictions = outcome.scores, outcome.predictions
+    own = np.take_along_axis(scores, outcome.labels[:, None], 1)[:, 0]
+    wrong = np.flatnonzero(outcome.decoded & (predictions != outcome.labels))
+    sure = wrong[np.argsort(-scores[wrong].max(1), kind="stable")][:count]
+    others = np.setdiff1d(np.flatnonzero(outcome.decoded), sure)
+    low = others[np.argsort(own[others], kind="stable")][:count]
+    rows = {name: row for row, name in enumerate(manifest.name)}
+
+    def show(video: int) -> HardVideo:
+        label, prediction = int(outcome.labels[video]), int(predictions[video])
+        pictures, missing = [], ""
+        try:
+            pictures = thumbnails(manifest.row(rows[tested.names[video]]))
+        except DecodeError as error:
+            missing = error.reason
+        return HardVideo(
+            tested.names[video],
+            tested.classes[label],
+            float(own[video]),
+            tested.classes[prediction],
+            float(scores[video, prediction]),
+            pictures,
+            missing,
+        )
+
+    return [show(video) for video in sure.tolist()], [show(video) for video in low.tolist()]
+
+
+def _matrix(tested: Tested) -> list[tuple[str, list[tuple[int, float]]]]:
+    """Rows of the confusion matrix: the label, then videos and share of its videos for each prediction."""
+    table = tested.outcome.confusion
+    shares = table / np.maximum(table.sum(1, keepdims=True), 1)
+    return [
+        (name, list(zip(counts, parts, strict=True)))
+        for name, counts, parts in zip(tested.classes, table.tolist(), shares.tolist(), strict=True)
+    ]
+
+
+def _beside(confusion: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The confusion matrix (C, C + 1) without its diagonal and without what was not decoded: (C, C)."""
+    beside = confusion[:, :-1].copy()
+    np.fill_diagonal(beside, 0)
+    return beside

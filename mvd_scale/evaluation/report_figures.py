@@ -1,0 +1,127 @@
+"""Figures of a report as inline SVG, in the colours of the page: light or dark, as its reader has it.
+
+Legend: C classes.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Any
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from mvd_scale.evaluation.metrics import BINS, Outcome
+
+_COLOURS = {"#010101": "currentColor", "#010102": "var(--right)", "#010103": "var(--wrong)", "#010104": "var(--faint)"}
+"""What stands for the page's colours while matplotlib draws."""
+
+INK, RIGHT, WRONG, FAINT = _COLOURS
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "mvd-scale",
+    "font.size": 8.5,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": FAINT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "ytick.color": FAINT,
+    "ytick.labelcolor": INK,
+}
+
+_CELLS = 120
+"""Cells of a heat map along a side, at most."""
+
+_DIAGONAL, _BESIDE = (66, 133, 200), (224, 108, 48)
+"""Red, green and blue of a heat map's right and wrong cells, over the page's background."""
+
+
+def reliability(outcome: Outcome) -> Markup:
+    """How often a prediction was right (bars), beside how sure it was (the dashed line)."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axis = _empty(4.2, 3.3)
+        bins = outcome.reliability()
+        filled = [(sure, right) for count, sure, right in bins if count]
+        places = [(place + 0.5) / BINS for place, (count, _, _) in enumerate(bins) if count]
+        axis.bar(places, [right for _, right in filled], width=0.86 / BINS, color=RIGHT)
+        axis.scatter(*np.array(filled).reshape(-1, 2).T, s=14, color=INK, zorder=3)
+        axis.plot([0, 1], [0, 1], color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+        axis.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="highest score of a video", ylabel="share of right predictions")
+        return _svg(figure, "reliability", "Reliability diagram: accuracy by confidence")
+
+
+def confidences(outcome: Outcome) -> Markup:
+    """How sure the predictions were, of right and of wrong ones."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axis = _empty(4.2, 3.3)
+        sure = outcome.scores.max(1)
+        right = outcome.decoded & (outcome.predictions == outcome.labels)
+        wrong = outcome.decoded & ~right
+        axis.hist(
+            [sure[right], sure[wrong]],
+            bins=np.linspace(0, 1, 21).tolist(),
+            stacked=True,
+            color=[RIGHT, WRONG],
+            rwidth=0.86,
+        )
+        axis.yaxis.get_major_locator().set_params(integer=True)
+        axis.set(xlim=(0, 1), xlabel="highest score of a video", ylabel="videos")
+        return _svg(figure, "confidences", "Histogram of confidence, right predictions below, wrong ones above")
+
+
+def heat_map(confusion: NDArray[np.int64]) -> tuple[Markup, int]:
+    """Labels (rows) and predictions (columns) of many classes.
+
+    Args:
+        confusion: videos, int64 (C, C).
+
+    Returns:
+        the figure, and how many classes a cell spans: its strength is the largest share among them.
+    """
+    classes = len(confusion)
+    span = -(-classes // _CELLS)
+    cells = -(-classes // span)
+    shares = np.zeros((cells * span, cells * span))
+    shares[:classes, :classes] = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    right, wrong = (
+        part.reshape(cells, span, cells, span).max((1, 3))
+        for part in (shares * np.eye(len(shares)), shares * (1 - np.eye(len(shares))))
+    )
+    picture = np.zeros((cells, cells, 4), np.uint8)
+    picture[..., :3] = np.where((wrong > right)[..., None], _BESIDE, _DIAGONAL)
+    # By the root, rare confusions are seen beside frequent ones.
+    picture[..., 3] = np.round(255 * np.sqrt(np.maximum(right, wrong)))
+    with matplotlib.rc_context(_STYLE):
+        figure, axis = _empty(5.2, 4.9)
+        edge = cells * span - 0.5
+        axis.imshow(picture, interpolation="none", extent=(-0.5, edge, edge, -0.5))
+        axis.set(xlim=(-0.5, classes - 0.5), ylim=(classes - 0.5, -0.5), xlabel="predicted class", ylabel="true class")
+        return _svg(figure, "confusion", f"Confusion matrix of {classes} classes"), span
+
+
+def _empty(width: float, height: float) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.patch.set_alpha(0)
+    axis = figure.add_subplot()
+    axis.patch.set_alpha(0)
+    return figure, axis
+
+
+def _svg(figure: Figure, name: str, title: str) -> Markup:
+    file = io.StringIO()
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    text = file.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    # In a page of HTML the namespaces are known, and ids are the whole page's.
+    text = re.sub(r'\s+xmlns(?::xlink)?="[^"]*"', "", text)
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    for stand_in, colour in _COLOURS.items():
+        text = text.replace(stand_in, colour)
+    return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1))

@@ -1,0 +1,38 @@
+"""A few small frames of a video, for pages that stand alone."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import numpy as np
+from PIL import Image
+
+from mvd_scale.data.decode import decode_frames
+from mvd_scale.data.manifest import Row
+from mvd_scale.data.storage import within
+
+HEIGHT = 112
+"""Pixels; width follows."""
+
+_FRAMES = 3
+_SECONDS = 30.0
+_QUALITY = 82
+
+
+def thumbnails(video: Row) -> list[str]:
+    """Frames from the beginning, middle and end, upright, as `data:` URLs of JPEGs; one frame of a still image.
+
+    Raises:
+        DecodeError: it cannot be read or decoded, or not within half a minute.
+    """
+    places = np.unique((2 * np.arange(_FRAMES) + 1) * video.frames // (2 * _FRAMES))
+    frames = within(_SECONDS, video.path, decode_frames, video, places)
+    return [_data_url(Image.fromarray(np.rot90(frame, video.rotation // 90))) for frame in frames]
+
+
+def _data_url(picture: Image.Image) -> str:
+    picture = picture.resize((max(HEIGHT * picture.width // picture.height, 1), HEIGHT))
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=_QUALITY)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

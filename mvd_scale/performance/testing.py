@@ -1,0 +1,189 @@
+"""`mvd-scale bench eval`: videos per second of the multi-view test, beside the plain ways that people use today."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mvd_scale.config import DataConfig, ModelConfig
+from mvd_scale.config.data import ViewsConfig
+from mvd_scale.config.training import Precision
+from mvd_scale.data.manifest import WHOLE_FILE, Manifest
+from mvd_scale.data.view_loader import ViewLoader, view_items
+from mvd_scale.data.views import clips_of
+from mvd_scale.errors import UserError
+from mvd_scale.evaluation.scorer import Scorer
+from mvd_scale.models import Classifier
+from mvd_scale.performance.plain_views import WAYS, Way, frames_decoded, plain_views, reader_name
+from mvd_scale.performance.timing import apart, time_batches, versions_of
+from mvd_scale.performance.videos import given_videos, made_videos
+
+OURS = "mvd-scale"
+VIEWS = ViewsConfig()
+FRAMES, SIDE, CLASSES = 16, 224, 400
+
+_TITLES: dict[str, str] = {"view": "view by view", "clip": "clip by clip", "whole": "view by view, all frames"}
+_WARM_UP, _AHEAD = 4, 4
+"""Videos loaded before any is timed, and left at the end: all ways work ahead, by no more than so many."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One way, over the same videos."""
+
+    part: str
+    """`data`: the views are loaded; `test`: they are loaded and classified."""
+
+    way: str
+    videos_per_second: float
+    cpu_seconds_per_video: float
+    frames_decoded: float
+    """Of a video, the mean; of ours the most that it may be, as it leaves out frames that no other one refers to."""
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """All figures of one run on one machine."""
+
+    figures: list[Figure]
+    size: str
+    videos: int
+    workers: int
+    cores: int
+    threads: int
+    device: str
+    precision: str
+    views: str
+    reader: str
+    versions: dict[str, str]
+
+    def to_json(self) -> str:
+        """All fields, one object."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    def to_text(self) -> str:
+        """A line for every way; the last column is how many times as fast ours is over the same videos."""
+        lines = [
+            f"{self.views}, {FRAMES}x{SIDE}x{SIDE}, {self.videos} videos; {self.device}, {self.precision}, "
+            f"{self.cores} cores, {self.workers} workers, {self.threads} threads of the model",
+            f"plain ways read by {self.reader}; "
+            + ", ".join(f"{name} {version}" for name, version in self.versions.items()),
+            "",
+            f"{'part':<14}{'way':<28}{'videos/s':>10}{'CPU s/video':>13}{'frames decoded':>16}{'ours':>9}",
+        ]
+        ours = {figure.part: figure for figure in self.figures if figure.way == OURS}
+        for figure in self.figures:
+            base = ours[figure.part]
+            ratio = "" if figure is base else f"{base.videos_per_second / figure.videos_per_second:.2f}x"
+            part = "data" if figure.part == "data" else f"test, ViT-{self.size}"
+            lines.append(
+                f"{part:<14}{figure.way:<28}{figure.videos_per_second:>10.3f}{figure.cpu_seconds_per_video:>13.3f}"
+                f"{figure.frames_decoded:>16.0f}{ratio:>9}"
+            )
+        return "\n".join(lines)
+
+
+def measure_testing(source: str | None, work: Path, *, videos: int, size: str | None, workers: int) -> EvalReport:
+    """Time our loader of test views and the plain ones over the same videos, each in a process of its own.
+
+    Args:
+        source: a manifest or whatever can be indexed, of files; real pictures encoded anew into 10 s of H.264 if None.
+        work: folder for videos that are made; what is there is used again.
+        videos: how many are timed, after a few that are not; fewer files are gone through again.
+        size: also time the whole test, by a classifier of this size with random weights; None for the data alone.
+        workers: worker processes of each way.
+
+    Raises:
+        UserError: no video of the source is a file by itself that can be used.
+    """
+    manifest = made_videos(work / "h264", "libx264", (340, 256), videos) if source is None else given_videos(source)
+    rows = manifest.usable[(manifest.offset[manifest.usable] == WHOLE_FILE)][:videos]
+    if not len(rows):
+        raise UserError(f"{source} holds no usable video that is a file by itself, as the plain ways need it")
+    totals = manifest.frames[rows]
+    once = float(np.mean([clips_of(VIEWS, int(total), frames=FRAMES).max() + 1 for total in totals]))
+    figures = []
+    for part, model in [("data", None), *([("test", size)] if size is not None else [])]:
+        spent, cpu = apart(_time_ours, manifest, rows, videos, workers, model)
+        figures.append(Figure(part, OURS, 1 / spent, cpu, once))
+        for way in WAYS:
+            spent, cpu = apart(_time_plain, way, manifest, rows, videos, workers, model)
+            counts = [frames_decoded(way, int(total), VIEWS, length=FRAMES) for total in totals]
+            figures.append(Figure(part, _TITLES[way], 1 / spent, cpu, float(np.mean(counts))))
+    return EvalReport(
+        figures=figures,
+        size=size or "none",
+        videos=videos,
+        workers=workers,
+        cores=len(os.sched_getaffinity(0)),
+        threads=torch.get_num_threads(),
+        device=_device().type,
+        precision=_precision(),
+        views=f"{VIEWS.clips} x {VIEWS.crops} {VIEWS.sampling} views, stride {VIEWS.stride}",
+        reader=reader_name(),
+        versions=versions_of(("torch", "nvidia-dali-cuda130", "av", "decord", "torchvision")),
+    )
+
+
+def _time_ours(
+    manifest: Manifest, rows: NDArray[np.int64], videos: int, workers: int, size: str | None
+) -> tuple[float, float]:
+    data = DataConfig(workers=workers)
+    items = view_items(manifest, VIEWS, frames=FRAMES)
+    chosen = np.resize(items[np.isin(items[:, 0], rows)], (_loaded(videos), 2))
+    loader = ViewLoader(
+        manifest, data, VIEWS, chosen, frames=FRAMES, side=SIDE, batch=1, world_size=1, device=_device()
+    )
+    with loader:
+        views = (clips.flatten(0, 1) for batch in loader for clips in batch.pixels)
+        return time_batches(_used(views, size), _WARM_UP, videos)
+
+
+def _time_plain(
+    way: Way, manifest: Manifest, rows: NDArray[np.int64], videos: int, workers: int, size: str | None
+) -> tuple[float, float]:
+    again = np.resize(rows, _loaded(videos))
+    paths, frames = [manifest.path[row] for row in again], manifest.frames[again].tolist()
+    views = iter(plain_views(way, paths, frames, VIEWS, length=FRAMES, side=SIDE, workers=workers))
+    times = time_batches(_used(views, size), _WARM_UP, videos)
+    # Workers that are stopped in the middle of a batch complain.
+    for _ in views:
+        pass
+    return times
+
+
+def _loaded(videos: int) -> int:
+    """Videos to load: a way that works ahead when the timing begins shall still do so when it ends."""
+    return _WARM_UP + videos + _AHEAD
+
+
+def _used(videos: Iterator[Tensor], size: str | None) -> Iterator[Tensor]:
+    """Views as they come, or the scores of a classifier of random weights for them."""
+    device = _device()
+    if size is None:
+        for views in videos:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            yield views
+    else:
+        model = ModelConfig.model_validate({"size": size, "frames": FRAMES, "input_size": SIDE})
+        score = Scorer(Classifier(model, CLASSES), device, _precision())
+        for views in videos:
+            yield score(views.to(device)).cpu()
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _precision() -> Precision:
+    return "fp16" if torch.cuda.is_available() else "fp32"

