@@ -52,7 +52,7 @@ def test_ground_truth_is_read_as_it_is_published(write) -> None:
 def test_people_below_the_score_are_left_out(write) -> None:
     path = write("a,902,0,0,1,1,,0.9\na,903,0,0,1,1,,0.79\n")
     assert read_people(path, 0.8).scores.tolist() == [0.9]
-    with pytest.raises(UserError, match="no box has a score of 0.95 or more, the highest is 0.9"):
+    with pytest.raises(UserError, match=r"no box has a score of 0\.95 or more, the highest is 0\.9"):
         read_people(path, 0.95)
 
 
