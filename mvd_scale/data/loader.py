@@ -39,6 +39,9 @@ JUDGED_FROM = 100
 
 log = logging.getLogger("mvd_scale")
 
+Outputs = list[TensorListCPU | TensorListGPU]
+"""What one run of a graph gives."""
+
 
 class Failure(TypedDict):
     """A video that could not be decoded."""
@@ -108,7 +111,7 @@ class Feed(ABC):
         """What the report calls the place that the feed has come to."""
         return self._next
 
-    def run(self) -> list[TensorListCPU | TensorListGPU]:
+    def run(self) -> Outputs:
         """Outputs of the next run of the graph, without row, label and failures, which it has accounted for.
 
         Raises:
@@ -268,7 +271,7 @@ class ClipLoader(Feed):
         steps_per_epoch(manifest, data, global_batch)
         self.sides = (model.input_size, *(side for side in sides if side != model.input_size))
         self._model = model
-        self._sampler = Sampler(manifest, data, model, seed)
+        self._sampler = self._make_sampler(manifest, data, model, seed)
         self._share = Share(self._sampler.clips, global_batch // data.copies, rank, world_size)
         super().__init__(
             manifest,
@@ -301,6 +304,9 @@ class ClipLoader(Feed):
             video_ids=self.rows.repeat_interleave(copies),
             resized=dict(zip(self.sides[1:], others, strict=True)),
         )
+
+    def _make_sampler(self, manifest: Manifest, data: DataConfig, model: ModelConfig, seed: int) -> Sampler:
+        return Sampler(manifest, data, model, seed)
 
     def _build(self) -> Pipeline:
         source = self._source()
