@@ -17,10 +17,12 @@ from mvd_scale.checkpoints.reading import read_source
 from mvd_scale.config import HeadConfig
 from mvd_scale.errors import UserError
 from mvd_scale.models import Classifier, Encoder, Student
+from mvd_scale.models.detector import Detector
 from mvd_scale.models.positions import position_table
 
 __all__ = [
     "build_classifier",
+    "build_detector",
     "build_encoder",
     "build_student",
     "load_encoder",
@@ -77,11 +79,28 @@ def build_classifier(checkpoint: Checkpoint) -> Classifier:
     Raises:
         UserError: there is no head, or names every tensor that does not fit.
     """
-    if checkpoint.classes is None:
+    if checkpoint.classes is None or checkpoint.detector is not None:
         raise UserError(f"{checkpoint.source} has no classification head: expected a fine-tuned checkpoint")
     classifier = _empty_classifier(checkpoint, checkpoint.classes)
     load_exactly(classifier, checkpoint.tensors() | dict(checkpoint.leftovers), checkpoint.source)
     return classifier
+
+
+def build_detector(checkpoint: Checkpoint) -> Detector:
+    """Encoder and head on boxes of people, float32, on the CPU.
+
+    Raises:
+        UserError: there is no such head, torchvision is not installed, or names every tensor that does not fit.
+    """
+    if checkpoint.detector is None:
+        raise UserError(
+            f"{checkpoint.source} is a {checkpoint.kind}, not a detector: expected the detector.safetensors or "
+            "best.safetensors of a run of `mvd-scale detect train`"
+        )
+    detector = Detector(checkpoint.model, checkpoint.detector)
+    _make_room_for_positions(detector.encoder, checkpoint)
+    load_exactly(detector, checkpoint.tensors() | dict(checkpoint.leftovers), checkpoint.source)
+    return detector
 
 
 def load_encoder(

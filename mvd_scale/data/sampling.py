@@ -24,7 +24,7 @@ from mvd_scale.errors import UserError
 Box = tuple[int, int, int, int]
 """Top, left, height and width in pixels."""
 
-_ORDER, _CLIP, _ROUND = 1, 2, 3
+_ORDER, _CLIP, _ROUND, _BOXES = 1, 2, 3, 4
 """First words of the keys, so that the order of an epoch and its clips never share random numbers."""
 
 
@@ -384,6 +384,11 @@ def running_cells(rng: Generator, share: float, grid: tuple[int, int, int]) -> N
     turn = np.arange(slices)[:, None, None] + int(rng.integers(4))
     taken: NDArray[np.bool_] = (place + turn) % 4 < round(4 * share)
     return taken.ravel()
+
+
+def random_of_boxes(seed: int, epoch: int, i: int, attempt: int) -> Generator:
+    """Random numbers for the boxes of a clip; the same arguments as of `Sampler.plan`."""
+    return _generator(_BOXES, seed, epoch, i, attempt)
 
 
 def _generator(*key: int) -> Generator:
