@@ -94,5 +94,4 @@ def widen_boxes(boxes: Corners, widen: tuple[float, float], size: tuple[int, int
 
 def has_area(boxes: Corners) -> NDArray[np.bool_]:
     """Which boxes cover anything, (P,)."""
-    covers: NDArray[np.bool_] = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
-    return covers
+    return (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from mvd_scale.checkpoints.weights import save_weights
 from mvd_scale.config import FinetuneRecipe
@@ -56,7 +56,7 @@ class NamingClasses(Task[FinetuneRecipe]):
         self.classes = class_count(self.manifest, self.recipe.classifier.classes)
         return self.manifest
 
-    def build(self) -> nn.Module:
+    def build(self) -> Classifier:
         """The classifier."""
         head = self.recipe.classifier
         return Classifier(self.recipe.model, self.classes, dropout=head.dropout, init_scale=head.init_scale)

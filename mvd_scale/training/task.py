@@ -22,6 +22,8 @@ from mvd_scale.data.loader import ClipLoader
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.sampling import steps_per_epoch
 from mvd_scale.errors import UserError
+from mvd_scale.models import Classifier
+from mvd_scale.models.detector import Detector
 from mvd_scale.training.engine import Ranks, first_decides, full_parameters, join_ranks, leave_ranks, train_engine
 from mvd_scale.training.loop import Objective, describe, finish, fit
 from mvd_scale.training.momentum import MovingAverage
@@ -63,7 +65,7 @@ class Task(ABC, Generic[AnyRecipe]):
         """Read what was prepared, on every rank; a row for each clip of an epoch."""
 
     @abstractmethod
-    def build(self) -> nn.Module:
+    def build(self) -> Classifier | Detector:
         """The model, whose `encoder` is pre-trained."""
 
     @abstractmethod
