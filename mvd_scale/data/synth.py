@@ -69,7 +69,7 @@ def make_synthetic(kind: Kind, out: Path, *, train: int, test: int, seed: int = 
     classes = TEXTURES if kind == "appearance" else DIRECTIONS
     made = 0
     for split, count in (("train", train), ("test", test)):
-        pictures = {name: _picture(name) for name in (*TEXTURES, *BACKGROUNDS[split])}
+        pictures = {name: load_picture(name) for name in (*TEXTURES, *BACKGROUNDS[split])}
         for label, name in enumerate(classes):
             folder = out / split / name
             folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def make_synthetic(kind: Kind, out: Path, *, train: int, test: int, seed: int = 
                 file = folder / f"{number:05d}.mp4"
                 if not file.exists():
                     rng = default_rng((seed, kind == "motion", split == "test", label, number))
-                    _encode(draw_video(kind, label, split == "test", pictures, rng), file)
+                    encode_video(draw_video(kind, label, split == "test", pictures, rng), file)
                     made += 1
     log.info("%d videos of %d classes written to %s", made, len(classes), out)
     return out
@@ -85,7 +85,7 @@ def make_synthetic(kind: Kind, out: Path, *, train: int, test: int, seed: int = 
 
 def draw_video(kind: Kind, label: int, tested: bool, pictures: dict[str, Picture], rng: Generator) -> list[Picture]:
     """The frames of one video: uint8 (96, 96, 3) each."""
-    background = _background(pictures[str(rng.choice(BACKGROUNDS["test" if tested else "train"]))], rng)
+    background = draw_background(pictures[str(rng.choice(BACKGROUNDS["test" if tested else "train"]))], rng)
     speeds = rng.uniform(2, 4, size=2)
     if kind == "appearance":
         signs = rng.choice([-1, 1], size=2)
@@ -107,7 +107,7 @@ def _track(texture: Picture, tested: bool, speed: tuple[float, float], rng: Gene
     places = rng.integers(np.array(half.shape[:2]) - OBJECT + 1, size=(8, 2))
     cuts = [half[top : top + OBJECT, left : left + OBJECT] for top, left in places]
     start = tuple(float(place) for place in rng.uniform(0, SIDE, size=2))
-    return Track(_tinted(max(cuts, key=np.std), rng), (start[0], start[1]), speed)
+    return Track(tinted(max(cuts, key=np.std), rng), (start[0], start[1]), speed)
 
 
 def _frame(background: Picture, tracks: list[Track], number: int) -> Picture:
@@ -120,19 +120,20 @@ def _frame(background: Picture, tracks: list[Track], number: int) -> Picture:
     return frame
 
 
-def _background(picture: Picture, rng: Generator) -> Picture:
+def draw_background(picture: Picture, rng: Generator) -> Picture:
+    """A square of a picture as large as a frame, from a random place."""
     top, left = (int(rng.integers(size - SIDE + 1)) for size in picture.shape[:2])
-    return _tinted(picture[top : top + SIDE, left : left + SIDE], rng)
+    return tinted(picture[top : top + SIDE, left : left + SIDE], rng)
 
 
-def _tinted(picture: Picture, rng: Generator) -> Picture:
+def tinted(picture: Picture, rng: Generator) -> Picture:
     """Turned, mirrored, and in another light: three backgrounds by themselves could be learnt by heart."""
     turned = np.rot90(picture, int(rng.integers(4)))[:, :: int(rng.choice([-1, 1]))]
     tinted: Picture = np.clip(turned * rng.uniform(0.6, 1.2, size=3), 0, 255).astype(np.uint8)
     return tinted
 
 
-def _picture(name: str) -> Picture:
+def load_picture(name: str) -> Picture:
     """A picture of scikit-image's wheel: uint8 (H, W, 3), halved so that textures show in a small object."""
     try:
         from skimage import data, io
@@ -147,11 +148,13 @@ def _picture(name: str) -> Picture:
     return shrunk
 
 
-def _encode(frames: list[Picture], file: Path) -> None:
+def encode_video(frames: list[Picture], file: Path) -> None:
+    """Write H.264; the file appears whole or not at all."""
     partial = file.with_name(f".{file.name}")
     with av.open(str(partial), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=FPS)
-        stream.width, stream.height, stream.pix_fmt = SIDE, SIDE, "yuv420p"
+        height, width, _ = frames[0].shape
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.options = {"preset": "veryfast", "crf": _QUALITY}
         for number, picture in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")

@@ -24,6 +24,7 @@ from mvd_scale.detection.annotations import read_actions, read_excluded, read_gr
 from mvd_scale.detection.metrics import FrameScore, frame_score
 from mvd_scale.detection.testing import KeyFrameTest, Scored, Scorer, load_frames
 from mvd_scale.detection.whole_frames import WholeFrameLoader
+from mvd_scale.errors import UserError
 from mvd_scale.evaluation.sharded import Shards
 from mvd_scale.training.engine import Ranks, check_precision, dtype_of, first_decides
 from mvd_scale.training.run_folder import write_whole
@@ -97,7 +98,7 @@ def evaluate(
     def prepare() -> None:
         settings: dict[str, Any] = {
             "weights": tensors_digest(read.tensors()), "checkpoint": str(checkpoint), "source": data.source,
-            "test": [None if file is None else digest(file) for file in files],
+            "test": [None if file is None else _digest(file) for file in files],
             "score": test.score, "starts_at": test.starts_at, "short_side": test.short_side, "precision": precision,
         }  # fmt: skip
         shards.claim(settings)
@@ -159,6 +160,13 @@ def score_results(
 
 _MOST_ACTIONS = 80
 """Of AVA."""
+
+
+def _digest(file: Path) -> str:
+    try:
+        return digest(file)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
 
 
 def _write(file: Path, results: list[Scored]) -> None:

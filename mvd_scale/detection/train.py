@@ -23,7 +23,7 @@ from mvd_scale.detection.key_frames import find_key_frames
 from mvd_scale.detection.loader import KeyFrameLoader
 from mvd_scale.detection.objective import Detection
 from mvd_scale.detection.people import People
-from mvd_scale.detection.testing import Scorer, KeyFrameTest, load_frames
+from mvd_scale.detection.testing import KeyFrameTest, Scorer, load_frames
 from mvd_scale.models.detector import Detector
 from mvd_scale.training.engine import Ranks, gather_rows
 from mvd_scale.training.run_folder import RunFolder
