@@ -94,7 +94,7 @@ def build_detector(checkpoint: Checkpoint) -> Detector:
     """
     if checkpoint.detector is None:
         raise UserError(
-            f"{checkpoint.source} is a {checkpoint.kind}, not a detector: expected the detector.safetensors or "
+            f"{checkpoint.source} holds no detector but {checkpoint.kind} weights: expected detector.safetensors or "
             "best.safetensors of a run of `mvd-scale detect train`"
         )
     detector = Detector(checkpoint.model, checkpoint.detector)

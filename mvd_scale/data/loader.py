@@ -13,6 +13,7 @@ import json
 import logging
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from pathlib import Path
 from types import TracebackType
 from typing import TypedDict
@@ -86,7 +87,7 @@ class Feed(ABC):
         self._end = end
         self._device = device
         self._report = report
-        self._reported: set[int] = set()
+        self._reported: set[Hashable] = set()
         self._by_host: frozenset[int] = frozenset()
         self._workers = worker_count(data, world_size)
         self._threads = thread_count(data, world_size)
@@ -205,13 +206,18 @@ class Feed(ABC):
         )
 
     def _tell(self, failure: Failure) -> None:
-        if failure["row"] in self._reported:
+        video = self._video(failure["row"])
+        if video in self._reported:
             return
-        self._reported.add(failure["row"])
+        self._reported.add(video)
         log.warning("video %s cannot be decoded%s: %s", failure["path"], self._remedy, failure["error"])
         if self._report is not None:
             with self._report.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({**failure, "step": self.step}) + "\n")
+
+    def _video(self, row: int) -> Hashable:
+        """What rows have in common that are to be told of once."""
+        return row
 
     @property
     def _advice(self) -> str:

@@ -29,7 +29,7 @@ from mvd_scale.evaluation.sharded import Shards
 from mvd_scale.training.engine import Ranks, check_precision, dtype_of, first_decides
 from mvd_scale.training.run_folder import write_whole
 
-_SHARD = 128
+_SHARD = 32
 """Key frames of a shard of scores: what a kill may cost, and what a rank takes at a time."""
 
 

@@ -85,6 +85,9 @@ class KeyFrameLoader(ClipLoader):
         super()._account(rows, failures)
         self._attempts = [len(failed) for failed in failures]
 
+    def _video(self, row: int) -> str:
+        return self._manifest.name[row]
+
     def __next__(self) -> DetectionBatch:
         first = self._next
         batch = super().__next__()

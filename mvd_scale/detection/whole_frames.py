@@ -84,6 +84,9 @@ class WholeFrameLoader(ItemLoader[FrameBatch]):
         items = np.stack([rows, np.zeros_like(rows)], axis=1)
         super().__init__(key_frames.manifest, data, items, frames=frames, **others)
 
+    def _video(self, row: int) -> str:
+        return self._manifest.name[row]
+
     def _source(self) -> WholeFrameSource:
         return WholeFrameSource(
             self._key_frames, self.items, self._views, frames=self._frames, side=self._short_side, **self._reading
