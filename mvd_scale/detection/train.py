@@ -38,6 +38,7 @@ def train_detector(recipe: DetectionRecipe) -> None:
 class DetectingActions(Task[DetectionRecipe]):
     """Action detection on key frames; the boxes of people are given."""
 
+    rows = "key frames"
     figure = "frame_map"
     weights = "detector.safetensors"
 

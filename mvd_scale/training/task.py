@@ -42,6 +42,9 @@ AnyRecipe = TypeVar("AnyRecipe", bound=TaskRecipe)
 class Task(ABC, Generic[AnyRecipe]):
     """What an encoder is taught, and from what."""
 
+    rows: str = "videos"
+    """What a row of its manifest is."""
+
     figure: str
     """What a validation measures; more is better."""
 
@@ -135,7 +138,7 @@ def teach(task: Task[Any]) -> None:
     start = snapshots.resume(engine)
     if ranks.first:
         snapshots.clear_partial()
-    describe(recipe, manifest, schedule, ranks)
+    describe(recipe, manifest, schedule, ranks, task.rows)
     observers: list[Observer] = []
     if recipe.validation is not None:
         every, measure = recipe.validation.every_epochs, task.measure(ranks)

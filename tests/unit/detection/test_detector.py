@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,12 @@ def test_a_batch_without_people_trains_nothing_and_breaks_nothing(detector: Dete
     scores = detector(clips(), torch.zeros(0, 5))
     F.binary_cross_entropy_with_logits(scores, torch.zeros(0, 3), reduction="sum").backward()
     assert all(p.grad is not None and not p.grad.any() for p in detector.parameters())
+
+
+def test_without_torchvision_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision.ops", None)
+    with pytest.raises(UserError, match=r"needs torchvision: pip install 'mvd-scale\[detection\]'"):
+        Detector(MODEL, CONFIG)
 
 
 def batch_of(rows: list[int]) -> DetectionBatch:
