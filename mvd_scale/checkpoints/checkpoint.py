@@ -76,7 +76,7 @@ class Checkpoint:
     """By target name."""
 
     head: Mapping[str, Tensor] = field(default_factory=dict)
-    """`norm` and `head` of `Classifier` or `Detector`; empty without one."""
+    """`norm` and `head` of `Classifier`, `head` of `Detector`; empty without one."""
 
     leftovers: Mapping[str, Tensor] = field(default_factory=dict)
     """Tensors that have no place in a model of ours, by the names of the file."""

@@ -14,7 +14,7 @@ from mvd_scale.checkpoints.checkpoint import Checkpoint, Hints
 from mvd_scale.checkpoints.interpret import interpret
 from mvd_scale.checkpoints.native import save_weights
 from mvd_scale.checkpoints.reading import read_source
-from mvd_scale.config import HeadConfig
+from mvd_scale.config import DetectorConfig, HeadConfig
 from mvd_scale.errors import UserError
 from mvd_scale.models import Classifier, Encoder, Student
 from mvd_scale.models.detector import Detector
@@ -97,8 +97,7 @@ def build_detector(checkpoint: Checkpoint) -> Detector:
             f"{checkpoint.source} holds no detector but {checkpoint.kind} weights: expected detector.safetensors or "
             "best.safetensors of a run of `mvd-scale detect train`"
         )
-    detector = Detector(checkpoint.model, checkpoint.detector)
-    _make_room_for_positions(detector.encoder, checkpoint)
+    detector = _empty_detector(checkpoint, checkpoint.detector)
     load_exactly(detector, checkpoint.tensors() | dict(checkpoint.leftovers), checkpoint.source)
     return detector
 
@@ -142,7 +141,8 @@ def load_encoder(
 def start_encoder(encoder: Encoder, path: Path) -> None:
     """Load the weights that an encoder starts its training from; an image model is inflated to clips.
 
-    The encoder keeps its own positions and, where the checkpoint has none, its final norm.
+    The encoder keeps its own positions and, where the checkpoint has none, its final norm; one that the encoder has no
+    place for is left out.
 
     Raises:
         UserError: as `read_checkpoint`, or names every tensor that does not fit.
@@ -150,12 +150,13 @@ def start_encoder(encoder: Encoder, path: Path) -> None:
     checkpoint, model = read_checkpoint(path), encoder.config
     tubelet = model.tubelet if checkpoint.model.frames == 1 else None
     checkpoint = adapt(checkpoint, frames=model.frames, input_size=model.input_size, tubelet=tubelet)
-    tensors = {name: tensor for name, tensor in checkpoint.encoder.items() if name != "positions"}
+    tensors = _encoder_tensors(checkpoint, final_norm=encoder.norm is not None)
+    tensors.pop("positions", None)
     if encoder.class_token is None:
         tensors.pop("class_token", None)
     if encoder.norm is not None and not checkpoint.final_norm:
         tensors |= {f"norm.{name}": tensor for name, tensor in encoder.norm.state_dict().items()}
-    load_exactly(encoder, tensors | dict(checkpoint.leftovers), str(path))
+    load_exactly(encoder, tensors, str(path))
 
 
 def load_student(student: Student, path: Path) -> None:
@@ -186,6 +187,8 @@ def misfits(checkpoint: Checkpoint) -> list[str]:
         module: nn.Module
         if checkpoint.kind == "student":
             module = _empty_student(checkpoint)
+        elif checkpoint.detector is not None:
+            module = _empty_detector(checkpoint, checkpoint.detector)
         elif checkpoint.classes is not None:
             module = _empty_classifier(checkpoint, checkpoint.classes)
         else:
@@ -216,6 +219,12 @@ def _empty_classifier(checkpoint: Checkpoint, classes: int) -> Classifier:
     classifier = Classifier(checkpoint.model, classes)
     _make_room_for_positions(classifier.encoder, checkpoint)
     return classifier
+
+
+def _empty_detector(checkpoint: Checkpoint, config: DetectorConfig) -> Detector:
+    detector = Detector(checkpoint.model, config)
+    _make_room_for_positions(detector.encoder, checkpoint)
+    return detector
 
 
 def _make_room_for_positions(encoder: Encoder, checkpoint: Checkpoint) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from mvd_kernels import LayerNorm
 from mvd_scale.config import DetectorConfig, ModelConfig
 from mvd_scale.errors import UserError
 from mvd_scale.models.classifier import initialise_head
@@ -20,7 +19,7 @@ from mvd_scale.models.encoder import Encoder
 class Detector(nn.Module):
     """Scores of all actions for each box: RoIAlign on the last feature map, averaged over time, and its maximum.
 
-    The final norm comes before the average, as in the published code (VideoMAE).
+    The pre-trained final norm stays, before the average, as in the published code (VideoMAE).
 
     Raises:
         UserError: torchvision is not installed.
@@ -29,8 +28,7 @@ class Detector(nn.Module):
     def __init__(self, model: ModelConfig, config: DetectorConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(model, final_norm=False)
-        self.norm = LayerNorm(self.encoder.width)
+        self.encoder = Encoder(model, final_norm=True)
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(self.encoder.width, config.classes)
         self._align = _roi_align()
@@ -48,7 +46,7 @@ class Detector(nn.Module):
         Returns:
             (P, C).
         """
-        tokens = self.norm(self.encoder(pixels))
+        tokens = self.encoder(pixels)
         features = tokens.unflatten(1, self.encoder.grid_of(pixels)).mean(dim=1).permute(0, 3, 1, 2)
         # In float32: bf16 has not the digits to tell neighbouring pixels of a wide frame.
         cells = self._align(

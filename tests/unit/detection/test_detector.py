@@ -45,7 +45,7 @@ def clips(height: int = 32, width: int = 32) -> torch.Tensor:
 
 def test_scores_are_of_the_strongest_cell_of_each_box(detector: Detector) -> None:
     """The head sees the mean over time, cut to each box by 7 x 7 cells, of which the maximum is taken."""
-    tokens = detector.norm(detector.encoder(clips()))
+    tokens = detector.encoder(clips())
     features = tokens.view(2, 2, 4, 4, 32).mean(1).permute(0, 3, 1, 2)
     cells = ops.roi_align(features, BOXES, 7, 1 / 8, aligned=True)
     expected = detector.head(cells.flatten(2).max(2).values)
@@ -56,7 +56,7 @@ def test_frames_of_any_size_are_seen_by_resized_positions(detector: Detector) ->
     assert detector(clips(32, 56), BOXES).shape == (3, 3)
     encoder = detector.encoder
     table = resize_positions(encoder.positions, (2, 4, 4), (2, 4, 7))
-    wide = Encoder(MODEL, final_norm=False)
+    wide = Encoder(MODEL)
     wide.load_state_dict(encoder.state_dict())
     wide.config = ModelConfig(width=32, depth=2, heads=2, frames=4, input_size=56, patch_size=8)
     wide.register_buffer("positions", resize_positions(encoder.positions, (2, 4, 4), (2, 7, 7)), persistent=False)
@@ -111,7 +111,7 @@ def test_a_detector_comes_back_as_it_was_and_is_no_classifier(detector: Detector
     assert torch.equal(build_detector(read).eval()(clips(), BOXES), detector(clips(), BOXES))
     with pytest.raises(UserError, match="no classification head"):
         build_classifier(read)
-    encoder = Encoder(MODEL, final_norm=False)
+    encoder = Encoder(MODEL)
     start_encoder(encoder, file)
     assert torch.equal(encoder(clips()), detector.encoder(clips()))
     save_weights(file, encoder.state_dict(), MODEL)
