@@ -43,6 +43,7 @@ def probe() -> list[Capability]:
         *_dali(),
         *_pyav(),
         _triton(),
+        _torchvision(),
         _compiler(),
     ]
 
@@ -253,6 +254,13 @@ def _triton() -> Capability:
         return Capability("Triton", False, reason=reason)
     on_gpu = _on_gpu("Triton", triton.__version__)
     return on_gpu if on_gpu.on else Capability("Triton", False, triton.__version__, "needs a GPU; interpreter only")
+
+
+def _torchvision() -> Capability:
+    torchvision, reason = _load("torchvision", "pip install 'mvd-scale[detection]'")
+    if not torchvision:
+        return Capability("torchvision", False, reason=reason)
+    return Capability("torchvision", True, f"{torchvision.__version__}, for action detection")
 
 
 def _compiler() -> Capability:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import shlex
@@ -16,10 +15,9 @@ import click
 from mvd_scale import __version__
 from mvd_scale.config.launcher import launched_rank
 from mvd_scale.config.training import Precision
+from mvd_scale.detection.commands import detect
 from mvd_scale.errors import UserError
 from mvd_scale.logs import configure
-
-logger = logging.getLogger("mvd_scale")
 
 _recipe_command: dict[str, Any] = {"context_settings": {"ignore_unknown_options": True}}
 _overrides = click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
@@ -68,13 +66,10 @@ def pretrain(recipe: str, overrides: tuple[str, ...]) -> None:
     """
     from mvd_scale.config import load_recipe
     from mvd_scale.training.pretrain import pretrain as run
-    from mvd_scale.training.resilience import Stopped
+    from mvd_scale.training.resilience import exit_when_stopped
 
-    try:
+    with exit_when_stopped():
         run(load_recipe(recipe, list(overrides)))
-    except Stopped as stop:
-        logger.info("stopped as asked, after saving; the same command goes on from here")
-        sys.exit(stop.exit_code)
 
 
 @cli.command()
@@ -161,13 +156,10 @@ def finetune(recipe: str, overrides: tuple[str, ...]) -> None:
     """
     from mvd_scale.config import load_finetuning
     from mvd_scale.training.finetune import finetune as run
-    from mvd_scale.training.resilience import Stopped
+    from mvd_scale.training.resilience import exit_when_stopped
 
-    try:
+    with exit_when_stopped():
         run(load_finetuning(recipe, list(overrides)))
-    except Stopped as stop:
-        logger.info("stopped as asked, after saving; the same command goes on from here")
-        sys.exit(stop.exit_code)
 
 
 @cli.command()
@@ -467,6 +459,9 @@ def _probe(
     leave_ranks()
     if ranks.first:
         click.echo(f"{tested.to_text()}\n{tested.out}")
+
+
+cli.add_command(detect)
 
 
 @cli.group()

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from pydantic import ValidationError
 from torch import Tensor
-from torch.nn import functional as F
 
 from mvd_scale.checkpoints.checkpoint import Checkpoint
 from mvd_scale.config import ModelConfig
 from mvd_scale.config.model import Positions
 from mvd_scale.errors import UserError
+from mvd_scale.models.positions import resize_positions
 
 
 def adapt(
@@ -58,7 +57,7 @@ def adapt(
         return checkpoint
     encoder = dict(checkpoint.encoder)
     if "positions" in encoder:
-        encoder["positions"] = _interpolate(encoder["positions"], model.grid, adapted.grid)
+        encoder["positions"] = resize_positions(encoder["positions"], model.grid, adapted.grid)
     if wanted != model.tubelet:
         encoder["patch_embed.weight"] = _inflate(encoder["patch_embed.weight"], wanted, model.patch_size)
     return replace(checkpoint, model=adapted, encoder=encoder)
@@ -74,17 +73,3 @@ def _inflate(weight: Tensor, tubelet: int, patch: int) -> Tensor:
     """(D, 3 p p) to (D, 3 t p p)."""
     flat = weight.unflatten(1, (3, 1, patch * patch)) / tubelet
     return flat.expand(-1, -1, tubelet, -1).flatten(1)
-
-
-def _interpolate(positions: Tensor, old: tuple[int, int, int], new: tuple[int, int, int]) -> Tensor:
-    """(N, D) at one grid to (N', D) at another."""
-    table = positions.float().unflatten(0, old)
-    if old[1:] != new[1:]:
-        slices = table.permute(0, 3, 1, 2)
-        slices = F.interpolate(slices, size=new[1:], mode="bicubic", antialias=True, align_corners=False)
-        table = slices.permute(0, 2, 3, 1)
-    if old[0] != new[0]:
-        lines = table.flatten(1).t().unsqueeze(0)
-        lines = F.interpolate(lines, size=new[0], mode="linear", align_corners=False)
-        table = lines.squeeze(0).t().unflatten(1, (*new[1:], -1))
-    return torch.flatten(table, 0, 2)

@@ -8,11 +8,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from mvd_scale.config import DecoderConfig, ModelConfig, TokenHeadConfig
+from mvd_scale.config import DecoderConfig, DetectorConfig, ModelConfig, TokenHeadConfig
 from mvd_scale.config.data import ViewsConfig
 from mvd_scale.config.model import Positions
 
-Kind = Literal["encoder", "student", "classifier"]
+Kind = Literal["encoder", "student", "classifier", "detector"]
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Checkpoint:
     """By target name."""
 
     head: Mapping[str, Tensor] = field(default_factory=dict)
-    """`norm` and `head` of `Classifier`; empty without one."""
+    """`norm` and `head` of `Classifier`, `head` of `Detector`; empty without one."""
 
     leftovers: Mapping[str, Tensor] = field(default_factory=dict)
     """Tensors that have no place in a model of ours, by the names of the file."""
@@ -88,13 +88,18 @@ class Checkpoint:
     """Of the classification head, in its order; empty where nobody told."""
 
     views: ViewsConfig | None = None
-    """By which a classifier is tested; None where nobody told."""
+    """By which a classifier is tested; of a detector, the stride of its clips; None where nobody told."""
+
+    detector: DetectorConfig | None = None
+    """The head on boxes of people, whose tensors are in `head`; None if it is none."""
 
     @property
     def kind(self) -> Kind:
         """What the file can be loaded as."""
         if self.decoders or self.token_heads:
             return "student"
+        if self.detector is not None:
+            return "detector"
         return "classifier" if self.head else "encoder"
 
     @property
@@ -108,7 +113,7 @@ class Checkpoint:
         return len(self.head["head.weight"]) if "head.weight" in self.head else None
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything under the names of `Encoder`, `Student` or `Classifier`, by `kind`."""
+        """Everything under the names of `Encoder`, `Student`, `Classifier` or `Detector`, by `kind`."""
         if self.kind == "encoder":
             return dict(self.encoder)
         flat = {f"encoder.{name}": tensor for name, tensor in self.encoder.items()}

@@ -14,7 +14,7 @@ from torch import Tensor
 from mvd_scale.checkpoints.checkpoint import Checkpoint, DecoderWeights, Hints
 from mvd_scale.checkpoints.reading import Source
 from mvd_scale.checkpoints.shapes import decoder_parts, decoder_weights, token_heads, under
-from mvd_scale.config import DecoderConfig, ModelConfig, Recipe, load_any
+from mvd_scale.config import DecoderConfig, DetectorConfig, ModelConfig, Recipe, load_any
 from mvd_scale.config.data import ViewsConfig
 from mvd_scale.errors import UserError
 
@@ -23,6 +23,7 @@ _DECODERS_KEY = "mvd_scale.decoders"
 _CLASSES_KEY = "mvd_scale.classes"
 _VIEWS_KEY = "mvd_scale.views"
 _NAMES = TypeAdapter(tuple[str, ...])
+_DETECTOR_KEY = "mvd_scale.detector"
 
 
 def save_weights(
@@ -33,16 +34,18 @@ def save_weights(
     *,
     classes: Sequence[str] = (),
     views: ViewsConfig | None = None,
+    detector: DetectorConfig | None = None,
 ) -> None:
     """Write a model; the file appears whole or not at all.
 
     Args:
         path: of the file.
-        tensors: by the names of `Encoder`, `Student` or `Classifier`.
+        tensors: by the names of `Encoder`, `Student`, `Classifier` or `Detector`.
         model: shape of the encoder.
         decoders: their shapes.
         classes: their names, in the order of the head.
-        views: by which a classifier is tested.
+        views: by which a classifier or detector is tested.
+        detector: shape of the head of a detector.
     """
     partial = path.with_name(path.name + ".partial")
     metadata = describe_model(model, classes, views) | {"format": "pt"}
@@ -76,7 +79,7 @@ def interpret(source: Source, hints: Hints) -> Checkpoint:
     """
     try:
         model, shapes = _described(source)
-        names, views = _test(source)
+        names, views, detector = _test(source)
     except (ValidationError, json.JSONDecodeError, AttributeError) as error:
         raise UserError(f"{source.path} describes a model that does not exist here: {error}") from error
     tensors = source.tensors
@@ -96,15 +99,29 @@ def interpret(source: Source, hints: Hints) -> Checkpoint:
     leftovers = {name: tensor for name, tensor in tensors.items() if not name.startswith(known)}
     encoder = under(tensors, "encoder.")
     return Checkpoint(
-        str(source.path), "mvd-scale", model, encoder, decoders, heads, head, leftovers, class_names=names, views=views
+        str(source.path),
+        "mvd-scale",
+        model,
+        encoder,
+        decoders,
+        heads,
+        head,
+        leftovers,
+        class_names=names,
+        views=views,
+        detector=detector,
     )
 
 
-def _test(source: Source) -> tuple[tuple[str, ...], ViewsConfig | None]:
-    """Names of the classes and views of the test, as far as the file tells them."""
+def _test(source: Source) -> tuple[tuple[str, ...], ViewsConfig | None, DetectorConfig | None]:
+    """Names of the classes, views of the test and head of a detector, as far as the file tells them."""
     names = _NAMES.validate_json(source.metadata.get(_CLASSES_KEY, "[]"))
-    views = source.metadata.get(_VIEWS_KEY)
-    return names, None if views is None else ViewsConfig.model_validate_json(views)
+    views, detector = source.metadata.get(_VIEWS_KEY), source.metadata.get(_DETECTOR_KEY)
+    return (
+        names,
+        None if views is None else ViewsConfig.model_validate_json(views),
+        None if detector is None else DetectorConfig.model_validate_json(detector),
+    )
 
 
 def _described(source: Source) -> tuple[ModelConfig, Mapping[str, DecoderConfig]]:

@@ -14,13 +14,15 @@ from mvd_scale.checkpoints.checkpoint import Checkpoint, Hints
 from mvd_scale.checkpoints.interpret import interpret
 from mvd_scale.checkpoints.native import save_weights
 from mvd_scale.checkpoints.reading import read_source
-from mvd_scale.config import HeadConfig
+from mvd_scale.config import DetectorConfig, HeadConfig
 from mvd_scale.errors import UserError
 from mvd_scale.models import Classifier, Encoder, Student
+from mvd_scale.models.detector import Detector
 from mvd_scale.models.positions import position_table
 
 __all__ = [
     "build_classifier",
+    "build_detector",
     "build_encoder",
     "build_student",
     "load_encoder",
@@ -77,11 +79,27 @@ def build_classifier(checkpoint: Checkpoint) -> Classifier:
     Raises:
         UserError: there is no head, or names every tensor that does not fit.
     """
-    if checkpoint.classes is None:
+    if checkpoint.classes is None or checkpoint.detector is not None:
         raise UserError(f"{checkpoint.source} has no classification head: expected a fine-tuned checkpoint")
     classifier = _empty_classifier(checkpoint, checkpoint.classes)
     load_exactly(classifier, checkpoint.tensors() | dict(checkpoint.leftovers), checkpoint.source)
     return classifier
+
+
+def build_detector(checkpoint: Checkpoint) -> Detector:
+    """Encoder and head on boxes of people, float32, on the CPU.
+
+    Raises:
+        UserError: there is no such head, torchvision is not installed, or names every tensor that does not fit.
+    """
+    if checkpoint.detector is None:
+        raise UserError(
+            f"{checkpoint.source} holds no detector but {checkpoint.kind} weights: expected detector.safetensors or "
+            "best.safetensors of a run of `mvd-scale detect train`"
+        )
+    detector = _empty_detector(checkpoint, checkpoint.detector)
+    load_exactly(detector, checkpoint.tensors() | dict(checkpoint.leftovers), checkpoint.source)
+    return detector
 
 
 def load_encoder(
@@ -169,6 +187,8 @@ def misfits(checkpoint: Checkpoint) -> list[str]:
         module: nn.Module
         if checkpoint.kind == "student":
             module = _empty_student(checkpoint)
+        elif checkpoint.detector is not None:
+            module = _empty_detector(checkpoint, checkpoint.detector)
         elif checkpoint.classes is not None:
             module = _empty_classifier(checkpoint, checkpoint.classes)
         else:
@@ -199,6 +219,12 @@ def _empty_classifier(checkpoint: Checkpoint, classes: int) -> Classifier:
     classifier = Classifier(checkpoint.model, classes)
     _make_room_for_positions(classifier.encoder, checkpoint)
     return classifier
+
+
+def _empty_detector(checkpoint: Checkpoint, config: DetectorConfig) -> Detector:
+    detector = Detector(checkpoint.model, config)
+    _make_room_for_positions(detector.encoder, checkpoint)
+    return detector
 
 
 def _make_room_for_positions(encoder: Encoder, checkpoint: Checkpoint) -> None:

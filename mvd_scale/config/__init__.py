@@ -1,11 +1,13 @@
 """The schema of a recipe. Everything reads it; it reads nothing of the project but its errors."""
 
-from mvd_scale.config.data import CenterCrop, CornerCrop, DataConfig, MaskConfig, RandomResizedCrop
-from mvd_scale.config.finetune import FinetuneRecipe
+from mvd_scale.config.data import CenterCrop, CornerCrop, DataConfig, MaskConfig, RandomResizedCrop, ShortSideCrop
+from mvd_scale.config.detection import DetectionRecipe, DetectorConfig
+from mvd_scale.config.finetune import FinetuneRecipe, TaskRecipe
 from mvd_scale.config.loading import (
     finetuning_of,
     list_recipes,
     load_any,
+    load_detection,
     load_finetuning,
     load_recipe,
     recipe_of,
@@ -31,6 +33,8 @@ __all__ = [
     "CornerCrop",
     "DataConfig",
     "DecoderConfig",
+    "DetectionRecipe",
+    "DetectorConfig",
     "FinetuneRecipe",
     "HeadConfig",
     "ImageTeacherTarget",
@@ -41,7 +45,9 @@ __all__ = [
     "RandomResizedCrop",
     "Recipe",
     "RunRecipe",
+    "ShortSideCrop",
     "TargetConfig",
+    "TaskRecipe",
     "TeacherConfig",
     "TimmTarget",
     "TokenHeadConfig",
@@ -50,6 +56,7 @@ __all__ = [
     "finetuning_of",
     "list_recipes",
     "load_any",
+    "load_detection",
     "load_finetuning",
     "load_recipe",
     "recipe_of",

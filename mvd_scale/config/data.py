@@ -53,6 +53,24 @@ class RandomResizedCrop(Section):
     """Filter that resizes the crop; it is antialiased where it shrinks."""
 
 
+class ShortSideCrop(Section):
+    """A random square of the input size, after the short side was resized to a random length (action detection)."""
+
+    kind: Literal["short_side"] = "short_side"
+
+    sides: tuple[PositiveInt, PositiveInt] = (256, 256)
+    """Shortest and longest short side, in pixels."""
+
+    interpolation: Interpolation = "bilinear"
+    """Filter that resizes the crop; it is antialiased where it shrinks."""
+
+    @model_validator(mode="after")
+    def _check_sides(self) -> Self:
+        if self.sides[0] > self.sides[1]:
+            raise ValueError(f"sides {self.sides[0]}, {self.sides[1]}: the shortest comes first")
+        return self
+
+
 class CenterCrop(Section):
     """The largest centred square."""
 
@@ -62,7 +80,7 @@ class CenterCrop(Section):
     """Filter that resizes the crop; it is antialiased where it shrinks."""
 
 
-Crop = Annotated[CornerCrop | RandomResizedCrop | CenterCrop, Field(discriminator="kind")]
+Crop = Annotated[CornerCrop | RandomResizedCrop | ShortSideCrop | CenterCrop, Field(discriminator="kind")]
 
 
 class MaskConfig(Section):
@@ -111,6 +129,9 @@ class ColorJitter(Section):
     brightness: Probability = 0.4
     contrast: Probability = 0.4
     saturation: Probability = 0.4
+
+    hue: float = Field(default=0.0, ge=0, le=180)
+    """Degrees by which hues are turned at most, either way; after the others."""
 
 
 class RandomErasing(Section):

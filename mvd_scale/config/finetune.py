@@ -5,7 +5,7 @@ The defaults are the published ones that all runs share.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
@@ -35,11 +35,8 @@ class FinetuneTraining(TrainingConfig):
     """Keep a moving average of the weights, of which a step keeps this share, and test that one too."""
 
 
-class ClassifierConfig(Section):
-    """The head on the mean of all tokens."""
-
-    classes: int | None = Field(default=None, gt=0)
-    """Number of classes; as many as the training videos have if left out."""
+class HeadConfig(Section):
+    """The linear layer that a task puts on the encoder."""
 
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Before the head."""
@@ -47,11 +44,18 @@ class ClassifierConfig(Section):
     init_scale: float = Field(default=0.001, gt=0)
     """Factor on the first weights of the head."""
 
-    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
-    """Share of a label that is spread over all classes."""
-
     from_scratch: bool = False
     """Train without pre-trained weights; otherwise `training.initial_encoder` must name them."""
+
+
+class ClassifierConfig(HeadConfig):
+    """The head on the mean of all tokens."""
+
+    classes: int | None = Field(default=None, gt=0)
+    """Number of classes; as many as the training videos have if left out."""
+
+    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
+    """Share of a label that is spread over all classes."""
 
 
 class MixConfig(Section):
@@ -92,23 +96,26 @@ class ValidationConfig(Section):
     """Videos that a rank tests together."""
 
 
-class FinetuneRecipe(RunRecipe):
-    """Everything that one run of `mvd-scale finetune` needs to know."""
+class TaskRecipe(RunRecipe):
+    """What all runs have in common that teach a pre-trained encoder a task."""
+
+    head_section: ClassVar[str]
+    """Name of the section that describes the head."""
 
     training: FinetuneTraining
-    classifier: ClassifierConfig
-    mix: MixConfig | None = MixConfig()
     validation: ValidationConfig | None = None
 
-    test: TestViews = ViewsConfig()
-    """Views by which `mvd-scale evaluate` tests the result; the weights carry them."""
+    @property
+    def head(self) -> HeadConfig:
+        """The section that describes the head."""
+        raise NotImplementedError
 
     @model_validator(mode="after")
-    def _check_across_sections(self) -> Self:
+    def _check_task(self) -> Self:
         if self.data.mask is not None:
-            raise ValueError("data.mask hides tokens, but a classifier sees all: set it to null")
-        if self.training.initial_encoder is not None and self.classifier.from_scratch:
-            raise ValueError("give either training.initial_encoder or classifier.from_scratch")
+            raise ValueError(f"data.mask hides tokens, but a {self.head_section} sees all: set it to null")
+        if self.training.initial_encoder is not None and self.head.from_scratch:
+            raise ValueError(f"give either training.initial_encoder or {self.head_section}.from_scratch")
         return self
 
     @property
@@ -118,5 +125,27 @@ class FinetuneRecipe(RunRecipe):
 
     def _identity(self) -> dict[str, Any]:
         values = super()._identity()
-        del values["validation"], values["test"]
+        del values["validation"]
+        return values
+
+
+class FinetuneRecipe(TaskRecipe):
+    """Everything that one run of `mvd-scale finetune` needs to know."""
+
+    head_section = "classifier"
+
+    classifier: ClassifierConfig
+    mix: MixConfig | None = MixConfig()
+
+    test: TestViews = ViewsConfig()
+    """Views by which `mvd-scale evaluate` tests the result; the weights carry them."""
+
+    @property
+    def head(self) -> ClassifierConfig:
+        """The section that describes the head."""
+        return self.classifier
+
+    def _identity(self) -> dict[str, Any]:
+        values = super()._identity()
+        del values["test"]
         return values

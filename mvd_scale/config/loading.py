@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from mvd_scale.config.detection import DetectionRecipe
 from mvd_scale.config.finetune import FinetuneRecipe
 from mvd_scale.config.reading import describe, parse_overrides, read_mapping, set_value
 from mvd_scale.config.recipe import Recipe, RunRecipe
@@ -46,10 +47,15 @@ def load_finetuning(name_or_path: str | Path, overrides: list[str] | None = None
     return _load(FinetuneRecipe, name_or_path, overrides)
 
 
+def load_detection(name_or_path: str | Path, overrides: list[str] | None = None) -> DetectionRecipe:
+    """Read a recipe of action detection; otherwise as `load_recipe`."""
+    return _load(DetectionRecipe, name_or_path, overrides)
+
+
 def load_any(name_or_path: str | Path) -> RunRecipe:
     """Read a recipe of whatever kind."""
     source, values = _read(name_or_path, ())
-    return _validated(FinetuneRecipe if _finetunes(values) else Recipe, values, source)
+    return _validated(_kind_of(values), values, source)
 
 
 def recipe_of(values: dict[str, Any], source: str) -> Recipe:
@@ -76,13 +82,23 @@ def _load(kind: type[Kind], name_or_path: str | Path, overrides: list[str] | Non
     return _validated(kind, values, source)
 
 
-def _finetunes(values: dict[str, Any]) -> bool:
-    return "classifier" in values
+_KINDS: dict[type[RunRecipe], tuple[str, str]] = {
+    Recipe: ("pre-trains", "pretrain"),
+    FinetuneRecipe: ("fine-tunes", "finetune"),
+    DetectionRecipe: ("detects actions", "detect train"),
+}
+"""What a recipe of each kind does, and the command that starts it."""
+
+
+def _kind_of(values: dict[str, Any]) -> type[RunRecipe]:
+    if "detector" in values:
+        return DetectionRecipe
+    return FinetuneRecipe if "classifier" in values else Recipe
 
 
 def _validated(kind: type[Kind], values: dict[str, Any], source: str) -> Kind:
-    if _finetunes(values) != (kind is FinetuneRecipe):
-        does, command = ("fine-tunes", "finetune") if _finetunes(values) else ("pre-trains", "pretrain")
+    if _kind_of(values) is not kind:
+        does, command = _KINDS[_kind_of(values)]
         raise UserError(f"{source} {does}: start it with `mvd-scale {command}`, or choose another recipe")
     try:
         return kind.model_validate(values)

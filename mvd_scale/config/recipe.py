@@ -9,7 +9,7 @@ import yaml
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from mvd_scale.config.data import DataConfig
+from mvd_scale.config.data import DataConfig, ShortSideCrop
 from mvd_scale.config.model import ModelConfig
 from mvd_scale.config.section import Section
 from mvd_scale.config.target import TargetConfig
@@ -52,6 +52,12 @@ class RunRecipe(Section):
         if self.training.min_lr > self.training.base_lr:
             raise ValueError(
                 f"training.min_lr {self.training.min_lr:g} is above training.base_lr {self.training.base_lr:g}"
+            )
+        crop = self.data.crop
+        if isinstance(crop, ShortSideCrop) and crop.sides[0] < self.model.input_size:
+            raise ValueError(
+                f"data.crop.sides begins with {crop.sides[0]}, less than the square of model.input_size "
+                f"{self.model.input_size} that is cut out"
             )
         return self
 

@@ -47,6 +47,8 @@ class Operation(IntEnum):
     """[addend], to levels below 128"""
     AUTOCONTRAST = 9
     EQUALIZE = 10
+    HUE = 11
+    """[degrees]"""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ def draw_augmentation(rng: Generator, augment: AugmentConfig, frames: int, side:
             (Operation.SATURATION, jitter.saturation),
         ):
             drawn.append((operation, (rng.uniform(1 - strength, 1 + strength),)))
+        if jitter.hue:
+            drawn.append((Operation.HUE, (rng.uniform(-jitter.hue, jitter.hue),)))
     values = np.zeros((len(drawn), 6), np.float32)
     for number, (_, value) in enumerate(drawn):
         values[number, : len(value)] = value
@@ -94,7 +98,8 @@ def draw_augmentation(rng: Generator, augment: AugmentConfig, frames: int, side:
 def count_operations(augment: AugmentConfig) -> int:
     """K."""
     drawn = 0 if augment.rand_augment is None else augment.rand_augment.operations
-    return drawn + (0 if augment.color_jitter is None else 3)
+    jitter = augment.color_jitter
+    return drawn + (0 if jitter is None else 3 + bool(jitter.hue))
 
 
 def draw_box(rng: Generator, erasing: RandomErasing, side: int) -> tuple[int, int, int, int]:

@@ -52,6 +52,8 @@ def operate(clip: DataNode, operation: DataNode, value: DataNode, on_gpu: bool) 
         result = _autocontrast(clip)
     elif operation == int(Operation.EQUALIZE):
         result = _equalize(clip)
+    elif operation == int(Operation.HUE):
+        result = _hue(clip, value)
     else:
         result = _leave(clip)
     return result
@@ -148,6 +150,11 @@ def _autocontrast(clip: DataNode) -> DataNode:
 @do_not_convert  # type: ignore[untyped-decorator]
 def _equalize(clip: DataNode) -> DataNode:
     return fn.equalize(clip)
+
+
+@do_not_convert  # type: ignore[untyped-decorator]
+def _hue(clip: DataNode, value: DataNode) -> DataNode:
+    return fn.hue(clip, hue=value[0])
 
 
 @do_not_convert  # type: ignore[untyped-decorator]

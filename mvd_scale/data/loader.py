@@ -13,6 +13,7 @@ import json
 import logging
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from pathlib import Path
 from types import TracebackType
 from typing import TypedDict
@@ -38,6 +39,9 @@ JUDGED_FROM = 100
 """Clips of a rank from which on the share of replaced ones is held against `data.max_broken`."""
 
 log = logging.getLogger("mvd_scale")
+
+Outputs = list[TensorListCPU | TensorListGPU]
+"""What one run of a graph gives."""
 
 
 class Failure(TypedDict):
@@ -83,7 +87,7 @@ class Feed(ABC):
         self._end = end
         self._device = device
         self._report = report
-        self._reported: set[int] = set()
+        self._reported: set[Hashable] = set()
         self._by_host: frozenset[int] = frozenset()
         self._workers = worker_count(data, world_size)
         self._threads = thread_count(data, world_size)
@@ -108,7 +112,7 @@ class Feed(ABC):
         """What the report calls the place that the feed has come to."""
         return self._next
 
-    def run(self) -> list[TensorListCPU | TensorListGPU]:
+    def run(self) -> Outputs:
         """Outputs of the next run of the graph, without row, label and failures, which it has accounted for.
 
         Raises:
@@ -202,13 +206,18 @@ class Feed(ABC):
         )
 
     def _tell(self, failure: Failure) -> None:
-        if failure["row"] in self._reported:
+        video = self._video(failure["row"])
+        if video in self._reported:
             return
-        self._reported.add(failure["row"])
+        self._reported.add(video)
         log.warning("video %s cannot be decoded%s: %s", failure["path"], self._remedy, failure["error"])
         if self._report is not None:
             with self._report.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({**failure, "step": self.step}) + "\n")
+
+    def _video(self, row: int) -> Hashable:
+        """What rows have in common that are to be told of once."""
+        return row
 
     @property
     def _advice(self) -> str:
@@ -268,7 +277,7 @@ class ClipLoader(Feed):
         steps_per_epoch(manifest, data, global_batch)
         self.sides = (model.input_size, *(side for side in sides if side != model.input_size))
         self._model = model
-        self._sampler = Sampler(manifest, data, model, seed)
+        self._sampler = self._make_sampler(manifest, data, model, seed)
         self._share = Share(self._sampler.clips, global_batch // data.copies, rank, world_size)
         super().__init__(
             manifest,
@@ -301,6 +310,9 @@ class ClipLoader(Feed):
             video_ids=self.rows.repeat_interleave(copies),
             resized=dict(zip(self.sides[1:], others, strict=True)),
         )
+
+    def _make_sampler(self, manifest: Manifest, data: DataConfig, model: ModelConfig, seed: int) -> Sampler:
+        return Sampler(manifest, data, model, seed)
 
     def _build(self) -> Pipeline:
         source = self._source()

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +177,14 @@ class Manifest:
     def rows(self) -> list[Row]:
         """All videos."""
         return [self.row(number) for number in range(len(self))]
+
+    def take(self, rows: NDArray[np.int64]) -> Self:
+        """Some of the videos, in any order and as often as one likes."""
+        columns: dict[str, Any] = {}
+        for name in SCHEMA.names:
+            column = getattr(self, name)
+            columns[name] = [column[row] for row in rows.tolist()] if isinstance(column, list) else column[rows]
+        return replace(self, **columns)
 
     @property
     def usable(self) -> NDArray[np.int64]:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.random import Generator, Philox, SeedSequence
 from numpy.typing import NDArray
 
-from mvd_scale.config.data import CenterCrop, CornerCrop, DataConfig, MaskConfig, RandomResizedCrop
+from mvd_scale.config.data import CenterCrop, CornerCrop, DataConfig, MaskConfig, RandomResizedCrop, ShortSideCrop
 from mvd_scale.config.model import ModelConfig
 from mvd_scale.data.augment import Augmentation, draw_augmentation
 from mvd_scale.data.manifest import Manifest
@@ -24,7 +24,7 @@ from mvd_scale.errors import UserError
 Box = tuple[int, int, int, int]
 """Top, left, height and width in pixels."""
 
-_ORDER, _CLIP, _ROUND = 1, 2, 3
+_ORDER, _CLIP, _ROUND, _BOXES = 1, 2, 3, 4
 """First words of the keys, so that the order of an epoch and its clips never share random numbers."""
 
 
@@ -97,8 +97,7 @@ class Sampler:
         video = int(rng.integers(len(self.rows))) if attempt else draw_video(self.seed, epoch, i, self.parts)
         height, width = self.sizes[video].tolist()
         data, model = self.data, self.model
-        stride = self.parts[self.dataset[video]].stride
-        frames = draw_frames(rng, data.sampling, int(self.frames[video]), model.frames, stride)
+        frames = self.draw_frames(rng, video)
         copies = []
         for copy in range(data.copies):
             rng = _generator(_CLIP, self.seed, epoch, i, attempt, copy) if copy else rng
@@ -108,6 +107,11 @@ class Sampler:
             augment = draw_augmentation(rng, data.augment, model.frames, model.input_size)
             copies.append(CopyPlan(crop, flip, augment, visible, masked))
         return ClipPlan(int(self.rows[video]), frames, tuple(copies))
+
+    def draw_frames(self, rng: Generator, video: int) -> NDArray[np.int64]:
+        """Frame numbers of a clip of a usable video: int64 (T,), ascending."""
+        stride = self.parts[self.dataset[video]].stride
+        return draw_frames(rng, self.data.sampling, int(self.frames[video]), self.model.frames, stride)
 
 
 @dataclass(frozen=True)
@@ -275,13 +279,19 @@ def segment_frames(rng: Generator, available: int, frames: int) -> NDArray[np.in
 
 
 def draw_crop(
-    rng: Generator, crop: CornerCrop | RandomResizedCrop | CenterCrop, height: int, width: int, input_size: int
+    rng: Generator,
+    crop: CornerCrop | RandomResizedCrop | ShortSideCrop | CenterCrop,
+    height: int,
+    width: int,
+    input_size: int,
 ) -> Box:
     """A box in a frame of height x width, to be resized to input_size x input_size."""
     if isinstance(crop, CornerCrop):
         return corner_crop(rng, crop.scales, height, width, input_size)
     if isinstance(crop, RandomResizedCrop):
         return random_resized_crop(rng, crop.area, crop.aspect, height, width)
+    if isinstance(crop, ShortSideCrop):
+        return short_side_crop(rng, crop.sides, height, width, input_size)
     side = min(height, width)
     return (height - side) // 2, (width - side) // 2, side, side
 
@@ -325,6 +335,16 @@ def random_resized_crop(
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
+def short_side_crop(rng: Generator, sides: tuple[int, int], height: int, width: int, input_size: int) -> Box:
+    """What a random square of `input_size` shows of a frame whose short side is resized to one of `sides`.
+
+    Side and place are drawn uniformly. The box is whole pixels of the frame before it is resized.
+    """
+    short = min(height, width)
+    side = min(round(input_size * short / int(rng.integers(sides[0], sides[1] + 1))), short)
+    return int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1)), side, side
+
+
 def draw_mask(
     rng: Generator, mask: MaskConfig | None, grid: tuple[int, int, int]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -364,6 +384,11 @@ def running_cells(rng: Generator, share: float, grid: tuple[int, int, int]) -> N
     turn = np.arange(slices)[:, None, None] + int(rng.integers(4))
     taken: NDArray[np.bool_] = (place + turn) % 4 < round(4 * share)
     return taken.ravel()
+
+
+def random_of_boxes(seed: int, epoch: int, i: int, attempt: int) -> Generator:
+    """Random numbers for the boxes of a clip; the same arguments as of `Sampler.plan`."""
+    return _generator(_BOXES, seed, epoch, i, attempt)
 
 
 def _generator(*key: int) -> Generator:

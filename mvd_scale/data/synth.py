@@ -59,7 +59,7 @@ def make_synthetic(kind: Kind, out: Path, *, train: int, test: int, seed: int = 
     classes = TEXTURES if kind == "appearance" else DIRECTIONS
     made = 0
     for split, count in (("train", train), ("test", test)):
-        pictures = {name: _picture(name) for name in (*TEXTURES, *BACKGROUNDS[split])}
+        pictures = {name: load_picture(name) for name in (*TEXTURES, *BACKGROUNDS[split])}
         for label, name in enumerate(classes):
             folder = out / split / name
             folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def make_synthetic(kind: Kind, out: Path, *, train: int, test: int, seed: int = 
                 file = folder / f"{number:05d}.mp4"
                 if not file.exists():
                     rng = default_rng((seed, kind == "motion", split == "test", label, number))
-                    _encode(draw_video(kind, label, split == "test", pictures, rng), file)
+                    encode_video(draw_video(kind, label, split == "test", pictures, rng), file)
                     made += 1
     log.info("%d videos of %d classes written to %s", made, len(classes), out)
     return out
@@ -75,8 +75,7 @@ def make_synthetic(kind: Kind, out: Path, *, train: int, test: int, seed: int = 
 
 def draw_video(kind: Kind, label: int, tested: bool, pictures: dict[str, Picture], rng: Generator) -> list[Picture]:
     """The frames of one video: uint8 (96, 96, 3) each."""
-    background = pictures[str(rng.choice(BACKGROUNDS["test" if tested else "train"]))]
-    scene = _tinted(_cut(background, SIDE, rng), rng)
+    scene = draw_background(pictures[str(rng.choice(BACKGROUNDS["test" if tested else "train"]))], rng)
     texture = TEXTURES[label] if kind == "appearance" else str(rng.choice(TEXTURES))
     picture = _tinted(_object(pictures[texture], tested, rng), rng)
     start, speeds = rng.uniform(0, SIDE, size=2), rng.uniform(2, 4, size=2)
@@ -106,6 +105,11 @@ def _object(texture: Picture, tested: bool, rng: Generator) -> Picture:
     return max((_cut(half, OBJECT, rng) for _ in range(8)), key=np.std)
 
 
+def draw_background(picture: Picture, rng: Generator) -> Picture:
+    """A square of a picture as large as a frame, from a random place: uint8 (96, 96, 3)."""
+    return _tinted(_cut(picture, SIDE, rng), rng)
+
+
 def _cut(picture: Picture, side: int, rng: Generator) -> Picture:
     top, left = (int(rng.integers(size - side + 1)) for size in picture.shape[:2])
     return picture[top : top + side, left : left + side]
@@ -119,7 +123,7 @@ def _tinted(picture: Picture, rng: Generator) -> Picture:
     return tinted
 
 
-def _picture(name: str) -> Picture:
+def load_picture(name: str) -> Picture:
     """A picture of scikit-image's wheel: uint8 (H, W, 3), halved so that textures show in a small object."""
     try:
         from skimage import data, io
@@ -134,11 +138,13 @@ def _picture(name: str) -> Picture:
     return shrunk
 
 
-def _encode(frames: list[Picture], file: Path) -> None:
+def encode_video(frames: list[Picture], file: Path) -> None:
+    """Write H.264; the file appears whole or not at all."""
     partial = file.with_name(f".{file.name}")
     with av.open(str(partial), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=FPS)
-        stream.width, stream.height, stream.pix_fmt = SIDE, SIDE, "yuv420p"
+        height, width, _ = frames[0].shape
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.options = {"preset": "veryfast", "crf": _QUALITY}
         for number, picture in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")

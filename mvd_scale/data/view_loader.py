@@ -6,10 +6,11 @@ Legend: B videos, K clips in time, C crops, T frames of a clip, S side of a crop
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -17,11 +18,12 @@ from numpy.typing import NDArray
 from nvidia.dali import fn, types
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline, do_not_convert
+from torch import Tensor
 from typing_extensions import Self
 
 from mvd_scale.config.data import DataConfig, ViewsConfig
 from mvd_scale.data.batch import ViewBatch
-from mvd_scale.data.loader import Failure, Feed, as_tensor
+from mvd_scale.data.loader import Failure, Feed, Outputs, as_tensor
 from mvd_scale.data.manifest import Manifest, Row
 from mvd_scale.data.pipeline import Sample, build_pipeline, mirror, stand_up
 from mvd_scale.data.source import Arrays, Decoder, Media, VideoSource, mirrors
@@ -121,8 +123,11 @@ class ViewSource(VideoSource):
         }
 
 
-class ViewLoader(Feed):
-    """Iterator over the test views of videos, each of them exactly once.
+Batch = TypeVar("Batch")
+
+
+class ItemLoader(Feed, Generic[Batch]):
+    """Iterator over items to be tested, each of them exactly once.
 
     A video that cannot be decoded comes as black frames, marked as not decoded: how it counts is for the evaluation
     to say.
@@ -130,15 +135,12 @@ class ViewLoader(Feed):
     Args:
         manifest: the videos.
         data: workers, threads and time limit of the decoding.
-        views: which views.
-        items: this rank's part of `view_items`.
-        frames: T.
-        side: S.
+        items: this rank's; row of the manifest and first clip, int64 (items, 2).
+        frames: of one item.
         batch: items of a batch; the last one may have fewer.
         world_size: number of ranks.
         device: where batches live; on a GPU it is also where they are decoded.
         report: file to append a JSON line to for each video that could not be decoded.
-        source: what prepares the samples, with the arguments of `ViewSource`.
     """
 
     _remedy = ""
@@ -147,22 +149,16 @@ class ViewLoader(Feed):
         self,
         manifest: Manifest,
         data: DataConfig,
-        views: ViewsConfig,
         items: NDArray[np.int64],
         *,
         frames: int,
-        side: int,
         batch: int,
         world_size: int,
         device: torch.device,
         report: Path | None = None,
-        source: Callable[..., ViewSource] = ViewSource,
     ) -> None:
         self.items = items
-        self._prepared_by = source
-        self._views = views
-        self._length = frames
-        self._side = side
+        self._frames = frames
         super().__init__(
             manifest,
             data,
@@ -180,18 +176,28 @@ class ViewLoader(Feed):
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> ViewBatch:
+    def __next__(self) -> Batch:
         first = self.step
-        (views,) = self.run()
+        outputs = self.run()
         # Those that fill up a batch come last.
         kept = (self.rows != _PADDING).nonzero().squeeze(1)
-        return ViewBatch(
-            pixels=as_tensor(views)[: len(kept)].unflatten(1, (self._views.clips, self._views.crops)),
-            labels=self.labels[kept].to(self._device, non_blocking=True),
-            video_ids=self.rows[kept],
-            first_clips=torch.from_numpy(self.items[first : first + len(kept), 1]),
-            decoded=~torch.tensor(self._failed)[kept],
-        )
+        decoded = ~torch.tensor(self._failed)[kept]
+        return self._collect(outputs, kept, self.items[first : first + len(kept)], decoded)
+
+    @abstractmethod
+    def _collect(self, outputs: Outputs, kept: Tensor, items: NDArray[np.int64], decoded: Tensor) -> Batch:
+        """A batch of what the graph gave.
+
+        Args:
+            outputs: of the body.
+            kept: which samples are no padding, int64 (B,), the first ones.
+            items: what these are, (B, 2).
+            decoded: whether they could be decoded, bool (B,).
+        """
+
+    @abstractmethod
+    def _body(self, turned: bool) -> Callable[[Sample, DataNode], tuple[DataNode, ...]]:
+        """From a sample and its decoded frames to the outputs; `turned`: whether clips may lie on their side."""
 
     def _account(self, rows: list[int], failures: list[list[Failure]]) -> None:
         self.clips += len(rows) - rows.count(_PADDING)
@@ -204,41 +210,92 @@ class ViewLoader(Feed):
     def _key(self, n: int) -> int:
         return n
 
-    def _source(self) -> ViewSource:
-        return self._prepared_by(
-            self._manifest,
-            self.items,
-            self._views,
-            self._length,
-            self._side,
-            first=self._next,
-            end=self._end,
-            backend=self._backend,
-            by_host=self._by_host,
-            timeout=self._data.read_timeout,
-        )
+    @property
+    def _reading(self) -> dict[str, Any]:
+        """What every source is told."""
+        return {
+            "first": self._next,
+            "end": self._end,
+            "backend": self._backend,
+            "by_host": self._by_host,
+            "timeout": self._data.read_timeout,
+        }
 
     def _build(self) -> Pipeline:
         source = self._source()
-        length, side, turned = self._length, self._side, source.turned
-        views = self._views.clips * self._views.crops
-
-        def body(sample: Sample, frames: DataNode) -> tuple[DataNode, ...]:
-            whole = _resize(sample, frames)
-            if turned:
-                whole = stand_up(sample, whole)
-            return _cut(sample, mirror(sample, whole, 0), views, (length, side, side))
-
         return build_pipeline(
             source,
-            body,
-            frames=self._views.clips * self._length,
+            self._body(source.turned),
+            frames=self._frames,
             batch=self._batch,
             device_id=self._device_id,
             threads=self._threads,
             workers=self._workers,
             prefetch=self._data.prefetch,
         )
+
+
+class ViewLoader(ItemLoader[ViewBatch]):
+    """Iterator over the test views of videos, each of them exactly once.
+
+    Args:
+        manifest: the videos.
+        data: workers, threads and time limit of the decoding.
+        views: which views.
+        items: this rank's part of `view_items`.
+        frames: T.
+        side: S.
+        source: what prepares the samples, with the arguments of `ViewSource`.
+        others: as of `ItemLoader`.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        data: DataConfig,
+        views: ViewsConfig,
+        items: NDArray[np.int64],
+        *,
+        frames: int,
+        side: int,
+        source: Callable[..., ViewSource] = ViewSource,
+        **others: Any,
+    ) -> None:
+        self._prepared_by = source
+        self._views = views
+        self._length = frames
+        self._side = side
+        super().__init__(manifest, data, items, frames=views.clips * frames, **others)
+
+    def _collect(self, outputs: Outputs, kept: Tensor, items: NDArray[np.int64], decoded: Tensor) -> ViewBatch:
+        (views,) = outputs
+        return ViewBatch(
+            pixels=as_tensor(views)[: len(kept)].unflatten(1, (self._views.clips, self._views.crops)),
+            labels=self.labels[kept].to(self._device, non_blocking=True),
+            video_ids=self.rows[kept],
+            first_clips=torch.from_numpy(items[:, 1]),
+            decoded=decoded,
+        )
+
+    def _source(self) -> ViewSource:
+        return self._prepared_by(self._manifest, self.items, self._views, self._length, self._side, **self._reading)
+
+    def _body(self, turned: bool) -> Callable[[Sample, DataNode], tuple[DataNode, ...]]:
+        length, side = self._length, self._side
+        views = self._views.clips * self._views.crops
+
+        def body(sample: Sample, frames: DataNode) -> tuple[DataNode, ...]:
+            return _cut(sample, upright(sample, frames, turned), views, (length, side, side))
+
+        return body
+
+
+def upright(sample: Sample, frames: DataNode, turned: bool) -> DataNode:
+    """Whole frames, resized and as shown."""
+    whole = _resize(sample, frames)
+    if turned:
+        whole = stand_up(sample, whole)
+    return mirror(sample, whole, 0)
 
 
 @do_not_convert  # type: ignore[untyped-decorator]

@@ -80,7 +80,7 @@ def evaluate(
 
     first_decides(ranks, f"test {out}", prepare)
     manifest = Manifest.load(out / "manifest.parquet")
-    files = shards.fill(
+    files = shards.fill_views(
         manifest,
         data,
         chosen,

@@ -134,7 +134,7 @@ def write_features(
 
     first_decides(ranks, f"features {out}", prepare)
     manifest = Manifest.load(out / "manifest.parquet")
-    files = shards.fill(
+    files = shards.fill_views(
         manifest,
         data,
         options.views,

@@ -1,4 +1,4 @@
-"""A pass over the test views of many videos, whose results go into shards on disk.
+"""A pass over the test views of many videos, or over key frames, whose results go into shards on disk.
 
     list what there is to load -> cut it into shards -> each rank writes those of the missing ones that are its share
 
@@ -16,18 +16,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mvd_scale.config.data import DataConfig, ViewsConfig
 from mvd_scale.config.model import ModelConfig
 from mvd_scale.data.batch import ViewBatch
 from mvd_scale.data.manifest import Manifest
-from mvd_scale.data.view_loader import ViewLoader, view_items
+from mvd_scale.data.view_loader import ItemLoader, ViewLoader, view_items
 from mvd_scale.errors import UserError
 from mvd_scale.training.engine import Ranks, everybody_done
 from mvd_scale.training.run_folder import write_whole
 
 logger = logging.getLogger("mvd_scale")
 
+Batch = TypeVar("Batch")
 Result = TypeVar("Result")
 
 
@@ -68,7 +70,45 @@ class Shards:
         """Where a shard lies."""
         return self.out / f"{self.name}_{number:06d}.{self.suffix}"
 
+    @property
+    def quarantine(self) -> Path:
+        """Where videos are listed that cannot be decoded."""
+        return self.out / "quarantine.jsonl"
+
     def fill(
+        self,
+        items: NDArray[np.int64],
+        ranks: Ranks,
+        *,
+        load: Callable[[NDArray[np.int64]], ItemLoader[Batch]],
+        results: Callable[[Batch], Iterator[Result]],
+        write: Callable[[Path, list[Result]], None],
+    ) -> list[Path]:
+        """Write the shards that are missing; all of them, in their order, are there at the end. All ranks call it.
+
+        Args:
+            items: all there is to load, one row each.
+            ranks: each writes its share.
+            load: loads some of the items.
+            results: one result for each item of a batch.
+            write: writes the results of a shard into a file.
+        """
+        parts = [items[start : start + self.size] for start in range(0, len(items), self.size)]
+        files = [self.file(number) for number in range(len(parts))]
+        missing = [number for number, file in enumerate(files) if not file.is_file()]
+        mine = missing[ranks.rank :: ranks.world_size]
+        logger.info("%d of %d shards are there already", len(parts) - len(missing), len(parts))
+        if mine:
+            with load(np.concatenate([parts[number] for number in mine])) as loader:
+                stream = (result for batch in loader for result in results(batch))
+                for number in mine:
+                    partial = files[number].with_name(files[number].name + ".partial")
+                    write(partial, [next(stream) for _ in range(len(parts[number]))])
+                    os.replace(partial, files[number])
+        everybody_done(ranks, str(self.out))
+        return files
+
+    def fill_views(
         self,
         manifest: Manifest,
         data: DataConfig,
@@ -80,7 +120,7 @@ class Shards:
         results: Callable[[ViewBatch], Iterator[Result]],
         write: Callable[[Path, list[Result]], None],
     ) -> list[Path]:
-        """Write the shards that are missing; all of them, in their order, are there at the end. All ranks call it.
+        """As `fill`, for the test views of videos.
 
         Args:
             manifest: the videos.
@@ -89,36 +129,26 @@ class Shards:
             model: frames and input size of a view.
             ranks: each writes its share.
             batch: items that a rank loads together.
-            results: one result for each item of a batch.
-            write: writes the results of a shard into a file.
+            results: as of `fill`.
+            write: as of `fill`.
         """
-        items = view_items(manifest, views, frames=model.frames)
-        parts = [items[start : start + self.size] for start in range(0, len(items), self.size)]
-        files = [self.file(number) for number in range(len(parts))]
-        missing = [number for number, file in enumerate(files) if not file.is_file()]
-        mine = missing[ranks.rank :: ranks.world_size]
-        logger.info("%d of %d shards are there already", len(parts) - len(missing), len(parts))
-        if mine:
-            loader = ViewLoader(
+
+        def load(items: NDArray[np.int64]) -> ViewLoader:
+            return ViewLoader(
                 manifest,
                 data,
                 views,
-                np.concatenate([parts[number] for number in mine]),
+                items,
                 frames=model.frames,
                 side=model.input_size,
                 batch=batch,
                 world_size=ranks.world_size,
                 device=ranks.device,
-                report=self.out / "quarantine.jsonl",
+                report=self.quarantine,
             )
-            with loader:
-                stream = (result for views in loader for result in results(views))
-                for number in mine:
-                    partial = files[number].with_name(files[number].name + ".partial")
-                    write(partial, [next(stream) for _ in range(len(parts[number]))])
-                    os.replace(partial, files[number])
-        everybody_done(ranks, str(self.out))
-        return files
+
+        items = view_items(manifest, views, frames=model.frames)
+        return self.fill(items, ranks, load=load, results=results, write=write)
 
 
 def failures(out: Path, manifest: Manifest) -> dict[str, str]:

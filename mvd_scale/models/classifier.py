@@ -24,7 +24,7 @@ class Classifier(nn.Module):
         self.norm = LayerNorm(self.encoder.width)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(self.encoder.width, classes)
-        self.apply(_initialise)
+        self.apply(initialise_head)
         with torch.no_grad():
             self.head.weight *= init_scale
 
@@ -35,7 +35,8 @@ class Classifier(nn.Module):
         return scores
 
 
-def _initialise(module: nn.Module) -> None:
+def initialise_head(module: nn.Module) -> None:
+    """Published weights of a model that is fine-tuned, before an encoder is loaded. For `Module.apply`."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mvd_kernels import LayerNorm, tube_rows
 from mvd_scale.config import ModelConfig
 from mvd_scale.models.blocks import Blocks, initialise
-from mvd_scale.models.positions import position_table
+from mvd_scale.models.positions import position_table, resize_positions
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -51,8 +51,19 @@ class Encoder(nn.Module):
         """D."""
         return self.patch_embed.out_features
 
+    def grid_of(self, pixels: Tensor) -> tuple[int, int, int]:
+        """Tokens of clips (B, T, H, W, 3) along time, height and width."""
+        _, frames, height, width, _ = pixels.shape
+        return frames // self.config.tubelet, height // self.config.patch_size, width // self.config.patch_size
+
+    def _positions_of(self, pixels: Tensor) -> Tensor:
+        grid = self.grid_of(pixels)
+        return self.positions if grid == self.config.grid else resize_positions(self.positions, self.config.grid, grid)
+
     def forward(self, pixels: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Encode the chosen tokens of each clip.
+
+        Frames of another size than the model's are seen whole by a table of positions that is resized to them.
 
         Args:
             pixels: (B, T, H, W, 3), uint8 in 0..255 or floating in 0..1.
@@ -71,7 +82,7 @@ class Encoder(nn.Module):
             std=self.std,
             dtype=dtype,
         )
-        positions = self.positions.to(dtype)
+        positions = self._positions_of(pixels).to(dtype)
         encoded = self.patch_embed(rows) + (positions if tokens is None else positions[tokens])
         if self.class_token is not None:
             encoded = torch.cat([self.class_token.expand(encoded.shape[0], -1, -1), encoded], dim=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mvd_scale.config.model import Positions
 
@@ -32,6 +33,20 @@ def position_table(kind: Positions, grid: tuple[int, int, int], width: int) -> T
     temporal = _sincos_1d(torch.arange(time), width // 4)
     spatial = _sincos_2d(height, columns, width // 4 * 3)
     return torch.cat([temporal.repeat_interleave(height * columns, dim=0), spatial.repeat(time, 1)], dim=1).float()
+
+
+def resize_positions(table: Tensor, old: tuple[int, int, int], new: tuple[int, int, int]) -> Tensor:
+    """A table at one grid made to fit another: bicubic in space, linear in time; float32 (N, D) to (N', D)."""
+    cells = table.float().unflatten(0, old)
+    if old[1:] != new[1:]:
+        slices = cells.permute(0, 3, 1, 2)
+        slices = F.interpolate(slices, size=new[1:], mode="bicubic", antialias=True, align_corners=False)
+        cells = slices.permute(0, 2, 3, 1)
+    if old[0] != new[0]:
+        lines = cells.flatten(1).t().unsqueeze(0)
+        lines = F.interpolate(lines, size=new[0], mode="linear", align_corners=False)
+        cells = lines.squeeze(0).t().unflatten(1, (*new[1:], -1))
+    return torch.flatten(cells, 0, 2)
 
 
 def _sincos_1d(positions: Tensor, width: int) -> Tensor:

@@ -103,8 +103,8 @@ def reseed(recipe: RunRecipe, step: int, micro: int, ranks: Ranks) -> None:
     torch.manual_seed(int(place.generate_state(1)[0]))
 
 
-def describe(recipe: RunRecipe, manifest: Manifest, schedule: Schedule, ranks: Ranks) -> None:
-    """Log what is about to run."""
+def describe(recipe: RunRecipe, manifest: Manifest, schedule: Schedule, ranks: Ranks, rows: str = "videos") -> None:
+    """Log what is about to run; `rows` says what a row of the manifest is."""
     micro, accumulation = recipe.batch_split(ranks.world_size)
     clips = recipe.data.copies * sum(part.clips for part in mixture_parts(manifest, recipe.data))
     remainder = clips - schedule.steps_per_epoch * recipe.training.global_batch
@@ -124,8 +124,9 @@ def describe(recipe: RunRecipe, manifest: Manifest, schedule: Schedule, ranks: R
     if short:
         logger.info("%d videos are shorter than a clip: their last frame is repeated", short)
     logger.info(
-        "%d videos, %d left out; %d steps of an epoch, %d clips of it unused; %d steps in all",
+        "%d %s, %d left out; %d steps of an epoch, %d clips of it unused; %d steps in all",
         len(manifest.usable),
+        rows,
         len(manifest) - len(manifest.usable),
         schedule.steps_per_epoch,
         remainder,

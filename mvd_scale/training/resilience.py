@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -11,6 +15,8 @@ from typing_extensions import Self
 
 from mvd_scale.errors import UserError
 from mvd_scale.training.engine import Ranks
+
+logger = logging.getLogger("mvd_scale")
 
 _WISH, _LAST_STEP = "mvd_scale/stop", "mvd_scale/stop_after"
 
@@ -61,6 +67,16 @@ class StopRequest:
     def exit_code(self) -> int:
         """What a shell reports for a process that ended by the signal."""
         return 128 + (self.received or signal.SIGTERM)
+
+
+@contextmanager
+def exit_when_stopped() -> Iterator[None]:
+    """End the process with the exit code of a run that was asked to stop."""
+    try:
+        yield
+    except Stopped as stop:
+        logger.info("stopped as asked, after saving; the same command goes on from here")
+        sys.exit(stop.exit_code)
 
 
 class Stopped(Exception):

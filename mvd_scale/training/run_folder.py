@@ -28,9 +28,9 @@ class RunFolder:
         self.probe = path / "probe.jsonl"
         self.quarantine = path / "quarantine.jsonl"
         self.encoder = path / "encoder.safetensors"
-        self.classifier = path / "classifier.safetensors"
         self.best = path / "best.safetensors"
         self.validation = path / "validation.jsonl"
+        self.tested = path / "validation" / "manifest.parquet"
         self.student = path / "student.safetensors"
         self.summary = path / "summary.json"
 

@@ -1,4 +1,4 @@
-"""Accuracy on labelled videos during fine-tuning; the best weights are kept."""
+"""A figure on data that training does not see; the best weights are kept."""
 
 from __future__ import annotations
 
@@ -10,12 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from mvd_scale.config import FinetuneRecipe
-from mvd_scale.data.manifest import Manifest
-from mvd_scale.evaluation.sweep import Sweep
-from mvd_scale.models import Classifier
 from mvd_scale.training.engine import Ranks, first_decides
 from mvd_scale.training.metrics import MetricWriter, read_metrics
 from mvd_scale.training.observers import Observer
@@ -25,47 +21,44 @@ logger = logging.getLogger("mvd_scale")
 
 
 class Validation(Observer):
-    """Each video is tested by the clip in its middle; one that cannot be decoded counts as wrong.
+    """Measures the model now and then.
 
     Args:
-        recipe: says which videos and how often.
+        every_epochs: between two measurements.
+        steps_per_epoch: optimizer steps.
+        name: of the figure, a share of which more is better.
+        measure: takes a model; all ranks call it.
         folder: gets `validation.jsonl`, and `best.safetensors`.
         ranks: all take part.
-        steps_per_epoch: optimizer steps.
-        averaged: the moving average of the weights, which is tested too and then is what is kept.
-        export: writes the classifier that is trained into a folder; all ranks call it.
-        write: writes tensors of a classifier into a file.
+        averaged: the moving average of the weights, which is measured too and then is what is kept.
+        keep: writes what was judged into a folder and says where; all ranks call it.
     """
 
     def __init__(
         self,
-        recipe: FinetuneRecipe,
+        every_epochs: float,
+        steps_per_epoch: int,
+        name: str,
+        measure: Callable[[Any], float],
         folder: RunFolder,
         ranks: Ranks,
-        steps_per_epoch: int,
-        averaged: Classifier | None,
-        export: Callable[[Any, Path], None],
-        write: Callable[[Path, dict[str, Tensor]], None],
+        averaged: nn.Module | None,
+        keep: Callable[[Any, Path], Path],
     ) -> None:
-        config = recipe.validation
-        assert config is not None
-        super().__init__(config.every_epochs, steps_per_epoch)
+        super().__init__(every_epochs, steps_per_epoch)
+        self.name = name
+        self.measure = measure
         self.folder = folder
         self.ranks = ranks
         self.averaged = averaged
-        self.export = export
-        self.write = write
-        manifest = Manifest.load(folder.path / "validation" / "manifest.parquet")
-        # Those that the index left out count as wrong too.
-        self.videos = int((manifest.label >= 0).sum())
-        self.sweep = Sweep(manifest, recipe.data, recipe.model, ranks, config.batch)
+        self.keep = keep
 
     def observe(self, engine: Any, step: int, writer: MetricWriter) -> None:
-        """Test the weights, and keep them if none were better."""
-        values = {"top1": self._accuracy(engine)}
+        """Measure the weights, and keep them if none were better."""
+        values = {self.name: self.measure(engine)}
         if self.averaged is not None:
-            values["top1_average"] = self._accuracy(self.averaged)
-        judged = values.get("top1_average", values["top1"])
+            values[f"{self.name}_average"] = self.measure(self.averaged)
+        judged = list(values.values())[-1]
         best = first_decides(self.ranks, f"best before {step}", lambda: self._best(step))
         if judged > best:
             self._keep(engine)
@@ -77,12 +70,8 @@ class Validation(Observer):
             words = "  ".join(f"{name} {100 * value:.1f} %" for name, value in values.items())
             logger.info("step %d  validation: %s  (best so far %.1f %%)", step, words, 100 * max(best, judged))
 
-    def _accuracy(self, model: Any) -> float:
-        scores, labels, decoded = self.sweep(lambda pixels: model(pixels).float())
-        return int(((scores.argmax(1) == labels) & decoded).sum()) / self.videos
-
     def _best(self, step: int) -> float:
-        """Best accuracy before a step; a killed run may have gone beyond its checkpoint."""
+        """Best figure before a step; a killed run may have gone beyond its checkpoint."""
         past = read_metrics(self.folder.validation) if self.folder.validation.is_file() else []
         return max((reading["judged"] for reading in past if reading["step"] < step), default=-1.0)
 
@@ -92,10 +81,7 @@ class Validation(Observer):
         if self.ranks.first:
             partial.mkdir(exist_ok=True)
         torch.distributed.barrier()
-        if self.averaged is None:
-            self.export(engine, partial)
-        elif self.ranks.first:
-            self.write(partial / self.folder.classifier.name, self.averaged.state_dict())
+        written = self.keep(engine, partial)
         if self.ranks.first:
-            os.replace(partial / self.folder.classifier.name, self.folder.best)
+            os.replace(written, self.folder.best)
             partial.rmdir()

@@ -56,6 +56,13 @@ def test_a_mapped_encoder_stays_in_its_file_until_it_is_read(saved: tuple[Path, 
         load_encoder(path, final_norm=True, mapped=True)
 
 
+def test_a_classifier_starts_from_an_encoder_without_its_final_norm(saved: tuple[Path, Encoder]) -> None:
+    path, encoder = saved
+    started = Encoder(SHAPE, final_norm=False)
+    start_encoder(started, path)
+    assert torch.equal(started.patch_embed.weight, encoder.patch_embed.weight)
+
+
 def test_others_may_read_what_was_written(saved: tuple[Path, Encoder]) -> None:
     assert saved[0].stat().st_mode & 0o044 == 0o044
 

@@ -9,25 +9,30 @@ import torch
 
 from mvd_scale.config import (
     DecoderConfig,
+    DetectionRecipe,
     FinetuneRecipe,
     ImageTeacherTarget,
     MomentumTarget,
     PixelTarget,
     Recipe,
+    ShortSideCrop,
     VideoTeacherTarget,
     list_recipes,
     load_any,
+    load_detection,
     load_finetuning,
     load_recipe,
 )
 from mvd_scale.config.deepspeed import student_deepspeed
 from mvd_scale.config.finetune import MixConfig
 from mvd_scale.models import Classifier, Student
+from mvd_scale.models.detector import Detector
 from mvd_scale.performance.step import random_teacher
 from mvd_scale.targets import build_targets
 
 FINETUNED = [name for name in list_recipes() if isinstance(load_any(name), FinetuneRecipe)]
-PRETRAINED = [name for name in list_recipes() if name not in FINETUNED]
+DETECTING = [name for name in list_recipes() if isinstance(load_any(name), DetectionRecipe)]
+PRETRAINED = [name for name in list_recipes() if name not in FINETUNED + DETECTING]
 PUBLISHED = [name for name in list_recipes() if not name.startswith("quickstart/") and name != "finetune/own_videos"]
 DISTILLED = [name for name in PUBLISHED if name.startswith("distill/")]
 
@@ -80,6 +85,15 @@ def test_its_classifier_builds(name: str) -> None:
     with torch.device("meta"):
         pixels = torch.zeros(2, model.frames, model.input_size, model.input_size, 3)
         assert Classifier(model, 11)(pixels).shape == (2, 11)
+
+
+@pytest.mark.parametrize("name", DETECTING)
+def test_its_detector_builds(name: str) -> None:
+    pytest.importorskip("torchvision", reason="needs torchvision: the detection extra")
+    recipe = load_detection(name)
+    with torch.device("meta"):
+        model = Detector(recipe.model, recipe.detector)
+    assert model.head.out_features == recipe.detector.classes
 
 
 def targets_of(recipe: Recipe) -> list[type]:
@@ -212,6 +226,25 @@ def test_fine_tuning_is_as_published(
     assert (randomly.operations, randomly.magnitude, randomly.deviation) == (4, 7, 0.5)
     assert data.augment.erasing.probability == 0.25
     assert (recipe.test.sampling, recipe.test.clips, recipe.test.crops) == ("uniform" if ssv2 else "dense", *views)
+
+
+@pytest.mark.parametrize(
+    ("size", "lr", "epochs", "layer_decay"), [("b", 2.5e-4, 30, 0.75), ("l", 2.5e-4, 30, 0.75), ("h", 5e-4, 20, 0.8)]
+)
+def test_detection_is_as_published(size: str, lr: float, epochs: int, layer_decay: float) -> None:
+    recipe = load_detection(f"detection/{size}_ava")
+    training, data, detector = recipe.training, recipe.data, recipe.detector
+    assert recipe.model.size == size.upper()
+    assert (training.base_lr, training.epochs, training.layer_decay) == (lr, epochs, layer_decay)
+    assert (recipe.lr_batch, training.warmup_epochs, training.min_lr) == (128, 5, 1e-6)
+    assert (training.betas, training.weight_decay, training.ema_decay) == ((0.9, 0.999), 0.05, None)
+    assert training.gradient_checkpointing == (size != "b")
+    assert (recipe.model.frames, data.stride, recipe.model.input_size) == (16, 4, 224)
+    assert (recipe.model.drop_path, detector.dropout, detector.init_scale) == (0.2, 0, 0.001)
+    assert (detector.classes, detector.resolution, detector.widen) == (80, 7, (0.1, 0.05))
+    assert data.crop == ShortSideCrop(sides=(256, 256))
+    assert data.flip == 0.5
+    assert recipe.key_frames.jitter == (0.2, 0.1, 0.1, 0.05)
 
 
 def test_every_run_has_a_folder_of_its_own() -> None:

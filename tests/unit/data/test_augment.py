@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.colors import rgb_to_hsv
 from numpy.random import default_rng
 from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
@@ -14,7 +15,7 @@ from skimage import data as pictures
 from timm.data import auto_augment as timm_ops
 
 from mvd_scale.config.data import AugmentConfig, ColorJitter, RandAugment, RandomErasing
-from mvd_scale.data.augment import Operation, draw_augmentation, draw_box, operation_at
+from mvd_scale.data.augment import Operation, count_operations, draw_augmentation, draw_box, operation_at
 from mvd_scale.data.augment_graph import erase, operate
 
 T, SIDE = 3, 64
@@ -88,6 +89,29 @@ def test_every_operation_of_a_mixed_batch_does_what_pil_does():
         assert np.abs(expected.astype(int) - clip()).mean() > 2 * difference.mean(), name
 
 
+def test_hues_turn_by_the_angle_and_greys_stay():
+    angles = (20.0, -20.0)
+    before = rgb_to_hsv(clip()[0] / 255)
+    coloured = (before[..., 1] > 0.4) & (before[..., 2] > 0.3)
+    for angle, turned in zip(angles, by_graph([(Operation.HUE, (angle,)) for angle in angles]), strict=True):
+        after = rgb_to_hsv(turned[0] / 255)
+        shift = ((after[..., 0] - before[..., 0])[coloured] * 360 + 180) % 360 - 180
+        assert np.sign(np.median(shift)) == np.sign(angle)
+        assert abs(np.median(shift) - angle) < 8
+        grey = np.ptp(clip()[0].astype(int), axis=-1) < 3
+        assert np.abs(turned[0].astype(int) - clip()[0])[grey].max() <= 3
+    assert np.abs(by_graph([(Operation.HUE, (0.0,))])[0].astype(int) - clip()).max() <= 2
+
+
+def test_a_hue_is_drawn_only_where_one_is_asked_for():
+    for hue, expected in ((0.0, 3), (20.0, 4)):
+        augment = AugmentConfig(color_jitter=ColorJitter(hue=hue))
+        drawn = draw_augmentation(default_rng(0), augment, T, SIDE)
+        assert len(drawn.operations) == count_operations(augment) == expected
+    assert drawn.operations[-1] == Operation.HUE
+    assert 0 < abs(drawn.values[-1, 0]) <= 20
+
+
 def test_what_is_not_applied_changes_nothing():
     assert np.array_equal(by_graph([(Operation.NONE, ())])[0], clip())
 
@@ -118,7 +142,7 @@ def test_operations_are_drawn_alike_and_half_of_them_applied():
     # Five of the fifteen are warps, two solarize.
     assert counts[Operation.WARP] / 8000 == pytest.approx(0.5 * 5 / 15, abs=0.02)
     assert counts[Operation.SOLARIZE] / 8000 == pytest.approx(0.5 * 2 / 15, abs=0.02)
-    assert set(counts) == set(Operation)
+    assert set(counts) == set(Operation) - {Operation.HUE}
     factors = [one.values[k, 0] for one in drawn for k in range(4) if one.operations[k] == Operation.BRIGHTNESS]
     assert min(factors) == pytest.approx(1 - 0.7 * 0.9, abs=0.2)
     assert max(factors) == pytest.approx(1 + 0.7 * 0.9, abs=0.2)

@@ -16,7 +16,7 @@ from mvd_scale.data.synth import BACKGROUNDS, DIRECTIONS, FRAMES, SIDE, TEXTURES
 
 @pytest.fixture(scope="module")
 def pictures() -> dict[str, synth.Picture]:
-    return {name: synth._picture(name) for name in (*TEXTURES, *BACKGROUNDS["train"], *BACKGROUNDS["test"])}
+    return {name: synth.load_picture(name) for name in (*TEXTURES, *BACKGROUNDS["train"], *BACKGROUNDS["test"])}
 
 
 def frames(kind: synth.Kind, label: int, pictures: dict[str, synth.Picture], seed: int) -> np.ndarray:

@@ -1,0 +1,189 @@
+"""`mvd-scale detect evaluate`: frame mAP of a trained detector on the people that another one found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from mvd_scale.checkpoints.reading import digest, tensors_digest
+from mvd_scale.checkpoints.weights import build_detector, read_checkpoint
+from mvd_scale.config.data import DataConfig, ViewsConfig
+from mvd_scale.config.detection import DetectionTest
+from mvd_scale.config.training import Precision
+from mvd_scale.data.index import open_source
+from mvd_scale.data.manifest import Manifest
+from mvd_scale.detection.annotations import read_actions, read_excluded, read_ground_truth, read_results, write_results
+from mvd_scale.detection.metrics import FrameScore, frame_score
+from mvd_scale.detection.testing import KeyFrameTest, Scored, Scorer, load_frames
+from mvd_scale.detection.whole_frames import WholeFrameLoader
+from mvd_scale.errors import UserError
+from mvd_scale.evaluation.sharded import Shards
+from mvd_scale.training.engine import Ranks, check_precision, dtype_of, first_decides
+from mvd_scale.training.run_folder import write_whole
+
+_SHARD = 32
+"""Key frames of a shard of scores: what a kill may cost, and what a rank takes at a time."""
+
+
+@dataclass(frozen=True)
+class DetectionFigures:
+    """What a finished test gave."""
+
+    frame_map: float
+    actions: int
+    """Over which the mean is."""
+
+    key_frames: int
+    """That were scored or could not be decoded."""
+
+    not_decoded: int
+
+    @classmethod
+    def of(cls, score: FrameScore, key_frames: int, not_decoded: int) -> DetectionFigures:
+        """Of a score."""
+        return cls(score.mean, score.tested, key_frames, not_decoded)
+
+    def to_text(self) -> str:
+        """The figures, a line each."""
+        return "\n".join(
+            [
+                f"key frames           {self.key_frames}",
+                f"not decoded          {self.not_decoded}, nobody found there",
+                f"frame mAP            {100 * self.frame_map:.2f} % over {self.actions} actions, IoU 0.5",
+            ]
+        )
+
+
+def evaluate(
+    checkpoint: Path,
+    data: DataConfig,
+    test: DetectionTest,
+    out: Path,
+    ranks: Ranks,
+    *,
+    batch: int,
+    precision: Precision,
+    per_frame: int | None,
+) -> DetectionFigures:
+    """Test a detector, or go on where an earlier start was cut off. All ranks call it.
+
+    Args:
+        checkpoint: of `mvd-scale detect train`.
+        data: `source` and `root` say which videos.
+        test: annotations, boxes of people and actions.
+        out: folder of `results.csv` (the official form), `actions.csv` and `summary.json`.
+        ranks: each tests its share.
+        batch: key frames that a rank decodes together.
+        precision: of the detector.
+        per_frame: of each key frame, only so many boxes of the highest scores count; all if None.
+
+    Raises:
+        UserError: weights, annotations or videos do not fit each other, or `out` holds another test.
+    """
+    check_precision(precision, ranks.device)
+    read = read_checkpoint(checkpoint)
+    detector = build_detector(read).eval().requires_grad_(False).to(ranks.device, dtype_of(precision))
+    data = data.model_copy(update={"stride": (read.views or ViewsConfig()).stride})
+    shards = Shards(out, "scores", "parquet", _SHARD)
+    config, files = detector.config, (test.annotations, test.boxes, test.excluded)
+
+    def prepare() -> None:
+        settings: dict[str, Any] = {
+            "weights": tensors_digest(read.tensors()), "checkpoint": str(checkpoint), "source": data.source,
+            "test": [None if file is None else _digest(file) for file in files],
+            "score": test.score, "starts_at": test.starts_at, "short_side": test.short_side, "precision": precision,
+        }  # fmt: skip
+        shards.claim(settings)
+        file = out / "manifest.parquet"
+        if not file.is_file():
+            open_source(data, out).save(file)
+        KeyFrameTest.open(test, Manifest.load(file), config.classes, "the test")
+
+    first_decides(ranks, f"test {out}", prepare)
+    told = KeyFrameTest.open(test, Manifest.load(out / "manifest.parquet"), config.classes, "the test")
+    score = Scorer(detector, config, read.model.patch_size)
+
+    def load(items: NDArray[np.int64]) -> WholeFrameLoader:
+        return load_frames(
+            told,
+            items,
+            data,
+            read.model,
+            test.short_side,
+            batch=batch,
+            world_size=ranks.world_size,
+            device=ranks.device,
+            report=shards.quarantine,
+        )
+
+    rows = np.arange(len(told.key_frames))
+    parts = shards.fill(rows, ranks, load=load, results=lambda frames: score.frames(frames, told), write=_write)
+
+    def finish() -> Mapping[str, Any]:
+        scores, not_decoded = _read(parts, told, config.classes)
+        found = told.found(scores)
+        write_results(out / "results.csv", found)
+        judged = told.judge(found, per_frame)
+        judged.write(out / "actions.csv")
+        figures = vars(DetectionFigures.of(judged, len(told.key_frames), not_decoded))
+        write_whole(out / "summary.json", json.dumps(figures, indent=2) + "\n")
+        return figures
+
+    return DetectionFigures(**first_decides(ranks, f"figures {out}", finish))
+
+
+def score_results(
+    results: Path, annotations: Path, actions: Path, excluded: Path | None, per_frame: int | None
+) -> FrameScore:
+    """Frame mAP of results in the official form, whoever made them.
+
+    Raises:
+        UserError: a file is not as it should be, or they do not go together.
+    """
+    listed = read_actions(actions, _MOST_ACTIONS)
+    return frame_score(
+        read_ground_truth(annotations, _MOST_ACTIONS),
+        read_results(results, _MOST_ACTIONS),
+        listed,
+        frozenset() if excluded is None else read_excluded(excluded),
+        per_frame=per_frame,
+    )
+
+
+_MOST_ACTIONS = 80
+"""Of AVA."""
+
+
+def _digest(file: Path) -> str:
+    try:
+        return digest(file)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
+
+
+def _write(file: Path, results: list[Scored]) -> None:
+    columns = {
+        "key_frame": [result.row for result in results],
+        "decoded": [result.decoded for result in results],
+        "scores": [result.scores.ravel() for result in results],
+    }
+    pq.write_table(pa.table(columns), file)
+
+
+def _read(files: list[Path], test: KeyFrameTest, classes: int) -> tuple[NDArray[np.float32], int]:
+    """Scores of all people, (X, C), and the number of key frames that could not be decoded."""
+    scores, not_decoded = np.full((len(test.people), classes), np.nan, np.float32), 0
+    for file in files:
+        table = pq.read_table(file)
+        for row, flat in zip(table["key_frame"].to_pylist(), table["scores"], strict=True):
+            scores[test.on(row)] = np.asarray(flat.values).reshape(-1, classes)
+        not_decoded += table["decoded"].to_pylist().count(False)
+    return scores, not_decoded

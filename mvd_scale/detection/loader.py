@@ -1,0 +1,123 @@
+"""Training clips around key frames, with the boxes of the people in them.
+
+Legend: B clips, P people of all clips, C actions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.random import Generator
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mvd_scale.config import DataConfig, ModelConfig
+from mvd_scale.data.batch import ClipBatch
+from mvd_scale.data.loader import ClipLoader, Failure
+from mvd_scale.data.manifest import Manifest
+from mvd_scale.data.sampling import Sampler, random_of_boxes
+from mvd_scale.detection.key_frames import KeyFrames, frames_around
+from mvd_scale.detection.people import People, has_area, jitter_boxes, place_boxes
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionBatch(ClipBatch):
+    """One micro batch of clips around key frames, on the training device."""
+
+    boxes: Tensor
+    """Number of the clip, then x1, y1, x2, y2 in its pixels: float32 (P, 5)."""
+
+    actions: Tensor
+    """1 for what a person does, else 0: float32 (P, C)."""
+
+
+class KeyFrameSampler(Sampler):
+    """Plans of clips around key frames."""
+
+    def __init__(self, key_frames: KeyFrames, data: DataConfig, model: ModelConfig, seed: int) -> None:
+        super().__init__(key_frames.manifest, data, model, seed)
+        self.centres = key_frames.centres
+
+    def draw_frames(self, rng: Generator, video: int) -> NDArray[np.int64]:
+        """The frames around a key frame: nothing about them is random."""
+        available = int(self.frames[video])
+        return frames_around(int(self.centres[video]), available, frames=self.model.frames, stride=self.data.stride)
+
+
+class KeyFrameLoader(ClipLoader):
+    """Micro batches of clips around key frames; a stream that depends on the seed alone, as that of `ClipLoader`.
+
+    A person of whom the crop shows nothing is left out.
+
+    Args:
+        key_frames: one clip each, `data.clips_per_video` times in an epoch.
+        people: of these key frames.
+        jitter: as `TrainingKeyFrames.jitter`.
+        data: how clips are cut.
+        model: shape of a clip.
+        seed: of all that is random.
+        others: as of `ClipLoader`.
+    """
+
+    def __init__(
+        self,
+        key_frames: KeyFrames,
+        people: People,
+        jitter: tuple[float, float, float, float],
+        data: DataConfig,
+        model: ModelConfig,
+        seed: int,
+        **others: Any,
+    ) -> None:
+        self._key_frames = key_frames
+        self._people = people
+        self._jitter = jitter
+        self._attempts: list[int] = []
+        super().__init__(key_frames.manifest, data, model, seed, **others)
+
+    def _make_sampler(self, manifest: Manifest, data: DataConfig, model: ModelConfig, seed: int) -> Sampler:
+        return KeyFrameSampler(self._key_frames, data, model, seed)
+
+    def _account(self, rows: list[int], failures: list[list[Failure]]) -> None:
+        super()._account(rows, failures)
+        self._attempts = [len(failed) for failed in failures]
+
+    def _video(self, row: int) -> str:
+        return self._manifest.name[row]
+
+    def __next__(self) -> DetectionBatch:
+        first = self._next
+        batch = super().__next__()
+        boxes, actions = [], []
+        for k, attempt in enumerate(self._attempts):
+            placed, done = self._people_of(self._share.position(first + k), attempt)
+            for copy, corners in enumerate(placed):
+                seen = has_area(corners)
+                clip = np.full((int(seen.sum()), 1), k * len(placed) + copy)
+                boxes.append(np.column_stack([clip, corners[seen]]))
+                actions.append(done[seen])
+        return DetectionBatch(
+            **{field.name: getattr(batch, field.name) for field in fields(batch)},
+            boxes=self._on_device(np.concatenate(boxes)),
+            actions=self._on_device(np.concatenate(actions)),
+        )
+
+    def _people_of(self, position: int, attempt: int) -> tuple[list[NDArray[np.float64]], NDArray[np.bool_]]:
+        """Boxes in each copy of the clip at a place of the stream, and what their people do.
+
+        The plan of the clip is made once more: it is a function of the place, and cheaper than its way from a worker.
+        """
+        epoch, i = self._share.locate(position)
+        plan = self._sampler.plan(epoch, i, attempt)
+        people = self._people.on(int(self._key_frames.numbers[plan.row]))
+        corners, manifest = self._people.corners[people], self._manifest
+        size, side = (int(manifest.height[plan.row]), int(manifest.width[plan.row])), self._model.input_size
+        placed = [place_boxes(corners, copy, size, side) for copy in plan.copies]
+        rng = random_of_boxes(self._sampler.seed, epoch, i, attempt)
+        return [jitter_boxes(rng, boxes, self._jitter, side) for boxes in placed], self._people.actions[people]
+
+    def _on_device(self, rows: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(rows.astype(np.float32)).to(self._device, non_blocking=True)

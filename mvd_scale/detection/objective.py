@@ -1,0 +1,33 @@
+"""What action detection minimises: binary cross entropy of every action of every person.
+
+Legend: B clips, P people, C actions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from mvd_scale.data.batch import ClipBatch
+from mvd_scale.detection.loader import DetectionBatch
+
+
+class Detection:
+    """Mean over actions, summed over the people of a clip, mean over clips.
+
+    The published code sums over the people of a rank's batch instead, so that its loss grows with the batch of a rank:
+    AdamW does not mind the factor, and here every person weighs the same for any number of ranks.
+    """
+
+    parts = ("true_score",)
+
+    def __call__(self, engine: Any, batch: ClipBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a micro batch, and the mean score of what people do; float32 scalars."""
+        assert isinstance(batch, DetectionBatch)
+        scores = engine(batch.pixels, batch.boxes).float()
+        clips, classes = len(batch.pixels), batch.actions.shape[1]
+        loss = F.binary_cross_entropy_with_logits(scores, batch.actions, reduction="sum") / (clips * classes)
+        done = batch.actions.sum().clamp(min=1)
+        return loss, {"true_score": (scores.detach().sigmoid() * batch.actions).sum() / done}

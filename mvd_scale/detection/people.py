@@ -1,0 +1,97 @@
+"""People on key frames with what they do, and the way of their boxes into a clip.
+
+Every step that moves pixels moves boxes: crop, resize, flip. Boxes in a clip are x1, y1, x2, y2 in its pixels.
+
+Legend: P people, C actions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+
+from mvd_scale.data.sampling import CopyPlan
+from mvd_scale.detection.boxes import Boxes
+
+Corners = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class People:
+    """One box for each person of ground truth."""
+
+    frame: NDArray[np.int64]
+    """Which of `Boxes.frames`, ascending, (P,)."""
+
+    corners: Corners
+    """Shares of the frame, (P, 4)."""
+
+    actions: NDArray[np.bool_]
+    """What each of them does, (P, C); column c is action c + 1."""
+
+    @classmethod
+    def of(cls, truth: Boxes, classes: int) -> People:
+        """Lines of the same key frame with the same box are one person."""
+        lines = np.column_stack([truth.frame, truth.corners])
+        persons, person = np.unique(lines, axis=0, return_inverse=True)
+        actions = np.zeros((len(persons), classes), dtype=np.bool_)
+        actions[person.reshape(-1), truth.actions - 1] = True
+        return cls(persons[:, 0].astype(np.int64), persons[:, 1:], actions)
+
+    def on(self, frame: int) -> slice:
+        """Those of a key frame."""
+        first, end = np.searchsorted(self.frame, [frame, frame + 1]).tolist()
+        return slice(first, end)
+
+
+def place_boxes(corners: Corners, plan: CopyPlan, size: tuple[int, int], side: int) -> Corners:
+    """Boxes of a frame in a training clip of it; what lies outside of the clip is cut off.
+
+    Args:
+        corners: shares of the frame as shown, (P, 4).
+        plan: crop and flip of the clip.
+        size: height and width of the frame as shown, in pixels.
+        side: of the clip, in pixels.
+
+    Returns:
+        (P, 4); a box of which nothing is left has no area.
+    """
+    (height, width), (top, left, crop_height, crop_width) = size, plan.crop
+    scale = np.array([side / crop_width, side / crop_height] * 2)
+    boxes = (corners * [width, height, width, height] - [left, top, left, top]) * scale
+    if plan.flip:
+        boxes = np.column_stack([side - boxes[:, 2], boxes[:, 1], side - boxes[:, 0], boxes[:, 3]])
+    return boxes.clip(0, side)
+
+
+def jitter_boxes(rng: Generator, boxes: Corners, jitter: tuple[float, float, float, float], side: int) -> Corners:
+    """Boxes whose sides are moved at random, within a clip.
+
+    Args:
+        rng: draws four numbers for each box.
+        boxes: (P, 4).
+        jitter: greatest moves as `TrainingKeyFrames.jitter`.
+        side: of the clip, in pixels.
+
+    Returns:
+        (P, 4).
+    """
+    x_out, x_in, y_out, y_in = jitter
+    low, high = np.array([-x_out, -y_out, -x_in, -y_in]), np.array([x_in, y_in, x_out, y_out])
+    moved = boxes + np.tile(boxes[:, 2:] - boxes[:, :2], 2) * rng.uniform(low, high, size=boxes.shape)
+    return moved.clip(0, side)
+
+
+def widen_boxes(boxes: Corners, widen: tuple[float, float], size: tuple[int, int]) -> Corners:
+    """Boxes that are larger by shares of their width and height, within a frame of height and width; (P, 4)."""
+    grown = (boxes[:, 2:] - boxes[:, :2]) * widen / 2
+    height, width = size
+    return np.column_stack([boxes[:, :2] - grown, boxes[:, 2:] + grown]).clip(0, [width, height, width, height])
+
+
+def has_area(boxes: Corners) -> NDArray[np.bool_]:
+    """Which boxes cover anything, (P,)."""
+    return (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])

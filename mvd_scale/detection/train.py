@@ -1,0 +1,137 @@
+"""The task of telling what each person on a key frame does."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mvd_scale.checkpoints.weights import save_weights
+from mvd_scale.config import DetectionRecipe
+from mvd_scale.config.data import DataConfig, ViewsConfig
+from mvd_scale.data.index import open_source
+from mvd_scale.data.manifest import Manifest
+from mvd_scale.detection.annotations import read_excluded, read_ground_truth
+from mvd_scale.detection.boxes import Boxes
+from mvd_scale.detection.key_frames import find_key_frames
+from mvd_scale.detection.loader import KeyFrameLoader
+from mvd_scale.detection.objective import Detection
+from mvd_scale.detection.people import People
+from mvd_scale.detection.testing import KeyFrameTest, Scorer, load_frames
+from mvd_scale.models.detector import Detector
+from mvd_scale.training.engine import Ranks, gather_rows
+from mvd_scale.training.run_folder import RunFolder
+from mvd_scale.training.task import Task, teach
+
+
+def train_detector(recipe: DetectionRecipe) -> None:
+    """Run a recipe of action detection; as `teach`."""
+    teach(DetectingActions(recipe, RunFolder(recipe.run.folder)))
+
+
+class DetectingActions(Task[DetectionRecipe]):
+    """Action detection on key frames; the boxes of people are given."""
+
+    rows = "key frames"
+    figure = "frame_map"
+    weights = "detector.safetensors"
+
+    def prepare(self) -> None:
+        """Index the videos, and see that all annotations fit them."""
+        recipe = self.recipe
+        videos = open_source(recipe.data, self.folder.path)
+        videos.save(self.folder.manifest)
+        find_key_frames(self._truth(), videos, recipe.key_frames.starts_at, "key_frames")
+        if recipe.validation is not None:
+            cache = self.folder.tested.parent
+            cache.mkdir(exist_ok=True)
+            tested = open_source(DataConfig(source=recipe.validation.source, root=recipe.validation.root), cache)
+            tested.save(self.folder.tested)
+            KeyFrameTest.open(recipe.validation, tested, recipe.detector.classes, "validation")
+
+    def open(self) -> Manifest:
+        """A row for each key frame."""
+        truth, videos = self._truth(), Manifest.load(self.folder.manifest)
+        self.key_frames = find_key_frames(truth, videos, self.recipe.key_frames.starts_at, "key_frames")
+        self.people = People.of(truth, self.recipe.detector.classes)
+        return self.key_frames.manifest
+
+    def build(self) -> Detector:
+        """The detector."""
+        return Detector(self.recipe.model, self.recipe.detector)
+
+    def write(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        """With what the test must know."""
+        views = ViewsConfig(stride=self.recipe.data.stride, clips=1, crops=1)
+        save_weights(path, tensors, self.recipe.model, views=views, detector=self.recipe.detector)
+
+    def origin(self) -> dict[str, Any]:
+        """Videos and boxes."""
+        digest = hashlib.sha256(self.key_frames.centres.tobytes())
+        for column in (self.people.frame, self.people.corners, self.people.actions):
+            digest.update(column.tobytes())
+        return {"videos": self.key_frames.manifest.digest, "people": digest.hexdigest()[:16]}
+
+    def objective(self) -> Detection:
+        """Binary cross entropy."""
+        return Detection()
+
+    def loader(self, **places: Any) -> KeyFrameLoader:
+        """Clips around the key frames."""
+        recipe = self.recipe
+        jitter = recipe.key_frames.jitter
+        return KeyFrameLoader(self.key_frames, self.people, jitter, recipe.data, recipe.model, recipe.seed, **places)
+
+    def measure(self, ranks: Ranks) -> Callable[[Any], float]:
+        """Frame mAP, each key frame scored by one rank."""
+        recipe, validation = self.recipe, self.recipe.validation
+        assert validation is not None
+        test = KeyFrameTest.open(validation, Manifest.load(self.folder.tested), recipe.detector.classes, "validation")
+        mine = np.arange(len(test.key_frames))[ranks.rank :: ranks.world_size]
+        data = recipe.data.model_copy(update={"workers": 0})
+
+        def frame_map(model: Any) -> float:
+            score = Scorer(model, recipe.detector, recipe.model.patch_size)
+            places, scores = [np.zeros(0, np.int64)], [np.zeros((0, recipe.detector.classes), np.float32)]
+            loader = load_frames(
+                test,
+                mine,
+                data,
+                recipe.model,
+                validation.short_side,
+                batch=validation.batch,
+                world_size=ranks.world_size,
+                device=ranks.device,
+            )
+            with loader:
+                for frame in (frame for batch in loader for frame in score.frames(batch, test)):
+                    places.append(np.arange(len(test.people))[test.on(frame.row)])
+                    scores.append(frame.scores)
+            if len(mine) < math.ceil(len(test.key_frames) / ranks.world_size):
+                self._pass_along(score, ranks)
+            gathered = [
+                gather_rows(torch.from_numpy(np.concatenate(part)).to(ranks.device), ranks).cpu().numpy()
+                for part in (places, scores)
+            ]
+            whole = np.full((len(test.people), recipe.detector.classes), np.nan, np.float32)
+            whole[gathered[0]] = gathered[1]
+            return test.judge(test.found(whole)).mean
+
+        return frame_map
+
+    def _pass_along(self, score: Scorer, ranks: Ranks) -> None:
+        """A pass for its own sake: at ZeRO stage 3 each rank makes as many as the others."""
+        side = self.recipe.model.input_size
+        clip = torch.zeros(self.recipe.model.frames, side, side, 3, dtype=torch.uint8, device=ranks.device)
+        score(clip, np.zeros((0, 4)))
+
+    def _truth(self) -> Boxes:
+        told = self.recipe.key_frames
+        truth = read_ground_truth(told.annotations, self.recipe.detector.classes)
+        return truth if told.excluded is None else truth.without(read_excluded(told.excluded))

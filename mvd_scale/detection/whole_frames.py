@@ -1,0 +1,103 @@
+"""Clips around key frames for the test: whole frames, resized by their short side, not cropped.
+
+Legend: B clips, T frames, H W pixels of a clip, which differ from video to video.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from nvidia.dali.data_node import DataNode
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from mvd_scale.config.data import DataConfig, ViewsConfig
+from mvd_scale.data.loader import Outputs
+from mvd_scale.data.pipeline import Sample
+from mvd_scale.data.view_loader import ItemLoader, ViewSource, upright
+from mvd_scale.detection.key_frames import KeyFrames, frames_around
+
+
+@dataclass(frozen=True)
+class FrameBatch:
+    """Some key frames."""
+
+    pixels: list[Tensor]
+    """uint8 (T, H, W, 3) each, on the device; black where the video could not be decoded."""
+
+    rows: list[int]
+    """Which of the key frames."""
+
+    decoded: list[bool]
+    """Whether the video could be decoded."""
+
+
+class WholeFrameSource(ViewSource):
+    """Sample n is the clip around the n-th of some key frames."""
+
+    def __init__(self, key_frames: KeyFrames, items: NDArray[np.int64], views: ViewsConfig, **others: Any) -> None:
+        super().__init__(key_frames.manifest, items, views, **others)
+        self.centres = key_frames.centres
+
+    @property
+    def uses(self) -> set[str]:
+        return {"size", "mirror"}
+
+    def _frames(self, n: int) -> NDArray[np.int64]:
+        row = int(self.items[n, 0])
+        return frames_around(
+            int(self.centres[row]), int(self.frames[row]), frames=self.length, stride=self.views.stride
+        )
+
+
+class WholeFrameLoader(ItemLoader[FrameBatch]):
+    """Iterator over the clips around key frames, each of them exactly once.
+
+    Args:
+        key_frames: all of the test.
+        rows: those of this rank.
+        data: workers and limits.
+        frames: T.
+        stride: frames between two frames of a clip.
+        short_side: smaller one of H and W.
+        others: as of `ItemLoader`.
+    """
+
+    def __init__(
+        self,
+        key_frames: KeyFrames,
+        rows: NDArray[np.int64],
+        data: DataConfig,
+        *,
+        frames: int,
+        stride: int,
+        short_side: int,
+        **others: Any,
+    ) -> None:
+        self._key_frames = key_frames
+        self._views = ViewsConfig(stride=stride, clips=1, crops=1)
+        self._short_side = short_side
+        items = np.stack([rows, np.zeros_like(rows)], axis=1)
+        super().__init__(key_frames.manifest, data, items, frames=frames, **others)
+
+    def _video(self, row: int) -> str:
+        return self._manifest.name[row]
+
+    def _source(self) -> WholeFrameSource:
+        return WholeFrameSource(
+            self._key_frames, self.items, self._views, frames=self._frames, side=self._short_side, **self._reading
+        )
+
+    def _body(self, turned: bool) -> Callable[[Sample, DataNode], tuple[DataNode, ...]]:
+        def body(sample: Sample, frames: DataNode) -> tuple[DataNode, ...]:
+            return (upright(sample, frames, turned),)
+
+        return body
+
+    def _collect(self, outputs: Outputs, kept: Tensor, items: NDArray[np.int64], decoded: Tensor) -> FrameBatch:
+        clips = outputs[0]
+        return FrameBatch([from_dlpack(clips[k]) for k in kept.tolist()], items[:, 0].tolist(), decoded.tolist())

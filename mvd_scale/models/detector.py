@@ -1,0 +1,69 @@
+"""The model: an encoder of whole clips, and a head on the boxes of people in them.
+
+Legend: B clips, T frames, H W pixels, N tokens, D width, P people, C actions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from mvd_scale.config import DetectorConfig, ModelConfig
+from mvd_scale.errors import UserError
+from mvd_scale.models.classifier import initialise_head
+from mvd_scale.models.encoder import Encoder
+
+
+class Detector(nn.Module):
+    """Scores of all actions for each box: RoIAlign on the last feature map, averaged over time, and its maximum.
+
+    The pre-trained final norm stays, before the average, as in the published code (VideoMAE).
+
+    Raises:
+        UserError: torchvision is not installed.
+    """
+
+    def __init__(self, model: ModelConfig, config: DetectorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(model, final_norm=True)
+        self.dropout = nn.Dropout(config.dropout)
+        self.head = nn.Linear(self.encoder.width, config.classes)
+        self._align = _roi_align()
+        self.apply(initialise_head)
+        with torch.no_grad():
+            self.head.weight *= config.init_scale
+
+    def forward(self, pixels: Tensor, boxes: Tensor) -> Tensor:
+        """Scores before the sigmoid.
+
+        Args:
+            pixels: uint8 (B, T, H, W, 3); H and W are multiples of the patch.
+            boxes: clip and x1, y1, x2, y2 in its pixels, float32 (P, 5).
+
+        Returns:
+            (P, C).
+        """
+        tokens = self.encoder(pixels)
+        features = tokens.unflatten(1, self.encoder.grid_of(pixels)).mean(dim=1).permute(0, 3, 1, 2)
+        # In float32: bf16 has not the digits to tell neighbouring pixels of a wide frame.
+        cells = self._align(
+            features.float(),
+            boxes,
+            output_size=self.config.resolution,
+            spatial_scale=1 / self.encoder.config.patch_size,
+            aligned=True,
+        )
+        scores: Tensor = self.head(self.dropout(cells.amax(dim=(2, 3)).to(tokens.dtype)))
+        return scores
+
+
+def _roi_align() -> Callable[..., Tensor]:
+    try:
+        from torchvision.ops import roi_align
+    except ImportError as error:
+        raise UserError("action detection needs torchvision: pip install 'mvd-scale[detection]'") from error
+    aligned: Callable[..., Tensor] = roi_align
+    return aligned
