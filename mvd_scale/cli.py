@@ -216,10 +216,12 @@ def _test_views(command: Any) -> Any:
 @click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="fp16 on GPUs, fp32 on CPUs.")
 @click.option("--root", help="Folder or URL that the paths of a list start from.")
 @click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True)
+@click.option("--report", "page", type=click.Path(path_type=Path), help="Also write `mvd-scale report` to this file.")
 def evaluate(
     checkpoint: Path,
     source: str,
     out: Path,
+    page: Path | None,
     batch: int,
     precision: Precision | None,
     root: str | None,
@@ -248,6 +250,8 @@ def evaluate(
     leave_ranks()
     if ranks.first:
         click.echo(f"{tested.to_text()}\n{out}")
+        if page is not None:
+            _write_report(out, page)
 
 
 @cli.command()
@@ -286,9 +290,12 @@ def report(test: Path, out: Path | None, hardest: int) -> None:
 
     TEST is a folder that `evaluate`, `ensemble` or `probe` wrote.
     """
+    _write_report(test, test / "report.html" if out is None else out, hardest)
+
+
+def _write_report(test: Path, page: Path, hardest: int = 8) -> None:
     from mvd_scale.evaluation.report import write_report
 
-    page = test / "report.html" if out is None else out
     write_report(test, page, hardest=hardest)
     click.echo(page)
 
