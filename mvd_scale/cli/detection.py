@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from mvd_scale.cli.options import WITH_OVERRIDES, overrides_argument
 from mvd_scale.config.training import Precision
 
 _file = click.Path(path_type=Path)
@@ -27,9 +28,9 @@ def detect() -> None:
     """Detect actions of people on key frames (AVA v2.2)."""
 
 
-@detect.command(context_settings={"ignore_unknown_options": True})
+@detect.command(context_settings=WITH_OVERRIDES)
 @click.option("--recipe", required=True, help="A name of `mvd-scale recipes`, or the path of a YAML file.")
-@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+@overrides_argument
 def train(recipe: str, overrides: tuple[str, ...]) -> None:
     """Teach a pre-trained encoder to detect actions; resume when its run folder holds checkpoints.
 

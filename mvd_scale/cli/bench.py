@@ -1,0 +1,131 @@
+"""`mvd-scale bench`."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import click
+
+from mvd_scale.cli.options import WITH_OVERRIDES, overrides_argument
+from mvd_scale.config.launcher import launched_rank
+from mvd_scale.config.training import Precision
+
+
+@click.group()
+def bench() -> None:
+    """Measure speed and memory on this machine."""
+
+
+@bench.command(context_settings=WITH_OVERRIDES)
+@click.option("--recipe", default="distill/b_from_b", show_default=True, help="Recipe whose step is measured.")
+@click.option(
+    "--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="fp16 on GPUs and fp32 on CPUs if left out."
+)
+@click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Clips of a step.")
+@click.option("--steps", type=click.IntRange(min=1), default=5, show_default=True, help="Steps that are timed.")
+@click.option("--methods", help="Instead of a recipe: all, or some methods of the paper, beside co-teaching.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@overrides_argument
+def step(
+    recipe: str,
+    precision: Precision | None,
+    batch: int,
+    steps: int,
+    methods: str | None,
+    as_json: bool,
+    overrides: tuple[str, ...],
+) -> None:
+    """Time one optimizer step by part: data, each teacher, student forward, backward, optimizer."""
+    from mvd_scale.performance.step import measure_step
+
+    if methods is not None:
+        from mvd_scale.performance.methods import measure_methods
+
+        words = ["--batch", str(batch), "--steps", str(steps), *overrides]
+        table = measure_methods(methods, words if precision is None else [*words, "--precision", precision])
+        click.echo(table.to_json() if as_json else table.to_text())
+        return
+    report = measure_step(recipe, list(overrides), precision=precision, batch=batch, steps=steps)
+    if launched_rank() == 0:
+        click.echo(report.to_json() if as_json else report.to_text())
+
+
+@bench.command("data")
+@click.argument("source", required=False)
+@click.option("--workers", default="0,1,2", show_default=True, help="Worker processes to try.")
+@click.option("--clips", type=click.IntRange(min=8), default=128, show_default=True, help="Clips timed for each way.")
+@click.option("--large/--no-large", default=True, show_default=True, help="Also 1280x720, without SOURCE.")
+@click.option("--work", type=click.Path(path_type=Path), help="Folder that keeps the videos made; a temporary one.")
+@click.option("--memory", type=click.IntRange(min=80), metavar="CLIPS", help="Instead: memory while drawing so many.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+def bench_data(
+    source: str | None, workers: str, clips: int, large: bool, work: Path | None, memory: int | None, as_json: bool
+) -> None:
+    """Time the data path beside decord, torchcodec and PyAV over the same videos.
+
+    SOURCE is a manifest or whatever `data index` takes; without it, real pictures are encoded into clips of 10 s.
+    """
+    import tempfile
+
+    from mvd_scale.performance.data import measure_data, measure_memory
+
+    if not re.fullmatch(r"\d+(,\d+)*", workers):
+        raise click.BadParameter(f"{workers!r} is no list of numbers such as 0,1,2", param_hint="--workers")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = work or Path(scratch)
+        if memory is not None:
+            for drawn, mib in measure_memory(source, folder, memory):
+                click.echo(f"{drawn:>8} clips  {mib:8.1f} MiB")
+            return
+        report = measure_data(
+            source, folder, workers=[int(count) for count in workers.split(",")], clips=clips, large=large
+        )
+        click.echo(report.to_json() if as_json else report.to_text())
+
+
+@bench.command("eval")
+@click.argument("source", required=False)
+@click.option("--videos", type=click.IntRange(min=1), default=12, show_default=True, help="Videos timed for each way.")
+@click.option(
+    "--size", type=click.Choice(["none", "S", "B", "L", "H"]), default="S", show_default=True,
+    help="Classifier of the whole test; none times the loading of the views alone.",
+)  # fmt: skip
+@click.option("--workers", type=click.IntRange(min=0), help="Worker processes; the number of cores if left out.")
+@click.option("--work", type=click.Path(path_type=Path), help="Folder that keeps the videos made; a temporary one.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+def bench_eval(
+    source: str | None, videos: int, size: str, workers: int | None, work: Path | None, as_json: bool
+) -> None:
+    """Time the test by 5 x 3 views beside plain ways, which decode a video anew for every view or clip.
+
+    SOURCE is a manifest or whatever `data index` takes; without it, real pictures are encoded into clips of 10 s.
+    """
+    import tempfile
+
+    from mvd_scale.performance.testing import measure_testing
+
+    with tempfile.TemporaryDirectory() as scratch:
+        report = measure_testing(
+            source,
+            work or Path(scratch),
+            videos=videos,
+            size=None if size == "none" else size,
+            workers=len(os.sched_getaffinity(0)) if workers is None else workers,
+        )
+        click.echo(report.to_json() if as_json else report.to_text())
+
+
+@bench.command()
+@click.option("--size", type=click.Choice(["S", "B", "L", "H"]), default="H", show_default=True)
+@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True)
+@click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+def load(size: str, precision: Precision, device: str, as_json: bool) -> None:
+    """Time the loading of a teacher into ZeRO-3 shards and measure its memory; start it on several ranks."""
+    from mvd_scale.performance.load import measure_load
+
+    report = measure_load(size, precision, device)
+    if launched_rank() == 0:
+        click.echo(report.to_json() if as_json else report.to_text())

@@ -1,0 +1,104 @@
+"""`mvd-scale probe`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mvd_scale.cli.options import command_line
+from mvd_scale.config.training import Precision
+
+
+@click.group()
+def probe() -> None:
+    """Judge a frozen encoder by a small classifier of its features, during pre-training or after it."""
+
+
+def _probing(command: Any) -> Any:
+    """What all probes take."""
+    for option in (
+        click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True),
+        click.option("--root", help="Folder or URL that the paths of lists start from."),
+        click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="fp16 on GPUs, fp32 on CPUs."),
+        click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Videos read together."),
+        click.option("--stride", type=click.IntRange(min=1), default=4, show_default=True, help="Of dense clips."),
+        click.option("--sampling", type=click.Choice(["dense", "uniform"]), default="dense", show_default=True),
+        click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for features and results."),
+        click.option("--test", required=True, help="Labelled videos to be judged by."),
+        click.option("--train", required=True, help="Labelled videos to learn from."),
+        click.argument("checkpoint", type=click.Path(path_type=Path)),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+@probe.command()
+@_probing
+@click.option("--neighbours", type=click.IntRange(min=1), default=20, show_default=True, help="Videos that vote.")
+def knn(neighbours: int, **options: Any) -> None:
+    """The vote of the nearest training videos, by the mean of all tokens."""
+    from mvd_scale.evaluation.probing import by_neighbours
+
+    _probe("knn", lambda _: by_neighbours(neighbours), **options)
+
+
+@probe.command()
+@_probing
+@click.option("--decay", type=click.FloatRange(min=0), default=1e-3, show_default=True, help="L2 penalty.")
+def linear(decay: float, **options: Any) -> None:
+    """A linear layer on the mean of all tokens."""
+    from mvd_scale.evaluation.probing import by_linear_layer
+
+    _probe("linear", lambda _: by_linear_layer(decay), **options)
+
+
+@probe.command()
+@_probing
+@click.option("--epochs", type=click.IntRange(min=1), default=20, show_default=True, help="Passes over the tokens.")
+@click.option("--lr", type=click.FloatRange(min=0, min_open=True), default=1e-3, show_default=True)
+def attentive(epochs: int, lr: float, **options: Any) -> None:
+    """A single block of cross-attention to all tokens, which are kept in OUT: D x N x 2 or 4 bytes a video."""
+    from mvd_scale.evaluation.probing import by_attention
+
+    _probe("attentive", lambda where: by_attention(epochs, lr, where), **options)
+
+
+def _probe(
+    kind: Any,
+    judge: Any,
+    *,
+    checkpoint: Path,
+    train: str,
+    test: str,
+    out: Path,
+    sampling: Any,
+    stride: int,
+    batch: int,
+    precision: Precision | None,
+    root: str | None,
+    device: str,
+) -> None:
+    from mvd_scale.config.data import DataConfig, ViewsConfig
+    from mvd_scale.evaluation.features import FeatureOptions
+    from mvd_scale.evaluation.probing import probe as judge_encoder
+    from mvd_scale.training.engine import join_ranks, leave_ranks
+
+    ranks = join_ranks(device, timeout_minutes=10)
+    tested = judge_encoder(
+        checkpoint,
+        kind,
+        judge(ranks.device),
+        DataConfig(source=train, root=root),
+        DataConfig(source=test, root=root),
+        FeatureOptions(ViewsConfig(sampling=sampling, stride=stride, clips=1, crops=1)),
+        out,
+        ranks,
+        batch=batch,
+        precision=precision or ("fp16" if ranks.device.type == "cuda" else "fp32"),
+        command=command_line(),
+    )
+    leave_ranks()
+    if ranks.first:
+        click.echo(f"{tested.to_text()}\n{tested.out}")

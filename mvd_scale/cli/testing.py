@@ -1,0 +1,174 @@
+"""Commands that use a trained model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mvd_scale.cli.options import command_line, test_views
+from mvd_scale.config.training import Precision
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("source")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for scores and figures.")
+@test_views
+@click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Videos decoded together.")
+@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="fp16 on GPUs, fp32 on CPUs.")
+@click.option("--root", help="Folder or URL that the paths of a list start from.")
+@click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True)
+@click.option("--report", "page", type=click.Path(path_type=Path), help="Also write `mvd-scale report` to this file.")
+def evaluate(
+    checkpoint: Path,
+    source: str,
+    out: Path,
+    page: Path | None,
+    batch: int,
+    precision: Precision | None,
+    root: str | None,
+    device: str,
+    **views: Any,
+) -> None:
+    """Test a fine-tuned CHECKPOINT on the videos of SOURCE by several views; started again after a kill, it goes on.
+
+    5 x 3 dense views are published for Kinetics, UCF101 and HMDB51, 2 x 3 uniform ones for Something-Something.
+    """
+    from mvd_scale.config.data import DataConfig
+    from mvd_scale.evaluation.evaluate import evaluate as test
+    from mvd_scale.training.engine import join_ranks, leave_ranks
+
+    ranks = join_ranks(device, timeout_minutes=10)
+    tested = test(
+        checkpoint,
+        DataConfig(source=source, root=root),
+        {name: value for name, value in views.items() if value is not None},
+        out,
+        ranks,
+        batch=batch,
+        precision=precision or ("fp16" if ranks.device.type == "cuda" else "fp32"),
+        command=command_line(),
+    )
+    leave_ranks()
+    if ranks.first:
+        click.echo(f"{tested.to_text()}\n{out}")
+        if page is not None:
+            _write_report(out, page)
+
+
+@click.command()
+@click.argument("videos", nargs=-1, required=True, metavar="VIDEO...")
+@click.option("--checkpoint", type=click.Path(path_type=Path), required=True, help="Fine-tuned weights, or their run.")
+@click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Classes to name.")
+@test_views
+@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="fp16 on GPUs, fp32 on CPUs.")
+@click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print a line of JSON for each video instead of text.")
+def predict(videos: tuple[str, ...], checkpoint: Path, top: int, as_json: bool, **options: Any) -> None:
+    """Name the most likely classes of each VIDEO, a file or URL; fewer views are faster: --clips 1 --crops 1."""
+    from mvd_scale.evaluation.predict import load_classifier
+    from mvd_scale.evaluation.predict import predict as name_classes
+
+    for prediction in name_classes(load_classifier(checkpoint, **options), videos, top):
+        click.echo(prediction.to_json() if as_json else prediction.to_text())
+
+
+@click.command()
+@click.argument("tests", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="TEST...")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for scores and figures.")
+def ensemble(tests: tuple[Path, ...], out: Path) -> None:
+    """Average the scores of several models, each a folder that `evaluate` wrote over the same videos."""
+    from mvd_scale.evaluation.evaluate import merge_tests
+
+    click.echo(f"{merge_tests(tests, out, command_line()).to_text()}\n{out}")
+
+
+@click.command()
+@click.argument("test", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Page to write; TEST/report.html if left out.")
+@click.option("--hardest", type=click.IntRange(min=0), default=8, show_default=True, help="Videos shown of each kind.")
+def report(test: Path, out: Path | None, hardest: int) -> None:
+    """Write the report of a finished TEST as one page: figures, classes, and the hardest videos in pictures.
+
+    TEST is a folder that `evaluate`, `ensemble` or `probe` wrote.
+    """
+    _write_report(test, test / "report.html" if out is None else out, hardest)
+
+
+def _write_report(test: Path, page: Path, hardest: int = 8) -> None:
+    from mvd_scale.evaluation.report import write_report
+
+    write_report(test, page, hardest=hardest)
+    click.echo(page)
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("source")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the shards of features.")
+@click.option("--layer", type=click.IntRange(min=1), help="Block whose output is taken; the last if left out.")
+@click.option(
+    "--pool", type=click.Choice(["clip", "time", "none"]), default="clip", show_default=True,
+    help="Mean over the tokens of a clip, of each time slice, or every token.",
+)  # fmt: skip
+@click.option("--norm/--no-norm", default=True, show_default=True, help="The final norm, after the last block.")
+@click.option("--sampling", type=click.Choice(["dense", "uniform", "sliding"]), default="dense", show_default=True)
+@click.option("--stride", type=click.IntRange(min=1), default=4, show_default=True, help="Frames between frames.")
+@click.option("--every", type=click.IntRange(min=1), help="With sliding: frames between the starts of clips.")
+@click.option("--clips", type=click.IntRange(min=1), default=1, show_default=True, help="Clips in time.")
+@click.option("--crops", type=click.IntRange(min=1), default=1, show_default=True, help="Crops of a clip.")
+@click.option(
+    "--format", "kind", type=click.Choice(["safetensors", "parquet"]), default="safetensors", show_default=True
+)
+@click.option("--shard", type=click.IntRange(min=1), default=256, show_default=True, help="Videos of a shard.")
+@click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Videos decoded together.")
+@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="fp16 on GPUs, fp32 on CPUs.")
+@click.option("--root", help="Folder or URL that the paths of a list start from.")
+@click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True)
+def features(
+    checkpoint: Path,
+    source: str,
+    out: Path,
+    layer: int | None,
+    pool: Any,
+    norm: bool,
+    sampling: Any,
+    stride: int,
+    every: int | None,
+    clips: int,
+    crops: int,
+    kind: Any,
+    shard: int,
+    batch: int,
+    precision: Precision | None,
+    root: str | None,
+    device: str,
+) -> None:
+    """Write what the encoder of a CHECKPOINT makes of the videos of SOURCE; started again after a kill, it goes on.
+
+    CHECKPOINT is in any format that `inspect` knows; SOURCE is a manifest or whatever `data index` takes. On several
+    ranks: launch/single_node.sh features ...
+    """
+    from mvd_scale.config.data import DataConfig, ViewsConfig
+    from mvd_scale.evaluation.features import FeatureOptions, write_features
+    from mvd_scale.training.engine import join_ranks, leave_ranks
+
+    if (every is not None) != (sampling == "sliding"):
+        raise click.UsageError("--every goes with --sampling sliding, which needs it")
+    views = ViewsConfig(sampling=sampling, stride=stride, every=every, clips=clips, crops=crops)
+    ranks = join_ranks(device, timeout_minutes=10)
+    written, failed = write_features(
+        checkpoint,
+        DataConfig(source=source, root=root),
+        FeatureOptions(views, layer, pool, norm, kind, shard),
+        out,
+        ranks,
+        batch=batch,
+        precision=precision or ("fp16" if ranks.device.type == "cuda" else "fp32"),
+    )
+    leave_ranks()
+    if ranks.first:
+        note = f"; {failed} videos cannot be decoded, see {out / 'quarantine.jsonl'}" if failed else ""
+        click.echo(f"{out}: features of {written} views{note}")
