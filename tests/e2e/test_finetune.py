@@ -160,9 +160,11 @@ def test_a_killed_test_goes_on(jobs: Jobs, classifier: Path, labelled: Path, tmp
     whole = pq.read_table(out / "scores.parquet")
     for name in ("scores.parquet", "summary.json", "scores_000000.parquet"):
         (out / name).unlink()
-    code, output = jobs.run("evaluate", classifier, source, "--out", out)
+    page = tmp_path / "page.html"
+    code, output = jobs.run("evaluate", classifier, source, "--out", out, "--report", page)
     assert code == 0, output
     assert "1 of 2 shards are there already" in output
+    assert "data:image/jpeg" in page.read_text()
     assert pq.read_table(out / "scores.parquet").equals(whole)
 
     code, output = jobs.run("evaluate", classifier, source, "--out", out, "--clips", "3")
@@ -182,6 +184,22 @@ def test_a_killed_test_goes_on(jobs: Jobs, classifier: Path, labelled: Path, tmp
         page = (folder / "report.html").read_text()
         assert made in page
         assert "data:image/jpeg" in page
+
+
+@pytest.mark.parametrize("kind", [("knn", "--neighbours", "3"), ("linear",), ("attentive", "--epochs", "2")])
+def test_a_probe_judges_a_frozen_encoder(
+    jobs: Jobs, encoder: Path, labelled: Path, tmp_path: Path, kind: tuple[str, ...]
+) -> None:
+    sets = ("--train", labelled / "train", "--test", labelled / "test", "--out", tmp_path / "probe", "--stride", "2")
+    code, output = jobs.run("probe", kind[0], encoder, *sets, *kind[1:])
+    assert code == 0, output
+    assert "top-1" in output
+    table = pq.read_table(tmp_path / "probe" / kind[0] / "scores.parquet")
+    assert len(table) == 36
+    np.testing.assert_allclose(np.stack(table["scores"].to_numpy()).sum(1), 1, atol=1e-5)
+    code, output = jobs.run("probe", kind[0], encoder, *sets[:2], *sets[4:], "--test", tmp_path / "nothing")
+    assert code == 2
+    assert "nothing" in output
 
 
 def test_bad_input_is_one_message(
