@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import logging
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -24,6 +23,7 @@ from mvd_scale.errors import UserError
 from mvd_scale.models import Classifier
 
 _NORMALISATION_KEY = "mvd_scale.normalisation"
+_SHAPES = {"clips": {0: torch.export.Dim("batch", min=1)}}
 
 
 class Program(nn.Module):
@@ -76,7 +76,7 @@ def _example(checkpoint: Checkpoint) -> Tensor:
 
 
 def _write_torch(program: Program, example: Tensor, told: Mapping[str, str], file: Path) -> None:
-    exported = torch.export.export(program, (example,), dynamic_shapes={"clips": {0: torch.export.Dim("batch", min=1)}})
+    exported = torch.export.export(program, (example,), dynamic_shapes=_SHAPES)
     torch.export.save(exported, file, extra_files=dict(told))
 
 
@@ -86,12 +86,11 @@ def _write_onnx(program: Program, example: Tensor, told: Mapping[str, str], file
             importlib.import_module(package)
         except ImportError as error:
             raise UserError(f"--to onnx needs {package} ({error}): pip install 'mvd-scale[onnx]'") from error
-    logging.getLogger("onnxscript").setLevel(logging.WARNING)
     exported: Any = torch.onnx.export(
         program,
         (example,),
         dynamo=True,
-        dynamic_shapes={"clips": {0: torch.export.Dim("batch", min=1)}},
+        dynamic_shapes=_SHAPES,
         input_names=["clips"],
         output_names=["scores"],
         verbose=False,
