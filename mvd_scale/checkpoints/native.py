@@ -51,6 +51,8 @@ def save_weights(
     metadata = describe_model(model, classes, views) | {"format": "pt"}
     if decoders:
         metadata[_DECODERS_KEY] = json.dumps({name: shape.model_dump() for name, shape in decoders.items()})
+    if detector is not None:
+        metadata[_DETECTOR_KEY] = detector.model_dump_json()
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
     partial.chmod(0o644)
     os.replace(partial, path)
