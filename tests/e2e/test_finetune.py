@@ -235,7 +235,7 @@ def test_bad_input_is_one_message(
         assert "Traceback" not in output
     for arguments, said in (
         ((encoder, labelled / "test"), "no classification head"),
-        ((classifier, hollow), "the test"),
+        ((classifier, beyond), "has label 7, but there are 6 classes (0 to 5)"),
         ((classifier, labelled / "nowhere"), "nowhere"),
     ):
         code, output = jobs.run("evaluate", *arguments, "--out", tmp_path / "out")
