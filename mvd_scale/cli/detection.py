@@ -77,7 +77,7 @@ def evaluate(
     from mvd_scale.config.data import DataConfig
     from mvd_scale.config.detection import DetectionTest
     from mvd_scale.detection.evaluate import evaluate as judge
-    from mvd_scale.training.engine import join_ranks, leave_ranks
+    from mvd_scale.training.engine import join_ranks, leave_ranks, usual_precision
 
     ranks = join_ranks(device, timeout_minutes=10)
     figures = judge(
@@ -87,7 +87,7 @@ def evaluate(
         out,
         ranks,
         batch=batch,
-        precision=precision or ("fp16" if ranks.device.type == "cuda" else "fp32"),
+        precision=precision or usual_precision(ranks.device),
         per_frame=per_frame,
     )
     leave_ranks()

@@ -83,7 +83,7 @@ def _probe(
     from mvd_scale.config.data import DataConfig, ViewsConfig
     from mvd_scale.evaluation.features import FeatureOptions
     from mvd_scale.evaluation.probing import probe as judge_encoder
-    from mvd_scale.training.engine import join_ranks, leave_ranks
+    from mvd_scale.training.engine import join_ranks, leave_ranks, usual_precision
 
     ranks = join_ranks(device, timeout_minutes=10)
     tested = judge_encoder(
@@ -96,7 +96,7 @@ def _probe(
         out,
         ranks,
         batch=batch,
-        precision=precision or ("fp16" if ranks.device.type == "cuda" else "fp32"),
+        precision=precision or usual_precision(ranks.device),
         command=command_line(),
     )
     leave_ranks()

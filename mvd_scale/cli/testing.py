@@ -16,7 +16,7 @@ from mvd_scale.config.training import Precision
 @click.argument("source")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for scores and figures.")
 @test_views
-@click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Videos decoded together.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Videos decoded together.")
 @click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="fp16 on GPUs, fp32 on CPUs.")
 @click.option("--root", help="Folder or URL that the paths of a list start from.")
 @click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True)
@@ -38,7 +38,7 @@ def evaluate(
     """
     from mvd_scale.config.data import DataConfig
     from mvd_scale.evaluation.evaluate import evaluate as test
-    from mvd_scale.training.engine import join_ranks, leave_ranks
+    from mvd_scale.training.engine import join_ranks, leave_ranks, usual_precision
 
     ranks = join_ranks(device, timeout_minutes=10)
     tested = test(
@@ -48,7 +48,7 @@ def evaluate(
         out,
         ranks,
         batch=batch,
-        precision=precision or ("fp16" if ranks.device.type == "cuda" else "fp32"),
+        precision=precision or usual_precision(ranks.device),
         command=command_line(),
     )
     leave_ranks()
@@ -153,7 +153,7 @@ def features(
     """
     from mvd_scale.config.data import DataConfig, ViewsConfig
     from mvd_scale.evaluation.features import FeatureOptions, write_features
-    from mvd_scale.training.engine import join_ranks, leave_ranks
+    from mvd_scale.training.engine import join_ranks, leave_ranks, usual_precision
 
     if (every is not None) != (sampling == "sliding"):
         raise click.UsageError("--every goes with --sampling sliding, which needs it")
@@ -166,7 +166,7 @@ def features(
         out,
         ranks,
         batch=batch,
-        precision=precision or ("fp16" if ranks.device.type == "cuda" else "fp32"),
+        precision=precision or usual_precision(ranks.device),
     )
     leave_ranks()
     if ranks.first:

@@ -108,7 +108,7 @@ class EvaluateStage(AnyStage):
     views: TestViews | None = None
     """Clips and crops of each video; those that the weights were meant for if left out."""
 
-    batch: int = Field(default=4, gt=0)
+    batch: int = Field(default=1, gt=0)
     """Videos that a rank decodes together."""
 
     device: Literal["auto", "cuda", "cpu"] = "auto"

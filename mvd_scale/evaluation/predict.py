@@ -24,7 +24,7 @@ from mvd_scale.data.storage import DecodeError
 from mvd_scale.data.video_views import views_of_file, views_of_frames
 from mvd_scale.errors import UserError
 from mvd_scale.evaluation.scorer import Scorer, views_of
-from mvd_scale.training.engine import check_precision, choose_device
+from mvd_scale.training.engine import check_precision, choose_device, usual_precision
 
 Video = str | os.PathLike[str] | NDArray[np.uint8] | Tensor
 """A path or URL, or frames in RGB: uint8 (F, H, W, 3)."""
@@ -102,7 +102,7 @@ def load_classifier(
             views do not exist.
     """
     place = choose_device(device)
-    precision = precision or ("fp16" if place.type == "cuda" else "fp32")
+    precision = precision or usual_precision(place)
     check_precision(precision, place)
     checkpoint = read_checkpoint(Path(path))
     changes = {"sampling": sampling, "stride": stride, "clips": clips, "crops": crops}

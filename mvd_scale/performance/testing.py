@@ -16,7 +16,6 @@ from torch import Tensor
 
 from mvd_scale.config import DataConfig, ModelConfig
 from mvd_scale.config.data import ViewsConfig
-from mvd_scale.config.training import Precision
 from mvd_scale.data.manifest import WHOLE_FILE, Manifest
 from mvd_scale.data.view_loader import ViewLoader, view_items
 from mvd_scale.data.views import clips_of
@@ -26,6 +25,7 @@ from mvd_scale.models import Classifier
 from mvd_scale.performance.plain_views import WAYS, Way, frames_decoded, plain_views, reader_name
 from mvd_scale.performance.timing import apart, time_batches, versions_of
 from mvd_scale.performance.videos import given_videos, made_videos
+from mvd_scale.training.engine import usual_precision
 
 OURS = "mvd-scale"
 VIEWS = ViewsConfig()
@@ -127,7 +127,7 @@ def measure_testing(source: str | None, work: Path, *, videos: int, size: str | 
         cores=len(os.sched_getaffinity(0)),
         threads=torch.get_num_threads(),
         device=_device().type,
-        precision=_precision(),
+        precision=usual_precision(_device()),
         views=f"{VIEWS.clips} x {VIEWS.crops} {VIEWS.sampling} views, stride {VIEWS.stride}",
         reader=reader_name(),
         versions=versions_of(("torch", "nvidia-dali-cuda130", "av", "decord", "torchvision")),
@@ -176,14 +176,10 @@ def _used(videos: Iterator[Tensor], size: str | None) -> Iterator[Tensor]:
             yield views
     else:
         model = ModelConfig.model_validate({"size": size, "frames": FRAMES, "input_size": SIDE})
-        score = Scorer(Classifier(model, CLASSES), device, _precision())
+        score = Scorer(Classifier(model, CLASSES), device, usual_precision(_device()))
         for views in videos:
             yield score(views.to(device)).cpu()
 
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _precision() -> Precision:
-    return "fp16" if torch.cuda.is_available() else "fp32"

@@ -281,6 +281,11 @@ def _layers(teacher: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     yield "", teacher
 
 
+def usual_precision(device: torch.device) -> Precision:
+    """Of inference where none is asked for."""
+    return "fp16" if device.type == "cuda" else "fp32"
+
+
 def check_precision(precision: Precision, device: torch.device) -> None:
     """Refuse what the device cannot compute.
 
