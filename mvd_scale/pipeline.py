@@ -237,7 +237,8 @@ def _sum_up(pipeline: Pipeline, trained: list[str], ranks: int, seconds: float) 
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{pipeline.folder}: {ranks} ranks, {seconds / 60:.1f} minutes")
+    where = f"{ranks} ranks" if pipeline.hostfile is None else f"hosts of {pipeline.hostfile}"
+    table = Table(title=f"{pipeline.folder}: {where}, {seconds / 60:.1f} minutes")
     for column in ("stage", "steps", "loss at start", "at end", "clips/s", "weights"):
         table.add_column(column, overflow="fold")
     for name in trained:

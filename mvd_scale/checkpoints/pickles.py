@@ -42,6 +42,8 @@ _HARMLESS = (
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
+    # How Python 3.11.0 to 3.11.3 pickle the members of enums.
+    "builtins.getattr",
 )
 """Names that a file may mention. None of them is imported or called: `_Inert` takes the place of each."""
 

@@ -23,6 +23,7 @@ _WEIGHTS = (
     "student.safetensors",
     "best.safetensors",
     "classifier.safetensors",
+    "detector.safetensors",
     "encoder.safetensors",
     "model.safetensors",
     "pytorch_model.bin",
@@ -159,7 +160,10 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def _unwrap(loaded: object) -> dict[str, Tensor]:
-    while isinstance(loaded, dict):
+    # Deeper than any file nests them: a dictionary that holds itself has no end.
+    for _ in range(8):
+        if not isinstance(loaded, dict):
+            break
         inner = next((loaded[key] for key in _WRAPPERS if isinstance(loaded.get(key), dict)), None)
         if inner is None:
             return {k: v for k, v in loaded.items() if isinstance(k, str) and isinstance(v, Tensor)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from mvd_scale.checkpoints.checkpoint import Checkpoint, Hints
 from mvd_scale.checkpoints.interpret import interpret
 from mvd_scale.checkpoints.native import save_weights
 from mvd_scale.checkpoints.reading import read_source
-from mvd_scale.config import DetectorConfig, HeadConfig
+from mvd_scale.config import DetectorConfig, HeadConfig, ModelConfig
 from mvd_scale.errors import UserError
 from mvd_scale.models import Classifier, Encoder, Student
 from mvd_scale.models.detector import Detector
@@ -145,10 +146,12 @@ def start_encoder(encoder: Encoder, path: Path) -> None:
     a final norm leaves these out.
 
     Raises:
-        UserError: as `read_checkpoint`, or names every tensor that does not fit.
+        UserError: as `read_checkpoint`, names every tensor that does not fit, or the weights were trained with other
+            heads or positions, of which shapes tell nothing.
     """
     checkpoint, model = read_checkpoint(path), encoder.config
-    tubelet = model.tubelet if checkpoint.model.frames == 1 else None
+    tubelet = model.tubelet if checkpoint.model.frames == 1 and model.frames > 1 else None
+    _check_arithmetic(checkpoint, model, inflated=tubelet is not None)
     checkpoint = adapt(checkpoint, frames=model.frames, input_size=model.input_size, tubelet=tubelet)
     tensors = _encoder_tensors(checkpoint, final_norm=encoder.norm is not None)
     tensors.pop("positions", None)
@@ -157,6 +160,19 @@ def start_encoder(encoder: Encoder, path: Path) -> None:
     if encoder.norm is not None and not checkpoint.final_norm:
         tensors |= {f"norm.{name}": tensor for name, tensor in encoder.norm.state_dict().items()}
     load_exactly(encoder, tensors, str(path))
+
+
+def _check_arithmetic(checkpoint: Checkpoint, model: ModelConfig, *, inflated: bool) -> None:
+    given: dict[str, Any] = {"heads": checkpoint.model.heads, "positions": checkpoint.model.positions}
+    if "positions" in checkpoint.encoder:
+        given["positions"] = "learned"
+    if inflated:
+        # Positions of an image say nothing of time.
+        del given["positions"]
+    clash = [f"{key} {value}, the recipe has model.{key} {getattr(model, key)}" for key, value in given.items()
+             if value != getattr(model, key)]  # fmt: skip
+    if clash:
+        raise UserError(f"{checkpoint.source} was trained with {'; with '.join(clash)}: give the recipe the same")
 
 
 def load_student(student: Student, path: Path) -> None:

@@ -76,6 +76,8 @@ def bench_data(
     with tempfile.TemporaryDirectory() as scratch:
         folder = work or Path(scratch)
         if memory is not None:
+            if as_json:
+                raise click.UsageError("--json does not go with --memory")
             for drawn, mib in measure_memory(source, folder, memory):
                 click.echo(f"{drawn:>8} clips  {mib:8.1f} MiB")
             return

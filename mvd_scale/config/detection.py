@@ -91,8 +91,6 @@ class DetectionRecipe(TaskRecipe):
             raise ValueError("data.mixture does not go with key frames: they name the videos of one data.source")
         if self.data.augment.rand_augment is not None:
             raise ValueError("data.augment.rand_augment moves what is in a box, but not the box: set it to null")
-        if self.model.class_token:
-            raise ValueError("model.class_token has no place in a feature map: set it to false")
         return self
 
     def _identity(self) -> dict[str, Any]:

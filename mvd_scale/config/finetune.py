@@ -114,6 +114,8 @@ class TaskRecipe(RunRecipe):
     def _check_task(self) -> Self:
         if self.data.mask is not None:
             raise ValueError(f"data.mask hides tokens, but a {self.head_section} sees all: set it to null")
+        if self.model.class_token:
+            raise ValueError(f"model.class_token has no place in a {self.head_section} of clips: set it to false")
         if self.training.initial_encoder is not None and self.head.from_scratch:
             raise ValueError(f"give either training.initial_encoder or {self.head_section}.from_scratch")
         return self

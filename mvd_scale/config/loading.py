@@ -64,19 +64,27 @@ def recipe_of(values: dict[str, Any], source: str) -> Recipe:
     Raises:
         UserError: as `load_recipe`.
     """
-    return _validated(Recipe, _with_base(values, source, None, ()), source)
+    return _of(Recipe, values, source)
 
 
 def finetuning_of(values: dict[str, Any], source: str) -> FinetuneRecipe:
     """As `recipe_of`, of fine-tuning."""
-    return _validated(FinetuneRecipe, _with_base(values, source, None, ()), source)
+    return _of(FinetuneRecipe, values, source)
 
 
 Kind = TypeVar("Kind", bound=RunRecipe)
 
 
+def _of(kind: type[Kind], values: dict[str, Any], source: str) -> Kind:
+    whole = _with_base(values, source, None, ())
+    _check_kind(kind, whole, source)
+    return _validated(kind, whole, source)
+
+
 def _load(kind: type[Kind], name_or_path: str | Path, overrides: list[str] | None) -> Kind:
     source, values = _read(name_or_path, ())
+    # Judged by the file: an unknown key on the command line does not make it another kind.
+    _check_kind(kind, values, source)
     for key, value in parse_overrides(overrides or []):
         set_value(values, key, value)
     return _validated(kind, values, source)
@@ -96,10 +104,13 @@ def _kind_of(values: dict[str, Any]) -> type[RunRecipe]:
     return FinetuneRecipe if "classifier" in values else Recipe
 
 
-def _validated(kind: type[Kind], values: dict[str, Any], source: str) -> Kind:
+def _check_kind(kind: type[RunRecipe], values: dict[str, Any], source: str) -> None:
     if _kind_of(values) is not kind:
         does, command = _KINDS[_kind_of(values)]
         raise UserError(f"{source} {does}: start it with `mvd-scale {command}`, or choose another recipe")
+
+
+def _validated(kind: type[Kind], values: dict[str, Any], source: str) -> Kind:
     try:
         return kind.model_validate(values)
     except ValidationError as error:

@@ -171,7 +171,7 @@ class Pipeline(Section):
         """The fields of a stage with the folders of other stages put in."""
         folders = {other: str(self.place(other)) for other in self.stages}
         values = _map_texts(
-            self.stages[name].model_dump(mode="json"),
+            self.stages[name].model_dump(mode="json", exclude_unset=True),
             lambda text: _REFERENCE.sub(lambda found: folders[found[1]], text),
         )
         assert isinstance(values, dict)

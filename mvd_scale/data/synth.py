@@ -54,11 +54,16 @@ def make_synthetic(kind: Kind, out: Path, *, train: int, test: int, seed: int = 
         seed: of everything that is drawn.
 
     Raises:
-        UserError: scikit-image is not installed.
+        UserError: scikit-image is not installed, or the folder holds videos that do not belong to the set.
     """
     classes = TEXTURES if kind == "appearance" else DIRECTIONS
+    counts = {"train": train, "test": test}
+    wanted = {out / s / c / f"{n:05d}.mp4" for s, count in counts.items() for c in classes for n in range(count)}
+    others = sorted(set(out.rglob("*.mp4")) - wanted)
+    if others:
+        raise UserError(f"{out} holds other videos, such as {others[0]}: choose another folder, or remove it")
     made = 0
-    for split, count in (("train", train), ("test", test)):
+    for split, count in counts.items():
         pictures = {name: load_picture(name) for name in (*TEXTURES, *BACKGROUNDS[split])}
         for label, name in enumerate(classes):
             folder = out / split / name

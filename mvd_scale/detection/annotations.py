@@ -21,6 +21,9 @@ from pathlib import Path
 from mvd_scale.detection.boxes import Boxes, KeyFrame
 from mvd_scale.errors import UserError
 
+ANY = 1 << 31
+"""Classes of files whose number of actions is not known."""
+
 _BLOCK = re.compile(r"\{([^{}]*)\}")
 _NAME = re.compile(r'\bname:\s*"((?:[^"\\]|\\.)*)"')
 _NUMBER = re.compile(r"\b(?:label_)?id:\s*(\d+)")
@@ -100,7 +103,7 @@ def read_actions(path: Path, classes: int) -> dict[int, str]:
 def write_results(path: Path, found: Boxes) -> None:
     """Write the official form of results; the file appears whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    frames = [(frame.video, f"{frame.second:04g}") for frame in found.frames]
+    frames = [(frame.video, f"{frame.second:04.10g}") for frame in found.frames]
     columns = zip(found.frame.tolist(), found.corners.tolist(), found.actions.tolist(), found.scores, strict=True)
     with partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

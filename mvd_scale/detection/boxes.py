@@ -20,9 +20,6 @@ class KeyFrame(NamedTuple):
     video: str
     second: float
 
-    def __str__(self) -> str:
-        return f"{self.video},{self.second:04g}"
-
 
 @dataclass(frozen=True)
 class Boxes:

@@ -18,9 +18,15 @@ from mvd_scale.checkpoints.weights import build_detector, read_checkpoint
 from mvd_scale.config.data import DataConfig, ViewsConfig
 from mvd_scale.config.detection import DetectionTest
 from mvd_scale.config.training import Precision
-from mvd_scale.data.index import open_source
 from mvd_scale.data.manifest import Manifest
-from mvd_scale.detection.annotations import read_actions, read_excluded, read_ground_truth, read_results, write_results
+from mvd_scale.detection.annotations import (
+    ANY,
+    read_actions,
+    read_excluded,
+    read_ground_truth,
+    read_results,
+    write_results,
+)
 from mvd_scale.detection.metrics import FrameScore, frame_score
 from mvd_scale.detection.testing import KeyFrameTest, Scored, Scorer, load_frames
 from mvd_scale.detection.whole_frames import WholeFrameLoader
@@ -97,18 +103,18 @@ def evaluate(
 
     def prepare() -> None:
         settings: dict[str, Any] = {
-            "weights": tensors_digest(read.tensors()), "checkpoint": str(checkpoint), "source": data.source,
+            "weights": tensors_digest(read.tensors()), "checkpoint": str(checkpoint),
+            "source": data.source, "root": data.root,
             "test": [None if file is None else _digest(file) for file in files],
             "score": test.score, "starts_at": test.starts_at, "short_side": test.short_side, "precision": precision,
         }  # fmt: skip
         shards.claim(settings)
-        file = out / "manifest.parquet"
-        if not file.is_file():
-            open_source(data, out).save(file)
-        KeyFrameTest.open(test, Manifest.load(file), config.classes, "the test")
+        manifest = shards.open(data)
+        KeyFrameTest.open(test, manifest, config.classes, "the test")
+        manifest.save(shards.manifest)
 
     first_decides(ranks, f"test {out}", prepare)
-    told = KeyFrameTest.open(test, Manifest.load(out / "manifest.parquet"), config.classes, "the test")
+    told = KeyFrameTest.open(test, Manifest.load(shards.manifest), config.classes, "the test")
     score = Scorer(detector, config, read.model.patch_size)
 
     def load(items: NDArray[np.int64]) -> WholeFrameLoader:
@@ -148,18 +154,13 @@ def score_results(
     Raises:
         UserError: a file is not as it should be, or they do not go together.
     """
-    listed = read_actions(actions, _MOST_ACTIONS)
     return frame_score(
-        read_ground_truth(annotations, _MOST_ACTIONS),
-        read_results(results, _MOST_ACTIONS),
-        listed,
+        read_ground_truth(annotations, ANY),
+        read_results(results, ANY),
+        read_actions(actions, ANY),
         frozenset() if excluded is None else read_excluded(excluded),
         per_frame=per_frame,
     )
-
-
-_MOST_ACTIONS = 80
-"""Of AVA."""
 
 
 def _digest(file: Path) -> str:

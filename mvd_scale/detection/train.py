@@ -42,11 +42,10 @@ class DetectingActions(Task[DetectionRecipe]):
     figure = "frame_map"
     weights = "detector.safetensors"
 
-    def prepare(self) -> None:
+    def prepare(self) -> Manifest:
         """Index the videos, and see that all annotations fit them."""
         recipe = self.recipe
-        videos = open_source(recipe.data, self.folder.path)
-        videos.save(self.folder.manifest)
+        videos = open_source(recipe.data, self.folder.index)
         find_key_frames(self._truth(), videos, recipe.key_frames.starts_at, "key_frames")
         if recipe.validation is not None:
             cache = self.folder.tested.parent
@@ -54,6 +53,7 @@ class DetectingActions(Task[DetectionRecipe]):
             tested = open_source(DataConfig(source=recipe.validation.source, root=recipe.validation.root), cache)
             tested.save(self.folder.tested)
             KeyFrameTest.open(recipe.validation, tested, recipe.detector.classes, "validation")
+        return videos
 
     def open(self) -> Manifest:
         """A row for each key frame."""

@@ -19,7 +19,6 @@ from mvd_scale.checkpoints.weights import build_classifier, read_checkpoint
 from mvd_scale.config.data import DataConfig, ViewsConfig
 from mvd_scale.config.training import Precision
 from mvd_scale.data.batch import ViewBatch
-from mvd_scale.data.index import open_source
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.errors import UserError
 from mvd_scale.evaluation.labels import check_labels
@@ -67,19 +66,19 @@ def evaluate(
     chosen = views_of(read, views)
     shards = Shards(out, "scores", "parquet", _SHARD)
     settings: dict[str, Any] = {
-        "checkpoint": str(checkpoint), "source": data.source, "views": chosen.model_dump(), "precision": precision,
+        "checkpoint": str(checkpoint), "source": data.source, "root": data.root, "views": chosen.model_dump(),
+        "precision": precision,
     }  # fmt: skip
 
     def prepare() -> None:
         shards.claim(settings | {"weights": tensors_digest(read.tensors())})
-        file = out / "manifest.parquet"
-        manifest = Manifest.load(file) if file.is_file() else open_source(data, out)
+        manifest = shards.open(data)
         check_labels(manifest, classes, "the test")
         _check_names(manifest.classes, read.class_names)
-        manifest.save(file)
+        manifest.save(shards.manifest)
 
     first_decides(ranks, f"test {out}", prepare)
-    manifest = Manifest.load(out / "manifest.parquet")
+    manifest = Manifest.load(shards.manifest)
     files = shards.fill_views(
         manifest,
         data,
@@ -127,6 +126,8 @@ def merge_tests(folders: Sequence[Path], out: Path, command: str) -> Tested:
     # One view for each model.
     views = np.stack([part.outcome.scores for part in parts], axis=1)
     decoded = np.all([part.outcome.decoded for part in parts], axis=0)
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty: choose a new folder with --out")
     out.mkdir(parents=True, exist_ok=True)
     origin = Origin(
         command,
@@ -173,6 +174,8 @@ def _results(batch: ViewBatch, score: Scorer, manifest: Manifest, classes: int) 
         clips = batch.pixels[k].flatten(0, 1)
         decoded = bool(batch.decoded[k])
         scores = score(clips).cpu() if decoded else torch.zeros(len(clips), classes)
+        if not torch.isfinite(scores).all():
+            raise UserError(f"{manifest.name[row]}: its scores are not finite; test with another --precision")
         yield {
             "video": row,
             "label": int(manifest.label[row]),

@@ -27,7 +27,6 @@ from mvd_scale.checkpoints.weights import build_encoder, read_checkpoint
 from mvd_scale.config.data import DataConfig, ViewsConfig
 from mvd_scale.config.training import Precision
 from mvd_scale.data.batch import ViewBatch
-from mvd_scale.data.index import open_source
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.views import clips_of
 from mvd_scale.errors import UserError
@@ -122,18 +121,17 @@ def write_features(
     )
     model, shards = read.model, Shards(out, "features", options.format, options.shard)
     settings = {
-        "checkpoint": str(checkpoint), "source": data.source, "precision": precision,
+        "checkpoint": str(checkpoint), "source": data.source, "root": data.root, "precision": precision,
         "frames": model.frames, "input_size": model.input_size, **asdict(options),
         "views": options.views.model_dump(),
     }  # fmt: skip
 
     def prepare() -> None:
         shards.claim(settings | {"weights": tensors_digest(read.tensors())})
-        if not (out / "manifest.parquet").is_file():
-            open_source(data, out).save(out / "manifest.parquet")
+        shards.open(data).save(shards.manifest)
 
     first_decides(ranks, f"features {out}", prepare)
-    manifest = Manifest.load(out / "manifest.parquet")
+    manifest = Manifest.load(shards.manifest)
     files = shards.fill_views(
         manifest,
         data,

@@ -36,7 +36,7 @@ class Outcome:
     @property
     def predictions(self) -> NDArray[np.int64]:
         """Class of the highest score, (X,); -1 for a video that could not be decoded."""
-        return np.where(self.decoded, self.scores.argmax(1), -1)
+        return np.where(self.decoded & np.isfinite(self.scores).all(1), self.scores.argmax(1), -1)
 
     def top(self, count: int) -> float:
         """Share of videos whose label is among the `count` highest scores."""
@@ -47,7 +47,8 @@ class Outcome:
         # Of equal scores the lower class is taken first, as argmax does.
         ahead = (self.scores > own).sum(1)
         equal = (self.scores == own) & (np.arange(self.scores.shape[1]) < self.labels[:, None])
-        return (ahead + equal.sum(1) < count) & self.decoded
+        # A score that is no number is ahead of nothing and behind nothing.
+        return (ahead + equal.sum(1) < count) & self.decoded & np.isfinite(self.scores).all(1)
 
     @property
     def confusion(self) -> NDArray[np.int64]:

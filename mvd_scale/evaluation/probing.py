@@ -33,7 +33,7 @@ from mvd_scale.training.engine import Ranks, first_decides
 
 Kind = Literal["knn", "linear", "attentive"]
 _HEAD = 64
-"""Channels of an attention head."""
+"""Channels of an attention head, or a few more where they do not divide the width."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,8 @@ def _judged(train: FeatureFolder, test: FeatureFolder, judge: Judge, out: Path, 
     decoded = test.videos
     if not decoded or not train.videos:
         raise UserError("no video of the probe could be decoded: see quarantine.jsonl in the folders of the features")
-    rows = test.manifest.usable
+    # Those that the index left out count as wrong too.
+    rows = np.flatnonzero(test.manifest.label >= 0)
     views = np.zeros((len(rows), 1, classes), dtype=np.float32)
     found = np.isin(rows, decoded)
     places = {row: place for place, row in enumerate(rows.tolist())}
@@ -162,7 +163,8 @@ def by_attention(epochs: int, lr: float, device: torch.device) -> Judge:
     def judge(train: FeatureFolder, test: FeatureFolder, classes: int) -> Tensor:
         width = next(train.parts())[0].shape[-1]
         torch.manual_seed(0)
-        head = AttentiveHead(width, max(width // _HEAD, 1), classes).to(device)
+        heads = next(count for count in range(max(width // _HEAD, 1), 0, -1) if width % count == 0)
+        head = AttentiveHead(width, heads, classes).to(device)
         tested = (features for features, _ in test.parts())
         return attentive_classifier(train.parts, tested, head, epochs=epochs, lr=lr).softmax(1)
 

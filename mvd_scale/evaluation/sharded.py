@@ -21,10 +21,12 @@ from numpy.typing import NDArray
 from mvd_scale.config.data import DataConfig, ViewsConfig
 from mvd_scale.config.model import ModelConfig
 from mvd_scale.data.batch import ViewBatch
+from mvd_scale.data.index import open_source
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.view_loader import ItemLoader, ViewLoader, view_items
 from mvd_scale.errors import UserError
-from mvd_scale.training.engine import Ranks, everybody_done
+from mvd_scale.training.engine import Ranks, everybody_done, first_decides
+from mvd_scale.training.metrics import read_metrics
 from mvd_scale.training.run_folder import write_whole
 
 logger = logging.getLogger("mvd_scale")
@@ -52,7 +54,10 @@ class Shards:
         described = self.out / f"{self.name}.json"
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            if described.is_file():
+            if described.is_file() and not any(self.out.glob(f"{self.name}_*.{self.suffix}")):
+                # A start that came to nothing holds nothing.
+                self.manifest.unlink(missing_ok=True)
+            elif described.is_file():
                 stands = json.loads(described.read_text())
                 differing = [key for key, value in settings.items() if stands.get(key) != value]
                 if differing:
@@ -65,6 +70,26 @@ class Shards:
             write_whole(described, json.dumps(settings, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"--out {self.out} cannot be written: {error.strerror}") from error
+
+    def open(self, data: DataConfig) -> Manifest:
+        """The videos of a pass that was claimed. Rank 0's part; who has checked them writes them to `manifest`.
+
+        Raises:
+            UserError: as `open_source`, or the shards are of other videos.
+        """
+        cache = self.out / "index"
+        cache.mkdir(exist_ok=True)
+        manifest = open_source(data, cache)
+        if self.manifest.is_file() and Manifest.load(self.manifest).digest != manifest.digest:
+            raise UserError(
+                f"{self.out} holds {self.name} of other videos than {manifest.source} has now: choose another --out"
+            )
+        return manifest
+
+    @property
+    def manifest(self) -> Path:
+        """Where the videos are listed."""
+        return self.out / "manifest.parquet"
 
     def file(self, number: int) -> Path:
         """Where a shard lies."""
@@ -95,7 +120,10 @@ class Shards:
         """
         parts = [items[start : start + self.size] for start in range(0, len(items), self.size)]
         files = [self.file(number) for number in range(len(parts))]
-        missing = [number for number, file in enumerate(files) if not file.is_file()]
+        # Judged by one rank: the others may look when some of them are written.
+        missing = first_decides(
+            ranks, f"missing {self.out}", lambda: [number for number, file in enumerate(files) if not file.is_file()]
+        )
         mine = missing[ranks.rank :: ranks.world_size]
         logger.info("%d of %d shards are there already", len(parts) - len(missing), len(parts))
         if mine:
@@ -161,6 +189,5 @@ def failures(out: Path, manifest: Manifest) -> dict[str, str]:
     found = {name: why for name, why in zip(manifest.name, manifest.left_out, strict=True) if why is not None}
     quarantine = out / "quarantine.jsonl"
     if quarantine.is_file():
-        lines = map(json.loads, quarantine.read_text().splitlines())
-        found |= {manifest.name[line["row"]]: line["error"] for line in lines}
+        found |= {manifest.name[line["row"]]: line["error"] for line in read_metrics(quarantine)}
     return found

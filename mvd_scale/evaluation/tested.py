@@ -110,7 +110,9 @@ class Tested:
             writer.writerows([name, *row] for name, row in zip(self.classes, confusion.tolist(), strict=True))
         with (self.out / "not_decoded.csv").open("w", newline="", encoding="utf-8") as file:
             failed = [name for name, decoded in zip(self.names, outcome.decoded, strict=True) if not decoded]
-            csv.writer(file).writerows([("name", "reason"), *((name, self.reasons[name]) for name in failed)])
+            # A kill may have torn the line that said why.
+            reasons = [(name, self.reasons.get(name, "cannot be decoded")) for name in failed]
+            csv.writer(file).writerows([("name", "reason"), *reasons])
 
     @classmethod
     def load(cls, out: Path) -> Tested:

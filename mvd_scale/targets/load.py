@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mvd_scale.checkpoints.checkpoint import Hints
-from mvd_scale.checkpoints.reading import digest, read_source
+from mvd_scale.checkpoints.reading import read_source, tensors_digest
 from mvd_scale.checkpoints.weights import load_encoder
 from mvd_scale.config import ModelConfig, MomentumTarget, Recipe, TimmTarget
 from mvd_scale.config.target import TrainedTeacherTarget
@@ -74,7 +74,7 @@ def _load_timm(config: TimmTarget, student: ModelConfig) -> TimmViT:
 
 
 def weight_digests(recipe: Recipe) -> dict[str, str]:
-    """SHA-256 of the files of each teacher, and of the weights that the encoder starts from.
+    """SHA-256 of the weights of each teacher, and of those that the encoder starts from.
 
     So a run knows that it goes on with those it began with.
     """
@@ -82,7 +82,7 @@ def weight_digests(recipe: Recipe) -> dict[str, str]:
     paths = {name: getattr(config, "checkpoint", None) for name, config in recipe.targets.items()}
     for name, path in (*paths.items(), ("initial encoder", recipe.training.initial_encoder)):
         if path is not None:
-            digests[name] = digest(path)
+            digests[name] = tensors_digest(read_source(path).tensors)
     return digests
 
 

@@ -83,6 +83,11 @@ def join_ranks(device: str, timeout_minutes: float) -> Ranks:
 
     local_rank, local_world = int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_SIZE", "1"))
     if kind == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"rank {local_rank} of this host has no GPU, as torch sees {torch.cuda.device_count()}: start fewer "
+                "ranks, or set the device to cpu"
+            )
         torch.cuda.set_device(local_rank)
     else:
         torch.set_num_threads(max(len(os.sched_getaffinity(0)) // local_world, 1))

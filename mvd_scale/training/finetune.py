@@ -35,13 +35,12 @@ class NamingClasses(Task[FinetuneRecipe]):
     figure = "top1"
     weights = "classifier.safetensors"
 
-    def prepare(self) -> None:
+    def prepare(self) -> Manifest:
         """Index the videos and check their labels."""
         recipe = self.recipe
-        manifest = open_source(recipe.data, self.folder.path)
+        manifest = open_source(recipe.data, self.folder.index)
         classes = class_count(manifest, recipe.classifier.classes)
         check_labels(manifest, classes, "data.source", every_class=True)
-        manifest.save(self.folder.manifest)
         if recipe.validation is not None:
             cache = self.folder.tested.parent
             cache.mkdir(exist_ok=True)
@@ -49,6 +48,7 @@ class NamingClasses(Task[FinetuneRecipe]):
             tested = open_source(source, cache)
             check_labels(tested, classes, "validation.source", like=manifest)
             tested.save(self.folder.tested)
+        return manifest
 
     def open(self) -> Manifest:
         """A row for each video."""

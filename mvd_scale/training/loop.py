@@ -16,8 +16,9 @@ from mvd_scale.data.batch import ClipBatch
 from mvd_scale.data.loader import ClipLoader
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.sampling import mixture_parts
+from mvd_scale.errors import UserError
 from mvd_scale.training.engine import Ranks
-from mvd_scale.training.metrics import Meter, MetricWriter, read_metrics
+from mvd_scale.training.metrics import Meter, MetricWriter, drop_after, read_metrics
 from mvd_scale.training.observers import Observers
 from mvd_scale.training.optim import apply_schedule
 from mvd_scale.training.resilience import Stopped, StopRequest, check_finite
@@ -85,6 +86,24 @@ def fit(
                 raise Stopped(stop.exit_code)
 
 
+def resume(engine: Any, snapshots: Snapshots, schedule: Schedule, folder: RunFolder, ranks: Ranks) -> int:
+    """Go on from the newest checkpoint, and forget what a killed run did after it; the steps that are done.
+
+    Raises:
+        UserError: as `Snapshots.resume`, or there are more than the run shall have.
+    """
+    start = snapshots.resume(engine)
+    if start > schedule.last_step:
+        raise UserError(
+            f"{folder.path} has come to step {start} already, beyond its last step {schedule.last_step}; "
+            "raise training.max_steps, or begin a new run in another `--run.folder`"
+        )
+    if ranks.first:
+        snapshots.clear_partial()
+        drop_after(folder.validation, start)
+    return start
+
+
 def engine_values(engine: Any, schedule: Schedule, step: int) -> dict[str, float]:
     """What the optimizer used at a step, as floats."""
     norm = engine.get_global_grad_norm()
@@ -121,8 +140,8 @@ def describe(recipe: RunRecipe, manifest: Manifest, schedule: Schedule, ranks: R
         accumulation,
     )
     short = int((manifest.frames[manifest.usable] < recipe.model.frames * recipe.data.stride).sum())
-    if short:
-        logger.info("%d videos are shorter than a clip: their last frame is repeated", short)
+    if short and recipe.data.sampling != "segments":
+        logger.info("%d %s are of videos shorter than a clip: frames are repeated", short, rows)
     logger.info(
         "%d %s, %d left out; %d steps of an epoch, %d clips of it unused; %d steps in all",
         len(manifest.usable),
@@ -139,5 +158,5 @@ def finish(engine: Any, snapshots: Snapshots, folder: RunFolder, ranks: Ranks, s
     snapshots.export(engine, folder.path)
     if ranks.first:
         readings = read_metrics(folder.metrics)
-        folder.finish({"steps": step, "first": readings[0], "last": readings[-1]})
+        folder.finish({"steps": step, "origin": snapshots.origin, "first": readings[0], "last": readings[-1]})
         logger.info("finished: %s", folder.path)

@@ -91,7 +91,7 @@ class MetricWriter:
 
     def __enter__(self) -> Self:
         if self.active:
-            _drop_after(self.path, self.start_step)
+            drop_after(self.path, self.start_step)
             self.file = self.path.open("a", encoding="utf-8")
             self.events = None
             if self.tensorboard is not None:
@@ -152,7 +152,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return readings
 
 
-def _drop_after(path: Path, step: int) -> None:
+def drop_after(path: Path, step: int) -> None:
     """Forget readings of steps that a killed run made after the checkpoint; they are made again."""
     if path.is_file():
         kept = [json.dumps(reading) + "\n" for reading in read_metrics(path) if reading["step"] <= step]

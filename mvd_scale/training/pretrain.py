@@ -6,7 +6,6 @@ import logging
 
 import torch
 
-from mvd_scale.capabilities import probe, table
 from mvd_scale.checkpoints.weights import start_encoder
 from mvd_scale.config import Recipe
 from mvd_scale.config.deepspeed import student_deepspeed
@@ -14,7 +13,6 @@ from mvd_scale.data.index import open_source
 from mvd_scale.data.loader import ClipLoader
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.sampling import steps_per_epoch
-from mvd_scale.errors import UserError
 from mvd_scale.models import Student
 from mvd_scale.targets import MaskedDistillation, Target
 from mvd_scale.targets.load import load_targets, teacher_sides, weight_digests
@@ -27,11 +25,11 @@ from mvd_scale.training.engine import (
     teacher_precision,
     train_engine,
 )
-from mvd_scale.training.loop import describe, finish, fit
+from mvd_scale.training.loop import describe, finish, fit, resume
 from mvd_scale.training.momentum import moving_averages, start_averages
 from mvd_scale.training.observers import Observer, Observers, Pictures, Probe, open_probe
 from mvd_scale.training.optim import parameter_groups
-from mvd_scale.training.run_folder import RunFolder, write_whole
+from mvd_scale.training.run_folder import RunFolder
 from mvd_scale.training.schedule import Schedule
 from mvd_scale.training.snapshots import Snapshots, export_student
 
@@ -53,7 +51,12 @@ def pretrain(recipe: Recipe) -> None:
     schedule = Schedule(
         recipe.training, steps_per_epoch(manifest, recipe.data, recipe.training.global_batch), recipe.lr_batch
     )
-    if first_decides(ranks, "finished", lambda: folder.finished_at(schedule.last_step)):
+    origin = {
+        "videos": manifest.digest,
+        "teachers": first_decides(ranks, "teachers", lambda: weight_digests(recipe)),
+        "teacher precision": teacher_precision(recipe, ranks.device),
+    }
+    if first_decides(ranks, "finished", lambda: folder.finished_at(schedule.last_step, origin)):
         logger.info("%s is finished already: see %s", folder.path, folder.summary)
         return leave_ranks()
 
@@ -69,23 +72,11 @@ def pretrain(recipe: Recipe) -> None:
     groups = parameter_groups(student, recipe.training.weight_decay)
     engine = train_engine(student, groups, recipe, ranks)
     averages = moving_averages(targets, engine, schedule, ranks)
-    origin = {
-        "videos": manifest.digest,
-        "teachers": first_decides(ranks, "teachers", lambda: weight_digests(recipe)),
-        "teacher precision": teacher_precision(recipe, ranks.device),
-    }
     snapshots = Snapshots(
         folder, recipe, ranks, origin, schedule.steps_per_epoch, averages,
         lambda engine, where: export_student(engine, where, recipe, ranks),
     )  # fmt: skip
-    start = snapshots.resume(engine)
-    if start > schedule.last_step:
-        raise UserError(
-            f"{folder.path} has come to step {start} already, beyond training.max_steps {recipe.training.max_steps}; "
-            "raise training.max_steps, or begin a new run in another `--run.folder`"
-        )
-    if ranks.first:
-        snapshots.clear_partial()
+    start = resume(engine, snapshots, schedule, folder, ranks)
     describe(recipe, manifest, schedule, ranks)
 
     loader = ClipLoader(
@@ -113,10 +104,8 @@ def pretrain(recipe: Recipe) -> None:
 def prepare(recipe: Recipe, folder: RunFolder) -> None:
     """Rank 0's part: see that the folder is free for this run, claim it, and index the videos if need be."""
     folder.check(recipe)
-    folder.claim(recipe)
-    write_whole(folder.environment, table(probe()) + "\n")
-    manifest = open_source(recipe.data, folder.path)
-    manifest.save(folder.manifest)
+    folder.claim()
+    folder.record(recipe, open_source(recipe.data, folder.index))
     if recipe.logging.probe is not None:
         open_probe(recipe.logging.probe, folder)
 

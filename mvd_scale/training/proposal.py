@@ -55,8 +55,13 @@ class Proposal:
                 reason = self.reasons.get(f"{section}.{key}")
                 if reason is not None:
                     lines.append(f"  # {reason}")
-                lines.append(f"  {key}: {yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}")
+                lines.append(f"  {key}: {_inline(value)}")
         return "\n".join(lines) + "\n"
+
+
+def _inline(value: Any) -> str:
+    # YAML folds what is longer than a line.
+    return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf).splitlines()[0]
 
 
 def propose(
@@ -79,6 +84,12 @@ def propose(
     check_labels(manifest, classes, source, every_class=True)
     videos = len(manifest.usable)
     frames = int(np.median(manifest.frames[manifest.usable]))
+    assert model.width is not None
+    if model.frames == 1:
+        # An image model is inflated to clips.
+        clip = {"frames": 16, "tubelet": 2, "positions": "sincos3d"}
+        model = ModelConfig.model_validate(model.model_dump() | clip)
+    model = model.model_copy(update={"class_token": False})
     assert model.width is not None
     large, small = model.width >= 1024, videos <= _SMALL
     batch = _batch(videos)

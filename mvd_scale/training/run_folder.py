@@ -5,10 +5,13 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mvd_scale.capabilities import probe, table
 from mvd_scale.config import RunRecipe, load_any
+from mvd_scale.data.manifest import Manifest
 from mvd_scale.errors import UserError
 
 
@@ -24,6 +27,7 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
         self.manifest = path / "manifest.parquet"
+        self.index = path / "index"
         self.pictures = path / "pictures"
         self.probe = path / "probe.jsonl"
         self.quarantine = path / "quarantine.jsonl"
@@ -40,7 +44,7 @@ class RunFolder:
         Raises:
             UserError: it holds a run of another recipe (the differing keys are named) or something that is no run.
         """
-        if self.metrics.is_file() or self.checkpoints.is_dir():
+        if self._begun:
             stands = load_any(self.recipe).identity()
             wanted = recipe.identity()
             differing = [
@@ -59,17 +63,20 @@ class RunFolder:
                 f"{self.path} exists and holds no run of mvd-scale; choose an empty or new folder with `--run.folder`"
             )
 
-    def claim(self, recipe: RunRecipe) -> None:
-        """Make the folder, keep other processes out of it, and write the resolved recipe into it.
+    @property
+    def _begun(self) -> bool:
+        return self.metrics.is_file() or self.checkpoints.is_dir()
+
+    def claim(self) -> None:
+        """Make the folder and keep other processes out of it.
 
         Raises:
             UserError: another process trains here, or the folder cannot be written.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.index.mkdir(parents=True, exist_ok=True)
             self._lock = self.lock.open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            write_whole(self.recipe, recipe.to_yaml())
         except BlockingIOError as error:
             raise UserError(
                 f"another process is training in {self.path}; wait for it or choose another `--run.folder`"
@@ -77,9 +84,37 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"run.folder {self.path} cannot be written: {error.strerror}") from error
 
-    def finished_at(self, step: int) -> bool:
-        """Whether the run has come to its end after `step` optimizer steps."""
-        return self.summary.is_file() and json.loads(self.summary.read_text())["steps"] == step
+    def record(self, recipe: RunRecipe, manifest: Manifest) -> None:
+        """Write the resolved recipe, the videos and what the machine is.
+
+        Raises:
+            UserError: the run there was on other videos; nothing was overwritten.
+        """
+        if self._begun and self.manifest.is_file() and Manifest.load(self.manifest).digest != manifest.digest:
+            raise UserError(
+                f"{self.path} holds a run on other videos than those of {manifest.source}: give it the same, or choose "
+                "another folder with `--run.folder`"
+            )
+        write_whole(self.recipe, recipe.to_yaml())
+        write_whole(self.environment, table(probe()) + "\n")
+        manifest.save(self.manifest)
+
+    def finished_at(self, step: int, origin: Mapping[str, Any]) -> bool:
+        """Whether the run has come to its end after `step` optimizer steps.
+
+        Raises:
+            UserError: it has, but from other data or weights than `origin` says.
+        """
+        summary = json.loads(self.summary.read_text()) if self.summary.is_file() else None
+        if summary is None or summary["steps"] != step:
+            return False
+        differing = [key for key, value in origin.items() if summary["origin"][key] != value]
+        if differing:
+            raise UserError(
+                f"{self.path} holds a finished run with other {', '.join(differing)} than this start has: choose "
+                "another folder with `--run.folder`, or move that one away"
+            )
+        return True
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Leave the mark and the figures of a run that has come to its end."""

@@ -13,8 +13,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mvd_scale.capabilities import probe, table
-from mvd_scale.checkpoints.reading import digest
+from mvd_scale.checkpoints.reading import read_source, tensors_digest
 from mvd_scale.checkpoints.weights import start_encoder
 from mvd_scale.config import TaskRecipe
 from mvd_scale.config.deepspeed import student_deepspeed
@@ -25,11 +24,11 @@ from mvd_scale.errors import UserError
 from mvd_scale.models import Classifier
 from mvd_scale.models.detector import Detector
 from mvd_scale.training.engine import Ranks, first_decides, full_parameters, join_ranks, leave_ranks, train_engine
-from mvd_scale.training.loop import Objective, describe, finish, fit
+from mvd_scale.training.loop import Objective, describe, finish, fit, resume
 from mvd_scale.training.momentum import MovingAverage
 from mvd_scale.training.observers import Observer, Observers
 from mvd_scale.training.optim import layer_scale, parameter_groups
-from mvd_scale.training.run_folder import RunFolder, write_whole
+from mvd_scale.training.run_folder import RunFolder
 from mvd_scale.training.schedule import Schedule
 from mvd_scale.training.snapshots import Snapshots
 from mvd_scale.training.validation import Validation
@@ -56,8 +55,8 @@ class Task(ABC, Generic[AnyRecipe]):
         self.folder = folder
 
     @abstractmethod
-    def prepare(self) -> None:
-        """Rank 0's part: index and check the data, into the folder.
+    def prepare(self) -> Manifest:
+        """Rank 0's part: index and check all data; the videos of the training.
 
         Raises:
             UserError: they do not fit.
@@ -110,9 +109,15 @@ def teach(task: Task[Any]) -> None:
     student_deepspeed(recipe, ranks.world_size)
     first_decides(ranks, "prepared", lambda: _prepare(task))
     manifest = task.open()
+    _agree(task.origin(), ranks)
+    origin = task.origin() | {
+        "initial encoder": first_decides(
+            ranks, "weights", lambda: None if weights is None else tensors_digest(read_source(weights).tensors)
+        )
+    }
     steps = steps_per_epoch(manifest, recipe.data, recipe.training.global_batch)
     schedule = Schedule(recipe.training, steps, recipe.lr_batch)
-    if first_decides(ranks, "finished", lambda: folder.finished_at(schedule.last_step)):
+    if first_decides(ranks, "finished", lambda: folder.finished_at(schedule.last_step, origin)):
         logger.info("%s is finished already: see %s", folder.path, folder.summary)
         return leave_ranks()
 
@@ -125,9 +130,6 @@ def teach(task: Task[Any]) -> None:
     groups = parameter_groups(model, recipe.training.weight_decay, lambda name: layer_scale(name, depth, decay))
     engine = train_engine(model, groups, recipe, ranks)
     averages = [] if averaged is None else [_average(averaged, engine, task, ranks)]
-    origin = task.origin() | {
-        "initial encoder": first_decides(ranks, "weights", lambda: None if weights is None else digest(weights))
-    }
 
     def export(engine: Any, where: Path) -> None:
         tensors = {name: full for name, full in full_parameters(engine) if ranks.first}
@@ -135,9 +137,7 @@ def teach(task: Task[Any]) -> None:
             task.write(where / task.weights, tensors)
 
     snapshots = Snapshots(folder, recipe, ranks, origin, steps, averages, export)
-    start = snapshots.resume(engine)
-    if ranks.first:
-        snapshots.clear_partial()
+    start = resume(engine, snapshots, schedule, folder, ranks)
     describe(recipe, manifest, schedule, ranks, task.rows)
     observers: list[Observer] = []
     if recipe.validation is not None:
@@ -160,12 +160,19 @@ def teach(task: Task[Any]) -> None:
     leave_ranks()
 
 
+def _agree(origin: dict[str, Any], ranks: Ranks) -> None:
+    told: list[Any] = [None] * ranks.world_size
+    torch.distributed.all_gather_object(told, origin)
+    differing = [rank for rank, there in enumerate(told) if there != told[0]]
+    if differing:
+        raise UserError(f"rank {differing[0]} sees other data than rank 0: give all hosts the same files")
+
+
 def _prepare(task: Task[Any]) -> None:
     """Rank 0's part: see that the folder is free for this run, claim it, and prepare the data."""
     task.folder.check(task.recipe)
-    task.folder.claim(task.recipe)
-    write_whole(task.folder.environment, table(probe()) + "\n")
-    task.prepare()
+    task.folder.claim()
+    task.folder.record(task.recipe, task.prepare())
 
 
 def _keep(

@@ -62,6 +62,34 @@ def test_a_pickle_that_carries_code_is_refused_and_nothing_runs(
     assert marker.exists(), "the bomb of this test is no bomb"
 
 
+class Looked:
+    """As Python 3.11.0 to 3.11.3 pickle the members of an enum."""
+
+    def __init__(self, owner: object, name: str) -> None:
+        self.found = owner, name
+
+    def __reduce__(self) -> Any:
+        return getattr, self.found
+
+
+def test_a_dictionary_that_holds_itself_comes_to_an_end(tmp_path: Path) -> None:
+    endless: dict[str, Any] = {}
+    endless["model"] = endless
+    torch.save(endless, tmp_path / "teacher.pth")
+    with pytest.raises(UserError, match="holds no tensors"):
+        read_checkpoint(tmp_path / "teacher.pth", HINTS)
+
+
+def test_members_of_enums_are_read_as_nothing_and_no_attribute_is_looked_up(
+    tmp_path: Path, published: dict[str, Tensor]
+) -> None:
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    file = tmp_path / "teacher.pth"
+    torch.save({"model": published, "stage": Looked(ZeroStageEnum, "weights"), "none": Looked(1, "nothing")}, file)
+    assert set(read_checkpoint(file, HINTS).encoder)
+
+
 def test_a_bare_pickle_is_refused(tmp_path: Path) -> None:
     marker, file = tmp_path / "marker", tmp_path / "teacher.pth"
     for protocol in (2, 4):

@@ -140,3 +140,13 @@ def test_a_start_from_a_teacher_without_a_norm_keeps_a_fresh_one(tmp_path: Path)
     save_weights(path, Encoder(narrow).state_dict(), narrow)
     with pytest.raises(UserError, match=r"patch_embed\.weight is \(16, 1536\), expected \(32, 1536\)"):
         start_encoder(encoder, path)
+
+
+@pytest.mark.parametrize("change", [{"heads": 4}, {"positions": "sinusoid"}])
+def test_weights_of_another_arithmetic_do_not_start_an_encoder(
+    saved: tuple[Path, Encoder], change: dict[str, object]
+) -> None:
+    ((key, value),) = change.items()
+    encoder = Encoder(ModelConfig.model_validate(SHAPE.model_dump() | change))
+    with pytest.raises(UserError, match=rf"was trained with {key} \w+, the recipe has model\.{key} {value}"):
+        start_encoder(encoder, saved[0])

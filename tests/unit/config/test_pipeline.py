@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mvd_scale.config.pipeline import TrainStage, list_pipelines, load_pipeline, references
+from mvd_scale.config.pipeline import EvaluateStage, TrainStage, list_pipelines, load_pipeline, references
 from mvd_scale.errors import UserError
 from mvd_scale.pipeline import stage_recipe
 
@@ -63,3 +63,10 @@ def test_the_recipes_of_a_shipped_pipeline_describe_runs(name: str) -> None:
 def test_an_unknown_pipeline_lists_the_known() -> None:
     with pytest.raises(UserError, match="give the path of a YAML file or one of mvd_b, quickstart"):
         load_pipeline("quickstrat")
+
+
+def test_views_of_a_test_change_only_what_they_name(tmp_path: Path) -> None:
+    text = TWO + '  test: {kind: evaluate, checkpoint: "{teacher}", source: clips, views: {crops: 1}}\n'
+    stage = EvaluateStage.model_validate(load_pipeline(written(tmp_path, text)).resolved("test"))
+    assert stage.views is not None
+    assert stage.views.model_dump(exclude_unset=True) == {"crops": 1}

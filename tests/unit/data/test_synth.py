@@ -12,6 +12,7 @@ pytest.importorskip("skimage", reason="synthetic videos need the samples extra: 
 
 from mvd_scale.data import synth
 from mvd_scale.data.synth import BACKGROUNDS, DIRECTIONS, FRAMES, SIDE, TEXTURES, draw_video, make_synthetic
+from mvd_scale.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,10 @@ def test_folders_of_classes_hold_real_videos_and_a_second_start_adds_what_is_mis
     make_synthetic("motion", tmp_path, train=3, test=1)
     assert len(list(out.rglob("*.mp4"))) == 8
     assert all((out / file).stat().st_mtime_ns == time for file, time in kept.items())
+    with pytest.raises(UserError, match="holds other videos"):
+        make_synthetic("appearance", tmp_path, train=3, test=1)
+    with pytest.raises(UserError, match=r"left/00002\.mp4"):
+        make_synthetic("motion", tmp_path, train=2, test=1)
 
 
 def test_training_and_test_share_no_background() -> None:

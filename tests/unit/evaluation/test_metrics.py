@@ -68,3 +68,9 @@ def test_calibration_error() -> None:
 
 def test_a_perfectly_sure_and_right_classifier_has_no_calibration_error() -> None:
     assert outcome([0, 1], [[1, 0], [0, 1]]).calibration_error == 0
+
+
+def test_scores_that_are_no_numbers_are_never_right() -> None:
+    result = outcome([0, 1], [[np.nan, np.nan], [0, 1]])
+    assert result.top(1) == result.top(5) == 0.5
+    assert result.confusion.tolist() == [[0, 0, 1], [0, 1, 0]]

@@ -77,3 +77,14 @@ def test_a_class_without_videos_is_said(tmp_path: Path) -> None:
             validation=None,
             folder=tmp_path,
         )
+
+
+def test_long_paths_stay_whole_and_an_image_encoder_is_given_clips(tmp_path: Path) -> None:
+    source = "/data/" + "a folder with spaces/" * 9 + "train.csv"
+    rows = [Row(name=f"{k}", path=f"/v/{k}", label=k % 2, frames=100) for k in range(40)]
+    image = ModelConfig(size="B", frames=1, tubelet=1, positions="sincos2d", class_token=True)
+    made = propose(Manifest.of(rows), image, source=source, encoder=Path("mae_b.pth"), validation=None, folder=tmp_path)
+    (tmp_path / "mine.yaml").write_text(made.to_yaml("mvd-scale finetune"))
+    loaded = load_finetuning(tmp_path / "mine.yaml")
+    assert loaded.data.source == source
+    assert (loaded.model.frames, loaded.model.tubelet, loaded.model.class_token) == (16, 2, False)
