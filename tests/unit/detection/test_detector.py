@@ -178,7 +178,7 @@ def test_the_test_widens_boxes_and_scores_by_the_sigmoid(detector: Detector) -> 
         ("data", {"mixture": {"a": {"source": "a"}}}, "does not go with key frames"),
         ("data", {"crop": {"kind": "short_side", "sides": [200, 256]}}, "less than the square of model.input_size 224"),
         ("data", {"crop": {"kind": "short_side", "sides": [300, 256]}}, "the shortest comes first"),
-        ("model", {"class_token": True}, "no place in a feature map"),
+        ("model", {"class_token": True}, "no place in a detector"),
         ("detector", {"from_scratch": True}, "give either training.initial_encoder or detector.from_scratch"),
     ],
 )
