@@ -78,11 +78,6 @@ class DetectionRecipe(TaskRecipe):
     key_frames: TrainingKeyFrames
     validation: DetectionValidation | None = None
 
-    @property
-    def head(self) -> DetectorConfig:
-        """The section that describes the head."""
-        return self.detector
-
     @model_validator(mode="after")
     def _check_clips(self) -> Self:
         if self.data.sampling != "dense":

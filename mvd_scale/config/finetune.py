@@ -108,7 +108,8 @@ class TaskRecipe(RunRecipe):
     @property
     def head(self) -> HeadConfig:
         """The section that describes the head."""
-        raise NotImplementedError
+        section: HeadConfig = getattr(self, self.head_section)
+        return section
 
     @model_validator(mode="after")
     def _check_task(self) -> Self:
@@ -141,11 +142,6 @@ class FinetuneRecipe(TaskRecipe):
 
     test: TestViews = ViewsConfig()
     """Views by which `mvd-scale evaluate` tests the result; the weights carry them."""
-
-    @property
-    def head(self) -> ClassifierConfig:
-        """The section that describes the head."""
-        return self.classifier
 
     def _identity(self) -> dict[str, Any]:
         values = super()._identity()
