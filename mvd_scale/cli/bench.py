@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from mvd_scale.cli.options import WITH_OVERRIDES, overrides_argument
 from mvd_scale.config.launcher import launched_rank
@@ -41,6 +42,7 @@ def step(
     from mvd_scale.performance.step import measure_step
 
     if methods is not None:
+        _refuse_beside("methods", "recipe")
         from mvd_scale.performance.methods import measure_methods
 
         words = ["--batch", str(batch), "--steps", str(steps), *overrides]
@@ -76,8 +78,7 @@ def bench_data(
     with tempfile.TemporaryDirectory() as scratch:
         folder = work or Path(scratch)
         if memory is not None:
-            if as_json:
-                raise click.UsageError("--json does not go with --memory")
+            _refuse_beside("memory", "workers", "clips", "large", "as_json")
             for drawn, mib in measure_memory(source, folder, memory):
                 click.echo(f"{drawn:>8} clips  {mib:8.1f} MiB")
             return
@@ -131,3 +132,11 @@ def load(size: str, precision: Precision, device: str, as_json: bool) -> None:
     report = measure_load(size, precision, device)
     if launched_rank() == 0:
         click.echo(report.to_json() if as_json else report.to_text())
+
+
+def _refuse_beside(option: str, *others: str) -> None:
+    """Options that would do nothing beside another one."""
+    context = click.get_current_context()
+    given = [name for name in others if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if given:
+        raise click.UsageError(f"--{given[0].removeprefix('as_')} does not go with --{option}")

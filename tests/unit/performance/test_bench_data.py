@@ -51,3 +51,17 @@ def test_a_wrong_list_of_workers():
     result = CliRunner().invoke(cli, ["bench", "data", "--workers", "a"])
     assert result.exit_code == 2
     assert "0,1,2" in result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["data", "--memory", "80", "--json"], "--json does not go with --memory"),
+        (["data", "--memory", "80", "--clips", "8"], "--clips does not go with --memory"),
+        (["step", "--methods", "all", "--recipe", "distill/b_from_b"], "--recipe does not go with --methods"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(words: list[str], said: str) -> None:
+    result = CliRunner().invoke(cli, ["bench", *words])
+    assert result.exit_code == 2
+    assert said in result.output
