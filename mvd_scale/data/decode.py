@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvd_scale.data.manifest import WHOLE_FILE, Row
+from mvd_scale.data.sampling import Box
 from mvd_scale.data.storage import DecodeError, is_url, read_bytes
 
 REORDER = 32
@@ -26,7 +27,7 @@ Pictures = dict[int, NDArray[np.uint8]]
 """Frames by their place in display order, uint8 (H, W, 3)."""
 
 
-def decode_frames(video: Row, frames: NDArray[np.int64]) -> NDArray[np.uint8]:
+def decode_frames(video: Row, frames: NDArray[np.int64], box: Box | None = None) -> NDArray[np.uint8]:
     """The frames at given places in display order.
 
     Only the packets from the keyframe before the first frame to the last frame are decoded, and of these not the
@@ -35,9 +36,10 @@ def decode_frames(video: Row, frames: NDArray[np.int64]) -> NDArray[np.uint8]:
     Args:
         video: where it lies, its size, and the times of its frames if these are evenly spaced.
         frames: int64 (T,), any order, repetitions allowed.
+        box: top, left, height and width of the part of the coded frame to return; None for all of it.
 
     Returns:
-        uint8 (T, H, W, 3), RGB, as coded (`rotation` is not applied).
+        uint8 (T, height, width, 3), RGB, as coded (`rotation` is not applied).
 
     Raises:
         DecodeError: the file is missing, broken, shorter than asked for, or of another size than the manifest says.
@@ -52,16 +54,14 @@ def decode_frames(video: Row, frames: NDArray[np.int64]) -> NDArray[np.uint8]:
     absent = wanted - pictures.keys()
     if absent:
         raise DecodeError(video.path, f"frame {min(absent)} cannot be decoded")
-    clip = np.empty((len(frames), *video.coded_size, 3), dtype=np.uint8)
+    top, left, height, width = box or (0, 0, *video.coded_size)
+    clip = np.empty((len(frames), height, width, 3), dtype=np.uint8)
     for slot, place in enumerate(frames.tolist()):
         picture = pictures[place]
         if picture.shape[:2] != video.coded_size:
-            (height, width), (expected_height, expected_width) = picture.shape[:2], video.coded_size
-            raise DecodeError(
-                video.path,
-                f"frame {place} is {height} x {width}, the manifest says {expected_height} x {expected_width}",
-            )
-        clip[slot] = picture
+            found, expected = (" x ".join(map(str, size)) for size in (picture.shape[:2], video.coded_size))
+            raise DecodeError(video.path, f"frame {place} is {found}, the manifest says {expected}")
+        clip[slot] = picture[top : top + height, left : left + width]
     return clip
 
 
@@ -178,5 +178,6 @@ class _Converter:
         self._reformatter = av.video.reformatter.VideoReformatter()
 
     def __call__(self, frame: av.VideoFrame) -> NDArray[np.uint8]:
-        picture: NDArray[np.uint8] = self._reformatter.reformat(frame, format="rgb24").to_ndarray()
-        return picture
+        (plane,) = self._reformatter.reformat(frame, format="rgb24").planes
+        # Not copied: what is needed of it goes straight into the clip.
+        return np.ndarray((plane.height, plane.width, 3), np.uint8, plane, strides=(plane.line_size, 3, 1))

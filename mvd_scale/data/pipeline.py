@@ -23,6 +23,7 @@ from nvidia.dali.pipeline import Pipeline, do_not_convert
 from mvd_scale.config.data import DataConfig
 from mvd_scale.data.augment import count_operations
 from mvd_scale.data.augment_graph import erase, operate
+from mvd_scale.data.geometry import Sample, resize, upright
 from mvd_scale.data.manifest import IMAGE_CODECS, Row
 from mvd_scale.data.source import Decoder, VideoSource
 
@@ -32,9 +33,6 @@ _TYPES: dict[Any, types.DALIDataType] = {
     np.uint8: types.UINT8,
     np.float32: types.FLOAT,
 }
-
-Sample = dict[str, DataNode]
-"""The arrays of a source, by the names of its fields."""
 
 
 def build_pipeline(
@@ -161,16 +159,26 @@ def clip_body(
         turned: whether clips may lie on their side.
         on_gpu: whether the device is a GPU.
     """
-    interpolation = types.INTERP_LINEAR if data.crop.interpolation == "bilinear" else types.INTERP_CUBIC
     operations = count_operations(data.augment)
 
     def body(sample: Sample, frames: DataNode) -> tuple[DataNode, ...]:
         copies = []
         for copy in range(data.copies):
-            cut = [_square(sample, frames, copy, side, interpolation) for side in sides]
-            if turned:
-                cut = [stand_up(sample, clip) for clip in cut]
-            cut = [mirror(sample, clip, copy) for clip in cut]
+            # Both filters are antialiased where they shrink, as the published code's (PIL) are.
+            cut = [
+                upright(
+                    sample,
+                    frames,
+                    (side, side),
+                    copy=copy,
+                    cut=True,
+                    filter=data.crop.interpolation,
+                    antialias=True,
+                    turned=turned,
+                    on_gpu=on_gpu,
+                )
+                for side in sides
+            ]
             if operations or data.augment.erasing is not None:
                 clip = cut[0]
                 for number in range(operations):
@@ -178,38 +186,14 @@ def clip_body(
                 if data.augment.erasing is not None:
                     clip = erase(clip, sample["erase"][copy], sample["noise"][copy], sides[0], on_gpu)
                 # Boxes and warps are in pixels of the first side: the others are made from that clip.
-                cut = [clip, *(_shrink(clip, side, interpolation) for side in sides[1:])]
+                others = [
+                    resize(clip, (side, side), filter=data.crop.interpolation, on_gpu=on_gpu) for side in sides[1:]
+                ]
+                cut = [clip, *others]
             copies.append(cut)
         return _outputs(sample, copies, on_gpu)
 
     return body
-
-
-@do_not_convert  # type: ignore[untyped-decorator]
-def _square(sample: Sample, frames: DataNode, copy: int, side: int, interpolation: types.DALIInterpType) -> DataNode:
-    cut = fn.slice(frames, start=sample["anchor"][copy], shape=sample["shape"][copy], axes=(1, 2))
-    # Both filters are antialiased where they shrink, as the published code's (PIL) are.
-    return fn.resize(cut, size=(side, side), interp_type=interpolation, antialias=True)
-
-
-@do_not_convert  # type: ignore[untyped-decorator]
-def _shrink(clip: DataNode, side: int, interpolation: types.DALIInterpType) -> DataNode:
-    return fn.resize(clip, size=(side, side), interp_type=interpolation, antialias=True)
-
-
-def stand_up(sample: Sample, clip: DataNode) -> DataNode:
-    """Transpose the clips whose video is to be turned by a quarter; mirroring does the rest."""
-    if sample["transpose"] != 0:
-        standing = fn.transpose(clip, perm=[0, 2, 1, 3], transpose_layout=False, output_layout="FHWC")
-    else:
-        standing = fn.copy(clip)
-    return standing
-
-
-@do_not_convert  # type: ignore[untyped-decorator]
-def mirror(sample: Sample, clip: DataNode, copy: int) -> DataNode:
-    """Mirror left-right and up-down as one copy of the sample asks."""
-    return fn.flip(clip, horizontal=sample["mirror"][copy, 0], vertical=sample["mirror"][copy, 1])
 
 
 @do_not_convert  # type: ignore[untyped-decorator]

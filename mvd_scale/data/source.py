@@ -339,12 +339,8 @@ def _prepare(video: Row, frames: NDArray[np.int64], box: Box | None, backend: Ba
     decoder = Decoder.HOST if by_host else decoder_of(video.codec, video.pixel_format, backend)
     if decoder is not Decoder.HOST:
         return Media(decoder, read_bytes(video.path, video.offset, video.size))
-    pictures = decode_frames(video, frames)
-    if box is None:
-        return Media(decoder, pictures)
-    top, left, height, width = box
-    cut = np.ascontiguousarray(pictures[:, top : top + height, left : left + width])
-    return Media(decoder, cut, top, left)
+    top, left = box[:2] if box is not None else (0, 0)
+    return Media(decoder, decode_frames(video, frames, box), top, left)
 
 
 def _stack_noise(noises: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:

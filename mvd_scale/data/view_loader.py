@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from nvidia.dali import fn, types
+from nvidia.dali import fn
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline, do_not_convert
 from torch import Tensor
@@ -23,9 +23,10 @@ from typing_extensions import Self
 
 from mvd_scale.config.data import DataConfig, ViewsConfig
 from mvd_scale.data.batch import ViewBatch
+from mvd_scale.data.geometry import Sample, upright
 from mvd_scale.data.loader import Failure, Feed, Outputs, as_tensor
 from mvd_scale.data.manifest import Manifest, Row
-from mvd_scale.data.pipeline import Sample, build_pipeline, mirror, stand_up
+from mvd_scale.data.pipeline import build_pipeline
 from mvd_scale.data.source import Arrays, Decoder, Media, VideoSource, mirrors
 from mvd_scale.data.storage import DecodeError
 from mvd_scale.data.views import clips_of, crop_corners, resized_size
@@ -281,27 +282,30 @@ class ViewLoader(ItemLoader[ViewBatch]):
         return self._prepared_by(self._manifest, self.items, self._views, self._length, self._side, **self._reading)
 
     def _body(self, turned: bool) -> Callable[[Sample, DataNode], tuple[DataNode, ...]]:
-        length, side = self._length, self._side
+        length, side, on_gpu = self._length, self._side, self._device_id is not None
         views = self._views.clips * self._views.crops
 
         def body(sample: Sample, frames: DataNode) -> tuple[DataNode, ...]:
-            return _cut(sample, upright(sample, frames, turned), views, (length, side, side))
+            whole = whole_frames(sample, frames, turned=turned, on_gpu=on_gpu)
+            return _cut(sample, whole, views, (length, side, side))
 
         return body
 
 
-def upright(sample: Sample, frames: DataNode, turned: bool) -> DataNode:
+def whole_frames(sample: Sample, frames: DataNode, *, turned: bool, on_gpu: bool) -> DataNode:
     """Whole frames, resized and as shown."""
-    whole = _resize(sample, frames)
-    if turned:
-        whole = stand_up(sample, whole)
-    return mirror(sample, whole, 0)
-
-
-@do_not_convert  # type: ignore[untyped-decorator]
-def _resize(sample: Sample, frames: DataNode) -> DataNode:
     # Not antialiased: the published evaluation resizes by OpenCV.
-    return fn.resize(frames, size=sample["size"], interp_type=types.INTERP_LINEAR, antialias=False)
+    return upright(
+        sample,
+        frames,
+        sample["size"],
+        copy=0,
+        cut=False,
+        filter="bilinear",
+        antialias=False,
+        turned=turned,
+        on_gpu=on_gpu,
+    )
 
 
 @do_not_convert  # type: ignore[untyped-decorator]

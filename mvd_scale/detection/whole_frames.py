@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from mvd_scale.config.data import DataConfig, ViewsConfig
+from mvd_scale.data.geometry import Sample
 from mvd_scale.data.loader import Outputs
-from mvd_scale.data.pipeline import Sample
-from mvd_scale.data.view_loader import ItemLoader, ViewSource, upright
+from mvd_scale.data.view_loader import ItemLoader, ViewSource, whole_frames
 from mvd_scale.detection.key_frames import KeyFrames, frames_around
 
 
@@ -93,8 +93,10 @@ class WholeFrameLoader(ItemLoader[FrameBatch]):
         )
 
     def _body(self, turned: bool) -> Callable[[Sample, DataNode], tuple[DataNode, ...]]:
+        on_gpu = self._device_id is not None
+
         def body(sample: Sample, frames: DataNode) -> tuple[DataNode, ...]:
-            return (upright(sample, frames, turned),)
+            return (whole_frames(sample, frames, turned=turned, on_gpu=on_gpu),)
 
         return body
 
