@@ -1,6 +1,6 @@
 """The transformer block that encoders and decoders share (Sec. 3.3: vanilla, joint space-time attention).
 
-Legend: B clips, N tokens, D width.
+Legend: B clips, N tokens, K tokens that are kept, D width.
 """
 
 from __future__ import annotations
@@ -12,6 +12,18 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mvd_kernels import LayerNorm, attention
+
+Kept = Tensor | int | None
+"""Tokens whose output is needed: int64 (B, K), the last so many, or all."""
+
+
+def keep(tokens: Tensor, kept: Kept) -> Tensor:
+    """Some tokens of (B, N, D)."""
+    if kept is None:
+        return tokens
+    if isinstance(kept, int):
+        return tokens[:, -kept:]
+    return tokens.gather(1, kept.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
 class QKV(nn.Module):
@@ -42,11 +54,13 @@ class Attention(nn.Module):
         self.qkv = QKV(width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, N, D) to (B, N, D)."""
+    def forward(self, tokens: Tensor, kept: Kept = None) -> Tensor:
+        """(B, N, D) to (B, N, D), or (B, K, D) for the tokens that are kept."""
         clips, count, width = tokens.shape
         packed = self.qkv(tokens).view(clips, count, 3, self.heads, width // self.heads)
-        projected: Tensor = self.proj(attention(packed))
+        last = kept if isinstance(kept, int) else None
+        attended = attention(packed, last)
+        projected: Tensor = self.proj(attended if last is not None else keep(attended, kept))
         return projected
 
 
@@ -61,9 +75,9 @@ class Block(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=nn.GELU)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, N, D) to (B, N, D)."""
-        tokens = tokens + self.drop_path(self.attn(self.norm1(tokens)))
+    def forward(self, tokens: Tensor, kept: Kept = None) -> Tensor:
+        """(B, N, D) to (B, N, D), or (B, K, D) for the tokens that are kept: all are seen, the others not computed."""
+        tokens = keep(tokens, kept) + self.drop_path(self.attn(self.norm1(tokens), kept))
         return tokens + self.drop_path(self.mlp(self.norm2(tokens)))
 
 
@@ -75,13 +89,14 @@ class Blocks(nn.ModuleList):
         super().__init__(Block(width, heads, mlp_ratio, rate) for rate in rates)
         self.gradient_checkpointing = False
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, N, D) to (B, N, D)."""
-        for block in self:
+    def forward(self, tokens: Tensor, kept: Kept = None) -> Tensor:
+        """(B, N, D) to (B, N, D), or (B, K, D) for the tokens that the last block keeps."""
+        for number, block in enumerate(self, start=1):
+            arguments = (tokens, kept if number == len(self) else None)
             if self.gradient_checkpointing and self.training:
-                tokens = checkpoint(block, tokens, use_reentrant=False)
+                tokens = checkpoint(block, *arguments, use_reentrant=False)
             else:
-                tokens = block(tokens)
+                tokens = block(*arguments)
         return tokens
 
 

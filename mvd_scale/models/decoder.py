@@ -47,6 +47,6 @@ class Decoder(nn.Module):
         positions = self.positions.to(embedded.dtype)
         class_token, seen = embedded.split([embedded.shape[1] - visible.shape[1], visible.shape[1]], dim=1)
         hidden = self.mask_token + positions[masked]
-        decoded = self.blocks(torch.cat([class_token, seen + positions[visible], hidden], dim=1))
-        predictions: Tensor = self.head(self.norm(decoded[:, -masked.shape[1] :]))
+        tokens = torch.cat([class_token, seen + positions[visible], hidden], dim=1)
+        predictions: Tensor = self.head(self.norm(self.blocks(tokens, masked.shape[1])))
         return predictions
