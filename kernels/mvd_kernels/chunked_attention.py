@@ -22,7 +22,8 @@ SHORTEST = 512
 
 
 @cache
-def _bf16_instructions() -> bool:
+def bf16_instructions() -> bool:
+    """Whether this CPU multiplies matrices of bfloat16."""
     abilities = torch.cpu.get_capabilities()
     return bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
 
@@ -33,7 +34,7 @@ def pays(qkv: Tensor) -> bool:
         qkv.device.type == "cpu"
         and qkv.dtype == torch.bfloat16
         and qkv.shape[1] >= SHORTEST
-        and _bf16_instructions()
+        and bf16_instructions()
         and not torch.compiler.is_compiling()
     )
 

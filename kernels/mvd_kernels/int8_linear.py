@@ -19,9 +19,6 @@ class Int8Linear(nn.Module):
         gelu: whether an exact GELU follows.
     """
 
-    packed: Tensor
-    """oneDNN's own layout, (in, out)."""
-
     def __init__(self, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> None:
         super().__init__()
         weight = weight.detach().float()
@@ -30,9 +27,9 @@ class Int8Linear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.activation = "gelu" if gelu else "none"
         self.packed = torch.ops.onednn.qlinear_prepack(rounded, None)
-        self.register_buffer("scales", scales, persistent=False)
-        self.register_buffer("zeros", torch.zeros(self.out_features, dtype=torch.int32), persistent=False)
-        self.register_buffer("bias", None if bias is None else bias.detach().float(), persistent=False)
+        # Not buffers: a model brought to 16 bits keeps them as they are.
+        self.scales, self.zeros = scales, torch.zeros(self.out_features, dtype=torch.int32)
+        self.bias = None if bias is None else bias.detach().float()
 
     @torch.no_grad()
     def forward(self, tokens: Tensor) -> Tensor:

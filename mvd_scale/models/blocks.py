@@ -41,8 +41,11 @@ class QKV(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, N, D) to (B, N, 3 D)."""
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        return F.linear(tokens, self.weight, bias)
+        return F.linear(tokens, self.weight, self.bias())
+
+    def bias(self) -> Tensor:
+        """(3 D,), zero for the keys."""
+        return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
 
 
 class Attention(nn.Module):
@@ -51,7 +54,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = QKV(width)
+        self.qkv: nn.Module = QKV(width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, tokens: Tensor, kept: Kept = None) -> Tensor:
@@ -72,7 +75,7 @@ class Block(nn.Module):
         self.norm1 = LayerNorm(width)
         self.attn = Attention(width, heads)
         self.norm2 = LayerNorm(width)
-        self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=nn.GELU)
+        self.mlp: nn.Module = Mlp(width, int(width * mlp_ratio), act_layer=nn.GELU)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, tokens: Tensor, kept: Kept = None) -> Tensor:

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from mvd_scale.config import Recipe, RunRecipe, TeacherConfig
 from mvd_scale.config.deepspeed import student_deepspeed, teacher_deepspeed
-from mvd_scale.config.training import Precision
+from mvd_scale.config.training import Precision, TeacherPrecision
 from mvd_scale.errors import UserError
 from mvd_scale.models.blocks import checkpoint_gradients
+from mvd_scale.models.eight_bit import to_eight_bits
 from mvd_scale.targets import FrozenTeacher, Target
 from mvd_scale.targets.momentum import Momentum
 from mvd_scale.training.optim import build_optimizer
@@ -199,7 +200,7 @@ def train_engine(model: nn.Module, groups: list[dict[str, Any]], recipe: RunReci
     return engine
 
 
-def teacher_precision(recipe: Recipe, device: torch.device) -> Precision:
+def teacher_precision(recipe: Recipe, device: torch.device) -> TeacherPrecision:
     """The precision of frozen teachers: fp16 on GPUs, the student's on CPUs, unless the recipe says otherwise."""
     if recipe.teachers.precision != "auto":
         return recipe.teachers.precision
@@ -228,12 +229,27 @@ def host_teacher(teacher: nn.Module, recipe: Recipe, ranks: Ranks, *, moves: boo
     The result is called like the encoder. It has no optimizer and is never part of a checkpoint.
     """
     precision = teacher_precision(recipe, ranks.device)
-    check_precision(precision, ranks.device)
     teacher = teacher.eval().requires_grad_(False)
-    if shards_teacher(recipe.teachers, teacher, ranks.world_size):
+    if precision != "int8" and precision != "fp8" and shards_teacher(recipe.teachers, teacher, ranks.world_size):
+        check_precision(precision, ranks.device)
         return shard_teacher(teacher, precision, ranks, keep_vectors=not moves)
-    _refuse(_read(teacher, precision, ranks.device))
-    return teacher.to(ranks.device)
+    return lower_teacher(teacher, recipe, ranks.device)
+
+
+def lower_teacher(teacher: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:
+    """Bring a whole frozen teacher to its device and precision.
+
+    Raises:
+        UserError: the device lacks the precision, or weights are not finite.
+    """
+    precision = teacher_precision(recipe, device)
+    teacher = teacher.eval().requires_grad_(False)
+    if precision == "int8" or precision == "fp8":
+        _refuse(_read(teacher, "fp32", torch.device("cpu")))
+        return to_eight_bits(teacher, precision, device).requires_grad_(False)
+    check_precision(precision, device)
+    _refuse(_read(teacher, precision, device))
+    return teacher.to(device)
 
 
 def shard_teacher(teacher: nn.Module, precision: Precision, ranks: Ranks, *, keep_vectors: bool = True) -> nn.Module:
