@@ -133,7 +133,7 @@ def _measure(recipe: Recipe, ranks: Ranks, name: str, batch: int, steps: int, sc
     averages = moving_averages(objective.targets, engine, Schedule(recipe.training, 1, recipe.lr_batch), ranks)
     micro, accumulation = recipe.batch_split(ranks.world_size)
     loader = ClipLoader(
-        open_source(_with_clips(recipe.data, scratch), scratch),
+        open_source(with_clips(recipe.data, scratch), scratch),
         recipe.data.model_copy(update={"clips_per_video": max(batch, recipe.data.clips_per_video)}),
         recipe.model,
         recipe.seed,
@@ -189,7 +189,7 @@ def _measure(recipe: Recipe, ranks: Ranks, name: str, batch: int, steps: int, sc
     )
 
 
-def _with_clips(data: DataConfig, scratch: Path) -> DataConfig:
+def with_clips(data: DataConfig, scratch: Path) -> DataConfig:
     """The recipe's videos; without any, the clips of the `samples` extra."""
     if data.source is not None or data.mixture is not None:
         return data
