@@ -80,6 +80,10 @@ class TeacherConfig(Section):
     auto_shard_above: int = Field(default=200_000_000, gt=0)
     """Parameters of one teacher above which `auto` shards: beyond it memory matters more than the gathers."""
 
+    shard_over: Literal["node", "world"] = "node"
+    """Ranks that a sharded teacher is cut over: `node` keeps gathers within each host, where they are fast, `world`
+    holds less per rank. A momentum target is always cut over the world, as the student is."""
+
     precision: TeacherPrecision | Literal["auto"] = "auto"
     """Of the teachers' weights and arithmetic; `auto` is fp16 on GPUs and the student's precision on CPUs. In 8 bits
     (int8 on CPUs; fp8 on GPUs from Ada and Hopper on, with torchao) are the linear layers of the blocks; such teachers

@@ -51,6 +51,7 @@ def test_teachers_in_every_precision_stand_beside_their_fidelity(jobs: Jobs, cli
 
 def test_8_bit_teachers_train_and_are_part_of_the_run(jobs: Jobs, clips: Path, tmp_path: Path) -> None:
     arguments = ["--recipe", "quickstart/student", "--data.source", clips, "--training.micro_batch", "1"]
-    code, output = jobs.run("bench", "step", *arguments, "--batch", "2", "--steps", "1", "--teachers.precision", "int8")
+    eight = ["--teachers.precision", "int8", "--teachers.sharding", "replicated"]
+    code, output = jobs.run("bench", "step", *arguments, "--batch", "2", "--steps", "1", *eight)
     assert code == 0, output
     assert "image teacher" in output
