@@ -22,9 +22,9 @@ def tube_targets(
 ) -> Tensor:
     """The pixels of chosen tubes, normalised within each tube by statistics that are taken in the same pass.
 
-    `channel` is VideoMAE's: every colour of a tube by its own mean and unbiased deviation (plus 1e-6). `patch` is MAE's:
-    all values of a tube together by mean and unbiased variance (plus 1e-6), after ImageNet's statistics have whitened
-    the colours. `none` leaves pixels on the 0..1 scale.
+    `channel` is VideoMAE's: every colour of a tube by its own mean and unbiased deviation (plus 1e-6). `patch` is
+    MAE's: all values of a tube together by mean and unbiased variance (plus 1e-6), after ImageNet's statistics have
+    whitened the colours. `none` leaves pixels on the 0..1 scale.
 
     Args:
         pixels: (B, T, H, W, 3), uint8 in 0..255 or floating in 0..1. No gradient flows here.

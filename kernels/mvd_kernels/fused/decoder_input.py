@@ -42,7 +42,7 @@ def decoder_input_kernel(
     clip, place = program // count, program % count
     channel = tl.arange(0, BLOCK)
     inside = channel < width
-    # Loads that are masked out touch no memory: each program reads one row and, unless it is a class token, its position.
+    # Loads that are masked out touch no memory: a program reads one row and at most one position.
     is_hidden = place >= class_tokens + seen
     is_seen = (place >= class_tokens) & (place < class_tokens + seen)
     known = tl.load(embedded + clip * e_clip + place * e_token + channel, mask=inside & (place < class_tokens + seen))

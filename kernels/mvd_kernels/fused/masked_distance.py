@@ -175,9 +175,7 @@ class _MaskedDistance(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
         predictions, features, masked = ctx.saved_tensors
         gradient = torch.empty_like(predictions, memory_format=torch.contiguous_format)
-        launch(
-            predictions, features, masked, ctx.distance, ctx.norm, upstream=upstream, gradient=gradient
-        ).run()
+        launch(predictions, features, masked, ctx.distance, ctx.norm, upstream=upstream, gradient=gradient).run()
         return gradient, None, None, None, None
 
 

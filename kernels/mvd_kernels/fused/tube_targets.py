@@ -64,9 +64,7 @@ def tube_targets_kernel(
     tl.store(targets + program * 3 * count_pixels + pixel * 3 + colour, value, mask=inside)
 
 
-def launch(
-    pixels: Tensor, tokens: Tensor | None, targets: Tensor, tubelet: int, patch: int, normalize: str
-) -> Launch:
+def launch(pixels: Tensor, tokens: Tensor | None, targets: Tensor, tubelet: int, patch: int, normalize: str) -> Launch:
     """The normalised tubes into `targets`."""
     arguments = tube_arguments(pixels, tokens, tubelet, patch)
     arguments |= {"targets": targets, "white": white_level(pixels)}
