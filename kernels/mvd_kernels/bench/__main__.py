@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from importlib import import_module
+from pathlib import Path
 
 import click
 import torch
@@ -15,8 +16,13 @@ OPERATORS = ("attention", "tube_rows", "tube_targets", "masked_distance", "add_l
 
 @click.command()
 @click.argument("operators", nargs=-1, type=click.Choice(OPERATORS))
-@click.option("--csv", "file", type=click.File("w"), help="Write the table to a file, with device and versions.")
-def main(operators: tuple[str, ...], file: click.utils.LazyFile | None) -> None:
+@click.option(
+    "--csv",
+    "file",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    help="Write the table to a file, with device and versions.",
+)
+def main(operators: tuple[str, ...], file: Path | None) -> None:
     """Time operators (all, if none is named) on the GPU, or where there is none on the CPU, which has twins only."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     click.echo(machine(device)["device"] + ("" if device.type == "cuda" else ": twins only, kernels need a GPU"))
@@ -33,9 +39,10 @@ def main(operators: tuple[str, ...], file: click.utils.LazyFile | None) -> None:
                 times = {"ms_20": low, "ms_50": median, "ms_80": high, "peak_mib": peak}
                 lines.append({**line, "pass": timing.passes, **times, **machine(device)})
     if file is not None:
-        writer = csv.DictWriter(file, list(lines[0]))
-        writer.writeheader()
-        writer.writerows(lines)
+        with file.open("w", newline="") as table:
+            writer = csv.DictWriter(table, list(lines[0]))
+            writer.writeheader()
+            writer.writerows(lines)
 
 
 if __name__ == "__main__":

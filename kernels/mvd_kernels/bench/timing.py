@@ -90,7 +90,7 @@ def machine(device: torch.device) -> dict[str, str]:
         capability = torch.backends.cpu.get_cpu_capability()
         name = f"CPU {platform.machine()} {capability}, {torch.get_num_threads()} threads"
     versions = {"torch": torch.__version__, "cuda": torch.version.cuda or ""}
-    for package in ("triton", "flash-attn", "flash-attn-4"):
+    for package in ("triton", "flash-attn", "flash-attn-3", "flash-attn-4"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
