@@ -20,17 +20,28 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Call:
-    """An operator of `mvd_kernels` by name, its arguments, and which of them want a gradient."""
+    """A call of an operator.
+
+    Attributes:
+        operator: its name in `mvd_kernels`.
+        gradients: places of the arguments that want one.
+        used: places of the results that the loss depends on; all by default.
+        compiled: the kernel is called from a program of `torch.compile`.
+    """
 
     operator: str
     arguments: tuple[Any, ...]
     keywords: dict[str, Any] = field(default_factory=dict)
     gradients: tuple[int, ...] = ()
-    file: str | None = None
+    used: tuple[int, ...] | None = None
+    compiled: bool = False
 
     def function(self, room: str) -> Callable[..., Any]:
         """The operator as it stands in `twins` or `fused`."""
-        return getattr(import_module(f"mvd_kernels.{room}.{self.file or self.operator}"), self.operator)
+        function = getattr(import_module(f"mvd_kernels.{room}.{self.operator}"), self.operator)
+        if self.compiled and room == "fused":
+            return torch.compile(function, backend="aot_eager", fullgraph=True)
+        return function
 
     def to(self, device: str) -> Call:
         """The same call with its tensors elsewhere."""
@@ -48,8 +59,10 @@ def evaluate(call: Call, room: str) -> tuple[list[Tensor], list[Tensor]]:
     if not call.gradients:
         return results, []
     generator = torch.Generator().manual_seed(7)
-    upstream = [torch.randn(r.shape, generator=generator).to(r.device, r.dtype) for r in results]
-    gradients = torch.autograd.grad(results, [arguments[index] for index in call.gradients], upstream)
+    used = results if call.used is None else [results[index] for index in call.used]
+    upstream = [torch.randn(r.shape, generator=generator).to(r.device, r.dtype) for r in used]
+    inputs = [arguments[index] for index in call.gradients]
+    gradients = torch.autograd.grad(used, inputs, upstream, materialize_grads=True)
     return [result.detach() for result in results], list(gradients)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -62,3 +64,12 @@ def test_kernel_takes_slices(kernel: Evaluate) -> None:
     residual, update, weight, bias = first.arguments
     sliced = (residual[:, 1:], update.mT.contiguous().mT[:, :3], weight.repeat(2)[::2], bias)
     assert_alike(kernel, Call(first.operator, sliced, first.keywords, first.gradients), 2e-5)
+
+
+def test_a_compiled_program_keeps_the_kernel_whole(kernel: Evaluate) -> None:
+    assert_alike(kernel, replace(call((2, 3), 5, torch.float32), compiled=True), 2e-5)
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_one_result_alone_has_gradients(kernel: Evaluate, used: int) -> None:
+    assert_alike(kernel, replace(call((2, 3), 5, torch.float32), used=(used,)), 2e-5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -59,3 +61,7 @@ def test_kernel_takes_views(kernel: Evaluate) -> None:
     embedded, mask_token, positions, visible, masked = first.arguments
     views = (embedded.mT.contiguous().mT, mask_token, positions.repeat(1, 2)[:, 6:], visible.T.contiguous().T, masked)
     assert_alike(kernel, Call(first.operator, views, first.keywords, first.gradients), 1e-6)
+
+
+def test_a_compiled_program_keeps_the_kernel_whole(kernel: Evaluate) -> None:
+    assert_alike(kernel, replace(call(1, 5, torch.float32), compiled=True), 1e-6)

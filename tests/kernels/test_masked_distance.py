@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -111,3 +113,7 @@ def test_kernel_gives_the_same_bits_each_time(kernel: Evaluate) -> None:
     (second,), (again,) = kernel(once)
     assert torch.equal(first, second)
     assert torch.equal(gradient, again)
+
+
+def test_a_compiled_program_keeps_the_kernel_whole(kernel: Evaluate) -> None:
+    assert_alike(kernel, replace(call(33, "smooth_l1", True, torch.float32, torch.float32), compiled=True), 1e-6)

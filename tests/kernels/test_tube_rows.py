@@ -76,8 +76,11 @@ def test_tubes_that_do_not_fill_the_clip_are_refused() -> None:
         tube_rows(clip(4, 32, 40), None, tubelet=2, patch=16, mean=MEAN, std=STD, dtype=torch.float32)
 
 
-def assert_alike(kernel: Evaluate, pixels: torch.Tensor, tokens: torch.Tensor | None, **keywords: object) -> None:
-    call = Call("tube_rows", (pixels, tokens), {"mean": MEAN, "std": STD, "dtype": torch.float32, **keywords})
+def assert_alike(
+    kernel: Evaluate, pixels: torch.Tensor, tokens: torch.Tensor | None, compiled: bool = False, **keywords: object
+) -> None:
+    keywords = {"mean": MEAN, "std": STD, "dtype": torch.float32, **keywords}
+    call = Call("tube_rows", (pixels, tokens), keywords, compiled=compiled)
     (result,), _ = kernel(call)
     (expected,), _ = evaluate(call, "twins")
     assert result.dtype == call.keywords["dtype"]
@@ -105,3 +108,7 @@ def test_kernel_takes_floating_pixels_and_views(kernel: Evaluate) -> None:
     assert_alike(kernel, channels_first, tokens, tubelet=2, patch=4)
     assert_alike(kernel, channels_first.half() / 255, tokens, tubelet=2, patch=4)
     assert_alike(kernel, clip(2, 8, 16)[:, :, :, 4:], tokens, tubelet=2, patch=4)
+
+
+def test_a_compiled_program_keeps_the_kernel_whole(kernel: Evaluate) -> None:
+    assert_alike(kernel, clip(4, 10, 15), torch.tensor([[0, 3], [5, 7]]), compiled=True, tubelet=2, patch=5)

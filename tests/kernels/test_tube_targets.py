@@ -48,8 +48,10 @@ def test_raw_pixels_keep_an_axis_of_colours() -> None:
     torch.testing.assert_close(values[1, 0].double(), tube(pixels, 1, 1), atol=1e-6, rtol=1e-6)
 
 
-def assert_alike(kernel: Evaluate, pixels: torch.Tensor, tokens: torch.Tensor | None, **keywords: object) -> None:
-    call = Call("tube_targets", (pixels, tokens), keywords)
+def assert_alike(
+    kernel: Evaluate, pixels: torch.Tensor, tokens: torch.Tensor | None, compiled: bool = False, **keywords: object
+) -> None:
+    call = Call("tube_targets", (pixels, tokens), keywords, compiled=compiled)
     (result,), _ = kernel(call)
     (expected,), _ = evaluate(call, "twins")
     assert result.dtype == torch.float32
@@ -77,3 +79,7 @@ def test_a_tube_of_one_colour_stays_near_zero(kernel: Evaluate, normalize: str) 
     (result,), _ = kernel(Call("tube_targets", (grey, None), {"tubelet": 2, "patch": 5, "normalize": normalize}))
     # The mean of equal numbers may miss them by a rounding error, which 1e-6 magnifies.
     assert result.abs().max() < 0.5
+
+
+def test_a_compiled_program_keeps_the_kernel_whole(kernel: Evaluate) -> None:
+    assert_alike(kernel, clip(), TOKENS, compiled=True, tubelet=2, patch=5, normalize="channel")

@@ -11,7 +11,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mvd_kernels.fused.launch import Launch, block, warps
 
@@ -152,36 +151,64 @@ def _as_rows(tensor: Tensor) -> Tensor:
     return flat if flat.stride(-1) == 1 else flat.contiguous()
 
 
-class _AddLayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, residual: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        inputs = (_as_rows(residual), _as_rows(update), weight.contiguous(), bias.contiguous())
-        total = torch.empty_like(residual, memory_format=torch.contiguous_format)
-        normed = torch.empty_like(total)
-        statistics = residual.new_empty(2, inputs[0].shape[0], dtype=torch.float32)
-        forward_launch(inputs, total, normed, statistics, eps).run()
-        ctx.save_for_backward(total, inputs[2], statistics)
-        return total, normed
+@torch.library.custom_op("mvd_kernels::add_layer_norm", mutates_args=())
+def _forward(
+    residual: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = (_as_rows(residual), _as_rows(update), weight.contiguous(), bias.contiguous())
+    total, normed, statistics = _allocate(residual, update, weight, bias, eps)
+    forward_launch(inputs, total, normed, statistics, eps).run()
+    return total, normed, statistics
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_total: Tensor, d_normed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
-        total, weight, statistics = ctx.saved_tensors
-        d_input = torch.empty_like(total)
-        flat = d_input.view(-1, total.shape[-1])
-        groups = triton.cdiv(flat.shape[0], GROUP)
-        d_weight, d_bias = total.new_empty(2, groups, flat.shape[1], dtype=torch.float32).unbind()
-        backward_launch(
-            (total, weight, statistics), _as_rows(d_total), _as_rows(d_normed), flat, (d_weight, d_bias)
-        ).run()
-        return d_input, d_input, d_weight.sum(0).to(weight.dtype), d_bias.sum(0).to(weight.dtype), None
+
+@_forward.register_fake
+def _allocate(
+    residual: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum, its norm, and mean and scale of every row."""
+    count = residual.numel() // residual.shape[-1]
+    statistics = residual.new_empty(2, count, dtype=torch.float32)
+    return residual.new_empty(residual.shape), residual.new_empty(residual.shape), statistics
+
+
+@torch.library.custom_op("mvd_kernels::add_layer_norm_backward", mutates_args=())
+def _backward(
+    d_total: Tensor, d_normed: Tensor, total: Tensor, weight: Tensor, statistics: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_input = total.new_empty(total.shape)
+    flat = d_input.view(-1, total.shape[-1])
+    groups = triton.cdiv(flat.shape[0], GROUP)
+    d_affine = total.new_empty(2, groups, flat.shape[1], dtype=torch.float32)
+    saved = (total, weight.contiguous(), statistics)
+    backward_launch(saved, _as_rows(d_total), _as_rows(d_normed), flat, (d_affine[0], d_affine[1])).run()
+    return d_input, d_affine[0].sum(0).to(weight.dtype), d_affine[1].sum(0).to(weight.dtype)
+
+
+@_backward.register_fake
+def _(
+    d_total: Tensor, d_normed: Tensor, total: Tensor, weight: Tensor, statistics: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return total.new_empty(total.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    total, _, statistics = output
+    ctx.save_for_backward(total, inputs[2], statistics)
+
+
+def _differentiate(
+    ctx: Any, d_total: Tensor, d_normed: Tensor, d_statistics: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+    d_input, d_weight, d_bias = _backward(d_total, d_normed, *ctx.saved_tensors)
+    return d_input, d_input, d_weight, d_bias, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def add_layer_norm(
     residual: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
     """See `mvd_kernels.add_layer_norm`."""
-    both: tuple[Tensor, Tensor] = _AddLayerNorm.apply(residual, update, weight, bias, eps)
-    return both
+    total, normed, _ = _forward(residual, update, weight, bias, eps)
+    return total, normed

@@ -11,7 +11,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mvd_kernels.fused.launch import Launch, block, rows, warps
 
@@ -85,27 +84,29 @@ def launch(
     return Launch(decoder_input_kernel, tokens.shape[0] * tokens.shape[1], arguments, constants, warps(width))
 
 
-class _DecoderInput(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, embedded: Tensor, mask_token: Tensor, positions: Tensor, visible: Tensor, masked: Tensor
-    ) -> Tensor:
-        clips, known, width = embedded.shape
-        ctx.known, ctx.mask_token = known, (mask_token.shape, mask_token.dtype)
-        tokens = embedded.new_empty(clips, known + masked.shape[1], width)
-        launch(rows(embedded), mask_token.flatten(), rows(positions), visible, masked, tokens).run()
-        return tokens
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        # Positions are added: the first rows of the gradient are that of `embedded` as they stand, without a kernel.
-        shape, dtype = ctx.mask_token
-        mask_token = upstream[:, ctx.known :].sum((0, 1), dtype=torch.float32).to(dtype).view(shape)
-        return upstream[:, : ctx.known], mask_token, None, None, None
-
-
+@torch.library.custom_op("mvd_kernels::decoder_input", mutates_args=())
 def decoder_input(embedded: Tensor, mask_token: Tensor, positions: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
     """See `mvd_kernels.decoder_input`."""
-    tokens: Tensor = _DecoderInput.apply(embedded, mask_token, positions, visible, masked)
+    tokens = _allocate(embedded, mask_token, positions, visible, masked)
+    launch(rows(embedded), mask_token.flatten(), rows(positions), visible, masked, tokens).run()
     return tokens
+
+
+@decoder_input.register_fake
+def _allocate(embedded: Tensor, mask_token: Tensor, positions: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
+    clips, known, width = embedded.shape
+    return embedded.new_empty(clips, known + masked.shape[1], width)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    embedded, mask_token = inputs[:2]
+    ctx.known, ctx.shape, ctx.dtype = embedded.shape[1], mask_token.shape, mask_token.dtype
+
+
+def _differentiate(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    # Positions are added: the first rows of the gradient are that of `embedded` as they stand, without a kernel.
+    mask_token = upstream[:, ctx.known :].sum((0, 1), dtype=torch.float32).to(ctx.dtype).view(ctx.shape)
+    return upstream[:, : ctx.known], mask_token, None, None, None
+
+
+decoder_input.register_autograd(_differentiate, setup_context=_save)

@@ -11,7 +11,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mvd_kernels.fused.launch import Launch, block, rows, warps
 
@@ -157,31 +156,49 @@ def _terms(predictions: Tensor, distance: str) -> int:
     return predictions[..., 0].numel() if distance == "cosine" else predictions.numel()
 
 
-class _MaskedDistance(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, predictions: Tensor, features: Tensor, masked: Tensor | None, distance: str, norm: bool
-    ) -> Tensor:
-        predictions, features = rows(predictions), rows(features)
-        ctx.save_for_backward(predictions, features, masked)
-        ctx.distance, ctx.norm = distance, norm
-        # Partial sums and then their sum: atomics would add in another order each time.
-        sums = predictions.new_empty(predictions.shape[0] * predictions.shape[1], dtype=torch.float32)
-        launch(predictions, features, masked, distance, norm, sums=sums).run()
-        return sums.sum() / _terms(predictions, distance)
+@torch.library.custom_op("mvd_kernels::masked_distance", mutates_args=())
+def _forward(predictions: Tensor, features: Tensor, masked: Tensor | None, distance: str, norm: bool) -> Tensor:
+    # Partial sums and then their sum: atomics would add in another order each time.
+    sums = predictions.new_empty(predictions.shape[0] * predictions.shape[1], dtype=torch.float32)
+    launch(rows(predictions), rows(features), masked, distance, norm, sums=sums).run()
+    return sums.sum() / _terms(predictions, distance)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
-        predictions, features, masked = ctx.saved_tensors
-        gradient = torch.empty_like(predictions, memory_format=torch.contiguous_format)
-        launch(predictions, features, masked, ctx.distance, ctx.norm, upstream=upstream, gradient=gradient).run()
-        return gradient, None, None, None, None
+
+@_forward.register_fake
+def _(predictions: Tensor, features: Tensor, masked: Tensor | None, distance: str, norm: bool) -> Tensor:
+    return predictions.new_empty((), dtype=torch.float32)
+
+
+@torch.library.custom_op("mvd_kernels::masked_distance_backward", mutates_args=())
+def _backward(
+    upstream: Tensor, predictions: Tensor, features: Tensor, masked: Tensor | None, distance: str, norm: bool
+) -> Tensor:
+    gradient = predictions.new_empty(predictions.shape)
+    launch(rows(predictions), rows(features), masked, distance, norm, upstream=upstream, gradient=gradient).run()
+    return gradient
+
+
+@_backward.register_fake
+def _(
+    upstream: Tensor, predictions: Tensor, features: Tensor, masked: Tensor | None, distance: str, norm: bool
+) -> Tensor:
+    return predictions.new_empty(predictions.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    predictions, features, masked, ctx.distance, ctx.norm = inputs
+    ctx.save_for_backward(predictions, features, masked)
+
+
+def _differentiate(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
+    return _backward(upstream, *ctx.saved_tensors, ctx.distance, ctx.norm), None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def masked_distance(
     predictions: Tensor, features: Tensor, masked: Tensor | None, *, distance: str, norm: bool = False
 ) -> Tensor:
     """See `mvd_kernels.masked_distance`."""
-    distances: Tensor = _MaskedDistance.apply(predictions, features.detach(), masked, distance, norm)
-    return distances
+    return _forward(predictions, features.detach(), masked, distance, norm)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mvd_kernels.fused.launch import Launch, block, warps
-from mvd_kernels.fused.tubes import tube_arguments, tube_of_program
+from mvd_kernels.fused.tubes import token_count, tube_arguments, tube_of_program
 from mvd_kernels.tubes import white_level
 
 
@@ -79,6 +79,35 @@ def launch(
     return Launch(tube_rows_kernel, rows.shape[0] * rows.shape[1], arguments, constants, warps(width))
 
 
+@torch.library.custom_op("mvd_kernels::tube_rows", mutates_args=())
+def _forward(
+    pixels: Tensor,
+    tokens: Tensor | None,
+    tubelet: int,
+    patch: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    rows = _allocate(pixels, tokens, tubelet, patch, mean, std, dtype)
+    launch(pixels, tokens, rows, tubelet, patch, mean, std).run()
+    return rows
+
+
+@_forward.register_fake
+def _allocate(
+    pixels: Tensor,
+    tokens: Tensor | None,
+    tubelet: int,
+    patch: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    count = token_count(pixels, tokens, tubelet, patch)
+    return pixels.new_empty(pixels.shape[0], count, 3 * tubelet * patch * patch, dtype=dtype)
+
+
 def tube_rows(
     pixels: Tensor,
     tokens: Tensor | None,
@@ -90,7 +119,4 @@ def tube_rows(
     dtype: torch.dtype,
 ) -> Tensor:
     """See `mvd_kernels.tube_rows`."""
-    count = tube_arguments(pixels, tokens, tubelet, patch)["count"]
-    rows = pixels.new_empty(pixels.shape[0], count, 3 * tubelet * patch * patch, dtype=dtype)
-    launch(pixels, tokens, rows, tubelet, patch, mean, std).run()
-    return rows
+    return _forward(pixels, tokens, tubelet, patch, list(mean), list(std), dtype)

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mvd_kernels.fused.launch import Launch, block, warps
-from mvd_kernels.fused.tubes import tube_arguments, tube_of_program
+from mvd_kernels.fused.tubes import token_count, tube_arguments, tube_of_program
 from mvd_kernels.tubes import IMAGENET_MEAN, IMAGENET_STD, white_level
 
 RED_MEAN, GREEN_MEAN, BLUE_MEAN = (tl.constexpr(mean) for mean in IMAGENET_MEAN)
@@ -73,9 +73,19 @@ def launch(pixels: Tensor, tokens: Tensor | None, targets: Tensor, tubelet: int,
     return Launch(tube_targets_kernel, targets.shape[0] * targets.shape[1], arguments, constants, warps(4 * size))
 
 
-def tube_targets(pixels: Tensor, tokens: Tensor | None, *, tubelet: int, patch: int, normalize: str = "none") -> Tensor:
-    """See `mvd_kernels.tube_targets`."""
-    count = tube_arguments(pixels, tokens, tubelet, patch)["count"]
-    targets = pixels.new_empty(pixels.shape[0], count, tubelet * patch * patch * 3, dtype=torch.float32)
+@torch.library.custom_op("mvd_kernels::tube_targets", mutates_args=())
+def _forward(pixels: Tensor, tokens: Tensor | None, tubelet: int, patch: int, normalize: str) -> Tensor:
+    targets = _allocate(pixels, tokens, tubelet, patch, normalize)
     launch(pixels, tokens, targets, tubelet, patch, normalize).run()
     return targets
+
+
+@_forward.register_fake
+def _allocate(pixels: Tensor, tokens: Tensor | None, tubelet: int, patch: int, normalize: str) -> Tensor:
+    count = token_count(pixels, tokens, tubelet, patch)
+    return pixels.new_empty(pixels.shape[0], count, tubelet * patch * patch * 3, dtype=torch.float32)
+
+
+def tube_targets(pixels: Tensor, tokens: Tensor | None, *, tubelet: int, patch: int, normalize: str = "none") -> Tensor:
+    """See `mvd_kernels.tube_targets`."""
+    return _forward(pixels, tokens, tubelet, patch, normalize)

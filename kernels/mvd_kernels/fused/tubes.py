@@ -28,16 +28,22 @@ def tube_of_program(
     return program, pixels + clip * s_clip + frame * s_frame + row * s_row + column * s_column
 
 
+def token_count(pixels: Tensor, tokens: Tensor | None, tubelet: int, patch: int) -> int:
+    """K: how many tokens of a clip are chosen."""
+    time, height, width = token_grid(pixels, tubelet, patch)
+    return time * height * width if tokens is None else tokens.shape[1]
+
+
 def tube_arguments(pixels: Tensor, tokens: Tensor | None, tubelet: int, patch: int) -> dict[str, Any]:
     """What `tube_of_program` needs, and the stride of the colours."""
-    time, height, width = token_grid(pixels, tubelet, patch)
+    _, height, width = token_grid(pixels, tubelet, patch)
     s_clip, s_frame, s_row, s_column, s_colour = pixels.stride()
     return {
         "pixels": pixels,
         "tokens": tokens,
         "t_clip": 0 if tokens is None else tokens.stride(0),
         "t_place": 0 if tokens is None else tokens.stride(1),
-        "count": time * height * width if tokens is None else tokens.shape[1],
+        "count": token_count(pixels, tokens, tubelet, patch),
         "s_clip": s_clip,
         "s_frame": s_frame,
         "s_row": s_row,
