@@ -59,11 +59,17 @@ def test_kernel_equals_twin(
     assert_alike(kernel, call(rows, width, dtype), tolerance)
 
 
+def test_kernel_takes_transposed_rows(kernel: Evaluate) -> None:
+    first = call((3,), 6, torch.float32)
+    residual, update, weight, bias = first.arguments
+    assert_alike(kernel, replace(first, arguments=(residual.T.contiguous().T, update, weight, bias)), 2e-5)
+
+
 def test_kernel_takes_slices(kernel: Evaluate) -> None:
     first = call((2, 4), 6, torch.float32)
     residual, update, weight, bias = first.arguments
     sliced = (residual[:, 1:], update.mT.contiguous().mT[:, :3], weight.repeat(2)[::2], bias)
-    assert_alike(kernel, Call(first.operator, sliced, first.keywords, first.gradients), 2e-5)
+    assert_alike(kernel, replace(first, arguments=sliced), 2e-5)
 
 
 def test_a_compiled_program_keeps_the_kernel_whole(kernel: Evaluate) -> None:

@@ -59,8 +59,10 @@ def test_kernel_equals_twin(
 def test_kernel_takes_views(kernel: Evaluate) -> None:
     first = call(1, 6, torch.float32)
     embedded, mask_token, positions, visible, masked = first.arguments
-    views = (embedded.mT.contiguous().mT, mask_token, positions.repeat(1, 2)[:, 6:], visible.T.contiguous().T, masked)
-    assert_alike(kernel, Call(first.operator, views, first.keywords, first.gradients), 1e-6)
+    transposed = (embedded.mT.contiguous().mT, mask_token, positions.T.contiguous().T, visible.T.contiguous().T, masked)
+    assert_alike(kernel, replace(first, arguments=transposed), 1e-6)
+    sliced = (embedded, mask_token, positions.repeat(1, 2)[:, 6:], visible, masked.repeat(1, 2)[:, 2:6])
+    assert_alike(kernel, replace(first, arguments=sliced), 1e-6)
 
 
 def test_a_compiled_program_keeps_the_kernel_whole(kernel: Evaluate) -> None:

@@ -10,7 +10,7 @@ from mvd_kernels import tube_rows
 from .conftest import Evaluate
 from .evaluation import Call, evaluate
 
-MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 
 
 def clip(frames: int, height: int, width: int) -> torch.Tensor:
