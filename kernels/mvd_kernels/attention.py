@@ -16,6 +16,30 @@ from torch import Tensor
 from mvd_kernels.twins.attention import attention as twin
 
 
+# Imports stand inside as statements: a program that is compiled can follow these, and no machine needs all three.
+def _release_4(qkv: Tensor) -> Tensor:
+    from flash_attn.cute import flash_attn_func
+
+    return _first(flash_attn_func(*qkv.unbind(2)))
+
+
+def _release_3(qkv: Tensor) -> Tensor:
+    from flash_attn_interface import flash_attn_qkvpacked_func
+
+    return _first(flash_attn_qkvpacked_func(qkv))
+
+
+def _release_2(qkv: Tensor) -> Tensor:
+    from flash_attn import flash_attn_qkvpacked_func
+
+    return _first(flash_attn_qkvpacked_func(qkv))
+
+
+def _first(attended: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Release 4 and the first builds of 3 return the sums of the softmax too."""
+    return attended[0] if isinstance(attended, tuple) else attended
+
+
 @dataclass(frozen=True)
 class Backend:
     """A release of flash-attn, and what it computes on.
@@ -23,8 +47,8 @@ class Backend:
     Attributes:
         name: as `attention_backend` gives it.
         module: where its function is.
-        function: its name there.
-        packed: whether it takes queries, keys and values in one tensor; three views of it otherwise.
+        function: its name there. A module without it is another release.
+        attend: (B, N, 3, H, K) to (B, N, H, K).
         majors: compute capabilities, by their first number.
         channels: most channels of a head.
     """
@@ -32,26 +56,16 @@ class Backend:
     name: str
     module: str
     function: str
-    packed: bool
+    attend: Callable[[Tensor], Tensor]
     majors: tuple[int, ...]
     channels: int
-
-    def load(self) -> Callable:
-        """Its function.
-
-        Raises:
-            ImportError, OSError: it is not installed, or was built for another torch.
-            AttributeError: a package of that name is there, but not this release.
-        """
-        function: Callable = getattr(import_module(self.module), self.function)
-        return function
 
 
 # Newest first. All want float16 or bfloat16 and channels in eights.
 BACKENDS = (
-    Backend("flash-attn-4", "flash_attn.cute", "flash_attn_func", False, (9, 10, 11), 128),
-    Backend("flash-attn-3", "flash_attn_interface", "flash_attn_qkvpacked_func", True, (9,), 256),
-    Backend("flash-attn-2", "flash_attn", "flash_attn_qkvpacked_func", True, (8, 9, 10, 11, 12), 256),
+    Backend("flash-attn-4", "flash_attn.cute", "flash_attn_func", _release_4, (9, 10, 11), 128),
+    Backend("flash-attn-3", "flash_attn_interface", "flash_attn_qkvpacked_func", _release_3, (9,), 256),
+    Backend("flash-attn-2", "flash_attn", "flash_attn_qkvpacked_func", _release_2, (8, 9, 10, 11, 12), 256),
 )
 
 
@@ -61,7 +75,7 @@ def _refusal(backend: Backend, major: int) -> str | None:
     if major not in backend.majors:
         return f"not for compute capability {major}.x"
     try:
-        backend.load()
+        getattr(import_module(backend.module), backend.function)
     except (ImportError, OSError, AttributeError) as error:
         return str(error)
     return None
@@ -96,22 +110,14 @@ def attention_backend(device: torch.device, dtype: torch.dtype, channels: int = 
 
     The arguments are those of `attention_backends`, which says why it was not an earlier one.
     """
-    return _choice(device, dtype, channels) if device.type == "cuda" else "sdpa"
+    name: str = _choice(device, dtype, channels) if device.type == "cuda" else "sdpa"
+    return name
 
 
-@cache
+# What is installed does not change while a compiled program runs.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _choice(device: torch.device, dtype: torch.dtype, channels: int) -> str:
     return list(attention_backends(device, dtype, channels))[-1]
-
-
-def flash_attention(qkv: Tensor, backend: Backend) -> Tensor:
-    """`attention` by one release of flash-attn, which must be able to run."""
-    function = backend.load()
-    attended = function(qkv) if backend.packed else function(*qkv.unbind(2))
-    # Release 4 and the first builds of 3 return the sums of the softmax too.
-    attended = attended[0] if isinstance(attended, tuple) else attended
-    flat: Tensor = attended.flatten(2)
-    return flat
 
 
 def attention(qkv: Tensor) -> Tensor:
@@ -126,5 +132,5 @@ def attention(qkv: Tensor) -> Tensor:
     name = attention_backend(qkv.device, qkv.dtype, qkv.shape[-1])
     for backend in BACKENDS:
         if backend.name == name:
-            return flash_attention(qkv, backend)
+            return backend.attend(qkv).flatten(2)
     return twin(qkv)

@@ -10,9 +10,15 @@ from torch import Tensor
 
 
 @cache
+def _installed() -> bool:
+    return find_spec("triton") is not None
+
+
+# What is installed does not change while a compiled program runs.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _runs_triton(device: torch.device) -> bool:
     """Whether Triton is installed and the GPU is one that the kernels are compiled for (Ampere and newer)."""
-    return find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+    return _installed() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def takes_kernel(tensor: Tensor) -> bool:
@@ -20,4 +26,4 @@ def takes_kernel(tensor: Tensor) -> bool:
 
     A program that is exported keeps to torch's own operators, so that it runs where this package is not installed.
     """
-    return tensor.is_cuda and not torch.compiler.is_exporting() and _runs_triton(tensor.device)
+    return tensor.is_cuda and not torch.compiler.is_exporting() and bool(_runs_triton(tensor.device))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mvd_kernels import attention, attention_backend, attention_backends
-from mvd_kernels.attention import BACKENDS, Backend, flash_attention
+from mvd_kernels.attention import BACKENDS, Backend
 from mvd_kernels.twins.attention import attention as twin
 
 
@@ -51,10 +51,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     for backend in BACKENDS:
         monkeypatch.setitem(sys.modules, backend.module, None)
     module._refusal.cache_clear()
-    module._choice.cache_clear()
     yield monkeypatch
     module._refusal.cache_clear()
-    module._choice.cache_clear()
 
 
 def install(machine: pytest.MonkeyPatch, backend: Backend) -> None:
@@ -68,7 +66,7 @@ def install(machine: pytest.MonkeyPatch, backend: Backend) -> None:
         return packed(torch.stack([queries, keys, values], 2)), None
 
     module = ModuleType(backend.module)
-    setattr(module, backend.function, packed if backend.packed else apart)
+    setattr(module, backend.function, apart if backend.function == "flash_attn_func" else packed)
     machine.setitem(sys.modules, backend.module, module)
 
 
@@ -94,7 +92,6 @@ def test_what_no_release_computes_is_left_to_torch(machine: pytest.MonkeyPatch) 
     assert attention_backend(GPU, torch.float16, channels=160) == "flash-attn-3"
     machine.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     machine.setitem(sys.modules, "flash_attn", None)
-    import_module("mvd_kernels.attention")._choice.cache_clear()
     assert attention_backend(GPU, torch.float16) == "sdpa"
 
 
@@ -109,7 +106,20 @@ def test_release_4_alone_is_not_taken_for_release_2(machine: pytest.MonkeyPatch)
 def test_every_release_is_called_by_its_own_rules(machine: pytest.MonkeyPatch, backend: Backend) -> None:
     install(machine, backend)
     qkv = torch.randn(2, 5, 3, 2, 8)
-    torch.testing.assert_close(flash_attention(qkv, backend), twin(qkv))
+    machine.setattr(import_module("mvd_kernels.attention"), "attention_backend", lambda *_: backend.name)
+    torch.testing.assert_close(attention(qkv), twin(qkv))
+    compiled = torch.compile(attention, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(qkv), twin(qkv))
+
+
+def test_a_compiled_program_chooses_as_any_other(machine: pytest.MonkeyPatch) -> None:
+    install(machine, BACKENDS[0])
+
+    def chosen(tensor: Tensor) -> Tensor:
+        return tensor + len(attention_backend(GPU, torch.float16))
+
+    result = torch.compile(chosen, backend="eager", fullgraph=True)(torch.zeros(1))
+    assert result.item() == len("flash-attn-4")
 
 
 @pytest.mark.gpu
@@ -123,7 +133,7 @@ def test_flash_attention_equals_torch(backend: Backend, channels: int) -> None:
         pytest.skip(f"{backend.name}: {reason}")
     qkv = torch.randn(2, 130, 3, 4, channels, device=GPU, dtype=torch.bfloat16)
     fused, plain = qkv.clone().requires_grad_(), qkv.double().requires_grad_()
-    result, expected = flash_attention(fused, backend), twin(plain)
+    result, expected = backend.attend(fused).flatten(2), twin(plain)
     torch.testing.assert_close(result.double(), expected, atol=2e-2, rtol=2e-2)
     upstream = torch.randn_like(result)
     (gradient,) = torch.autograd.grad(result, fused, upstream)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import mvd_kernels
+from mvd_kernels import dispatch
 from mvd_kernels.dispatch import takes_kernel
 
 PIXELS, TOKENS = torch.zeros(1, 2, 4, 4, 3, dtype=torch.uint8), torch.zeros(1, 1, dtype=torch.int64)
@@ -51,6 +52,21 @@ def test_an_operator_hands_on_all_arguments(operator: str, on_gpu: bool, monkeyp
 
 def test_a_cpu_takes_the_twin() -> None:
     assert not takes_kernel(torch.zeros(1))
+
+
+@pytest.mark.parametrize(("capability", "result"), [((8, 0), 2), ((7, 5), 1)])
+def test_a_compiled_program_dispatches_as_any_other(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], result: int
+) -> None:
+    pytest.importorskip("triton", reason="the kernels need Triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+    torch.compiler.reset()  # another GPU is another process
+
+    def chosen(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor + 1 if dispatch._runs_triton(torch.device("cuda", 0)) else tensor
+
+    assert torch.compile(chosen, backend="eager", fullgraph=True)(torch.ones(1)).item() == result
 
 
 @pytest.mark.gpu

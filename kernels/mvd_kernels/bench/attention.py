@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mvd_kernels.attention import BACKENDS, attention_backends, flash_attention
+from mvd_kernels.attention import BACKENDS, attention_backends
 from mvd_kernels.bench.case import Case, clips, leaf, precision
 from mvd_kernels.twins.attention import attention
 
@@ -23,5 +23,5 @@ def cases(device: torch.device) -> Iterator[Case]:
             refused = attention_backends(device, dtype)
             for backend in BACKENDS:
                 if refused.get(backend.name) == "":
-                    ways[backend.name] = partial(flash_attention, qkv, backend)
+                    ways[backend.name] = partial(backend.attend, qkv)
             yield Case(f"{model}: B {count}, N {tokens}, H {heads}, K 64", dtype, ways, (qkv,))

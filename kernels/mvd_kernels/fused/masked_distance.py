@@ -116,19 +116,9 @@ def masked_distance_backward(
     tl.store(gradient + row * width + channel, slope.to(gradient.dtype.element_ty), mask=inside)
 
 
-def launch(
-    predictions: Tensor,
-    features: Tensor,
-    masked: Tensor | None,
-    distance: str,
-    norm: bool,
-    sums: Tensor | None = None,
-    upstream: Tensor | None = None,
-    gradient: Tensor | None = None,
-) -> Launch:
-    """The forward pass into `sums`, or the backward pass from `upstream` into `gradient`."""
-    clips, count, width = predictions.shape
-    arguments: dict[str, Any] = {
+def _arguments(predictions: Tensor, features: Tensor, masked: Tensor | None) -> dict[str, Any]:
+    _, count, width = predictions.shape
+    return {
         "predictions": predictions,
         "features": features,
         "masked": masked,
@@ -141,14 +131,37 @@ def launch(
         "m_clip": 0 if masked is None else masked.stride(0),
         "m_token": 0 if masked is None else masked.stride(1),
     }
+
+
+def forward_launch(
+    predictions: Tensor, features: Tensor, masked: Tensor | None, distance: str, norm: bool, sums: Tensor
+) -> Launch:
+    """The distance of each token into `sums`, float32 (B M,)."""
+    width = predictions.shape[-1]
+    arguments = {**_arguments(predictions, features, masked), "sums": sums}
     constants = {"DISTANCE": distance, "NORM": norm, "BLOCK": block(width)}
-    if gradient is None:
-        kernel = masked_distance_forward
-        arguments |= {"sums": sums}
-    else:
-        kernel = masked_distance_backward
-        arguments |= {"upstream": upstream, "gradient": gradient, "factor": 1 / _terms(predictions, distance)}
-    return Launch(kernel, clips * count, arguments, constants, warps(width))
+    return Launch(masked_distance_forward, sums.numel(), arguments, constants, warps(width))
+
+
+def backward_launch(
+    predictions: Tensor,
+    features: Tensor,
+    masked: Tensor | None,
+    distance: str,
+    norm: bool,
+    upstream: Tensor,
+    gradient: Tensor,
+) -> Launch:
+    """From the gradient of the mean, a float32 scalar, to that of the predictions."""
+    clips, count, width = predictions.shape
+    arguments = {
+        **_arguments(predictions, features, masked),
+        "upstream": upstream,
+        "gradient": gradient,
+        "factor": 1 / _terms(predictions, distance),
+    }
+    constants = {"DISTANCE": distance, "NORM": norm, "BLOCK": block(width)}
+    return Launch(masked_distance_backward, clips * count, arguments, constants, warps(width))
 
 
 def _terms(predictions: Tensor, distance: str) -> int:
@@ -160,7 +173,7 @@ def _terms(predictions: Tensor, distance: str) -> int:
 def _forward(predictions: Tensor, features: Tensor, masked: Tensor | None, distance: str, norm: bool) -> Tensor:
     # Partial sums and then their sum: atomics would add in another order each time.
     sums = predictions.new_empty(predictions.shape[0] * predictions.shape[1], dtype=torch.float32)
-    launch(rows(predictions), rows(features), masked, distance, norm, sums=sums).run()
+    forward_launch(rows(predictions), rows(features), masked, distance, norm, sums).run()
     return sums.sum() / _terms(predictions, distance)
 
 
@@ -174,7 +187,7 @@ def _backward(
     upstream: Tensor, predictions: Tensor, features: Tensor, masked: Tensor | None, distance: str, norm: bool
 ) -> Tensor:
     gradient = predictions.new_empty(predictions.shape)
-    launch(rows(predictions), rows(features), masked, distance, norm, upstream=upstream, gradient=gradient).run()
+    backward_launch(rows(predictions), rows(features), masked, distance, norm, upstream, gradient).run()
     return gradient
 
 

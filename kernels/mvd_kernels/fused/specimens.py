@@ -79,13 +79,13 @@ def _targets() -> Iterator[Specimen]:
 
 
 def _distances(dtype: torch.dtype, distance: str = "smooth_l1") -> Iterator[Specimen]:
-    predictions, features = empty(B, M, D, dtype=dtype), empty(B, N, D, dtype=dtype)
-    launch = partial(masked_distance.launch, predictions, features, empty(B, M, dtype=torch.int64), distance, norm=True)
-    variant = f"{distance} {_label(dtype)}"
-    read = 2 * D * dtype.itemsize + INDEX
-    yield Specimen(variant, launch(sums=empty(B * M)), read, FLOAT32)
-    gradient = empty(B, M, D, dtype=dtype)
-    yield Specimen(variant, launch(upstream=empty(()), gradient=gradient), read, D * dtype.itemsize)
+    predictions, gradient = empty(B, M, D, dtype=dtype), empty(B, M, D, dtype=dtype)
+    arguments = (predictions, empty(B, N, D, dtype=dtype), empty(B, M, dtype=torch.int64), distance, True)
+    variant, row = f"{distance} {_label(dtype)}", D * dtype.itemsize
+    forward = masked_distance.forward_launch(*arguments, empty(B * M))
+    yield Specimen(variant, forward, 2 * row + INDEX, FLOAT32)
+    backward = masked_distance.backward_launch(*arguments, empty(()), gradient)
+    yield Specimen(variant, backward, 2 * row + INDEX, row)
 
 
 def _add_layer_norm(dtype: torch.dtype) -> Iterator[Specimen]:
