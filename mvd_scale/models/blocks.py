@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mvd_kernels import LayerNorm, attention
+from mvd_kernels import AddLayerNorm, LayerNorm, attention
 
 Kept = Tensor | int | None
 """Tokens whose output is needed: int64 (B, K), the last so many, or all."""
@@ -74,14 +74,15 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = LayerNorm(width)
         self.attn = Attention(width, heads)
-        self.norm2 = LayerNorm(width)
+        self.norm2 = AddLayerNorm(width)
         self.mlp: nn.Module = Mlp(width, int(width * mlp_ratio), act_layer=nn.GELU)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, tokens: Tensor, kept: Kept = None) -> Tensor:
         """(B, N, D) to (B, N, D), or (B, K, D) for the tokens that are kept: all are seen, the others not computed."""
-        tokens = keep(tokens, kept) + self.drop_path(self.attn(self.norm1(tokens), kept))
-        return tokens + self.drop_path(self.mlp(self.norm2(tokens)))
+        update = self.drop_path(self.attn(self.norm1(tokens), kept))
+        tokens, normed = self.norm2(keep(tokens, kept), update)
+        return tokens + self.drop_path(self.mlp(normed))
 
 
 class Blocks(nn.ModuleList):

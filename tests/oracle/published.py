@@ -92,4 +92,5 @@ def _block(block: nn.Module, tokens: Tensor) -> Tensor:
     query, key, value = packed.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     shares = (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(dim=-1)
     tokens = tokens + block.attn.proj((shares @ value).transpose(1, 2).flatten(2))
-    return tokens + block.mlp(block.norm2(tokens))
+    norm = block.norm2
+    return tokens + block.mlp(F.layer_norm(tokens, norm.normalized_shape, norm.weight, norm.bias, norm.eps))
