@@ -138,9 +138,16 @@ def find_gpu(name: str) -> Gpu:
     return GPUS[name.upper()]
 
 
-def default_kernel(gpu: Gpu) -> AttentionKernel:
-    """The fastest attention that the program has for a GPU: flash-attn from Ampere on."""
-    return "flash-attn" if "flash-attn" in gpu.efficiency else "sdpa"
+def find_kernel(gpu: Gpu, name: str | None) -> AttentionKernel:
+    """Attention by its name; without one the fastest that a GPU has, flash-attn from Ampere on.
+
+    Raises:
+        UserError: the GPU lacks it.
+    """
+    for kernel in gpu.efficiency:
+        if name in (None, kernel):
+            return kernel
+    raise UserError(f"--attention {name}: {gpu.name} has {' and '.join(gpu.efficiency)} only")
 
 
 def usable_memory(gpu: Gpu) -> float:
@@ -167,12 +174,10 @@ def sustained(gpu: Gpu, precision: Precision, kernel: AttentionKernel, width: in
         efficiency: share of the peak, in place of the table's.
 
     Raises:
-        UserError: the GPU lacks the precision or the kernel.
+        UserError: the GPU lacks the precision.
     """
     if precision not in gpu.peak:
         raise UserError(f"{gpu.name} has no {precision}: set training.precision or teachers.precision to fp16")
-    if kernel not in gpu.efficiency:
-        raise UserError(f"{gpu.name} has no {kernel}, which needs Ampere or newer: use `--attention sdpa`")
     if efficiency is not None:
         return gpu.peak[precision] * efficiency
     # Without tensor cores arithmetic is so slow that memory and launches hardly count.

@@ -38,6 +38,9 @@ class Part:
     counted: int = 0
     """FLOPs of a forward pass as torch counts them, for models of other libraries; these have no `layers`."""
 
+    opaque: int = 0
+    """Numbers at the peak of a forward pass of such a model."""
+
     parameters: int = 0
     """Of a teacher; the student's are counted together."""
 
@@ -155,7 +158,9 @@ def encoder_blocks(model: ModelConfig, tokens: int, *, last_queries: int, sequen
     )
 
 
-def decoder_part(name: str, decoder: DecoderConfig, model: ModelConfig, visible: int, masked: int, channels: int) -> Part:
+def decoder_part(
+    name: str, decoder: DecoderConfig, model: ModelConfig, visible: int, masked: int, channels: int
+) -> Part:
     """A decoder with its linear head; it sees visible and mask tokens."""
     tokens = visible + model.class_token + masked
     last_queries = tokens  # The last block serves every token; `masked` where it serves only those.
@@ -205,10 +210,14 @@ def _keeping_input(part: Part) -> Part:
 
 def _teacher_part(name: str, target: FrozenTeacher, recipe: Recipe) -> Part:
     teacher = target.teacher
-    largest = max(_count(block) for path, block in teacher.named_modules() if path.rpartition(".")[0].endswith("blocks"))
+    largest = max(
+        _count(block) for path, block in teacher.named_modules() if path.rpartition(".")[0].endswith("blocks")
+    )
     counts = {"parameters": _count(teacher), "vectors": _count(teacher, below=PERSISTENT), "largest": largest}
     if isinstance(teacher, TimmViT):
-        return Part(name, teacher.width, (), counted=_counted(teacher, recipe.model), **counts)
+        # As a block of MLP ratio 4 needs; timm's models have ratios of about that.
+        opaque = 12 * (recipe.tokens + teacher.vit.num_prefix_tokens * recipe.model.grid[0]) * teacher.width
+        return Part(name, teacher.width, (), counted=_counted(teacher, recipe.model), opaque=opaque, **counts)
     assert isinstance(teacher, Encoder)
     model = teacher.config
     sequences = recipe.model.grid[0] if isinstance(target, ImageTeacher) else 1

@@ -22,7 +22,7 @@ from mvd_scale.models import Classifier, Student
 from mvd_scale.models.blocks import checkpoint_gradients
 from mvd_scale.performance.flops import part_flops
 from mvd_scale.performance.layers import Backward, Block, Linear
-from mvd_scale.performance.parts import describe
+from mvd_scale.performance.parts import describe, masked_tokens
 from mvd_scale.performance.step import random_teacher
 from mvd_scale.targets import FrozenTeacher, build_targets
 
@@ -87,8 +87,8 @@ def batch(made: Recipe, decoded: int) -> ClipBatch:
 def counting(attention: Backward) -> Iterator[FlopCounterMode]:
     aten = torch.ops.aten
     on_cpus = {
-        aten._scaled_dot_product_flash_attention_for_cpu.default: _forward,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _backward,
+        aten._scaled_dot_product_flash_attention_for_cpu: _forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
     }
     backend = SDPBackend.FLASH_ATTENTION if attention == "fused" else SDPBackend.MATH
     with sdpa_kernel(backend), FlopCounterMode(display=False, custom_mapping=on_cpus) as counter:
@@ -118,7 +118,7 @@ def test_every_part_counts_what_torch_counts(method: str, checkpointing: bool, a
         checkpoint_gradients(student)
     work = describe(made)
     said = {part.part: part for part in part_flops(work, checkpointing=checkpointing, attention=attention)}
-    clips = batch(made, decoded=round((made.tokens - made.visible_tokens) * (made.data.mask or recipe().data.mask).decode))
+    clips = batch(made, decoded=masked_tokens(made))
 
     with counting(attention) as counter:
         predictions = student(clips.pixels, clips.visible, clips.masked)
