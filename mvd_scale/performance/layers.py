@@ -1,4 +1,4 @@
-"""Linear layers and transformer blocks by their shapes: what one costs in FLOPs, and what it keeps for its backward pass.
+"""Linear layers and transformer blocks by their shapes: their FLOPs, and what they keep for the backward pass.
 
 FLOPs are counted as `torch.utils.flop_counter` does: matrix products and attention, 2 per multiply-add.
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Backward = Literal["fused", "unfused"]
-"""`fused` attention (flash-attn, SDPA's kernels) computes the scores again in its backward pass, plain products do not."""
+"""`fused` attention (flash-attn, SDPA's kernels) computes the scores again in its backward pass, plain one does not."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Block:
         return self.sequences * size * self.keys * self.width
 
     def inference(self, size: int) -> int:
-        """Bytes at the peak of a forward pass without gradients: input, sum, norm, and the MLP around its activation."""
+        """Bytes at the peak of a forward pass without gradients, at the MLP: input, sum, norm, both sides of GELU."""
         return self.sequences * size * (self.keys * self.width + 2 * self.queries * (self.width + self.hidden))
 
     def gradients(self, size: int) -> int:

@@ -64,10 +64,11 @@ def predict_memory(work: Workload, setting: Setting) -> Memory:
         }
     gradients = work.parameters * size
     buckets = _buckets(setting, size)
-    # Backwards: the last part comes first, when everything is still kept; gradients are there at the end.
+    # Backwards: the last blocks come first, when everything is still kept; gradients are there at the end.
+    last = next(part for part in reversed(work.trained) if part.blocks)
     phases["start of the backward pass"] = student | {
         "gradients": buckets,
-        "workspace": clips * differentiation(work.trained[-1], size, checkpointing=setting.checkpointing),
+        "workspace": clips * differentiation(last, size, checkpointing=setting.checkpointing),
     }
     phases["end of the backward pass"] = {
         "gathered weights": live,
@@ -95,12 +96,9 @@ def inference(part: Part, size: int) -> int:
 
 
 def differentiation(part: Part, size: int, *, checkpointing: bool) -> int:
-    """Bytes that the backward pass of a part needs of a clip above what is kept; its last block computed again."""
-    blocks = part.blocks
-    if not blocks:
-        return part.predicted * 4
-    again = blocks[-1].saved(size) if checkpointing else 0
-    return blocks[-1].gradients(size) + again
+    """Bytes that the backward pass of a part needs of a clip above what is kept; a block is computed again first."""
+    block = part.blocks[-1]
+    return block.gradients(size) + (block.saved(size) if checkpointing else 0)
 
 
 def _at_rest(work: Workload, setting: Setting) -> Bytes:

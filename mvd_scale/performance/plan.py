@@ -1,4 +1,4 @@
-"""`mvd-scale plan`: what a recipe takes on GPUs that are not at hand: arithmetic, memory, communication, decoding, time."""
+"""`mvd-scale plan`: arithmetic, memory, communication, decoding and time of a recipe on GPUs that are not at hand."""
 
 from __future__ import annotations
 
@@ -243,8 +243,9 @@ def _plan(
     steps = drawn // batch
     if not steps:
         raise UserError(f"--videos {cluster.videos}: an epoch of {drawn} clips has no whole global batch of {batch}")
-    planned = recipe.training.max_steps or steps * recipe.training.epochs
-    hours = min(planned, steps * recipe.training.epochs) * seconds / 3600
+    whole = steps * recipe.training.epochs
+    planned = min(recipe.training.max_steps or whole, whole)
+    hours, computing = planned * seconds / 3600, sum(phase.seconds for phase in phases)
     computed = batch * sum(part.total for part in flops) / seconds
     return Plan(
         recipe=name,
@@ -262,12 +263,12 @@ def _plan(
         arithmetic_share=computed / (cluster.gpus * cluster.gpu.peak[setting.precision]),
         step_seconds=seconds,
         clips_per_second=batch / seconds,
-        decode_needed=batch / sum(phase.seconds for phase in phases),
+        decode_needed=batch / computing,
         epoch_seconds=steps * seconds,
         run_hours=hours,
         limit=_limit(phases, seconds),
         candidates=candidates,
-        comparison=compare(name, cluster.gpu, cluster.gpus, work, planned * batch, hours),
+        comparison=compare(name, cluster.gpu, cluster.gpus, work, planned * batch, hours, hours * computing / seconds),
     )
 
 
@@ -275,15 +276,16 @@ def _what_fits(recipe: Recipe | FinetuneRecipe, work: Workload, setting: Setting
     """Why the smallest micro batch is too much, and which changes would help."""
     needed, usable = predict_memory(work, setting).peak, usable_memory(cluster.gpu)
     zero3 = setting_of(_with(recipe, deepspeed="zero3"), work, cluster.gpus, micro=setting.micro)
-    # As far as stages and checkpointing go, each alone before both.
+    again, shard = "--training.gradient_checkpointing true", "--teachers.sharding zero3"
+    sharded = (True,) * len(setting.sharded)
     changes = {
-        "--training.gradient_checkpointing true": replace(setting, checkpointing=True),
+        again: replace(setting, checkpointing=True),
         "--stage 3": zero3,
-        "--teachers.sharding zero3": replace(setting, sharded=(True,) * len(setting.sharded)),
-        "--stage 3 --teachers.sharding zero3 --training.gradient_checkpointing true": replace(
-            zero3, checkpointing=True, sharded=(True,) * len(setting.sharded)
-        ),
+        f"--stage 3 {again}": replace(zero3, checkpointing=True),
     }
+    if sharded:
+        changes[shard] = replace(setting, sharded=sharded)
+        changes[f"--stage 3 {shard} {again}"] = replace(zero3, checkpointing=True, sharded=sharded)
     helps = [words for words, changed in changes.items() if predict_memory(work, changed).peak <= usable]
     helps += [f"--gpu {gpu.name}" for gpu in GPUS.values() if needed <= usable_memory(gpu)]
     return (

@@ -31,9 +31,9 @@ def to_text(plan: Plan) -> str:
 
 def _head(plan: Plan) -> Iterator[str]:
     cluster, setting = plan.cluster, plan.setting
-    sharded = sum(setting.sharded)
+    nodes, sharded = cluster.gpus // cluster.per_node, sum(setting.sharded)
     yield (
-        f"{plan.recipe} on {cluster.gpus} {cluster.gpu.name} ({cluster.gpus // cluster.per_node} x {cluster.per_node}), "
+        f"{plan.recipe} on {cluster.gpus} {cluster.gpu.name} ({nodes} x {cluster.per_node}), "
         f"{setting.precision}, ZeRO {setting.stage}, {sharded} of {len(setting.sharded)} teachers sharded; "
         f"{setting.micro} clips x {setting.accumulation} accumulation a rank"
     )
@@ -115,13 +115,16 @@ def _assumptions(plan: Plan) -> Iterator[str]:
     cluster, setting = plan.cluster, plan.setting
     widths = sorted({part.width for part in plan.flops})
     peak = cluster.gpu.peak[setting.precision]
-    shares = ", ".join(
-        f"{sustained(cluster.gpu, setting.precision, cluster.kernel, width, cluster.efficiency) / peak:.0%} at D {width}"
-        for width in widths
-    )
+    rates = {
+        width: sustained(cluster.gpu, setting.precision, cluster.kernel, width, cluster.efficiency) for width in widths
+    }
+    shares = ", ".join(f"{rate / peak:.0%} at D {width}" for width, rate in rates.items())
     yield "\n  assumed, none of it measured here"
     yield f"  share of {peak / 1e12:.0f} TFLOP/s by {cluster.kernel}: {shares} (--efficiency sets one for all)"
-    yield f"  {LINK_SHARE:.0%} of links; {LAUNCH * 1e6:.0f} us to launch a kernel; {RESERVED / GIB:.1f} GiB and {FRAGMENTED:.0%} of memory lost"
+    yield (
+        f"  {LINK_SHARE:.0%} of links; {LAUNCH * 1e6:.0f} us to launch a kernel; {RESERVED / GIB:.1f} GiB and "
+        f"{FRAGMENTED:.0%} of memory lost"
+    )
     yield (
         f"  {cluster.videos} videos of {cluster.video.height} lines, a key frame every {cluster.video.keyframes} "
         "(--videos, --height, --keyframes)"
