@@ -84,7 +84,7 @@ def test_model_states_are_those_that_deepspeed_estimates(world: int) -> None:
     made = load_recipe("distill/b_from_b", ["--training.deepspeed", "zero3"])
     setting = setting_of(made, work, world)
     step = predict_memory(work, setting).phases["optimizer step"]
-    _, estimated = estimate_zero3_model_states_mem_needs(work.parameters, 0, world, 1, False, False)
+    _, estimated, _ = estimate_zero3_model_states_mem_needs(work.parameters, 0, world, 1, False, False)
     bucket, whole = 2 * setting.zero["reduce_bucket_size"], 2 * work.vectors
     # The estimate leaves out buckets, what stays whole, and one of the two widths of gradients.
     held = step["weights"] + step["optimizer"] + step["gradients"] - bucket - whole

@@ -10,13 +10,11 @@ from click.testing import CliRunner
 from mvd_scale.cli import cli
 from mvd_scale.config import load_recipe
 from mvd_scale.errors import UserError
-from mvd_scale.performance.communication import collectives, seconds_of
+from mvd_scale.performance.communication import seconds_of
 from mvd_scale.performance.decoding import Video, decoded_clips, decoded_frames
 from mvd_scale.performance.hardware import GPUS, LINK_SHARE, usable_memory
-from mvd_scale.performance.parts import describe
 from mvd_scale.performance.plan import Plan, make_cluster, make_plan, micro_batches, with_stage
 from mvd_scale.performance.plan_text import to_text
-from mvd_scale.performance.setting import setting_of
 
 SLOW_DECODING = Video(keyframes=250)
 FAST_DECODING = Video(keyframes=8)
@@ -43,12 +41,12 @@ def sent(made: Plan) -> dict[str, tuple[str, int, int]]:
 
 def test_arithmetic_alone_decides_where_nothing_else_can() -> None:
     """One GPU, fast decoding: the step is its FLOPs over the share of the peak."""
-    made = plan(gpus=1, efficiency=0.5)
+    made = plan(gpus=1, efficiency=0.2)
     flops = 1024 * sum(part.total for part in made.flops)
     assert made.limit == "arithmetic"
     assert not made.messages
-    assert made.step_seconds == pytest.approx(flops / (0.5 * 989e12), rel=1e-3)
-    assert made.arithmetic_share == pytest.approx(0.5, rel=1e-3)
+    assert made.step_seconds == pytest.approx(flops / (0.2 * 989e12), rel=1e-3)
+    assert made.arithmetic_share == pytest.approx(0.2, rel=1e-3)
     assert made.clips_per_second == pytest.approx(1024 / made.step_seconds)
     assert made.epoch_seconds == pytest.approx(240_000 // 1024 * made.step_seconds)
     assert made.run_hours == pytest.approx(400 * made.epoch_seconds / 3600)
@@ -119,18 +117,17 @@ def test_rings_are_as_fast_as_their_slowest_link() -> None:
 
 
 def test_slow_links_become_the_limit() -> None:
-    recipe = load_recipe("distill/b_from_b", ["--training.deepspeed", "zero3"])
-    work = describe(recipe)
-    setting = setting_of(recipe, work, 64, micro=1)
-    gpu = replace(GPUS["H100"], network=10e6)
-    assert sum(m.seconds for m in collectives(work, setting, gpu, 1)) > 1000
-    made = plan("pretrain/videomae_s_k400", *with_stage([], 3), "--training.micro_batch", "1", gpus=64, per_node=1)
-    assert made.limit == "communication"
+    cluster = make_cluster("H100", 64, 8, attention=None, efficiency=None, video=FAST_DECODING, videos=240_000)
+    slow = replace(cluster, gpu=replace(cluster.gpu, network=1e9))
+    fast, made = (make_plan("distill/b_from_b", with_stage([], 3), place) for place in (cluster, slow))
+    assert (fast.limit, made.limit) == ("arithmetic", "communication")
+    # What runs beside the arithmetic costs nothing until it takes longer.
+    assert fast.step_seconds == pytest.approx(sum(max(p.arithmetic, p.launching) for p in fast.phases), rel=0.01)
 
 
 def test_the_best_micro_batch_is_the_fastest_that_fits() -> None:
-    made = plan("distill/h_from_h", "--training.gradient_checkpointing", "false", gpu="V100", gpus=16)
-    assert [candidate.micro for candidate in made.candidates] == [1, 2, 4, 8, 16, 32]
+    made = plan("distill/h_from_h", "--training.gradient_checkpointing", "false", gpu="V100", gpus=8)
+    assert [candidate.micro for candidate in made.candidates] == [1, 2, 4, 8, 16, 32, 64]
     usable = usable_memory(GPUS["V100"])
     assert [candidate.fits for candidate in made.candidates] == [c.memory <= usable for c in made.candidates]
     assert not made.candidates[-1].fits
