@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, replace
 
 from mvd_scale.config import FinetuneRecipe, Recipe, load_any, load_finetuning, load_recipe
@@ -216,15 +217,14 @@ def _step_seconds(recipe: Recipe | FinetuneRecipe, phases: list[PhaseTime], clus
 
 
 def _limit(phases: list[PhaseTime], step_seconds: float) -> str:
-    computing = sum(phase.seconds for phase in phases)
-    if step_seconds > computing:
+    """The resource that bounds most of the step's time."""
+    if step_seconds > sum(phase.seconds for phase in phases):
         return "decoding"
-    spent = {
-        "arithmetic": sum(phase.arithmetic for phase in phases),
-        "launching of kernels": sum(max(phase.launching - phase.arithmetic, 0) for phase in phases),
-        "communication": sum(phase.seconds - max(phase.arithmetic, phase.launching) for phase in phases),
-    }
-    return max(spent, key=lambda resource: spent[resource])
+    bounded: dict[str, float] = defaultdict(float)
+    for phase in phases:
+        for resource, seconds in phase.bounds.items():
+            bounded[resource] += seconds
+    return max(bounded, key=lambda resource: bounded[resource])
 
 
 def _plan(

@@ -31,11 +31,23 @@ class PhaseTime:
     communication: float
 
     @property
-    def seconds(self) -> float:
-        """The longest of the three; updated weights are gathered after the update."""
+    def bounds(self) -> dict[str, float]:
+        """The seconds that the phase takes by the resource that bounds them."""
         if self.phase == "optimizer":
-            return max(self.arithmetic, self.launching) + self.communication
-        return max(self.arithmetic, self.launching, self.communication)
+            # Updated weights are gathered after the update.
+            return {"arithmetic": self.arithmetic, "communication": self.communication}
+        spent = {
+            "arithmetic": self.arithmetic,
+            "launching of kernels": self.launching,
+            "communication": self.communication,
+        }
+        slowest = max(spent, key=lambda resource: spent[resource])
+        return {slowest: spent[slowest]}
+
+    @property
+    def seconds(self) -> float:
+        """That the phase takes."""
+        return sum(self.bounds.values())
 
 
 def phase_times(
