@@ -13,6 +13,7 @@ from mvd_scale.errors import UserError
 from mvd_scale.performance.data import DataReport
 from mvd_scale.performance.load import LoadReport
 from mvd_scale.performance.methods import MethodsReport
+from mvd_scale.performance.profile_report import ProfileReport
 from mvd_scale.performance.reports import Machine, Report, Value
 from mvd_scale.performance.step import StepReport
 from mvd_scale.performance.testing import EvalReport
@@ -23,6 +24,7 @@ KINDS: dict[str, type[Report]] = {
     "data": DataReport,
     "eval": EvalReport,
     "load": LoadReport,
+    "profile": ProfileReport,
 }
 
 

@@ -124,8 +124,8 @@ class Rehearsal:
         for micro in range(self.accumulation):
             reseed(self.recipe, self.done, micro, self.ranks)
             with self.parts.part("data wait"):
-                clips = next(self._batches)
-            loss, _ = self.objective(self.engine, clips)
+                self.clips = next(self._batches)
+            loss, _ = self.objective(self.engine, self.clips)
             with self.parts.part("backward"):
                 self.engine.backward(loss)
             with self.parts.part("optimizer"):
