@@ -176,12 +176,13 @@ def _collectives(spans: list[Span], steps: int) -> list[Operator]:
 
 
 def _operators(profiler: profile, notes: set[str], steps: int) -> list[Operator]:
-    """Those that take most time on the device, notes and collectives left out."""
+    """Those whose work takes most time on the device; notes, collectives and bare kernels are left out."""
     on_gpu = ProfilerActivity.CUDA in profiler.activities
     found = []
     for average in profiler.key_averages():
         spent = average.self_device_time_total if on_gpu else average.self_cpu_time_total
-        if average.key not in notes and not average.key.startswith(("gloo:", "nccl:")):
+        of_host = average.device_type.name == "CPU"
+        if of_host and average.key not in notes and not average.key.startswith(("gloo:", "nccl:")):
             found.append(Operator(average.key, average.count / steps, spent / 1000 / steps))
     return sorted(found, key=lambda operator: -operator.milliseconds)[:_OPERATORS]
 

@@ -126,7 +126,7 @@ class ProfileReport(Report):
             device = "" if part.device_milliseconds is None else f"{part.device_milliseconds:.1f}"
             work = f"{part.flops / 1e9:>11.4g}{part.flops / part.spent / 1e6:>11.4g}" if part.flops else ""
             share = part.milliseconds / self.profiled_milliseconds_per_step
-            yield f"{name:<36}{part.milliseconds:>10.1f}{share:>9.1%}{device:>10}{work}"
+            yield f"{name:<36}{part.milliseconds:>10.1f}{share:>9.1%}{device:>10}{work}".rstrip()
 
 
 def _operator_lines(title: str, operators: list[Operator], step: float) -> Iterator[str]:

@@ -10,8 +10,8 @@ from . import golden_loss
 
 pytestmark = pytest.mark.slow
 
-TOLERANCE = 1e-4
-"""Relative, on a kind of machine without a curve of its own, whose kernels may round otherwise."""
+TOLERANCE = 1e-5
+"""Relative, on a kind of machine without a curve of its own: kernels for other instruction sets move it by 2e-7."""
 
 REMEDY = "if the change of arithmetic is meant, write the curve anew: python -m tests.e2e.golden_loss"
 
