@@ -23,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    path = config.getoption("--gpu-report")
+    path = config.getoption("--gpu-report", default=None)
     if path is not None:
         config.pluginmanager.register(SelfTestReport(path), "gpu-report")
 
