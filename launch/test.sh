@@ -8,7 +8,7 @@ cd "$mvd_root"
 
 if [[ "${1:-}" == --gpu ]]; then
     shift
-    exec pytest tests/gpu --gpu-report gpu_report.md "$@"
+    exec pytest tests/gpu -m gpu --gpu-report gpu_report.md "$@"
 fi
 if (($#)); then
     exec pytest "$@"

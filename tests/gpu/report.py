@@ -6,7 +6,6 @@ import datetime
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,9 +42,9 @@ class SelfTestReport:
         self.path = path
         self.checks: dict[str, Check] = {}
 
-    def pytest_collection_modifyitems(self, items: Sequence[pytest.Item]) -> None:
-        for item in items:
-            if isinstance(item, pytest.Function) and Path(__file__).parent in item.path.parents:
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        for item in session.items:
+            if isinstance(item, pytest.Function) and item.get_closest_marker("gpu"):
                 self.checks[item.nodeid] = Check(_first_line(item.module.__doc__), item.name, "not run")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:

@@ -31,8 +31,9 @@ from .conftest import Figure
 
 pytestmark = pytest.mark.gpu
 
-LEVELS = 2.0
-"""Largest mean difference of one frame: another matrix or range of colours gives more, another frame far more."""
+LEVELS = 3.0
+"""Largest mean difference of one frame. DALI's decoder of VP9 on the CPU comes to 1.7; another matrix of colours gives
+more than this."""
 
 
 @pytest.fixture(scope="module")
