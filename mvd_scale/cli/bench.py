@@ -142,7 +142,10 @@ def load(size: str, precision: Precision, device: str, as_json: bool) -> None:
     help="Relative change up to which a figure is the same.",
 )  # fmt: skip
 def compare(old: Path, new: Path, tolerance: float) -> None:
-    """Compare two reports that the other commands printed by --json; exit code 1 if anything became worse."""
+    """Compare two reports of one kind; exit code 1 if anything became worse.
+
+    Reports are what the other commands print by --json, or the summary.json of a profile.
+    """
     from mvd_scale.performance.compare import compare_reports
 
     comparison = compare_reports(old, new, tolerance)

@@ -77,7 +77,7 @@ class Comparison:
 
 
 def compare_reports(old: Path, new: Path, tolerance: float) -> Comparison:
-    """Compare two files that `mvd-scale bench ... --json` printed.
+    """Compare two files that `mvd-scale bench ... --json` printed, or `mvd-scale profile` wrote.
 
     Args:
         old: the earlier one.

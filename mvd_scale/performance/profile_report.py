@@ -6,10 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mvd_scale.performance.reports import Report, Value
-
-_SHORT = 0.01
-"""Share of a step under which a part is not judged by itself."""
+from mvd_scale.performance.reports import SHORT, Report, Value
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ class ProfileReport(Report):
     def values(self) -> Iterator[tuple[str, Value]]:
         """Speed, utilisation, memory and the parts."""
         for name, part in self.parts.items():
-            yield f"{name}, ms", Value(part.spent, judged=part.spent > _SHORT * self.milliseconds_per_step)
+            yield f"{name}, ms", Value(part.spent, judged=part.spent > SHORT * self.milliseconds_per_step)
         yield "step, ms", Value(self.milliseconds_per_step)
         yield "utilisation", Value(self.utilisation, more_is_better=True)
         yield "communication, ms", Value(self.communication_milliseconds, judged=self.ranks > 1)

@@ -15,6 +15,9 @@ import torch
 
 from mvd_scale.performance.timing import versions_of
 
+SHORT = 0.01
+"""Share of a step under which a part is not judged by itself."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Machine:

@@ -16,15 +16,11 @@ from torch import nn
 
 from mvd_scale.config.training import Precision
 from mvd_scale.performance.rehearsal import Rehearsal, random_teacher, rehearsed_recipe
-from mvd_scale.performance.reports import Report, Value, this_machine
+from mvd_scale.performance.reports import SHORT, Report, Value, this_machine
 from mvd_scale.training.engine import join_ranks, leave_ranks
 from mvd_scale.training.metrics import peak_memory_gib
 
 _WARM_UP = 2
-
-
-_SHORT = 0.01
-"""Share of a step under which a part is not judged by itself."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +48,7 @@ class StepReport(Report):
     def values(self) -> Iterator[tuple[str, Value]]:
         """Time of every part and of the whole, clips per second, memory."""
         for part, spent in self.milliseconds.items():
-            yield f"{part}, ms", Value(spent, judged=spent > _SHORT * self.milliseconds_per_step)
+            yield f"{part}, ms", Value(spent, judged=spent > SHORT * self.milliseconds_per_step)
         yield "step, ms", Value(self.milliseconds_per_step)
         yield "clips/s", Value(self.clips_per_second, more_is_better=True)
         yield "peak memory, GiB", Value(self.peak_memory_gib)

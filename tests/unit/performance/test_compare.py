@@ -17,6 +17,7 @@ from mvd_scale.performance.data import DataReport
 from mvd_scale.performance.data import Figure as DataFigure
 from mvd_scale.performance.load import LoadReport
 from mvd_scale.performance.methods import MethodsReport
+from mvd_scale.performance.profile_report import Operator, PartFigures, ProfileReport
 from mvd_scale.performance.reports import Machine, Report
 from mvd_scale.performance.step import StepReport
 from mvd_scale.performance.testing import EvalReport
@@ -68,12 +69,39 @@ LOAD = LoadReport(
     peak_of_all_ranks=110.0,
     peak_over_one_copy=1.1,
 )
+PROFILE = ProfileReport(
+    machine=MACHINE,
+    recipe="distill/b_from_b",
+    overrides=[],
+    precision="fp32",
+    teacher_sharding="auto",
+    ranks=1,
+    clips_per_step=2,
+    steps=2,
+    milliseconds_per_step=1000.0,
+    profiled_milliseconds_per_step=1100.0,
+    clips_per_second=2.0,
+    parts={"backward": PartFigures(900.0, None, 10)},
+    flops_per_step=10,
+    peak_flops_per_second=100.0,
+    peak_source="a data sheet",
+    utilisation=0.5,
+    data_wait_share=0.02,
+    communication_milliseconds=0.0,
+    collectives=[],
+    operators=[Operator("aten::mm", 4, 30.0)],
+    peak_memory_gib=5.0,
+    highest_tensors_gib=2.0,
+    highest_in="backward",
+    losses=[1.0],
+)
 REPORTS: dict[str, Report] = {
     "step": STEP,
     "methods": MethodsReport(machine=MACHINE, steps={"co-teaching": STEP}),
     "data": DATA,
     "eval": EVAL,
     "load": LOAD,
+    "profile": PROFILE,
 }
 
 
@@ -132,6 +160,11 @@ def test_a_part_too_short_to_measure_counts_only_once_it_has_grown(tmp_path):
 def test_only_our_own_speed_is_judged(tmp_path, way, code):
     slower = [replace(f, clips_per_second=f.clips_per_second / 2) if f.way == way else f for f in DATA.figures]
     assert compare(tmp_path, DATA, replace(DATA, figures=slower)).exit_code == code
+
+
+@pytest.mark.parametrize(("utilisation", "code"), [(0.6, 0), (0.4, 1)])
+def test_a_lower_utilisation_is_worse(tmp_path, utilisation, code):
+    assert compare(tmp_path, PROFILE, replace(PROFILE, utilisation=utilisation)).exit_code == code
 
 
 def test_a_zero_that_stays_is_no_change(tmp_path):
