@@ -1,9 +1,15 @@
 #!/usr/bin/env bash
 # All checks, the quick ones first; with arguments, pytest alone with these: launch/test.sh tests/unit -k mask
+#
+#   --gpu   the self-test of a machine with a GPU, and gpu_report.md to paste into an issue; further words go to pytest
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$mvd_root"
 
+if [[ "${1:-}" == --gpu ]]; then
+    shift
+    exec pytest tests/gpu -m gpu --gpu-report gpu_report.md "$@"
+fi
 if (($#)); then
     exec pytest "$@"
 fi

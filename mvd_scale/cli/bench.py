@@ -147,6 +147,26 @@ def load(size: str, precision: Precision, device: str, as_json: bool) -> None:
         click.echo(report.to_json() if as_json else report.to_text())
 
 
+@bench.command()
+@click.argument("old", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("new", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--tolerance", type=click.FloatRange(min=0), default=0.05, show_default=True,
+    help="Relative change up to which a figure is the same.",
+)  # fmt: skip
+def compare(old: Path, new: Path, tolerance: float) -> None:
+    """Compare two reports of one kind; exit code 1 if anything became worse.
+
+    Reports are what the other commands print by --json, or the summary.json of a profile.
+    """
+    from mvd_scale.performance.compare import compare_reports
+
+    comparison = compare_reports(old, new, tolerance)
+    click.echo(comparison.to_text())
+    if comparison.worse:
+        click.get_current_context().exit(1)
+
+
 def _refuse_beside(option: str, *others: str) -> None:
     """Options that would do nothing beside another one."""
     context = click.get_current_context()

@@ -49,16 +49,21 @@ def collectives(work: Workload, setting: Setting, gpu: Gpu, per_node: int) -> li
     found = []
 
     def add(
-        name: str, phase: Phase, kind: Literal["all-gather", "reduce-scatter", "all-reduce"], payload: int, times: int
+        name: str,
+        phase: Phase,
+        kind: Literal["all-gather", "reduce-scatter", "all-reduce"],
+        payload: int,
+        times: int,
+        ranks: int = setting.world,
     ) -> None:
-        sent = payload * (2 if kind == "all-reduce" else 1) * (setting.world - 1) // setting.world
-        seconds = times * seconds_of(kind, payload, setting.world, per_node, gpu)
+        sent = payload * (2 if kind == "all-reduce" else 1) * (ranks - 1) // ranks
+        seconds = times * seconds_of(kind, payload, ranks, min(per_node, ranks), gpu)
         found.append(Collective(name, phase, kind, payload, times, sent * times, seconds))
 
     for part, sharded in zip(work.teachers, setting.sharded, strict=True):
         if sharded:
             payload = (part.parameters - part.vectors) * SIZES[setting.teacher_precision]
-            add(f"{part.name}'s weights", "teachers", "all-gather", payload, often)
+            add(f"{part.name}'s weights", "teachers", "all-gather", payload, often, setting.teacher_shards)
     if setting.stage == 3:
         weights = (work.parameters - work.vectors) * size
         add("weights, forward", "forward", "all-gather", weights, often)

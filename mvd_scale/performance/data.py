@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
-import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -20,7 +17,8 @@ from mvd_scale.data.manifest import WHOLE_FILE, Manifest
 from mvd_scale.data.reencode import Encoding
 from mvd_scale.data.shards import save_manifest, shard_videos
 from mvd_scale.performance.plain_loaders import WAYS, missing, plain_loader
-from mvd_scale.performance.timing import apart, time_batches, versions_of
+from mvd_scale.performance.reports import Report, Value, this_machine
+from mvd_scale.performance.timing import apart, time_batches
 from mvd_scale.performance.videos import given_videos, made_videos
 
 BATCH = 8
@@ -28,6 +26,7 @@ BATCH = 8
 _AHEAD = 4
 """Batches left at the end: ours works ahead when the timing begins, and shall still do so when it ends."""
 OURS = "mvd-scale"
+_PACKAGES = ("nvidia-dali-cuda130", "av", "decord", "torchcodec", "torchvision")
 
 
 @dataclass(frozen=True)
@@ -42,25 +41,30 @@ class Figure:
     cpu_seconds_per_clip: float
 
 
-@dataclass(frozen=True)
-class DataReport:
+@dataclass(frozen=True, kw_only=True)
+class DataReport(Report):
     """All figures of one run on one machine."""
 
+    kind: Literal["data"] = "data"
     figures: list[Figure]
     absent: dict[str, str]
     """Ways that cannot be gone here, and why."""
-    cores: int
     clips: int
-    versions: dict[str, str]
 
-    def to_json(self) -> str:
-        """All fields, one object."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
+    def setting(self) -> dict[str, Any]:
+        """How many clips were timed."""
+        return {"clips": self.clips}
+
+    def values(self) -> Iterator[tuple[str, Value]]:
+        """Speed and CPU time of every way; only ours is judged."""
+        for way in self.figures:
+            name, ours = f"{way.videos}, {way.source}, {way.workers} workers, {way.way}", way.way == OURS
+            yield f"{name}: clips/s", Value(way.clips_per_second, more_is_better=True, judged=ours)
+            yield f"{name}: CPU s/clip", Value(way.cpu_seconds_per_clip, judged=ours)
 
     def to_text(self) -> str:
         """A line for every way; the last column is how many times as fast ours is over the same videos."""
-        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        lines = [f"16x224x224, {self.clips} clips each, batches of {BATCH}, {self.cores} cores; {versions}", ""]
+        lines = [f"16x224x224, {self.clips} clips each, batches of {BATCH}", self.machine.title(), ""]
         lines.append(
             f"{'videos':<16}{'source':<24}{'workers':>8}  {'way':<26}{'clips/s':>9}{'CPU s/clip':>12}{'ours':>8}"
         )
@@ -98,13 +102,7 @@ def measure_data(source: str | None, work: Path, *, workers: Sequence[int], clip
                 for way in WAYS:
                     if way not in absent:
                         figures.append(_figure(videos, "files", count, way, _time_plain, way, manifest, count, clips))
-    return DataReport(
-        figures=figures,
-        absent=absent,
-        cores=len(os.sched_getaffinity(0)),
-        clips=clips,
-        versions=versions_of(("torch", "nvidia-dali-cuda130", "av", "decord", "torchcodec", "torchvision")),
-    )
+    return DataReport(machine=this_machine(_device(), _PACKAGES), figures=figures, absent=absent, clips=clips)
 
 
 def measure_memory(source: str | None, work: Path, clips: int) -> Iterator[tuple[int, float]]:
@@ -156,10 +154,14 @@ def _loader(manifest: Manifest, data: DataConfig, model: ModelConfig, steps: int
         micro_batch=BATCH,
         rank=0,
         world_size=1,
-        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        device=_device(),
         start_step=0,
         total_steps=steps,
     )
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _resident_mib() -> float:

@@ -67,14 +67,18 @@ class Elementwise:
 class Block:
     """A transformer block over sequences of tokens.
 
-    All of its tokens are keys and values; queries, projection and MLP are computed for some of them, by default all.
+    All of its tokens are projected to queries, keys and values; scores are computed for some queries, the output
+    projection and the MLP for some tokens.
     """
 
     keys: int
     """N."""
 
     queries: int
-    """Q."""
+    """Tokens that ask."""
+
+    outputs: int
+    """Tokens that come out."""
 
     width: int
     hidden: int
@@ -89,12 +93,12 @@ class Block:
     @property
     def _products(self) -> int:
         """FLOPs of linear layers per sequence."""
-        key_value, query_and_projection = 4 * self.keys * self.width**2, 4 * self.queries * self.width**2
-        return key_value + query_and_projection + 2 * self._half_mlp
+        packed, projection = 6 * self.keys * self.width**2, 2 * self.outputs * self.width**2
+        return packed + projection + 2 * self._half_mlp
 
     @property
     def _half_mlp(self) -> int:
-        return 2 * self.queries * self.width * self.hidden
+        return 2 * self.outputs * self.width * self.hidden
 
     @property
     def _attention(self) -> int:
@@ -123,11 +127,11 @@ class Block:
     def saved(self, size: int) -> int:
         """Bytes kept for the backward pass, of elements of `size` bytes; norms' and softmax's statistics are float32.
 
-        Keys: input, normalised input, keys and values. Queries: themselves, attended, their sum with the input,
-        normalised, and the MLP before and after its activation.
+        Of all tokens: input, normalised input, queries, keys and values. Of those that ask: attended. Of those that
+        come out: the sum with the input, normalised, and the MLP before and after its activation.
         """
-        channels = 4 * self.keys * self.width + self.queries * (4 * self.width + 2 * self.hidden)
-        statistics = 2 * (self.keys + self.queries) + self.heads * self.queries
+        channels = (5 * self.keys + self.queries) * self.width + self.outputs * 2 * (self.width + self.hidden)
+        statistics = 2 * (self.keys + self.outputs) + self.heads * self.queries
         return self.sequences * (size * channels + 4 * statistics)
 
     def entry(self, size: int) -> int:
@@ -136,11 +140,11 @@ class Block:
 
     def inference(self, size: int) -> int:
         """Bytes at the peak of a forward pass without gradients, at the MLP: input, sum, norm, both sides of GELU."""
-        return self.sequences * size * (self.keys * self.width + 2 * self.queries * (self.width + self.hidden))
+        return self.sequences * size * (self.keys * self.width + 2 * self.outputs * (self.width + self.hidden))
 
     def gradients(self, size: int) -> int:
         """Bytes at the peak of the backward pass above what was saved: at the MLP's activation."""
-        return self.sequences * size * self.queries * (2 * self.width + self.hidden)
+        return self.sequences * size * self.outputs * (2 * self.width + self.hidden)
 
 
 Layer = Linear | Elementwise | Block

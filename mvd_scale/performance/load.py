@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import multiprocessing
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -21,16 +21,18 @@ from mvd_scale.checkpoints.weights import load_encoder, save_weights
 from mvd_scale.config import ModelConfig
 from mvd_scale.config.training import Precision
 from mvd_scale.models import Encoder
+from mvd_scale.performance.reports import Report, Value, this_machine
 from mvd_scale.training.engine import Ranks, join_ranks, leave_ranks, shard_teacher
 
 _MIB = 2**20
 
 
-@dataclasses.dataclass(frozen=True)
-class LoadReport:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadReport(Report):
     """Memory in MiB. Peaks are proportional set sizes above what the processes held before: a page of the file
     that several ranks have mapped counts once in their sum."""
 
+    kind: Literal["load"] = "load"
     size: str
     precision: str
     ranks: int
@@ -44,9 +46,17 @@ class LoadReport:
     peak_of_all_ranks: float
     peak_over_one_copy: float
 
-    def to_json(self) -> str:
-        """All fields, one object."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
+    def setting(self) -> dict[str, Any]:
+        """Teacher, precision and ranks."""
+        return {key: getattr(self, key) for key in ("size", "precision", "ranks")}
+
+    def values(self) -> Iterator[tuple[str, Value]]:
+        """Time, and memory of every rank and of all."""
+        yield "load time, s", Value(self.seconds)
+        for rank, (held, peak) in enumerate(zip(self.held_after_loading, self.peak_per_rank, strict=True)):
+            yield f"rank {rank}: held, MiB", Value(held)
+            yield f"rank {rank}: peak, MiB", Value(peak)
+        yield "peak of all ranks, MiB", Value(self.peak_of_all_ranks)
 
     def to_text(self) -> str:
         """One line per fact."""
@@ -54,6 +64,7 @@ class LoadReport:
             [
                 f"{self.size} teacher, {self.parameters / 1e6:.1f} M parameters in {self.precision}, "
                 f"{self.ranks} ranks, ZeRO-3, from memory-mapped safetensors",
+                self.machine.title(),
                 f"  load time                  {self.seconds:.1f} s",
                 f"  one copy                   {self.one_copy:.0f} MiB, largest layer {self.largest_layer:.0f} MiB",
                 f"  held after loading         {_each(self.held_after_loading)} MiB a rank, share {self.share:.0f} MiB",
@@ -138,6 +149,7 @@ def _measure(file: Path, size: str, precision: Precision, ranks: Ranks) -> LoadR
     one_copy = bytes_each * parameters / _MIB
     together = _peak_together([rank["samples"] for rank in everyone])
     return LoadReport(
+        machine=this_machine(ranks.device),
         size=size,
         precision=precision,
         ranks=ranks.world_size,

@@ -117,7 +117,7 @@ def _at_rest(work: Workload, setting: Setting) -> Bytes:
         gradients = size * (work.parameters if setting.stage == 1 else share)
     teacher_size = SIZES[setting.teacher_precision]
     teachers = sum(
-        teacher_size * (-(-part.parameters // setting.world) + part.vectors if sharded else part.parameters)
+        teacher_size * (-(-part.parameters // setting.teacher_shards) + part.vectors if sharded else part.parameters)
         for part, sharded in zip(work.teachers, setting.sharded, strict=True)
     )
     return {

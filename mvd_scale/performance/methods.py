@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from pydantic import TypeAdapter
 
 from mvd_scale.errors import UserError
+from mvd_scale.performance.reports import Report, Value
 from mvd_scale.performance.step import StepReport
 
 logger = logging.getLogger("mvd_scale")
@@ -35,22 +39,29 @@ METHODS: dict[str, list[str]] = {
 """Command-line words of each at size B; the first is what the others are compared with."""
 
 
-@dataclasses.dataclass(frozen=True)
-class MethodsReport:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MethodsReport(Report):
     """A step of each method."""
 
+    kind: Literal["methods"] = "methods"
     steps: dict[str, StepReport]
 
-    def to_json(self) -> str:
-        """All fields, one object."""
-        return json.dumps({name: dataclasses.asdict(step) for name, step in self.steps.items()}, indent=2)
+    def setting(self) -> dict[str, Any]:
+        """Those of all steps."""
+        return {name: step.setting() for name, step in self.steps.items()}
+
+    def values(self) -> Iterator[tuple[str, Value]]:
+        """Those of all steps, but for their parts."""
+        for name, step in self.steps.items():
+            yield f"{name}: step, ms", Value(step.milliseconds_per_step)
+            yield f"{name}: peak memory, GiB", Value(step.peak_memory_gib)
 
     def to_text(self) -> str:
         """A table: time, memory, and both relative to the first method."""
         first = next(iter(self.steps.values()))
         head = (
-            f"on {first.device}, {first.precision}, {first.ranks} ranks x {first.threads} threads, "
-            f"{first.clips_per_step} clips a step, mean of {first.steps} steps, torch {first.torch}\n"
+            f"{first.precision}, {first.ranks} ranks, {first.clips_per_step} clips a step, "
+            f"mean of {first.steps} steps\n{self.machine.title()}\n"
             f"  {'method':<28}{'ms a step':>12}{'ratio':>8}{'peak GiB':>10}{'ratio':>8}"
         )
         rows = [
@@ -83,5 +94,5 @@ def measure_methods(names: str, words: list[str]) -> MethodsReport:
         result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if result.returncode:
             raise UserError(f"{name} ended with exit code {result.returncode}; its own message stands above")
-        reports[name] = StepReport(**json.loads(result.stdout))
-    return MethodsReport(reports)
+        reports[name] = TypeAdapter(StepReport).validate_json(result.stdout)
+    return MethodsReport(machine=next(iter(reports.values())).machine, steps=reports)

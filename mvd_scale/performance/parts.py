@@ -19,7 +19,7 @@ from mvd_scale.errors import UserError
 from mvd_scale.models import Classifier, Encoder, Student
 from mvd_scale.models.timm_vit import TimmViT
 from mvd_scale.performance.layers import Block, Elementwise, Layer, Linear
-from mvd_scale.performance.step import random_teacher
+from mvd_scale.performance.rehearsal import random_teacher
 from mvd_scale.targets import FrozenTeacher, Target, build_targets
 from mvd_scale.targets.image_teacher import ImageTeacher
 
@@ -142,20 +142,19 @@ def encoder_part(model: ModelConfig, tokens: int, *, final_norm: bool = True) ->
         width,
         (
             Linear(tokens, 3 * model.tubelet * model.patch_size**2, width, input_grad=False),
-            *encoder_blocks(model, seen, last_queries=seen),
+            *encoder_blocks(model, seen, outputs=seen),
             *([Elementwise(seen, width, 2)] if final_norm else []),
         ),
     )
 
 
-def encoder_blocks(model: ModelConfig, tokens: int, *, last_queries: int, sequences: int = 1) -> tuple[Block, ...]:
-    """The blocks of an encoder; the last one computes its queries, projection and MLP for some tokens only."""
+def encoder_blocks(model: ModelConfig, tokens: int, *, outputs: int, sequences: int = 1) -> tuple[Block, ...]:
+    """The blocks of an encoder; of the last one only some tokens come out."""
     assert model.depth is not None
     assert model.heads is not None
     dropped = model.drop_path > 0
-    return _stack(
-        _width(model), model.depth, model.heads, model.mlp_ratio, tokens, last_queries, sequences, dropped=dropped
-    )
+    last = (tokens, outputs)
+    return _stack(_width(model), model.depth, model.heads, model.mlp_ratio, tokens, last, sequences, dropped=dropped)
 
 
 def decoder_part(
@@ -163,15 +162,14 @@ def decoder_part(
 ) -> Part:
     """A decoder with its linear head; it sees visible and mask tokens."""
     tokens = visible + model.class_token + masked
-    last_queries = tokens  # The last block serves every token; `masked` where it serves only those.
-    blocks = _stack(decoder.width, decoder.depth, decoder.heads, model.mlp_ratio, tokens, last_queries)
+    blocks = _stack(decoder.width, decoder.depth, decoder.heads, model.mlp_ratio, tokens, (masked, masked))
     return Part(
         f"{name} decoder",
         decoder.width,
         (
             Linear(visible + model.class_token, _width(model), decoder.width, input_kept=False),
             *blocks,
-            Elementwise(last_queries, decoder.width, 2),
+            Elementwise(masked, decoder.width, 2),
             Linear(masked, decoder.width, channels),
         ),
         predicted=masked * channels,
@@ -223,9 +221,12 @@ def _teacher_part(name: str, target: FrozenTeacher, recipe: Recipe) -> Part:
     sequences = recipe.model.grid[0] if isinstance(target, ImageTeacher) else 1
     tokens = recipe.tokens // sequences
     seen = tokens + model.class_token
-    last_queries = seen  # The last block serves every token; `masked_tokens(recipe) // sequences` for those only.
+    wanted = {"masked": masked_tokens(recipe), "visible": recipe.visible_tokens, "all": seen * sequences}
+    outputs = wanted[target.config.tokens] // sequences
+    if isinstance(target, ImageTeacher) and not target.tubes:
+        outputs = seen
     embedding = Linear(sequences * tokens, 3 * model.tubelet * model.patch_size**2, _width(model))
-    blocks = encoder_blocks(model, seen, last_queries=last_queries, sequences=sequences)
+    blocks = encoder_blocks(model, seen, outputs=outputs, sequences=sequences)
     return Part(name, _width(model), (embedding, *blocks), **counts)
 
 
@@ -243,16 +244,18 @@ def _stack(
     heads: int,
     mlp_ratio: float,
     tokens: int,
-    last_queries: int,
+    last: tuple[int, int],
     sequences: int = 1,
     *,
     dropped: bool = False,
 ) -> tuple[Block, ...]:
+    """Blocks in which all tokens ask and come out, but for the last one's (queries, outputs)."""
     hidden = int(width * mlp_ratio)
     return tuple(
         Block(
             keys=tokens,
-            queries=tokens if i < depth - 1 else last_queries,
+            queries=tokens if i < depth - 1 else last[0],
+            outputs=tokens if i < depth - 1 else last[1],
             width=width,
             hidden=hidden,
             heads=heads,

@@ -109,10 +109,13 @@ def make_plan(name: str, overrides: list[str], cluster: Cluster) -> Plan:
     """
     recipe = load(name, overrides)
     work = describe(recipe)
-    usual = setting_of(recipe, work, cluster.gpus)
+    usual = setting_of(recipe, work, cluster.gpus, per_node=cluster.per_node)
     for precision in {usual.precision, *([usual.teacher_precision] if work.teachers else [])}:
         sustained(cluster.gpu, precision, cluster.kernel, 1, cluster.efficiency)
-    settings = [setting_of(recipe, work, cluster.gpus, micro=micro) for micro in micro_batches(recipe, cluster.gpus)]
+    settings = [
+        setting_of(recipe, work, cluster.gpus, per_node=cluster.per_node, micro=micro)
+        for micro in micro_batches(recipe, cluster.gpus)
+    ]
     candidates = [_candidate(recipe, work, setting, cluster) for setting in settings]
     if not candidates[0].fits:
         raise UserError(_what_fits(recipe, work, settings[0], cluster))
@@ -275,7 +278,9 @@ def _plan(
 def _what_fits(recipe: Recipe | FinetuneRecipe, work: Workload, setting: Setting, cluster: Cluster) -> str:
     """Why the smallest micro batch is too much, and which changes would help."""
     needed, usable = predict_memory(work, setting).peak, usable_memory(cluster.gpu)
-    zero3 = setting_of(_with(recipe, deepspeed="zero3"), work, cluster.gpus, micro=setting.micro)
+    zero3 = setting_of(
+        _with(recipe, deepspeed="zero3"), work, cluster.gpus, per_node=cluster.per_node, micro=setting.micro
+    )
     again, shard = "--training.gradient_checkpointing true", "--teachers.sharding zero3"
     sharded = (True,) * len(setting.sharded)
     changes = {

@@ -8,6 +8,7 @@ from typing import Any
 from mvd_scale.config import FinetuneRecipe, Recipe
 from mvd_scale.config.deepspeed import student_deepspeed, teacher_deepspeed, zero_stage
 from mvd_scale.config.training import Precision
+from mvd_scale.errors import UserError
 from mvd_scale.performance.parts import Workload
 
 SIZES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -34,6 +35,9 @@ class Setting:
     precision: Precision
     teacher_precision: Precision
 
+    teacher_shards: int
+    """Ranks that a sharded teacher is cut over."""
+
     sharded: tuple[bool, ...]
     """Of each teacher, whether ranks keep shards of it."""
 
@@ -43,13 +47,21 @@ class Setting:
     """Batches that are loaded ahead."""
 
 
-def setting_of(recipe: Recipe | FinetuneRecipe, work: Workload, world: int, *, micro: int | None = None) -> Setting:
+def setting_of(
+    recipe: Recipe | FinetuneRecipe,
+    work: Workload,
+    world: int,
+    *,
+    per_node: int | None = None,
+    micro: int | None = None,
+) -> Setting:
     """The setting of a recipe on some GPUs.
 
     Args:
         recipe: what is trained.
         work: its parts.
         world: ranks.
+        per_node: ranks of a machine; all of them if None.
         micro: micro batch, a divisor of a rank's share of the global batch; the recipe's if None.
 
     Raises:
@@ -66,6 +78,7 @@ def setting_of(recipe: Recipe | FinetuneRecipe, work: Workload, world: int, *, m
         teacher_zero=teacher_deepspeed(precision, world)["zero_optimization"],
         precision=recipe.training.precision,
         teacher_precision=precision,
+        teacher_shards=_teacher_shards(recipe, world, per_node or world),
         sharded=tuple(_sharded(recipe, part.parameters, world) for part in work.teachers),
         checkpointing=recipe.training.gradient_checkpointing,
         prefetch=recipe.data.prefetch,
@@ -75,9 +88,17 @@ def setting_of(recipe: Recipe | FinetuneRecipe, work: Workload, world: int, *, m
 def _teacher_precision(recipe: Recipe | FinetuneRecipe) -> Precision:
     if isinstance(recipe, FinetuneRecipe):
         return recipe.training.precision
-    if recipe.teachers.precision != "auto":
-        return recipe.teachers.precision
+    precision = recipe.teachers.precision
+    if precision == "int8" or precision == "fp8":
+        raise UserError(f"teachers.precision {precision} cannot be planned yet: plan with fp16 or bf16")
+    if precision != "auto":
+        return precision
     return recipe.training.precision if recipe.device == "cpu" else "fp16"
+
+
+def _teacher_shards(recipe: Recipe | FinetuneRecipe, world: int, per_node: int) -> int:
+    within = isinstance(recipe, Recipe) and recipe.teachers.shard_over == "node"
+    return min(per_node, world) if within else world
 
 
 def _sharded(recipe: Recipe | FinetuneRecipe, parameters: int, world: int) -> bool:

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from mvd_scale.config import Recipe, load_recipe
-from mvd_scale.config.target import TrainedTeacherTarget
+from mvd_scale.config import load_recipe
 from mvd_scale.config.training import TeacherPrecision
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.data.index import open_source
 from mvd_scale.errors import UserError
-from mvd_scale.models import Encoder, Student
-from mvd_scale.models.timm_vit import TimmViT
-from mvd_scale.performance.step import random_teacher, with_clips
+from mvd_scale.performance.rehearsal import build_student, named_teacher, with_clips
+from mvd_scale.performance.reports import Report, Value, this_machine
 from mvd_scale.targets import FrozenTeacher, MaskedDistillation, build_targets
-from mvd_scale.targets.load import load_teacher
 from mvd_scale.training.engine import choose_device, lower_teacher
 from mvd_scale.training.fidelity import LEAST_COSINE, Fidelity, first_clip
 
@@ -48,29 +46,33 @@ class Figure:
     """Of the target's distance from the predictions of a fresh student, relative to float32."""
 
 
-@dataclasses.dataclass(frozen=True)
-class TeachersReport:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeachersReport(Report):
     """All figures of one run on one machine."""
 
+    kind: Literal["teachers"] = "teachers"
     recipe: str
+    overrides: list[str]
     weights: str
-    device: str
-    threads: int
     figures: list[Figure]
     absent: dict[str, str]
     """Precisions that are not computed here, and why."""
 
-    torch: str
+    def setting(self) -> dict[str, Any]:
+        """The recipe and what was changed of it."""
+        return {"recipe": self.recipe, "overrides": self.overrides}
 
-    def to_json(self) -> str:
-        """All fields, one object."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
+    def values(self) -> Iterator[tuple[str, Value]]:
+        """Time and fidelity of every teacher in every precision."""
+        for figure in self.figures:
+            yield f"{figure.target} {figure.precision}, ms", Value(figure.milliseconds)
+            yield f"{figure.target} {figure.precision}, cosine", Value(figure.cosine, more_is_better=True)
 
     def to_text(self) -> str:
         """A line for every teacher and precision."""
         lines = [
-            f"{self.recipe} on {self.device}, {self.weights} weights, one clip, {self.threads} threads, "
-            f"torch {self.torch}",
+            f"{self.recipe}, {self.weights} weights, one clip",
+            self.machine.title(),
             f"{'target':<12}{'precision':<11}{'ms a clip':>10}{'speed-up':>10}{'cosine':>10}{'rel. error':>12}"
             f"{'loss':>10}",
         ]
@@ -100,12 +102,11 @@ def measure_teachers(name: str, overrides: list[str], *, steps: int) -> Teachers
     recipe = load_recipe(name, ["--training.precision", "fp32", *overrides])
     device = choose_device(recipe.device)
     torch.manual_seed(recipe.seed)
-    targets = build_targets(recipe, lambda target: _teacher(recipe, target))
+    targets = build_targets(recipe, lambda target: named_teacher(recipe, target))
     teachers = {target: found for target, found in targets.items() if isinstance(found, FrozenTeacher)}
     if not teachers:
         raise UserError(f"recipe {name} has no teacher: expected one of distillation, such as distill/b_from_b")
-    heads = {target: (recipe.targets[target].head_config, found.channels) for target, found in targets.items()}
-    student = Student(recipe.model, heads)
+    student = build_student(recipe, targets)
     with tempfile.TemporaryDirectory() as scratch:
         manifest = open_source(with_clips(recipe.data, Path(scratch)), Path(scratch))
         clips = first_clip(targets, recipe, manifest, device)
@@ -133,21 +134,13 @@ def measure_teachers(name: str, overrides: list[str], *, steps: int) -> Teachers
         found.teacher = whole
     checkpoints = [getattr(config, "checkpoint", None) for config in recipe.targets.values()]
     return TeachersReport(
+        machine=this_machine(device),
         recipe=name,
+        overrides=overrides,
         weights="the recipe's" if any(checkpoints) else "random",
-        device=str(device),
-        threads=torch.get_num_threads(),
         figures=figures,
         absent=absent,
-        torch=torch.__version__,
     )
-
-
-def _teacher(recipe: Recipe, name: str) -> Encoder | TimmViT:
-    config = recipe.targets[name]
-    if isinstance(config, TrainedTeacherTarget) and config.checkpoint is not None:
-        return load_teacher(recipe, name, None)
-    return random_teacher(recipe, name)
 
 
 @torch.no_grad()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,7 +21,8 @@ from mvd_scale.errors import UserError
 from mvd_scale.evaluation.scorer import Scorer
 from mvd_scale.models import Classifier
 from mvd_scale.performance.plain_views import WAYS, Way, frames_decoded, plain_views, reader_name
-from mvd_scale.performance.timing import apart, time_batches, versions_of
+from mvd_scale.performance.reports import Report, Value, this_machine
+from mvd_scale.performance.timing import apart, time_batches
 from mvd_scale.performance.videos import given_videos, made_videos
 from mvd_scale.training.engine import usual_precision
 
@@ -50,33 +49,36 @@ class Figure:
     """Of a video, the mean; of ours the most that it may be, as it leaves out frames that no other one refers to."""
 
 
-@dataclass(frozen=True)
-class EvalReport:
+@dataclass(frozen=True, kw_only=True)
+class EvalReport(Report):
     """All figures of one run on one machine."""
 
+    kind: Literal["eval"] = "eval"
     figures: list[Figure]
     size: str
     videos: int
     workers: int
-    cores: int
-    threads: int
-    device: str
     precision: str
     views: str
     reader: str
-    versions: dict[str, str]
 
-    def to_json(self) -> str:
-        """All fields, one object."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
+    def setting(self) -> dict[str, Any]:
+        """Classifier, views and how they were loaded."""
+        return {key: getattr(self, key) for key in ("size", "videos", "workers", "precision", "views", "reader")}
+
+    def values(self) -> Iterator[tuple[str, Value]]:
+        """Speed and CPU time of every way; only ours is judged."""
+        for way in self.figures:
+            name, ours = f"{way.part}, {way.way}", way.way == OURS
+            yield f"{name}: videos/s", Value(way.videos_per_second, more_is_better=True, judged=ours)
+            yield f"{name}: CPU s/video", Value(way.cpu_seconds_per_video, judged=ours)
 
     def to_text(self) -> str:
         """A line for every way; the last column is how many times as fast ours is over the same videos."""
         lines = [
-            f"{self.views}, {FRAMES}x{SIDE}x{SIDE}, {self.videos} videos; {self.device}, {self.precision}, "
-            f"{self.cores} cores, {self.workers} workers, {self.threads} threads of the model",
-            f"plain ways read by {self.reader}; "
-            + ", ".join(f"{name} {version}" for name, version in self.versions.items()),
+            f"{self.views}, {FRAMES}x{SIDE}x{SIDE}, {self.videos} videos; {self.precision}, {self.workers} workers; "
+            f"plain ways read by {self.reader}",
+            self.machine.title(),
             "",
             f"{'part':<14}{'way':<28}{'videos/s':>10}{'CPU s/video':>13}{'frames decoded':>16}{'ours':>9}",
         ]
@@ -120,17 +122,14 @@ def measure_testing(source: str | None, work: Path, *, videos: int, size: str | 
             counts = [frames_decoded(way, int(total), VIEWS, length=FRAMES) for total in totals]
             figures.append(Figure(part, _TITLES[way], 1 / spent, cpu, float(np.mean(counts))))
     return EvalReport(
+        machine=this_machine(_device(), ("nvidia-dali-cuda130", "av", "decord", "torchvision")),
         figures=figures,
         size=size or "none",
         videos=videos,
         workers=workers,
-        cores=len(os.sched_getaffinity(0)),
-        threads=torch.get_num_threads(),
-        device=_device().type,
         precision=usual_precision(_device()),
         views=f"{VIEWS.clips} x {VIEWS.crops} {VIEWS.sampling} views, stride {VIEWS.stride}",
         reader=reader_name(),
-        versions=versions_of(("torch", "nvidia-dali-cuda130", "av", "decord", "torchvision")),
     )
 
 

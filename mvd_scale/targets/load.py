@@ -27,7 +27,7 @@ def load_targets(recipe: Recipe, averages: Path | None = None) -> dict[str, Targ
         UserError: a checkpoint is missing, unreadable, of another shape than the recipe says, or does not fit
             the student's token grid.
     """
-    return build_targets(recipe, lambda name: load_teacher(recipe, name, averages))
+    return build_targets(recipe, lambda name: _load_teacher(recipe, name, averages))
 
 
 def average_file(folder: Path, name: str) -> Path:
@@ -40,8 +40,7 @@ def empty_average(recipe: Recipe) -> Encoder:
     return Encoder(recipe.model.model_copy(update={"drop_path": 0.0}), final_norm=False)
 
 
-def load_teacher(recipe: Recipe, name: str, averages: Path | None) -> Encoder | TimmViT:
-    """The frozen model of one target; arguments and errors as of `load_targets`."""
+def _load_teacher(recipe: Recipe, name: str, averages: Path | None) -> Encoder | TimmViT:
     config = recipe.targets[name]
     if isinstance(config, MomentumTarget):
         return (

@@ -264,3 +264,17 @@ def test_multi_node_without_ssh(launcher: Machine) -> None:
     assert "[--hostfile][launch/hostfile.example]" in words
     assert "[--master_addr][10.0.0.1]" in words
     assert "[--no_ssh][--node_rank][1]" in words
+
+
+@pytest.mark.parametrize(
+    ("words", "asked"),
+    [
+        ("tests/unit -k mask", "tests/unit -k mask"),
+        ("--gpu", "tests/gpu -m gpu --gpu-report gpu_report.md"),
+        ("--gpu -k nccl", "tests/gpu -m gpu --gpu-report gpu_report.md -k nccl"),
+    ],
+)
+def test_the_tests_that_are_asked_for(machine: Machine, words: str, asked: str) -> None:
+    machine.program("pytest", '#!/bin/bash\necho "pytest $*"\n')
+    result = machine.start(f"launch/test.sh {words}")
+    assert result.stdout == f"pytest {asked}\n", result.stderr

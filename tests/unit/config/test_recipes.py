@@ -27,7 +27,7 @@ from mvd_scale.config.deepspeed import student_deepspeed
 from mvd_scale.config.finetune import MixConfig
 from mvd_scale.models import Classifier, Student
 from mvd_scale.models.detector import Detector
-from mvd_scale.performance.step import random_teacher
+from mvd_scale.performance.rehearsal import random_teacher
 from mvd_scale.targets import build_targets
 
 FINETUNED = [name for name in list_recipes() if isinstance(load_any(name), FinetuneRecipe)]

@@ -23,6 +23,7 @@ from mvd_scale.data.view_loader import ViewLoader, view_items
 from mvd_scale.data.views import clips_of
 from mvd_scale.performance import plain_loaders
 from mvd_scale.performance.plain_views import WAYS, Way, frames_decoded, plain_views
+from mvd_scale.performance.reports import Machine
 from mvd_scale.performance.testing import EvalReport, Figure
 
 VIEWS = ViewsConfig(stride=3, clips=3, crops=2)
@@ -111,7 +112,16 @@ def test_the_last_column_is_ours_over_theirs() -> None:
         Figure("test", "mvd-scale", 0.2, 9.0, 300),
         Figure("test", "view by view", 0.1, 10.0, 2700),
     ]
-    report = EvalReport(figures, "S", 12, 2, 2, 2, "cpu", "fp32", "5 x 3 dense views", "PyAV", {"av": "1"})
+    report = EvalReport(
+        machine=Machine("cpu", "A CPU", 2, 2, {"av": "1"}),
+        figures=figures,
+        size="S",
+        videos=12,
+        workers=2,
+        precision="fp32",
+        views="5 x 3 dense views",
+        reader="PyAV",
+    )
     assert [line.split()[-1] for line in report.to_text().splitlines()[-4:]] == ["300", "4.00x", "300", "2.00x"]
     assert json.loads(report.to_json())["figures"][1]["frames_decoded"] == 2700
 

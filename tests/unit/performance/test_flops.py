@@ -140,7 +140,7 @@ def test_every_part_counts_what_torch_counts(method: str, checkpointing: bool, a
     for name, target in targets.items():
         if isinstance(target, FrozenTeacher):
             with counting(attention) as counter, torch.no_grad():
-                target.encode(clips)
+                target.encode(clips, target.tokens(clips))
             assert said[f"{name} teacher"].forward * CLIPS == counter.get_total_flops()
             assert said[f"{name} teacher"].backward == 0
 
@@ -178,7 +178,7 @@ def test_the_published_sizes_count_what_torch_counts() -> None:
         for name, target in targets.items():
             assert isinstance(target, FrozenTeacher)
             with FlopCounterMode(display=False) as counter, torch.no_grad():
-                target.encode(clips)
+                target.encode(clips, target.tokens(clips))
             assert said[f"{name} teacher"] == counter.get_total_flops()
 
 
@@ -190,19 +190,19 @@ def test_the_papers_figure_of_a_classifier() -> None:
 
 @pytest.mark.parametrize("queries", [5, 24])
 def test_a_block_that_serves_some_tokens_only(queries: int) -> None:
-    """All tokens are keys and values; queries, projection and MLP are for some: written out, and counted by torch."""
+    """All tokens are projected and answer; some ask, of which some come out: written out, and counted by torch."""
     keys, width, hidden, heads = 24, 32, 128, 4
-    block = Block(keys=keys, queries=queries, width=width, hidden=hidden, heads=heads)
+    block = Block(keys=keys, queries=queries, outputs=queries - 1, width=width, hidden=hidden, heads=heads)
     tokens = torch.randn(1, keys, width, requires_grad=True)
     weights = {
-        "kv": (2 * width, width), "q": (width, width), "proj": (width, width),
+        "qkv": (3 * width, width), "proj": (width, width),
         "up": (hidden, width), "down": (width, hidden),
     }  # fmt: skip
     w = {name: torch.randn(shape, requires_grad=True) for name, shape in weights.items()}
     with counting("fused") as counter:
-        k, v = (tokens @ w["kv"].t()).view(1, keys, 2, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        q = (tokens[:, :queries] @ w["q"].t()).view(1, queries, heads, -1).transpose(1, 2)
-        attended = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        q, k, v = (tokens @ w["qkv"].t()).view(1, keys, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        asked = torch.nn.functional.scaled_dot_product_attention(q[:, :, :queries], k, v)
+        attended = asked.transpose(1, 2).flatten(2)[:, 1:]
         out = torch.nn.functional.gelu((attended @ w["proj"].t()) @ w["up"].t()) @ w["down"].t()
     assert block.forward == counter.get_total_flops()
     with counting("fused") as counter:

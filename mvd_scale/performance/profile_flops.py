@@ -1,0 +1,148 @@
+"""Arithmetic of a step: what the model asks for, and what the device could do.
+
+It is counted by torch's counter over the same models on torch's `meta` device, where nothing is computed. On a CPU that
+counter does not know the fused attention that runs there, nor does it see into kernels of Triton or flash-attn on a
+GPU; on `meta` all of it is plain matrix products. DeepSpeed's profiler knows `scaled_dot_product_attention`, but only
+forward passes: it gives the table of modules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mvd_scale.config import Recipe
+from mvd_scale.config.training import Precision
+from mvd_scale.data.batch import ClipBatch
+from mvd_scale.performance.rehearsal import build_student, random_teacher
+from mvd_scale.targets import FrozenTeacher, MaskedDistillation, build_targets
+from mvd_scale.training.engine import dtype_of
+
+_KNOWN_PEAKS: dict[str, tuple[float, float]] = {
+    "V100": (125e12, 15.7e12),
+    "A100": (312e12, 19.5e12),
+    "H100 PCIe": (756e12, 51e12),
+    "H100": (989e12, 67e12),
+    "H200": (989e12, 67e12),
+    "B200": (2250e12, 75e12),
+}
+"""Dense FLOP/s of a GPU by a part of its name, in fp16 or bf16 and in fp32, from NVIDIA's data sheets."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Peak:
+    """The arithmetic limit of one rank."""
+
+    flops_per_second: float
+    source: str
+
+
+class FlopParts:
+    """Counts the arithmetic of every part."""
+
+    def __init__(self) -> None:
+        self.counter = FlopCounterMode(display=False)
+        self.flops: dict[str, int] = {}
+        self._before: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Around a part."""
+        self._begin(name)
+        yield
+        self._end(name)
+
+    def watch(self, name: str, module: nn.Module) -> None:
+        """Every forward pass of a module is a part."""
+        module.register_forward_pre_hook(lambda *_: self._begin(name))
+        module.register_forward_hook(lambda *_: self._end(name))
+
+    def _begin(self, name: str) -> None:
+        self._before[name] = self.counter.get_total_flops()
+
+    def _end(self, name: str) -> None:
+        spent = self.counter.get_total_flops() - self._before.pop(name)
+        self.flops[name] = self.flops.get(name, 0) + spent
+
+
+def count_flops(recipe: Recipe, clips: ClipBatch) -> dict[str, int]:
+    """FLOPs of one micro batch by part: matrix products, forward and backward, nothing computed twice.
+
+    Args:
+        recipe: with shapes of all teachers.
+        clips: a micro batch; only its shapes matter.
+    """
+    parts = FlopParts()
+    with torch.device("meta"):
+        targets = build_targets(recipe, lambda name: random_teacher(recipe, name))
+        student = build_student(recipe, targets)
+    for name, target in targets.items():
+        if isinstance(target, FrozenTeacher):
+            parts.watch(f"{name} teacher", target.teacher.to("meta"))
+    parts.watch("student forward", student)
+    with parts.counter:
+        loss, _ = MaskedDistillation(targets)(student, _shapes(clips))
+        with parts.part("backward"):
+            loss.backward()
+    return parts.flops
+
+
+def _shapes(clips: ClipBatch) -> ClipBatch:
+    def empty(value: Any) -> Any:
+        return torch.empty_like(value, device="meta") if isinstance(value, Tensor) else value
+
+    fields = {field.name: empty(getattr(clips, field.name)) for field in dataclasses.fields(clips)}
+    return ClipBatch(**fields | {"resized": {side: empty(pixels) for side, pixels in clips.resized.items()}})
+
+
+def peak_of(device: torch.device, precision: Precision) -> Peak:
+    """What the data sheet of a known GPU says; elsewhere the best of a few matrix products, timed now."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for part, (half, single) in _KNOWN_PEAKS.items():
+            if part in name:
+                return Peak(single if precision == "fp32" else half, f"dense {precision} of the {part}'s data sheet")
+    side = 8192 if device.type == "cuda" else 2048
+    left, right = (torch.randn(side, side, device=device).to(dtype_of(precision)) for _ in range(2))
+    best = min(_seconds_of_product(left, right) for _ in range(5))
+    return Peak(2 * side**3 / best, f"best of 5 {precision} matrix products of side {side}, timed in this run")
+
+
+def _seconds_of_product(left: Tensor, right: Tensor) -> float:
+    if left.is_cuda:
+        torch.cuda.synchronize(left.device)
+    started = time.perf_counter()
+    left @ right
+    if left.is_cuda:
+        torch.cuda.synchronize(left.device)
+    return time.perf_counter() - started
+
+
+@contextlib.contextmanager
+def module_table(student: nn.Module, out: Path, *, write: bool) -> Iterator[None]:
+    """DeepSpeed's table of the student's modules over the forward pass within: parameters, MACs, latency.
+
+    Args:
+        student: the module inside of the engine.
+        out: text file.
+        write: whether this rank writes it.
+    """
+    from deepspeed.profiling.flops_profiler import FlopsProfiler
+
+    if not write:
+        yield
+        return
+    profiler = FlopsProfiler(student)
+    profiler.start_profile()
+    yield
+    profiler.stop_profile()
+    profiler.print_model_profile(output_file=str(out))
+    profiler.end_profile()

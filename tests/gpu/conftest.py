@@ -1,0 +1,73 @@
+"""What the self-test of a machine with a GPU shares: the GPU, its reason to skip, the report."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from .report import SelfTestReport
+
+Figure = Callable[[str, object], None]
+Seen = list[dict[str, Any]]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--gpu-report", type=Path, metavar="FILE", help="write what the GPU self-test found as Markdown")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--gpu-report", default=None)
+    if path is not None:
+        config.pluginmanager.register(SelfTestReport(path), "gpu-report")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def gpu() -> torch.device:
+    """The first GPU. Nothing in this folder runs without one."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    return torch.device("cuda", 0)
+
+
+@pytest.fixture
+def figure(record_property: Figure) -> Figure:
+    """Tell the report a number of this check: `figure("clips/s", 12.3)`."""
+    return record_property
+
+
+def launch(device: str, ranks: int, out: Path) -> Seen:
+    """What every rank saw."""
+    out.mkdir()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    result = subprocess.run(
+        [*command, "-m", "tests.gpu.gpu_ranks", device, str(out)],
+        cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=500,
+        check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-4000:]
+    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(ranks)]
+
+
+@pytest.fixture(scope="session")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    return launch("cuda", 1, tmp_path_factory.mktemp("one") / "out")
+
+
+@pytest.fixture(scope="session")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU: this needs two")
+    return launch("cuda", 2, tmp_path_factory.mktemp("two") / "out")
+
+
+@pytest.fixture(scope="session")
+def most(request: pytest.FixtureRequest) -> Seen:
+    """On two GPUs where there are two."""
+    return request.getfixturevalue("two" if torch.cuda.device_count() > 1 else "one")

@@ -1,0 +1,145 @@
+"""Run by every rank that `conftest.launch` starts: trains a tiny student on the device and writes down what happened.
+
+torchrun --standalone --nproc_per_node N -m tests.gpu.gpu_ranks DEVICE OUT
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mvd_scale.config import Recipe
+from mvd_scale.data.batch import ClipBatch
+from mvd_scale.performance.rehearsal import build_student
+from mvd_scale.targets import FrozenTeacher, MaskedDistillation, build_targets
+from mvd_scale.training.engine import Ranks, full_parameters, host_teachers, join_ranks, leave_ranks, train_engine
+from mvd_scale.training.optim import apply_schedule, parameter_groups
+from mvd_scale.training.schedule import Schedule
+
+from ..distributed.zero_ranks import GLOBAL_BATCH, global_batch, held_at_rest, recipe, teacher
+
+STEPS, POISONED = 6, 3
+
+
+def main(device: str, out: str) -> None:
+    ranks = join_ranks(device, timeout_minutes=3)
+    seen: dict[str, Any] = {"sum over ranks": sum_over_ranks(ranks)}
+    for stage in ("zero1", "zero2", "zero3"):
+        seen[f"fp32, {stage}"] = Run(ranks, stage, "fp32").losses()
+    if device == "cuda":
+        for stage in ("zero1", "zero2", "zero3"):
+            seen[f"fp16, {stage}"] = Run(ranks, stage, "fp16").losses()
+            seen[f"overflow, {stage}"] = Run(ranks, stage, "fp16").overflows()
+        seen["sharded teachers"] = sharded_teachers(ranks, "fp16")
+    Path(out, f"rank{ranks.rank}.json").write_text(json.dumps(seen))
+    leave_ranks()
+
+
+class Run:
+    """A tiny student with two teachers and a pixel branch."""
+
+    def __init__(self, ranks: Ranks, stage: str, precision: str) -> None:
+        self.ranks = ranks
+        self.recipe = placed(recipe(stage, precision, "zero3", GLOBAL_BATCH // 2, False), precision)
+        self.targets = build_targets(self.recipe, teacher)
+        torch.manual_seed(0)
+        student = build_student(self.recipe, self.targets)
+        host_teachers(self.targets, self.recipe, ranks)
+        groups = parameter_groups(student, self.recipe.training.weight_decay)
+        self.engine = train_engine(student, groups, self.recipe, ranks)
+        self.objective = MaskedDistillation(self.targets)
+        self.schedule = Schedule(self.recipe.training, 1, self.recipe.lr_batch)
+
+    def step(self, step: int, *, poisoned: bool = False) -> float:
+        """The loss of one optimizer step, mean over all ranks."""
+        apply_schedule(self.engine.optimizer, self.schedule, step)
+        micro, accumulation = self.recipe.batch_split(self.ranks.world_size)
+        total = torch.zeros((), device=self.ranks.device)
+        for turn in range(accumulation):
+            first = (self.ranks.rank * accumulation + turn) * micro
+            loss, _ = self.objective(self.engine, clips(step, first, micro, self.ranks.device, poisoned=poisoned))
+            self.engine.backward(loss)
+            self.engine.step()
+            total += loss.detach() / accumulation
+        torch.distributed.all_reduce(total)
+        return float(total) / self.ranks.world_size
+
+    def losses(self) -> list[float]:
+        """Of some steps."""
+        return [self.step(step) for step in range(STEPS)]
+
+    def overflows(self) -> dict[str, Any]:
+        """What the loss scale and the weights do when gradients are not finite, and afterwards."""
+        self.step(0)
+        self.step(1)
+        scales, before = [float(self.engine.optimizer.loss_scale)], self.weights()
+        for step in range(POISONED):
+            self.step(2 + step, poisoned=True)
+            scales.append(float(self.engine.optimizer.loss_scale))
+        skipped, during = self.engine.skipped_steps, self.weights()
+        loss = self.step(2 + POISONED)
+        return {
+            "scales": scales,
+            "skipped": skipped,
+            "moved by overflows": before != during,
+            "moves afterwards": self.weights() != during,
+            "loss afterwards": loss,
+        }
+
+    def weights(self) -> float:
+        """A number that changes with any weight."""
+        return float(sum(full.double().abs().sum() for _, full in full_parameters(self.engine)))
+
+
+def sharded_teachers(ranks: Ranks, precision: str) -> dict[str, dict[str, float]]:
+    """Features of sharded teachers beside those of the same ones whole and in float32 on the CPU."""
+    made = placed(recipe("zero2", precision, "zero3", GLOBAL_BATCH, False), precision)
+    here = build_targets(made, teacher)
+    host_teachers(here, made, ranks)
+    seen = {}
+    for name, whole in build_targets(made, teacher).items():
+        sharded = here[name]
+        if not isinstance(whole, FrozenTeacher) or not isinstance(sharded, FrozenTeacher):
+            continue
+        with torch.no_grad():
+            got = sharded.encode(clips(0, 0, GLOBAL_BATCH, ranks.device)).float().cpu()
+            wanted = whole.encode(clips(0, 0, GLOBAL_BATCH, torch.device("cpu")))
+        seen[name] = {
+            "cosine": float(torch.nn.functional.cosine_similarity(got, wanted, dim=-1).min()),
+            "error": float((got - wanted).norm() / wanted.norm()),
+            "held": held_at_rest(sharded.teacher),
+            "whole": sum(p.numel() for p in whole.teacher.parameters()),
+        }
+    return seen
+
+
+def placed(made: Recipe, precision: str) -> Recipe:
+    """For whichever device the ranks have joined on, teachers in the student's precision."""
+    teachers = made.teachers.model_copy(update={"precision": precision})
+    return made.model_copy(update={"device": "auto", "teachers": teachers})
+
+
+def clips(step: int, first: int, count: int, device: torch.device, *, poisoned: bool = False) -> ClipBatch:
+    whole = global_batch(step, poisoned=poisoned)
+    fields = {
+        field.name: value[first : first + count].to(device)
+        for field in dataclasses.fields(whole)
+        if isinstance(value := getattr(whole, field.name), Tensor)
+    }
+    return ClipBatch(**fields)
+
+
+def sum_over_ranks(ranks: Ranks) -> float:
+    value = torch.full((1000,), float(ranks.rank + 1), device=ranks.device)
+    torch.distributed.all_reduce(value)
+    return float(value.mean())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

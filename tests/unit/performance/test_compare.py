@@ -1,0 +1,211 @@
+"""`bench compare` sees what became worse, and refuses to compare what cannot be compared."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from mvd_scale.cli import cli
+from mvd_scale.errors import UserError
+from mvd_scale.performance.compare import KINDS, compare_reports
+from mvd_scale.performance.data import DataReport
+from mvd_scale.performance.data import Figure as DataFigure
+from mvd_scale.performance.load import LoadReport
+from mvd_scale.performance.methods import MethodsReport
+from mvd_scale.performance.profile_report import Operator, PartFigures, ProfileReport
+from mvd_scale.performance.reports import Machine, Report
+from mvd_scale.performance.step import StepReport
+from mvd_scale.performance.testing import EvalReport
+from mvd_scale.performance.testing import Figure as EvalFigure
+
+MACHINE = Machine("cpu", "A CPU", 2, 2, {"torch": "2.9.0"})
+STEP = StepReport(
+    machine=MACHINE,
+    recipe="distill/b_from_b",
+    overrides=[],
+    precision="fp32",
+    teacher_sharding="auto",
+    ranks=1,
+    clips_per_step=2,
+    steps=2,
+    milliseconds={"data wait": 2.0, "backward": 900.0, "loss and rest": 98.0},
+    milliseconds_per_step=1000.0,
+    clips_per_second=2.0,
+    peak_memory_gib=5.0,
+)
+DATA = DataReport(
+    machine=MACHINE,
+    figures=[DataFigure("h264", "files", 0, "mvd-scale", 40, 0.1), DataFigure("h264", "files", 0, "decord", 20, 0.2)],
+    absent={},
+    clips=96,
+)
+EVAL = EvalReport(
+    machine=MACHINE,
+    figures=[EvalFigure("data", "mvd-scale", 6.0, 0.2, 300)],
+    size="none",
+    videos=12,
+    workers=2,
+    precision="fp32",
+    views="5 x 3 dense views",
+    reader="PyAV",
+)
+LOAD = LoadReport(
+    machine=MACHINE,
+    size="S",
+    precision="fp32",
+    ranks=2,
+    parameters=10,
+    seconds=3.0,
+    one_copy=100.0,
+    largest_layer=10.0,
+    share=50.0,
+    held_after_loading=[50.0, 50.0],
+    peak_per_rank=[60.0, 60.0],
+    peak_of_all_ranks=110.0,
+    peak_over_one_copy=1.1,
+)
+PROFILE = ProfileReport(
+    machine=MACHINE,
+    recipe="distill/b_from_b",
+    overrides=[],
+    precision="fp32",
+    teacher_sharding="auto",
+    ranks=1,
+    clips_per_step=2,
+    steps=2,
+    milliseconds_per_step=1000.0,
+    profiled_milliseconds_per_step=1100.0,
+    clips_per_second=2.0,
+    parts={"backward": PartFigures(900.0, None, 10)},
+    flops_per_step=10,
+    peak_flops_per_second=100.0,
+    peak_source="a data sheet",
+    utilisation=0.5,
+    data_wait_share=0.02,
+    communication_milliseconds=0.0,
+    collectives=[],
+    operators=[Operator("aten::mm", 4, 30.0)],
+    peak_memory_gib=5.0,
+    highest_tensors_gib=2.0,
+    highest_in="backward",
+    losses=[1.0],
+)
+REPORTS: dict[str, Report] = {
+    "step": STEP,
+    "methods": MethodsReport(machine=MACHINE, steps={"co-teaching": STEP}),
+    "data": DATA,
+    "eval": EVAL,
+    "load": LOAD,
+    "profile": PROFILE,
+}
+
+
+def compare(folder: Path, old: Report, new: Report, *words: str) -> Result:
+    for name, report in (("old.json", old), ("new.json", new)):
+        (folder / name).write_text(report.to_json())
+    return CliRunner().invoke(cli, ["bench", "compare", str(folder / "old.json"), str(folder / "new.json"), *words])
+
+
+def refusal(folder: Path, old: Report, new: Report) -> str:
+    (folder / "old.json").write_text(old.to_json())
+    (folder / "new.json").write_text(new.to_json())
+    with pytest.raises(UserError) as error:
+        compare_reports(folder / "old.json", folder / "new.json", 0.05)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_report_equals_itself(tmp_path, kind):
+    result = compare(tmp_path, REPORTS[kind], REPORTS[kind])
+    assert result.exit_code == 0, result.output
+    assert "1.000" in result.output
+    assert "WORSE" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"milliseconds_per_step": 1049.0}, 0),
+        ({"milliseconds_per_step": 1051.0}, 1),
+        ({"milliseconds_per_step": 500.0, "clips_per_second": 4.0}, 0),
+        ({"clips_per_second": 1.8}, 1),
+        ({"peak_memory_gib": 5.5}, 1),
+        ({"milliseconds": {"data wait": 2.0, "backward": 950.0, "loss and rest": 98.0}}, 1),
+    ],
+)
+def test_slower_or_larger_beyond_the_tolerance_is_exit_code_1(tmp_path, changes: dict[str, Any], code):
+    result = compare(tmp_path, STEP, replace(STEP, **changes))
+    assert result.exit_code == code, result.output
+    assert ("WORSE" in result.output) == bool(code)
+
+
+def test_the_tolerance_is_a_choice(tmp_path):
+    assert compare(tmp_path, STEP, replace(STEP, peak_memory_gib=5.5), "--tolerance", "0.2").exit_code == 0
+
+
+def test_a_part_too_short_to_measure_counts_only_once_it_has_grown(tmp_path):
+    def waiting(milliseconds: float) -> StepReport:
+        return replace(STEP, milliseconds={**STEP.milliseconds, "data wait": milliseconds})
+
+    assert compare(tmp_path, STEP, waiting(4.0)).exit_code == 0
+    assert compare(tmp_path, STEP, waiting(40.0)).exit_code == 1
+
+
+@pytest.mark.parametrize(("way", "code"), [("mvd-scale", 1), ("decord", 0)])
+def test_only_our_own_speed_is_judged(tmp_path, way, code):
+    slower = [replace(f, clips_per_second=f.clips_per_second / 2) if f.way == way else f for f in DATA.figures]
+    assert compare(tmp_path, DATA, replace(DATA, figures=slower)).exit_code == code
+
+
+@pytest.mark.parametrize(("utilisation", "code"), [(0.6, 0), (0.4, 1)])
+def test_a_lower_utilisation_is_worse(tmp_path, utilisation, code):
+    assert compare(tmp_path, PROFILE, replace(PROFILE, utilisation=utilisation)).exit_code == code
+
+
+def test_a_zero_that_stays_is_no_change(tmp_path):
+    idle = replace(STEP, milliseconds={**STEP.milliseconds, "data wait": 0.0})
+    assert compare(tmp_path, idle, idle).exit_code == 0
+
+
+def test_other_versions_are_shown_and_compared(tmp_path):
+    newer = replace(STEP, machine=replace(MACHINE, versions={"torch": "2.14.1"}))
+    result = compare(tmp_path, STEP, newer)
+    assert result.exit_code == 0
+    assert "versions differ: torch 2.9.0 and 2.14.1" in result.output
+
+
+@pytest.mark.parametrize(
+    ("new", "said"),
+    [
+        (LOAD, "`bench step`, "),
+        (replace(STEP, recipe="distill/l_from_l"), "recipe distill/b_from_b and distill/l_from_l"),
+        (replace(STEP, overrides=["--model.depth", "2"]), "overrides [] and ['--model.depth', '2']"),
+        (replace(STEP, clips_per_step=4), "clips_per_step 2 and 4"),
+        (replace(STEP, machine=replace(MACHINE, device="NVIDIA H100")), "device cpu and NVIDIA H100"),
+        (replace(STEP, machine=replace(MACHINE, cores=8)), "cores 2 and 8"),
+        (replace(STEP, milliseconds={"backward": 900.0}), "data wait, ms is in only one of them"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(tmp_path, new, said):
+    assert said in refusal(tmp_path, STEP, new)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("not json", "is not JSON"),
+        ("[1]", "kind is None"),
+        (json.dumps({"kind": "race"}), "kind is 'race', expected step, methods"),
+        (json.dumps({"kind": "load", "size": "S"}), "is no whole report of `bench load`: machine"),
+    ],
+)
+def test_what_is_no_report_is_refused(tmp_path, text, said):
+    (tmp_path / "report.json").write_text(text)
+    with pytest.raises(UserError) as error:
+        compare_reports(tmp_path / "report.json", tmp_path / "report.json", 0.05)
+    assert said in str(error.value)
