@@ -10,13 +10,15 @@ import sys
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mvd_scale.config import Recipe
 from mvd_scale.data.batch import ClipBatch
+from mvd_scale.data.sampling import draw_mask
 from mvd_scale.models import Student
-from mvd_scale.performance.step import random_teacher
+from mvd_scale.performance.rehearsal import random_teacher
 from mvd_scale.targets import MaskedDistillation, build_targets
 from mvd_scale.training.engine import Ranks, host_teachers, join_ranks, leave_ranks, train_engine
 from mvd_scale.training.optim import parameter_groups
@@ -53,8 +55,8 @@ def recipe(case: dict[str, Any]) -> Recipe:
 
 
 def clips(made: Recipe, micro: int) -> ClipBatch:
-    order = torch.stack([torch.randperm(made.tokens) for _ in range(micro)])
-    visible, masked = order.split([made.visible_tokens, made.tokens - made.visible_tokens], dim=1)
+    drawn = [draw_mask(np.random.default_rng(k), made.data.mask, made.model.grid) for k in range(micro)]
+    visible, masked = (torch.from_numpy(np.stack(tokens)) for tokens in zip(*drawn, strict=True))
     side = made.model.input_size
     pixels = torch.randint(0, 256, (micro, made.model.frames, side, side, 3), dtype=torch.uint8)
     return ClipBatch(pixels, visible, masked, torch.zeros(micro), torch.zeros(micro))

@@ -20,6 +20,7 @@ from mvd_scale.performance.methods import MethodsReport
 from mvd_scale.performance.profile_report import Operator, PartFigures, ProfileReport
 from mvd_scale.performance.reports import Machine, Report
 from mvd_scale.performance.step import StepReport
+from mvd_scale.performance.teachers import Figure, TeachersReport
 from mvd_scale.performance.testing import EvalReport
 from mvd_scale.performance.testing import Figure as EvalFigure
 
@@ -95,12 +96,21 @@ PROFILE = ProfileReport(
     highest_in="backward",
     losses=[1.0],
 )
+TEACHERS = TeachersReport(
+    machine=MACHINE,
+    recipe="distill/b_from_b",
+    overrides=[],
+    weights="random",
+    figures=[Figure("image", "fp32", 20.0, 1.0, 0.0, 0.0), Figure("image", "int8", 5.0, 0.9998, 0.02, 0.001)],
+    absent={},
+)
 REPORTS: dict[str, Report] = {
     "step": STEP,
     "methods": MethodsReport(machine=MACHINE, steps={"co-teaching": STEP}),
     "data": DATA,
     "eval": EVAL,
     "load": LOAD,
+    "teachers": TEACHERS,
     "profile": PROFILE,
 }
 

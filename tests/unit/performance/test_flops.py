@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -18,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from mvd_scale.config import Recipe, load_finetuning, load_recipe
 from mvd_scale.data.batch import ClipBatch
+from mvd_scale.data.sampling import draw_mask
 from mvd_scale.models import Classifier, Student
 from mvd_scale.models.blocks import checkpoint_gradients
 from mvd_scale.performance.flops import part_flops
@@ -73,12 +75,11 @@ def recipe(**sections: Any) -> Recipe:
 
 def batch(made: Recipe, decoded: int) -> ClipBatch:
     side, frames = made.model.input_size, made.model.frames
-    order = torch.stack([torch.randperm(made.tokens) for _ in range(CLIPS)])
     pixels = torch.zeros(CLIPS, frames, side, side, 3, dtype=torch.uint8)
     grid = made.model.grid[1]
-    visible, masked = order[:, : made.visible_tokens], order[:, made.visible_tokens :][:, :decoded]
-    if made.data.mask is None:
-        visible = torch.arange(made.tokens).expand(CLIPS, -1)
+    drawn = [draw_mask(np.random.default_rng(k), made.data.mask, made.model.grid) for k in range(CLIPS)]
+    visible, masked = (torch.from_numpy(np.stack(tokens)) for tokens in zip(*drawn, strict=True))
+    assert masked.shape[1] == decoded
     resized = {grid * 16: torch.zeros(CLIPS, frames, grid * 16, grid * 16, 3, dtype=torch.uint8)}
     return ClipBatch(pixels, visible, masked, torch.zeros(CLIPS), torch.zeros(CLIPS), resized)
 
