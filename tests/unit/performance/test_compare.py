@@ -43,10 +43,12 @@ DATA = DataReport(
     figures=[DataFigure("h264", "files", 0, "mvd-scale", 40, 0.1), DataFigure("h264", "files", 0, "decord", 20, 0.2)],
     absent={},
     clips=96,
+    source=None,
 )
 EVAL = EvalReport(
     machine=MACHINE,
     figures=[EvalFigure("data", "mvd-scale", 6.0, 0.2, 300)],
+    source=None,
     size="none",
     videos=12,
     workers=2,
@@ -193,6 +195,11 @@ def test_other_versions_are_shown_and_compared(tmp_path):
 )
 def test_what_cannot_be_compared_is_refused(tmp_path, new, said):
     assert said in refusal(tmp_path, STEP, new)
+
+
+@pytest.mark.parametrize("report", [DATA, EVAL])
+def test_other_videos_are_another_measurement(tmp_path, report):
+    assert "source None and k400.parquet" in refusal(tmp_path, report, replace(report, source="k400.parquet"))
 
 
 @pytest.mark.parametrize(
