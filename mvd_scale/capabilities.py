@@ -188,11 +188,23 @@ def _deepspeed_op(name: str, builder: Any, compiler: Capability) -> Capability:
     return Capability(row, True, "compiled when first used")
 
 
+_FLASH_ATTENTION = {
+    "flash_attn.cute": "flash-attn-4",
+    "flash_attn_interface": "flash-attn-3",
+    "flash_attn": "flash-attn",
+}
+"""Modules of its releases and what pip calls them, the newest first, as `mvd_kernels` prefers them."""
+
+
 def _flash_attention() -> Capability:
-    module, reason = _load("flash_attn", "pip install 'mvd-scale[flash]' --no-build-isolation (needs a GPU and nvcc)")
-    if not module:
-        return Capability("flash-attn", False, reason=reason)
-    return _on_gpu("flash-attn", module.__version__)
+    install = "pip install 'mvd-scale[flash]' --no-build-isolation (needs a GPU and nvcc)"
+    reasons = []
+    for module, distribution in _FLASH_ATTENTION.items():
+        found, reason = _load(module, install)
+        if found:
+            return _on_gpu("flash-attn", _version(distribution))
+        reasons.append(reason)
+    return Capability("flash-attn", False, reason=reasons[-1])
 
 
 def _apex() -> Capability:

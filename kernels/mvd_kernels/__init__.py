@@ -1,8 +1,31 @@
-"""Operators of the distillation step. Imports nothing of `mvd_scale`."""
+"""Operators of the distillation step: Triton kernels on GPUs, plain torch elsewhere. Imports nothing of `mvd_scale`.
 
-from mvd_kernels.attention import attention, attention_backend
+An operator is a file here (what it promises, and who computes it), a file in `twins` (plain torch), one in `fused`
+(Triton kernels, their launch and autograd), one in `bench` and a test, all of one name.
+"""
+
+from mvd_kernels.add_layer_norm import add_layer_norm
+from mvd_kernels.attention import attention, attention_backend, attention_backends
+from mvd_kernels.chunked_attention import bf16_instructions
+from mvd_kernels.decoder_input import decoder_input
+from mvd_kernels.int8_linear import Int8Linear
 from mvd_kernels.masked_distance import masked_distance
-from mvd_kernels.norm import LayerNorm
-from mvd_kernels.tube_gather import tube_pixels, tube_rows
+from mvd_kernels.norm import AddLayerNorm, LayerNorm
+from mvd_kernels.tube_rows import tube_rows
+from mvd_kernels.tube_targets import tube_pixels, tube_targets
 
-__all__ = ["LayerNorm", "attention", "attention_backend", "masked_distance", "tube_pixels", "tube_rows"]
+__all__ = [
+    "AddLayerNorm",
+    "Int8Linear",
+    "LayerNorm",
+    "add_layer_norm",
+    "attention",
+    "attention_backend",
+    "attention_backends",
+    "bf16_instructions",
+    "decoder_input",
+    "masked_distance",
+    "tube_pixels",
+    "tube_rows",
+    "tube_targets",
+]

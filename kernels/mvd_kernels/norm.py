@@ -7,6 +7,8 @@ from importlib.util import find_spec
 
 from torch import Tensor, nn
 
+from mvd_kernels.add_layer_norm import add_layer_norm
+
 
 @cache
 def _apex_installed() -> bool:
@@ -27,3 +29,11 @@ class LayerNorm(nn.LayerNorm):
             fused: Tensor = fused_layer_norm_affine(input, self.weight, self.bias, self.normalized_shape, self.eps)
             return fused
         return super().forward(input)
+
+
+class AddLayerNorm(LayerNorm):
+    """A residual connection and the norm after it, in one pass."""
+
+    def forward(self, residual: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """`residual + update` and its norm, both (..., D)."""
+        return add_layer_norm(residual, update, self.weight, self.bias, self.eps)

@@ -14,7 +14,7 @@ from torch import Tensor
 from mvd_scale.checkpoints.checkpoint import Checkpoint, DecoderWeights, Hints
 from mvd_scale.checkpoints.reading import Source
 from mvd_scale.checkpoints.shapes import decoder_parts, decoder_weights, token_heads, under
-from mvd_scale.config import DecoderConfig, DetectorConfig, ModelConfig, Recipe, load_any
+from mvd_scale.config import DecoderConfig, DetectionRecipe, DetectorConfig, ModelConfig, Recipe, load_any
 from mvd_scale.config.data import ViewsConfig
 from mvd_scale.errors import UserError
 
@@ -82,6 +82,10 @@ def interpret(source: Source, hints: Hints) -> Checkpoint:
     try:
         model, shapes = _described(source)
         names, views, detector = _test(source)
+        if not is_native(source) and source.recipe is not None:
+            # A checkpoint of DeepSpeed's tells nothing itself.
+            recipe = load_any(source.recipe)
+            detector = recipe.detector if isinstance(recipe, DetectionRecipe) else None
     except (ValidationError, json.JSONDecodeError, AttributeError) as error:
         raise UserError(f"{source.path} describes a model that does not exist here: {error}") from error
     tensors = source.tensors

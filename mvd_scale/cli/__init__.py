@@ -8,7 +8,7 @@ import time
 import click
 
 from mvd_scale import __version__
-from mvd_scale.cli import about, bench, data, detection, probe, profile, testing, training, weights
+from mvd_scale.cli import about, bench, data, detection, plan, probe, profile, testing, training, weights
 from mvd_scale.config.launcher import launched_rank
 from mvd_scale.errors import UserError
 from mvd_scale.logs import configure
@@ -40,6 +40,7 @@ for _command in (
     weights.export_weights,
     weights.inspect,
     bench.bench,
+    plan.plan,
     profile.profile,
     about.recipes,
     about.schema,

@@ -54,6 +54,19 @@ def step(
         click.echo(report.to_json() if as_json else report.to_text())
 
 
+@bench.command(context_settings=WITH_OVERRIDES)
+@click.option("--recipe", default="distill/b_from_b", show_default=True, help="Recipe whose teachers are measured.")
+@click.option("--steps", type=click.IntRange(min=1), default=3, show_default=True, help="Calls that are timed.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@overrides_argument
+def teachers(recipe: str, steps: int, as_json: bool, overrides: tuple[str, ...]) -> None:
+    """Time frozen teachers in each precision, beside how true their features are to those in float32."""
+    from mvd_scale.performance.teachers import measure_teachers
+
+    report = measure_teachers(recipe, list(overrides), steps=steps)
+    click.echo(report.to_json() if as_json else report.to_text())
+
+
 @bench.command("data")
 @click.argument("source", required=False)
 @click.option("--workers", default="0,1,2", show_default=True, help="Worker processes to try.")

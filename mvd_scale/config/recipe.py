@@ -12,7 +12,7 @@ from typing_extensions import Self
 from mvd_scale.config.data import DataConfig, ShortSideCrop
 from mvd_scale.config.model import ModelConfig
 from mvd_scale.config.section import Section
-from mvd_scale.config.target import TargetConfig
+from mvd_scale.config.target import MomentumTarget, TargetConfig
 from mvd_scale.config.training import (
     CheckpointConfig,
     LoggingConfig,
@@ -161,7 +161,22 @@ class Recipe(RunRecipe):
                 )
         if self.device == "cpu" and self.teachers.precision == "fp16":
             raise ValueError("precision fp16 needs a GPU (CPUs compute it slowly or not at all): use bf16 or fp32")
+        self._check_eight_bits()
         return self
+
+    def _check_eight_bits(self) -> None:
+        precision = self.teachers.precision
+        if precision not in ("int8", "fp8"):
+            if self.teachers.accept_inexact:
+                raise ValueError(f"teachers.accept_inexact does nothing with teachers.precision {precision}")
+            return
+        if self.teachers.sharding == "zero3":
+            raise ValueError(f"teachers.precision {precision} cannot be sharded: use `sharding: replicated` or fp16")
+        moving = [name for name, target in self.targets.items() if isinstance(target, MomentumTarget)]
+        if moving:
+            raise ValueError(
+                f"teachers.precision {precision} is for frozen weights, but those of targets.{moving[0]} move"
+            )
 
     def _check_mask(self) -> None:
         mask, visible, total = self.data.mask, self.visible_tokens, self.tokens

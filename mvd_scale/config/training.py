@@ -11,6 +11,7 @@ from mvd_scale.config.section import Section
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Precision = Literal["fp32", "bf16", "fp16"]
+TeacherPrecision = Precision | Literal["int8", "fp8"]
 
 
 class TrainingConfig(Section):
@@ -79,8 +80,18 @@ class TeacherConfig(Section):
     auto_shard_above: int = Field(default=200_000_000, gt=0)
     """Parameters of one teacher above which `auto` shards: beyond it memory matters more than the gathers."""
 
-    precision: Precision | Literal["auto"] = "auto"
-    """Of the teachers' weights and arithmetic; `auto` is fp16 on GPUs and the student's precision on CPUs."""
+    shard_over: Literal["node", "world"] = "node"
+    """Ranks that a sharded teacher is cut over: `node` keeps gathers within each host, where they are fast, `world`
+    holds less per rank. A momentum target is always cut over the world, as the student is."""
+
+    precision: TeacherPrecision | Literal["auto"] = "auto"
+    """Of the teachers' weights and arithmetic; `auto` is fp16 on GPUs and the student's precision on CPUs. In 8 bits
+    (int8 on CPUs; fp8 on GPUs from Ada and Hopper on, with torchao) are the linear layers of the blocks; such teachers
+    are replicated, as shards are made of floats."""
+
+    accept_inexact: bool = False
+    """Accept 8 bits although the features have a mean cosine under 0.999 with those in float32. That is tried on the
+    first clip before the run begins."""
 
 
 class CheckpointConfig(Section):

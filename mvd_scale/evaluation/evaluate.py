@@ -137,7 +137,7 @@ def merge_tests(folders: Sequence[Path], out: Path, command: str) -> Tested:
         described=f"the mean of {len(parts)} tests, " + "; ".join(dict.fromkeys(p.origin.described for p in parts)),
         views=[str(folder) for folder in folders],
     )
-    reasons = {name: reason for part in parts for name, reason in part.reasons.items()}
+    reasons = {video: reason for part in parts for video, reason in part.reasons.items()}
     merged = Tested(out, Outcome(first.outcome.labels, decoded, views), first.names, first.classes, origin, reasons)
     merged.write()
     Manifest.load(folders[0] / "manifest.parquet").save(out / "manifest.parquet")

@@ -117,11 +117,7 @@ def render(tested: Tested, manifest: Manifest, *, hardest: int) -> str:
         confusions=confusions(tested)[:_LISTED],
         sure=sure,
         low=low,
-        failures=[
-            (name, tested.reasons[name])
-            for name, decoded in zip(tested.names, outcome.decoded, strict=True)
-            if not decoded
-        ],
+        failures=[(name, reason) for _, name, reason in tested.failures()],
     )
 
 
@@ -168,13 +164,13 @@ def hard_videos(tested: Tested, manifest: Manifest, count: int) -> tuple[list[Ha
     sure = wrong[np.argsort(-scores[wrong].max(1), kind="stable")][:count]
     others = np.setdiff1d(np.flatnonzero(outcome.decoded), sure)
     low = others[np.argsort(own[others], kind="stable")][:count]
-    rows = {name: row for row, name in enumerate(manifest.name)}
+    rows = np.flatnonzero(manifest.label >= 0)
 
     def show(video: int) -> HardVideo:
         label, prediction = int(outcome.labels[video]), int(predictions[video])
         pictures, missing = [], ""
         try:
-            pictures = thumbnails(manifest.row(rows[tested.names[video]]))
+            pictures = thumbnails(manifest.row(int(rows[video])))
         except DecodeError as error:
             missing = error.reason
         return HardVideo(

@@ -179,15 +179,16 @@ class Shards:
         return self.fill(items, ranks, load=load, results=results, write=write)
 
 
-def failures(out: Path, manifest: Manifest) -> dict[str, str]:
-    """Why videos could not be decoded by a pass, or were left out before it, by their names.
+def failures(out: Path, manifest: Manifest) -> dict[int, str]:
+    """Why labelled videos could not be decoded by a pass, or were left out before it, by their place among these.
 
     Args:
         out: folder of the pass.
         manifest: its videos.
     """
-    found = {name: why for name, why in zip(manifest.name, manifest.left_out, strict=True) if why is not None}
+    found = {row: why for row, why in enumerate(manifest.left_out) if why is not None}
     quarantine = out / "quarantine.jsonl"
     if quarantine.is_file():
-        found |= {manifest.name[line["row"]]: line["error"] for line in read_metrics(quarantine)}
-    return found
+        found |= {line["row"]: line["error"] for line in read_metrics(quarantine)}
+    labelled = np.flatnonzero(manifest.label >= 0).tolist()
+    return {place: found[row] for place, row in enumerate(labelled) if row in found}

@@ -51,8 +51,8 @@ class Tested:
 
     origin: Origin
 
-    reasons: Mapping[str, str]
-    """Why a video could not be decoded, by its name."""
+    reasons: Mapping[int, str]
+    """Why a video could not be decoded, by its place among the others: names may recur."""
 
     def to_text(self) -> str:
         """The figures, a line each."""
@@ -109,10 +109,13 @@ class Tested:
             writer.writerow(["label", *self.classes, "not decoded"])
             writer.writerows([name, *row] for name, row in zip(self.classes, confusion.tolist(), strict=True))
         with (self.out / "not_decoded.csv").open("w", newline="", encoding="utf-8") as file:
-            failed = [name for name, decoded in zip(self.names, outcome.decoded, strict=True) if not decoded]
-            # A kill may have torn the line that said why.
-            reasons = [(name, self.reasons.get(name, "cannot be decoded")) for name in failed]
-            csv.writer(file).writerows([("name", "reason"), *reasons])
+            csv.writer(file).writerows([("video", "name", "reason"), *self.failures()])
+
+    def failures(self) -> list[tuple[int, str, str]]:
+        """Place, name and reason of all videos that could not be decoded."""
+        failed = np.flatnonzero(~self.outcome.decoded).tolist()
+        # A kill may have torn the line that said why.
+        return [(video, self.names[video], self.reasons.get(video, "cannot be decoded")) for video in failed]
 
     @classmethod
     def load(cls, out: Path) -> Tested:
@@ -129,7 +132,7 @@ class Tested:
         views = np.stack(table["views"].to_numpy()).astype(np.float32).reshape(len(table), *described["shape"])
         outcome = Outcome(table["label"].to_numpy(), table["decoded"].to_numpy(zero_copy_only=False), views)
         with (out / "not_decoded.csv").open(newline="", encoding="utf-8") as lines:
-            reasons = {line["name"]: line["reason"] for line in csv.DictReader(lines)}
+            reasons = {int(line["video"]): line["reason"] for line in csv.DictReader(lines)}
         origin = Origin(**described["origin"])
         return cls(out, outcome, table["name"].to_pylist(), described["classes"], origin, reasons)
 

@@ -1,6 +1,6 @@
 """The transformer block that encoders and decoders share (Sec. 3.3: vanilla, joint space-time attention).
 
-Legend: B clips, N tokens, D width.
+Legend: B clips, N tokens, K tokens that are kept, D width.
 """
 
 from __future__ import annotations
@@ -11,7 +11,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mvd_kernels import LayerNorm, attention
+from mvd_kernels import AddLayerNorm, LayerNorm, attention
+
+Kept = Tensor | int | None
+"""Tokens whose output is needed: int64 (B, K), the last so many, or all."""
+
+
+def keep(tokens: Tensor, kept: Kept) -> Tensor:
+    """Some tokens of (B, N, D)."""
+    if kept is None:
+        return tokens
+    if isinstance(kept, int):
+        return tokens[:, -kept:]
+    return tokens.gather(1, kept.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
 class QKV(nn.Module):
@@ -29,8 +41,11 @@ class QKV(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, N, D) to (B, N, 3 D)."""
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        return F.linear(tokens, self.weight, bias)
+        return F.linear(tokens, self.weight, self.bias())
+
+    def bias(self) -> Tensor:
+        """(3 D,), zero for the keys."""
+        return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
 
 
 class Attention(nn.Module):
@@ -39,14 +54,16 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = QKV(width)
+        self.qkv: nn.Module = QKV(width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, N, D) to (B, N, D)."""
+    def forward(self, tokens: Tensor, kept: Kept = None) -> Tensor:
+        """(B, N, D) to (B, N, D), or (B, K, D) for the tokens that are kept."""
         clips, count, width = tokens.shape
         packed = self.qkv(tokens).view(clips, count, 3, self.heads, width // self.heads)
-        projected: Tensor = self.proj(attention(packed))
+        last = kept if isinstance(kept, int) else None
+        attended = attention(packed, last)
+        projected: Tensor = self.proj(attended if last is not None else keep(attended, kept))
         return projected
 
 
@@ -57,14 +74,15 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = LayerNorm(width)
         self.attn = Attention(width, heads)
-        self.norm2 = LayerNorm(width)
-        self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=nn.GELU)
+        self.norm2 = AddLayerNorm(width)
+        self.mlp: nn.Module = Mlp(width, int(width * mlp_ratio), act_layer=nn.GELU)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, N, D) to (B, N, D)."""
-        tokens = tokens + self.drop_path(self.attn(self.norm1(tokens)))
-        return tokens + self.drop_path(self.mlp(self.norm2(tokens)))
+    def forward(self, tokens: Tensor, kept: Kept = None) -> Tensor:
+        """(B, N, D) to (B, N, D), or (B, K, D) for the tokens that are kept: all are seen, the others not computed."""
+        update = self.drop_path(self.attn(self.norm1(tokens), kept))
+        tokens, normed = self.norm2(keep(tokens, kept), update)
+        return tokens + self.drop_path(self.mlp(normed))
 
 
 class Blocks(nn.ModuleList):
@@ -75,13 +93,14 @@ class Blocks(nn.ModuleList):
         super().__init__(Block(width, heads, mlp_ratio, rate) for rate in rates)
         self.gradient_checkpointing = False
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, N, D) to (B, N, D)."""
-        for block in self:
+    def forward(self, tokens: Tensor, kept: Kept = None) -> Tensor:
+        """(B, N, D) to (B, N, D), or (B, K, D) for the tokens that the last block keeps."""
+        for number, block in enumerate(self, start=1):
+            arguments = (tokens, kept if number == len(self) else None)
             if self.gradient_checkpointing and self.training:
-                tokens = checkpoint(block, tokens, use_reentrant=False)
+                tokens = checkpoint(block, *arguments, use_reentrant=False)
             else:
-                tokens = block(tokens)
+                tokens = block(*arguments)
         return tokens
 
 

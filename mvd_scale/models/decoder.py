@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mvd_kernels import LayerNorm
+from mvd_kernels import LayerNorm, decoder_input
 from mvd_scale.config import DecoderConfig, ModelConfig
 from mvd_scale.models.blocks import Blocks, initialise
 from mvd_scale.models.positions import position_table
@@ -43,10 +43,6 @@ class Decoder(nn.Module):
         Returns:
             (B, M, K), in the order of `masked`.
         """
-        embedded = self.embed(encoded)
-        positions = self.positions.to(embedded.dtype)
-        class_token, seen = embedded.split([embedded.shape[1] - visible.shape[1], visible.shape[1]], dim=1)
-        hidden = self.mask_token + positions[masked]
-        decoded = self.blocks(torch.cat([class_token, seen + positions[visible], hidden], dim=1))
-        predictions: Tensor = self.head(self.norm(decoded[:, -masked.shape[1] :]))
+        tokens = decoder_input(self.embed(encoded), self.mask_token, self.positions, visible, masked)
+        predictions: Tensor = self.head(self.norm(self.blocks(tokens, masked.shape[1])))
         return predictions

@@ -60,7 +60,7 @@ class Encoder(nn.Module):
         grid = self.grid_of(pixels)
         return self.positions if grid == self.config.grid else resize_positions(self.positions, self.config.grid, grid)
 
-    def forward(self, pixels: Tensor, tokens: Tensor | None = None) -> Tensor:
+    def forward(self, pixels: Tensor, tokens: Tensor | None = None, kept: Tensor | None = None) -> Tensor:
         """Encode the chosen tokens of each clip.
 
         Frames of another size than the model's are seen whole by a table of positions that is resized to them.
@@ -68,9 +68,11 @@ class Encoder(nn.Module):
         Args:
             pixels: (B, T, H, W, 3), uint8 in 0..255 or floating in 0..1.
             tokens: int64 (B, K) indices of the tokens to see, or None for all.
+            kept: int64 (B, M) places among those seen whose features are wanted, or None for all and a class token.
 
         Returns:
-            (B, K, D) in the dtype of the weights, one more token in front if the model has a class token.
+            (B, K, D) in the dtype of the weights, one more token in front if the model has a class token;
+            (B, M, D) with `kept`.
         """
         dtype = self.patch_embed.weight.dtype
         rows = tube_rows(
@@ -86,5 +88,7 @@ class Encoder(nn.Module):
         encoded = self.patch_embed(rows) + (positions if tokens is None else positions[tokens])
         if self.class_token is not None:
             encoded = torch.cat([self.class_token.expand(encoded.shape[0], -1, -1), encoded], dim=1)
-        encoded = self.blocks(encoded)
+        if kept is not None and self.class_token is not None:
+            kept = kept + 1
+        encoded = self.blocks(encoded, kept)
         return encoded if self.norm is None else self.norm(encoded)

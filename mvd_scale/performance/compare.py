@@ -16,6 +16,7 @@ from mvd_scale.performance.methods import MethodsReport
 from mvd_scale.performance.profile_report import ProfileReport
 from mvd_scale.performance.reports import Machine, Report, Value
 from mvd_scale.performance.step import StepReport
+from mvd_scale.performance.teachers import TeachersReport
 from mvd_scale.performance.testing import EvalReport
 
 KINDS: dict[str, type[Report]] = {
@@ -24,6 +25,7 @@ KINDS: dict[str, type[Report]] = {
     "data": DataReport,
     "eval": EvalReport,
     "load": LoadReport,
+    "teachers": TeachersReport,
     "profile": ProfileReport,
 }
 

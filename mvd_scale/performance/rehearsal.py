@@ -72,7 +72,7 @@ class Rehearsal:
         micro, self.accumulation = recipe.batch_split(ranks.world_size)
         batch = recipe.training.global_batch
         self.loader = ClipLoader(
-            open_source(_with_clips(recipe.data, scratch), scratch),
+            open_source(with_clips(recipe.data, scratch), scratch),
             recipe.data.model_copy(update={"clips_per_video": max(batch, recipe.data.clips_per_video)}),
             recipe.model,
             recipe.seed,
@@ -190,7 +190,7 @@ def named_teacher(recipe: Recipe, name: str) -> Encoder | TimmViT:
     return random_teacher(recipe, name)
 
 
-def _with_clips(data: DataConfig, scratch: Path) -> DataConfig:
+def with_clips(data: DataConfig, scratch: Path) -> DataConfig:
     """The recipe's videos; without any, the clips of the `samples` extra."""
     if data.source is not None or data.mixture is not None:
         return data

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from mvd_scale.config import ImageTeacherTarget, ModelConfig
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.errors import UserError
 from mvd_scale.models import Encoder
+from mvd_scale.models.blocks import keep
 from mvd_scale.targets.target import FrozenTeacher
 
 
 class ImageTeacher(FrozenTeacher):
     """The teacher sees the front frame of every tubelet as an image of its own."""
 
-    def __init__(self, name: str, config: ImageTeacherTarget, teacher: Encoder, student: ModelConfig) -> None:
+    def __init__(
+        self, name: str, config: ImageTeacherTarget, teacher: Encoder, student: ModelConfig, *, tubes: bool
+    ) -> None:
+        """`tubes`: whether every frame has the same number of chosen tokens."""
         super().__init__(config, teacher, teacher.width, teacher.config.input_size)
         self.tubelet = student.tubelet
         self.extra_tokens = int(teacher.config.class_token)
+        self.tubes = tubes
+        self.patches = student.grid[1] * student.grid[2]
         if teacher.config.frames != 1:
             raise UserError(
                 f"targets.{name} is an image teacher, but its checkpoint takes clips of {teacher.config.frames} "
@@ -31,11 +38,19 @@ class ImageTeacher(FrozenTeacher):
                 f"{student.grid[1]}x{student.grid[2]}; a teacher of input size {size} would match"
             )
 
-    def encode(self, batch: ClipBatch) -> Tensor:
-        """Features of all tokens: (B, N, D); the class token is dropped."""
+    def encode(self, batch: ClipBatch, tokens: Tensor | None) -> Tensor:
+        """Features of some tokens, or of all but the class token: (B, M, D).
+
+        Where every frame has as many chosen tokens as the others, the last block computes no others.
+        """
         fronts, shape = front_frames(batch.at(self.input_size), self.tubelet)
-        features: Tensor = self.teacher(fronts)
-        return features[:, self.extra_tokens :].unflatten(0, shape).flatten(1, 2)
+        if tokens is not None and self.tubes:
+            # Ascending and time-major: one frame's after the other's.
+            slices = tokens.view(*shape, -1) - self.patches * torch.arange(shape[1], device=tokens.device).unsqueeze(1)
+            features: Tensor = self.teacher(fronts, kept=slices.flatten(0, 1))
+            return features.unflatten(0, shape).flatten(1, 2)
+        features = self.teacher(fronts)
+        return keep(features[:, self.extra_tokens :].unflatten(0, shape).flatten(1, 2), tokens)
 
 
 def front_frames(pixels: Tensor, tubelet: int) -> tuple[Tensor, tuple[int, int]]:

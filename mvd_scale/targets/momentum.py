@@ -23,7 +23,7 @@ class Momentum(FrozenTeacher):
         self.encoder = average
         self.extra_tokens = int(average.config.class_token)
 
-    def encode(self, batch: ClipBatch) -> Tensor:
-        """Features of all tokens: (B, N, D); a class token is dropped."""
-        features: Tensor = self.teacher(batch.at(self.input_size))
-        return features[:, self.extra_tokens :]
+    def encode(self, batch: ClipBatch, tokens: Tensor | None) -> Tensor:
+        """Features of some tokens, or of all but a class token: (B, M, D)."""
+        features: Tensor = self.teacher(batch.at(self.input_size), kept=tokens)
+        return features if tokens is not None else features[:, self.extra_tokens :]

@@ -27,6 +27,8 @@ def build_targets(recipe: Recipe, load_teacher: Callable[[str], Encoder | TimmVi
         UserError: a teacher does not fit the student's token grid.
     """
     targets: dict[str, Target] = {}
+    mask = recipe.data.mask
+    tubes = mask is not None and mask.kind == "tube" and mask.decode == 1
     for name, config in recipe.targets.items():
         if isinstance(config, PixelTarget):
             targets[name] = Pixels(config, recipe.model)
@@ -40,7 +42,7 @@ def build_targets(recipe: Recipe, load_teacher: Callable[[str], Encoder | TimmVi
         if isinstance(config, MomentumTarget):
             targets[name] = Momentum(config, teacher)
         elif isinstance(config, ImageTeacherTarget):
-            targets[name] = ImageTeacher(name, config, teacher, recipe.model)
+            targets[name] = ImageTeacher(name, config, teacher, recipe.model, tubes=tubes)
         else:
             targets[name] = VideoTeacher(name, config, teacher, recipe.model)
     return targets

@@ -50,22 +50,17 @@ class FrozenTeacher(Target):
         self.input_size = input_size
 
     @abstractmethod
-    def encode(self, batch: ClipBatch) -> Tensor:
-        """Features of all tokens: (B, N, D)."""
+    def encode(self, batch: ClipBatch, tokens: Tensor | None) -> Tensor:
+        """Features of some tokens, int64 (B, M), or of all in order: (B, M, D)."""
 
     @torch.no_grad()
     def features(self, batch: ClipBatch) -> Tensor:
         """True features at the target's tokens, normalised if the recipe says so: float32 (B, M, D)."""
-        features, tokens = self.encode(batch), self.tokens(batch)
-        if tokens is not None:
-            features = features.gather(1, tokens.unsqueeze(-1).expand(-1, -1, self.channels))
-        features = features.float()
+        features = self.encode(batch, self.tokens(batch)).float()
         return F.layer_norm(features, features.shape[-1:], eps=1e-6) if self.config.norm else features
 
     def distance(self, predictions: Tensor, batch: ClipBatch) -> Tensor:
         """Eq. 2: float32 scalar for predictions (B, M, D)."""
         with torch.no_grad():
-            features = self.encode(batch)
-        return masked_distance(
-            predictions, features, self.tokens(batch), distance=self.config.distance, norm=self.config.norm
-        )
+            features = self.encode(batch, self.tokens(batch))
+        return masked_distance(predictions, features, None, distance=self.config.distance, norm=self.config.norm)

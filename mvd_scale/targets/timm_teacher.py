@@ -7,6 +7,7 @@ from torch import Tensor
 from mvd_scale.config import ModelConfig, TimmTarget
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.errors import UserError
+from mvd_scale.models.blocks import keep
 from mvd_scale.models.timm_vit import TimmViT
 from mvd_scale.targets.image_teacher import front_frames
 from mvd_scale.targets.target import FrozenTeacher
@@ -25,8 +26,8 @@ class TimmTeacher(FrozenTeacher):
                 f"{teacher.input_size} would match"
             )
 
-    def encode(self, batch: ClipBatch) -> Tensor:
-        """Features of all tokens: (B, N, D)."""
+    def encode(self, batch: ClipBatch, tokens: Tensor | None) -> Tensor:
+        """Features of some tokens, or of all: (B, M, D)."""
         fronts, shape = front_frames(batch.at(self.input_size), self.tubelet)
         features: Tensor = self.teacher(fronts)
-        return features.unflatten(0, shape).flatten(1, 2)
+        return keep(features.unflatten(0, shape).flatten(1, 2), tokens)

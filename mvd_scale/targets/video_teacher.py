@@ -23,7 +23,7 @@ class VideoTeacher(FrozenTeacher):
                 f"{'x'.join(map(str, student.grid))}; both must agree"
             )
 
-    def encode(self, batch: ClipBatch) -> Tensor:
-        """Features of all tokens: (B, N, D)."""
-        features: Tensor = self.teacher(batch.at(self.input_size))
+    def encode(self, batch: ClipBatch, tokens: Tensor | None) -> Tensor:
+        """Features of some tokens, or of all: (B, M, D). The last block computes no others."""
+        features: Tensor = self.teacher(batch.at(self.input_size), kept=tokens)
         return features

@@ -12,16 +12,19 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from functools import cache
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mvd_scale.config import Recipe, RunRecipe, TeacherConfig
 from mvd_scale.config.deepspeed import student_deepspeed, teacher_deepspeed
-from mvd_scale.config.training import Precision
+from mvd_scale.config.launcher import ranks_on_this_host
+from mvd_scale.config.training import Precision, TeacherPrecision
 from mvd_scale.errors import UserError
 from mvd_scale.models.blocks import checkpoint_gradients
+from mvd_scale.models.eight_bit import to_eight_bits
 from mvd_scale.targets import FrozenTeacher, Target
 from mvd_scale.targets.momentum import Momentum
 from mvd_scale.training.optim import build_optimizer
@@ -199,7 +202,7 @@ def train_engine(model: nn.Module, groups: list[dict[str, Any]], recipe: RunReci
     return engine
 
 
-def teacher_precision(recipe: Recipe, device: torch.device) -> Precision:
+def teacher_precision(recipe: Recipe, device: torch.device) -> TeacherPrecision:
     """The precision of frozen teachers: fp16 on GPUs, the student's on CPUs, unless the recipe says otherwise."""
     if recipe.teachers.precision != "auto":
         return recipe.teachers.precision
@@ -228,16 +231,40 @@ def host_teacher(teacher: nn.Module, recipe: Recipe, ranks: Ranks, *, moves: boo
     The result is called like the encoder. It has no optimizer and is never part of a checkpoint.
     """
     precision = teacher_precision(recipe, ranks.device)
-    check_precision(precision, ranks.device)
     teacher = teacher.eval().requires_grad_(False)
-    if shards_teacher(recipe.teachers, teacher, ranks.world_size):
-        return shard_teacher(teacher, precision, ranks, keep_vectors=not moves)
-    _refuse(_read(teacher, precision, ranks.device))
-    return teacher.to(ranks.device)
+    if precision != "int8" and precision != "fp8" and shards_teacher(recipe.teachers, teacher, ranks.world_size):
+        check_precision(precision, ranks.device)
+        # The shares of an average that moves are those of the student, which is cut over all ranks.
+        over = "world" if moves else recipe.teachers.shard_over
+        return shard_teacher(teacher, precision, ranks, keep_vectors=not moves, over=over)
+    return lower_teacher(teacher, recipe, ranks.device)
 
 
-def shard_teacher(teacher: nn.Module, precision: Precision, ranks: Ranks, *, keep_vectors: bool = True) -> nn.Module:
-    """Cut a frozen teacher into ZeRO-3 shards, one layer after the other.
+def lower_teacher(teacher: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:
+    """Bring a whole frozen teacher to its device and precision.
+
+    Raises:
+        UserError: the device lacks the precision, or weights are not finite.
+    """
+    precision = teacher_precision(recipe, device)
+    teacher = teacher.eval().requires_grad_(False)
+    if precision == "int8" or precision == "fp8":
+        _refuse(_read(teacher, "fp32", torch.device("cpu")))
+        return to_eight_bits(teacher, precision, device).requires_grad_(False)
+    check_precision(precision, device)
+    _refuse(_read(teacher, precision, device))
+    return teacher.to(device)
+
+
+def shard_teacher(
+    teacher: nn.Module,
+    precision: Precision,
+    ranks: Ranks,
+    *,
+    keep_vectors: bool = True,
+    over: Literal["node", "world"] = "world",
+) -> nn.Module:
+    """Cut a frozen teacher into ZeRO-3 shards, one layer after the other, over the ranks of each host or over all.
 
     A layer whose weights are still memory-mapped is read here, so that no rank ever holds more of the teacher than
     its share and one layer. Vectors also stay whole on every rank, which spares their gathers, unless told otherwise.
@@ -249,15 +276,29 @@ def shard_teacher(teacher: nn.Module, precision: Precision, ranks: Ranks, *, kee
     config = teacher_deepspeed(precision, ranks.world_size)
     if not keep_vectors:
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    group = _ranks_of_my_host(ranks.world_size) if over == "node" else None
     faults = []
     for prefix, layer in _layers(teacher):
         faults += [prefix + name for name in _read(layer, precision, ranks.device)]
-        deepspeed.zero.Init(module=layer, config_dict_or_path=config, dtype=_DTYPES[precision])
+        deepspeed.zero.Init(
+            module=layer, data_parallel_group=group, config_dict_or_path=config, dtype=_DTYPES[precision]
+        )
     _refuse(faults)
     engine, *_ = deepspeed.initialize(model=teacher.to(ranks.device), config=config, dist_init_required=False)
     engine.eval()
     assert isinstance(engine, nn.Module)
     return engine
+
+
+@cache
+def _ranks_of_my_host(world_size: int) -> Any:
+    """The process group of this host's ranks; None if there is but one host. All ranks call it."""
+    local = ranks_on_this_host(world_size)
+    if local == world_size:
+        return None
+    groups = [list(range(first, first + local)) for first in range(0, world_size, local)]
+    mine, _ = torch.distributed.new_subgroups_by_enumeration(groups)
+    return mine
 
 
 def _read(layer: nn.Module, precision: Precision, device: torch.device) -> list[str]:

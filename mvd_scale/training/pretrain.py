@@ -25,6 +25,7 @@ from mvd_scale.training.engine import (
     teacher_precision,
     train_engine,
 )
+from mvd_scale.training.fidelity import check_fidelity
 from mvd_scale.training.loop import describe, finish, fit, resume
 from mvd_scale.training.momentum import moving_averages, start_averages
 from mvd_scale.training.observers import Observer, Observers, Pictures, Probe, open_probe
@@ -68,6 +69,7 @@ def pretrain(recipe: Recipe) -> None:
     if recipe.training.initial_encoder is not None:
         start_encoder(student.encoder, recipe.training.initial_encoder)
     start_averages(targets, student)
+    first_decides(ranks, "fidelity", lambda: check_fidelity(targets, recipe, manifest, ranks.device))
     host_teachers(targets, recipe, ranks)
     groups = parameter_groups(student, recipe.training.weight_decay)
     engine = train_engine(student, groups, recipe, ranks)

@@ -60,7 +60,7 @@ class Stage2:
         image_teacher = load_encoder(files["image"], final_norm=False, hints=image)
         video_teacher = load_encoder(files["video"], final_norm=False, hints=video)
         return {
-            "image": ImageTeacher("image", ImageTeacherTarget(**shape), image_teacher, model),
+            "image": ImageTeacher("image", ImageTeacherTarget(**shape), image_teacher, model, tubes=True),
             "video": VideoTeacher("video", VideoTeacherTarget(**shape), video_teacher, model),
         }
 
@@ -100,7 +100,7 @@ def test_predictions(stage2: Stage2) -> None:
 def test_teacher_features(stage2: Stage2) -> None:
     for name, target in stage2.teachers("smooth_l1", False).items():
         with torch.no_grad():
-            torch.testing.assert_close(target.encode(stage2.batch), stage2.vectors[f"feat_{name}"], **OUTPUT)
+            torch.testing.assert_close(target.encode(stage2.batch, None), stage2.vectors[f"feat_{name}"], **OUTPUT)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

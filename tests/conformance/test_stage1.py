@@ -78,13 +78,14 @@ def test_mae(mae: Vectors, tmp_path: Path, form: str) -> None:
     shuffled = latent.gather(1, torch.cat([torch.zeros_like(place[:, :1]), place], dim=1)[..., None].expand_as(latent))
     torch.testing.assert_close(shuffled, mae["latent"], **OUTPUT)
 
-    decoded: list[Tensor] = []
+    taken: list[Tensor] = []
     decoder = student.decoders["pixels"]
-    decoder.blocks.register_forward_hook(lambda module, taken, given: decoded.append(given.detach()))
+    decoder.blocks.register_forward_pre_hook(lambda module, given: taken.append(given[0].detach()))
     predictions = student(batch.pixels, batch.visible, batch.masked)["pixels"]
     torch.testing.assert_close(predictions.detach(), mae["pred"].gather(1, _rows(batch.masked, mae["pred"])), **OUTPUT)
     # MAE's head also speaks at visible patches; nothing asks for them but the reference.
-    seen = decoder.head(decoder.norm(decoded[0][:, 1 : 1 + batch.visible.shape[1]])).detach()
+    decoded = decoder.blocks(taken[0])
+    seen = decoder.head(decoder.norm(decoded[:, 1 : 1 + batch.visible.shape[1]])).detach()
     torch.testing.assert_close(seen, mae["pred"].gather(1, _rows(batch.visible, mae["pred"])), **OUTPUT)
 
     loss = Pixels(PixelTarget(decoder=UNUSED, normalize="patch"), model).distance(predictions, batch)

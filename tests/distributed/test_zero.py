@@ -29,7 +29,7 @@ SAME_NUMBERS = [
 ]
 
 
-def launch(world_size: int, out: Path) -> list[dict[str, Any]]:
+def launch(world_size: int, out: Path, *, per_host: int | None = None) -> list[dict[str, Any]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -37,7 +37,8 @@ def launch(world_size: int, out: Path) -> list[dict[str, Any]]:
     out.mkdir()
     ranks = []
     for rank in range(world_size):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_SIZE": world_size}
+        local = per_host or world_size
+        place = {"RANK": rank, "LOCAL_RANK": rank % local, "WORLD_SIZE": world_size, "LOCAL_SIZE": local}
         env = (
             os.environ | {k: str(v) for k, v in place.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         )
@@ -85,6 +86,17 @@ def test_each_rank_keeps_its_share_of_a_teacher_at_rest(two: list[dict[str, Any]
             held = rank["zero3"]["at_rest"][name]
             assert whole / 2 <= held <= whole / 2 + vectors
     assert vectors < 0.02 * whole
+
+
+@pytest.mark.slow
+def test_on_two_hosts_a_teacher_is_cut_over_each_or_over_both(alone: dict[str, Any], tmp_path: Path) -> None:
+    four = launch(4, tmp_path / "out", per_host=2)
+    for over, parts in (("node", 2), ("world", 4)):
+        for rank in four:
+            assert rank[over]["losses"] == pytest.approx(alone["zero2"]["losses"], rel=1e-5)
+        whole = alone["replicated teachers"]["at_rest"]
+        for name, count in whole.items():
+            assert four[0][over]["at_rest"][name] == pytest.approx(count / parts, rel=0.05)
 
 
 def test_sharded_teachers_leave_torchs_linear_alone(two: list[dict[str, Any]]) -> None:

@@ -30,3 +30,28 @@ def test_no_rank_holds_more_than_its_share_of_a_loaded_teacher(jobs: Jobs) -> No
     assert len(report["held_after_loading"]) == 2
     for held in report["held_after_loading"]:
         assert held <= report["share"] + report["largest_layer"]
+
+
+def test_teachers_in_every_precision_stand_beside_their_fidelity(jobs: Jobs, clips: Path) -> None:
+    arguments = ["--recipe", "quickstart/student", "--data.source", clips, "--device", "cpu"]
+    code, output = jobs.run("bench", "teachers", *arguments, "--steps", "1", "--json")
+    assert code == 0, output
+    figures = json.loads(output[output.index("{\n") : output.rindex("}") + 1])["figures"]
+    assert [(figure["target"], figure["precision"]) for figure in figures] == [
+        (target, precision) for target in ("image", "video") for precision in ("fp32", "bf16", "int8")
+    ]
+    for figure in figures:
+        exact = figure["precision"] == "fp32"
+        assert figure["cosine"] == pytest.approx(1, abs=1e-6 if exact else 1e-3)
+        assert (figure["loss_change"] == figure["relative_error"] == 0) == exact
+    code, output = jobs.run("bench", "teachers", "--recipe", "pretrain/videomae_b_k400", "--device", "cpu")
+    assert code == 2, output
+    assert "has no teacher" in output
+
+
+def test_8_bit_teachers_train_and_are_part_of_the_run(jobs: Jobs, clips: Path, tmp_path: Path) -> None:
+    arguments = ["--recipe", "quickstart/student", "--data.source", clips, "--training.micro_batch", "1"]
+    eight = ["--teachers.precision", "int8", "--teachers.sharding", "replicated"]
+    code, output = jobs.run("bench", "step", *arguments, "--batch", "2", "--steps", "1", *eight)
+    assert code == 0, output
+    assert "image teacher" in output

@@ -88,6 +88,8 @@ def test_it_learns_and_a_killed_run_ends_where_one_ends_that_was_left_alone(
     for name in ("detector.safetensors", "best.safetensors"):
         ends = [load_file(tmp_path / folder / name) for folder in ("alone", "killed")]
         assert all(torch.equal(tensor, ends[1][key]) for key, tensor in ends[0].items()), name
+    (*_, newest) = sorted((tmp_path / "alone" / "checkpoints").glob("step_*"))
+    assert read_checkpoint(newest).kind == "detector"
 
     figures = []
     untrained, trained = tmp_path / "untrained.safetensors", tmp_path / "alone" / "detector.safetensors"

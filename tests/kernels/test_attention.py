@@ -1,11 +1,19 @@
-"""`attention` against the softmax written out."""
+"""`attention` against the softmax written out; which release of flash-attn computes it."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from types import ModuleType
+
 import pytest
 import torch
+from torch import Tensor
 
-from mvd_kernels import attention, attention_backend
+from mvd_kernels import attention, attention_backend, attention_backends
+from mvd_kernels.attention import BACKENDS, Backend
+from mvd_kernels.twins.attention import attention as twin
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
@@ -30,3 +38,104 @@ def test_attention_is_softmax_attention(
 
 def test_a_cpu_takes_torch() -> None:
     assert attention_backend(torch.device("cpu"), torch.bfloat16) == "sdpa"
+    reasons = attention_backends(torch.device("cpu"), torch.bfloat16)
+    assert list(reasons) == ["flash-attn-4", "flash-attn-3", "flash-attn-2", "sdpa"]
+    assert set(reasons.values()) == {"needs a GPU", ""}
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """A machine with a Hopper GPU and no flash-attn, for tests to change."""
+    module = import_module("mvd_kernels.attention")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for backend in BACKENDS:
+        monkeypatch.setitem(sys.modules, backend.module, None)
+    module._refusal.cache_clear()
+    yield monkeypatch
+    module._refusal.cache_clear()
+
+
+def install(machine: pytest.MonkeyPatch, backend: Backend) -> None:
+    """Put a stand-in for a release of flash-attn there that answers as this release does."""
+
+    def packed(qkv: Tensor) -> Tensor:
+        clips, count, _, heads, channels = qkv.shape
+        return twin(qkv).view(clips, count, heads, channels)
+
+    def apart(queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, None]:
+        return packed(torch.stack([queries, keys, values], 2)), None
+
+    module = ModuleType(backend.module)
+    setattr(module, backend.function, apart if backend.function == "flash_attn_func" else packed)
+    machine.setitem(sys.modules, backend.module, module)
+
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_the_newest_release_that_is_installed_is_taken(machine: pytest.MonkeyPatch, number: int) -> None:
+    for backend in BACKENDS[number:]:
+        install(machine, backend)
+    assert attention_backend(GPU, torch.bfloat16) == BACKENDS[number].name
+    reasons = attention_backends(GPU, torch.bfloat16)
+    assert list(reasons) == [backend.name for backend in BACKENDS[: number + 1]]
+    assert reasons[BACKENDS[number].name] == ""
+    assert all(BACKENDS[i].module in reasons[BACKENDS[i].name] for i in range(number))
+
+
+def test_what_no_release_computes_is_left_to_torch(machine: pytest.MonkeyPatch) -> None:
+    for backend in BACKENDS:
+        install(machine, backend)
+    assert attention_backend(GPU, torch.float32) == "sdpa"
+    assert attention_backend(GPU, torch.float16, channels=20) == "sdpa"
+    assert attention_backend(GPU, torch.float16, channels=160) == "flash-attn-3"
+    machine.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    machine.setitem(sys.modules, "flash_attn", None)
+    assert attention_backend(GPU, torch.float16) == "sdpa"
+
+
+def test_release_4_alone_is_not_taken_for_release_2(machine: pytest.MonkeyPatch) -> None:
+    """Its wheel brings a package `flash_attn` that holds `cute` and nothing else."""
+    machine.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    assert attention_backend(GPU, torch.float16) == "sdpa"
+    assert "flash_attn_qkvpacked_func" in attention_backends(GPU, torch.float16)["flash-attn-2"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+def test_every_release_is_called_by_its_own_rules(machine: pytest.MonkeyPatch, backend: Backend) -> None:
+    install(machine, backend)
+    qkv = torch.randn(2, 5, 3, 2, 8)
+    machine.setattr(import_module("mvd_kernels.attention"), "attention_backend", lambda *_: backend.name)
+    torch.testing.assert_close(attention(qkv), twin(qkv))
+    compiled = torch.compile(attention, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(qkv), twin(qkv))
+
+
+def test_a_compiled_program_chooses_as_any_other(machine: pytest.MonkeyPatch) -> None:
+    install(machine, BACKENDS[0])
+
+    def chosen(tensor: Tensor) -> Tensor:
+        return tensor + len(attention_backend(GPU, torch.float16))
+
+    result = torch.compile(chosen, backend="eager", fullgraph=True)(torch.zeros(1))
+    assert result.item() == len("flash-attn-4")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels", [64, 80])
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+def test_flash_attention_equals_torch(backend: Backend, channels: int) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    reason = attention_backends(GPU, torch.bfloat16, channels).get(backend.name, "an earlier release is taken")
+    if reason:
+        pytest.skip(f"{backend.name}: {reason}")
+    qkv = torch.randn(2, 130, 3, 4, channels, device=GPU, dtype=torch.bfloat16)
+    fused, plain = qkv.clone().requires_grad_(), qkv.double().requires_grad_()
+    result, expected = backend.attend(fused).flatten(2), twin(plain)
+    torch.testing.assert_close(result.double(), expected, atol=2e-2, rtol=2e-2)
+    upstream = torch.randn_like(result)
+    (gradient,) = torch.autograd.grad(result, fused, upstream)
+    (expected_gradient,) = torch.autograd.grad(expected, plain, upstream.double())
+    torch.testing.assert_close(gradient.double(), expected_gradient, atol=5e-2, rtol=5e-2)

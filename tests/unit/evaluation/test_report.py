@@ -104,7 +104,7 @@ def make(video: Row, tmp_path: Path) -> Make:
             "dense",
             [f"view {k} {EVIL}" for k in range(views)],
         )
-        reasons = {names[k]: "moov atom not found" for k in np.flatnonzero(~fine)}
+        reasons = {int(k): "moov atom not found" for k in np.flatnonzero(~fine)}
         out = tmp_path / f"test{len(list(tmp_path.iterdir()))}"
         out.mkdir()
         manifest.save(out / "manifest.parquet")
@@ -250,3 +250,14 @@ def test_a_folder_without_a_test_is_one_message(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, ["report", str(tmp_path)])
     assert result.exit_code != 0
     assert "holds no finished test" in str(result.exception)
+
+
+def test_videos_of_one_name_keep_their_own_pictures_and_reasons(make: Make) -> None:
+    tested, manifest = make([0, 0, 1], names(2), decoded=[True, True, False], name="twin.mp4", views=1)
+    manifest = Manifest.of(
+        [manifest.row(0), Row(**{**vars(manifest.row(1)), "path": "gone.mp4"}), manifest.row(2)], classes=names(2)
+    )
+    shown = [video for half in hard_videos(tested, manifest, 2) for video in half]
+    assert {bool(video.pictures) for video in shown} == {True, False}
+    assert tested.failures() == [(2, "twin.mp4", "moov atom not found")]
+    assert FinishedTest.load(tested.out).reasons == tested.reasons

@@ -1,0 +1,43 @@
+"""A residual connection and the LayerNorm that follows it.
+
+Legend: D channels; all other axes are rows.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mvd_kernels.dispatch import takes_kernel
+from mvd_kernels.twins.add_layer_norm import add_layer_norm as twin
+
+
+def add_layer_norm(
+    residual: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """`residual + update`, and its LayerNorm over the last axis, in one pass; statistics in float32.
+
+    Gradients flow to all four tensors. Those of `weight` and `bias` are summed in a fixed order.
+
+    Args:
+        residual: (..., D), any floating dtype.
+        update: same shape and dtype.
+        weight: (D,), same dtype.
+        bias: (D,), same dtype.
+        eps: added to the variance.
+
+    Returns:
+        The sum and the normalised sum, both (..., D) in the dtype of the input.
+
+    Raises:
+        ValueError: `residual` and `update` differ in shape or dtype: there is no broadcasting here.
+    """
+    if residual.shape != update.shape or residual.dtype != update.dtype:
+        raise ValueError(
+            f"residual {residual.dtype} {tuple(residual.shape)} and update {update.dtype} {tuple(update.shape)} "
+            "must be alike"
+        )
+    if takes_kernel(residual):
+        from mvd_kernels.fused.add_layer_norm import add_layer_norm as fused
+
+        return fused(residual, update, weight, bias, eps)
+    return twin(residual, update, weight, bias, eps)

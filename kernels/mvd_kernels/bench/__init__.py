@@ -1,0 +1,1 @@
+"""How fast the operators are: a file an operator, timed by `python -m mvd_kernels.bench`."""

@@ -1,0 +1,27 @@
+"""Times of `attention`: flash-attn where it runs, beside torch's own; encoder and decoder of ViT-B and ViT-L."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from mvd_kernels.attention import BACKENDS, attention_backends
+from mvd_kernels.bench.case import Case, clips, leaf, precision
+from mvd_kernels.twins.attention import attention
+
+
+def cases(device: torch.device) -> Iterator[Case]:
+    """Visible tokens (160), all tokens (1568: decoder and teachers)."""
+    count, dtype = clips(device), precision(device)
+    for model, heads in (("B", 12), ("L", 16)):
+        for tokens in (160, 1568):
+            qkv = leaf(count, tokens, 3, heads, 64, device=device, dtype=dtype)
+            ways: dict[str, Callable[[], Any]] = {"sdpa": partial(attention, qkv)}
+            refused = attention_backends(device, dtype)
+            for backend in BACKENDS:
+                if refused.get(backend.name) == "":
+                    ways[backend.name] = partial(backend.attend, qkv)
+            yield Case(f"{model}: B {count}, N {tokens}, H {heads}, K 64", dtype, ways, (qkv,))

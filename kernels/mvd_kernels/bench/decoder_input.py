@@ -1,0 +1,21 @@
+"""Times of `decoder_input`: decoders of ViT-B and ViT-L."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from mvd_kernels.bench.case import Case, clips, leaf, precision, split_tokens, ways
+
+
+def cases(device: torch.device) -> Iterator[Case]:
+    """160 visible and 1408 masked tokens."""
+    count, dtype = clips(device), precision(device)
+    visible, masked = split_tokens(count, device)
+    for model, width in (("B", 384), ("L", 512)):
+        embedded = leaf(count, 160, width, device=device, dtype=dtype)
+        mask_token = leaf(1, 1, width, device=device, dtype=dtype)
+        positions = torch.randn(1568, width, device=device)
+        calls = ways("decoder_input", device, embedded, mask_token, positions, visible, masked)
+        yield Case(f"{model}: B {count}, V 160, M 1408, D {width}", dtype, calls, (embedded, mask_token))

@@ -1,0 +1,98 @@
+"""Times and memory of the passes of a case."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mvd_kernels.bench.case import Case
+
+PERCENTILES = (0.2, 0.5, 0.8)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One line of the table.
+
+    Attributes:
+        milliseconds: 20th, 50th and 80th percentile.
+        peak: memory allocated on top of the inputs, bytes; None on CPUs, where torch does not count it.
+    """
+
+    way: str
+    passes: str
+    milliseconds: tuple[float, float, float]
+    peak: int | None
+
+
+def time_case(case: Case, device: torch.device) -> Iterator[Timing]:
+    """Forward pass, backward pass and both, of every way."""
+    for way, call in case.ways.items():
+        yield _timing(way, "forward", call, device)
+        if not case.inputs:
+            continue
+        results = _results(call)
+        upstream = [torch.randn_like(result) for result in results]
+        backward = partial(torch.autograd.grad, results, case.inputs, upstream, retain_graph=True)
+        yield _timing(way, "backward", backward, device)
+        del results, backward
+        yield _timing(way, "full", partial(_both, call, case.inputs, upstream), device)
+
+
+def _both(call: Callable[[], Any], inputs: tuple[Tensor, ...], upstream: list[Tensor]) -> Any:
+    return torch.autograd.grad(_results(call), inputs, upstream)
+
+
+def _results(call: Callable[[], Any]) -> list[Tensor]:
+    results = call()
+    return list(results) if isinstance(results, tuple) else [results]
+
+
+def _timing(way: str, passes: str, run: Callable[[], Any], device: torch.device) -> Timing:
+    if device.type != "cuda":
+        return Timing(way, passes, _host_times(run), None)
+    from triton.testing import do_bench
+
+    low, median, high = do_bench(run, quantiles=PERCENTILES)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return Timing(way, passes, (low, median, high), torch.cuda.max_memory_allocated() - before)
+
+
+def _host_times(run: Callable[[], Any], seconds: float = 0.5, least: int = 5) -> tuple[float, float, float]:
+    run()
+    times: list[float] = []
+    while len(times) < least or sum(times) < seconds:
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    low, median, high = torch.tensor(times).quantile(torch.tensor(PERCENTILES)).mul(1000).tolist()
+    return low, median, high
+
+
+@cache
+def machine(device: torch.device) -> dict[str, str]:
+    """Device and versions, as the table records them."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        capability = torch.backends.cpu.get_cpu_capability()
+        name = f"CPU {platform.machine()} {capability}, {torch.get_num_threads()} threads"
+    versions = {"torch": torch.__version__, "cuda": torch.version.cuda or ""}
+    for package in ("triton", "flash-attn", "flash-attn-3", "flash-attn-4"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = ""
+    return {"device": name, **versions}

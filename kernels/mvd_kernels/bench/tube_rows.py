@@ -1,0 +1,20 @@
+"""Times of `tube_rows`: visible tokens of the student, all tokens of a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from mvd_kernels.bench.case import Case, clips, precision, split_tokens, ways
+from mvd_kernels.tubes import IMAGENET_MEAN, IMAGENET_STD
+
+
+def cases(device: torch.device) -> Iterator[Case]:
+    """Clips of 16x224x224 in tubes of 2x16x16: the same for B and L."""
+    count, dtype = clips(device), precision(device)
+    pixels = torch.randint(0, 256, (count, 16, 224, 224, 3), dtype=torch.uint8, device=device)
+    visible, _ = split_tokens(count, device)
+    tube = {"tubelet": 2, "patch": 16, "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "dtype": dtype}
+    for name, tokens in (("160", visible), ("1568", None)):
+        yield Case(f"B, L: B {count}, K {name}", dtype, ways("tube_rows", device, pixels, tokens, **tube))

@@ -1,0 +1,19 @@
+"""Times of `tube_targets`: the masked tokens of a clip, by normalisation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from mvd_kernels.bench.case import Case, clips, split_tokens, ways
+
+
+def cases(device: torch.device) -> Iterator[Case]:
+    """Clips of 16x224x224 in tubes of 2x16x16: the same for B and L."""
+    count = clips(device)
+    pixels = torch.randint(0, 256, (count, 16, 224, 224, 3), dtype=torch.uint8, device=device)
+    _, masked = split_tokens(count, device)
+    for normalize in ("none", "channel", "patch"):
+        calls = ways("tube_targets", device, pixels, masked, tubelet=2, patch=16, normalize=normalize)
+        yield Case(f"B, L: B {count}, K 1408, {normalize}", torch.float32, calls)

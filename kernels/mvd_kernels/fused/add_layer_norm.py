@@ -1,0 +1,214 @@
+"""`add_layer_norm` as Triton kernels: one program a row forward, one a group of rows backward.
+
+Legend: R rows, D channels, G groups of rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mvd_kernels.fused.launch import Launch, block, warps
+
+# Rows whose gradients of weight and bias one program adds up: a part in 32 of the traffic, and an order that is the
+# same on every GPU.
+GROUP = 32
+
+
+@triton.jit
+def add_layer_norm_forward(
+    residual,  # (R, D)
+    update,  # (R, D)
+    weight,  # (D,)
+    bias,  # (D,)
+    total,  # (R, D)
+    normed,  # (R, D)
+    means,  # float32 (R,)
+    scales,  # float32 (R,), 1 / deviation
+    r_row,
+    u_row,
+    width,
+    eps,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, BLOCK)
+    inside = channel < width
+    base = tl.load(residual + row * r_row + channel, mask=inside, other=0).to(tl.float32)
+    step = tl.load(update + row * u_row + channel, mask=inside, other=0).to(tl.float32)
+    # What is normalised is the sum as it is stored, rounded.
+    rounded = (base + step).to(total.dtype.element_ty)
+    tl.store(total + row * width + channel, rounded, mask=inside)
+    value = rounded.to(tl.float32)
+    mean = tl.sum(value, 0) / width
+    centred = tl.where(inside, value - mean, 0)
+    scale = tl.rsqrt(tl.sum(centred * centred, 0) / width + eps)
+    w = tl.load(weight + channel, mask=inside, other=0).to(tl.float32)
+    b = tl.load(bias + channel, mask=inside, other=0).to(tl.float32)
+    tl.store(normed + row * width + channel, (centred * scale * w + b).to(normed.dtype.element_ty), mask=inside)
+    tl.store(means + row, mean)
+    tl.store(scales + row, scale)
+
+
+@triton.jit
+def add_layer_norm_backward(
+    total,  # (R, D)
+    weight,  # (D,)
+    means,  # float32 (R,)
+    scales,  # float32 (R,)
+    d_total,  # (R, D)
+    d_normed,  # (R, D)
+    d_input,  # (R, D), of residual and update alike
+    d_weight,  # float32 (G, D)
+    d_bias,  # float32 (G, D)
+    t_row,
+    n_row,
+    count,
+    width,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    group = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, BLOCK)
+    inside = channel < width
+    w = tl.load(weight + channel, mask=inside, other=0).to(tl.float32)
+    sum_weight = tl.zeros((BLOCK,), tl.float32)
+    sum_bias = tl.zeros((BLOCK,), tl.float32)
+    for row in range(group * GROUP, tl.minimum((group + 1) * GROUP, count)):
+        scale = tl.load(scales + row)
+        value = tl.load(total + row * width + channel, mask=inside, other=0).to(tl.float32)
+        white = tl.where(inside, (value - tl.load(means + row)) * scale, 0)
+        above = tl.load(d_normed + row * n_row + channel, mask=inside, other=0).to(tl.float32)
+        sum_weight += above * white
+        sum_bias += above
+        inner = above * w
+        slope = inner - tl.sum(inner, 0) / width - white * (tl.sum(inner * white, 0) / width)
+        through = tl.load(d_total + row * t_row + channel, mask=inside, other=0).to(tl.float32)
+        tl.store(d_input + row * width + channel, (through + slope * scale).to(d_input.dtype.element_ty), mask=inside)
+    tl.store(d_weight + group * width + channel, sum_weight, mask=inside)
+    tl.store(d_bias + group * width + channel, sum_bias, mask=inside)
+
+
+def forward_launch(
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor], total: Tensor, normed: Tensor, statistics: Tensor, eps: float
+) -> Launch:
+    """From (residual, update, weight, bias), the first two (R, D), to the results and (2, R) of mean and scale."""
+    residual, update, weight, bias = inputs
+    width = residual.shape[-1]
+    arguments = {
+        "residual": residual,
+        "update": update,
+        "weight": weight,
+        "bias": bias,
+        "total": total,
+        "normed": normed,
+        "means": statistics[0],
+        "scales": statistics[1],
+        "r_row": residual.stride(0),
+        "u_row": update.stride(0),
+        "width": width,
+        "eps": eps,
+    }
+    return Launch(add_layer_norm_forward, residual.shape[0], arguments, {"BLOCK": block(width)}, warps(width))
+
+
+def backward_launch(
+    saved: tuple[Tensor, Tensor, Tensor],
+    d_total: Tensor,
+    d_normed: Tensor,
+    d_input: Tensor,
+    d_affine: tuple[Tensor, Tensor],
+) -> Launch:
+    """From what the forward pass saved (sum, weight, statistics) and the gradients above, to those below."""
+    total, weight, statistics = saved
+    count, width = d_input.shape
+    arguments = {
+        "total": total,
+        "weight": weight,
+        "means": statistics[0],
+        "scales": statistics[1],
+        "d_total": d_total,
+        "d_normed": d_normed,
+        "d_input": d_input,
+        "d_weight": d_affine[0],
+        "d_bias": d_affine[1],
+        "t_row": d_total.stride(0),
+        "n_row": d_normed.stride(0),
+        "count": count,
+        "width": width,
+    }
+    constants = {"GROUP": GROUP, "BLOCK": block(width)}
+    return Launch(add_layer_norm_backward, triton.cdiv(count, GROUP), arguments, constants, warps(width))
+
+
+def _as_rows(tensor: Tensor) -> Tensor:
+    """(..., D) as (R, D) with the values of a row side by side, without a copy where there is a way."""
+    flat = tensor.reshape(-1, tensor.shape[-1])
+    return flat if flat.stride(-1) == 1 else flat.contiguous()
+
+
+@torch.library.custom_op("mvd_kernels::add_layer_norm", mutates_args=())
+def _forward(
+    residual: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = (_as_rows(residual), _as_rows(update), weight.contiguous(), bias.contiguous())
+    total, normed, statistics = _allocate(residual, update, weight, bias, eps)
+    forward_launch(inputs, total, normed, statistics, eps).run()
+    return total, normed, statistics
+
+
+@_forward.register_fake
+def _allocate(
+    residual: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum, its norm, and mean and scale of every row."""
+    count = residual.numel() // residual.shape[-1]
+    statistics = residual.new_empty(2, count, dtype=torch.float32)
+    return residual.new_empty(residual.shape), residual.new_empty(residual.shape), statistics
+
+
+@torch.library.custom_op("mvd_kernels::add_layer_norm_backward", mutates_args=())
+def _backward(
+    d_total: Tensor, d_normed: Tensor, total: Tensor, weight: Tensor, statistics: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_input = total.new_empty(total.shape)
+    flat = d_input.view(-1, total.shape[-1])
+    groups = triton.cdiv(flat.shape[0], GROUP)
+    d_affine = total.new_empty(2, groups, flat.shape[1], dtype=torch.float32)
+    saved = (total, weight.contiguous(), statistics)
+    backward_launch(saved, _as_rows(d_total), _as_rows(d_normed), flat, (d_affine[0], d_affine[1])).run()
+    return d_input, d_affine[0].sum(0).to(weight.dtype), d_affine[1].sum(0).to(weight.dtype)
+
+
+@_backward.register_fake
+def _(
+    d_total: Tensor, d_normed: Tensor, total: Tensor, weight: Tensor, statistics: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return total.new_empty(total.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    total, _, statistics = output
+    ctx.save_for_backward(total, inputs[2], statistics)
+
+
+def _differentiate(
+    ctx: Any, d_total: Tensor, d_normed: Tensor, d_statistics: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+    d_input, d_weight, d_bias = _backward(d_total, d_normed, *ctx.saved_tensors)
+    return d_input, d_input, d_weight, d_bias, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def add_layer_norm(
+    residual: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """See `mvd_kernels.add_layer_norm`."""
+    total, normed, _ = _forward(residual, update, weight, bias, eps)
+    return total, normed

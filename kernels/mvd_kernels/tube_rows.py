@@ -1,0 +1,51 @@
+"""From decoded frames to the rows of the patch embedding, for chosen tokens only.
+
+Legend: B clips, T frames, H W pixels, K chosen tokens, t frames of a tubelet, p side of a patch.
+Tokens are numbered time-major: (t, h, w).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mvd_kernels.dispatch import takes_kernel
+from mvd_kernels.tubes import token_grid
+from mvd_kernels.twins.tube_rows import tube_rows as twin
+
+
+def tube_rows(
+    pixels: Tensor,
+    tokens: Tensor | None,
+    *,
+    tubelet: int,
+    patch: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Normalised tubes as rows of the patch embedding; pixels of other tubes are not touched.
+
+    Args:
+        pixels: (B, T, H, W, 3), uint8 in 0..255 or floating in 0..1. No gradient flows here.
+        tokens: int64 (B, K), or None for all tokens in order.
+        tubelet: t.
+        patch: p.
+        mean: of each colour channel, on the 0..1 scale.
+        std: likewise.
+        dtype: floating dtype of the result.
+
+    Returns:
+        (B, K, 3 * t * p * p), flattened as (channel, frame, row, column): the order of a 3-D convolution's weight.
+
+    Raises:
+        ValueError: tubes of this size do not fill the clips.
+    """
+    token_grid(pixels, tubelet, patch)
+    if takes_kernel(pixels):
+        from mvd_kernels.fused.tube_rows import tube_rows as fused
+
+        return fused(pixels, tokens, tubelet=tubelet, patch=patch, mean=mean, std=std, dtype=dtype)
+    return twin(pixels, tokens, tubelet=tubelet, patch=patch, mean=mean, std=std, dtype=dtype)

@@ -1,0 +1,56 @@
+"""From decoded frames to what pixel decoders predict, for chosen tokens only.
+
+Legend: B clips, T frames, H W pixels, K chosen tokens, t frames of a tubelet, p side of a patch.
+Tokens are numbered time-major: (t, h, w).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from mvd_kernels.dispatch import takes_kernel
+from mvd_kernels.tubes import token_grid
+from mvd_kernels.twins.tube_targets import tube_targets as twin
+
+Normalize = Literal["none", "channel", "patch"]
+
+
+def tube_targets(
+    pixels: Tensor, tokens: Tensor | None, *, tubelet: int, patch: int, normalize: Normalize = "none"
+) -> Tensor:
+    """The pixels of chosen tubes, normalised within each tube by statistics that are taken in the same pass.
+
+    `channel` is VideoMAE's: every colour of a tube by its own mean and unbiased deviation (plus 1e-6). `patch` is
+    MAE's: all values of a tube together by mean and unbiased variance (plus 1e-6), after ImageNet's statistics have
+    whitened the colours. `none` leaves pixels on the 0..1 scale.
+
+    Args:
+        pixels: (B, T, H, W, 3), uint8 in 0..255 or floating in 0..1. No gradient flows here.
+        tokens: int64 (B, K), or None for all tokens in order.
+        tubelet: t.
+        patch: p.
+        normalize: `none`, `channel` or `patch`.
+
+    Returns:
+        float32 (B, K, t * p * p * 3), flattened as (frame, row, column, channel).
+
+    Raises:
+        ValueError: tubes of this size do not fill the clips.
+    """
+    token_grid(pixels, tubelet, patch)
+    if takes_kernel(pixels):
+        from mvd_kernels.fused.tube_targets import tube_targets as fused
+
+        return fused(pixels, tokens, tubelet=tubelet, patch=patch, normalize=normalize)
+    return twin(pixels, tokens, tubelet=tubelet, patch=patch, normalize=normalize)
+
+
+def tube_pixels(pixels: Tensor, tokens: Tensor | None, *, tubelet: int, patch: int) -> Tensor:
+    """Raw tubes on the 0..1 scale: `tube_targets` without normalisation, the colours on an axis of their own.
+
+    Returns:
+        float32 (B, K, t * p * p, 3), flattened as (frame, row, column).
+    """
+    return tube_targets(pixels, tokens, tubelet=tubelet, patch=patch).unflatten(-1, (-1, 3))

@@ -1,0 +1,1 @@
+"""The operators in plain torch: what CPUs run, and what the kernels of `mvd_kernels.fused` are judged by."""

@@ -1,0 +1,73 @@
+"""Frozen transformers in 8 bits: the linear layers of their blocks, which take most of the arithmetic."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from timm.layers import Mlp
+from torch import nn
+
+from mvd_kernels import Int8Linear, bf16_instructions
+from mvd_scale.errors import UserError
+from mvd_scale.models.blocks import QKV, Block
+
+EightBit = Literal["int8", "fp8"]
+
+
+def to_eight_bits(model: nn.Module, kind: EightBit, device: torch.device) -> nn.Module:
+    """Replace the linear layers of a frozen model's blocks; what remains is in 16 bits where the device computes them.
+
+    Args:
+        model: an encoder, or one of timm, on the CPU.
+        kind: `int8` for CPUs, by oneDNN; `fp8` for GPUs from Ada and Hopper on, by torchao.
+        device: where it will run.
+
+    Raises:
+        UserError: the device does not compute this kind, or torchao is missing.
+    """
+    if kind == "int8":
+        if device.type != "cpu":
+            raise UserError("teachers.precision int8 is for CPUs; on GPUs use fp8 (Ada, Hopper or newer) or fp16")
+        _to_int8(model)
+        return model.to(torch.bfloat16 if bf16_instructions() else torch.float32)
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        raise UserError("teachers.precision fp8 needs a GPU of the kind Ada, Hopper or newer; use fp16 (CPUs: int8)")
+    try:
+        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+    except ImportError as error:
+        raise UserError("teachers.precision fp8 needs torchao: pip install torchao") from error
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.attn.qkv = _as_linear(block.attn.qkv)
+    model = model.to(device, torch.bfloat16)
+    quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), filter_fn=_in_block)
+    return model
+
+
+def _to_int8(model: nn.Module) -> None:
+    for block in model.modules():
+        if isinstance(block, Block):
+            qkv = _as_linear(block.attn.qkv)
+            block.attn.qkv = Int8Linear(qkv.weight, qkv.bias)
+            assert isinstance(block.mlp, Mlp)
+            first, second = block.mlp.fc1, block.mlp.fc2
+            block.mlp = nn.Sequential(
+                Int8Linear(first.weight, first.bias, gelu=True), Int8Linear(second.weight, second.bias)
+            )
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and _in_block(module, name):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, Int8Linear(module.weight, module.bias))
+
+
+def _as_linear(qkv: nn.Module) -> nn.Linear:
+    assert isinstance(qkv, QKV)
+    linear = nn.Linear(qkv.weight.shape[1], qkv.weight.shape[0], device="meta")
+    linear.weight = nn.Parameter(qkv.weight.detach(), requires_grad=False)
+    linear.bias = nn.Parameter(qkv.bias().detach(), requires_grad=False)
+    return linear
+
+
+def _in_block(module: nn.Module, name: str) -> bool:
+    return isinstance(module, nn.Linear) and "blocks." in name

@@ -1,0 +1,87 @@
+"""What ranks send each other in a step, by collective, and how long it takes on NVLink and the network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mvd_scale.performance.hardware import LINK_SHARE, Gpu
+from mvd_scale.performance.parts import Workload
+from mvd_scale.performance.setting import SIZES, Setting
+
+Phase = Literal["teachers", "forward", "backward", "optimizer"]
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One kind of message of a step; it can run beside the arithmetic of its phase."""
+
+    name: str
+    phase: Phase
+    kind: Literal["all-gather", "reduce-scatter", "all-reduce"]
+
+    payload: int
+    """Bytes of the whole tensors."""
+
+    times: int
+    """Per optimizer step."""
+
+    sent: int
+    """Bytes that a rank sends in a step."""
+
+    seconds: float
+    """Of a step."""
+
+
+def collectives(work: Workload, setting: Setting, gpu: Gpu, per_node: int) -> list[Collective]:
+    """The collectives of an optimizer step; none on a single rank.
+
+    Args:
+        work: the parts of the step.
+        setting: ranks, accumulation and ZeRO.
+        gpu: gives the links.
+        per_node: GPUs of a machine.
+    """
+    if setting.world == 1:
+        return []
+    size, often = SIZES[setting.precision], setting.accumulation
+    student = work.parameters * size
+    found = []
+
+    def add(
+        name: str,
+        phase: Phase,
+        kind: Literal["all-gather", "reduce-scatter", "all-reduce"],
+        payload: int,
+        times: int,
+        ranks: int = setting.world,
+    ) -> None:
+        sent = payload * (2 if kind == "all-reduce" else 1) * (ranks - 1) // ranks
+        seconds = times * seconds_of(kind, payload, ranks, min(per_node, ranks), gpu)
+        found.append(Collective(name, phase, kind, payload, times, sent * times, seconds))
+
+    for part, sharded in zip(work.teachers, setting.sharded, strict=True):
+        if sharded:
+            payload = (part.parameters - part.vectors) * SIZES[setting.teacher_precision]
+            add(f"{part.name}'s weights", "teachers", "all-gather", payload, often, setting.teacher_shards)
+    if setting.stage == 3:
+        weights = (work.parameters - work.vectors) * size
+        add("weights, forward", "forward", "all-gather", weights, often)
+        # What does not stay from the forward pass is fetched again.
+        again = max(weights - size * setting.zero["stage3_max_live_parameters"], 0)
+        if again:
+            add("weights, backward", "backward", "all-gather", again, often)
+        add("gradients", "backward", "reduce-scatter", student, often)
+    else:
+        # DeepSpeed reduces a bucket that concerns several ranks by one all-reduce; stage 1 only before the step.
+        add("gradients", "backward", "all-reduce", student, 1 if setting.stage == 1 else often)
+        add("updated weights", "optimizer", "all-gather", student, 1)
+    return found
+
+
+def seconds_of(kind: str, payload: int, world: int, per_node: int, gpu: Gpu) -> float:
+    """Time of a large collective by rings: NVLink inside of a machine, all network cards together between machines."""
+    nodes = world // per_node
+    inside = payload * (world - 1) / world / gpu.nvlink if per_node > 1 else 0.0
+    between = payload * (nodes - 1) / nodes / (per_node * gpu.network)
+    return (2 if kind == "all-reduce" else 1) * max(inside, between) / LINK_SHARE

@@ -1,0 +1,54 @@
+"""FLOPs of a clip by part, equal to what `torch.utils.flop_counter` counts on the modules themselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mvd_scale.performance.layers import Backward, Block, Linear
+from mvd_scale.performance.parts import Part, Workload
+
+
+@dataclass(frozen=True)
+class PartFlops:
+    """FLOPs of one clip."""
+
+    part: str
+    width: int
+    forward: int
+    backward: int
+
+    recomputed: int
+    """What gradient checkpointing adds to the backward pass."""
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.forward + self.backward + self.recomputed
+
+
+def part_flops(workload: Workload, *, checkpointing: bool, attention: Backward = "fused") -> list[PartFlops]:
+    """FLOPs of one clip by part: patch embedding, encoder, each decoder or head, each teacher.
+
+    Args:
+        workload: what is computed.
+        checkpointing: whether blocks are computed again in the backward pass.
+        attention: whether attention's backward pass computes the scores again, as its kernels do.
+    """
+    embedding, *rest = _with_embedding_apart(workload.trained)
+    return [_trained(part, checkpointing, attention) for part in (embedding, *rest)] + [
+        PartFlops(part.name, part.width, part.forward, 0, 0) for part in workload.teachers
+    ]
+
+
+def _with_embedding_apart(trained: tuple[Part, ...]) -> list[Part]:
+    encoder, *heads = trained
+    first, *blocks = encoder.layers
+    assert isinstance(first, Linear)
+    embedding = Part("patch embedding", encoder.width, (first,))
+    return [embedding, Part(encoder.name, encoder.width, tuple(blocks)), *heads]
+
+
+def _trained(part: Part, checkpointing: bool, attention: Backward) -> PartFlops:
+    backward = sum(layer.backward(attention) for layer in part.layers)
+    recomputed = sum(layer.recomputed for layer in part.layers if isinstance(layer, Block)) if checkpointing else 0
+    return PartFlops(part.name, part.width, part.forward, backward, recomputed)

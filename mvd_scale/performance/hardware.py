@@ -1,0 +1,185 @@
+"""What a GPU can do at most, as its maker says, and what share of it transformers reach.
+
+All figures are per GPU of the SXM form and for dense arithmetic (no structured sparsity). None was measured here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mvd_scale.config.training import Precision
+from mvd_scale.errors import UserError
+
+AttentionKernel = Literal["flash-attn", "sdpa"]
+
+TERA, GIGA, GIB = 1e12, 1e9, 2**30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One type of GPU, and the network of the usual machine of eight."""
+
+    name: str
+
+    memory: float
+    """Bytes that a program sees."""
+
+    peak: dict[Precision, float]
+    """FLOP/s by precision; fp32 without TF32, as torch computes it by default."""
+
+    bandwidth: float
+    """Bytes/s of the memory."""
+
+    nvlink: float
+    """Bytes/s that one GPU sends to the others of its machine."""
+
+    network: float
+    """Bytes/s that one GPU sends to other machines: their network cards shared by eight."""
+
+    decoders: int
+    """NVDEC engines."""
+
+    decoded: float
+    """Frames/s of H.264 at 1920x1080, all engines together."""
+
+    efficiency: dict[AttentionKernel, float]
+    """Share of `peak` that wide transformers (D of 1280) reach in half precision: an assumption."""
+
+    source: str
+    """Where the figures are from."""
+
+
+GPUS: dict[str, Gpu] = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu(
+            name="V100",
+            memory=31.7 * GIB,
+            peak={"fp32": 15.7 * TERA, "fp16": 125 * TERA},
+            bandwidth=900 * GIGA,
+            nvlink=150 * GIGA,
+            network=6.25 * GIGA,
+            decoders=1,
+            decoded=16 * 30,
+            efficiency={"sdpa": 0.35},
+            source="V100 SXM2 32 GB data sheet; DGX-1: four cards of 100 Gbit/s; decoding: A100 architecture paper",
+        ),
+        Gpu(
+            name="A100",
+            memory=79.3 * GIB,
+            peak={"fp32": 19.5 * TERA, "bf16": 312 * TERA, "fp16": 312 * TERA},
+            bandwidth=2039 * GIGA,
+            nvlink=300 * GIGA,
+            network=25 * GIGA,
+            decoders=5,
+            decoded=75 * 30,
+            efficiency={"flash-attn": 0.50, "sdpa": 0.47},
+            source="A100 SXM4 80 GB data sheet; DGX A100: eight cards of 200 Gbit/s; decoding: A100 architecture paper",
+        ),
+        Gpu(
+            name="H100",
+            memory=79.1 * GIB,
+            peak={"fp32": 67 * TERA, "bf16": 989 * TERA, "fp16": 989 * TERA},
+            bandwidth=3350 * GIGA,
+            nvlink=450 * GIGA,
+            network=50 * GIGA,
+            decoders=7,
+            decoded=170 * 30,
+            efficiency={"flash-attn": 0.42, "sdpa": 0.38},
+            source="H100 SXM5 80 GB data sheet; DGX H100: eight cards of 400 Gbit/s; decoding: H100 architecture paper",
+        ),
+        Gpu(
+            name="H200",
+            memory=139.8 * GIB,
+            peak={"fp32": 67 * TERA, "bf16": 989 * TERA, "fp16": 989 * TERA},
+            bandwidth=4800 * GIGA,
+            nvlink=450 * GIGA,
+            network=50 * GIGA,
+            decoders=7,
+            decoded=170 * 30,
+            efficiency={"flash-attn": 0.43, "sdpa": 0.39},
+            source="H200 SXM data sheet; DGX H200: eight cards of 400 Gbit/s; decoding: engines of the H100",
+        ),
+        Gpu(
+            name="B200",
+            memory=178 * GIB,
+            peak={"fp32": 75 * TERA, "bf16": 2250 * TERA, "fp16": 2250 * TERA},
+            bandwidth=7700 * GIGA,
+            nvlink=900 * GIGA,
+            network=50 * GIGA,
+            decoders=7,
+            decoded=170 * 30,
+            efficiency={"flash-attn": 0.35, "sdpa": 0.32},
+            source="HGX B200 data sheet; DGX B200: eight cards of 400 Gbit/s; decoding: taken to be the H100's",
+        ),
+    )
+}
+"""By name."""
+
+RESERVED = 1.5 * GIB
+"""Memory that CUDA's context, NCCL's buffers and cuBLAS's workspaces take: an assumption."""
+
+FRAGMENTED = 0.05
+"""Share of the rest that the caching allocator cannot hand out: an assumption."""
+
+LINK_SHARE = 0.8
+"""Share of a link's bandwidth that large collectives reach: an assumption."""
+
+
+def find_gpu(name: str) -> Gpu:
+    """A type of GPU by its name, in any case.
+
+    Raises:
+        UserError: it is not in the table.
+    """
+    if name.upper() not in GPUS:
+        raise UserError(f"--gpu {name}: unknown GPU; expected one of {', '.join(GPUS)}")
+    return GPUS[name.upper()]
+
+
+def find_kernel(gpu: Gpu, name: str | None) -> AttentionKernel:
+    """Attention by its name; without one the fastest that a GPU has, flash-attn from Ampere on.
+
+    Raises:
+        UserError: the GPU lacks it.
+    """
+    for kernel in gpu.efficiency:
+        if name in (None, kernel):
+            return kernel
+    raise UserError(f"--attention {name}: {gpu.name} has {' and '.join(gpu.efficiency)} only")
+
+
+def usable_memory(gpu: Gpu) -> float:
+    """Bytes that tensors may fill."""
+    return (gpu.memory - RESERVED) * (1 - FRAGMENTED)
+
+
+def width_factor(width: int) -> float:
+    """Share of `Gpu.efficiency` that a narrower transformer keeps: an assumption.
+
+    Matrix products of few columns, and norms and activations per FLOP that grow as 1 / width.
+    """
+    return min(1.0, 2 * width / (width + 1280))
+
+
+def sustained(gpu: Gpu, precision: Precision, kernel: AttentionKernel, width: int, efficiency: float | None) -> float:
+    """FLOP/s that a transformer of some width is taken to reach.
+
+    Args:
+        gpu: the type.
+        precision: of weights and arithmetic.
+        kernel: of attention.
+        width: channels of a token.
+        efficiency: share of the peak, in place of the table's.
+
+    Raises:
+        UserError: the GPU lacks the precision.
+    """
+    if precision not in gpu.peak:
+        raise UserError(f"{gpu.name} has no {precision}: set training.precision or teachers.precision to fp16")
+    if efficiency is not None:
+        return gpu.peak[precision] * efficiency
+    # Without tensor cores arithmetic is so slow that memory and launches hardly count.
+    share = 0.75 if precision == "fp32" else gpu.efficiency[kernel] * width_factor(width)
+    return gpu.peak[precision] * share

@@ -1,0 +1,172 @@
+"""Memory of a rank by part, at each phase of a step: what the program and DeepSpeed hold, in bytes.
+
+The rules are those of the code as it runs, found by tracing every allocation; `tests/unit/performance/test_memory.py`
+holds them to within 10 % of a traced run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mvd_scale.performance.layers import Linear
+from mvd_scale.performance.parts import Part, Workload
+from mvd_scale.performance.setting import SIZES, Setting
+
+Bytes = dict[str, int]
+"""By part."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank by phase of the step and part; a phase is told at its peak."""
+
+    phases: dict[str, Bytes]
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+
+    @property
+    def parts(self) -> Bytes:
+        """By part, at the peak."""
+        return self.phases[self.peak_phase]
+
+    @property
+    def peak(self) -> int:
+        """The most that a rank holds at once."""
+        return sum(self.parts.values())
+
+
+def predict_memory(work: Workload, setting: Setting) -> Memory:
+    """Memory of one rank.
+
+    Args:
+        work: the parts of the step.
+        setting: ranks, micro batch, ZeRO and precision.
+    """
+    size, clips = SIZES[setting.precision], setting.micro
+    rest = _at_rest(work, setting)
+    kept = clips * sum(activations(part, size, checkpointing=setting.checkpointing) for part in work.trained)
+    # Predictions and true features in float32, until the loss has been differentiated.
+    compared = clips * 8 * sum(part.predicted for part in work.trained)
+    live = _gathered(work.parameters, setting.zero, size) if setting.stage == 3 and setting.world > 1 else 0
+    student = {"activations": kept, "predictions and targets": compared, "gathered weights": live}
+
+    phases = {}
+    for part, sharded in zip(work.teachers, setting.sharded, strict=True):
+        teacher_size = SIZES[setting.teacher_precision]
+        gathered = _teacher_gathered(part, setting.teacher_zero, teacher_size) if sharded and setting.world > 1 else 0
+        phases[part.name] = student | {
+            "gathered weights": live + gathered,
+            "workspace": clips * inference(part, teacher_size),
+        }
+    gradients = work.parameters * size
+    buckets = _buckets(setting, size)
+    # Backwards: the last blocks come first, when everything is still kept; gradients are there at the end.
+    last = next(part for part in reversed(work.trained) if part.blocks)
+    phases["start of the backward pass"] = student | {
+        "gradients": buckets,
+        "workspace": clips * differentiation(last, size, checkpointing=setting.checkpointing),
+    }
+    phases["end of the backward pass"] = {
+        "gathered weights": live,
+        "gradients": buckets + _at_the_end(gradients, setting, size),
+        "workspace": clips * differentiation(work.trained[0], size, checkpointing=setting.checkpointing),
+    }
+    phases["optimizer step"] = {"gradients": _at_the_step(gradients, setting, size)}
+    return Memory({name: _sum(rest, phase) for name, phase in phases.items()})
+
+
+def activations(part: Part, size: int, *, checkpointing: bool) -> int:
+    """Bytes that a trained part keeps of a clip for its backward pass."""
+    blocks = part.blocks
+    others = sum(layer.saved(size) for layer in part.layers if layer not in blocks)
+    return others + sum(block.entry(size) if checkpointing else block.saved(size) for block in blocks)
+
+
+def inference(part: Part, size: int) -> int:
+    """Bytes that a teacher's forward pass needs of a clip: the rows of its embedding, its input, its widest block."""
+    rows = [layer.rows * layer.inputs * size for layer in part.layers if isinstance(layer, Linear)]
+    blocks = part.blocks
+    if not blocks:
+        return part.opaque * size
+    return sum(rows) + max(block.entry(size) + block.inference(size) for block in blocks)
+
+
+def differentiation(part: Part, size: int, *, checkpointing: bool) -> int:
+    """Bytes that the backward pass of a part needs of a clip above what is kept; a block is computed again first."""
+    block = part.blocks[-1]
+    return block.gradients(size) + (block.saved(size) if checkpointing else 0)
+
+
+def _at_rest(work: Workload, setting: Setting) -> Bytes:
+    """What a rank holds all the time."""
+    size, share = SIZES[setting.precision], -(-work.parameters // setting.world)
+    offloaded = setting.zero.get("offload_optimizer", {}).get("device") in ("cpu", "nvme")
+    weights_offloaded = setting.zero.get("offload_param", {}).get("device") in ("cpu", "nvme")
+    weights = work.parameters * size
+    gradients = 0
+    if setting.stage == 3:
+        weights = 0 if weights_offloaded else share * size
+        weights += work.vectors * size
+        gradients = size * setting.zero["reduce_bucket_size"] + (0 if offloaded else share * size)
+    elif setting.accumulation > 1:
+        # Stage 1 reduces after the last micro batch only, stage 2 after each.
+        gradients = size * (work.parameters if setting.stage == 1 else share)
+    teacher_size = SIZES[setting.teacher_precision]
+    teachers = sum(
+        teacher_size * (-(-part.parameters // setting.teacher_shards) + part.vectors if sharded else part.parameters)
+        for part, sharded in zip(work.teachers, setting.sharded, strict=True)
+    )
+    return {
+        "weights": weights,
+        # A float32 copy and AdamW's two moments.
+        "optimizer": 0 if offloaded else 12 * share,
+        "gradients": gradients,
+        "teachers": teachers,
+        "batches": (1 + setting.prefetch) * setting.micro * work.pixels,
+    }
+
+
+def _gathered(parameters: int, zero: dict[str, Any], size: int) -> int:
+    """Whole weights at stage 3: those that stay from the forward to the backward pass, and a bucket that arrives."""
+    return size * (
+        min(parameters, zero["stage3_max_live_parameters"]) + min(parameters, zero["stage3_prefetch_bucket_size"])
+    )
+
+
+def _teacher_gathered(part: Part, zero: dict[str, Any], size: int) -> int:
+    """Whole weights of a teacher: its largest block and those fetched ahead, and the bucket in which they arrive."""
+    ahead = min(part.parameters, zero["stage3_prefetch_bucket_size"])
+    return size * (min(part.parameters, part.largest + ahead) + ahead)
+
+
+def _buckets(setting: Setting, size: int) -> int:
+    """Buffers in which gradients of stages 1 and 2 are put together: two of them where they overlap."""
+    if setting.stage == 3 or not setting.zero["contiguous_gradients"]:
+        return 0
+    return size * setting.zero["reduce_bucket_size"] * (2 if setting.zero["overlap_comm"] else 1)
+
+
+def _at_the_end(gradients: int, setting: Setting, size: int) -> int:
+    """Gradients when all are computed: a share of them, or at stage 3 a bucket on its way, twice."""
+    if setting.stage == 3:
+        return 2 * min(gradients, size * setting.zero["reduce_bucket_size"])
+    # With accumulation they are there at rest.
+    return 0 if setting.accumulation > 1 else -(-gradients // setting.world)
+
+
+def _at_the_step(gradients: int, setting: Setting, size: int) -> int:
+    """Gradients while weights are updated: the share, flattened at stages 1 and 2, and in float32."""
+    share = -(-gradients // setting.world)
+    single = share if size == 4 else share // size * 4
+    if setting.stage == 3:
+        return single
+    parts = 0 if setting.accumulation > 1 and setting.stage == 2 else share
+    return parts + (share if size == 4 else share + single)
+
+
+def _sum(rest: Bytes, phase: Bytes) -> Bytes:
+    return {part: rest.get(part, 0) + phase.get(part, 0) for part in {**rest, **phase}}

@@ -1,0 +1,304 @@
+"""`mvd-scale plan`: arithmetic, memory, communication, decoding and time of a recipe on GPUs that are not at hand."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, replace
+
+from mvd_scale.config import FinetuneRecipe, Recipe, load_any, load_finetuning, load_recipe
+from mvd_scale.errors import UserError
+from mvd_scale.performance.communication import Collective, collectives
+from mvd_scale.performance.decoding import Video, decoded_clips, decoded_frames
+from mvd_scale.performance.flops import PartFlops, part_flops
+from mvd_scale.performance.hardware import (
+    GIB,
+    GPUS,
+    AttentionKernel,
+    Gpu,
+    find_gpu,
+    find_kernel,
+    sustained,
+    usable_memory,
+)
+from mvd_scale.performance.memory import Memory, predict_memory
+from mvd_scale.performance.parts import Workload, describe
+from mvd_scale.performance.published import Comparison, compare
+from mvd_scale.performance.setting import Setting, setting_of
+from mvd_scale.performance.timeline import PhaseTime, phase_times
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a plan is made for."""
+
+    gpu: Gpu
+    gpus: int
+    per_node: int
+    kernel: AttentionKernel
+
+    efficiency: float | None
+    """Share of the peak in place of the table's."""
+
+    video: Video
+
+    videos: int
+    """Of an epoch."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One micro batch."""
+
+    micro: int
+    accumulation: int
+    memory: int
+    fits: bool
+    clips_per_second: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The prediction. Bytes are of one rank, seconds of one optimizer step."""
+
+    recipe: str
+    cluster: Cluster
+    setting: Setting
+    recipe_micro: int
+    parameters: int
+    flops: list[PartFlops]
+    memory: Memory
+    memory_usable: float
+    messages: list[Collective]
+    phases: list[PhaseTime]
+
+    decoded_frames: float
+    """For one clip."""
+
+    decode_capacity: float | None
+    """Clips/s of all NVDECs together; None for image models, which decode no video."""
+
+    arithmetic_share: float
+    """FLOP/s of the step over the peak of all GPUs."""
+
+    step_seconds: float
+    clips_per_second: float
+    decode_needed: float
+    epoch_seconds: float
+    run_hours: float
+    limit: str
+    candidates: list[Candidate]
+    comparison: Comparison | None
+
+    @property
+    def best(self) -> Candidate:
+        """The fastest micro batch of those that fit; of equally fast ones the largest."""
+        return max((c for c in self.candidates if c.fits), key=lambda c: (c.clips_per_second, c.micro))
+
+
+def make_plan(name: str, overrides: list[str], cluster: Cluster) -> Plan:
+    """Predict a run.
+
+    Args:
+        name: a recipe of pre-training or fine-tuning.
+        overrides: dotted overrides.
+        cluster: the GPUs.
+
+    Raises:
+        UserError: the recipe cannot be read, its global batch does not divide over the GPUs, or it fits into their
+            memory with no micro batch; the message says what would.
+    """
+    recipe = load(name, overrides)
+    work = describe(recipe)
+    usual = setting_of(recipe, work, cluster.gpus, per_node=cluster.per_node)
+    for precision in {usual.precision, *([usual.teacher_precision] if work.teachers else [])}:
+        sustained(cluster.gpu, precision, cluster.kernel, 1, cluster.efficiency)
+    settings = [
+        setting_of(recipe, work, cluster.gpus, per_node=cluster.per_node, micro=micro)
+        for micro in micro_batches(recipe, cluster.gpus)
+    ]
+    candidates = [_candidate(recipe, work, setting, cluster) for setting in settings]
+    if not candidates[0].fits:
+        raise UserError(_what_fits(recipe, work, settings[0], cluster))
+    fitting = [setting for setting, candidate in zip(settings, candidates, strict=True) if candidate.fits]
+    # As the run would do; where that does not fit, the largest that does.
+    setting = max((s for s in fitting if s.micro <= usual.micro), key=lambda s: s.micro)
+    return _plan(name, recipe, work, setting, cluster, candidates, usual.micro)
+
+
+def make_cluster(
+    gpu: str,
+    gpus: int,
+    per_node: int,
+    *,
+    attention: str | None,
+    efficiency: float | None,
+    video: Video,
+    videos: int,
+) -> Cluster:
+    """GPUs by their name.
+
+    Raises:
+        UserError: an unknown GPU, or a number that does not fill machines.
+    """
+    found = find_gpu(gpu)
+    per_node = min(per_node, gpus)
+    if gpus % per_node:
+        below = gpus // per_node * per_node
+        raise UserError(
+            f"--gpus {gpus} does not fill machines of --per-node {per_node}: take {below} or {below + per_node} GPUs"
+        )
+    return Cluster(found, gpus, per_node, find_kernel(found, attention), efficiency, video, videos)
+
+
+def with_stage(overrides: list[str], stage: int | None) -> list[str]:
+    """Overrides that also set the ZeRO stage, by the DeepSpeed file of that stage.
+
+    Raises:
+        UserError: the stage is given twice.
+    """
+    if stage is None:
+        return overrides
+    if any(word.partition("=")[0] == "--training.deepspeed" for word in overrides):
+        raise UserError("--stage does not go with --training.deepspeed, which names the stage itself: give one of them")
+    return [*overrides, "--training.deepspeed", f"zero{stage}"]
+
+
+def load(name: str, overrides: list[str]) -> Recipe | FinetuneRecipe:
+    """A recipe of pre-training or fine-tuning.
+
+    Raises:
+        UserError: as `load_recipe`; or a recipe of another kind.
+    """
+    kind = load_any(name)
+    if isinstance(kind, FinetuneRecipe):
+        return load_finetuning(name, overrides)
+    if isinstance(kind, Recipe):
+        return load_recipe(name, overrides)
+    raise UserError(f"{name} detects actions: plans are for recipes of pre-training and fine-tuning")
+
+
+def micro_batches(recipe: Recipe | FinetuneRecipe, world: int) -> list[int]:
+    """Every micro batch that a rank's share of the global batch divides into, ascending."""
+    micro, accumulation = recipe.batch_split(world)
+    share, copies = micro * accumulation, recipe.data.copies
+    return [count for count in range(copies, share + 1, copies) if share % count == 0]
+
+
+def _candidate(recipe: Recipe | FinetuneRecipe, work: Workload, setting: Setting, cluster: Cluster) -> Candidate:
+    memory = predict_memory(work, setting).peak
+    seconds = _step_seconds(recipe, _phases(work, setting, cluster), cluster)
+    return Candidate(
+        setting.micro,
+        setting.accumulation,
+        memory,
+        memory <= usable_memory(cluster.gpu),
+        recipe.training.global_batch / seconds,
+    )
+
+
+def _messages(work: Workload, setting: Setting, cluster: Cluster) -> list[Collective]:
+    return collectives(work, setting, cluster.gpu, cluster.per_node)
+
+
+def _phases(work: Workload, setting: Setting, cluster: Cluster) -> list[PhaseTime]:
+    flops = part_flops(work, checkpointing=setting.checkpointing)
+    messages = _messages(work, setting, cluster)
+    return phase_times(work, flops, messages, setting, cluster.gpu, cluster.kernel, cluster.efficiency)
+
+
+def _decode_capacity(recipe: Recipe | FinetuneRecipe, cluster: Cluster) -> float | None:
+    if recipe.model.frames == 1:
+        return None
+    return cluster.gpus * decoded_clips(cluster.gpu, recipe.data, recipe.model, cluster.video)
+
+
+def _step_seconds(recipe: Recipe | FinetuneRecipe, phases: list[PhaseTime], cluster: Cluster) -> float:
+    """The longer of computing and decoding, which overlap."""
+    capacity = _decode_capacity(recipe, cluster)
+    decoding = recipe.training.global_batch / capacity if capacity is not None else 0.0
+    return max(sum(phase.seconds for phase in phases), decoding)
+
+
+def _limit(phases: list[PhaseTime], step_seconds: float) -> str:
+    """The resource that bounds most of the step's time."""
+    if step_seconds > sum(phase.seconds for phase in phases):
+        return "decoding"
+    bounded: dict[str, float] = defaultdict(float)
+    for phase in phases:
+        for resource, seconds in phase.bounds.items():
+            bounded[resource] += seconds
+    return max(bounded, key=lambda resource: bounded[resource])
+
+
+def _plan(
+    name: str,
+    recipe: Recipe | FinetuneRecipe,
+    work: Workload,
+    setting: Setting,
+    cluster: Cluster,
+    candidates: list[Candidate],
+    recipe_micro: int,
+) -> Plan:
+    batch, phases = recipe.training.global_batch, _phases(work, setting, cluster)
+    flops = part_flops(work, checkpointing=setting.checkpointing)
+    seconds = _step_seconds(recipe, phases, cluster)
+    drawn = cluster.videos * recipe.data.clips_per_video * recipe.data.copies
+    steps = drawn // batch
+    if not steps:
+        raise UserError(f"--videos {cluster.videos}: an epoch of {drawn} clips has no whole global batch of {batch}")
+    whole = steps * recipe.training.epochs
+    planned = min(recipe.training.max_steps or whole, whole)
+    hours, computing = planned * seconds / 3600, sum(phase.seconds for phase in phases)
+    computed = batch * sum(part.total for part in flops) / seconds
+    return Plan(
+        recipe=name,
+        cluster=cluster,
+        setting=setting,
+        recipe_micro=recipe_micro,
+        parameters=work.parameters,
+        flops=flops,
+        memory=predict_memory(work, setting),
+        memory_usable=usable_memory(cluster.gpu),
+        messages=_messages(work, setting, cluster),
+        phases=phases,
+        decoded_frames=decoded_frames(recipe.data, recipe.model, cluster.video),
+        decode_capacity=_decode_capacity(recipe, cluster),
+        arithmetic_share=computed / (cluster.gpus * cluster.gpu.peak[setting.precision]),
+        step_seconds=seconds,
+        clips_per_second=batch / seconds,
+        decode_needed=batch / computing,
+        epoch_seconds=steps * seconds,
+        run_hours=hours,
+        limit=_limit(phases, seconds),
+        candidates=candidates,
+        comparison=compare(name, cluster.gpu, cluster.gpus, work, planned * batch, hours, hours * computing / seconds),
+    )
+
+
+def _what_fits(recipe: Recipe | FinetuneRecipe, work: Workload, setting: Setting, cluster: Cluster) -> str:
+    """Why the smallest micro batch is too much, and which changes would help."""
+    needed, usable = predict_memory(work, setting).peak, usable_memory(cluster.gpu)
+    zero3 = setting_of(
+        _with(recipe, deepspeed="zero3"), work, cluster.gpus, per_node=cluster.per_node, micro=setting.micro
+    )
+    again, shard = "--training.gradient_checkpointing true", "--teachers.sharding zero3"
+    sharded = (True,) * len(setting.sharded)
+    changes = {
+        again: replace(setting, checkpointing=True),
+        "--stage 3": zero3,
+        f"--stage 3 {again}": replace(zero3, checkpointing=True),
+    }
+    if sharded:
+        changes[shard] = replace(setting, sharded=sharded)
+        changes[f"--stage 3 {shard} {again}"] = replace(zero3, checkpointing=True, sharded=sharded)
+    helps = [words for words, changed in changes.items() if predict_memory(work, changed).peak <= usable]
+    helps += [f"--gpu {gpu.name}" for gpu in GPUS.values() if needed <= usable_memory(gpu)]
+    return (
+        f"a rank needs {needed / GIB:.1f} GiB even with a micro batch of {setting.micro}, and {cluster.gpu.name} has "
+        f"{usable / GIB:.1f} GiB for tensors; "
+        + (f"what would fit: {', or '.join(helps)}" if helps else "nothing in the table would fit: take more GPUs")
+    )
+
+
+def _with(recipe: Recipe | FinetuneRecipe, **training: str) -> Recipe | FinetuneRecipe:
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update=training)})

@@ -1,0 +1,108 @@
+"""How a recipe is spread over ranks: micro batch, ZeRO stage, precision, which teachers are sharded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mvd_scale.config import FinetuneRecipe, Recipe
+from mvd_scale.config.deepspeed import student_deepspeed, teacher_deepspeed, zero_stage
+from mvd_scale.config.training import Precision
+from mvd_scale.errors import UserError
+from mvd_scale.performance.parts import Workload
+
+SIZES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+"""Bytes of an element."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything besides the models that time and memory depend on."""
+
+    world: int
+    micro: int
+    accumulation: int
+
+    stage: int
+    """Of ZeRO."""
+
+    zero: dict[str, Any]
+    """`zero_optimization` of the student's DeepSpeed file."""
+
+    teacher_zero: dict[str, Any]
+    """The same of a sharded teacher's."""
+
+    precision: Precision
+    teacher_precision: Precision
+
+    teacher_shards: int
+    """Ranks that a sharded teacher is cut over."""
+
+    sharded: tuple[bool, ...]
+    """Of each teacher, whether ranks keep shards of it."""
+
+    checkpointing: bool
+
+    prefetch: int
+    """Batches that are loaded ahead."""
+
+
+def setting_of(
+    recipe: Recipe | FinetuneRecipe,
+    work: Workload,
+    world: int,
+    *,
+    per_node: int | None = None,
+    micro: int | None = None,
+) -> Setting:
+    """The setting of a recipe on some GPUs.
+
+    Args:
+        recipe: what is trained.
+        work: its parts.
+        world: ranks.
+        per_node: ranks of a machine; all of them if None.
+        micro: micro batch, a divisor of a rank's share of the global batch; the recipe's if None.
+
+    Raises:
+        UserError: the global batch cannot be split so, or the DeepSpeed file contradicts the recipe.
+    """
+    usual, accumulation = recipe.batch_split(world)
+    precision = _teacher_precision(recipe)
+    return Setting(
+        world=world,
+        micro=micro or usual,
+        accumulation=usual * accumulation // (micro or usual),
+        stage=zero_stage(recipe),
+        zero=student_deepspeed(recipe, world)["zero_optimization"],
+        teacher_zero=teacher_deepspeed(precision, world)["zero_optimization"],
+        precision=recipe.training.precision,
+        teacher_precision=precision,
+        teacher_shards=_teacher_shards(recipe, world, per_node or world),
+        sharded=tuple(_sharded(recipe, part.parameters, world) for part in work.teachers),
+        checkpointing=recipe.training.gradient_checkpointing,
+        prefetch=recipe.data.prefetch,
+    )
+
+
+def _teacher_precision(recipe: Recipe | FinetuneRecipe) -> Precision:
+    if isinstance(recipe, FinetuneRecipe):
+        return recipe.training.precision
+    precision = recipe.teachers.precision
+    if precision == "int8" or precision == "fp8":
+        raise UserError(f"teachers.precision {precision} cannot be planned yet: plan with fp16 or bf16")
+    if precision != "auto":
+        return precision
+    return recipe.training.precision if recipe.device == "cpu" else "fp16"
+
+
+def _teacher_shards(recipe: Recipe | FinetuneRecipe, world: int, per_node: int) -> int:
+    within = isinstance(recipe, Recipe) and recipe.teachers.shard_over == "node"
+    return min(per_node, world) if within else world
+
+
+def _sharded(recipe: Recipe | FinetuneRecipe, parameters: int, world: int) -> bool:
+    assert isinstance(recipe, Recipe)
+    if recipe.teachers.sharding == "auto":
+        return world > 1 and parameters > recipe.teachers.auto_shard_above
+    return recipe.teachers.sharding == "zero3"

@@ -1,0 +1,160 @@
+"""`mvd-scale bench teachers`: speed of frozen teachers in each precision, beside how true their features are."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from mvd_scale.config import load_recipe
+from mvd_scale.config.training import TeacherPrecision
+from mvd_scale.data.batch import ClipBatch
+from mvd_scale.data.index import open_source
+from mvd_scale.errors import UserError
+from mvd_scale.performance.rehearsal import build_student, named_teacher, with_clips
+from mvd_scale.performance.reports import Report, Value, this_machine
+from mvd_scale.targets import FrozenTeacher, MaskedDistillation, build_targets
+from mvd_scale.training.engine import choose_device, lower_teacher
+from mvd_scale.training.fidelity import LEAST_COSINE, Fidelity, first_clip
+
+PRECISIONS: dict[str, tuple[TeacherPrecision, ...]] = {
+    "cpu": ("fp32", "bf16", "int8"),
+    "cuda": ("fp32", "fp16", "bf16", "fp8"),
+}
+"""What is tried on each kind of device; float32 is what the others are compared with."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """One teacher in one precision."""
+
+    target: str
+    precision: str
+    milliseconds: float
+    """Of the features of one clip."""
+
+    cosine: float
+    relative_error: float
+    loss_change: float
+    """Of the target's distance from the predictions of a fresh student, relative to float32."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeachersReport(Report):
+    """All figures of one run on one machine."""
+
+    kind: Literal["teachers"] = "teachers"
+    recipe: str
+    overrides: list[str]
+    weights: str
+    figures: list[Figure]
+    absent: dict[str, str]
+    """Precisions that are not computed here, and why."""
+
+    def setting(self) -> dict[str, Any]:
+        """The recipe and what was changed of it."""
+        return {"recipe": self.recipe, "overrides": self.overrides}
+
+    def values(self) -> Iterator[tuple[str, Value]]:
+        """Time and fidelity of every teacher in every precision."""
+        for figure in self.figures:
+            yield f"{figure.target} {figure.precision}, ms", Value(figure.milliseconds)
+            yield f"{figure.target} {figure.precision}, cosine", Value(figure.cosine, more_is_better=True)
+
+    def to_text(self) -> str:
+        """A line for every teacher and precision."""
+        lines = [
+            f"{self.recipe}, {self.weights} weights, one clip",
+            self.machine.title(),
+            f"{'target':<12}{'precision':<11}{'ms a clip':>10}{'speed-up':>10}{'cosine':>10}{'rel. error':>12}"
+            f"{'loss':>10}",
+        ]
+        base = {figure.target: figure.milliseconds for figure in self.figures if figure.precision == "fp32"}
+        for figure in self.figures:
+            refused = "" if figure.cosine >= LEAST_COSINE else f"  under {LEAST_COSINE}: needs teachers.accept_inexact"
+            lines.append(
+                f"{figure.target:<12}{figure.precision:<11}{figure.milliseconds:>10.0f}"
+                f"{base[figure.target] / figure.milliseconds:>9.2f}x{figure.cosine:>10.5f}"
+                f"{figure.relative_error:>12.5f}{figure.loss_change:>+10.3%}{refused}"
+            )
+        return "\n".join([*lines, *(f"not measured: {name} ({why})" for name, why in self.absent.items())])
+
+
+def measure_teachers(name: str, overrides: list[str], *, steps: int) -> TeachersReport:
+    """Time the teachers of a recipe on one clip, each in every precision that the device computes.
+
+    Args:
+        name: recipe, as for `load_recipe`.
+        overrides: dotted overrides; teachers without a checkpoint have random weights, and without `data.source` the
+            clip is one of the `samples` extra.
+        steps: timed calls, after one that is not; the fastest counts.
+
+    Raises:
+        UserError: the recipe has no frozen teacher.
+    """
+    recipe = load_recipe(name, ["--training.precision", "fp32", *overrides])
+    device = choose_device(recipe.device)
+    torch.manual_seed(recipe.seed)
+    targets = build_targets(recipe, lambda target: named_teacher(recipe, target))
+    teachers = {target: found for target, found in targets.items() if isinstance(found, FrozenTeacher)}
+    if not teachers:
+        raise UserError(f"recipe {name} has no teacher: expected one of distillation, such as distill/b_from_b")
+    student = build_student(recipe, targets)
+    with tempfile.TemporaryDirectory() as scratch:
+        manifest = open_source(with_clips(recipe.data, Path(scratch)), Path(scratch))
+        clips = first_clip(targets, recipe, manifest, device)
+    figures: list[Figure] = []
+    absent: dict[str, str] = {}
+    for target, found in teachers.items():
+        whole = found.teacher
+        for precision in PRECISIONS[device.type]:
+            config = recipe.teachers.model_copy(update={"precision": precision})
+            try:
+                found.teacher = lower_teacher(
+                    copy.deepcopy(whole), recipe.model_copy(update={"teachers": config}), device
+                )
+            except UserError as error:
+                absent[precision] = str(error)
+                continue
+            features = found.features(clips)
+            loss = _loss(target, found, student.to(device), clips)
+            if precision == "fp32":
+                true, true_loss = features, loss
+            fidelity = Fidelity.of(features, true)
+            spent = min(_seconds(found, clips) for _ in range(steps))
+            change = loss / true_loss - 1
+            figures.append(Figure(target, precision, 1000 * spent, fidelity.cosine, fidelity.relative_error, change))
+        found.teacher = whole
+    checkpoints = [getattr(config, "checkpoint", None) for config in recipe.targets.values()]
+    return TeachersReport(
+        machine=this_machine(device),
+        recipe=name,
+        overrides=overrides,
+        weights="the recipe's" if any(checkpoints) else "random",
+        figures=figures,
+        absent=absent,
+    )
+
+
+@torch.no_grad()
+def _loss(name: str, target: FrozenTeacher, student: nn.Module, clips: ClipBatch) -> float:
+    predicted = student(clips.pixels, clips.visible, clips.masked)
+    _, distances = MaskedDistillation({name: target})(lambda *_: predicted, clips)  # type: ignore[arg-type]
+    return float(distances[name])
+
+
+def _seconds(target: FrozenTeacher, clips: ClipBatch) -> float:
+    if clips.pixels.is_cuda:
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    target.features(clips)
+    if clips.pixels.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started

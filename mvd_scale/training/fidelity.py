@@ -1,0 +1,101 @@
+"""How true the features of a teacher in low precision are to those of the same one in float32."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mvd_scale.config import Recipe
+from mvd_scale.data.batch import ClipBatch
+from mvd_scale.data.loader import ClipLoader
+from mvd_scale.data.manifest import Manifest
+from mvd_scale.errors import UserError
+from mvd_scale.targets import FrozenTeacher, Target
+from mvd_scale.targets.load import teacher_sides
+from mvd_scale.targets.momentum import Momentum
+from mvd_scale.training.engine import lower_teacher, teacher_precision
+
+LEAST_COSINE = 0.999
+"""Mean over tokens, under which a precision is not accepted without being asked for (`teachers.accept_inexact`)."""
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Of features to those in float32."""
+
+    cosine: float
+    """Mean over tokens."""
+
+    relative_error: float
+    """Norm of the difference by the norm of all features."""
+
+    @classmethod
+    def of(cls, features: Tensor, true: Tensor) -> Fidelity:
+        """Compare (B, M, D) with the true ones."""
+        features, true = features.float(), true.float()
+        cosine = F.cosine_similarity(features, true, dim=-1).mean()
+        return cls(float(cosine), float((features - true).norm() / true.norm()))
+
+
+def check_fidelity(targets: Mapping[str, Target], recipe: Recipe, manifest: Manifest, device: torch.device) -> None:
+    """Try every teacher that is to be in 8 bits on a clip of the run, before it is.
+
+    Args:
+        targets: with teachers in float32 on the CPU.
+        recipe: the run's.
+        manifest: its videos.
+        device: where teachers will run.
+
+    Raises:
+        UserError: features of a teacher have a mean cosine under `LEAST_COSINE` with the true ones.
+    """
+    precision = teacher_precision(recipe, device)
+    if precision not in ("int8", "fp8") or recipe.teachers.accept_inexact:
+        return
+    clips = first_clip(targets, recipe, manifest, device)
+    for name, target in targets.items():
+        if isinstance(target, FrozenTeacher) and not isinstance(target, Momentum):
+            fidelity = lowered(target, recipe, clips, device)
+            if fidelity.cosine < LEAST_COSINE:
+                raise UserError(
+                    f"teachers.precision {precision}: features of targets.{name} have a mean cosine of "
+                    f"{fidelity.cosine:.5f} with those in float32, less than {LEAST_COSINE}. Choose bf16 or fp16, or "
+                    "accept it with `--teachers.accept_inexact true`"
+                )
+
+
+def lowered(target: FrozenTeacher, recipe: Recipe, clips: ClipBatch, device: torch.device) -> Fidelity:
+    """Fidelity of a copy of a teacher in the recipe's precision; the teacher itself stays in float32 on the CPU."""
+    teacher = target.teacher
+    try:
+        target.teacher = copy.deepcopy(teacher).to(device)
+        true = target.features(clips)
+        target.teacher = lower_teacher(copy.deepcopy(teacher), recipe, device)
+        return Fidelity.of(target.features(clips), true)
+    finally:
+        target.teacher = teacher
+
+
+def first_clip(targets: Mapping[str, Target], recipe: Recipe, manifest: Manifest, device: torch.device) -> ClipBatch:
+    """A batch of one clip as the run sees them."""
+    data = recipe.data.model_copy(update={"workers": 0})
+    with ClipLoader(
+        manifest,
+        data,
+        recipe.model,
+        recipe.seed,
+        global_batch=data.copies,
+        micro_batch=data.copies,
+        rank=0,
+        world_size=1,
+        device=device,
+        start_step=0,
+        total_steps=1,
+        sides=teacher_sides(recipe, dict(targets)),
+    ) as loader:
+        return next(loader)

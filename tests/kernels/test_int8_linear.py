@@ -1,0 +1,44 @@
+"""Promises of linear layers in 8 bits: near the float ones, for any leading shape, with GELU in the same pass."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from mvd_kernels import Int8Linear
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 33), (2, 3, 33)])
+def test_it_is_near_the_float_layer(shape: tuple[int, ...], dtype: torch.dtype, gelu: bool) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(33, 17)
+    tokens = torch.randn(shape) * 3 + 1
+    expected = linear(tokens).detach()
+    expected = F.gelu(expected) if gelu else expected
+    result = Int8Linear(linear.weight, linear.bias, gelu=gelu)(tokens.to(dtype))
+    assert result.dtype == dtype
+    assert result.shape == expected.shape
+    assert (result.float() - expected).norm() / expected.norm() < 0.03
+
+
+def test_without_a_bias_and_with_tokens_of_one_sign() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(16, 8, bias=False)
+    for tokens in (torch.rand(4, 16) + 5, -torch.rand(4, 16) - 5):
+        expected = linear(tokens).detach()
+        result = Int8Linear(linear.weight, None)(tokens)
+        assert (result - expected).norm() / expected.norm() < 0.03
+
+
+def test_zeros_give_the_bias() -> None:
+    linear = nn.Linear(16, 8)
+    torch.testing.assert_close(Int8Linear(linear.weight, linear.bias)(torch.zeros(3, 16)), linear.bias.expand(3, -1))
+
+
+def test_its_scales_stay_float_in_a_model_of_16_bits() -> None:
+    linear = nn.Linear(16, 8)
+    layer = nn.Sequential(Int8Linear(linear.weight, linear.bias)).to(torch.bfloat16)
+    assert layer[0].scales.dtype == torch.float32  # type: ignore[union-attr]
+    assert layer(torch.ones(2, 16, dtype=torch.bfloat16)).dtype == torch.bfloat16

@@ -1,0 +1,48 @@
+"""Promises of blocks that compute only what is asked for: the same numbers as for everything."""
+
+import pytest
+import torch
+
+from mvd_scale.config import DecoderConfig, ModelConfig
+from mvd_scale.models import Decoder, Encoder
+from mvd_scale.models.blocks import Blocks, keep
+
+MODEL = {"width": 48, "depth": 2, "heads": 3, "frames": 4, "input_size": 32}
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def test_the_last_block_keeps_tokens_or_the_last_so_many() -> None:
+    blocks, tokens = Blocks(48, 2, 3), torch.randn(2, 9, 48)
+    chosen = torch.tensor([[0, 3, 8], [1, 2, 3]])
+    for kept in (chosen, 4, None):
+        torch.testing.assert_close(blocks(tokens, kept), keep(blocks(tokens), kept))
+
+
+@pytest.mark.parametrize("class_token", [False, True])
+def test_an_encoder_gives_the_features_that_are_wanted(class_token: bool) -> None:
+    config = ModelConfig.model_validate({**MODEL, "class_token": class_token})
+    encoder = Encoder(config, final_norm=False).eval()
+    pixels = torch.randint(0, 256, (2, 4, 32, 32, 3), dtype=torch.uint8)
+    wanted = torch.tensor([[1, 5, 7], [0, 2, 6]])
+    whole = encoder(pixels)[:, int(class_token) :]
+    torch.testing.assert_close(encoder(pixels, kept=wanted), keep(whole, wanted))
+
+
+def test_gradients_with_and_without_checkpointing_are_those_of_the_whole() -> None:
+    config = ModelConfig.model_validate(MODEL)
+    decoder = Decoder(DecoderConfig(width=48, depth=2, heads=3), config, 5)
+    encoded = torch.randn(2, 3, 48)
+    visible, masked = torch.tensor([[0, 1, 2]] * 2), torch.tensor([[3, 4, 5, 6, 7]] * 2)
+    gradients = []
+    for checkpointing in (False, True):
+        decoder.blocks.gradient_checkpointing = checkpointing
+        decoder.zero_grad()
+        decoder(encoded, visible, masked).square().mean().backward()
+        gradients.append([parameter.grad.clone() for parameter in decoder.parameters() if parameter.grad is not None])
+    assert len(gradients[0]) == len(list(decoder.parameters()))
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, again)

@@ -1,0 +1,127 @@
+"""Predicted memory is within 10 % of what a run on the CPU allocates, by stage, sharding and checkpointing."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+
+from mvd_scale.config import load_recipe
+from mvd_scale.performance.memory import predict_memory
+from mvd_scale.performance.parts import describe
+from mvd_scale.performance.setting import setting_of
+
+from .memory_ranks import recipe
+
+CASE: dict[str, Any] = {
+    "world": 1, "micro": 16, "accumulation": 1, "deepspeed": "zero2", "teachers": "replicated", "checkpointing": False,
+}  # fmt: skip
+CASES: dict[str, dict[str, Any]] = {
+    "stage 2": {},
+    "checkpointing": {"checkpointing": True, "deepspeed": "zero3"},
+    "two ranks, stage 1, accumulation": {"world": 2, "micro": 8, "accumulation": 2, "deepspeed": "zero1"},
+    "two ranks, stage 3, sharded teachers": {"world": 2, "deepspeed": "zero3", "teachers": "zero3"},
+}
+
+
+def measure(case: dict[str, Any], folder: Path) -> int:
+    """The largest peak of all ranks, each a process of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = []
+    for rank in range(case["world"]):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case["world"], "LOCAL_SIZE": case["world"]}
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        env = os.environ | {key: str(value) for key, value in (place | meeting).items()}
+        command = [sys.executable, str(Path(__file__).with_name("memory_ranks.py")), json.dumps(case)]
+        with (folder / f"rank{rank}.log").open("w") as log:
+            ranks.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=log, text=True))
+    peaks = []
+    for rank, process in enumerate(ranks):
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, (folder / f"rank{rank}.log").read_text()[-3000:]
+        peaks.append(int(json.loads(output.splitlines()[-1])["peak"]))
+    return max(peaks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_a_traced_run_holds_what_was_predicted(name: str, tmp_path: Path) -> None:
+    case = CASE | CASES[name]
+    made = recipe(case)
+    work = describe(made)
+    # One batch at a time, without a loader.
+    setting = replace(setting_of(made, work, case["world"]), prefetch=0)
+    memory = predict_memory(work, setting)
+    measured = measure(case, tmp_path)
+    assert memory.peak == pytest.approx(measured, rel=0.1)
+    # No part decides alone, so one that is wrong is seen.
+    assert max(memory.parts.values()) < 0.5 * measured
+
+
+@pytest.mark.parametrize("world", [1, 8, 64])
+def test_model_states_are_those_that_deepspeed_estimates(world: int) -> None:
+    """Its estimate holds 16-bit weights and gradients, float32 gradients at the step, and the optimizer's states."""
+    made = load_recipe("distill/b_from_b", ["--training.deepspeed", "zero2"])
+    work = describe(made)
+    setting = setting_of(made, work, world)
+    step = predict_memory(work, setting).phases["optimizer step"]
+    _, estimated = estimate_zero2_model_states_mem_needs(work.parameters, world, cpu_offload=False)
+    # The estimate leaves out that gradients are flattened into a copy before they are widened.
+    flattened = 2 * work.parameters / world
+    assert step["weights"] + step["optimizer"] + step["gradients"] - flattened == pytest.approx(estimated, rel=1e-3)
+
+    made = load_recipe("distill/b_from_b", ["--training.deepspeed", "zero3"])
+    setting = setting_of(made, work, world)
+    step = predict_memory(work, setting).phases["optimizer step"]
+    _, estimated, _ = estimate_zero3_model_states_mem_needs(work.parameters, 0, world, 1, False, False)
+    bucket, whole = 2 * setting.zero["reduce_bucket_size"], 2 * work.vectors
+    # The estimate leaves out buckets, what stays whole, and one of the two widths of gradients.
+    held = step["weights"] + step["optimizer"] + step["gradients"] - bucket - whole
+    assert held - 2 * work.parameters / world == pytest.approx(estimated, rel=1e-3)
+
+
+def test_what_a_stage_shards_shrinks_with_the_ranks() -> None:
+    shares = {}
+    for stage in (1, 2, 3):
+        made = load_recipe("distill/l_from_l", ["--training.deepspeed", f"zero{stage}", "--training.micro_batch", "2"])
+        work = describe(made)
+        shares[stage] = [predict_memory(work, setting_of(made, work, world)).phases for world in (1, 64)]
+    for stage, (alone, many) in shares.items():
+        for phase, parts in alone.items():
+            assert parts["optimizer"] == pytest.approx(64 * many[phase]["optimizer"], rel=1e-3)
+            whole = many[phase]["weights"] / parts["weights"]
+            assert (whole < 0.05) == (stage == 3), phase
+    # With accumulation, stage 1 keeps gradients whole.
+    kept = {stage: many["optimizer step"]["gradients"] for stage, (_, many) in shares.items()}
+    assert kept[1] > 10 * kept[2]
+
+
+def test_checkpointing_and_smaller_micro_batches_save_activations() -> None:
+    made = load_recipe("distill/h_from_h")
+    work = describe(made)
+    setting = setting_of(made, work, 32)
+    phase = "start of the backward pass"
+    checkpointed = predict_memory(work, setting).phases[phase]["activations"]
+    kept = predict_memory(work, replace(setting, checkpointing=False)).phases[phase]["activations"]
+    assert checkpointed < 0.1 * kept
+    half = predict_memory(work, replace(setting, micro=setting.micro // 2)).phases[phase]["activations"]
+    assert 2 * half == checkpointed
+
+
+def test_offloaded_states_are_not_on_the_gpu() -> None:
+    made = load_recipe("distill/b_from_b", ["--training.deepspeed", "zero3_offload"])
+    work = describe(made)
+    parts = predict_memory(work, setting_of(made, work, 8)).parts
+    assert parts["optimizer"] == 0
+    assert parts["weights"] == 2 * work.vectors

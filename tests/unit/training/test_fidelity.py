@@ -1,0 +1,91 @@
+"""Promises of teachers in 8 bits: near the float32 ones, refused where they are not, and where they make no sense."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from mvd_scale.config import Recipe, load_recipe
+from mvd_scale.data.batch import ClipBatch
+from mvd_scale.errors import UserError
+from mvd_scale.models import Encoder
+from mvd_scale.targets import FrozenTeacher, build_targets
+from mvd_scale.training import fidelity
+from mvd_scale.training.engine import lower_teacher
+from mvd_scale.training.fidelity import Fidelity, check_fidelity
+
+CPU = torch.device("cpu")
+SHAPE = '"size": null, "width": 64, "depth": 2, "heads": 2, "input_size": 32'
+SMALL = [
+    "--model", f'{{{SHAPE}, "frames": 4}}',
+    "--targets.image.model", f'{{{SHAPE}, "frames": 1, "tubelet": 1, "positions": "sincos2d", "class_token": true}}',
+    "--targets.video.model", f'{{{SHAPE}, "frames": 4}}',
+    "--data.source", "clips", "--run.folder", "run", "--device", "cpu", "--training.precision", "fp32",
+]  # fmt: skip
+
+
+def recipe(*overrides: str) -> Recipe:
+    made = load_recipe("distill/b_from_b", [*SMALL, *overrides])
+    assert isinstance(made, Recipe)
+    return made
+
+
+def teachers(made: Recipe) -> dict[str, Any]:
+    torch.manual_seed(0)
+    return build_targets(made, lambda name: Encoder(made.targets[name].model, final_norm=False))  # type: ignore[union-attr]
+
+
+def clip() -> ClipBatch:
+    tokens = torch.arange(8)[None]
+    pixels = torch.randint(0, 256, (1, 4, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    # The second patch of each of the two slices is seen, of four.
+    visible = torch.tensor([[1, 5]])
+    masked = tokens[:, ~torch.isin(tokens[0], visible[0])]
+    return ClipBatch(pixels, visible, masked, torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), {})
+
+
+def test_8_bits_are_near_and_replace_every_linear_layer_of_the_blocks() -> None:
+    made = recipe("--teachers.precision", "int8")
+    for target in teachers(made).values():
+        assert isinstance(target, FrozenTeacher)
+        found = fidelity.lowered(target, made, clip(), CPU)
+        assert 0.999 < found.cosine < 1
+        assert 0 < found.relative_error < 0.05
+        low = lower_teacher(target.teacher, made, CPU)
+        linear = [name for name, module in low.named_modules() if isinstance(module, torch.nn.Linear)]
+        assert linear == ["patch_embed"]
+
+
+def test_what_is_not_near_is_refused_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fidelity, "first_clip", lambda *_: clip())
+    monkeypatch.setattr(fidelity, "lowered", lambda *_: Fidelity(0.99, 0.1))
+    made = recipe("--teachers.precision", "int8")
+    with pytest.raises(UserError, match=r"targets.image have a mean cosine of 0.99000 .* less than 0.999"):
+        check_fidelity(teachers(made), made, None, CPU)  # type: ignore[arg-type]
+    accepted = recipe("--teachers.precision", "int8", "--teachers.accept_inexact", "true")
+    check_fidelity(teachers(accepted), accepted, None, CPU)  # type: ignore[arg-type]
+    plain = recipe()
+    check_fidelity(teachers(plain), plain, None, CPU)  # type: ignore[arg-type]
+
+
+def test_fp8_on_a_cpu_is_one_message() -> None:
+    made = recipe("--teachers.precision", "fp8")
+    with pytest.raises(UserError, match="fp8 needs a GPU"):
+        lower_teacher(teachers(made)["video"].teacher, made, CPU)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("--teachers.precision", "int8", "--teachers.sharding", "zero3"), "cannot be sharded"),
+        (("--teachers.accept_inexact", "true"), "does nothing with teachers.precision auto"),
+    ],
+)
+def test_contradictions(overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        recipe(*overrides)
+
+
+def test_weights_that_move_have_no_8_bits() -> None:
+    with pytest.raises(UserError, match=r"int8 is for frozen weights"):
+        load_recipe("ablations/momentum_b", ["--teachers.precision", "int8"])
