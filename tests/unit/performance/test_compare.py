@@ -20,6 +20,8 @@ from mvd_scale.performance.methods import MethodsReport
 from mvd_scale.performance.profile_report import Operator, PartFigures, ProfileReport
 from mvd_scale.performance.reports import Machine, Report
 from mvd_scale.performance.step import StepReport
+from mvd_scale.performance.teachers import Figure as TeacherFigure
+from mvd_scale.performance.teachers import TeachersReport
 from mvd_scale.performance.testing import EvalReport
 from mvd_scale.performance.testing import Figure as EvalFigure
 
@@ -71,6 +73,14 @@ LOAD = LoadReport(
     peak_of_all_ranks=110.0,
     peak_over_one_copy=1.1,
 )
+TEACHERS = TeachersReport(
+    machine=MACHINE,
+    recipe="distill/b_from_b",
+    overrides=[],
+    weights="random",
+    figures=[TeacherFigure("image", "bf16", 20.0, 0.9999, 0.003, 0.0001)],
+    absent={},
+)
 PROFILE = ProfileReport(
     machine=MACHINE,
     recipe="distill/b_from_b",
@@ -103,6 +113,7 @@ REPORTS: dict[str, Report] = {
     "data": DATA,
     "eval": EVAL,
     "load": LOAD,
+    "teachers": TEACHERS,
     "profile": PROFILE,
 }
 
