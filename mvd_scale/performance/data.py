@@ -50,10 +50,12 @@ class DataReport(Report):
     absent: dict[str, str]
     """Ways that cannot be gone here, and why."""
     clips: int
+    source: str | None
+    """The videos; None if they were made."""
 
     def setting(self) -> dict[str, Any]:
-        """How many clips were timed."""
-        return {"clips": self.clips}
+        """Which videos, and how many clips were timed."""
+        return {"source": self.source, "clips": self.clips}
 
     def values(self) -> Iterator[tuple[str, Value]]:
         """Speed and CPU time of every way; only ours is judged."""
@@ -102,7 +104,8 @@ def measure_data(source: str | None, work: Path, *, workers: Sequence[int], clip
                 for way in WAYS:
                     if way not in absent:
                         figures.append(_figure(videos, "files", count, way, _time_plain, way, manifest, count, clips))
-    return DataReport(machine=this_machine(_device(), _PACKAGES), figures=figures, absent=absent, clips=clips)
+    machine = this_machine(_device(), _PACKAGES)
+    return DataReport(machine=machine, figures=figures, absent=absent, clips=clips, source=source)
 
 
 def measure_memory(source: str | None, work: Path, clips: int) -> Iterator[tuple[int, float]]:

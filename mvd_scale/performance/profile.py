@@ -77,9 +77,10 @@ def profile_recipe(
     recipe = rehearsed_recipe(name, overrides, precision, batch)
     ranks = join_ranks(recipe.device, recipe.training.collective_timeout_minutes)
     out.mkdir(parents=True, exist_ok=True)
-    total = _WARM_UP + 2 * steps + 1
     with tempfile.TemporaryDirectory() as scratch:
-        rehearsal = Rehearsal(recipe, ranks, Annotations(), named_teacher, steps=total, scratch=Path(scratch))
+        rehearsal = Rehearsal(
+            recipe, ranks, Annotations(), named_teacher, steps=_WARM_UP + 2 * steps, scratch=Path(scratch)
+        )
         with rehearsal:
             losses = [rehearsal.step() for _ in range(_WARM_UP)]
             plain = _timed(rehearsal, steps, losses)
@@ -87,8 +88,8 @@ def profile_recipe(
                 profiled = _timed(rehearsal, steps, losses)
             peak_memory = peak_memory_gib(ranks.device)
             # Last: it exchanges functions of torch for a while.
-            with module_table(rehearsal.engine.module, out / "modules.txt", write=ranks.first):
-                rehearsal.step()
+            with module_table(rehearsal.engine.module, out / "modules.txt", write=ranks.first), torch.no_grad():
+                rehearsal.objective(rehearsal.engine, rehearsal.clips)
     path = out / ("trace.json.gz" if ranks.first else f"trace_rank{ranks.rank}.json.gz")
     profiler.export_chrome_trace(str(path))
     trace = read_trace(path, rehearsal.part_names)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,19 +23,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from mvd_scale.config import Recipe
 from mvd_scale.config.training import Precision
 from mvd_scale.data.batch import ClipBatch
+from mvd_scale.performance.hardware import GPUS
 from mvd_scale.performance.rehearsal import build_student, random_teacher
 from mvd_scale.targets import FrozenTeacher, MaskedDistillation, build_targets
 from mvd_scale.training.engine import dtype_of
 
-_KNOWN_PEAKS: dict[str, tuple[float, float]] = {
-    "V100": (125e12, 15.7e12),
-    "A100": (312e12, 19.5e12),
-    "H100 PCIe": (756e12, 51e12),
-    "H100": (989e12, 67e12),
-    "H200": (989e12, 67e12),
-    "B200": (2250e12, 75e12),
-}
-"""Dense FLOP/s of a GPU by a part of its name, in fp16 or bf16 and in fp32, from NVIDIA's data sheets."""
+_OTHER_FORMS = {"PCIE", "NVL"}
+"""Words in the names of GPUs that are slower than the SXM form of the table."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,11 +100,10 @@ def _shapes(clips: ClipBatch) -> ClipBatch:
 
 def peak_of(device: torch.device, precision: Precision) -> Peak:
     """What the data sheet of a known GPU says; elsewhere the best of a few matrix products, timed now."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for part, (half, single) in _KNOWN_PEAKS.items():
-            if part in name:
-                return Peak(single if precision == "fp32" else half, f"dense {precision} of the {part}'s data sheet")
+    words = re.split(r"[\s-]", torch.cuda.get_device_name(device).upper()) if device.type == "cuda" else []
+    for gpu in GPUS.values():
+        if gpu.name in words and precision in gpu.peak and not _OTHER_FORMS.intersection(words):
+            return Peak(gpu.peak[precision], f"dense {precision} of the {gpu.name}'s data sheet")
     side = 8192 if device.type == "cuda" else 2048
     left, right = (torch.randn(side, side, device=device).to(dtype_of(precision)) for _ in range(2))
     best = min(_seconds_of_product(left, right) for _ in range(5))

@@ -55,6 +55,8 @@ class EvalReport(Report):
 
     kind: Literal["eval"] = "eval"
     figures: list[Figure]
+    source: str | None
+    """The videos; None if they were made."""
     size: str
     videos: int
     workers: int
@@ -63,8 +65,9 @@ class EvalReport(Report):
     reader: str
 
     def setting(self) -> dict[str, Any]:
-        """Classifier, views and how they were loaded."""
-        return {key: getattr(self, key) for key in ("size", "videos", "workers", "precision", "views", "reader")}
+        """Videos, classifier, views and how they were loaded."""
+        keys = ("source", "size", "videos", "workers", "precision", "views", "reader")
+        return {key: getattr(self, key) for key in keys}
 
     def values(self) -> Iterator[tuple[str, Value]]:
         """Speed and CPU time of every way; only ours is judged."""
@@ -124,6 +127,7 @@ def measure_testing(source: str | None, work: Path, *, videos: int, size: str | 
     return EvalReport(
         machine=this_machine(_device(), ("nvidia-dali-cuda130", "av", "decord", "torchvision")),
         figures=figures,
+        source=source,
         size=size or "none",
         videos=videos,
         workers=workers,

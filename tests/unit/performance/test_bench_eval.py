@@ -115,6 +115,7 @@ def test_the_last_column_is_ours_over_theirs() -> None:
     report = EvalReport(
         machine=Machine("cpu", "A CPU", 2, 2, {"av": "1"}),
         figures=figures,
+        source=None,
         size="S",
         videos=12,
         workers=2,

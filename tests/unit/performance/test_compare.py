@@ -20,7 +20,8 @@ from mvd_scale.performance.methods import MethodsReport
 from mvd_scale.performance.profile_report import Operator, PartFigures, ProfileReport
 from mvd_scale.performance.reports import Machine, Report
 from mvd_scale.performance.step import StepReport
-from mvd_scale.performance.teachers import Figure, TeachersReport
+from mvd_scale.performance.teachers import Figure as TeacherFigure
+from mvd_scale.performance.teachers import TeachersReport
 from mvd_scale.performance.testing import EvalReport
 from mvd_scale.performance.testing import Figure as EvalFigure
 
@@ -44,10 +45,12 @@ DATA = DataReport(
     figures=[DataFigure("h264", "files", 0, "mvd-scale", 40, 0.1), DataFigure("h264", "files", 0, "decord", 20, 0.2)],
     absent={},
     clips=96,
+    source=None,
 )
 EVAL = EvalReport(
     machine=MACHINE,
     figures=[EvalFigure("data", "mvd-scale", 6.0, 0.2, 300)],
+    source=None,
     size="none",
     videos=12,
     workers=2,
@@ -69,6 +72,14 @@ LOAD = LoadReport(
     peak_per_rank=[60.0, 60.0],
     peak_of_all_ranks=110.0,
     peak_over_one_copy=1.1,
+)
+TEACHERS = TeachersReport(
+    machine=MACHINE,
+    recipe="distill/b_from_b",
+    overrides=[],
+    weights="random",
+    figures=[TeacherFigure("image", "bf16", 20.0, 0.9999, 0.003, 0.0001)],
+    absent={},
 )
 PROFILE = ProfileReport(
     machine=MACHINE,
@@ -95,14 +106,6 @@ PROFILE = ProfileReport(
     highest_tensors_gib=2.0,
     highest_in="backward",
     losses=[1.0],
-)
-TEACHERS = TeachersReport(
-    machine=MACHINE,
-    recipe="distill/b_from_b",
-    overrides=[],
-    weights="random",
-    figures=[Figure("image", "fp32", 20.0, 1.0, 0.0, 0.0), Figure("image", "int8", 5.0, 0.9998, 0.02, 0.001)],
-    absent={},
 )
 REPORTS: dict[str, Report] = {
     "step": STEP,
@@ -203,6 +206,11 @@ def test_other_versions_are_shown_and_compared(tmp_path):
 )
 def test_what_cannot_be_compared_is_refused(tmp_path, new, said):
     assert said in refusal(tmp_path, STEP, new)
+
+
+@pytest.mark.parametrize("report", [DATA, EVAL])
+def test_other_videos_are_another_measurement(tmp_path, report):
+    assert "source None and k400.parquet" in refusal(tmp_path, report, replace(report, source="k400.parquet"))
 
 
 @pytest.mark.parametrize(

@@ -157,12 +157,25 @@ def test_the_peak_of_a_cpu_is_measured():
     assert "timed in this run" in peak.source
 
 
-def test_the_peak_of_a_gpu_is_known_by_its_name(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 PCIe")
-    assert peak_of(torch.device("cuda"), "fp16").flops_per_second == 756e12
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
-    assert peak_of(torch.device("cuda"), "bf16").flops_per_second == 989e12
-    assert peak_of(torch.device("cuda"), "fp32").flops_per_second == 67e12
+@pytest.mark.parametrize(
+    ("name", "precision", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989e12),
+        ("NVIDIA H100 80GB HBM3", "fp32", 67e12),
+        ("NVIDIA A100-SXM4-80GB", "fp16", 312e12),
+        ("Tesla V100-SXM2-32GB", "fp16", 125e12),
+    ],
+)
+def test_the_peak_of_a_gpu_is_known_by_its_name(monkeypatch, name, precision, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert peak_of(torch.device("cuda"), precision).flops_per_second == peak
+
+
+@pytest.mark.parametrize("name", ["NVIDIA H100 PCIe", "NVIDIA GH200 480GB", "NVIDIA GeForce RTX 4090"])
+def test_the_peak_of_a_gpu_that_is_not_in_the_table_is_measured(monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    monkeypatch.setattr(torch, "randn", lambda *size, device: torch.ones(2, 2))
+    assert "timed in this run" in peak_of(torch.device("cuda"), "fp32").source
 
 
 @pytest.mark.parametrize("device", ["cpu", "NVIDIA H100"])
