@@ -12,7 +12,7 @@ from typing_extensions import Self
 from mvd_scale.config.data import DataConfig, ShortSideCrop
 from mvd_scale.config.model import ModelConfig
 from mvd_scale.config.section import Section
-from mvd_scale.config.target import MomentumTarget, TargetConfig
+from mvd_scale.config.target import MomentumTarget, TargetConfig, TeacherTarget
 from mvd_scale.config.training import (
     CheckpointConfig,
     LoggingConfig,
@@ -166,12 +166,20 @@ class Recipe(RunRecipe):
 
     def _check_eight_bits(self) -> None:
         precision = self.teachers.precision
+        if self.teachers.shard_over == "world" and self.teachers.sharding == "replicated":
+            raise ValueError("teachers.shard_over world does nothing with teachers.sharding replicated")
+        if (self.device, precision) in (("cpu", "fp8"), ("cuda", "int8")):
+            raise ValueError(
+                f"teachers.precision {precision} is not for device {self.device}: int8 is for CPUs, fp8 for GPUs"
+            )
         if precision not in ("int8", "fp8"):
             if self.teachers.accept_inexact:
                 raise ValueError(f"teachers.accept_inexact does nothing with teachers.precision {precision}")
             return
         if self.teachers.sharding == "zero3":
             raise ValueError(f"teachers.precision {precision} cannot be sharded: use `sharding: replicated` or fp16")
+        if not any(isinstance(target, TeacherTarget) for target in self.targets.values()):
+            raise ValueError(f"teachers.precision {precision} does nothing: no target has a teacher")
         moving = [name for name, target in self.targets.items() if isinstance(target, MomentumTarget)]
         if moving:
             raise ValueError(

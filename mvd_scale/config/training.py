@@ -82,7 +82,7 @@ class TeacherConfig(Section):
 
     shard_over: Literal["node", "world"] = "node"
     """Ranks that a sharded teacher is cut over: `node` keeps gathers within each host, where they are fast, `world`
-    holds less per rank. A momentum target is always cut over the world, as the student is."""
+    holds less per rank. Where each host has one rank, and for momentum targets, it is always the world."""
 
     precision: TeacherPrecision | Literal["auto"] = "auto"
     """Of the teachers' weights and arithmetic; `auto` is fp16 on GPUs and the student's precision on CPUs. In 8 bits

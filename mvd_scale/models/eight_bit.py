@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
+import timm.layers
 import torch
 from timm.layers import Mlp
 from torch import nn
 
 from mvd_kernels import Int8Linear, bf16_instructions
 from mvd_scale.errors import UserError
-from mvd_scale.models.blocks import QKV, Block
+from mvd_scale.models.blocks import QKV, Attention, Block
 
 EightBit = Literal["int8", "fp8"]
 
@@ -40,8 +41,10 @@ def to_eight_bits(model: nn.Module, kind: EightBit, device: torch.device) -> nn.
     for block in model.modules():
         if isinstance(block, Block):
             block.attn.qkv = _as_linear(block.attn.qkv)
+    names = set(_linear_layers(model))
     model = model.to(device, torch.bfloat16)
-    quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), filter_fn=_in_block)
+    granular = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+    quantize_(model, granular, filter_fn=lambda _, name: name in names)
     return model
 
 
@@ -55,10 +58,9 @@ def _to_int8(model: nn.Module) -> None:
             block.mlp = nn.Sequential(
                 Int8Linear(first.weight, first.bias, gelu=True), Int8Linear(second.weight, second.bias)
             )
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and _in_block(module, name):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, Int8Linear(module.weight, module.bias))
+    for name, linear in _linear_layers(model).items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, Int8Linear(linear.weight, linear.bias))
 
 
 def _as_linear(qkv: nn.Module) -> nn.Linear:
@@ -69,5 +71,12 @@ def _as_linear(qkv: nn.Module) -> nn.Linear:
     return linear
 
 
-def _in_block(module: nn.Module, name: str) -> bool:
-    return isinstance(module, nn.Linear) and "blocks." in name
+def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Those of ours and of timm's usual attention and MLP; others of timm's read the weights themselves."""
+    return {
+        f"{path}.{name}": child
+        for path, parent in model.named_modules()
+        if isinstance(parent, Attention | timm.layers.Attention | Mlp)
+        for name, child in parent.named_children()
+        if isinstance(child, nn.Linear)
+    }

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import nn
@@ -20,7 +20,8 @@ from mvd_scale.data.index import open_source
 from mvd_scale.errors import UserError
 from mvd_scale.performance.rehearsal import build_student, named_teacher, with_clips
 from mvd_scale.performance.reports import Report, Value, this_machine
-from mvd_scale.targets import FrozenTeacher, MaskedDistillation, build_targets
+from mvd_scale.targets import FrozenTeacher, MaskedDistillation, Target, build_targets
+from mvd_scale.targets.momentum import Momentum
 from mvd_scale.training.engine import choose_device, lower_teacher
 from mvd_scale.training.fidelity import LEAST_COSINE, Fidelity, first_clip
 
@@ -103,10 +104,10 @@ def measure_teachers(name: str, overrides: list[str], *, steps: int) -> Teachers
     device = choose_device(recipe.device)
     torch.manual_seed(recipe.seed)
     targets = build_targets(recipe, lambda target: named_teacher(recipe, target))
-    teachers = {target: found for target, found in targets.items() if isinstance(found, FrozenTeacher)}
+    teachers = {target: found for target, found in targets.items() if _frozen(found)}
     if not teachers:
         raise UserError(f"recipe {name} has no teacher: expected one of distillation, such as distill/b_from_b")
-    student = build_student(recipe, targets)
+    student = build_student(recipe, targets).to(device).eval()
     with tempfile.TemporaryDirectory() as scratch:
         manifest = open_source(with_clips(recipe.data, Path(scratch)), Path(scratch))
         clips = first_clip(targets, recipe, manifest, device)
@@ -124,7 +125,7 @@ def measure_teachers(name: str, overrides: list[str], *, steps: int) -> Teachers
                 absent[precision] = str(error)
                 continue
             features = found.features(clips)
-            loss = _loss(target, found, student.to(device), clips)
+            loss = _loss(target, found, student, clips)
             if precision == "fp32":
                 true, true_loss = features, loss
             fidelity = Fidelity.of(features, true)
@@ -141,6 +142,10 @@ def measure_teachers(name: str, overrides: list[str], *, steps: int) -> Teachers
         figures=figures,
         absent=absent,
     )
+
+
+def _frozen(target: Target) -> TypeGuard[FrozenTeacher]:
+    return isinstance(target, FrozenTeacher) and not isinstance(target, Momentum)
 
 
 @torch.no_grad()

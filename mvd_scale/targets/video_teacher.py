@@ -16,6 +16,7 @@ class VideoTeacher(FrozenTeacher):
 
     def __init__(self, name: str, config: VideoTeacherTarget, teacher: Encoder, student: ModelConfig) -> None:
         super().__init__(config, teacher, teacher.width, teacher.config.input_size)
+        self.extra_tokens = int(teacher.config.class_token)
         if teacher.config.frames != student.frames or teacher.config.grid != student.grid:
             raise UserError(
                 f"targets.{name}: the teacher takes {teacher.config.frames} frames into a grid of "
@@ -26,4 +27,4 @@ class VideoTeacher(FrozenTeacher):
     def encode(self, batch: ClipBatch, tokens: Tensor | None) -> Tensor:
         """Features of some tokens, or of all: (B, M, D). The last block computes no others."""
         features: Tensor = self.teacher(batch.at(self.input_size), kept=tokens)
-        return features
+        return features if tokens is not None else features[:, self.extra_tokens :]

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from mvd_scale.config import Recipe, RunRecipe, TeacherConfig
 from mvd_scale.config.deepspeed import student_deepspeed, teacher_deepspeed
-from mvd_scale.config.launcher import ranks_on_this_host
 from mvd_scale.config.training import Precision, TeacherPrecision
 from mvd_scale.errors import UserError
 from mvd_scale.models.blocks import checkpoint_gradients
@@ -42,6 +41,8 @@ class Ranks:
     local_rank: int
     world_size: int
     device: torch.device
+    timeout: timedelta = timedelta(minutes=10)
+    """Longest wait for another rank in a collective."""
 
     @property
     def first(self) -> bool:
@@ -116,6 +117,7 @@ def join_ranks(device: str, timeout_minutes: float) -> Ranks:
         local_rank=local_rank,
         world_size=torch.distributed.get_world_size(),
         device=torch.device(kind, device_index) if device_index is not None else torch.device(kind),
+        timeout=timedelta(minutes=timeout_minutes),
     )
 
 
@@ -134,6 +136,10 @@ def first_decides(ranks: Ranks, name: str, work: Callable[[], Any]) -> Any:
             answer = {"result": work()}
         except UserError as error:
             answer = {"error": str(error)}
+        except BaseException:
+            # The others would wait for days.
+            store.set(key, json.dumps({"error": f"rank 0 failed at {name!r}: its own message says why"}))
+            raise
         store.set(key, json.dumps(answer))
     # Not a collective: those end after the collective timeout, and indexing a data set takes longer.
     store.wait([key], timedelta(days=7))
@@ -224,7 +230,7 @@ def host_teachers(targets: Mapping[str, Target], recipe: Recipe, ranks: Ranks) -
 
 
 def host_teacher(teacher: nn.Module, recipe: Recipe, ranks: Ranks, *, moves: bool = False) -> nn.Module:
-    """Bring a frozen teacher to its device and precision; sharded, each rank keeps 1/world of it at rest.
+    """Bring a frozen teacher to its device and precision; sharded, each rank keeps a part of it at rest.
 
     One whose weights move during the run keeps nothing but its shards.
 
@@ -276,7 +282,7 @@ def shard_teacher(
     config = teacher_deepspeed(precision, ranks.world_size)
     if not keep_vectors:
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    group = _ranks_of_my_host(ranks.world_size) if over == "node" else None
+    group = _ranks_of_my_host(ranks) if over == "node" else None
     faults = []
     for prefix, layer in _layers(teacher):
         faults += [prefix + name for name in _read(layer, precision, ranks.device)]
@@ -291,14 +297,19 @@ def shard_teacher(
 
 
 @cache
-def _ranks_of_my_host(world_size: int) -> Any:
-    """The process group of this host's ranks; None if there is but one host. All ranks call it."""
-    local = ranks_on_this_host(world_size)
-    if local == world_size:
+def _ranks_of_my_host(ranks: Ranks) -> Any:
+    """The process group of this host's ranks; None (all ranks) if there is one host, or one rank on each.
+
+    All ranks call it. Hosts may have different numbers of ranks.
+    """
+    firsts: list[int] = [0] * ranks.world_size
+    torch.distributed.all_gather_object(firsts, ranks.rank - ranks.local_rank)
+    hosts = {first: [rank for rank, other in enumerate(firsts) if other == first] for first in sorted(set(firsts))}
+    if len(hosts) in (1, ranks.world_size):
         return None
-    groups = [list(range(first, first + local)) for first in range(0, world_size, local)]
-    mine, _ = torch.distributed.new_subgroups_by_enumeration(groups)
-    return mine
+    # Every rank takes part in making every group.
+    groups = {first: torch.distributed.new_group(members, timeout=ranks.timeout) for first, members in hosts.items()}
+    return groups[ranks.rank - ranks.local_rank]
 
 
 def _read(layer: nn.Module, precision: Precision, device: torch.device) -> list[str]:

@@ -46,7 +46,7 @@ def check_fidelity(targets: Mapping[str, Target], recipe: Recipe, manifest: Mani
     """Try every teacher that is to be in 8 bits on a clip of the run, before it is.
 
     Args:
-        targets: with teachers in float32 on the CPU.
+        targets: with whole teachers on the CPU.
         recipe: the run's.
         manifest: its videos.
         device: where teachers will run.
@@ -61,7 +61,7 @@ def check_fidelity(targets: Mapping[str, Target], recipe: Recipe, manifest: Mani
     for name, target in targets.items():
         if isinstance(target, FrozenTeacher) and not isinstance(target, Momentum):
             fidelity = lowered(target, recipe, clips, device)
-            if fidelity.cosine < LEAST_COSINE:
+            if not fidelity.cosine >= LEAST_COSINE:
                 raise UserError(
                     f"teachers.precision {precision}: features of targets.{name} have a mean cosine of "
                     f"{fidelity.cosine:.5f} with those in float32, less than {LEAST_COSINE}. Choose bf16 or fp16, or "
@@ -73,7 +73,7 @@ def lowered(target: FrozenTeacher, recipe: Recipe, clips: ClipBatch, device: tor
     """Fidelity of a copy of a teacher in the recipe's precision; the teacher itself stays in float32 on the CPU."""
     teacher = target.teacher
     try:
-        target.teacher = copy.deepcopy(teacher).to(device)
+        target.teacher = copy.deepcopy(teacher).to(device, torch.float32)
         true = target.features(clips)
         target.teacher = lower_teacher(copy.deepcopy(teacher), recipe, device)
         return Fidelity.of(target.features(clips), true)

@@ -29,7 +29,7 @@ SAME_NUMBERS = [
 ]
 
 
-def launch(world_size: int, out: Path, *, per_host: int | None = None) -> list[dict[str, Any]]:
+def launch(world_size: int, out: Path, *, per_host: list[int] | None = None) -> list[dict[str, Any]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -37,8 +37,10 @@ def launch(world_size: int, out: Path, *, per_host: int | None = None) -> list[d
     out.mkdir()
     ranks = []
     for rank in range(world_size):
-        local = per_host or world_size
-        place = {"RANK": rank, "LOCAL_RANK": rank % local, "WORLD_SIZE": world_size, "LOCAL_SIZE": local}
+        hosts = per_host or [world_size]
+        host = next(h for h in range(len(hosts)) if rank < sum(hosts[: h + 1]))
+        local = {"LOCAL_RANK": rank - sum(hosts[:host]), "LOCAL_SIZE": hosts[host]}
+        place = {"RANK": rank, "WORLD_SIZE": world_size, **local}
         env = (
             os.environ | {k: str(v) for k, v in place.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         )
@@ -90,13 +92,24 @@ def test_each_rank_keeps_its_share_of_a_teacher_at_rest(two: list[dict[str, Any]
 
 @pytest.mark.slow
 def test_on_two_hosts_a_teacher_is_cut_over_each_or_over_both(alone: dict[str, Any], tmp_path: Path) -> None:
-    four = launch(4, tmp_path / "out", per_host=2)
+    four = launch(4, tmp_path / "out", per_host=[2, 2])
     for over, parts in (("node", 2), ("world", 4)):
         for rank in four:
             assert rank[over]["losses"] == pytest.approx(alone["zero2"]["losses"], rel=1e-5)
         whole = alone["replicated teachers"]["at_rest"]
         for name, count in whole.items():
             assert four[0][over]["at_rest"][name] == pytest.approx(count / parts, rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("hosts", "parts"), [([3, 1], [3, 3, 3, 1]), ([1, 1, 1, 1], [4, 4, 4, 4])])
+def test_hosts_may_have_different_numbers_of_ranks(
+    hosts: list[int], parts: list[int], alone: dict[str, Any], tmp_path: Path
+) -> None:
+    for rank, part in zip(launch(4, tmp_path / "out", per_host=hosts), parts, strict=True):
+        assert rank["node"]["losses"] == pytest.approx(alone["zero2"]["losses"], rel=1e-5)
+        for name, count in alone["replicated teachers"]["at_rest"].items():
+            assert rank["node"]["at_rest"][name] == pytest.approx(count / part, rel=0.05)
 
 
 def test_sharded_teachers_leave_torchs_linear_alone(two: list[dict[str, Any]]) -> None:

@@ -34,7 +34,26 @@ def test_without_a_bias_and_with_tokens_of_one_sign() -> None:
 
 def test_zeros_give_the_bias() -> None:
     linear = nn.Linear(16, 8)
-    torch.testing.assert_close(Int8Linear(linear.weight, linear.bias)(torch.zeros(3, 16)), linear.bias.expand(3, -1))
+    for tokens in (torch.zeros(3, 16), torch.full((3, 16), 1e-40)):
+        torch.testing.assert_close(Int8Linear(linear.weight, linear.bias)(tokens), linear.bias.expand(3, -1))
+
+
+def test_a_sequence_does_not_depend_on_those_beside_it() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(16, 8)
+    layer, tokens = Int8Linear(linear.weight, linear.bias), torch.randn(3, 5, 16)
+    tokens[1] *= 100
+    torch.testing.assert_close(layer(tokens)[0], layer(tokens[0]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_seen_in_the_result_of_its_sequence(value: float) -> None:
+    linear = nn.Linear(16, 8)
+    tokens = torch.ones(2, 5, 16)
+    tokens[1, 2, 3] = value
+    result = Int8Linear(linear.weight, linear.bias)(tokens)
+    assert result[0].isfinite().all()
+    assert result[1].isnan().all()
 
 
 def test_its_scales_stay_float_in_a_model_of_16_bits() -> None:

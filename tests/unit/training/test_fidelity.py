@@ -9,6 +9,8 @@ from mvd_scale.config import Recipe, load_recipe
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.errors import UserError
 from mvd_scale.models import Encoder
+from mvd_scale.models.eight_bit import to_eight_bits
+from mvd_scale.models.timm_vit import TimmViT
 from mvd_scale.targets import FrozenTeacher, build_targets
 from mvd_scale.training import fidelity
 from mvd_scale.training.engine import lower_teacher
@@ -68,8 +70,37 @@ def test_what_is_not_near_is_refused_unless_asked_for(monkeypatch: pytest.Monkey
     check_fidelity(teachers(plain), plain, None, CPU)  # type: ignore[arg-type]
 
 
+def test_features_that_are_no_numbers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fidelity, "first_clip", lambda *_: clip())
+    monkeypatch.setattr(fidelity, "lowered", lambda *_: Fidelity(float("nan"), float("nan")))
+    made = recipe("--teachers.precision", "int8")
+    with pytest.raises(UserError, match="mean cosine of nan"):
+        check_fidelity(teachers(made), made, None, CPU)  # type: ignore[arg-type]
+
+
+def test_weights_in_half_precision_are_compared_with_float32() -> None:
+    made = recipe("--teachers.precision", "int8")
+    target = teachers(made)["video"]
+    target.teacher.half()
+    assert fidelity.lowered(target, made, clip(), CPU).cosine > 0.999
+    assert target.teacher.patch_embed.weight.dtype == torch.float16
+
+
+@pytest.mark.parametrize("vit", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "beit_base_patch16_224"])
+def test_timms_models_of_any_kind_run_in_8_bits(vit: str) -> None:
+    torch.manual_seed(0)
+    model = TimmViT(vit, 2, final_norm=False, pretrained=False).eval()
+    frames = torch.randint(0, 256, (2, 1, model.input_size, model.input_size, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = model(frames)
+        found = Fidelity.of(to_eight_bits(model, "int8", CPU)(frames), expected)
+    assert found.cosine > 0.99
+
+
 def test_fp8_on_a_cpu_is_one_message() -> None:
-    made = recipe("--teachers.precision", "fp8")
+    with pytest.raises(UserError, match="fp8 is not for device cpu"):
+        recipe("--teachers.precision", "fp8")
+    made = recipe("--teachers.precision", "fp8", "--device", "auto")
     with pytest.raises(UserError, match="fp8 needs a GPU"):
         lower_teacher(teachers(made)["video"].teacher, made, CPU)
 
@@ -78,12 +109,18 @@ def test_fp8_on_a_cpu_is_one_message() -> None:
     ("overrides", "message"),
     [
         (("--teachers.precision", "int8", "--teachers.sharding", "zero3"), "cannot be sharded"),
+        (("--teachers.shard_over", "world", "--teachers.sharding", "replicated"), "shard_over world does nothing"),
         (("--teachers.accept_inexact", "true"), "does nothing with teachers.precision auto"),
     ],
 )
 def test_contradictions(overrides: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
         recipe(*overrides)
+
+
+def test_without_a_teacher_8_bits_do_nothing() -> None:
+    with pytest.raises(UserError, match="no target has a teacher"):
+        load_recipe("pretrain/videomae_b_k400", ["--teachers.precision", "int8"])
 
 
 def test_weights_that_move_have_no_8_bits() -> None:
