@@ -28,7 +28,6 @@ CASE: dict[str, Any] = {
 CASES: dict[str, dict[str, Any]] = {
     "stage 2": {},
     "checkpointing": {"checkpointing": True, "deepspeed": "zero3"},
-    "two ranks, stage 1, accumulation": {"world": 2, "micro": 8, "accumulation": 2, "deepspeed": "zero1"},
     "two ranks, stage 3, sharded teachers": {"world": 2, "deepspeed": "zero3", "teachers": "zero3"},
 }
 
