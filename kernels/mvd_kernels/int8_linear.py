@@ -7,12 +7,20 @@ a zero point. oneDNN multiplies, adds the bias, applies GELU and rounds to the d
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 _LEAST_STEP = 1e-30
 """Between two levels, of activations that are all but zero."""
+
+
+@cache
+def _levels() -> int:
+    """Of activations, above zero. Without VNNI two products are summed in 16 bits, which 7 bits do not overflow."""
+    abilities = torch.cpu.get_capabilities()
+    return 255 if any(abilities.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8")) else 127
 
 
 class Int8Linear(nn.Module):
@@ -51,11 +59,11 @@ class Int8Linear(nn.Module):
         low, high = min(low, 0.0), max(high, 0.0)
         if not math.isfinite(high - low):
             return rows.new_full((*rows.shape[:-1], self.out_features), math.nan)
-        step = max((high - low) / 255, _LEAST_STEP)
+        step = max((high - low) / _levels(), _LEAST_STEP)
         zero = round(-low / step)
         levels = torch.add(torch.tensor(float(zero), dtype=rows.dtype), rows, alpha=1 / step)
         result: Tensor = torch.ops.onednn.qlinear_pointwise(
-            levels.round_().clamp_(0, 255).to(torch.uint8), step, zero, self.packed, self.scales, self.zeros, self.bias,
-            1.0, 0, rows.dtype, self.activation, [], "none" if self.activation == "gelu" else "",
+            levels.round_().clamp_(0, _levels()).to(torch.uint8), step, zero,
+            self.packed, self.scales, self.zeros, self.bias, 1.0, 0, rows.dtype, self.activation, [], "none" if self.activation == "gelu" else "",
         )  # fmt: skip
         return result
