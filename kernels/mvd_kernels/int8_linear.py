@@ -64,6 +64,7 @@ class Int8Linear(nn.Module):
         levels = torch.add(torch.tensor(float(zero), dtype=rows.dtype), rows, alpha=1 / step)
         result: Tensor = torch.ops.onednn.qlinear_pointwise(
             levels.round_().clamp_(0, _levels()).to(torch.uint8), step, zero,
-            self.packed, self.scales, self.zeros, self.bias, 1.0, 0, rows.dtype, self.activation, [], "none" if self.activation == "gelu" else "",
+            self.packed, self.scales, self.zeros, self.bias, 1.0, 0, rows.dtype,
+            self.activation, [], "none" if self.activation == "gelu" else "",
         )  # fmt: skip
         return result
