@@ -45,6 +45,7 @@ def probe() -> list[Capability]:
         _triton(),
         _torchvision(),
         _compiler(),
+        _native(),
     ]
 
 
@@ -284,3 +285,16 @@ def _compiler() -> Capability:
         reason = "no ninja on PATH: pip install ninja, and start the program from its environment"
         return Capability("C++ and ninja", False, reason=reason)
     return Capability("C++ and ninja", True, f"{compiler}, {ninja}")
+
+
+def _native() -> Capability:
+    name = "operators in C++"
+    attention, reason = _load("mvd_kernels.native.attention", "pip install mvd-scale")
+    if not attention:
+        return Capability(name, False, reason=reason)
+    torch = importlib.import_module("torch")
+    if attention.library() is None:
+        return Capability(name, False, reason=attention.why_not())
+    refused = attention.refusal(torch.device("cpu"), torch.bfloat16, 64)
+    there = "8-bit activations" if refused else "8-bit activations, attention in bf16"
+    return Capability(name, True, there, f"attention {refused}" if refused else "")

@@ -1,15 +1,16 @@
 """Operators of the distillation step: Triton kernels on GPUs, plain torch elsewhere. Imports nothing of `mvd_scale`.
 
 An operator is a file here (what it promises, and who computes it), a file in `twins` (plain torch), one in `fused`
-(Triton kernels, their launch and autograd), one in `bench` and a test, all of one name.
+(Triton kernels, their launch and autograd), one in `bench` and a test, all of one name. `native` holds those few in C++
+that CPUs gain from.
 """
 
 from mvd_kernels.add_layer_norm import add_layer_norm
 from mvd_kernels.attention import attention, attention_backend, attention_backends
-from mvd_kernels.chunked_attention import bf16_instructions
 from mvd_kernels.decoder_input import decoder_input
 from mvd_kernels.int8_linear import Int8Linear
 from mvd_kernels.masked_distance import masked_distance
+from mvd_kernels.native.attention import bf16_instructions
 from mvd_kernels.norm import AddLayerNorm, LayerNorm
 from mvd_kernels.tube_rows import tube_rows
 from mvd_kernels.tube_targets import tube_pixels, tube_targets

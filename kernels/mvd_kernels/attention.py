@@ -13,7 +13,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from mvd_kernels import chunked_attention
+from mvd_kernels.native import attention as native
 from mvd_kernels.twins.attention import attention as twin
 
 
@@ -104,11 +104,13 @@ def attention_backends(device: torch.device, dtype: torch.dtype, channels: int =
         dtype: of the tensors.
         channels: K, of one head.
     """
+    if device.type != "cuda":
+        refused = native.refusal(device, dtype, channels)
+        return {"native": refused, "sdpa": ""} if refused else {"native": ""}
     reasons = {}
     for backend in BACKENDS:
-        if device.type != "cuda":
-            reason: str | None = "needs a GPU"
-        elif dtype not in (torch.float16, torch.bfloat16):
+        reason: str | None
+        if dtype not in (torch.float16, torch.bfloat16):
             reason = f"not for {dtype}"
         elif channels % 8 or channels > backend.channels:
             reason = f"not for heads of {channels} channels"
@@ -121,12 +123,12 @@ def attention_backends(device: torch.device, dtype: torch.dtype, channels: int =
 
 
 def attention_backend(device: torch.device, dtype: torch.dtype, channels: int = 64) -> str:
-    """Which implementation `attention` takes: `flash-attn-4`, `flash-attn-3`, `flash-attn-2` or `sdpa`, torch's own
-    (on CPUs with bf16 instructions long clips of bf16 go in chunks instead).
+    """Which implementation `attention` takes: `flash-attn-4`, `-3` or `-2` on GPUs, `native` on CPUs
+    with bf16 instructions, else `sdpa`, torch's own.
 
     The arguments are those of `attention_backends`, which says why it was not an earlier one.
     """
-    name: str = _choice(device, dtype, channels) if device.type == "cuda" else "sdpa"
+    name: str = _choice(device, dtype, channels)
     return name
 
 
@@ -150,6 +152,7 @@ def attention(qkv: Tensor, queries: int | None = None) -> Tensor:
     for backend in BACKENDS:
         if backend.name == name:
             return backend.attend(qkv, queries).flatten(2)
-    if chunked_attention.pays(qkv):
-        return chunked_attention.chunked_attention(qkv, queries or qkv.shape[1]).flatten(2)
+    # A compiled program takes what the compiler can see through.
+    if name == "native" and not torch.compiler.is_compiling():
+        return native.attention(qkv, queries or qkv.shape[1]).flatten(2)
     return twin(qkv, queries)

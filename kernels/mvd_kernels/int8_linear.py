@@ -12,8 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-_LEAST_STEP = 1e-30
-"""Between two levels, of activations that are all but zero."""
+from mvd_kernels.quantise import quantise
 
 
 @cache
@@ -50,21 +49,20 @@ class Int8Linear(nn.Module):
 
         Every sequence (the last two axes) has a range of its own, so that none depends on those beside it.
         """
-        if tokens.dim() > 2:
-            return torch.stack([self(sequence) for sequence in tokens.unbind(0)])
-        return self._rows(tokens)
+        sequences = tokens.unsqueeze(0) if tokens.dim() == 2 else tokens.flatten(0, -3)
+        levels, steps, zeros = quantise(sequences, _levels())
+        results = [
+            self._sequence(levels[row], step, zero, tokens.dtype)
+            for row, (step, zero) in enumerate(zip(steps.tolist(), zeros.tolist(), strict=True))
+        ]
+        whole = results[0] if len(results) == 1 else torch.stack(results)
+        return whole.view(*tokens.shape[:-1], self.out_features)
 
-    def _rows(self, rows: Tensor) -> Tensor:
-        low, high = (float(bound) for bound in rows.aminmax())
-        low, high = min(low, 0.0), max(high, 0.0)
-        if not math.isfinite(high - low):
-            return rows.new_full((*rows.shape[:-1], self.out_features), math.nan)
-        step = max((high - low) / _levels(), _LEAST_STEP)
-        zero = round(-low / step)
-        levels = torch.add(torch.tensor(float(zero), dtype=rows.dtype), rows, alpha=1 / step)
+    def _sequence(self, levels: Tensor, step: float, zero: int, dtype: torch.dtype) -> Tensor:
+        if math.isnan(step):
+            return torch.full((len(levels), self.out_features), math.nan, dtype=dtype)
         result: Tensor = torch.ops.onednn.qlinear_pointwise(
-            levels.round_().clamp_(0, _levels()).to(torch.uint8), step, zero,
-            self.packed, self.scales, self.zeros, self.bias, 1.0, 0, rows.dtype,
+            levels, step, zero, self.packed, self.scales, self.zeros, self.bias, 1.0, 0, dtype,
             self.activation, [], "none" if self.activation == "gelu" else "",
         )  # fmt: skip
         return result

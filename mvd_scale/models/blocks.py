@@ -16,6 +16,9 @@ from mvd_kernels import AddLayerNorm, LayerNorm, attention
 Kept = Tensor | int | None
 """Tokens whose output is needed: int64 (B, K), the last so many, or all."""
 
+_CACHED_TOKENS = 1600
+"""That a CPU takes through a block together: one clip, or the frames of one."""
+
 
 def keep(tokens: Tensor, kept: Kept) -> Tensor:
     """Some tokens of (B, N, D)."""
@@ -99,9 +102,22 @@ class Blocks(nn.ModuleList):
             arguments = (tokens, kept if number == len(self) else None)
             if self.gradient_checkpointing and self.training:
                 tokens = checkpoint(block, *arguments, use_reentrant=False)
+            elif tokens.device.type == "cpu" and not torch.is_grad_enabled():
+                tokens = _in_parts(block, *arguments)
             else:
                 tokens = block(*arguments)
         return tokens
+
+
+def _in_parts(block: nn.Module, tokens: Tensor, kept: Kept) -> Tensor:
+    """A block over some sequences at a time, so that what lies between its layers stays in the cache."""
+    size = max(_CACHED_TOKENS // tokens.shape[1], 1)
+    if len(tokens) <= size:
+        whole: Tensor = block(tokens, kept)
+        return whole
+    parts = tokens.split(size)
+    keeps = kept.split(size) if isinstance(kept, Tensor) else [kept] * len(parts)
+    return torch.cat([block(*part) for part in zip(parts, keeps, strict=True)])
 
 
 def checkpoint_gradients(model: nn.Module) -> None:

@@ -17,7 +17,7 @@ from mvd_kernels.twins.attention import attention as twin
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize(("clips", "tokens", "heads", "channels"), [(1, 1, 1, 8), (2, 7, 3, 16), (3, 130, 2, 24)])
+@pytest.mark.parametrize(("clips", "tokens", "heads", "channels"), [(1, 1, 1, 8), (2, 7, 3, 32), (3, 130, 2, 24)])
 def test_attention_is_softmax_attention(
     clips: int, tokens: int, heads: int, channels: int, dtype: torch.dtype, tolerance: float
 ) -> None:
@@ -34,13 +34,6 @@ def test_attention_is_softmax_attention(
     assert fused.grad is not None
     assert plain.grad is not None
     torch.testing.assert_close(fused.grad.double(), plain.grad, atol=10 * tolerance, rtol=10 * tolerance)
-
-
-def test_a_cpu_takes_torch() -> None:
-    assert attention_backend(torch.device("cpu"), torch.bfloat16) == "sdpa"
-    reasons = attention_backends(torch.device("cpu"), torch.bfloat16)
-    assert list(reasons) == ["flash-attn-4", "flash-attn-3", "flash-attn-2", "sdpa"]
-    assert set(reasons.values()) == {"needs a GPU", ""}
 
 
 @pytest.fixture

@@ -11,7 +11,9 @@ import torch
 
 from mvd_kernels.bench.timing import machine, time_case
 
-OPERATORS = ("attention", "tube_rows", "tube_targets", "masked_distance", "add_layer_norm", "decoder_input")
+OPERATORS = (
+    "attention", "tube_rows", "tube_targets", "masked_distance", "add_layer_norm", "decoder_input", "quantise",
+)  # fmt: skip
 
 
 @click.command()
@@ -23,9 +25,9 @@ OPERATORS = ("attention", "tube_rows", "tube_targets", "masked_distance", "add_l
     help="Write the table to a file, with device and versions.",
 )
 def main(operators: tuple[str, ...], file: Path | None) -> None:
-    """Time operators (all, if none is named) on the GPU, or where there is none on the CPU, which has twins only."""
+    """Time operators (all, if none is named) on the GPU, or where there is none on the CPU, by what runs there."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    click.echo(machine(device)["device"] + ("" if device.type == "cuda" else ": twins only, kernels need a GPU"))
+    click.echo(machine(device)["device"] + ("" if device.type == "cuda" else ": Triton kernels need a GPU"))
     click.echo(f"{'operator':<18}{'shape':<38}{'way':<14}{'pass':<10}{'20 %':>9}{'50 %':>9}{'80 %':>9} ms  MiB")
     lines = []
     for operator in operators or OPERATORS:

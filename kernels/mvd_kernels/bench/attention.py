@@ -1,4 +1,4 @@
-"""Times of `attention`: flash-attn where it runs, beside torch's own; encoder and decoder of ViT-B and ViT-L."""
+"""Times of `attention`: flash-attn or C++ where it runs, beside torch's own; encoder and decoder of ViT-B and ViT-L."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 
-from mvd_kernels.attention import BACKENDS, attention_backends
-from mvd_kernels.bench.case import Case, clips, leaf, precision
+from mvd_kernels.attention import BACKENDS, attention_backend, attention_backends
+from mvd_kernels.bench.case import Case, clips, leaf
+from mvd_kernels.native import attention as native
 from mvd_kernels.twins.attention import attention
 
 
 def cases(device: torch.device) -> Iterator[Case]:
     """Visible tokens (160), all tokens (1568: decoder and teachers)."""
-    count, dtype = clips(device), precision(device)
+    count, dtype = clips(device), torch.bfloat16
     for model, heads in (("B", 12), ("L", 16)):
         for tokens in (160, 1568):
             qkv = leaf(count, tokens, 3, heads, 64, device=device, dtype=dtype)
@@ -24,4 +25,6 @@ def cases(device: torch.device) -> Iterator[Case]:
             for backend in BACKENDS:
                 if refused.get(backend.name) == "":
                     ways[backend.name] = partial(backend.attend, qkv)
+            if attention_backend(device, dtype) == "native":
+                ways["native"] = partial(native.attention, qkv, tokens)
             yield Case(f"{model}: B {count}, N {tokens}, H {heads}, K 64", dtype, ways, (qkv,))

@@ -1,0 +1,23 @@
+"""Times of `quantise` on CPUs: what the linear layers of teachers in 8 bits read; MLPs of ViT-B and ViT-L."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from mvd_kernels.bench.case import Case, clips
+from mvd_kernels.native import quantise as native
+from mvd_kernels.twins.quantise import quantise
+
+
+def cases(device: torch.device) -> Iterator[Case]:
+    """The hidden tokens of whole clips; none on GPUs, which take fp8."""
+    for model, channels in (("B", 3072), ("L", 4096)) if device.type == "cpu" else ():
+        sequences = torch.randn(clips(device), 1568, channels, dtype=torch.bfloat16)
+        ways: dict[str, Callable[[], Any]] = {"twin": partial(quantise, sequences, 255)}
+        if native.takes(sequences):
+            ways["native"] = partial(native.quantise, sequences, 255)
+        yield Case(f"{model}: B {len(sequences)}, N 1568, D {channels}", torch.bfloat16, ways)

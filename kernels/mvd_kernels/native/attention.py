@@ -1,0 +1,79 @@
+"""Attention for CPUs with bf16 instructions, where the matrix products of torch's own kernel stay in float32.
+
+Legend: B clips, N tokens, Q queries, H heads, C channels of a head.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mvd_kernels.native.library import call, library, why_not
+
+CHANNELS = (32, 64, 80, 96, 128)
+"""Of a head, that it is compiled for."""
+
+
+@cache
+def bf16_instructions() -> bool:
+    """Whether this CPU multiplies matrices of bfloat16."""
+    abilities = torch.cpu.get_capabilities()
+    return bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
+
+
+def refusal(device: torch.device, dtype: torch.dtype, channels: int) -> str:
+    """Why heads of C channels are not computed here; empty if they are."""
+    if device.type != "cpu":
+        return "needs a CPU"
+    if dtype != torch.bfloat16:
+        return f"not for {dtype}"
+    if channels not in CHANNELS:
+        return f"not for heads of {channels} channels"
+    return _refusal_of_cpu()
+
+
+@cache
+def _refusal_of_cpu() -> str:
+    abilities = torch.cpu.get_capabilities()
+    if not abilities.get("avx512_bf16"):
+        return "needs a CPU with AVX512-BF16"
+    if abilities.get("amx_bf16"):
+        return "torch's own kernel uses the AMX of this CPU"
+    return why_not() or ("" if hasattr(library(), "mvd_attention_forward") else "c++ does not know AVX512-BF16")
+
+
+def attention(qkv: Tensor, queries: int) -> Tensor:
+    """Softmax(q k^T / sqrt(C)) v.
+
+    Args:
+        qkv: bfloat16 (B, N, 3, H, C).
+        queries: the last so many tokens ask (Q).
+
+    Returns:
+        bfloat16 (B, Q, H, C). Scores and softmax are in float32.
+    """
+    attended: Tensor = _Attention.apply(qkv, queries)
+    return attended
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, queries: int) -> Tensor:
+        qkv = qkv.contiguous()
+        clips, tokens, _, heads, channels = qkv.shape
+        attended = qkv.new_empty(clips, queries, heads, channels)
+        sums = torch.empty(clips, heads, queries)
+        call("mvd_attention_forward", (qkv, attended, sums), clips, tokens, queries, heads, channels)
+        ctx.save_for_backward(qkv, attended, sums)
+        return attended
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        qkv, attended, sums = ctx.saved_tensors
+        clips, tokens, _, heads, channels = qkv.shape
+        tensors = (qkv, attended, gradient.contiguous(), sums, result := torch.empty_like(qkv))
+        call("mvd_attention_backward", tensors, clips, tokens, attended.shape[1], heads, channels)
+        return result, None

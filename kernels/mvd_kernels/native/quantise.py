@@ -1,0 +1,24 @@
+"""Floating activations to 8 bits in two passes of memory, where torch's operators take eight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mvd_kernels.native.library import call, library
+
+
+def takes(sequences: Tensor) -> bool:
+    """Whether they are quantised here."""
+    return sequences.dtype in (torch.bfloat16, torch.float32) and library() is not None
+
+
+def quantise(sequences: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See `mvd_kernels.quantise`."""
+    sequences = sequences.contiguous()
+    count = len(sequences)
+    result = torch.empty(sequences.shape, dtype=torch.uint8)
+    steps, zeros = torch.empty(count), torch.empty(count, dtype=torch.int32)
+    name = "mvd_quantise_bf16" if sequences.dtype == torch.bfloat16 else "mvd_quantise_fp32"
+    call(name, (sequences, result, steps, zeros), count, sequences[0].numel(), levels)
+    return result, steps, zeros

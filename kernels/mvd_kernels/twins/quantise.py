@@ -1,0 +1,20 @@
+"""`quantise` in plain torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_LEAST_STEP = 1e-30
+"""Between two levels, of activations that are all but zero."""
+
+
+def quantise(sequences: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See `mvd_kernels.quantise`."""
+    numbers = sequences.float().flatten(1)
+    low, high = numbers.amin(1).clamp_max(0), numbers.amax(1).clamp_min(0)
+    steps = ((high - low) / levels).clamp_min(_LEAST_STEP)
+    steps = torch.where(numbers.isfinite().all(1), steps, torch.nan)
+    zeros = (-low / steps).round().nan_to_num()
+    placed = (numbers / steps.unsqueeze(1)).round() + zeros.unsqueeze(1)
+    return placed.clamp(0, levels).nan_to_num().to(torch.uint8).view(sequences.shape), steps, zeros.int()

@@ -1,0 +1,141 @@
+"""The operators in C++ against plain torch, and where they are taken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from mvd_kernels import attention, attention_backend, attention_backends
+from mvd_kernels.native import attention as native
+from mvd_kernels.native import library as native_library
+from mvd_kernels.quantise import quantise
+from mvd_kernels.twins.attention import attention as twin
+from mvd_kernels.twins.quantise import quantise as plain_quantise
+
+CPU = torch.device("cpu")
+refused = native.refusal(CPU, torch.bfloat16, 64)
+on_bf16_cpus = pytest.mark.skipif(bool(refused), reason=refused)
+compiled = pytest.mark.skipif(native_library.library() is None, reason=native_library.why_not())
+
+
+@on_bf16_cpus
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    ("clips", "tokens", "heads", "channels", "queries"),
+    [
+        (2, 37, 3, 64, 37),  # neither a multiple of the rows nor of the columns that go together
+        (1, 5, 2, 96, 5),
+        (3, 33, 1, 128, 1),
+        (1, 197, 2, 32, 197),
+        (2, 300, 2, 80, 100),  # two tiles of keys, two of queries
+    ],
+)
+def test_attention_is_that_of_float32(
+    clips: int, tokens: int, heads: int, channels: int, queries: int, threads: int
+) -> None:
+    torch.manual_seed(0)
+    ours = torch.randn(clips, tokens, 3, heads, channels).bfloat16().requires_grad_()
+    true = ours.detach().float().requires_grad_()
+    result, expected = attention_of(ours, queries, threads), twin(true, queries)
+    assert result.dtype == torch.bfloat16
+    # Half a step of bf16 is 0.2 to 0.4 % of a number.
+    assert (result.float() - expected).norm() < 0.004 * expected.norm()
+    upstream = torch.randn_like(expected).bfloat16()
+    (gradient,) = torch.autograd.grad(result, ours, upstream)
+    (expected_gradient,) = torch.autograd.grad(expected, true, upstream.float())
+    for part in range(3):
+        off, whole = gradient[:, :, part].float() - expected_gradient[:, :, part], expected_gradient[:, :, part]
+        assert off.norm() < 0.01 * whole.norm()
+    assert not gradient[:, : tokens - queries, 0].any()
+
+
+def attention_of(qkv: torch.Tensor, queries: int, threads: int) -> torch.Tensor:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return attention(qkv, queries)
+    finally:
+        torch.set_num_threads(before)
+
+
+@on_bf16_cpus
+def test_scores_of_any_size_are_softened() -> None:
+    qkv = torch.zeros(1, 40, 3, 1, 32)
+    qkv[..., 0] = torch.linspace(-200, 200, 40).view(1, 40, 1, 1)
+    qkv = qkv.bfloat16()
+    torch.testing.assert_close(attention(qkv).float(), twin(qkv.float()), rtol=0.01, atol=1e-3)
+
+
+@on_bf16_cpus
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_seen(value: float) -> None:
+    qkv = torch.randn(2, 40, 3, 1, 32).bfloat16()
+    qkv[1, 3, 1, 0, 5] = value
+    result = attention(qkv)
+    assert result[0].isfinite().all()
+    assert result[1].isnan().any()
+
+
+@on_bf16_cpus
+def test_a_view_of_a_larger_tensor_is_read_as_it_is() -> None:
+    qkv = torch.randn(2, 3, 40, 2, 64).bfloat16().permute(0, 2, 1, 3, 4)
+    torch.testing.assert_close(attention(qkv).float(), twin(qkv.float()), rtol=0.01, atol=0.01)
+
+
+def test_what_it_does_not_compute_is_left_to_torch() -> None:
+    assert attention_backends(CPU, torch.float32) == {"native": "not for torch.float32", "sdpa": ""}
+    assert attention_backends(CPU, torch.bfloat16, 40) == {"native": "not for heads of 40 channels", "sdpa": ""}
+    assert attention_backend(torch.device("meta"), torch.bfloat16) == "sdpa"
+
+
+@compiled
+@pytest.mark.parametrize("levels", [255, 127])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantise_is_its_twin(dtype: torch.dtype, levels: int) -> None:
+    sequences = torch.randn(5, 331, 113, generator=torch.Generator().manual_seed(0)).to(dtype)
+    sequences[1] = 0
+    sequences[2] = sequences[2].abs() + 5
+    sequences[3, 7, 7] = float("inf")
+    sequences[4, 330, 112] = float("nan")
+    ours, expected = quantise(sequences, levels), plain_quantise(sequences, levels)
+    assert ours[1].isnan().tolist() == [False, False, False, True, True]
+    torch.testing.assert_close(ours[1], expected[1], equal_nan=True)
+    assert torch.equal(ours[2][:3], expected[2][:3])
+    # What lies between two levels may go to either.
+    assert (ours[0][:3].int() - expected[0][:3].int()).abs().max() <= 1
+    assert (ours[0][:3] != expected[0][:3]).float().mean() < 0.001
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A home without a compiled library."""
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    native_library._build.cache_clear()
+    yield tmp_path
+    native_library._build.cache_clear()
+
+
+def test_without_a_compiler_the_reason_is_named(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(elsewhere))
+    assert native_library.library() is None
+    assert "install g++" in native_library.why_not()
+    sequences = torch.ones(1, 3, 4)
+    torch.testing.assert_close(quantise(sequences, 255), plain_quantise(sequences, 255))
+
+
+def test_a_compiler_that_fails_is_quoted(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = elsewhere / "c++"
+    compiler.write_text("#!/bin/sh\necho no such instruction >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{elsewhere}:/usr/bin:/bin")
+    assert native_library.library() is None
+    assert native_library.why_not().endswith("no such instruction")
+
+
+def test_a_home_that_cannot_be_written_is_no_crash(elsewhere: Path) -> None:
+    (elsewhere / ".cache").write_text("not a folder")
+    assert native_library.library() is None
+    assert ".cache" in native_library.why_not()
