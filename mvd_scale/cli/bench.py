@@ -27,6 +27,7 @@ def bench() -> None:
 @click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Clips of a step.")
 @click.option("--steps", type=click.IntRange(min=1), default=5, show_default=True, help="Steps that are timed.")
 @click.option("--methods", help="Instead of a recipe: all, or some methods of the paper, beside co-teaching.")
+@click.option("--checkpointing", is_flag=True, help="By each choice of training.gradient_checkpointing, side by side.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 @overrides_argument
 def step(
@@ -35,18 +36,23 @@ def step(
     batch: int,
     steps: int,
     methods: str | None,
+    checkpointing: bool,
     as_json: bool,
     overrides: tuple[str, ...],
 ) -> None:
     """Time one optimizer step by part: data, each teacher, student forward, backward, optimizer."""
     from mvd_scale.performance.step import measure_step
 
-    if methods is not None:
-        _refuse_beside("methods", "recipe")
-        from mvd_scale.performance.methods import measure_methods
+    if methods is not None or checkpointing:
+        from mvd_scale.performance.methods import measure_checkpointing, measure_methods
 
         words = ["--batch", str(batch), "--steps", str(steps), *overrides]
-        table = measure_methods(methods, words if precision is None else [*words, "--precision", precision])
+        words += [] if precision is None else ["--precision", precision]
+        if methods is not None:
+            _refuse_beside("methods", "recipe", "checkpointing")
+            table = measure_methods(methods, words)
+        else:
+            table = measure_checkpointing(["--recipe", recipe, *words])
         click.echo(table.to_json() if as_json else table.to_text())
         return
     report = measure_step(recipe, list(overrides), precision=precision, batch=batch, steps=steps)

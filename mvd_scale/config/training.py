@@ -12,6 +12,7 @@ from mvd_scale.config.section import Section
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Precision = Literal["fp32", "bf16", "fp16"]
 TeacherPrecision = Precision | Literal["int8", "fp8"]
+Checkpointing = Literal["none", "block", "attention"]
 
 
 class TrainingConfig(Section):
@@ -64,8 +65,9 @@ class TrainingConfig(Section):
     deepspeed: str = "zero2"
     """A file of `ds_configs/` by name, or the path of another DeepSpeed JSON."""
 
-    gradient_checkpointing: bool = False
-    """Recompute every block in the backward pass instead of keeping its activations."""
+    gradient_checkpointing: Checkpointing = "none"
+    """What of every block the backward pass computes again instead of keeping it: nothing; all (`block`, the least
+    memory); norm, projections and attention but not the MLP (`attention`, less again to compute)."""
 
     collective_timeout_minutes: float = Field(default=10, gt=0)
     """A rank that waits longer for the others gives up; then the launcher ends the job."""

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mvd_kernels import AddLayerNorm, LayerNorm, attention
+from mvd_scale.config.training import Checkpointing
 
 Kept = Tensor | int | None
 """Tokens whose output is needed: int64 (B, K), the last so many, or all."""
@@ -81,11 +82,21 @@ class Block(nn.Module):
         self.mlp: nn.Module = Mlp(width, int(width * mlp_ratio), act_layer=nn.GELU)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, tokens: Tensor, kept: Kept = None) -> Tensor:
-        """(B, N, D) to (B, N, D), or (B, K, D) for the tokens that are kept: all are seen, the others not computed."""
-        update = self.drop_path(self.attn(self.norm1(tokens), kept))
+    def forward(self, tokens: Tensor, kept: Kept = None, *, attend_again: bool = False) -> Tensor:
+        """(B, N, D) to (B, N, D), or (B, K, D) for the tokens that are kept: all are seen, the others not computed.
+
+        With `attend_again` the backward pass computes the attention half again.
+        """
+        if attend_again:
+            update = self.drop_path(checkpoint(self._attend, tokens, kept, use_reentrant=False))
+        else:
+            update = self.drop_path(self._attend(tokens, kept))
         tokens, normed = self.norm2(keep(tokens, kept), update)
         return tokens + self.drop_path(self.mlp(normed))
+
+    def _attend(self, tokens: Tensor, kept: Kept) -> Tensor:
+        attended: Tensor = self.attn(self.norm1(tokens), kept)
+        return attended
 
 
 class Blocks(nn.ModuleList):
@@ -94,18 +105,19 @@ class Blocks(nn.ModuleList):
     def __init__(self, width: int, depth: int, heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0) -> None:
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         super().__init__(Block(width, heads, mlp_ratio, rate) for rate in rates)
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing: Checkpointing = "none"
 
     def forward(self, tokens: Tensor, kept: Kept = None) -> Tensor:
         """(B, N, D) to (B, N, D), or (B, K, D) for the tokens that the last block keeps."""
+        again = self.gradient_checkpointing if self.training else "none"
         for number, block in enumerate(self, start=1):
             arguments = (tokens, kept if number == len(self) else None)
-            if self.gradient_checkpointing and self.training:
+            if again == "block":
                 tokens = checkpoint(block, *arguments, use_reentrant=False)
             elif tokens.device.type == "cpu" and not torch.is_grad_enabled():
                 tokens = _in_parts(block, *arguments)
             else:
-                tokens = block(*arguments)
+                tokens = block(*arguments, attend_again=again == "attention")
         return tokens
 
 
@@ -120,11 +132,11 @@ def _in_parts(block: nn.Module, tokens: Tensor, kept: Kept) -> Tensor:
     return torch.cat([block(*part) for part in zip(parts, keeps, strict=True)])
 
 
-def checkpoint_gradients(model: nn.Module) -> None:
-    """Recompute each block of a model in the backward pass instead of keeping its activations."""
+def checkpoint_gradients(model: nn.Module, checkpointing: Checkpointing) -> None:
+    """Choose what the backward pass of a model's blocks computes again instead of keeping it."""
     for module in model.modules():
         if isinstance(module, Blocks):
-            module.gradient_checkpointing = True
+            module.gradient_checkpointing = checkpointing
 
 
 def initialise(module: nn.Module) -> None:

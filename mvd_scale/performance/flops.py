@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mvd_scale.performance.layers import Backward, Block, Linear
+from mvd_scale.config.training import Checkpointing
+from mvd_scale.performance.layers import Backward, Linear
 from mvd_scale.performance.parts import Part, Workload
 
 
@@ -26,12 +27,12 @@ class PartFlops:
         return self.forward + self.backward + self.recomputed
 
 
-def part_flops(workload: Workload, *, checkpointing: bool, attention: Backward = "fused") -> list[PartFlops]:
+def part_flops(workload: Workload, *, checkpointing: Checkpointing, attention: Backward = "fused") -> list[PartFlops]:
     """FLOPs of one clip by part: patch embedding, encoder, each decoder or head, each teacher.
 
     Args:
         workload: what is computed.
-        checkpointing: whether blocks are computed again in the backward pass.
+        checkpointing: what of the blocks is computed again in the backward pass.
         attention: whether attention's backward pass computes the scores again, as its kernels do.
     """
     embedding, *rest = _with_embedding_apart(workload.trained)
@@ -48,7 +49,7 @@ def _with_embedding_apart(trained: tuple[Part, ...]) -> list[Part]:
     return [embedding, Part(encoder.name, encoder.width, tuple(blocks)), *heads]
 
 
-def _trained(part: Part, checkpointing: bool, attention: Backward) -> PartFlops:
+def _trained(part: Part, checkpointing: Checkpointing, attention: Backward) -> PartFlops:
     backward = sum(layer.backward(attention) for layer in part.layers)
-    recomputed = sum(layer.recomputed for layer in part.layers if isinstance(layer, Block)) if checkpointing else 0
+    recomputed = sum(block.recomputed(checkpointing) for block in part.blocks)
     return PartFlops(part.name, part.width, part.forward, backward, recomputed)

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from mvd_scale.config.training import Checkpointing
+
 Backward = Literal["fused", "unfused"]
 """`fused` attention (flash-attn, SDPA's kernels) computes the scores again in its backward pass, plain one does not."""
 
@@ -93,8 +95,11 @@ class Block:
     @property
     def _products(self) -> int:
         """FLOPs of linear layers per sequence."""
-        packed, projection = 6 * self.keys * self.width**2, 2 * self.outputs * self.width**2
-        return packed + projection + 2 * self._half_mlp
+        return self._packed + 2 * self.outputs * self.width**2 + 2 * self._half_mlp
+
+    @property
+    def _packed(self) -> int:
+        return 6 * self.keys * self.width**2
 
     @property
     def _half_mlp(self) -> int:
@@ -115,27 +120,30 @@ class Block:
         again = self._attention // 2 if attention == "fused" else 0
         return 2 * self.forward + self.sequences * again
 
-    @property
-    def recomputed(self) -> int:
+    def recomputed(self, checkpointing: Checkpointing) -> int:
         """FLOPs that gradient checkpointing adds.
 
-        Recomputation ends with the last saved tensor, before the product of the MLP's second layer, unless a
-        random drop follows it.
+        Recomputation ends with the last saved tensor: of a block before the product of the MLP's second layer, unless
+        a random drop follows it; of the attention half before the output projection.
         """
-        return self.forward - (0 if self.drop_path else self.sequences * self._half_mlp)
+        if checkpointing == "block":
+            return self.forward - (0 if self.drop_path else self.sequences * self._half_mlp)
+        return self.sequences * (self._packed + self._attention) if checkpointing == "attention" else 0
 
-    def saved(self, size: int) -> int:
+    def saved(self, size: int, checkpointing: Checkpointing = "none") -> int:
         """Bytes kept for the backward pass, of elements of `size` bytes; norms' and softmax's statistics are float32.
 
-        Of all tokens: input, normalised input, queries, keys and values. Of those that ask: attended. Of those that
-        come out: the sum with the input, normalised, and the MLP before and after its activation.
+        Always the input. Of the attention half, for all tokens: normalised input, queries, keys and values; for those
+        that ask: attended. Of the MLP's, for those that come out: the sum with the input, normalised, and the MLP
+        before and after its activation.
         """
-        channels = (5 * self.keys + self.queries) * self.width + self.outputs * 2 * (self.width + self.hidden)
-        statistics = 2 * (self.keys + self.outputs) + self.heads * self.queries
-        return self.sequences * (size * channels + 4 * statistics)
+        attention = size * (4 * self.keys + self.queries) * self.width + 4 * (2 * self.keys + self.heads * self.queries)
+        mlp = self.outputs * (size * 2 * (self.width + self.hidden) + 4 * 2)
+        kept = {"none": attention + mlp, "attention": mlp, "block": 0}[checkpointing]
+        return self.entry(size) + self.sequences * kept
 
     def entry(self, size: int) -> int:
-        """Bytes of the input alone: what gradient checkpointing keeps."""
+        """Bytes of the input alone."""
         return self.sequences * size * self.keys * self.width
 
     def inference(self, size: int) -> int:

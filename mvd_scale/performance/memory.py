@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from mvd_scale.config.training import Checkpointing
 from mvd_scale.performance.layers import Linear
 from mvd_scale.performance.parts import Part, Workload
 from mvd_scale.performance.setting import SIZES, Setting
@@ -79,11 +80,11 @@ def predict_memory(work: Workload, setting: Setting) -> Memory:
     return Memory({name: _sum(rest, phase) for name, phase in phases.items()})
 
 
-def activations(part: Part, size: int, *, checkpointing: bool) -> int:
+def activations(part: Part, size: int, *, checkpointing: Checkpointing) -> int:
     """Bytes that a trained part keeps of a clip for its backward pass."""
     blocks = part.blocks
     others = sum(layer.saved(size) for layer in part.layers if layer not in blocks)
-    return others + sum(block.entry(size) if checkpointing else block.saved(size) for block in blocks)
+    return others + sum(block.saved(size, checkpointing) for block in blocks)
 
 
 def inference(part: Part, size: int) -> int:
@@ -95,10 +96,13 @@ def inference(part: Part, size: int) -> int:
     return sum(rows) + max(block.entry(size) + block.inference(size) for block in blocks)
 
 
-def differentiation(part: Part, size: int, *, checkpointing: bool) -> int:
-    """Bytes that the backward pass of a part needs of a clip above what is kept; a block is computed again first."""
+def differentiation(part: Part, size: int, *, checkpointing: Checkpointing) -> int:
+    """Bytes that the backward pass of a part needs of a clip above what is kept.
+
+    A whole block is computed again first; an attention half only when what its MLP kept is gone, which is as much.
+    """
     block = part.blocks[-1]
-    return block.gradients(size) + (block.saved(size) if checkpointing else 0)
+    return block.gradients(size) + (block.saved(size) if checkpointing == "block" else 0)
 
 
 def _at_rest(work: Workload, setting: Setting) -> Bytes:

@@ -1,4 +1,4 @@
-"""`mvd-scale bench step --methods`: what each method of the paper costs beside co-teaching, on one machine."""
+"""`mvd-scale bench step --methods` and `--checkpointing`: what ways to train cost beside the first, on one machine."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import logging
 import subprocess
 import sys
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import TypeAdapter
 
+from mvd_scale.config.training import Checkpointing
 from mvd_scale.errors import UserError
 from mvd_scale.performance.reports import Report, Value
 from mvd_scale.performance.step import StepReport
@@ -41,7 +42,7 @@ METHODS: dict[str, list[str]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MethodsReport(Report):
-    """A step of each method."""
+    """A step of each method, or by each choice of gradient checkpointing."""
 
     kind: Literal["methods"] = "methods"
     steps: dict[str, StepReport]
@@ -57,12 +58,12 @@ class MethodsReport(Report):
             yield f"{name}: peak memory, GiB", Value(step.peak_memory_gib)
 
     def to_text(self) -> str:
-        """A table: time, memory, and both relative to the first method."""
+        """A table: time, memory, and both relative to the first."""
         first = next(iter(self.steps.values()))
         head = (
             f"{first.precision}, {first.ranks} ranks, {first.clips_per_step} clips a step, "
             f"mean of {first.steps} steps\n{self.machine.title()}\n"
-            f"  {'method':<28}{'ms a step':>12}{'ratio':>8}{'peak GiB':>10}{'ratio':>8}"
+            f"  {'way':<28}{'ms a step':>12}{'ratio':>8}{'peak GiB':>10}{'ratio':>8}"
         )
         rows = [
             f"  {name:<28}{step.milliseconds_per_step:>12.0f}"
@@ -74,7 +75,7 @@ class MethodsReport(Report):
 
 
 def measure_methods(names: str, words: list[str]) -> MethodsReport:
-    """Time a step of several methods, each in a process of its own, so that each has its own peak of memory.
+    """Time a step of several methods.
 
     Args:
         names: `all`, or names of `METHODS` separated by commas; co-teaching always comes first.
@@ -87,10 +88,30 @@ def measure_methods(names: str, words: list[str]) -> MethodsReport:
     unknown = [name for name in wanted if name not in METHODS]
     if unknown:
         raise UserError(f"--methods {unknown[0]!r}: expected all, or some of {', '.join(METHODS)}")
+    return _measure({name: [*METHODS[name], *words] for name in [next(iter(METHODS)), *wanted]})
+
+
+def measure_checkpointing(words: list[str]) -> MethodsReport:
+    """Time a step by each choice of `training.gradient_checkpointing`.
+
+    Args:
+        words: further words of `mvd-scale bench step`.
+
+    Raises:
+        UserError: the words make a choice themselves, or a step failed (its own message stands above).
+    """
+    key = "--training.gradient_checkpointing"
+    if any(word.partition("=")[0] == key for word in words):
+        raise UserError(f"--checkpointing does not go with {key}: it measures every choice")
+    return _measure({choice: [*words, key, choice] for choice in get_args(Checkpointing)})
+
+
+def _measure(ways: dict[str, list[str]]) -> MethodsReport:
+    """Each in a process of its own, so that each has its own peak of memory."""
     reports = {}
-    for name in dict.fromkeys([next(iter(METHODS)), *wanted]):
+    for name, words in ways.items():
         logger.info("%s", name)
-        command = [sys.executable, "-m", "mvd_scale", "bench", "step", "--json", *METHODS[name], *words]
+        command = [sys.executable, "-m", "mvd_scale", "bench", "step", "--json", *words]
         result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if result.returncode:
             raise UserError(f"{name} ended with exit code {result.returncode}; its own message stands above")

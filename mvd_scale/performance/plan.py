@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from typing import get_args
 
 from mvd_scale.config import FinetuneRecipe, Recipe, load_any, load_finetuning, load_recipe
+from mvd_scale.config.training import Checkpointing
 from mvd_scale.errors import UserError
 from mvd_scale.performance.communication import Collective, collectives
 from mvd_scale.performance.decoding import Video, decoded_clips, decoded_frames
@@ -57,6 +59,19 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Policy:
+    """One choice of `training.gradient_checkpointing`."""
+
+    recomputed: int
+    """FLOPs of a clip."""
+
+    activations: int
+    memory: int
+    fits: bool
+    clips_per_second: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """The prediction. Bytes are of one rank, seconds of one optimizer step."""
 
@@ -87,6 +102,10 @@ class Plan:
     run_hours: float
     limit: str
     candidates: list[Candidate]
+
+    policies: dict[Checkpointing, Policy]
+    """At the same micro batch."""
+
     comparison: Comparison | None
 
     @property
@@ -196,6 +215,20 @@ def _candidate(recipe: Recipe | FinetuneRecipe, work: Workload, setting: Setting
     )
 
 
+def _policy(
+    recipe: Recipe | FinetuneRecipe, work: Workload, setting: Setting, cluster: Cluster, checkpointing: Checkpointing
+) -> Policy:
+    setting = replace(setting, checkpointing=checkpointing)
+    candidate = _candidate(recipe, work, setting, cluster)
+    return Policy(
+        sum(part.recomputed for part in part_flops(work, checkpointing=checkpointing)),
+        predict_memory(work, setting).phases["start of the backward pass"]["activations"],
+        candidate.memory,
+        candidate.fits,
+        candidate.clips_per_second,
+    )
+
+
 def _messages(work: Workload, setting: Setting, cluster: Cluster) -> list[Collective]:
     return collectives(work, setting, cluster.gpu, cluster.per_node)
 
@@ -271,6 +304,7 @@ def _plan(
         run_hours=hours,
         limit=_limit(phases, seconds),
         candidates=candidates,
+        policies={choice: _policy(recipe, work, setting, cluster, choice) for choice in get_args(Checkpointing)},
         comparison=compare(name, cluster.gpu, cluster.gpus, work, planned * batch, hours, hours * computing / seconds),
     )
 
@@ -281,16 +315,17 @@ def _what_fits(recipe: Recipe | FinetuneRecipe, work: Workload, setting: Setting
     zero3 = setting_of(
         _with(recipe, deepspeed="zero3"), work, cluster.gpus, per_node=cluster.per_node, micro=setting.micro
     )
-    again, shard = "--training.gradient_checkpointing true", "--teachers.sharding zero3"
+    again, shard = "--training.gradient_checkpointing", "--teachers.sharding zero3"
     sharded = (True,) * len(setting.sharded)
     changes = {
-        again: replace(setting, checkpointing=True),
+        f"{again} attention": replace(setting, checkpointing="attention"),
+        f"{again} block": replace(setting, checkpointing="block"),
         "--stage 3": zero3,
-        f"--stage 3 {again}": replace(zero3, checkpointing=True),
+        f"--stage 3 {again} block": replace(zero3, checkpointing="block"),
     }
     if sharded:
         changes[shard] = replace(setting, sharded=sharded)
-        changes[f"--stage 3 {shard} {again}"] = replace(zero3, checkpointing=True, sharded=sharded)
+        changes[f"--stage 3 {shard} {again} block"] = replace(zero3, checkpointing="block", sharded=sharded)
     helps = [words for words, changed in changes.items() if predict_memory(work, changed).peak <= usable]
     helps += [f"--gpu {gpu.name}" for gpu in GPUS.values() if needed <= usable_memory(gpu)]
     return (

@@ -25,7 +25,9 @@ def to_json(plan: Plan) -> str:
 
 def to_text(plan: Plan) -> str:
     """Tables, one for each resource, and the assumptions behind them."""
-    sections = (_head, _flops, _memory, _communication, _decoding, _time, _micro_batches, _published, _assumptions)
+    sections = (
+        _head, _flops, _memory, _communication, _decoding, _time, _micro_batches, _policies, _published, _assumptions,
+    )  # fmt: skip
     return "\n".join(line for section in sections for line in section(plan))
 
 
@@ -103,6 +105,17 @@ def _micro_batches(plan: Plan) -> Iterator[str]:
         told = "" if candidate.fits else "  does not fit"
         best = "  best" if candidate == plan.best else ""
         yield f"  {candidate.micro:<14}{candidate.memory / GIB:>12.2f}{candidate.clips_per_second:>12.0f}{told}{best}"
+
+
+def _policies(plan: Plan) -> Iterator[str]:
+    yield f"\n  {'checkpointing':<14}{'GFLOPs again':>14}{'activations':>13}{'GiB a rank':>12}{'clips/s':>10}"
+    for name, policy in plan.policies.items():
+        told = "" if policy.fits else "  does not fit"
+        chosen = "  the recipe's" if name == plan.setting.checkpointing else ""
+        yield (
+            f"  {name:<14}{policy.recomputed / 1e9:>14.1f}{policy.activations / GIB:>13.2f}{policy.memory / GIB:>12.2f}"
+            f"{policy.clips_per_second:>10.0f}{told}{chosen}"
+        )
 
 
 def _published(plan: Plan) -> Iterator[str]:

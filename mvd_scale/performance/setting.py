@@ -7,7 +7,7 @@ from typing import Any
 
 from mvd_scale.config import FinetuneRecipe, Recipe
 from mvd_scale.config.deepspeed import student_deepspeed, teacher_deepspeed, zero_stage
-from mvd_scale.config.training import Precision
+from mvd_scale.config.training import Checkpointing, Precision
 from mvd_scale.errors import UserError
 from mvd_scale.performance.parts import Workload
 
@@ -41,7 +41,7 @@ class Setting:
     sharded: tuple[bool, ...]
     """Of each teacher, whether ranks keep shards of it."""
 
-    checkpointing: bool
+    checkpointing: Checkpointing
 
     prefetch: int
     """Batches that are loaded ahead."""

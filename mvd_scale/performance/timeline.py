@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mvd_scale.config.training import Checkpointing
 from mvd_scale.performance.communication import Collective, Phase
 from mvd_scale.performance.flops import PartFlops
 from mvd_scale.performance.hardware import AttentionKernel, Gpu, sustained
@@ -15,6 +16,9 @@ LAUNCH = 5e-6
 
 KERNELS = 14
 """Kernels of a block's forward pass; the backward pass has twice as many."""
+
+AGAIN: dict[Checkpointing, int] = {"none": 0, "block": KERNELS, "attention": 5}
+"""Kernels of a block that gradient checkpointing launches again."""
 
 OPTIMIZER_BYTES = 30
 """Bytes that AdamW moves for a parameter: gradient, master copy and two moments read, the last three and the 16-bit
@@ -75,11 +79,11 @@ def phase_times(
         arithmetic["backward"] += clips * (part.backward + part.recomputed) / rate
     arithmetic["optimizer"] = OPTIMIZER_BYTES * work.parameters / setting.world / gpu.bandwidth
 
-    trained = KERNELS * sum(len(part.blocks) for part in work.trained)
+    blocks = sum(len(part.blocks) for part in work.trained)
     kernels: dict[Phase, int] = {
         "teachers": KERNELS * sum(len(part.blocks) for part in work.teachers),
-        "forward": trained,
-        "backward": trained * (3 if setting.checkpointing else 2),
+        "forward": blocks * KERNELS,
+        "backward": blocks * (2 * KERNELS + AGAIN[setting.checkpointing]),
         "optimizer": 0,
     }
     return [

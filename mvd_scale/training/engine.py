@@ -194,8 +194,7 @@ def train_engine(model: nn.Module, groups: list[dict[str, Any]], recipe: RunReci
     """
     check_precision(recipe.training.precision, ranks.device)
     config = student_deepspeed(recipe, ranks.world_size)
-    if recipe.training.gradient_checkpointing:
-        checkpoint_gradients(model)
+    checkpoint_gradients(model, recipe.training.gradient_checkpointing)
     offload = config["zero_optimization"].get("offload_optimizer", {}).get("device") in ("cpu", "nvme")
     engine, *_ = _import_deepspeed().initialize(
         model=model.to(ranks.device),

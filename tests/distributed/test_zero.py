@@ -24,7 +24,8 @@ SAME_NUMBERS = [
     "zero2",
     "zero3",
     "one micro batch after the other",
-    "gradient checkpointing",
+    "block again",
+    "attention again",
     "replicated teachers",
 ]
 

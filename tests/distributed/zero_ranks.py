@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mvd_scale.config import ModelConfig, Recipe
+from mvd_scale.config.training import Checkpointing
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.models import Encoder, Student
 from mvd_scale.targets import FrozenTeacher, MaskedDistillation, build_targets
@@ -47,8 +48,8 @@ def recipe(
     precision: str,
     sharding: str,
     micro_batch: int,
-    checkpointing: bool,
     targets: dict[str, Any] = FROZEN,
+    checkpointing: Checkpointing = "none",
 ) -> Recipe:
     return Recipe.model_validate(
         {
@@ -179,25 +180,26 @@ def main(out: Path) -> None:
     results: dict[str, Any] = {}
     if ranks.world_size == 4:
         for over in ("node", "world"):
-            made = recipe("zero2", "fp32", "zero3", 2, False)
+            made = recipe("zero2", "fp32", "zero3", 2)
             teachers = made.teachers.model_copy(update={"shard_over": over})
             results[over] = train(ranks, made.model_copy(update={"teachers": teachers}))
         (out / f"rank{ranks.rank}.json").write_text(json.dumps(results))
         return leave_ranks()
     for stage in ("zero1", "zero2", "zero3"):
-        results[stage] = train(ranks, recipe(stage, "fp32", "zero3", 4, False))
-    results["one micro batch after the other"] = train(ranks, recipe("zero2", "fp32", "zero3", 2, False))
-    results["gradient checkpointing"] = train(ranks, recipe("zero3", "fp32", "zero3", 4, True))
-    results["replicated teachers"] = train(ranks, recipe("zero2", "fp32", "replicated", 4, False))
+        results[stage] = train(ranks, recipe(stage, "fp32", "zero3", 4))
+    results["one micro batch after the other"] = train(ranks, recipe("zero2", "fp32", "zero3", 2))
+    for again in ("block", "attention"):
+        results[f"{again} again"] = train(ranks, recipe("zero3", "fp32", "zero3", 4, checkpointing=again))
+    results["replicated teachers"] = train(ranks, recipe("zero2", "fp32", "replicated", 4))
     for stage in ("zero1", "zero2", "zero3"):
         for sharding in ("zero3", "replicated"):
-            made = recipe(stage, "fp32", sharding, 4, False, MOMENTUM)
+            made = recipe(stage, "fp32", sharding, 4, MOMENTUM)
             results[f"momentum, {stage}, {sharding}"] = train(ranks, made, out=out)
-        made = recipe(stage, "bf16", "zero3", 4, False, MOMENTUM)
+        made = recipe(stage, "bf16", "zero3", 4, MOMENTUM)
         results[f"momentum, {stage}, bf16"] = train(ranks, made, out=out)
     for stage in ("zero1", "zero2", "zero3"):
-        results[f"bf16, {stage}"] = train(ranks, recipe(stage, "bf16", "zero3", 4, False))
-        results[f"not finite, {stage}"] = train(ranks, recipe(stage, "fp32", "zero3", 4, False), poison_last=True)
+        results[f"bf16, {stage}"] = train(ranks, recipe(stage, "bf16", "zero3", 4))
+        results[f"not finite, {stage}"] = train(ranks, recipe(stage, "fp32", "zero3", 4), poison_last=True)
     (out / f"rank{ranks.rank}.json").write_text(json.dumps(results))
     leave_ranks()
 

@@ -61,6 +61,11 @@ def test_overrides_reach_any_depth_and_the_last_one_wins(tiny: Path) -> None:
         (["--trainin.epochs", "3"], "trainin", "unknown key"),
         (["--training.epochs", "many"], "training.epochs", "'many'"),
         (["--training.epochs", "0"], "training.epochs", "greater than 0"),
+        (
+            ["--training.gradient_checkpointing", "true"],
+            "training.gradient_checkpointing",
+            "'none', 'block' or 'attention'",
+        ),
         (["--data.mask.ratio", "0.1"], "recipe", "leaves 8 of 8 tokens visible"),
         (["--data.mask.ratio", "1.5"], "data.mask.ratio", "less than 1"),
         (["--targets.pixels.decoder", "null"], "targets.pixels", "needs its width, depth and heads"),

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from mvd_scale.config import Recipe, load_finetuning, load_recipe
+from mvd_scale.config.training import Checkpointing
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.data.sampling import draw_mask
 from mvd_scale.models import Classifier, Student
@@ -108,15 +109,16 @@ def by_module(counter: FlopCounterMode) -> Counter[str]:
     return Counter({name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()})
 
 
-@pytest.mark.parametrize("attention", ["fused", "unfused"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("checkpointing", "attention"),
+    [("none", "fused"), ("none", "unfused"), ("block", "fused"), ("attention", "unfused")],
+)
 @pytest.mark.parametrize("method", METHODS)
-def test_every_part_counts_what_torch_counts(method: str, checkpointing: bool, attention: Backward) -> None:
+def test_every_part_counts_what_torch_counts(method: str, checkpointing: Checkpointing, attention: Backward) -> None:
     made = recipe(**METHODS[method])
     targets = build_targets(made, lambda name: random_teacher(made, name))
     student = Student(made.model, {n: (made.targets[n].head_config, t.channels) for n, t in targets.items()}).train()
-    if checkpointing:
-        checkpoint_gradients(student)
+    checkpoint_gradients(student, checkpointing)
     work = describe(made)
     said = {part.part: part for part in part_flops(work, checkpointing=checkpointing, attention=attention)}
     clips = batch(made, decoded=masked_tokens(made))
@@ -136,7 +138,7 @@ def test_every_part_counts_what_torch_counts(method: str, checkpointing: bool, a
     with counting(attention) as counter:
         sum(prediction.square().mean() for prediction in predictions.values()).backward()
     assert sum(part.backward + part.recomputed for part in trained) * CLIPS == counter.get_total_flops()
-    assert (sum(part.recomputed for part in trained) > 0) == checkpointing
+    assert (sum(part.recomputed for part in trained) > 0) == (checkpointing != "none")
 
     for name, target in targets.items():
         if isinstance(target, FrozenTeacher):
@@ -151,7 +153,7 @@ def test_a_classifier_counts_what_torch_counts() -> None:
     shape = [word for key, value in VIDEO.items() for word in (f"--model.{key}", str(value))]
     made = load_finetuning("finetune/b_k400", [*overrides, *shape])
     model = Classifier(made.model, 7).train()
-    parts = part_flops(describe(made), checkpointing=False)
+    parts = part_flops(describe(made), checkpointing="none")
     with counting("fused") as counter:
         scores = model(torch.zeros(CLIPS, 8, 64, 64, 3, dtype=torch.uint8))
     assert sum(part.forward for part in parts) * CLIPS == counter.get_total_flops()
@@ -163,7 +165,7 @@ def test_a_classifier_counts_what_torch_counts() -> None:
 def test_the_published_sizes_count_what_torch_counts() -> None:
     """ViT-H with patches of 14 in the image teacher; on the meta device nothing is computed."""
     made = load_recipe("distill/h_from_h")
-    said = {part.part: part.forward for part in part_flops(describe(made), checkpointing=True)}
+    said = {part.part: part.forward for part in part_flops(describe(made), checkpointing="block")}
     with torch.device("meta"):
         targets = build_targets(made, lambda name: random_teacher(made, name))
         student = Student(made.model, {n: (made.targets[n].head_config, t.channels) for n, t in targets.items()})
@@ -185,7 +187,7 @@ def test_the_published_sizes_count_what_torch_counts() -> None:
 
 def test_the_papers_figure_of_a_classifier() -> None:
     """Table 1: 180 G multiply-adds for ViT-B and one view."""
-    parts = part_flops(describe(load_finetuning("finetune/b_k400")), checkpointing=False)
+    parts = part_flops(describe(load_finetuning("finetune/b_k400")), checkpointing="none")
     assert sum(part.forward for part in parts) / 2e9 == pytest.approx(180, abs=1)
 
 

@@ -23,11 +23,11 @@ from mvd_scale.performance.setting import setting_of
 from .memory_ranks import recipe
 
 CASE: dict[str, Any] = {
-    "world": 1, "micro": 16, "accumulation": 1, "deepspeed": "zero2", "teachers": "replicated", "checkpointing": False,
+    "world": 1, "micro": 16, "accumulation": 1, "deepspeed": "zero2", "teachers": "replicated", "checkpointing": "none",
 }  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
-    "stage 2": {},
-    "checkpointing": {"checkpointing": True, "deepspeed": "zero3"},
+    "stage 2, attention again": {"checkpointing": "attention"},
+    "stage 3, blocks again": {"checkpointing": "block", "deepspeed": "zero3"},
     "two ranks, stage 3, sharded teachers": {"world": 2, "deepspeed": "zero3", "teachers": "zero3"},
 }
 
@@ -112,8 +112,12 @@ def test_checkpointing_and_smaller_micro_batches_save_activations() -> None:
     setting = setting_of(made, work, 32)
     phase = "start of the backward pass"
     checkpointed = predict_memory(work, setting).phases[phase]["activations"]
-    kept = predict_memory(work, replace(setting, checkpointing=False)).phases[phase]["activations"]
+    kept, without_attention = (
+        predict_memory(work, replace(setting, checkpointing=policy)).phases[phase]["activations"]
+        for policy in ("none", "attention")
+    )
     assert checkpointed < 0.1 * kept
+    assert 0.6 * kept < without_attention < 0.75 * kept
     half = predict_memory(work, replace(setting, micro=setting.micro // 2)).phases[phase]["activations"]
     assert 2 * half == checkpointed
 

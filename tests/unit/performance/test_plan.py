@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -126,7 +127,7 @@ def test_slow_links_become_the_limit() -> None:
 
 
 def test_the_best_micro_batch_is_the_fastest_that_fits() -> None:
-    made = plan("distill/h_from_h", "--training.gradient_checkpointing", "false", gpu="V100", gpus=8)
+    made = plan("distill/h_from_h", "--training.gradient_checkpointing", "none", gpu="V100", gpus=8)
     assert [candidate.micro for candidate in made.candidates] == [1, 2, 4, 8, 16, 32, 64]
     usable = usable_memory(GPUS["V100"])
     assert [candidate.fits for candidate in made.candidates] == [c.memory <= usable for c in made.candidates]
@@ -135,6 +136,16 @@ def test_the_best_micro_batch_is_the_fastest_that_fits() -> None:
     assert made.best.clips_per_second == max(candidate.clips_per_second for candidate in fitting)
     memory = [candidate.memory for candidate in made.candidates]
     assert memory == sorted(memory)
+
+
+def test_gradient_checkpointing_trades_time_for_memory() -> None:
+    made = plan("distill/h_from_h", gpu="H100", gpus=8)
+    none, block, attention = (made.policies[name] for name in ("none", "block", "attention"))
+    assert none.memory > attention.memory > block.memory == made.memory.peak
+    assert none.clips_per_second > attention.clips_per_second > block.clips_per_second == made.clips_per_second
+    assert none.recomputed == 0 < attention.recomputed < block.recomputed == sum(p.recomputed for p in made.flops)
+    assert none.activations > attention.activations > block.activations
+    assert re.search(r"block .* the recipe's", to_text(made))
 
 
 def test_a_micro_batch_that_does_not_fit_gives_way_to_the_largest_that_does() -> None:
@@ -231,7 +242,7 @@ def test_what_fits_on_no_micro_batch_says_what_would() -> None:
     assert "even with a micro batch of 1" in message
     wanted = message.partition("what would fit: ")[2].split(", or ")
     assert "--stage 3" in wanted
-    assert "--training.gradient_checkpointing true" not in wanted
+    assert "--training.gradient_checkpointing block" not in wanted
     assert "--gpu B200" in wanted
     for words in wanted:
         changed = words.split()
