@@ -34,8 +34,9 @@ def pays(qkv: Tensor) -> bool:
         qkv.device.type == "cpu"
         and qkv.dtype == torch.bfloat16
         and qkv.shape[1] >= SHORTEST
-        and bf16_instructions()
+        # Before the CPU is asked, which a compiled program cannot do.
         and not torch.compiler.is_compiling()
+        and bf16_instructions()
     )
 
 
