@@ -43,6 +43,8 @@ def probe() -> list[Capability]:
         *_dali(),
         *_pyav(),
         _triton(),
+        torch_compile("cuda"),
+        torch_compile("cpu"),
         _torchvision(),
         _compiler(),
         _native(),
@@ -267,6 +269,31 @@ def _triton() -> Capability:
         return Capability("Triton", False, reason=reason)
     on_gpu = _on_gpu("Triton", triton.__version__)
     return on_gpu if on_gpu.on else Capability("Triton", False, triton.__version__, "needs a GPU; interpreter only")
+
+
+def torch_compile(kind: str) -> Capability:
+    """Whether torch.compile makes programs for a kind of device, `cuda` or `cpu`."""
+    if kind == "cpu":
+        return _torch_compile_cpu()
+    triton, name = _triton(), "torch.compile, GPU"
+    if not triton.on:
+        return Capability(name, False, reason=f"Triton is off: {triton.reason}")
+    compiler = shutil.which("gcc") or shutil.which("clang")
+    if not compiler:
+        return Capability(name, False, reason="Triton finds no C compiler: install gcc")
+    return Capability(name, True, f"Triton, {compiler}")
+
+
+def _torch_compile_cpu() -> Capability:
+    name = "torch.compile, CPU"
+    builder, reason = _load("torch._inductor.cpp_builder", "pip install torch")
+    if not builder:
+        return Capability(name, False, reason=reason)
+    try:
+        return Capability(name, True, builder.get_cpp_compiler())
+    # It has an error of its own, and runs what it finds.
+    except Exception:
+        return Capability(name, False, reason="torch finds no C++ compiler: install g++, or name one in CXX")
 
 
 def _torchvision() -> Capability:

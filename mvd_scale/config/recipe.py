@@ -111,7 +111,7 @@ class RunRecipe(Section):
             del part["source"], part["root"]
         # Weights are known by their contents, which the checkpoints record, not by where they lie.
         for key in (
-            "max_steps", "micro_batch", "deepspeed", "gradient_checkpointing", "collective_timeout_minutes",
+            "max_steps", "micro_batch", "deepspeed", "gradient_checkpointing", "compile", "collective_timeout_minutes",
             "initial_encoder",
         ):  # fmt: skip
             del values["training"][key]
@@ -162,7 +162,25 @@ class Recipe(RunRecipe):
         if self.device == "cpu" and self.teachers.precision == "fp16":
             raise ValueError("precision fp16 needs a GPU (CPUs compute it slowly or not at all): use bf16 or fp32")
         self._check_eight_bits()
+        self._check_programs()
         return self
+
+    def _check_programs(self) -> None:
+        teachers = self.teachers
+        for key in ("compile", "cuda_graphs"):
+            if getattr(teachers, key) is not True:
+                continue
+            if teachers.sharding == "zero3":
+                raise ValueError(
+                    f"teachers.{key} is not for sharded teachers, which gather their parameters block by block: "
+                    "use `sharding: replicated`, or leave it at auto"
+                )
+            if not any(isinstance(target, TeacherTarget) for target in self.targets.values()):
+                raise ValueError(f"teachers.{key} does nothing: no target has a teacher")
+        if teachers.cuda_graphs is True and self.device == "cpu":
+            raise ValueError("teachers.cuda_graphs needs a GPU, but device is cpu: leave it at auto")
+        if teachers.compile is True and teachers.precision == "int8":
+            raise ValueError("teachers.compile is not for teachers.precision int8: leave it at auto")
 
     def _check_eight_bits(self) -> None:
         precision = self.teachers.precision

@@ -69,6 +69,11 @@ class TrainingConfig(Section):
     """What of every block the backward pass computes again instead of keeping it: nothing; all (`block`, the least
     memory); norm, projections and attention but not the MLP (`attention`, less again to compute)."""
 
+    compile: bool | Literal["auto"] = "auto"
+    """Make each block a program of torch.compile, one for all blocks that are alike. `auto` does so on GPUs that have
+    Triton and a C compiler. On CPUs it must be asked for, as it gains nothing there. At ZeRO stage 3, which gathers
+    parameters inside of blocks, `auto` is off and `true` refused."""
+
     collective_timeout_minutes: float = Field(default=10, gt=0)
     """A rank that waits longer for the others gives up; then the launcher ends the job."""
 
@@ -90,6 +95,14 @@ class TeacherConfig(Section):
     """Of the teachers' weights and arithmetic; `auto` is fp16 on GPUs and the student's precision on CPUs. In 8 bits
     (int8 on CPUs; fp8 on GPUs from Ada and Hopper on, with torchao) are the linear layers of the blocks; such teachers
     are replicated, as shards are made of floats."""
+
+    compile: bool | Literal["auto"] = "auto"
+    """As `training.compile`; neither for sharded teachers nor for int8."""
+
+    cuda_graphs: bool | Literal["auto"] = "auto"
+    """Record the forward pass of a replicated teacher on a GPU once and replay it, which spares the launches of its
+    kernels; `auto` does so wherever it can. `false` gives back the memory that a recording keeps for itself: the
+    activations of one forward pass of each teacher."""
 
     accept_inexact: bool = False
     """Accept 8 bits although the features have a mean cosine under 0.999 with those in float32. That is tried on the

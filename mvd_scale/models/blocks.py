@@ -6,13 +6,14 @@ Legend: B clips, N tokens, K tokens that are kept, D width.
 from __future__ import annotations
 
 import torch
-from timm.layers import DropPath, Mlp
+from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mvd_kernels import AddLayerNorm, LayerNorm, attention
 from mvd_scale.config.training import Checkpointing
+from mvd_scale.models.drop_path import DropPath
 
 Kept = Tensor | int | None
 """Tokens whose output is needed: int64 (B, K), the last so many, or all."""

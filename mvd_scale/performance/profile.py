@@ -87,8 +87,9 @@ def profile_recipe(
             with _profiler(ranks) as profiler:
                 profiled = _timed(rehearsal, steps, losses)
             peak_memory = peak_memory_gib(ranks.device)
-            # Last: it exchanges functions of torch for a while.
-            with module_table(rehearsal.engine.module, out / "modules.txt", write=ranks.first), torch.no_grad():
+            # Last: it exchanges functions of torch for a while. Into compiled blocks it could not look.
+            table = module_table(rehearsal.engine.module, out / "modules.txt", write=ranks.first)
+            with torch.compiler.set_stance("force_eager"), table, torch.no_grad():
                 rehearsal.objective(rehearsal.engine, rehearsal.clips)
     path = out / ("trace.json.gz" if ranks.first else f"trace_rank{ranks.rank}.json.gz")
     profiler.export_chrome_trace(str(path))

@@ -26,6 +26,7 @@ from mvd_scale.models.blocks import checkpoint_gradients
 from mvd_scale.models.eight_bit import to_eight_bits
 from mvd_scale.targets import FrozenTeacher, Target
 from mvd_scale.targets.momentum import Momentum
+from mvd_scale.training.compilation import GATHERED, compile_blocks, compiles, speed_up_teacher, transformer_blocks
 from mvd_scale.training.optim import build_optimizer
 
 logger = logging.getLogger("mvd_scale")
@@ -190,10 +191,12 @@ def train_engine(model: nn.Module, groups: list[dict[str, Any]], recipe: RunReci
         ranks: all of them call this.
 
     Raises:
-        UserError: the DeepSpeed file contradicts the recipe, or the device lacks the precision.
+        UserError: the DeepSpeed file contradicts the recipe, or the device lacks the precision or a compiler.
     """
     check_precision(recipe.training.precision, ranks.device)
     config = student_deepspeed(recipe, ranks.world_size)
+    obstacle = GATHERED if config["zero_optimization"]["stage"] == 3 else ""
+    programs = compiles("training.compile", recipe.training.compile, ranks.device, obstacle)
     checkpoint_gradients(model, recipe.training.gradient_checkpointing)
     offload = config["zero_optimization"].get("offload_optimizer", {}).get("device") in ("cpu", "nvme")
     engine, *_ = _import_deepspeed().initialize(
@@ -204,6 +207,9 @@ def train_engine(model: nn.Module, groups: list[dict[str, Any]], recipe: RunReci
     )
     # Off by default in float32 at stages 1 and 2: without it a step that is not finite would ruin the weights.
     engine.optimizer.check_grad_overflow = True
+    if programs:
+        # Not `engine.compile()`: that makes one program of the whole model.
+        compile_blocks(engine.module)
     return engine
 
 
@@ -241,8 +247,10 @@ def host_teacher(teacher: nn.Module, recipe: Recipe, ranks: Ranks, *, moves: boo
         check_precision(precision, ranks.device)
         # The shares of an average that moves are those of the student, which is cut over all ranks.
         over = "world" if moves else recipe.teachers.shard_over
-        return shard_teacher(teacher, precision, ranks, keep_vectors=not moves, over=over)
-    return lower_teacher(teacher, recipe, ranks.device)
+        engine = shard_teacher(teacher, precision, ranks, keep_vectors=not moves, over=over)
+        return speed_up_teacher(engine, recipe.teachers, precision, ranks.device, sharded=True)
+    whole = lower_teacher(teacher, recipe, ranks.device)
+    return speed_up_teacher(whole, recipe.teachers, precision, ranks.device, sharded=False)
 
 
 def lower_teacher(teacher: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:
@@ -331,9 +339,8 @@ def _refuse(faults: list[str]) -> None:
 
 def _layers(teacher: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The blocks of a transformer by name, then the whole, for what stands outside of blocks."""
-    for name, module in teacher.named_modules():
-        if name.rpartition(".")[0].endswith("blocks"):
-            yield f"{name}.", module
+    for name, block in transformer_blocks(teacher):
+        yield f"{name}.", block
     yield "", teacher
 
 
