@@ -15,9 +15,7 @@ options=(--hostfile= --master_port "$port" --module --no_local_rank --quiet)
 
 if [[ "${DS_ACCELERATOR:-}" == cpu ]] || ! nvidia-smi --list-gpus 2>/dev/null | grep -q '^GPU'; then
     RANKS="${RANKS:-2}"
-    threads=$(($(nproc) / RANKS))
     export DS_ACCELERATOR=cpu
-    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
 fi
 # Without a number the launcher takes all GPUs, and heeds CUDA_VISIBLE_DEVICES.
 if [[ -n "${RANKS:-}" ]]; then

@@ -61,9 +61,10 @@ class Feed(ABC):
         batch: samples of one run of the graph.
         first: sample to begin with.
         end: sample at which it ends.
-        world_size: ranks that share this machine's cores.
+        world_size: number of ranks.
         device: where batches live; on a GPU it is also where they are decoded.
         report: file to append a JSON line (row, path, error, step) to for each video that could not be decoded.
+        cpus: for workers and threads; if None, what this process may use, divided by the ranks of this host.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Feed(ABC):
         world_size: int,
         device: torch.device,
         report: Path | None,
+        cpus: int | None,
     ) -> None:
         self.clips = 0
         self.substituted = 0
@@ -89,8 +91,8 @@ class Feed(ABC):
         self._report = report
         self._reported: set[Hashable] = set()
         self._by_host: frozenset[int] = frozenset()
-        self._workers = worker_count(data, world_size)
-        self._threads = thread_count(data, world_size)
+        self._workers = worker_count(data, world_size, cpus)
+        self._threads = thread_count(data, world_size, cpus)
         self._graph: Pipeline | None = self._build()
 
     @abstractmethod
@@ -246,6 +248,7 @@ class ClipLoader(Feed):
         total_steps: optimizer steps at which training ends.
         sides: further input sides, in pixels, to resize each crop to (`ClipBatch.at`).
         report: file to append a JSON line (row, path, error, step) to for each video that could not be decoded.
+        cpus: for workers and threads; if None, what this process may use, divided by the ranks of this host.
 
     Raises:
         UserError: an epoch has fewer clips than one global batch; in iteration: more than `data.max_broken` of the
@@ -268,6 +271,7 @@ class ClipLoader(Feed):
         total_steps: int,
         sides: tuple[int, ...] = (),
         report: Path | None = None,
+        cpus: int | None = None,
     ) -> None:
         if global_batch % (world_size * micro_batch) or micro_batch % data.copies:
             raise ValueError(
@@ -288,6 +292,7 @@ class ClipLoader(Feed):
             world_size=world_size,
             device=device,
             report=report,
+            cpus=cpus,
         )
 
     @property
@@ -343,18 +348,18 @@ class ClipLoader(Feed):
         return self._share.position(n)
 
 
-def worker_count(data: DataConfig, world_size: int) -> int:
-    """Worker processes of one rank: `data.workers`, or its share of this machine's cores, less one for itself."""
-    return max(_cores(world_size) - 1, 0) if data.workers == "auto" else data.workers
+def worker_count(data: DataConfig, world_size: int, cpus: int | None = None) -> int:
+    """Worker processes of one rank: `data.workers`, or its CPUs, less one for itself; `cpus` as of `Feed`."""
+    return max(_cpus(world_size, cpus) - 1, 0) if data.workers == "auto" else data.workers
 
 
-def thread_count(data: DataConfig, world_size: int) -> int:
-    """Threads of one rank's graph: `data.threads`, or its share of this machine's cores."""
-    return max(_cores(world_size), 1) if data.threads == "auto" else data.threads
+def thread_count(data: DataConfig, world_size: int, cpus: int | None = None) -> int:
+    """Threads of one rank's graph: `data.threads`, or its CPUs; `cpus` as of `Feed`."""
+    return max(_cpus(world_size, cpus), 1) if data.threads == "auto" else data.threads
 
 
-def _cores(world_size: int) -> int:
-    return len(os.sched_getaffinity(0)) // ranks_on_this_host(world_size)
+def _cpus(world_size: int, cpus: int | None) -> int:
+    return len(os.sched_getaffinity(0)) // ranks_on_this_host(world_size) if cpus is None else cpus
 
 
 def as_tensor(batch: TensorListCPU | TensorListGPU) -> Tensor:

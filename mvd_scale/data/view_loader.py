@@ -142,6 +142,7 @@ class ItemLoader(Feed, Generic[Batch]):
         world_size: number of ranks.
         device: where batches live; on a GPU it is also where they are decoded.
         report: file to append a JSON line to for each video that could not be decoded.
+        cpus: as of `Feed`.
     """
 
     _remedy = ""
@@ -157,6 +158,7 @@ class ItemLoader(Feed, Generic[Batch]):
         world_size: int,
         device: torch.device,
         report: Path | None = None,
+        cpus: int | None = None,
     ) -> None:
         self.items = items
         self._frames = frames
@@ -169,6 +171,7 @@ class ItemLoader(Feed, Generic[Batch]):
             world_size=world_size,
             device=device,
             report=report,
+            cpus=cpus,
         )
 
     def __len__(self) -> int:

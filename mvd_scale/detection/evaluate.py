@@ -127,6 +127,7 @@ def evaluate(
             batch=batch,
             world_size=ranks.world_size,
             device=ranks.device,
+            cpus=ranks.cpus,
             report=shards.quarantine,
         )
 

@@ -108,6 +108,7 @@ class DetectingActions(Task[DetectionRecipe]):
                 batch=validation.batch,
                 world_size=ranks.world_size,
                 device=ranks.device,
+                cpus=ranks.cpus,
             )
             with loader:
                 for frame in (frame for batch in loader for frame in score.frames(batch, test)):

@@ -172,6 +172,7 @@ class Shards:
                 batch=batch,
                 world_size=ranks.world_size,
                 device=ranks.device,
+                cpus=ranks.cpus,
                 report=self.quarantine,
             )
 

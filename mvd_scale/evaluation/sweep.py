@@ -65,6 +65,7 @@ class Sweep:
             batch=self.batch,
             world_size=self.ranks.world_size,
             device=self.ranks.device,
+            cpus=self.ranks.cpus,
         )
         with loader:
             for batch in loader:

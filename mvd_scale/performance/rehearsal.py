@@ -81,6 +81,7 @@ class Rehearsal:
             rank=ranks.rank,
             world_size=ranks.world_size,
             device=ranks.device,
+            cpus=ranks.cpus,
             start_step=0,
             total_steps=steps,
             sides=teacher_sides(recipe, self.targets),

@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -28,6 +29,7 @@ from mvd_scale.targets import FrozenTeacher, Target
 from mvd_scale.targets.momentum import Momentum
 from mvd_scale.training.compilation import GATHERED, compile_blocks, compiles, speed_up_teacher, transformer_blocks
 from mvd_scale.training.optim import build_optimizer
+from mvd_scale.training.processors import Pinned, settle
 
 logger = logging.getLogger("mvd_scale")
 
@@ -44,11 +46,18 @@ class Ranks:
     device: torch.device
     timeout: timedelta = timedelta(minutes=10)
     """Longest wait for another rank in a collective."""
+    pinned: Pinned | None = None
+    """Where on its machine it runs; None on GPUs, where ranks stay where they were started."""
 
     @property
     def first(self) -> bool:
         """Whether this is rank 0, the one that speaks and writes."""
         return self.rank == 0
+
+    @property
+    def cpus(self) -> int | None:
+        """Number of CPUs that are this rank's; None on GPUs."""
+        return len(self.pinned.share.cpus) if self.pinned else None
 
 
 def choose_device(device: str) -> torch.device:
@@ -71,22 +80,29 @@ def choose_device(device: str) -> torch.device:
 def join_ranks(device: str, timeout_minutes: float) -> Ranks:
     """Meet the other ranks of the job, or be the only one when no launcher started this process.
 
+    On CPUs each rank then takes its share of its machine (`processors.settle`), with as many threads as OMP_NUM_THREADS
+    says, or one for each core. On GPUs ranks stay where they were started: they compute little, and which CPUs are near
+    a GPU is for who starts them to say (`torchrun --numa-binding`).
+
     Args:
         device: `auto`, `cuda` or `cpu`.
         timeout_minutes: longest wait for another rank in a collective.
 
     Raises:
-        UserError: no GPU where one was asked for, the port is taken, or ranks did not show up.
+        UserError: no GPU where one was asked for, the launcher's environment has gaps, the port is taken, or ranks did
+            not show up.
     """
     kind = choose_device(device).type
-    if "RANK" not in os.environ:
+    if "RANK" in os.environ:
+        _check_environment()
+    else:
         alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
         os.environ.update({key: str(value) for key, value in alone.items()})
     # DeepSpeed chooses its accelerator when it is first imported.
     os.environ["DS_ACCELERATOR"] = kind
     deepspeed = _import_deepspeed()
 
-    local_rank, local_world = int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_SIZE", "1"))
+    local_rank = int(os.environ["LOCAL_RANK"])
     if kind == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise UserError(
@@ -95,7 +111,6 @@ def join_ranks(device: str, timeout_minutes: float) -> Ranks:
             )
         torch.cuda.set_device(local_rank)
     else:
-        torch.set_num_threads(max(len(os.sched_getaffinity(0)) // local_world, 1))
         # Its shared-memory reductions would be compiled at the first start; gloo needs no compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
@@ -113,17 +128,33 @@ def join_ranks(device: str, timeout_minutes: float) -> Ranks:
             "otherwise see that every host reaches it"
         ) from error
     device_index = local_rank if kind == "cuda" else None
+    rank = torch.distributed.get_rank()
+    # torch has read it; what the launcher of the ranks set counts as the user's choice too.
+    threads = torch.get_num_threads() if os.environ.get("OMP_NUM_THREADS") else None
     return Ranks(
-        rank=torch.distributed.get_rank(),
+        rank=rank,
         local_rank=local_rank,
         world_size=torch.distributed.get_world_size(),
         device=torch.device(kind, device_index) if device_index is not None else torch.device(kind),
         timeout=timedelta(minutes=timeout_minutes),
+        pinned=settle(rank, threads) if kind == "cpu" else None,
     )
+
+
+def _check_environment() -> None:
+    names = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if missing := [name for name in names if name not in os.environ]:
+        raise UserError(
+            f"RANK is {os.environ['RANK']}, but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set: "
+            "start ranks with the `deepspeed` launcher, or set for each RANK, LOCAL_RANK (its number among those of "
+            "its host; on Slurm $SLURM_LOCALID), WORLD_SIZE, MASTER_ADDR and MASTER_PORT; to run alone, unset RANK"
+        )
 
 
 def first_decides(ranks: Ranks, name: str, work: Callable[[], Any]) -> Any:
     """Do something on rank 0, however long it takes; all ranks return its result or raise its `UserError`.
+
+    Rank 0 may use the CPUs of the others, which wait.
 
     Args:
         ranks: all of them call this.
@@ -134,7 +165,8 @@ def first_decides(ranks: Ranks, name: str, work: Callable[[], Any]) -> Any:
     store = torch.distributed.distributed_c10d._get_default_store()
     if ranks.first:
         try:
-            answer = {"result": work()}
+            with ranks.pinned.lifted() if ranks.pinned else nullcontext():
+                answer = {"result": work()}
         except UserError as error:
             answer = {"error": str(error)}
         except BaseException:

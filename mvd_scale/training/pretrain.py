@@ -91,6 +91,7 @@ def pretrain(recipe: Recipe) -> None:
         rank=ranks.rank,
         world_size=ranks.world_size,
         device=ranks.device,
+        cpus=ranks.cpus,
         start_step=start,
         total_steps=schedule.last_step,
         sides=teacher_sides(recipe, targets),

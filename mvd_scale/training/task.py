@@ -150,6 +150,7 @@ def teach(task: Task[Any]) -> None:
         rank=ranks.rank,
         world_size=ranks.world_size,
         device=ranks.device,
+        cpus=ranks.cpus,
         start_step=start,
         total_steps=schedule.last_step,
         report=folder.quarantine,

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from mvd_scale.training.processors import share_out
+
 from .zero_ranks import teacher
 
 pytestmark = pytest.mark.distributed
@@ -30,7 +32,7 @@ SAME_NUMBERS = [
 ]
 
 
-def launch(world_size: int, out: Path, *, per_host: list[int] | None = None) -> list[dict[str, Any]]:
+def launch(world_size: int, out: Path, *, per_host: list[int] | None = None, threads: str = "") -> list[dict[str, Any]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -42,9 +44,8 @@ def launch(world_size: int, out: Path, *, per_host: list[int] | None = None) -> 
         host = next(h for h in range(len(hosts)) if rank < sum(hosts[: h + 1]))
         local = {"LOCAL_RANK": rank - sum(hosts[:host]), "LOCAL_SIZE": hosts[host]}
         place = {"RANK": rank, "WORLD_SIZE": world_size, **local}
-        env = (
-            os.environ | {k: str(v) for k, v in place.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        )
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": threads}
+        env = os.environ | {k: str(v) for k, v in place.items()} | meeting
         command = [sys.executable, str(script), str(out)]
         ranks.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     for rank, process in enumerate(ranks):
@@ -55,7 +56,7 @@ def launch(world_size: int, out: Path, *, per_host: list[int] | None = None) -> 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return launch(1, tmp_path_factory.mktemp("alone") / "out")[0]
+    return launch(1, tmp_path_factory.mktemp("alone") / "out", threads="1")[0]
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +100,17 @@ def test_on_hosts_of_any_size_a_teacher_is_cut_over_each_or_over_all(alone: dict
             assert found[over]["losses"] == pytest.approx(alone["zero2"]["losses"], rel=1e-5)
             for name, count in alone["replicated teachers"]["at_rest"].items():
                 assert found[over]["at_rest"][name] == pytest.approx(count / shares[rank], rel=0.05)
+
+
+def test_ranks_keep_to_their_shares_of_the_machine(alone: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    given = frozenset(os.sched_getaffinity(0))
+    for rank, share in share_out({0: given, 1: given}).items():
+        found, home = two[rank]["processors"], sorted(share.home)
+        assert all(thread == home for thread in found["threads"])
+        assert found["child"] == home
+        assert found["of torch"] == share.threads
+        assert found["alone"] == sorted(given), "rank 0 has the machine to itself while the others wait"
+    assert alone["processors"]["of torch"] == 1, "OMP_NUM_THREADS is the user's choice"
 
 
 def test_sharded_teachers_leave_torchs_linear_alone(two: list[dict[str, Any]]) -> None:

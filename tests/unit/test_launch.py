@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import socket
 import subprocess
@@ -224,7 +223,7 @@ def test_single_node_takes_two_cpu_ranks_where_there_is_no_gpu(launcher: Machine
     command = f"cd {elsewhere}; ../copy/launch/single_node.sh pretrain --recipe 'my recipe.yaml'"
     folder, cpu, words = launcher.start(command).stdout.splitlines()
     assert folder == str(elsewhere), "relative paths of the user must keep their meaning"
-    assert cpu == f"cpu {max(len(os.sched_getaffinity(0)) // 2, 1)}"
+    assert cpu == "cpu ", "ranks choose their number of threads when they have met"
     assert "[--num_gpus][2]" in words
     assert words.endswith("[mvd_scale][pretrain][--recipe][my recipe.yaml]")
 

@@ -304,6 +304,7 @@ def test_workers_follow_the_machine(monkeypatch):
     assert thread_count(DataConfig(threads=3), 64) == 3
     monkeypatch.setenv("LOCAL_SIZE", str(cores * 2))
     assert (worker_count(auto, 64), thread_count(auto, 64)) == (0, 1)
+    assert (worker_count(auto, 64, cpus=6), thread_count(auto, 64, cpus=6)) == (5, 6)
 
 
 SCRIPT = """
