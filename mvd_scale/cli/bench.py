@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
 import click
 from click.core import ParameterSource
 
-from mvd_scale.cli.options import WITH_OVERRIDES, overrides_argument
+from mvd_scale.cli.options import WITH_OVERRIDES, Numbers, overrides_argument
 from mvd_scale.config.launcher import launched_rank
 from mvd_scale.config.training import Precision
 
@@ -75,14 +74,20 @@ def teachers(recipe: str, steps: int, as_json: bool, overrides: tuple[str, ...])
 
 @bench.command("data")
 @click.argument("source", required=False)
-@click.option("--workers", default="0,1,2", show_default=True, help="Worker processes to try.")
+@click.option("--workers", type=Numbers(), default="0,1,2", show_default=True, help="Worker processes to try.")
 @click.option("--clips", type=click.IntRange(min=8), default=128, show_default=True, help="Clips timed for each way.")
 @click.option("--large/--no-large", default=True, show_default=True, help="Also 1280x720, without SOURCE.")
 @click.option("--work", type=click.Path(path_type=Path), help="Folder that keeps the videos made; a temporary one.")
 @click.option("--memory", type=click.IntRange(min=80), metavar="CLIPS", help="Instead: memory while drawing so many.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 def bench_data(
-    source: str | None, workers: str, clips: int, large: bool, work: Path | None, memory: int | None, as_json: bool
+    source: str | None,
+    workers: list[int],
+    clips: int,
+    large: bool,
+    work: Path | None,
+    memory: int | None,
+    as_json: bool,
 ) -> None:
     """Time the data path beside decord, torchcodec and PyAV over the same videos.
 
@@ -92,8 +97,6 @@ def bench_data(
 
     from mvd_scale.performance.data import measure_data, measure_memory
 
-    if not re.fullmatch(r"\d+(,\d+)*", workers):
-        raise click.BadParameter(f"{workers!r} is no list of numbers such as 0,1,2", param_hint="--workers")
     with tempfile.TemporaryDirectory() as scratch:
         folder = work or Path(scratch)
         if memory is not None:
@@ -101,9 +104,7 @@ def bench_data(
             for drawn, mib in measure_memory(source, folder, memory):
                 click.echo(f"{drawn:>8} clips  {mib:8.1f} MiB")
             return
-        report = measure_data(
-            source, folder, workers=[int(count) for count in workers.split(",")], clips=clips, large=large
-        )
+        report = measure_data(source, folder, workers=workers, clips=clips, large=large)
         click.echo(report.to_json() if as_json else report.to_text())
 
 
@@ -151,6 +152,53 @@ def load(size: str, precision: Precision, device: str, as_json: bool) -> None:
     report = measure_load(size, precision, device)
     if launched_rank() == 0:
         click.echo(report.to_json() if as_json else report.to_text())
+
+
+@bench.command(context_settings=WITH_OVERRIDES)
+@click.option("--recipe", default="distill/b_from_b", show_default=True, help="Distillation that is measured.")
+@click.option(
+    "--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="fp16 on GPUs and fp32 on CPUs if left out."
+)
+@click.option(
+    "--sides", type=Numbers(or_none=True), default="112,160,224,288", show_default=True, help="Of frames, in pixels."
+)
+@click.option("--frames", type=Numbers(or_none=True), default="8,16,32", show_default=True, help="Of a clip.")
+@click.option("--batches", type=Numbers(or_none=True), default="1,2,4,8", show_default=True, help="Clips of a step.")
+@click.option(
+    "--depths", type=Numbers(or_none=True), default="3,6,12,24", show_default=True,
+    help="Blocks of the student's encoder and of its teachers alike.",
+)  # fmt: skip
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Where it does not vary.")
+@click.option("--steps", type=click.IntRange(min=1), default=2, show_default=True, help="Steps timed for each point.")
+@click.option("--png", type=click.Path(path_type=Path), help="Picture to draw.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@overrides_argument
+def growth(
+    recipe: str,
+    precision: Precision | None,
+    sides: list[int],
+    frames: list[int],
+    batches: list[int],
+    depths: list[int],
+    batch: int,
+    steps: int,
+    png: Path | None,
+    as_json: bool,
+    overrides: tuple[str, ...],
+) -> None:
+    """Measure how time and memory of a step grow with tokens, frames, batch and depth, and by which power.
+
+    One of them varies at a time, the others are as in the recipe; `none` leaves one out. Each point is measured in a
+    process of its own.
+    """
+    from mvd_scale.performance.growth import Quantity, measure_growth
+    from mvd_scale.performance.growth_picture import draw_growth
+
+    numbers: dict[Quantity, list[int]] = {"tokens": sides, "frames": frames, "batch": batches, "depth": depths}
+    report = measure_growth(recipe, list(overrides), numbers, precision=precision, batch=batch, steps=steps)
+    click.echo(report.to_json() if as_json else report.to_text())
+    if png is not None:
+        draw_growth(report, png)
 
 
 @bench.command()

@@ -34,6 +34,23 @@ class Fraction(click.ParamType):
         self.fail(f"{value!r} is not K/N with 1 <= K <= N, such as 3/64", param, ctx)
 
 
+class Numbers(click.ParamType):
+    """`8,16,32`, or, if it may be so, `none`."""
+
+    name = "N,N,.."
+
+    def __init__(self, *, or_none: bool = False) -> None:
+        self.or_none = or_none
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        """The numbers."""
+        if self.or_none and value == "none":
+            return []
+        if re.fullmatch(r"\d+(,\d+)*", str(value)):
+            return [int(number) for number in value.split(",")]
+        self.fail(f"{value!r} is no list of numbers such as 1,2,4", param, ctx)
+
+
 class Bytes(click.ParamType):
     """`500MB`, `1GB`."""
 

@@ -15,6 +15,12 @@ from mvd_scale.models.blocks import QKV, Attention, Block
 
 EightBit = Literal["int8", "fp8"]
 
+REFUSED: dict[EightBit, str] = {
+    "int8": "teachers.precision int8 is for CPUs; on GPUs use fp8 (Ada, Hopper or newer) or fp16",
+    "fp8": "teachers.precision fp8 needs a GPU of the kind Ada, Hopper or newer; use fp16 (CPUs: int8)",
+}
+"""Why, where a device does not compute it."""
+
 
 def to_eight_bits(model: nn.Module, kind: EightBit, device: torch.device) -> nn.Module:
     """Replace the linear layers of a frozen model's blocks; what remains is in 16 bits where the device computes them.
@@ -29,11 +35,11 @@ def to_eight_bits(model: nn.Module, kind: EightBit, device: torch.device) -> nn.
     """
     if kind == "int8":
         if device.type != "cpu":
-            raise UserError("teachers.precision int8 is for CPUs; on GPUs use fp8 (Ada, Hopper or newer) or fp16")
+            raise UserError(REFUSED["int8"])
         _to_int8(model)
-        return model.to(torch.bfloat16 if bf16_instructions() else torch.float32)
+        return model.to(torch.bfloat16 if rest_of("int8") == "bf16" else torch.float32)
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
-        raise UserError("teachers.precision fp8 needs a GPU of the kind Ada, Hopper or newer; use fp16 (CPUs: int8)")
+        raise UserError(REFUSED["fp8"])
     try:
         from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
     except ImportError as error:
@@ -46,6 +52,17 @@ def to_eight_bits(model: nn.Module, kind: EightBit, device: torch.device) -> nn.
     granular = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
     quantize_(model, granular, filter_fn=lambda _, name: name in names)
     return model
+
+
+def rest_of(kind: EightBit) -> Literal["bf16", "fp32"]:
+    """The precision of what is not in 8 bits: 16 bits, unless this is a CPU without bf16 instructions."""
+    return "bf16" if kind == "fp8" or bf16_instructions() else "fp32"
+
+
+def eight_bit_weights(model: nn.Module) -> list[nn.Parameter]:
+    """The weights (out, in) that `to_eight_bits` would put in 8 bits."""
+    packed = [block.attn.qkv for block in model.modules() if isinstance(block, Block)]
+    return [layer.weight for layer in (*packed, *_linear_layers(model).values())]  # type: ignore[misc]
 
 
 def _to_int8(model: nn.Module) -> None:

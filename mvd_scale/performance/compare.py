@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from mvd_scale.errors import UserError
 from mvd_scale.performance.data import DataReport
+from mvd_scale.performance.growth import GrowthReport
 from mvd_scale.performance.load import LoadReport
 from mvd_scale.performance.methods import MethodsReport
 from mvd_scale.performance.profile_report import ProfileReport
@@ -25,6 +26,7 @@ KINDS: dict[str, type[Report]] = {
     "data": DataReport,
     "eval": EvalReport,
     "load": LoadReport,
+    "growth": GrowthReport,
     "teachers": TeachersReport,
     "profile": ProfileReport,
 }

@@ -1,6 +1,12 @@
 """What a GPU can do at most, as its maker says, and what share of it transformers reach.
 
-All figures are per GPU of the SXM form and for dense arithmetic (no structured sparsity). None was measured here.
+All figures are per GPU of the SXM form and for dense arithmetic: half of what data sheets tell with sparsity. None was
+measured here.
+
+Peaks, memory, bandwidths and NVLink were held against data sheets as others quote them: glennklockwood.com/garden
+(A100, H100, B200), aiwiki.ai (H200), Dell's guide to V100 servers, the table of HGX B200 at zdszero.github.io, which
+also has B200's 7 decoders, and torch's own messages of full memory (H200, B200). No source was found for V100's tensor
+cores, the network cards before Hopper, the other numbers of decoders, and all decode rates: these are from memory.
 """
 
 from __future__ import annotations
@@ -8,8 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mvd_scale.config.training import Precision
+from mvd_scale.config.training import TeacherPrecision
 from mvd_scale.errors import UserError
+from mvd_scale.models.eight_bit import REFUSED
 
 AttentionKernel = Literal["flash-attn", "sdpa"]
 
@@ -25,8 +32,8 @@ class Gpu:
     memory: float
     """Bytes that a program sees."""
 
-    peak: dict[Precision, float]
-    """FLOP/s by precision; fp32 without TF32, as torch computes it by default."""
+    peak: dict[TeacherPrecision, float]
+    """FLOP/s by precision; fp32 without TF32, as torch computes it by default. int8, which is for CPUs, has none."""
 
     bandwidth: float
     """Bytes/s of the memory."""
@@ -80,7 +87,7 @@ GPUS: dict[str, Gpu] = {
         Gpu(
             name="H100",
             memory=79.1 * GIB,
-            peak={"fp32": 67 * TERA, "bf16": 989 * TERA, "fp16": 989 * TERA},
+            peak={"fp32": 67 * TERA, "bf16": 989 * TERA, "fp16": 989 * TERA, "fp8": 1979 * TERA},
             bandwidth=3350 * GIGA,
             nvlink=450 * GIGA,
             network=50 * GIGA,
@@ -92,7 +99,7 @@ GPUS: dict[str, Gpu] = {
         Gpu(
             name="H200",
             memory=139.8 * GIB,
-            peak={"fp32": 67 * TERA, "bf16": 989 * TERA, "fp16": 989 * TERA},
+            peak={"fp32": 67 * TERA, "bf16": 989 * TERA, "fp16": 989 * TERA, "fp8": 1979 * TERA},
             bandwidth=4800 * GIGA,
             nvlink=450 * GIGA,
             network=50 * GIGA,
@@ -103,8 +110,8 @@ GPUS: dict[str, Gpu] = {
         ),
         Gpu(
             name="B200",
-            memory=178 * GIB,
-            peak={"fp32": 75 * TERA, "bf16": 2250 * TERA, "fp16": 2250 * TERA},
+            memory=178.3 * GIB,
+            peak={"fp32": 75 * TERA, "bf16": 2250 * TERA, "fp16": 2250 * TERA, "fp8": 4500 * TERA},
             bandwidth=7700 * GIGA,
             nvlink=900 * GIGA,
             network=50 * GIGA,
@@ -163,7 +170,9 @@ def width_factor(width: int) -> float:
     return min(1.0, 2 * width / (width + 1280))
 
 
-def sustained(gpu: Gpu, precision: Precision, kernel: AttentionKernel, width: int, efficiency: float | None) -> float:
+def sustained(
+    gpu: Gpu, precision: TeacherPrecision, kernel: AttentionKernel, width: int, efficiency: float | None
+) -> float:
     """FLOP/s that a transformer of some width is taken to reach.
 
     Args:
@@ -177,6 +186,8 @@ def sustained(gpu: Gpu, precision: Precision, kernel: AttentionKernel, width: in
         UserError: the GPU lacks the precision.
     """
     if precision not in gpu.peak:
+        if precision == "int8" or precision == "fp8":
+            raise UserError(f"{gpu.name}: {REFUSED[precision]}")
         raise UserError(f"{gpu.name} has no {precision}: set training.precision or teachers.precision to fp16")
     if efficiency is not None:
         return gpu.peak[precision] * efficiency

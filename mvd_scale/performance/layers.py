@@ -93,8 +93,12 @@ class Block:
     """Whether the output is dropped at random."""
 
     @property
+    def products(self) -> int:
+        """FLOPs of the linear layers alone."""
+        return self.sequences * self._products
+
+    @property
     def _products(self) -> int:
-        """FLOPs of linear layers per sequence."""
         return self._packed + 2 * self.outputs * self.width**2 + 2 * self._half_mlp
 
     @property

@@ -10,9 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from mvd_scale.config.training import Checkpointing
+from mvd_scale.models.eight_bit import EightBit
 from mvd_scale.performance.layers import Linear
 from mvd_scale.performance.parts import Part, Workload
 from mvd_scale.performance.setting import SIZES, Setting
+
+CHANNEL: dict[EightBit, int] = {"int8": 12, "fp8": 4}
+"""Bytes beside the weights of an output channel in 8 bits: a 32-bit scale; for int8 also a zero point and the bias."""
 
 Bytes = dict[str, int]
 """By part."""
@@ -119,9 +123,8 @@ def _at_rest(work: Workload, setting: Setting) -> Bytes:
     elif setting.accumulation > 1:
         # Stage 1 reduces after the last micro batch only, stage 2 after each.
         gradients = size * (work.parameters if setting.stage == 1 else share)
-    teacher_size = SIZES[setting.teacher_precision]
     teachers = sum(
-        teacher_size * (-(-part.parameters // setting.teacher_shards) + part.vectors if sharded else part.parameters)
+        _teacher_at_rest(part, setting, sharded=sharded)
         for part, sharded in zip(work.teachers, setting.sharded, strict=True)
     )
     return {
@@ -132,6 +135,14 @@ def _at_rest(work: Workload, setting: Setting) -> Bytes:
         "teachers": teachers,
         "batches": (1 + setting.prefetch) * setting.micro * work.pixels,
     }
+
+
+def _teacher_at_rest(part: Part, setting: Setting, *, sharded: bool) -> int:
+    size = SIZES[setting.teacher_precision]
+    if setting.eight_bit is not None:
+        eighths = part.linear + CHANNEL[setting.eight_bit] * part.channels
+        return eighths + size * (part.parameters - part.linear)
+    return size * (-(-part.parameters // setting.teacher_shards) + part.vectors if sharded else part.parameters)
 
 
 def _gathered(parameters: int, zero: dict[str, Any], size: int) -> int:

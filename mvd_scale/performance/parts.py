@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mvd_scale.config import DecoderConfig, FinetuneRecipe, ModelConfig, Recipe, TokenHeadConfig
 from mvd_scale.errors import UserError
 from mvd_scale.models import Classifier, Encoder, Student
+from mvd_scale.models.eight_bit import eight_bit_weights
 from mvd_scale.models.timm_vit import TimmViT
 from mvd_scale.performance.layers import Block, Elementwise, Layer, Linear
 from mvd_scale.performance.rehearsal import random_teacher
@@ -49,6 +50,15 @@ class Part:
 
     largest: int = 0
     """Parameters of its largest block."""
+
+    linear: int = 0
+    """Weights among its parameters that are of linear layers in blocks: those that 8 bits can hold."""
+
+    channels: int = 0
+    """Output channels of these layers."""
+
+    products: int = 0
+    """FLOPs of a clip in these layers."""
 
     @property
     def blocks(self) -> list[Block]:
@@ -211,11 +221,19 @@ def _teacher_part(name: str, target: FrozenTeacher, recipe: Recipe) -> Part:
     largest = max(
         _count(block) for path, block in teacher.named_modules() if path.rpartition(".")[0].endswith("blocks")
     )
-    counts = {"parameters": _count(teacher), "vectors": _count(teacher, below=PERSISTENT), "largest": largest}
+    linear = eight_bit_weights(teacher)
+    counts = {
+        "parameters": _count(teacher),
+        "vectors": _count(teacher, below=PERSISTENT),
+        "largest": largest,
+        "linear": sum(weight.numel() for weight in linear),
+        "channels": sum(len(weight) for weight in linear),
+    }
     if isinstance(teacher, TimmViT):
+        seen = recipe.tokens + teacher.vit.num_prefix_tokens * recipe.model.grid[0]
+        counts |= {"products": 2 * seen * counts["linear"], "counted": _counted(teacher, recipe.model)}
         # As a block of MLP ratio 4 needs; timm's models have ratios of about that.
-        opaque = 12 * (recipe.tokens + teacher.vit.num_prefix_tokens * recipe.model.grid[0]) * teacher.width
-        return Part(name, teacher.width, (), counted=_counted(teacher, recipe.model), opaque=opaque, **counts)
+        return Part(name, teacher.width, (), opaque=12 * seen * teacher.width, **counts)
     assert isinstance(teacher, Encoder)
     model = teacher.config
     sequences = recipe.model.grid[0] if isinstance(target, ImageTeacher) else 1
@@ -227,6 +245,7 @@ def _teacher_part(name: str, target: FrozenTeacher, recipe: Recipe) -> Part:
         outputs = seen
     embedding = Linear(sequences * tokens, 3 * model.tubelet * model.patch_size**2, _width(model))
     blocks = encoder_blocks(model, seen, outputs=outputs, sequences=sequences)
+    counts["products"] = sum(block.products for block in blocks)
     return Part(name, _width(model), (embedding, *blocks), **counts)
 
 

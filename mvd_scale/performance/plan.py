@@ -129,7 +129,8 @@ def make_plan(name: str, overrides: list[str], cluster: Cluster) -> Plan:
     recipe = load(name, overrides)
     work = describe(recipe)
     usual = setting_of(recipe, work, cluster.gpus, per_node=cluster.per_node)
-    for precision in {usual.precision, *([usual.teacher_precision] if work.teachers else [])}:
+    of_teachers = [usual.eight_bit or usual.teacher_precision] if work.teachers else []
+    for precision in (*of_teachers, usual.precision):
         sustained(cluster.gpu, precision, cluster.kernel, 1, cluster.efficiency)
     settings = [
         setting_of(recipe, work, cluster.gpus, per_node=cluster.per_node, micro=micro)
@@ -323,7 +324,7 @@ def _what_fits(recipe: Recipe | FinetuneRecipe, work: Workload, setting: Setting
         "--stage 3": zero3,
         f"--stage 3 {again} block": replace(zero3, checkpointing="block"),
     }
-    if sharded:
+    if sharded and setting.eight_bit is None:
         changes[shard] = replace(setting, sharded=sharded)
         changes[f"--stage 3 {shard} {again} block"] = replace(zero3, checkpointing="block", sharded=sharded)
     helps = [words for words, changed in changes.items() if predict_memory(work, changed).peak <= usable]

@@ -34,9 +34,12 @@ def to_text(plan: Plan) -> str:
 def _head(plan: Plan) -> Iterator[str]:
     cluster, setting = plan.cluster, plan.setting
     nodes, sharded = cluster.gpus // cluster.per_node, sum(setting.sharded)
+    teachers = f"{sharded} of {len(setting.sharded)} teachers sharded"
+    if setting.eight_bit is not None:
+        teachers = f"teachers in {setting.eight_bit}"
     yield (
         f"{plan.recipe} on {cluster.gpus} {cluster.gpu.name} ({nodes} x {cluster.per_node}), "
-        f"{setting.precision}, ZeRO {setting.stage}, {sharded} of {len(setting.sharded)} teachers sharded; "
+        f"{setting.precision}, ZeRO {setting.stage}, {teachers}; "
         f"{setting.micro} clips x {setting.accumulation} accumulation a rank"
     )
     if setting.micro != plan.recipe_micro:
@@ -134,6 +137,11 @@ def _assumptions(plan: Plan) -> Iterator[str]:
     shares = ", ".join(f"{rate / peak:.0%} at D {width}" for width, rate in rates.items())
     yield "\n  assumed, none of it measured here"
     yield f"  share of {peak / 1e12:.0f} TFLOP/s by {cluster.kernel}: {shares} (--efficiency sets one for all)"
+    if setting.eight_bit is not None:
+        yield (
+            f"  the same shares of {cluster.gpu.peak[setting.eight_bit] / 1e12:.0f} TFLOP/s for the teachers' linear "
+            f"layers in {setting.eight_bit}; nothing for the rounding of what goes in"
+        )
     yield (
         f"  {LINK_SHARE:.0%} of links; {LAUNCH * 1e6:.0f} us to launch a kernel; {RESERVED / GIB:.1f} GiB and "
         f"{FRAGMENTED:.0%} of memory lost"

@@ -8,7 +8,7 @@ from typing import Any
 from mvd_scale.config import FinetuneRecipe, Recipe
 from mvd_scale.config.deepspeed import student_deepspeed, teacher_deepspeed, zero_stage
 from mvd_scale.config.training import Checkpointing, Precision
-from mvd_scale.errors import UserError
+from mvd_scale.models.eight_bit import EightBit, rest_of
 from mvd_scale.performance.parts import Workload
 
 SIZES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -34,6 +34,9 @@ class Setting:
 
     precision: Precision
     teacher_precision: Precision
+
+    eight_bit: EightBit | None
+    """Of the linear layers in the teachers' blocks; None where they are as the rest, in `teacher_precision`."""
 
     teacher_shards: int
     """Ranks that a sharded teacher is cut over."""
@@ -68,7 +71,7 @@ def setting_of(
         UserError: the global batch cannot be split so, or the DeepSpeed file contradicts the recipe.
     """
     usual, accumulation = recipe.batch_split(world)
-    precision = _teacher_precision(recipe)
+    precision, eight_bit = _teacher_precision(recipe)
     return Setting(
         world=world,
         micro=micro or usual,
@@ -78,6 +81,7 @@ def setting_of(
         teacher_zero=teacher_deepspeed(precision, world)["zero_optimization"],
         precision=recipe.training.precision,
         teacher_precision=precision,
+        eight_bit=eight_bit,
         teacher_shards=_teacher_shards(recipe, world, per_node or world),
         sharded=tuple(_sharded(recipe, part.parameters, world) for part in work.teachers),
         checkpointing=recipe.training.gradient_checkpointing,
@@ -85,15 +89,16 @@ def setting_of(
     )
 
 
-def _teacher_precision(recipe: Recipe | FinetuneRecipe) -> Precision:
+def _teacher_precision(recipe: Recipe | FinetuneRecipe) -> tuple[Precision, EightBit | None]:
+    """Of teachers, and of their linear layers in 8 bits."""
     if isinstance(recipe, FinetuneRecipe):
-        return recipe.training.precision
+        return recipe.training.precision, None
     precision = recipe.teachers.precision
     if precision == "int8" or precision == "fp8":
-        raise UserError(f"teachers.precision {precision} cannot be planned yet: plan with fp16 or bf16")
+        return rest_of(precision), precision
     if precision != "auto":
-        return precision
-    return recipe.training.precision if recipe.device == "cpu" else "fp16"
+        return precision, None
+    return recipe.training.precision if recipe.device == "cpu" else "fp16", None
 
 
 def _teacher_shards(recipe: Recipe | FinetuneRecipe, world: int, per_node: int) -> int:
@@ -103,6 +108,8 @@ def _teacher_shards(recipe: Recipe | FinetuneRecipe, world: int, per_node: int) 
 
 def _sharded(recipe: Recipe | FinetuneRecipe, parameters: int, world: int) -> bool:
     assert isinstance(recipe, Recipe)
+    if recipe.teachers.precision in ("int8", "fp8"):
+        return False
     if recipe.teachers.sharding == "auto":
         return world > 1 and parameters > recipe.teachers.auto_shard_above
     return recipe.teachers.sharding == "zero3"

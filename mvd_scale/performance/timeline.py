@@ -71,12 +71,15 @@ def phase_times(
     clips = setting.micro * setting.accumulation
     teachers = {part.name for part in work.teachers}
     arithmetic: dict[Phase, float] = {"teachers": 0.0, "forward": 0.0, "backward": 0.0}
-    for part in flops:
-        teacher = part.part in teachers
-        precision = setting.teacher_precision if teacher else setting.precision
-        rate = sustained(gpu, precision, kernel, part.width, efficiency)
-        arithmetic["teachers" if teacher else "forward"] += clips * part.forward / rate
-        arithmetic["backward"] += clips * (part.backward + part.recomputed) / rate
+    for part in work.teachers:
+        rate = sustained(gpu, setting.teacher_precision, kernel, part.width, efficiency)
+        fast = sustained(gpu, setting.eight_bit or setting.teacher_precision, kernel, part.width, efficiency)
+        arithmetic["teachers"] += clips * (part.products / fast + (part.forward - part.products) / rate)
+    for told in flops:
+        if told.part not in teachers:
+            rate = sustained(gpu, setting.precision, kernel, told.width, efficiency)
+            arithmetic["forward"] += clips * told.forward / rate
+            arithmetic["backward"] += clips * (told.backward + told.recomputed) / rate
     arithmetic["optimizer"] = OPTIMIZER_BYTES * work.parameters / setting.world / gpu.bandwidth
 
     blocks = sum(len(part.blocks) for part in work.trained)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import resource
 import sys
 import time
 from pathlib import Path
@@ -189,4 +188,6 @@ def peak_memory_gib(device: torch.device) -> float:
     """Peak memory of this rank in GiB: on the GPU, or of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    # Unlike getrusage's it starts anew with the program: what the parent process held does not count.
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(peak.split()[1]) / 2**20

@@ -23,6 +23,18 @@ def test_the_parts_of_a_step_add_up(jobs: Jobs, clips: Path) -> None:
     assert report["clips_per_second"] == pytest.approx(2000 / report["milliseconds_per_step"], rel=1e-6)
 
 
+def test_points_of_growth_have_times_and_peaks_of_their_own(jobs: Jobs, clips: Path) -> None:
+    others = ["--sides", "none", "--frames", "none", "--depths", "none"]
+    arguments = ["--recipe", "quickstart/student", "--data.source", clips, "--batches", "1,8", "--steps", "1"]
+    code, output = jobs.run("bench", "growth", *arguments, *others, "--json")
+    assert code == 0, output
+    report = json.loads(output[output.index("{\n") : output.rindex("}") + 1])
+    one, eight = report["points"]["batch"]
+    assert (one["count"], eight["count"]) == (1, 8)
+    assert 0 < one["seconds"] < eight["seconds"]
+    assert 0 < one["gib"] < eight["gib"] < 2
+
+
 def test_no_rank_holds_more_than_its_share_of_a_loaded_teacher(jobs: Jobs) -> None:
     code, output = jobs.run("bench", "load", "--size", "S", "--json", ranks=2)
     assert code == 0, output

@@ -77,16 +77,22 @@ def train(made: Recipe, ranks: Ranks) -> Any:
     return engine, targets
 
 
+def held_from(profiler: profile, mark: str) -> tuple[int, int]:
+    """Bytes that are held when a mark is reached, and the most from there on."""
+    events = profiler.profiler.kineto_results.events()
+    reached = next(event.start_ns() for event in events if event.name() == mark)
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    held = list(accumulate(change for _, change in changes))
+    before = sum(moment < reached for moment, _ in changes)
+    return held[before - 1], max(held[before - 1 :])
+
+
 def main(case: dict[str, Any]) -> None:
     ranks = join_ranks("cpu", timeout_minutes=2)
     # From before the models are built, so that nothing is missed.
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept = train(recipe(case), ranks)
-    events = profiler.profiler.kineto_results.events()
-    second = next(event.start_ns() for event in events if event.name() == "step 1")
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    held = accumulate(change for _, change in changes)
-    peak = max(total for (moment, _), total in zip(changes, held, strict=True) if moment >= second)
+    _, peak = held_from(profiler, "step 1")
     del kept
     leave_ranks()
     print(json.dumps({"peak": peak}))

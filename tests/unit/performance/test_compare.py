@@ -15,6 +15,7 @@ from mvd_scale.errors import UserError
 from mvd_scale.performance.compare import KINDS, compare_reports
 from mvd_scale.performance.data import DataReport
 from mvd_scale.performance.data import Figure as DataFigure
+from mvd_scale.performance.growth import GrowthReport, Point
 from mvd_scale.performance.load import LoadReport
 from mvd_scale.performance.methods import MethodsReport
 from mvd_scale.performance.profile_report import Operator, PartFigures, ProfileReport
@@ -107,12 +108,22 @@ PROFILE = ProfileReport(
     highest_in="backward",
     losses=[1.0],
 )
+GROWTH = GrowthReport(
+    machine=MACHINE,
+    recipe="distill/b_from_b",
+    overrides=[],
+    precision="fp32",
+    steps=2,
+    base={"tokens": 196, "frames": 16, "batch": 1, "depth": 12},
+    points={"batch": [Point(1, 2.0, 1.0), Point(2, 4.0, 1.5)]},
+)
 REPORTS: dict[str, Report] = {
     "step": STEP,
     "methods": MethodsReport(machine=MACHINE, steps={"co-teaching": STEP}),
     "data": DATA,
     "eval": EVAL,
     "load": LOAD,
+    "growth": GROWTH,
     "teachers": TEACHERS,
     "profile": PROFILE,
 }

@@ -12,15 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from mvd_scale.config import load_recipe
 from mvd_scale.performance.memory import predict_memory
 from mvd_scale.performance.parts import describe
+from mvd_scale.performance.rehearsal import random_teacher
 from mvd_scale.performance.setting import setting_of
+from mvd_scale.targets import FrozenTeacher, build_targets
+from mvd_scale.training.engine import lower_teacher
 
-from .memory_ranks import recipe
+from .memory_ranks import clips, held_from, recipe
 
 CASE: dict[str, Any] = {
     "world": 1, "micro": 16, "accumulation": 1, "deepspeed": "zero2", "teachers": "replicated", "checkpointing": "none",
@@ -66,6 +71,30 @@ def test_a_traced_run_holds_what_was_predicted(name: str, tmp_path: Path) -> Non
     assert memory.peak == pytest.approx(measured, rel=0.1)
     # No part decides alone, so one that is wrong is seen.
     assert max(memory.parts.values()) < 0.5 * measured
+
+
+def test_traced_int8_teachers_hold_what_was_predicted() -> None:
+    """At rest, and while they compute features."""
+    made = recipe(CASE)
+    made = made.model_copy(update={"teachers": made.teachers.model_copy(update={"precision": "int8"})})
+    micro = 4
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        targets = build_targets(made, lambda name: random_teacher(made, name))
+        for target in targets.values():
+            assert isinstance(target, FrozenTeacher)
+            target.teacher = lower_teacher(target.teacher, made, torch.device("cpu"))
+        drawn = clips(made, micro)
+        with record_function("at rest"):
+            pass
+        for target in targets.values():
+            target.features(drawn)
+    rest, peak = held_from(profiler, "at rest")
+    work = describe(made)
+    memory = predict_memory(work, replace(setting_of(made, work, 1, micro=micro), prefetch=0))
+    phases = [memory.phases[f"{name} teacher"] for name in targets]
+    expected = phases[0]["teachers"] + phases[0]["batches"]
+    assert expected == pytest.approx(rest, rel=0.03)
+    assert expected + max(phase["workspace"] for phase in phases) == pytest.approx(peak, rel=0.1)
 
 
 @pytest.mark.parametrize("world", [1, 8, 64])

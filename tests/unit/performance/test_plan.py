@@ -14,6 +14,7 @@ from mvd_scale.errors import UserError
 from mvd_scale.performance.communication import seconds_of
 from mvd_scale.performance.decoding import Video, decoded_clips, decoded_frames
 from mvd_scale.performance.hardware import GPUS, LINK_SHARE, usable_memory
+from mvd_scale.performance.parts import describe
 from mvd_scale.performance.plan import Plan, make_cluster, make_plan, micro_batches, with_stage
 from mvd_scale.performance.plan_text import to_text
 
@@ -99,6 +100,37 @@ def test_sharded_teachers_are_gathered_for_every_micro_batch() -> None:
         sharded.memory.phases["optimizer step"]["teachers"]
         < 0.15 * replicated.memory.phases["optimizer step"]["teachers"]
     )
+
+
+def test_8_bit_teachers_compute_linear_layers_at_the_8_bit_peak() -> None:
+    """And attention and the embedding at that of bf16; no message carries their weights, however large they are."""
+    base, fp8 = (plan("distill/b_from_b", *words, efficiency=0.5) for words in ([], ["--teachers.precision", "fp8"]))
+    # Tokens are projected to 3 D, D, 4 D and back; in the last block all of them to 3 D, but only masked ones further.
+    # The image teacher sees 8 frames of 196 tokens and a class token.
+    masked, width = 8 * 176, 768
+    linear = sum(2 * width**2 * (12 * 11 * seen + 3 * seen + 9 * masked) for seen in (8 * 197, 1568))
+    assert fp8.flops == base.flops
+    whole = sum(part.forward for part in fp8.flops if part.part.endswith("teacher"))
+    spent = {made.setting.eight_bit: made.phases[0].arithmetic for made in (base, fp8)}
+    assert spent[None] == pytest.approx(128 * whole / (0.5 * 989e12), rel=1e-6)
+    assert spent["fp8"] == pytest.approx(128 * (linear / 1979e12 + (whole - linear) / 989e12) / 0.5, rel=1e-6)
+    # Weights of 12 blocks in a byte, and a scale for each output channel; what remains in two bytes.
+    weights, channels = 2 * 12 * 12 * width**2, 2 * 12 * 9 * width
+    rest = base.memory.parts["teachers"] - 2 * weights
+    assert fp8.memory.parts["teachers"] == weights + 4 * channels + rest
+    assert "teachers in fp8" in to_text(fp8)
+    large = plan("distill/h_from_h", "--teachers.precision", "fp8", "--teachers.sharding", "auto")
+    assert not any("teacher" in name for name in sent(large))
+
+
+def test_what_a_timm_teacher_has_in_8_bits_is_planned_too() -> None:
+    vit = "{kind: timm, vit: vit_base_patch16_224, decoder: {width: 768, depth: 2, heads: 12}}"
+    words = ["--targets.image", "null", "--targets.vit", vit]
+    (part,) = (part for part in describe(load_recipe("distill/b_from_b", words)).teachers if part.name == "vit teacher")
+    assert part.linear == 12 * 12 * 768**2
+    # Attention and the embedding are the rest.
+    attention, embedding = 12 * 4 * 197**2 * 768 * 8, 2 * 8 * 196 * 768**2
+    assert part.products == part.forward - attention - embedding
 
 
 def test_large_students_are_gathered_again_backwards() -> None:
@@ -219,6 +251,8 @@ def test_an_efficiency_of_ones_own_replaces_the_assumed_one() -> None:
         (["--gpus", "24"], "Start 16 or 32 ranks"),
         (["--gpu", "V100", "--training.precision", "bf16"], "V100 has no bf16"),
         (["--gpu", "V100", "--attention", "flash-attn"], "V100 has sdpa only"),
+        (["--gpu", "A100", "--teachers.precision", "fp8"], "A100: teachers.precision fp8 needs a GPU of the kind Ada"),
+        (["--teachers.precision", "int8"], "H100: teachers.precision int8 is for CPUs"),
         (["--stage", "2", "--training.deepspeed=zero3"], "--stage does not go with --training.deepspeed"),
         (["--videos", "9"], "no whole global batch of 1024"),
         (["--targets.image.model", "null"], "targets.image.model is missing"),

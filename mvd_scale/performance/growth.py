@@ -1,0 +1,228 @@
+"""`mvd-scale bench growth`: how the cost of a step grows with tokens, frames, batch and depth."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from mvd_scale.config import Recipe
+from mvd_scale.config.target import TrainedTeacherTarget
+from mvd_scale.config.training import Precision
+from mvd_scale.errors import UserError
+from mvd_scale.performance.rehearsal import rehearsed_recipe
+from mvd_scale.performance.reports import Report, Value
+from mvd_scale.performance.step import StepReport, measure_step
+from mvd_scale.performance.timing import apart
+from mvd_scale.training.engine import join_ranks
+from mvd_scale.training.metrics import peak_memory_gib
+
+logger = logging.getLogger("mvd_scale")
+
+Quantity = Literal["tokens", "frames", "batch", "depth"]
+UNITS: dict[Quantity, str] = {"tokens": "tokens of a frame", "frames": "frames", "batch": "clips", "depth": "blocks"}
+"""What each quantity counts; blocks are those of the encoder and of every trained teacher alike."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """Cost of a step at one number of a quantity."""
+
+    count: int
+    seconds: float
+    """Of a step."""
+
+    gib: float
+    """Peak memory of a rank; on CPUs above what the process held before there was a model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Power:
+    """cost = factor * count ** power."""
+
+    power: float
+    factor: float
+
+    @classmethod
+    def of(cls, counts: Sequence[float], costs: Sequence[float]) -> Power:
+        """The least squares of the logarithms."""
+        power, offset = np.polyfit(np.log(counts), np.log(costs), 1)
+        return cls(float(power), math.exp(offset))
+
+    def at(self, count: float) -> float:
+        """The cost there."""
+        return self.factor * count**self.power
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GrowthReport(Report):
+    """Points of each quantity, the others being as in the recipe."""
+
+    kind: Literal["growth"] = "growth"
+    recipe: str
+    overrides: list[str]
+    precision: str
+    steps: int
+    base: dict[Quantity, int]
+    """What does not vary is so."""
+
+    points: dict[Quantity, list[Point]]
+
+    def time(self, quantity: Quantity) -> Power:
+        """How the seconds of a step grow."""
+        points = self.points[quantity]
+        return Power.of([point.count for point in points], [point.seconds for point in points])
+
+    def memory(self, quantity: Quantity) -> Power:
+        """How the peak of memory grows."""
+        points = self.points[quantity]
+        return Power.of([point.count for point in points], [point.gib for point in points])
+
+    def setting(self) -> dict[str, Any]:
+        """The recipe, what was changed of it, and what varied."""
+        counts = {quantity: [point.count for point in points] for quantity, points in self.points.items()}
+        return {key: getattr(self, key) for key in ("recipe", "overrides", "precision", "base")} | counts
+
+    def values(self) -> Iterator[tuple[str, Value]]:
+        """Time and memory of every point, and the powers, which no one can call better or worse."""
+        for quantity, points in self.points.items():
+            for point in points:
+                yield f"{quantity} {point.count}: step, s", Value(point.seconds)
+                yield f"{quantity} {point.count}: peak memory, GiB", Value(point.gib)
+            yield f"{quantity}: power of time", Value(self.time(quantity).power, judged=False)
+            yield f"{quantity}: power of memory", Value(self.memory(quantity).power, judged=False)
+
+    def to_text(self) -> str:
+        """A line for every point; the powers below those of their quantity."""
+        lines = [self.title(), self.machine.title(), f"  {'':<26}{'s a step':>10}{'peak GiB':>10}"]
+        for quantity, points in self.points.items():
+            lines += [
+                f"  {f'{point.count} {UNITS[quantity]}':<26}{point.seconds:>10.3f}{point.gib:>10.3f}"
+                for point in points
+            ]
+            time, memory = self.time(quantity).power, self.memory(quantity).power
+            lines.append(f"  {f'power of {quantity}':<26}{time:>10.2f}{memory:>10.2f}")
+        return "\n".join(lines)
+
+    def title(self) -> str:
+        """What was measured, in a line."""
+        base = ", ".join(f"{count} {UNITS[quantity]}" for quantity, count in self.base.items())
+        return f"{self.recipe}, {self.precision}: {base}, unless it varies; mean of {self.steps} steps"
+
+
+def measure_growth(
+    name: str,
+    overrides: list[str],
+    numbers: Mapping[Quantity, Sequence[int]],
+    *,
+    precision: Precision | None,
+    batch: int,
+    steps: int,
+) -> GrowthReport:
+    """Time whole steps of a distillation with teachers of random weights, each point in a process of its own.
+
+    Args:
+        name: recipe, as for `load_recipe`.
+        overrides: dotted overrides; without `data.source` the clips of the `samples` extra are used.
+        numbers: of each quantity that varies, two at least; of `tokens` the sides of the student's input in pixels.
+        precision: of the student; fp16 on GPUs and float32 on CPUs if None.
+        batch: clips of a step where these do not vary.
+        steps: timed steps of a point, after two that are not.
+
+    Raises:
+        UserError: nothing varies, or too little; a side or a number of frames that does not fit the models.
+    """
+    recipe = rehearsed_recipe(name, overrides, precision, batch)
+    base = _counts(recipe)
+    cases: dict[Quantity, dict[int, _Case]] = {}
+    # All of them are checked before the first is measured.
+    for quantity, given in numbers.items():
+        for number in sorted(given):
+            case = _case(recipe, quantity, number)
+            changed = rehearsed_recipe(name, [*overrides, *case.words], precision, case.batch)
+            count = _counts(changed)[quantity]
+            cases.setdefault(quantity, {})[count] = _Case((), batch) if count == base[quantity] else case
+    if not cases:
+        raise UserError("nothing varies: give numbers of at least one of tokens, frames, batch and depth")
+    for quantity, found in cases.items():
+        if len(found) < 2:
+            raise UserError(f"{quantity} has a single point: its power needs two different numbers at least")
+
+    costs: dict[_Case, tuple[StepReport, float]] = {}
+    for quantity, found in cases.items():
+        for count, case in found.items():
+            if case not in costs:
+                logger.info("%d %s", count, UNITS[quantity])
+                costs[case] = apart(_cost, name, [*overrides, *case.words], precision, case.batch, steps)
+    return GrowthReport(
+        machine=next(iter(costs.values()))[0].machine,
+        recipe=name,
+        overrides=overrides,
+        precision=recipe.training.precision,
+        steps=steps,
+        base=base,
+        points={
+            quantity: [_point(count, *costs[case]) for count, case in found.items()]
+            for quantity, found in cases.items()
+        },
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Case:
+    """A step that is measured."""
+
+    words: tuple[str, ...]
+    """Dotted overrides beside those of the user."""
+
+    batch: int
+
+
+def _counts(recipe: Recipe) -> dict[Quantity, int]:
+    assert recipe.model.depth is not None
+    return {
+        "tokens": recipe.model.grid[1] * recipe.model.grid[2],
+        "frames": recipe.model.frames,
+        "batch": recipe.training.global_batch,
+        "depth": recipe.model.depth,
+    }
+
+
+def _case(recipe: Recipe, quantity: Quantity, number: int) -> _Case:
+    """A recipe in which one quantity has another number."""
+    if quantity == "batch":
+        return _Case((), number)
+    models = {"model": recipe.model}
+    for name, target in recipe.targets.items():
+        if isinstance(target, TrainedTeacherTarget) and target.model is not None:
+            models[f"targets.{name}.model"] = target.model
+    words: list[str] = []
+    for key, model in models.items():
+        if quantity == "tokens":
+            # Teachers with other patches have the student's grid.
+            side = number if key == "model" else number // recipe.model.patch_size * model.patch_size
+            words += [f"--{key}.input_size", str(side)]
+        elif quantity == "depth":
+            shape = {"size": "null", "width": model.width, "heads": model.heads, "depth": number}
+            words += [word for field, value in shape.items() for word in (f"--{key}.{field}", str(value))]
+        elif model.frames > 1:
+            words += [f"--{key}.frames", str(number)]
+    return _Case(tuple(words), recipe.training.global_batch)
+
+
+def _cost(
+    name: str, overrides: list[str], precision: Precision | None, batch: int, steps: int
+) -> tuple[StepReport, float]:
+    """A step of this process, and what the process held before, in GiB."""
+    recipe = rehearsed_recipe(name, overrides, precision, batch)
+    ranks = join_ranks(recipe.device, recipe.training.collective_timeout_minutes)
+    held = peak_memory_gib(ranks.device)
+    return measure_step(name, overrides, precision=precision, batch=batch, steps=steps), held
+
+
+def _point(count: int, step: StepReport, held: float) -> Point:
+    return Point(count, step.milliseconds_per_step / 1000, step.peak_memory_gib - held)
