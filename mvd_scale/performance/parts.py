@@ -33,7 +33,7 @@ class Part:
     layers: tuple[Layer, ...]
 
     predicted: int = 0
-    """Numbers that it predicts for the loss."""
+    """Numbers that it predicts, or as a teacher gives, for the loss."""
 
     counted: int = 0
     """FLOPs of a forward pass as torch counts them, for models of other libraries; these have no `layers`."""
@@ -49,6 +49,9 @@ class Part:
 
     largest: int = 0
     """Parameters of its largest block."""
+
+    ahead: bool = False
+    """Of a teacher, whether it may work before its turn."""
 
     @property
     def blocks(self) -> list[Block]:
@@ -212,22 +215,25 @@ def _teacher_part(name: str, target: FrozenTeacher, recipe: Recipe) -> Part:
         _count(block) for path, block in teacher.named_modules() if path.rpartition(".")[0].endswith("blocks")
     )
     counts = {"parameters": _count(teacher), "vectors": _count(teacher, below=PERSISTENT), "largest": largest}
+    wanted = {"masked": masked_tokens(recipe), "visible": recipe.visible_tokens, "all": recipe.tokens}
+    given = wanted[target.config.tokens] * target.channels
     if isinstance(teacher, TimmViT):
         # As a block of MLP ratio 4 needs; timm's models have ratios of about that.
         opaque = 12 * (recipe.tokens + teacher.vit.num_prefix_tokens * recipe.model.grid[0]) * teacher.width
-        return Part(name, teacher.width, (), counted=_counted(teacher, recipe.model), opaque=opaque, **counts)
+        return Part(
+            name, teacher.width, (), given, _counted(teacher, recipe.model), opaque, ahead=target.ahead, **counts
+        )
     assert isinstance(teacher, Encoder)
     model = teacher.config
     sequences = recipe.model.grid[0] if isinstance(target, ImageTeacher) else 1
     tokens = recipe.tokens // sequences
     seen = tokens + model.class_token
-    wanted = {"masked": masked_tokens(recipe), "visible": recipe.visible_tokens, "all": seen * sequences}
-    outputs = wanted[target.config.tokens] // sequences
+    outputs = seen if target.config.tokens == "all" else wanted[target.config.tokens] // sequences
     if isinstance(target, ImageTeacher) and not target.tubes:
         outputs = seen
     embedding = Linear(sequences * tokens, 3 * model.tubelet * model.patch_size**2, _width(model))
     blocks = encoder_blocks(model, seen, outputs=outputs, sequences=sequences)
-    return Part(name, _width(model), (embedding, *blocks), **counts)
+    return Part(name, _width(model), (embedding, *blocks), given, ahead=target.ahead, **counts)
 
 
 def _counted(teacher: TimmViT, model: ModelConfig) -> int:

@@ -290,6 +290,7 @@ def _what_fits(recipe: Recipe | FinetuneRecipe, work: Workload, setting: Setting
     }
     if sharded:
         changes[shard] = replace(setting, sharded=sharded)
+        changes["--teachers.ahead false"] = replace(setting, ahead=(False,) * len(sharded))
         changes[f"--stage 3 {shard} {again}"] = replace(zero3, checkpointing=True, sharded=sharded)
     helps = [words for words, changed in changes.items() if predict_memory(work, changed).peak <= usable]
     helps += [f"--gpu {gpu.name}" for gpu in GPUS.values() if needed <= usable_memory(gpu)]
