@@ -39,7 +39,10 @@ def step(
     as_json: bool,
     overrides: tuple[str, ...],
 ) -> None:
-    """Time one optimizer step by part: data, each teacher, student forward, backward, optimizer."""
+    """Time one optimizer step by part: data, each teacher, student forward, backward, optimizer.
+
+    On a GPU parts are waited for one by one; `mvd-scale profile` times steps whose parts overlap as in training.
+    """
     from mvd_scale.performance.step import measure_step
 
     if methods is not None or checkpointing:

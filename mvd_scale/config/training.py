@@ -104,6 +104,11 @@ class TeacherConfig(Section):
     kernels; `auto` does so wherever it can. `false` gives back the memory that a recording keeps for itself: the
     activations of one forward pass of each teacher."""
 
+    ahead: bool = True
+    """On GPUs, compute the features of the next micro batch on a stream of their own while the student learns from this
+    one. Takes the memory of one more batch, of its features and of a teacher at work; the losses are the same. Momentum
+    targets, which move with every step, and CPUs compute them at their place."""
+
     accept_inexact: bool = False
     """Accept 8 bits although the features have a mean cosine under 0.999 with those in float32. That is tried on the
     first clip before the run begins."""

@@ -5,10 +5,12 @@ Legend: B clips, T frames, H W pixels, N tokens, V visible, M masked.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from torch import Tensor
+from typing_extensions import Self
 
 from mvd_scale.config.target import Tokens
 
@@ -61,6 +63,17 @@ class ClipBatch:
 
     resized: Mapping[int, Tensor] = field(default_factory=dict)
     """The same crops at other input sides, for teachers of another input size: uint8 (B, T, side, side, 3)."""
+
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+    """Of teachers, where they were computed ahead, by target: (B, M, D) in the precision of the teacher."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """A batch of what `change` makes of every tensor of this one."""
+
+        def changed(value: Any) -> Any:
+            return change(value) if isinstance(value, Tensor) else {key: change(part) for key, part in value.items()}
+
+        return replace(self, **{each.name: changed(getattr(self, each.name)) for each in fields(self)})
 
     def tokens(self, which: Tokens) -> Tensor | None:
         """Indices of the tokens at which a target is predicted, int64; None for all of them in order."""

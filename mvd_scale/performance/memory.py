@@ -52,7 +52,14 @@ def predict_memory(work: Workload, setting: Setting) -> Memory:
         setting: ranks, micro batch, ZeRO and precision.
     """
     size, clips = SIZES[setting.precision], setting.micro
+    teachers = list(zip(work.teachers, setting.sharded, setting.ahead, strict=True))
+    # A teacher at work on the next micro batch holds what it needs at any time of the student's step.
+    ahead = [(_at_work(part, sharded, setting), part) for part, sharded, early in teachers if early]
     rest = _at_rest(work, setting)
+    if ahead:
+        working, _ = max(ahead, key=lambda pair: sum(pair[0].values()))
+        features = clips * SIZES[setting.teacher_precision] * sum(part.predicted for _, part in ahead)
+        rest = _sum(_sum(rest, working), {"features ahead": features, "batches": clips * work.pixels})
     kept = clips * sum(activations(part, size, checkpointing=setting.checkpointing) for part in work.trained)
     # Predictions and true features in float32, until the loss has been differentiated.
     compared = clips * 8 * sum(part.predicted for part in work.trained)
@@ -60,13 +67,9 @@ def predict_memory(work: Workload, setting: Setting) -> Memory:
     student = {"activations": kept, "predictions and targets": compared, "gathered weights": live}
 
     phases = {}
-    for part, sharded in zip(work.teachers, setting.sharded, strict=True):
-        teacher_size = SIZES[setting.teacher_precision]
-        gathered = _teacher_gathered(part, setting.teacher_zero, teacher_size) if sharded and setting.world > 1 else 0
-        phases[part.name] = student | {
-            "gathered weights": live + gathered,
-            "workspace": clips * inference(part, teacher_size),
-        }
+    for part, sharded, early in teachers:
+        if not early:
+            phases[part.name] = _sum(student, _at_work(part, sharded, setting))
     gradients = work.parameters * size
     buckets = _buckets(setting, size)
     # Backwards: the last blocks come first, when everything is still kept; gradients are there at the end.
@@ -143,6 +146,13 @@ def _teacher_at_rest(part: Part, setting: Setting, *, sharded: bool) -> int:
         eighths = part.linear + CHANNEL[setting.eight_bit] * part.channels
         return eighths + size * (part.parameters - part.linear)
     return size * (-(-part.parameters // setting.teacher_shards) + part.vectors if sharded else part.parameters)
+
+
+def _at_work(part: Part, sharded: bool, setting: Setting) -> Bytes:
+    """What a forward pass of a teacher adds."""
+    size = SIZES[setting.teacher_precision]
+    gathered = _teacher_gathered(part, setting.teacher_zero, size) if sharded and setting.world > 1 else 0
+    return {"gathered weights": gathered, "workspace": setting.micro * inference(part, size)}
 
 
 def _gathered(parameters: int, zero: dict[str, Any], size: int) -> int:

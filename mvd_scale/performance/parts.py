@@ -34,7 +34,7 @@ class Part:
     layers: tuple[Layer, ...]
 
     predicted: int = 0
-    """Numbers that it predicts for the loss."""
+    """Numbers that it predicts, or as a teacher gives, for the loss."""
 
     counted: int = 0
     """FLOPs of a forward pass as torch counts them, for models of other libraries; these have no `layers`."""
@@ -59,6 +59,9 @@ class Part:
 
     products: int = 0
     """FLOPs of a clip in these layers."""
+
+    ahead: bool = False
+    """Of a teacher, whether it may work before its turn."""
 
     @property
     def blocks(self) -> list[Block]:
@@ -229,24 +232,26 @@ def _teacher_part(name: str, target: FrozenTeacher, recipe: Recipe) -> Part:
         "linear": sum(weight.numel() for weight in linear),
         "channels": sum(len(weight) for weight in linear),
     }
+    wanted = {"masked": masked_tokens(recipe), "visible": recipe.visible_tokens, "all": recipe.tokens}
+    given = wanted[target.config.tokens] * target.channels
     if isinstance(teacher, TimmViT):
         seen = recipe.tokens + teacher.vit.num_prefix_tokens * recipe.model.grid[0]
         counts |= {"products": 2 * seen * counts["linear"], "counted": _counted(teacher, recipe.model)}
         # As a block of MLP ratio 4 needs; timm's models have ratios of about that.
-        return Part(name, teacher.width, (), opaque=12 * seen * teacher.width, **counts)
+        opaque = 12 * seen * teacher.width
+        return Part(name, teacher.width, (), given, opaque=opaque, ahead=target.ahead, **counts)
     assert isinstance(teacher, Encoder)
     model = teacher.config
     sequences = recipe.model.grid[0] if isinstance(target, ImageTeacher) else 1
     tokens = recipe.tokens // sequences
     seen = tokens + model.class_token
-    wanted = {"masked": masked_tokens(recipe), "visible": recipe.visible_tokens, "all": seen * sequences}
-    outputs = wanted[target.config.tokens] // sequences
+    outputs = seen if target.config.tokens == "all" else wanted[target.config.tokens] // sequences
     if isinstance(target, ImageTeacher) and not target.tubes:
         outputs = seen
     embedding = Linear(sequences * tokens, 3 * model.tubelet * model.patch_size**2, _width(model))
     blocks = encoder_blocks(model, seen, outputs=outputs, sequences=sequences)
     counts["products"] = sum(block.products for block in blocks)
-    return Part(name, _width(model), (embedding, *blocks), **counts)
+    return Part(name, _width(model), (embedding, *blocks), given, ahead=target.ahead, **counts)
 
 
 def _counted(teacher: TimmViT, model: ModelConfig) -> int:

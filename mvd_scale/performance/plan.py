@@ -324,6 +324,8 @@ def _what_fits(recipe: Recipe | FinetuneRecipe, work: Workload, setting: Setting
         "--stage 3": zero3,
         f"--stage 3 {again} block": replace(zero3, checkpointing="block"),
     }
+    if any(setting.ahead):
+        changes["--teachers.ahead false"] = replace(setting, ahead=(False,) * len(sharded))
     if sharded and setting.eight_bit is None:
         changes[shard] = replace(setting, sharded=sharded)
         changes[f"--stage 3 {shard} {again} block"] = replace(zero3, checkpointing="block", sharded=sharded)

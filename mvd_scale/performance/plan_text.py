@@ -146,6 +146,8 @@ def _assumptions(plan: Plan) -> Iterator[str]:
         f"  {LINK_SHARE:.0%} of links; {LAUNCH * 1e6:.0f} us to launch a kernel; {RESERVED / GIB:.1f} GiB and "
         f"{FRAGMENTED:.0%} of memory lost"
     )
+    if any(setting.ahead):
+        yield "  phases follow each other: what teachers gain that work beside the student is not counted"
     yield (
         f"  {cluster.videos} videos of {cluster.video.height} lines, a key frame every {cluster.video.keyframes} "
         "(--videos, --height, --keyframes)"

@@ -14,7 +14,6 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,18 +83,11 @@ def count_flops(recipe: Recipe, clips: ClipBatch) -> dict[str, int]:
             parts.watch(f"{name} teacher", target.teacher.to("meta"))
     parts.watch("student forward", student)
     with parts.counter:
-        loss, _ = MaskedDistillation(targets)(student, _shapes(clips))
+        shapes = clips.map(lambda tensor: torch.empty_like(tensor, device="meta"))
+        loss, _ = MaskedDistillation(targets)(student, dataclasses.replace(shapes, features={}))
         with parts.part("backward"):
             loss.backward()
     return parts.flops
-
-
-def _shapes(clips: ClipBatch) -> ClipBatch:
-    def empty(value: Any) -> Any:
-        return torch.empty_like(value, device="meta") if isinstance(value, Tensor) else value
-
-    fields = {field.name: empty(getattr(clips, field.name)) for field in dataclasses.fields(clips)}
-    return ClipBatch(**fields | {"resized": {side: empty(pixels) for side, pixels in clips.resized.items()}})
 
 
 def peak_of(device: torch.device, precision: Precision) -> Peak:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +15,6 @@ from typing_extensions import Self
 from mvd_scale.config import DataConfig, MomentumTarget, Recipe, TimmTarget, load_recipe
 from mvd_scale.config.target import TrainedTeacherTarget
 from mvd_scale.config.training import Precision
-from mvd_scale.data.batch import ClipBatch
 from mvd_scale.data.index import open_source
 from mvd_scale.data.loader import ClipLoader
 from mvd_scale.data.samples import make_samples
@@ -24,6 +23,7 @@ from mvd_scale.models import Encoder, Student
 from mvd_scale.models.timm_vit import TimmViT
 from mvd_scale.targets import FrozenTeacher, MaskedDistillation, Target, build_targets
 from mvd_scale.targets.load import empty_average, load_targets, teacher_sides
+from mvd_scale.training.ahead import Ahead, begin_ahead
 from mvd_scale.training.engine import Ranks, host_teachers, train_engine
 from mvd_scale.training.loop import reseed
 from mvd_scale.training.momentum import moving_averages, start_averages
@@ -45,7 +45,7 @@ class Parts(Protocol):
 
 
 class Rehearsal:
-    """The training step of a recipe on all ranks, for a number of steps.
+    """The training step of a recipe on all ranks, for a number of steps, its teachers ahead as in training.
 
     Args:
         recipe: its global batch is the clips of a step; without `data.source` those of the `samples` extra are used.
@@ -83,10 +83,13 @@ class Rehearsal:
             device=ranks.device,
             cpus=ranks.cpus,
             start_step=0,
-            total_steps=steps,
+            # After the last step too there is a batch to begin ahead.
+            total_steps=steps + 1,
             sides=teacher_sides(recipe, self.targets),
             report=None,
         )
+        begin = begin_ahead(self.objective, recipe, ranks.device)
+        self.batches = Ahead(self.loader, begin, lambda: parts.part("data wait"))
         self.done = 0
 
     def _build_engine(self) -> Any:
@@ -104,7 +107,6 @@ class Rehearsal:
 
     def __enter__(self) -> Self:
         self.loader.__enter__()
-        self._batches: Iterator[ClipBatch] = iter(self.loader)
         return self
 
     def __exit__(
@@ -124,8 +126,7 @@ class Rehearsal:
         apply_schedule(self.engine.optimizer, self.schedule, self.done)
         for micro in range(self.accumulation):
             reseed(self.recipe, self.done, micro, self.ranks)
-            with self.parts.part("data wait"):
-                self.clips = next(self._batches)
+            self.clips = next(self.batches)
             loss, _ = self.objective(self.engine, self.clips)
             with self.parts.part("backward"):
                 self.engine.backward(loss)

@@ -44,10 +44,13 @@ class Setting:
     sharded: tuple[bool, ...]
     """Of each teacher, whether ranks keep shards of it."""
 
+    ahead: tuple[bool, ...]
+    """Of each teacher, whether it works on the next micro batch beside the student."""
+
     checkpointing: Checkpointing
 
     prefetch: int
-    """Batches that are loaded ahead."""
+    """Batches that are decoded ahead."""
 
 
 def setting_of(
@@ -84,6 +87,7 @@ def setting_of(
         eight_bit=eight_bit,
         teacher_shards=_teacher_shards(recipe, world, per_node or world),
         sharded=tuple(_sharded(recipe, part.parameters, world) for part in work.teachers),
+        ahead=tuple(part.ahead and _ahead(recipe) for part in work.teachers),
         checkpointing=recipe.training.gradient_checkpointing,
         prefetch=recipe.data.prefetch,
     )
@@ -104,6 +108,10 @@ def _teacher_precision(recipe: Recipe | FinetuneRecipe) -> tuple[Precision, Eigh
 def _teacher_shards(recipe: Recipe | FinetuneRecipe, world: int, per_node: int) -> int:
     within = isinstance(recipe, Recipe) and recipe.teachers.shard_over == "node"
     return min(per_node, world) if within else world
+
+
+def _ahead(recipe: Recipe | FinetuneRecipe) -> bool:
+    return isinstance(recipe, Recipe) and recipe.teachers.ahead and recipe.device != "cpu"
 
 
 def _sharded(recipe: Recipe | FinetuneRecipe, parameters: int, world: int) -> bool:

@@ -1,4 +1,7 @@
-"""The time of an optimizer step by phase: arithmetic, the launching of kernels, and what communication adds."""
+"""The time of an optimizer step by phase: arithmetic, the launching of kernels, and what communication adds.
+
+Phases follow each other: what is gained by teachers that work beside the student is not counted.
+"""
 
 from __future__ import annotations
 

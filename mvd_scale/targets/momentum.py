@@ -17,6 +17,8 @@ class Momentum(FrozenTeacher):
     """The average; inside of `teacher` once that is sharded."""
 
     config: MomentumTarget
+    # The next step's average is not there yet.
+    ahead = False
 
     def __init__(self, config: MomentumTarget, average: Encoder) -> None:
         super().__init__(config, average, average.width, average.config.input_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -59,14 +60,22 @@ class MaskedDistillation:
         """Names of the targets, each with its distance."""
         return list(self.targets)
 
+    def ahead(self, batch: ClipBatch) -> ClipBatch:
+        """The batch with those features that may be computed before their turn."""
+        features = {name: target.raw(batch) for name, target in self.targets.items() if target.ahead}
+        return replace(batch, features=features)
+
     def __call__(self, student: nn.Module, batch: ClipBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of one micro batch.
+        """Loss of one micro batch; features that it does not bring with it are computed here.
 
         Returns:
             the weighted sum of Eq. 3, and each target's unweighted, detached distance; float32 scalars.
         """
         predictions: Predictions = student(batch.pixels, batch.visible, batch.masked)
-        distances = {name: target.distance(predictions[name], batch) for name, target in self.targets.items()}
+        distances = {}
+        for name, target in self.targets.items():
+            features = batch.features[name] if name in batch.features else target.raw(batch)
+            distances[name] = target.distance(predictions[name], features)
         loss = sum(self.targets[name].config.weight * distance for name, distance in distances.items())
         assert isinstance(loss, Tensor)
         return loss, {name: distance.detach() for name, distance in distances.items()}

@@ -22,26 +22,34 @@ class Target(ABC):
     channels: int
     """D, what the decoder must put out."""
 
+    ahead = False
+    """Whether features may be computed before their turn: they take their time, and no optimizer step changes them."""
+
     def __init__(self, config: AnyTarget) -> None:
         self.config = config
 
     @abstractmethod
+    def raw(self, batch: ClipBatch) -> Tensor:
+        """True features at the target's tokens, as `distance` takes them, without gradient: (B, M, D)."""
+
     def features(self, batch: ClipBatch) -> Tensor:
-        """True features at the target's tokens, as the predictions should be: (B, M, D)."""
+        """True features at the target's tokens, as the predictions should be: float32 (B, M, D)."""
+        return self.raw(batch)
 
     def tokens(self, batch: ClipBatch) -> Tensor | None:
         """Where the target is predicted: int64 (B, M), or None for all tokens in order."""
         return batch.tokens(self.config.tokens)
 
-    def distance(self, predictions: Tensor, batch: ClipBatch) -> Tensor:
-        """Eq. 2: float32 scalar for predictions (B, M, D)."""
-        return masked_distance(predictions, self.features(batch), None, distance=self.config.distance)
+    def distance(self, predictions: Tensor, raw: Tensor) -> Tensor:
+        """Eq. 2: float32 scalar for predictions and raw features (B, M, D)."""
+        return masked_distance(predictions, raw, None, distance=self.config.distance)
 
 
 class FrozenTeacher(Target):
     """A target whose features come from a frozen model; it is never part of the student."""
 
     config: TeacherTarget
+    ahead = True
 
     def __init__(self, config: TeacherTarget, teacher: nn.Module, channels: int, input_size: int) -> None:
         super().__init__(config)
@@ -54,13 +62,15 @@ class FrozenTeacher(Target):
         """Features of some tokens, int64 (B, M), or of all in order: (B, M, D)."""
 
     @torch.no_grad()
+    def raw(self, batch: ClipBatch) -> Tensor:
+        """True features at the target's tokens, in the teacher's precision: (B, M, D)."""
+        return self.encode(batch, self.tokens(batch))
+
     def features(self, batch: ClipBatch) -> Tensor:
-        """True features at the target's tokens, normalised if the recipe says so: float32 (B, M, D)."""
-        features = self.encode(batch, self.tokens(batch)).float()
+        """The same, normalised if the recipe says so: float32 (B, M, D)."""
+        features = self.raw(batch).float()
         return F.layer_norm(features, features.shape[-1:], eps=1e-6) if self.config.norm else features
 
-    def distance(self, predictions: Tensor, batch: ClipBatch) -> Tensor:
-        """Eq. 2: float32 scalar for predictions (B, M, D)."""
-        with torch.no_grad():
-            features = self.encode(batch, self.tokens(batch))
-        return masked_distance(predictions, features, None, distance=self.config.distance, norm=self.config.norm)
+    def distance(self, predictions: Tensor, raw: Tensor) -> Tensor:
+        """Eq. 2: float32 scalar for predictions and raw features (B, M, D)."""
+        return masked_distance(predictions, raw, None, distance=self.config.distance, norm=self.config.norm)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -13,10 +12,10 @@ from torch import Tensor
 
 from mvd_scale.config import RunRecipe
 from mvd_scale.data.batch import ClipBatch
-from mvd_scale.data.loader import ClipLoader
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.sampling import mixture_parts
 from mvd_scale.errors import UserError
+from mvd_scale.training.ahead import Ahead
 from mvd_scale.training.engine import Ranks
 from mvd_scale.training.metrics import Meter, MetricWriter, drop_after, read_metrics
 from mvd_scale.training.observers import Observers
@@ -43,7 +42,7 @@ class Objective(Protocol):
 def fit(
     engine: Any,
     objective: Objective,
-    loader: ClipLoader,
+    batches: Ahead,
     schedule: Schedule,
     snapshots: Snapshots,
     observers: Observers,
@@ -62,13 +61,11 @@ def fit(
             apply_schedule(engine.optimizer, schedule, step)
             for micro in range(accumulation):
                 reseed(recipe, step, micro, ranks)
-                asked = time.perf_counter()
-                batch = next(loader)
-                waited = time.perf_counter() - asked
+                batch = next(batches)
                 loss, distances = objective(engine, batch)
                 engine.backward(loss)
                 engine.step()
-                meter.add(loss, distances, len(batch.pixels), waited)
+                meter.add(loss, distances, len(batch.pixels), batches.waited)
             check_finite(engine, recipe.training.precision, step)
             for average in snapshots.averages:
                 average.update(step)
@@ -77,7 +74,7 @@ def fit(
             last, stopping = done == schedule.last_step, stop.agreed(ranks, step)
             meter.steps += 1
             if done % recipe.logging.every_steps == 0 or last or stopping:
-                values, overdue = meter.read(snapshots.overdue(), loader.substituted)
+                values, overdue = meter.read(snapshots.overdue(), batches.substituted)
                 writer.write(done, values | engine_values(engine, schedule, step))
             observers.observe(engine, done, writer)
             if overdue or snapshots.due(done) or last or stopping:

@@ -16,6 +16,7 @@ from mvd_scale.data.sampling import steps_per_epoch
 from mvd_scale.models import Student
 from mvd_scale.targets import MaskedDistillation, Target
 from mvd_scale.targets.load import load_targets, teacher_sides, weight_digests
+from mvd_scale.training.ahead import Ahead, begin_ahead
 from mvd_scale.training.engine import (
     Ranks,
     first_decides,
@@ -98,8 +99,10 @@ def pretrain(recipe: Recipe) -> None:
         report=folder.quarantine,
     )
     observers = observers_of(recipe, manifest, targets, folder, ranks, schedule)
+    objective = MaskedDistillation(targets)
+    batches = Ahead(loader, begin_ahead(objective, recipe, ranks.device))
     with loader:
-        fit(engine, MaskedDistillation(targets), loader, schedule, snapshots, observers, recipe, folder, ranks, start)
+        fit(engine, objective, batches, schedule, snapshots, observers, recipe, folder, ranks, start)
     finish(engine, snapshots, folder, ranks, schedule.last_step)
     leave_ranks()
 

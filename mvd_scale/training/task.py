@@ -23,6 +23,7 @@ from mvd_scale.data.sampling import steps_per_epoch
 from mvd_scale.errors import UserError
 from mvd_scale.models import Classifier
 from mvd_scale.models.detector import Detector
+from mvd_scale.training.ahead import Ahead
 from mvd_scale.training.engine import Ranks, first_decides, full_parameters, join_ranks, leave_ranks, train_engine
 from mvd_scale.training.loop import Objective, describe, finish, fit, resume
 from mvd_scale.training.momentum import MovingAverage
@@ -156,7 +157,10 @@ def teach(task: Task[Any]) -> None:
         report=folder.quarantine,
     )
     with loader:
-        fit(engine, task.objective(), loader, schedule, snapshots, Observers(observers), recipe, folder, ranks, start)
+        fit(
+            engine, task.objective(), Ahead(loader), schedule, snapshots, Observers(observers), recipe, folder, ranks,
+            start,
+        )  # fmt: skip
     finish(engine, snapshots, folder, ranks, schedule.last_step)
     leave_ranks()
 

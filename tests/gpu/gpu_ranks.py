@@ -5,19 +5,19 @@ torchrun --standalone --nproc_per_node N -m tests.gpu.gpu_ranks DEVICE OUT
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mvd_scale.config import Recipe
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.performance.rehearsal import build_student
 from mvd_scale.targets import FrozenTeacher, MaskedDistillation, build_targets
+from mvd_scale.training.ahead import Ahead, begin_ahead
 from mvd_scale.training.engine import Ranks, full_parameters, host_teachers, join_ranks, leave_ranks, train_engine
 from mvd_scale.training.optim import apply_schedule, parameter_groups
 from mvd_scale.training.schedule import Schedule
@@ -34,11 +34,24 @@ def main(device: str, out: str) -> None:
         seen[f"fp32, {stage}"] = Run(ranks, stage, "fp32").losses()
     if device == "cuda":
         for stage in ("zero1", "zero2", "zero3"):
+            seen[f"ahead, {stage}"] = Run(ranks, stage, "fp32").losses(ahead=True)
             seen[f"fp16, {stage}"] = Run(ranks, stage, "fp16").losses()
             seen[f"overflow, {stage}"] = Run(ranks, stage, "fp16").overflows()
         seen["sharded teachers"] = sharded_teachers(ranks, "fp16")
     Path(out, f"rank{ranks.rank}.json").write_text(json.dumps(seen))
     leave_ranks()
+
+
+class Loader:
+    """Batches from elsewhere in the place of a `ClipLoader`."""
+
+    substituted = 0
+
+    def __init__(self, batches: Iterator[ClipBatch]) -> None:
+        self.batches = batches
+
+    def __next__(self) -> ClipBatch:
+        return next(self.batches)
 
 
 class Run:
@@ -56,34 +69,47 @@ class Run:
         self.objective = MaskedDistillation(self.targets)
         self.schedule = Schedule(self.recipe.training, 1, self.recipe.lr_batch)
 
-    def step(self, step: int, *, poisoned: bool = False) -> float:
+    def batches(self, steps: Iterable[int], *, poisoned: bool = False) -> Iterator[ClipBatch]:
+        """The micro batches of this rank."""
+        micro, accumulation = self.recipe.batch_split(self.ranks.world_size)
+        for step in steps:
+            for turn in range(accumulation):
+                first = (self.ranks.rank * accumulation + turn) * micro
+                yield clips(step, first, micro, self.ranks.device, poisoned=poisoned)
+
+    def step(self, step: int, batches: Iterator[ClipBatch]) -> float:
         """The loss of one optimizer step, mean over all ranks."""
         apply_schedule(self.engine.optimizer, self.schedule, step)
-        micro, accumulation = self.recipe.batch_split(self.ranks.world_size)
+        _, accumulation = self.recipe.batch_split(self.ranks.world_size)
         total = torch.zeros((), device=self.ranks.device)
-        for turn in range(accumulation):
-            first = (self.ranks.rank * accumulation + turn) * micro
-            loss, _ = self.objective(self.engine, clips(step, first, micro, self.ranks.device, poisoned=poisoned))
+        for _ in range(accumulation):
+            loss, _ = self.objective(self.engine, next(batches))
             self.engine.backward(loss)
             self.engine.step()
             total += loss.detach() / accumulation
         torch.distributed.all_reduce(total)
         return float(total) / self.ranks.world_size
 
-    def losses(self) -> list[float]:
-        """Of some steps."""
-        return [self.step(step) for step in range(STEPS)]
+    def losses(self, *, ahead: bool = False) -> list[float]:
+        """Of some steps, with teachers at their place or ahead."""
+        batches = self.batches(range(STEPS))
+        if ahead:
+            begin = begin_ahead(self.objective, self.recipe, self.ranks.device)
+            assert begin is not None
+            batches = Ahead(Loader(batches), begin)
+        return [self.step(step, batches) for step in range(STEPS)]
 
     def overflows(self) -> dict[str, Any]:
         """What the loss scale and the weights do when gradients are not finite, and afterwards."""
-        self.step(0)
-        self.step(1)
+        batches = self.batches(range(2))
+        self.step(0, batches)
+        self.step(1, batches)
         scales, before = [float(self.engine.optimizer.loss_scale)], self.weights()
         for step in range(POISONED):
-            self.step(2 + step, poisoned=True)
+            self.step(2 + step, self.batches([2 + step], poisoned=True))
             scales.append(float(self.engine.optimizer.loss_scale))
         skipped, during = self.engine.skipped_steps, self.weights()
-        loss = self.step(2 + POISONED)
+        loss = self.step(2 + POISONED, self.batches([2 + POISONED]))
         return {
             "scales": scales,
             "skipped": skipped,
@@ -107,9 +133,8 @@ def sharded_teachers(ranks: Ranks, precision: str) -> dict[str, dict[str, float]
         sharded = here[name]
         if not isinstance(whole, FrozenTeacher) or not isinstance(sharded, FrozenTeacher):
             continue
-        with torch.no_grad():
-            got = sharded.encode(clips(0, 0, GLOBAL_BATCH, ranks.device)).float().cpu()
-            wanted = whole.encode(clips(0, 0, GLOBAL_BATCH, torch.device("cpu")))
+        got = sharded.raw(clips(0, 0, GLOBAL_BATCH, ranks.device)).float().cpu()
+        wanted = whole.raw(clips(0, 0, GLOBAL_BATCH, torch.device("cpu")))
         seen[name] = {
             "cosine": float(torch.nn.functional.cosine_similarity(got, wanted, dim=-1).min()),
             "error": float((got - wanted).norm() / wanted.norm()),
@@ -126,13 +151,7 @@ def placed(made: Recipe, precision: str) -> Recipe:
 
 
 def clips(step: int, first: int, count: int, device: torch.device, *, poisoned: bool = False) -> ClipBatch:
-    whole = global_batch(step, poisoned=poisoned)
-    fields = {
-        field.name: value[first : first + count].to(device)
-        for field in dataclasses.fields(whole)
-        if isinstance(value := getattr(whole, field.name), Tensor)
-    }
-    return ClipBatch(**fields)
+    return global_batch(step, poisoned=poisoned).map(lambda tensor: tensor[first : first + count].to(device))
 
 
 def sum_over_ranks(ranks: Ranks) -> float:

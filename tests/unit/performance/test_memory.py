@@ -151,6 +151,30 @@ def test_checkpointing_and_smaller_micro_batches_save_activations() -> None:
     assert 2 * half == checkpointed
 
 
+def test_teachers_that_work_ahead_hold_memory_at_any_time_of_the_step() -> None:
+    made = load_recipe("distill/b_from_b", ["--training.micro_batch", "32"])
+    work = describe(made)
+    setting = setting_of(made, work, 8)
+    micro, masked = setting.micro, 1408
+    ahead, alone = predict_memory(work, setting), predict_memory(work, replace(setting, ahead=(False, False)))
+    assert setting.ahead == (True, True)
+    assert set(alone.phases) - set(ahead.phases) == {"image teacher", "video teacher"}
+    for phase, parts in ahead.phases.items():
+        without = alone.phases[phase]
+        assert parts["features ahead"] == 2 * micro * masked * 2 * 768
+        assert parts["batches"] - without["batches"] == micro * 16 * 224 * 224 * 3
+        workspace = max(alone.phases[teacher]["workspace"] for teacher in ("image teacher", "video teacher"))
+        assert parts["workspace"] - without.get("workspace", 0) == workspace
+
+
+def test_only_teachers_that_stay_as_they_are_work_ahead_and_only_on_gpus() -> None:
+    made = load_recipe("ablations/momentum_b")
+    assert setting_of(made, describe(made), 8).ahead == (False,)
+    for words in (["--device", "cpu"], ["--teachers.ahead", "false"]):
+        made = load_recipe("distill/b_from_b", words)
+        assert setting_of(made, describe(made), 8).ahead == (False, False)
+
+
 def test_offloaded_states_are_not_on_the_gpu() -> None:
     made = load_recipe("distill/b_from_b", ["--training.deepspeed", "zero3_offload"])
     work = describe(made)

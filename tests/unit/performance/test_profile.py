@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,9 @@ def test_arithmetic_is_what_is_counted_by_hand_attention_included():
     recipe = load_recipe("quickstart/student", [])
     flops = count_flops(recipe, clips_of(recipe, clips=3, visible=48))
     assert flops.keys() == {"student forward", "image teacher", "video teacher", "backward"}
+    # Of teachers that were ahead too.
+    ahead = replace(clips_of(recipe, clips=3, visible=48), features={"image": torch.zeros(3, 1, 1)})
+    assert count_flops(recipe, ahead) == flops
     time, rows, columns = recipe.model.grid
     cells, tokens, patch = rows * columns, time * rows * columns, 3 * 8**2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -103,6 +104,26 @@ def test_the_loss_is_the_weighted_sum_of_mean_distances(batch: ClipBatch, distan
         torch.testing.assert_close(distances[name], one)
         expected = expected + weight * one
     torch.testing.assert_close(loss, expected)
+
+
+def test_features_of_frozen_teachers_may_be_computed_ahead_in_their_precision(batch: ClipBatch) -> None:
+    made = recipe(
+        video={"kind": "video_teacher", "norm": True}, average={"kind": "momentum"}, pixels={"kind": "pixels"}
+    )
+    teachers = {"video": teacher(**VIDEO).bfloat16(), "average": teacher(**VIDEO)}
+    targets = build_targets(made, teachers.__getitem__)
+    student = Student(made.model, {n: (made.targets[n].head_config, t.channels) for n, t in targets.items()})
+    objective = MaskedDistillation(targets)
+    ahead = objective.ahead(batch)
+    assert {name: features.dtype for name, features in ahead.features.items()} == {"video": torch.bfloat16}
+    assert ahead.features["video"].shape == (2, 4, 48)
+    assert not ahead.features["video"].requires_grad
+    (loss, distances), (same, same_distances) = objective(student, batch), objective(student, ahead)
+    assert torch.equal(loss, same)
+    assert distances == same_distances
+    # They are taken as they come.
+    zeros = replace(ahead, features={"video": torch.zeros_like(ahead.features["video"])})
+    assert objective(student, zeros)[1]["video"] != distances["video"]
 
 
 def test_no_gradient_reaches_a_teacher_and_none_of_it_is_the_student(batch: ClipBatch) -> None:
