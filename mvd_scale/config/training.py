@@ -71,7 +71,7 @@ class TrainingConfig(Section):
 
     compile: bool | Literal["auto"] = "auto"
     """Make each block a program of torch.compile, one for all blocks that are alike. `auto` does so on GPUs that have
-    Triton and a C compiler. On CPUs it must be asked for, as it gains nothing there. At ZeRO stage 3, which gathers
+    Triton and a C compiler. On CPUs it must be asked for, as it hardly gains there. At ZeRO stage 3, which gathers
     parameters inside of blocks, `auto` is off and `true` refused."""
 
     collective_timeout_minutes: float = Field(default=10, gt=0)

@@ -47,7 +47,7 @@ def compiles(key: str, asked: bool | Literal["auto"], device: torch.device, obst
 
     Args:
         key: of the recipe.
-        asked: its value; `auto` is for GPUs only, as compiled blocks are no faster on CPUs.
+        asked: its value; `auto` is for GPUs only, as compiled blocks are hardly faster on CPUs.
         device: where they run.
         obstacle: why these blocks cannot be compiled anywhere.
 

@@ -55,7 +55,7 @@ def rows() -> list[Capability]:
 def test_every_capability_has_a_row_and_every_row_that_is_off_a_reason(rows: list[Capability]) -> None:
     names = set(by_name(rows))
     assert {"Python", "CPU", "torch", "NCCL", "gloo", "bf16", "fp16", "DeepSpeed", "flash-attn", "apex"} <= names
-    assert {"DALI", "PyAV", "Triton", "C++ and ninja"} <= names
+    assert {"DALI", "PyAV", "Triton", "torch.compile, GPU", "torch.compile, CPU", "C++ and ninja"} <= names
     assert any(name.startswith("DeepSpeed ") for name in names), "no ops"
     assert len(names) == len(rows), "a capability is told twice"
     assert [row.name for row in rows if not row.on and not row.reason] == []

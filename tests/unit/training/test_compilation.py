@@ -20,6 +20,7 @@ from mvd_scale.config.deepspeed import student_deepspeed
 from mvd_scale.errors import UserError
 from mvd_scale.models import Encoder, Student
 from mvd_scale.models.blocks import Blocks
+from mvd_scale.models.drop_path import DropPath
 from mvd_scale.targets import build_targets
 from mvd_scale.training import compilation, engine
 from mvd_scale.training.compilation import GraphedTeacher, compile_blocks, compiles, speed_up_teacher
@@ -203,3 +204,13 @@ def test_a_teacher_is_recorded_once_and_runs_other_shapes_as_before(monkeypatch:
     assert Recorded.made == 1
     assert graphed._recording is not None
     assert graphed._recording.replays == 3  # type: ignore[attr-defined]
+
+
+def test_compiled_stochastic_depth_leaves_out_its_share_and_keeps_the_mean(traced_only: None) -> None:
+    torch.manual_seed(0)
+    path = DropPath(0.25)
+    seen = torch.compile(path)(torch.ones(4000, 1, 2))[:, 0]
+    assert set(seen.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
+    assert torch.equal(seen[:, 0], seen[:, 1])
+    assert abs(seen.mean() - 1) < 0.05
+    assert torch.equal(torch.compile(path.eval())(seen), seen)
