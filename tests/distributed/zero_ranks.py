@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,6 @@ from mvd_scale.targets import FrozenTeacher, MaskedDistillation, build_targets
 from mvd_scale.targets.load import average_file
 from mvd_scale.training.engine import (
     Ranks,
-    first_decides,
     full_parameters,
     host_teachers,
     join_ranks,
@@ -178,23 +175,9 @@ def weight_sum(engine: Any) -> float:
     return sum(float(full.double().abs().sum()) for _, full in full_parameters(engine))
 
 
-def processors(ranks: Ranks) -> dict[str, Any]:
-    """CPUs that the threads of this rank, a child process, and rank 0 alone may use; and threads of torch."""
-    child = "import os; print(*os.sched_getaffinity(0))"
-    printed = subprocess.run([sys.executable, "-c", child], stdout=subprocess.PIPE, check=True, text=True).stdout
-    alone = first_decides(ranks, "where rank 0 works alone", lambda: sorted(os.sched_getaffinity(0)))
-    threads = [sorted(os.sched_getaffinity(int(thread))) for thread in os.listdir("/proc/self/task")]
-    return {
-        "threads": threads,
-        "child": sorted(map(int, printed.split())),
-        "alone": alone,
-        "of torch": torch.get_num_threads(),
-    }
-
-
 def main(out: Path) -> None:
     ranks = join_ranks("cpu", timeout_minutes=2)
-    results: dict[str, Any] = {"processors": processors(ranks)}
+    results: dict[str, Any] = {"threads": torch.get_num_threads()}
     if ranks.world_size == 4:
         for over in ("node", "world"):
             made = recipe("zero2", "fp32", "zero3", 2)

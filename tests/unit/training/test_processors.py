@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
@@ -15,11 +18,13 @@ from hypothesis import strategies as st
 
 from mvd_scale.training.processors import (
     CPUs,
+    Pinned,
     Share,
     cores_by_node,
     divide,
     format_cpus,
     parse_cpus,
+    pin,
     settle,
     share_out,
 )
@@ -136,6 +141,29 @@ def test_where_the_kernel_does_not_tell_every_cpu_is_a_core_of_one_node(tmp_path
 def test_cpus_are_written_as_the_kernel_does(cpus: CPUs) -> None:
     assert parse_cpus(format_cpus(cpus)) == cpus
     assert format_cpus(parse_cpus("0-3,64-67,9\n")) == "0-3,9,64-67"
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+def test_threads_and_children_stay_at_home_but_for_work_that_the_others_wait_for() -> None:
+    def child() -> CPUs:
+        command = [sys.executable, "-c", "import os; print(*os.sched_getaffinity(0))"]
+        return frozenset(map(int, subprocess.check_output(command, text=True).split()))
+
+    given = frozenset(os.sched_getaffinity(0))
+    home = frozenset({min(given)})
+    done = threading.Event()
+    thread = threading.Thread(target=done.wait)
+    thread.start()
+    try:
+        pin(home)
+        assert child() == home
+        with Pinned(given, Share(home, home, 1)).lifted():
+            assert child() == given
+        assert {frozenset(os.sched_getaffinity(int(task))) for task in os.listdir("/proc/self/task")} == {home}
+    finally:
+        done.set()
+        thread.join()
+        pin(given)
 
 
 @pytest.fixture
