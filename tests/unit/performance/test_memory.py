@@ -170,7 +170,7 @@ def test_teachers_that_work_ahead_hold_memory_at_any_time_of_the_step() -> None:
 def test_only_teachers_that_stay_as_they_are_work_ahead_and_only_on_gpus() -> None:
     made = load_recipe("ablations/momentum_b")
     assert setting_of(made, describe(made), 8).ahead == (False,)
-    for words in (["--device", "cpu"], ["--teachers.ahead", "false"]):
+    for words in (["--device", "cpu", "--training.precision", "bf16"], ["--teachers.ahead", "false"]):
         made = load_recipe("distill/b_from_b", words)
         assert setting_of(made, describe(made), 8).ahead == (False, False)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -124,22 +124,24 @@ def test_replaced_clips_are_those_of_batches_that_were_used(ahead: bool) -> None
     assert counts == [0, 0, 3, 3]
 
 
-def test_waiting_is_for_the_loader_alone() -> None:
+def test_waiting_is_for_the_loader_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0]
+    monkeypatch.setattr("mvd_scale.training.ahead.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
     class Slow(Loader):
         def __next__(self) -> ClipBatch:
-            batch = super().__next__()
-            time.sleep(0.05)
-            return batch
+            clock[0] += 5
+            return super().__next__()
 
     def teach(batch: ClipBatch) -> ClipBatch:
-        time.sleep(0.2)
+        clock[0] += 100
         return batch
 
     batches, waited = Ahead(Slow([]), aside(teach, [])), []
     for _ in batches:
         waited.append(batches.waited)
-    # Two at the beginning, none at the end.
-    assert [round(seconds / 0.05) for seconds in waited] == [2, 1, 1, 0]
+    # For two batches at the beginning, for none at the end.
+    assert waited == [10, 5, 5, 0]
 
 
 def test_nothing_is_begun_ahead_where_that_gains_nothing() -> None:
