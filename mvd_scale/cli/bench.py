@@ -8,9 +8,9 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from mvd_scale.cli.options import WITH_OVERRIDES, Numbers, overrides_argument
+from mvd_scale.cli.options import WITH_OVERRIDES, Numbers, frozen_precision, overrides_argument
 from mvd_scale.config.launcher import launched_rank
-from mvd_scale.config.training import Precision
+from mvd_scale.config.training import FrozenPrecision, Precision
 
 
 @click.group()
@@ -118,14 +118,22 @@ def bench_data(
     "--size", type=click.Choice(["none", "S", "B", "L", "H"]), default="S", show_default=True,
     help="Classifier of the whole test; none times the loading of the views alone.",
 )  # fmt: skip
+@frozen_precision
 @click.option("--workers", type=click.IntRange(min=0), help="Worker processes; the number of cores if left out.")
 @click.option("--work", type=click.Path(path_type=Path), help="Folder that keeps the videos made; a temporary one.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 def bench_eval(
-    source: str | None, videos: int, size: str, workers: int | None, work: Path | None, as_json: bool
+    source: str | None,
+    videos: int,
+    size: str,
+    precision: FrozenPrecision | None,
+    workers: int | None,
+    work: Path | None,
+    as_json: bool,
 ) -> None:
     """Time the test by 5 x 3 views beside plain ways, which decode a video anew for every view or clip.
 
+    The precision is of our classifier; that of the plain ways stays fp16 on GPUs and fp32 on CPUs.
     SOURCE is a manifest or whatever `data index` takes; without it, real pictures are encoded into clips of 10 s.
     """
     import tempfile
@@ -138,6 +146,7 @@ def bench_eval(
             work or Path(scratch),
             videos=videos,
             size=None if size == "none" else size,
+            precision=precision,
             workers=len(os.sched_getaffinity(0)) if workers is None else workers,
         )
         click.echo(report.to_json() if as_json else report.to_text())

@@ -79,6 +79,14 @@ def test_views(command: Any) -> Any:
     return command
 
 
+def frozen_precision(command: Decorated) -> Decorated:
+    """Of a model that is not trained."""
+    return click.option(
+        "--precision", type=click.Choice(["fp32", "bf16", "fp16", "int8", "fp8"]),
+        help="fp16 on GPUs, fp32 on CPUs if left out; in 8 bits are the linear layers of the blocks.",
+    )(command)  # fmt: skip
+
+
 def shape_hints(command: Any) -> Any:
     """Options for what a checkpoint of weights does not tell itself."""
     count = click.IntRange(min=1)

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from mvd_scale.cli.options import command_line, test_views
-from mvd_scale.config.training import Precision
+from mvd_scale.cli.options import command_line, frozen_precision, test_views
+from mvd_scale.config.training import FrozenPrecision, Precision
 
 
 @click.command()
@@ -17,7 +17,7 @@ from mvd_scale.config.training import Precision
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for scores and figures.")
 @test_views
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Videos decoded together.")
-@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="fp16 on GPUs, fp32 on CPUs.")
+@frozen_precision
 @click.option("--root", help="Folder or URL that the paths of a list start from.")
 @click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True)
 @click.option("--report", "page", type=click.Path(path_type=Path), help="Also write `mvd-scale report` to this file.")
@@ -27,7 +27,7 @@ def evaluate(
     out: Path,
     page: Path | None,
     batch: int,
-    precision: Precision | None,
+    precision: FrozenPrecision | None,
     root: str | None,
     device: str,
     **views: Any,
@@ -63,7 +63,7 @@ def evaluate(
 @click.option("--checkpoint", type=click.Path(path_type=Path), required=True, help="Fine-tuned weights, or their run.")
 @click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Classes to name.")
 @test_views
-@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="fp16 on GPUs, fp32 on CPUs.")
+@frozen_precision
 @click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print a line of JSON for each video instead of text.")
 def predict(videos: tuple[str, ...], checkpoint: Path, top: int, as_json: bool, **options: Any) -> None:

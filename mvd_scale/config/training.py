@@ -11,7 +11,7 @@ from mvd_scale.config.section import Section
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Precision = Literal["fp32", "bf16", "fp16"]
-TeacherPrecision = Precision | Literal["int8", "fp8"]
+FrozenPrecision = Precision | Literal["int8", "fp8"]
 Checkpointing = Literal["none", "block", "attention"]
 
 
@@ -91,7 +91,7 @@ class TeacherConfig(Section):
     """Ranks that a sharded teacher is cut over: `node` keeps gathers within each host, where they are fast, `world`
     holds less per rank. Where each host has one rank, and for momentum targets, it is always the world."""
 
-    precision: TeacherPrecision | Literal["auto"] = "auto"
+    precision: FrozenPrecision | Literal["auto"] = "auto"
     """Of the teachers' weights and arithmetic; `auto` is fp16 on GPUs and the student's precision on CPUs. In 8 bits
     (int8 on CPUs; fp8 on GPUs from Ada and Hopper on, with torchao) are the linear layers of the blocks; such teachers
     are replicated, as shards are made of floats."""

@@ -17,7 +17,7 @@ import torch
 from mvd_scale.checkpoints.reading import tensors_digest
 from mvd_scale.checkpoints.weights import build_classifier, read_checkpoint
 from mvd_scale.config.data import DataConfig, ViewsConfig
-from mvd_scale.config.training import Precision
+from mvd_scale.config.training import FrozenPrecision
 from mvd_scale.data.batch import ViewBatch
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.errors import UserError
@@ -26,7 +26,7 @@ from mvd_scale.evaluation.metrics import Outcome
 from mvd_scale.evaluation.scorer import Scorer, views_of
 from mvd_scale.evaluation.sharded import Shards, failures
 from mvd_scale.evaluation.tested import Origin, Tested, as_lists
-from mvd_scale.training.engine import Ranks, check_precision, first_decides
+from mvd_scale.training.engine import Ranks, first_decides
 
 _SHARD = 32
 """Videos of a shard of scores: what a kill may cost, and what a rank takes at a time."""
@@ -40,7 +40,7 @@ def evaluate(
     ranks: Ranks,
     *,
     batch: int,
-    precision: Precision,
+    precision: FrozenPrecision,
     command: str,
 ) -> Tested:
     """Test a classifier on all videos of a source, or go on where an earlier start was cut off. All ranks call it.
@@ -58,7 +58,6 @@ def evaluate(
     Raises:
         UserError: weights, videos or labels do not fit each other, or `out` holds another test.
     """
-    check_precision(precision, ranks.device)
     read = read_checkpoint(checkpoint)
     score = Scorer(build_classifier(read), ranks.device, precision)
     classes = read.classes

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from mvd_scale.checkpoints import Checkpoint, build_classifier, read_checkpoint
 from mvd_scale.config.data import ViewsConfig
-from mvd_scale.config.training import Precision
+from mvd_scale.config.training import FrozenPrecision
 from mvd_scale.data.storage import DecodeError
 from mvd_scale.data.video_views import views_of_file, views_of_frames
 from mvd_scale.errors import UserError
 from mvd_scale.evaluation.scorer import Scorer, views_of
-from mvd_scale.training.engine import check_precision, choose_device, usual_precision
+from mvd_scale.training.engine import choose_device, usual_precision
 
 Video = str | os.PathLike[str] | NDArray[np.uint8] | Tensor
 """A path or URL, or frames in RGB: uint8 (F, H, W, 3)."""
@@ -33,7 +33,9 @@ Video = str | os.PathLike[str] | NDArray[np.uint8] | Tensor
 class VideoClassifier:
     """A fine-tuned classifier that takes whole videos; made by `load_classifier`."""
 
-    def __init__(self, checkpoint: Checkpoint, views: ViewsConfig, device: torch.device, precision: Precision) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, views: ViewsConfig, device: torch.device, precision: FrozenPrecision
+    ) -> None:
         self.score = Scorer(build_classifier(checkpoint), device, precision)
         self.model = checkpoint.model
         self.views = views
@@ -78,7 +80,7 @@ def load_classifier(
     path: str | os.PathLike[str],
     *,
     device: str = "auto",
-    precision: Precision | None = None,
+    precision: FrozenPrecision | None = None,
     sampling: Literal["dense", "uniform"] | None = None,
     stride: int | None = None,
     clips: int | None = None,
@@ -90,7 +92,7 @@ def load_classifier(
         path: file or folder in any format that `mvd-scale inspect` knows; of a run folder the best weights, if it
             kept them.
         device: `auto`, `cuda` or `cpu`.
-        precision: of the classifier; fp16 on GPUs and fp32 on CPUs if left out.
+        precision: of the classifier; fp16 on GPUs and fp32 on CPUs if left out. `int8` is the fastest on CPUs.
         sampling: how the frames of a clip are chosen. This and the others are as the weights say if left out, or as
             published for Kinetics-400.
         stride: of dense clips, frames between frames.
@@ -102,12 +104,10 @@ def load_classifier(
             views do not exist.
     """
     place = choose_device(device)
-    precision = precision or usual_precision(place)
-    check_precision(precision, place)
     checkpoint = read_checkpoint(Path(path))
     changes = {"sampling": sampling, "stride": stride, "clips": clips, "crops": crops}
     views = views_of(checkpoint, {name: value for name, value in changes.items() if value is not None})
-    return VideoClassifier(checkpoint, views, place, precision)
+    return VideoClassifier(checkpoint, views, place, precision or usual_precision(place))
 
 
 @dataclass(frozen=True)

@@ -15,24 +15,29 @@ from torch import Tensor
 from mvd_scale.checkpoints import Checkpoint
 from mvd_scale.config.data import TestViews, ViewsConfig
 from mvd_scale.config.reading import describe
-from mvd_scale.config.training import Precision
+from mvd_scale.config.training import FrozenPrecision
 from mvd_scale.errors import UserError
 from mvd_scale.models import Classifier
-from mvd_scale.training.engine import dtype_of
+from mvd_scale.training.engine import lower
 
 _VIEWS: TypeAdapter[ViewsConfig] = TypeAdapter(TestViews)
 
 
 class Scorer:
-    """A frozen classifier on its device and in its precision."""
+    """A frozen classifier on its device and in its precision.
 
-    def __init__(self, classifier: Classifier, device: torch.device, precision: Precision) -> None:
-        self.classifier = classifier.eval().requires_grad_(False).to(device, dtype_of(precision))
+    Raises:
+        UserError: the device lacks the precision, or weights are not finite.
+    """
+
+    def __init__(self, classifier: Classifier, device: torch.device, precision: FrozenPrecision) -> None:
+        self.classifier = lower(classifier, precision, device)
 
     @torch.inference_mode()
     def __call__(self, clips: Tensor) -> Tensor:
         """Softmax of clips: uint8 (V, T, S, S, 3) to float32 (V, C)."""
-        return self.classifier(clips).float().softmax(1)
+        scores: Tensor = self.classifier(clips).float().softmax(1)
+        return scores
 
 
 def views_of(checkpoint: Checkpoint, changes: Mapping[str, Any]) -> ViewsConfig:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mvd_scale.config.training import TeacherPrecision
+from mvd_scale.config.training import FrozenPrecision
 from mvd_scale.errors import UserError
 from mvd_scale.models.eight_bit import REFUSED
 
@@ -32,7 +32,7 @@ class Gpu:
     memory: float
     """Bytes that a program sees."""
 
-    peak: dict[TeacherPrecision, float]
+    peak: dict[FrozenPrecision, float]
     """FLOP/s by precision; fp32 without TF32, as torch computes it by default. int8, which is for CPUs, has none."""
 
     bandwidth: float
@@ -171,7 +171,7 @@ def width_factor(width: int) -> float:
 
 
 def sustained(
-    gpu: Gpu, precision: TeacherPrecision, kernel: AttentionKernel, width: int, efficiency: float | None
+    gpu: Gpu, precision: FrozenPrecision, kernel: AttentionKernel, width: int, efficiency: float | None
 ) -> float:
     """FLOP/s that a transformer of some width is taken to reach.
 

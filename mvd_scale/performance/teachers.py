@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from mvd_scale.config import load_recipe
-from mvd_scale.config.training import TeacherPrecision
+from mvd_scale.config.training import FrozenPrecision
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.data.index import open_source
 from mvd_scale.errors import UserError
@@ -25,7 +25,7 @@ from mvd_scale.targets.momentum import Momentum
 from mvd_scale.training.engine import choose_device, lower_teacher
 from mvd_scale.training.fidelity import LEAST_COSINE, Fidelity, first_clip
 
-PRECISIONS: dict[str, tuple[TeacherPrecision, ...]] = {
+PRECISIONS: dict[str, tuple[FrozenPrecision, ...]] = {
     "cpu": ("fp32", "bf16", "int8"),
     "cuda": ("fp32", "fp16", "bf16", "fp8"),
 }

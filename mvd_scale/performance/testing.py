@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mvd_scale.config import DataConfig, ModelConfig
 from mvd_scale.config.data import ViewsConfig
+from mvd_scale.config.training import FrozenPrecision
 from mvd_scale.data.manifest import WHOLE_FILE, Manifest
 from mvd_scale.data.view_loader import ViewLoader, view_items
 from mvd_scale.data.views import clips_of
@@ -61,12 +62,15 @@ class EvalReport(Report):
     videos: int
     workers: int
     precision: str
+    """Of our classifier."""
+    plain_precision: str
+    """Of the others'."""
     views: str
     reader: str
 
     def setting(self) -> dict[str, Any]:
         """Videos, classifier, views and how they were loaded."""
-        keys = ("source", "size", "videos", "workers", "precision", "views", "reader")
+        keys = ("source", "size", "videos", "workers", "precision", "plain_precision", "views", "reader")
         return {key: getattr(self, key) for key in keys}
 
     def values(self) -> Iterator[tuple[str, Value]]:
@@ -79,8 +83,8 @@ class EvalReport(Report):
     def to_text(self) -> str:
         """A line for every way; the last column is how many times as fast ours is over the same videos."""
         lines = [
-            f"{self.views}, {FRAMES}x{SIDE}x{SIDE}, {self.videos} videos; {self.precision}, {self.workers} workers; "
-            f"plain ways read by {self.reader}",
+            f"{self.views}, {FRAMES}x{SIDE}x{SIDE}, {self.videos} videos, {self.workers} workers; "
+            f"ours in {self.precision}, plain ways in {self.plain_precision}, read by {self.reader}",
             self.machine.title(),
             "",
             f"{'part':<14}{'way':<28}{'videos/s':>10}{'CPU s/video':>13}{'frames decoded':>16}{'ours':>9}",
@@ -97,7 +101,9 @@ class EvalReport(Report):
         return "\n".join(lines)
 
 
-def measure_testing(source: str | None, work: Path, *, videos: int, size: str | None, workers: int) -> EvalReport:
+def measure_testing(
+    source: str | None, work: Path, *, videos: int, size: str | None, precision: FrozenPrecision | None, workers: int
+) -> EvalReport:
     """Time our loader of test views and the plain ones over the same videos, each in a process of its own.
 
     Args:
@@ -105,6 +111,7 @@ def measure_testing(source: str | None, work: Path, *, videos: int, size: str | 
         work: folder for videos that are made; what is there is used again.
         videos: how many are timed, after a few that are not; fewer files are gone through again.
         size: also time the whole test, by a classifier of this size with random weights; None for the data alone.
+        precision: of our classifier; the usual one of the device, as that of the plain ways, if None.
         workers: worker processes of each way.
 
     Raises:
@@ -117,11 +124,12 @@ def measure_testing(source: str | None, work: Path, *, videos: int, size: str | 
     totals = manifest.frames[rows]
     once = float(np.mean([clips_of(VIEWS, int(total), frames=FRAMES).max() + 1 for total in totals]))
     figures = []
+    usual = usual_precision(_device())
     for part, model in [("data", None), *([("test", size)] if size is not None else [])]:
-        spent, cpu = apart(_time_ours, manifest, rows, videos, workers, model)
+        spent, cpu = apart(_time_ours, manifest, rows, videos, workers, model, precision or usual)
         figures.append(Figure(part, OURS, 1 / spent, cpu, once))
         for way in WAYS:
-            spent, cpu = apart(_time_plain, way, manifest, rows, videos, workers, model)
+            spent, cpu = apart(_time_plain, way, manifest, rows, videos, workers, model, usual)
             counts = [frames_decoded(way, int(total), VIEWS, length=FRAMES) for total in totals]
             figures.append(Figure(part, _TITLES[way], 1 / spent, cpu, float(np.mean(counts))))
     return EvalReport(
@@ -131,14 +139,20 @@ def measure_testing(source: str | None, work: Path, *, videos: int, size: str | 
         size=size or "none",
         videos=videos,
         workers=workers,
-        precision=usual_precision(_device()),
+        precision=precision or usual,
+        plain_precision=usual,
         views=f"{VIEWS.clips} x {VIEWS.crops} {VIEWS.sampling} views, stride {VIEWS.stride}",
         reader=reader_name(),
     )
 
 
 def _time_ours(
-    manifest: Manifest, rows: NDArray[np.int64], videos: int, workers: int, size: str | None
+    manifest: Manifest,
+    rows: NDArray[np.int64],
+    videos: int,
+    workers: int,
+    size: str | None,
+    precision: FrozenPrecision,
 ) -> tuple[float, float]:
     data = DataConfig(workers=workers)
     items = view_items(manifest, VIEWS, frames=FRAMES)
@@ -148,16 +162,22 @@ def _time_ours(
     )
     with loader:
         views = (clips.flatten(0, 1) for batch in loader for clips in batch.pixels)
-        return time_batches(_used(views, size), _WARM_UP, videos)
+        return time_batches(_used(views, size, precision), _WARM_UP, videos)
 
 
 def _time_plain(
-    way: Way, manifest: Manifest, rows: NDArray[np.int64], videos: int, workers: int, size: str | None
+    way: Way,
+    manifest: Manifest,
+    rows: NDArray[np.int64],
+    videos: int,
+    workers: int,
+    size: str | None,
+    precision: FrozenPrecision,
 ) -> tuple[float, float]:
     again = np.resize(rows, _loaded(videos))
     paths, frames = [manifest.path[row] for row in again], manifest.frames[again].tolist()
     views = iter(plain_views(way, paths, frames, VIEWS, length=FRAMES, side=SIDE, workers=workers))
-    times = time_batches(_used(views, size), _WARM_UP, videos)
+    times = time_batches(_used(views, size, precision), _WARM_UP, videos)
     # Workers that are stopped in the middle of a batch complain.
     for _ in views:
         pass
@@ -169,7 +189,7 @@ def _loaded(videos: int) -> int:
     return _WARM_UP + videos + _AHEAD
 
 
-def _used(videos: Iterator[Tensor], size: str | None) -> Iterator[Tensor]:
+def _used(videos: Iterator[Tensor], size: str | None, precision: FrozenPrecision) -> Iterator[Tensor]:
     """Views as they come, or the scores of a classifier of random weights for them."""
     device = _device()
     if size is None:
@@ -179,7 +199,7 @@ def _used(videos: Iterator[Tensor], size: str | None) -> Iterator[Tensor]:
             yield views
     else:
         model = ModelConfig.model_validate({"size": size, "frames": FRAMES, "input_size": SIDE})
-        score = Scorer(Classifier(model, CLASSES), device, usual_precision(_device()))
+        score = Scorer(Classifier(model, CLASSES), device, precision)
         for views in videos:
             yield score(views.to(device)).cpu()
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mvd_scale.capabilities import torch_compile
 from mvd_scale.config import TeacherConfig
-from mvd_scale.config.training import TeacherPrecision
+from mvd_scale.config.training import FrozenPrecision
 from mvd_scale.errors import UserError
 
 logger = logging.getLogger("mvd_scale")
@@ -60,7 +60,7 @@ def compiles(key: str, asked: bool | Literal["auto"], device: torch.device, obst
 
 
 def speed_up_teacher(
-    teacher: nn.Module, config: TeacherConfig, precision: TeacherPrecision, device: torch.device, *, sharded: bool
+    teacher: nn.Module, config: TeacherConfig, precision: FrozenPrecision, device: torch.device, *, sharded: bool
 ) -> nn.Module:
     """Compile the blocks of a frozen teacher and record it as a CUDA graph, as far as recipe and machine go.
 

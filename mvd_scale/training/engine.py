@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mvd_scale.config import Recipe, RunRecipe, TeacherConfig
 from mvd_scale.config.deepspeed import student_deepspeed, teacher_deepspeed
-from mvd_scale.config.training import Precision, TeacherPrecision
+from mvd_scale.config.training import FrozenPrecision, Precision
 from mvd_scale.errors import UserError
 from mvd_scale.models.blocks import checkpoint_gradients
 from mvd_scale.models.eight_bit import to_eight_bits
@@ -245,7 +245,7 @@ def train_engine(model: nn.Module, groups: list[dict[str, Any]], recipe: RunReci
     return engine
 
 
-def teacher_precision(recipe: Recipe, device: torch.device) -> TeacherPrecision:
+def teacher_precision(recipe: Recipe, device: torch.device) -> FrozenPrecision:
     """The precision of frozen teachers: fp16 on GPUs, the student's on CPUs, unless the recipe says otherwise."""
     if recipe.teachers.precision != "auto":
         return recipe.teachers.precision
@@ -286,19 +286,23 @@ def host_teacher(teacher: nn.Module, recipe: Recipe, ranks: Ranks, *, moves: boo
 
 
 def lower_teacher(teacher: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:
-    """Bring a whole frozen teacher to its device and precision.
+    """`lower` a whole frozen teacher to the precision of its recipe."""
+    return lower(teacher, teacher_precision(recipe, device), device)
+
+
+def lower(model: nn.Module, precision: FrozenPrecision, device: torch.device) -> nn.Module:
+    """Bring a whole model that is not trained to its device and precision.
 
     Raises:
         UserError: the device lacks the precision, or weights are not finite.
     """
-    precision = teacher_precision(recipe, device)
-    teacher = teacher.eval().requires_grad_(False)
+    model = model.eval().requires_grad_(False)
     if precision == "int8" or precision == "fp8":
-        _refuse(_read(teacher, "fp32", torch.device("cpu")))
-        return to_eight_bits(teacher, precision, device).requires_grad_(False)
+        _refuse(_read(model, "fp32", torch.device("cpu")))
+        return to_eight_bits(model, precision, device).requires_grad_(False)
     check_precision(precision, device)
-    _refuse(_read(teacher, precision, device))
-    return teacher.to(device)
+    _refuse(_read(model, precision, device))
+    return model.to(device)
 
 
 def shard_teacher(
@@ -366,7 +370,7 @@ def _read(layer: nn.Module, precision: Precision, device: torch.device) -> list[
 
 def _refuse(faults: list[str]) -> None:
     if faults:
-        raise UserError("weights of a teacher are not finite:\n  " + "\n  ".join(faults))
+        raise UserError("weights are not finite:\n  " + "\n  ".join(faults))
 
 
 def _layers(teacher: nn.Module) -> Iterator[tuple[str, nn.Module]]:

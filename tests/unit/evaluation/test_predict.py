@@ -187,6 +187,15 @@ def test_what_cannot_be_loaded_is_one_message(tmp_path, weights):
         mvd_scale.load_classifier(weights, device="cpu", precision="fp16")
 
 
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_low_precision_names_the_same_classes(tmp_path, weights, precision):
+    video = encode(tmp_path / "video.mp4")
+    exact = mvd_scale.load_classifier(weights, device="cpu")(video)
+    scores = mvd_scale.load_classifier(weights, device="cpu", precision=precision)(video)
+    assert 0 < (scores - exact).abs().max() < 0.05
+    assert scores.sum() == pytest.approx(1, abs=1e-5)
+
+
 def predict(*words: object) -> Result:
     return CliRunner().invoke(cli, ["predict", *map(str, words)])
 

@@ -119,7 +119,8 @@ def test_the_last_column_is_ours_over_theirs() -> None:
         size="S",
         videos=12,
         workers=2,
-        precision="fp32",
+        precision="int8",
+        plain_precision="fp32",
         views="5 x 3 dense views",
         reader="PyAV",
     )

@@ -55,7 +55,8 @@ EVAL = EvalReport(
     size="none",
     videos=12,
     workers=2,
-    precision="fp32",
+    precision="int8",
+    plain_precision="fp32",
     views="5 x 3 dense views",
     reader="PyAV",
 )
