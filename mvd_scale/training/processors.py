@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate
-from math import gcd
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,8 +100,7 @@ def divide(nodes: Sequence[Sequence[CPUs]], ranks: int) -> list[Share]:
     """Neighbouring cores for every rank, whole ones, and a thread for each of them; one core more or less at most.
 
     The larger shares go where the fewest ranks straddle NUMA nodes, then to the first ranks. More ranks than cores
-    share them, each with one thread: as many ranks to each core, or to each of the smallest groups of cores for which
-    that comes out even.
+    share them: each has one, with one thread.
 
     Args:
         nodes: the cores of each node.
@@ -110,14 +108,12 @@ def divide(nodes: Sequence[Sequence[CPUs]], ranks: int) -> list[Share]:
     """
     cores = [core for node in nodes for core in node]
     if ranks > len(cores):
-        groups = gcd(ranks, len(cores))
-        return [group._replace(threads=1) for group in divide(nodes, groups) for _ in range(ranks // groups)]
-    sizes = _sizes(len(cores), ranks, list(accumulate(map(len, nodes))))
-    shares = []
-    for size, end in zip(sizes, accumulate(sizes), strict=True):
-        mine = _union(cores[end - size : end])
-        shares.append(Share(mine, _union(node for node in map(_union, nodes) if node & mine), size))
-    return shares
+        parts = [[cores[rank * len(cores) // ranks]] for rank in range(ranks)]
+    else:
+        sizes = _sizes(len(cores), ranks, list(accumulate(map(len, nodes))))
+        parts = [cores[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
+    homes = [_union(core for node in nodes if set(node) & set(part) for core in node) for part in parts]
+    return [Share(_union(part), home, threads=len(part)) for part, home in zip(parts, homes, strict=True)]
 
 
 def _union(parts: Iterable[CPUs]) -> CPUs:
