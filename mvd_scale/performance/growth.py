@@ -101,7 +101,7 @@ class GrowthReport(Report):
         lines = [self.title(), self.machine.title(), f"  {'':<26}{'s a step':>10}{'peak GiB':>10}"]
         for quantity, points in self.points.items():
             lines += [
-                f"  {f'{point.count} {UNITS[quantity]}':<26}{point.seconds:>10.3f}{point.gib:>10.3f}"
+                f"  {f'{UNITS[quantity]} {point.count}':<26}{point.seconds:>10.3f}{point.gib:>10.3f}"
                 for point in points
             ]
             time, memory = self.time(quantity).power, self.memory(quantity).power
@@ -110,8 +110,8 @@ class GrowthReport(Report):
 
     def title(self) -> str:
         """What was measured, in a line."""
-        base = ", ".join(f"{count} {UNITS[quantity]}" for quantity, count in self.base.items())
-        return f"{self.recipe}, {self.precision}: {base}, unless it varies; mean of {self.steps} steps"
+        base = ", ".join(f"{UNITS[quantity]} {count}" for quantity, count in self.base.items())
+        return f"{self.recipe}, {self.precision}; {base} where they do not vary; mean of {self.steps} steps"
 
 
 def measure_growth(
@@ -156,7 +156,7 @@ def measure_growth(
     for quantity, found in cases.items():
         for count, case in found.items():
             if case not in costs:
-                logger.info("%d %s", count, UNITS[quantity])
+                logger.info("%s %d", UNITS[quantity], count)
                 costs[case] = apart(_cost, name, [*overrides, *case.words], precision, case.batch, steps)
     return GrowthReport(
         machine=next(iter(costs.values()))[0].machine,

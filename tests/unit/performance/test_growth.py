@@ -54,7 +54,7 @@ def test_all_points_are_measured_and_drawn(measured: list[Any], tmp_path: Path) 
     lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
     for start in (
         "power of tokens 2.00", "power of frames 2.00", "power of batch 1.00", "power of depth 0.00 1.00",
-        "1 clips 2458.624 32.000", "8 blocks 4917.248 8.000",
+        "clips 1 2458.624 32.000", "blocks 8 4917.248 8.000",
     ):  # fmt: skip
         assert any(line.startswith(start) for line in lines), result.stdout
     # The recipe itself is a point of all of them and measured once.
