@@ -38,7 +38,8 @@ def evaluate(
     """
     from mvd_scale.config.data import DataConfig
     from mvd_scale.evaluation.evaluate import evaluate as test
-    from mvd_scale.training.engine import join_ranks, leave_ranks, usual_precision
+    from mvd_scale.training.engine import usual_precision
+    from mvd_scale.training.ranks import join_ranks, leave_ranks
 
     ranks = join_ranks(device, timeout_minutes=10)
     tested = test(
@@ -153,7 +154,8 @@ def features(
     """
     from mvd_scale.config.data import DataConfig, ViewsConfig
     from mvd_scale.evaluation.features import FeatureOptions, write_features
-    from mvd_scale.training.engine import join_ranks, leave_ranks, usual_precision
+    from mvd_scale.training.engine import usual_precision
+    from mvd_scale.training.ranks import join_ranks, leave_ranks
 
     if (every is not None) != (sampling == "sliding"):
         raise click.UsageError("--every goes with --sampling sliding, which needs it")

@@ -25,7 +25,7 @@ from mvd_scale.detection.objective import Detection
 from mvd_scale.detection.people import People
 from mvd_scale.detection.testing import KeyFrameTest, Scorer, load_frames
 from mvd_scale.models.detector import Detector
-from mvd_scale.training.engine import Ranks, gather_rows
+from mvd_scale.training.ranks import Ranks, gather_rows
 from mvd_scale.training.run_folder import RunFolder
 from mvd_scale.training.task import Task, teach
 

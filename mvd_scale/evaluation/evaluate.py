@@ -26,7 +26,7 @@ from mvd_scale.evaluation.metrics import Outcome
 from mvd_scale.evaluation.scorer import Scorer, views_of
 from mvd_scale.evaluation.sharded import Shards, failures
 from mvd_scale.evaluation.tested import Origin, Tested, as_lists
-from mvd_scale.training.engine import Ranks, first_decides
+from mvd_scale.training.ranks import Ranks, first_decides
 
 _SHARD = 32
 """Videos of a shard of scores: what a kill may cost, and what a rank takes at a time."""

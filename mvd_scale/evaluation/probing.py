@@ -29,7 +29,7 @@ from mvd_scale.evaluation.probes import attentive_classifier, linear_classifier,
 from mvd_scale.evaluation.sharded import failures
 from mvd_scale.evaluation.tested import Origin, Tested
 from mvd_scale.models.attentive import AttentiveHead
-from mvd_scale.training.engine import Ranks, first_decides
+from mvd_scale.training.ranks import Ranks, first_decides
 
 Kind = Literal["knn", "linear", "attentive"]
 _HEAD = 64

@@ -25,8 +25,8 @@ from mvd_scale.data.index import open_source
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.view_loader import ItemLoader, ViewLoader, view_items
 from mvd_scale.errors import UserError
-from mvd_scale.training.engine import Ranks, everybody_done, first_decides
 from mvd_scale.training.metrics import read_metrics
+from mvd_scale.training.ranks import Ranks, everybody_done, first_decides
 from mvd_scale.training.run_folder import write_whole
 
 logger = logging.getLogger("mvd_scale")

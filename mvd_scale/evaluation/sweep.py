@@ -17,7 +17,7 @@ from mvd_scale.config import DataConfig, ModelConfig
 from mvd_scale.config.data import ViewsConfig
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.view_loader import ViewLoader, view_items
-from mvd_scale.training.engine import Ranks, gather_rows
+from mvd_scale.training.ranks import Ranks, gather_rows
 
 
 class Sweep:

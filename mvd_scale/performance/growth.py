@@ -18,8 +18,8 @@ from mvd_scale.performance.rehearsal import rehearsed_recipe
 from mvd_scale.performance.reports import Report, Value
 from mvd_scale.performance.step import StepReport, measure_step
 from mvd_scale.performance.timing import apart
-from mvd_scale.training.engine import join_ranks
 from mvd_scale.training.metrics import peak_memory_gib
+from mvd_scale.training.ranks import join_ranks
 
 logger = logging.getLogger("mvd_scale")
 

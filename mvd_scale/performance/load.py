@@ -22,7 +22,8 @@ from mvd_scale.config import ModelConfig
 from mvd_scale.config.training import Precision
 from mvd_scale.models import Encoder
 from mvd_scale.performance.reports import Report, Value, this_machine
-from mvd_scale.training.engine import Ranks, join_ranks, leave_ranks, shard_teacher
+from mvd_scale.training.engine import shard_teacher
+from mvd_scale.training.ranks import Ranks, join_ranks, leave_ranks
 
 _MIB = 2**20
 

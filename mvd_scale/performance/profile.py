@@ -21,8 +21,8 @@ from mvd_scale.performance.profile_report import Operator, PartFigures, ProfileR
 from mvd_scale.performance.profile_trace import STEP, Span, Trace, covered_seconds, read_trace
 from mvd_scale.performance.rehearsal import Rehearsal, named_teacher, rehearsed_recipe
 from mvd_scale.performance.reports import this_machine
-from mvd_scale.training.engine import Ranks, join_ranks, leave_ranks
 from mvd_scale.training.metrics import peak_memory_gib
+from mvd_scale.training.ranks import Ranks, join_ranks, leave_ranks
 
 _WARM_UP = 2
 _OPERATORS = 15

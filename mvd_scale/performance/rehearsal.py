@@ -24,10 +24,11 @@ from mvd_scale.models.timm_vit import TimmViT
 from mvd_scale.targets import FrozenTeacher, MaskedDistillation, Target, build_targets
 from mvd_scale.targets.load import empty_average, load_targets, teacher_sides
 from mvd_scale.training.ahead import Ahead, begin_ahead
-from mvd_scale.training.engine import Ranks, host_teachers, train_engine
+from mvd_scale.training.engine import host_teachers, train_engine
 from mvd_scale.training.loop import reseed
 from mvd_scale.training.momentum import moving_averages, start_averages
 from mvd_scale.training.optim import apply_schedule, parameter_groups
+from mvd_scale.training.ranks import Ranks
 from mvd_scale.training.schedule import Schedule
 
 LoadTeacher = Callable[[Recipe, str], Encoder | TimmViT]

@@ -17,8 +17,8 @@ from torch import nn
 from mvd_scale.config.training import Precision
 from mvd_scale.performance.rehearsal import Rehearsal, random_teacher, rehearsed_recipe
 from mvd_scale.performance.reports import SHORT, Report, Value, this_machine
-from mvd_scale.training.engine import join_ranks, leave_ranks
 from mvd_scale.training.metrics import peak_memory_gib
+from mvd_scale.training.ranks import join_ranks, leave_ranks
 
 _WARM_UP = 2
 

@@ -22,8 +22,9 @@ from mvd_scale.performance.rehearsal import build_student, named_teacher, with_c
 from mvd_scale.performance.reports import Report, Value, this_machine
 from mvd_scale.targets import FrozenTeacher, MaskedDistillation, Target, build_targets
 from mvd_scale.targets.momentum import Momentum
-from mvd_scale.training.engine import choose_device, lower_teacher
+from mvd_scale.training.engine import lower_teacher
 from mvd_scale.training.fidelity import LEAST_COSINE, Fidelity, first_clip
+from mvd_scale.training.ranks import choose_device
 
 PRECISIONS: dict[str, tuple[FrozenPrecision, ...]] = {
     "cpu": ("fp32", "bf16", "int8"),

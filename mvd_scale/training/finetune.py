@@ -19,7 +19,7 @@ from mvd_scale.evaluation.labels import check_labels, class_count
 from mvd_scale.evaluation.sweep import Sweep
 from mvd_scale.models import Classifier
 from mvd_scale.training.classification import Classification
-from mvd_scale.training.engine import Ranks
+from mvd_scale.training.ranks import Ranks
 from mvd_scale.training.run_folder import RunFolder
 from mvd_scale.training.task import Task, teach
 

@@ -16,10 +16,10 @@ from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.sampling import mixture_parts
 from mvd_scale.errors import UserError
 from mvd_scale.training.ahead import Ahead
-from mvd_scale.training.engine import Ranks
 from mvd_scale.training.metrics import Meter, MetricWriter, drop_after, read_metrics
 from mvd_scale.training.observers import Observers
 from mvd_scale.training.optim import apply_schedule
+from mvd_scale.training.ranks import Ranks
 from mvd_scale.training.resilience import Stopped, StopRequest, check_finite
 from mvd_scale.training.run_folder import RunFolder
 from mvd_scale.training.schedule import Schedule

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from typing_extensions import Self
 
-from mvd_scale.training.engine import Ranks
+from mvd_scale.training.ranks import Ranks
 from mvd_scale.training.run_folder import write_whole
 
 logger = logging.getLogger("mvd_scale")

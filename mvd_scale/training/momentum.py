@@ -16,7 +16,8 @@ from mvd_scale.models import Student
 from mvd_scale.targets import Target
 from mvd_scale.targets.load import average_file
 from mvd_scale.targets.momentum import Momentum
-from mvd_scale.training.engine import Ranks, online_share, share_of, whole_of, write_share
+from mvd_scale.training.engine import online_share, share_of, whole_of, write_share
+from mvd_scale.training.ranks import Ranks
 from mvd_scale.training.schedule import Schedule, cosine
 
 

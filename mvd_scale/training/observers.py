@@ -31,8 +31,8 @@ from mvd_scale.evaluation.picture import compose, fresh_batch, panels_from
 from mvd_scale.evaluation.probes import linear_classifier, nearest_neighbours, top1
 from mvd_scale.evaluation.sweep import Sweep
 from mvd_scale.targets import Target
-from mvd_scale.training.engine import Ranks
 from mvd_scale.training.metrics import MetricWriter
+from mvd_scale.training.ranks import Ranks
 from mvd_scale.training.run_folder import RunFolder
 
 logger = logging.getLogger("mvd_scale")

@@ -17,20 +17,13 @@ from mvd_scale.models import Student
 from mvd_scale.targets import MaskedDistillation, Target
 from mvd_scale.targets.load import load_targets, teacher_sides, weight_digests
 from mvd_scale.training.ahead import Ahead, begin_ahead
-from mvd_scale.training.engine import (
-    Ranks,
-    first_decides,
-    host_teachers,
-    join_ranks,
-    leave_ranks,
-    teacher_precision,
-    train_engine,
-)
+from mvd_scale.training.engine import host_teachers, teacher_precision, train_engine
 from mvd_scale.training.fidelity import check_fidelity
 from mvd_scale.training.loop import describe, finish, fit, resume
 from mvd_scale.training.momentum import moving_averages, start_averages
 from mvd_scale.training.observers import Observer, Observers, Pictures, Probe, open_probe
 from mvd_scale.training.optim import parameter_groups
+from mvd_scale.training.ranks import Ranks, first_decides, join_ranks, leave_ranks
 from mvd_scale.training.run_folder import RunFolder
 from mvd_scale.training.schedule import Schedule
 from mvd_scale.training.snapshots import Snapshots, export_student

@@ -68,8 +68,8 @@ def settle(rank: int, threads: int | None) -> Pinned:
     """
     given = frozenset(os.sched_getaffinity(0))
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, (_machine(), given, threads))
-    shares = share_out({other: cpus for other, (machine, cpus, _) in enumerate(everyone) if machine == _machine()})
+    torch.distributed.all_gather_object(everyone, (machine(), given, threads))
+    shares = share_out({other: cpus for other, (place, cpus, _) in enumerate(everyone) if place == machine()})
     shares = {other: share._replace(threads=everyone[other][2] or share.threads) for other, share in shares.items()}
     pin(shares[rank].home)
     torch.set_num_threads(shares[rank].threads)
@@ -180,7 +180,7 @@ def _describe(share: Share) -> str:
     return f"{format_cpus(share.home)} ({share.threads} thread{'s' if share.threads > 1 else ''})"
 
 
-def _machine() -> tuple[str, str]:
+def machine() -> tuple[str, str]:
     """Tells machines apart, even those of one name."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return socket.gethostname(), boot.read_text() if boot.is_file() else ""

@@ -14,7 +14,7 @@ import torch
 from typing_extensions import Self
 
 from mvd_scale.errors import UserError
-from mvd_scale.training.engine import Ranks
+from mvd_scale.training.ranks import Ranks
 
 logger = logging.getLogger("mvd_scale")
 

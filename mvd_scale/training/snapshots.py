@@ -16,8 +16,9 @@ from mvd_scale.checkpoints.weights import save_weights
 from mvd_scale.config import Recipe, RunRecipe
 from mvd_scale.config.deepspeed import zero_stage
 from mvd_scale.errors import UserError
-from mvd_scale.training.engine import Ranks, first_decides, full_parameters
+from mvd_scale.training.engine import full_parameters
 from mvd_scale.training.momentum import MovingAverage
+from mvd_scale.training.ranks import Ranks, first_decides
 from mvd_scale.training.run_folder import RunFolder, write_whole
 
 logger = logging.getLogger("mvd_scale")

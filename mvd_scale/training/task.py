@@ -24,11 +24,12 @@ from mvd_scale.errors import UserError
 from mvd_scale.models import Classifier
 from mvd_scale.models.detector import Detector
 from mvd_scale.training.ahead import Ahead
-from mvd_scale.training.engine import Ranks, first_decides, full_parameters, join_ranks, leave_ranks, train_engine
+from mvd_scale.training.engine import full_parameters, train_engine
 from mvd_scale.training.loop import Objective, describe, finish, fit, resume
 from mvd_scale.training.momentum import MovingAverage
 from mvd_scale.training.observers import Observer, Observers
 from mvd_scale.training.optim import layer_scale, parameter_groups
+from mvd_scale.training.ranks import Ranks, first_decides, join_ranks, leave_ranks
 from mvd_scale.training.run_folder import RunFolder
 from mvd_scale.training.schedule import Schedule
 from mvd_scale.training.snapshots import Snapshots

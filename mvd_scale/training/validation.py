@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from mvd_scale.training.engine import Ranks, first_decides
 from mvd_scale.training.metrics import MetricWriter, read_metrics
 from mvd_scale.training.observers import Observer
+from mvd_scale.training.ranks import Ranks, first_decides
 from mvd_scale.training.run_folder import RunFolder
 
 logger = logging.getLogger("mvd_scale")

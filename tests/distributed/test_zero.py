@@ -44,7 +44,8 @@ def launch(world_size: int, out: Path, *, per_host: list[int] | None = None, thr
     for rank in range(world_size):
         hosts = per_host or [world_size]
         host = next(h for h in range(len(hosts)) if rank < sum(hosts[: h + 1]))
-        local = {"LOCAL_RANK": rank - sum(hosts[:host]), "LOCAL_SIZE": hosts[host]}
+        # As DeepSpeed's launcher numbers them.
+        local = {"LOCAL_RANK": rank % hosts[host], "LOCAL_SIZE": hosts[host], "CROSS_RANK": host}
         place = {"RANK": rank, "WORLD_SIZE": world_size, **local}
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} | chosen
         env = ambient | {k: str(v) for k, v in (place | meeting).items()}
@@ -96,8 +97,8 @@ def test_each_rank_keeps_its_share_of_a_teacher_at_rest(two: list[dict[str, Any]
 
 @pytest.mark.slow
 def test_on_hosts_of_any_size_a_teacher_is_cut_over_each_or_over_all(alone: dict[str, Any], tmp_path: Path) -> None:
-    parts = {"node": [3, 3, 3, 1], "world": [4, 4, 4, 4]}
-    for rank, found in enumerate(launch(4, tmp_path / "out", per_host=[3, 1])):
+    parts = {"node": [1, 3, 3, 3], "world": [4, 4, 4, 4]}
+    for rank, found in enumerate(launch(4, tmp_path / "out", per_host=[1, 3])):
         for over, shares in parts.items():
             assert found[over]["losses"] == pytest.approx(alone["zero2"]["losses"], rel=1e-5)
             for name, count in alone["replicated teachers"]["at_rest"].items():

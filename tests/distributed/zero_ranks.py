@@ -17,16 +17,10 @@ from mvd_scale.data.batch import ClipBatch
 from mvd_scale.models import Encoder, Student
 from mvd_scale.targets import FrozenTeacher, MaskedDistillation, build_targets
 from mvd_scale.targets.load import average_file
-from mvd_scale.training.engine import (
-    Ranks,
-    full_parameters,
-    host_teachers,
-    join_ranks,
-    leave_ranks,
-    train_engine,
-)
+from mvd_scale.training.engine import full_parameters, host_teachers, train_engine
 from mvd_scale.training.momentum import MovingAverage, moving_averages, start_averages
 from mvd_scale.training.optim import apply_schedule, parameter_groups
+from mvd_scale.training.ranks import Ranks, join_ranks, leave_ranks
 from mvd_scale.training.schedule import Schedule
 
 VIDEO = {"width": 320, "depth": 1, "heads": 5, "frames": 4, "input_size": 32}

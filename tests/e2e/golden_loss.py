@@ -119,9 +119,10 @@ def _steps() -> Curve:
     from mvd_scale.data.batch import ClipBatch
     from mvd_scale.performance.rehearsal import build_student, random_teacher
     from mvd_scale.targets import MaskedDistillation, build_targets
-    from mvd_scale.training.engine import host_teachers, join_ranks, leave_ranks, train_engine
+    from mvd_scale.training.engine import host_teachers, train_engine
     from mvd_scale.training.loop import reseed
     from mvd_scale.training.optim import apply_schedule, parameter_groups
+    from mvd_scale.training.ranks import join_ranks, leave_ranks
     from mvd_scale.training.schedule import Schedule
 
     def micro_batch(number: int) -> ClipBatch:

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import nn
 
 from mvd_scale.performance.rehearsal import Rehearsal, named_teacher, rehearsed_recipe
-from mvd_scale.training.engine import join_ranks, leave_ranks
+from mvd_scale.training.ranks import join_ranks, leave_ranks
 
 
 class Nobody:

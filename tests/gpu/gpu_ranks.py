@@ -18,8 +18,9 @@ from mvd_scale.data.batch import ClipBatch
 from mvd_scale.performance.rehearsal import build_student
 from mvd_scale.targets import FrozenTeacher, MaskedDistillation, build_targets
 from mvd_scale.training.ahead import Ahead, begin_ahead
-from mvd_scale.training.engine import Ranks, full_parameters, host_teachers, join_ranks, leave_ranks, train_engine
+from mvd_scale.training.engine import full_parameters, host_teachers, train_engine
 from mvd_scale.training.optim import apply_schedule, parameter_groups
+from mvd_scale.training.ranks import Ranks, join_ranks, leave_ranks
 from mvd_scale.training.schedule import Schedule
 
 from ..distributed.zero_ranks import GLOBAL_BATCH, global_batch, held_at_rest, recipe, teacher

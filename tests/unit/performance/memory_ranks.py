@@ -20,8 +20,9 @@ from mvd_scale.data.sampling import draw_mask
 from mvd_scale.models import Student
 from mvd_scale.performance.rehearsal import random_teacher
 from mvd_scale.targets import MaskedDistillation, build_targets
-from mvd_scale.training.engine import Ranks, host_teachers, join_ranks, leave_ranks, train_engine
+from mvd_scale.training.engine import host_teachers, train_engine
 from mvd_scale.training.optim import parameter_groups
+from mvd_scale.training.ranks import Ranks, join_ranks, leave_ranks
 
 VIDEO: dict[str, Any] = {"size": "S", "frames": 8, "input_size": 96}
 IMAGE = {**VIDEO, "frames": 1, "tubelet": 1, "positions": "sincos2d", "class_token": True}

@@ -24,8 +24,9 @@ from mvd_scale.models.drop_path import DropPath
 from mvd_scale.targets import build_targets
 from mvd_scale.training import compilation, engine
 from mvd_scale.training.compilation import GraphedTeacher, compile_blocks, compiles, speed_up_teacher
-from mvd_scale.training.engine import Ranks, host_teachers, train_engine
+from mvd_scale.training.engine import host_teachers, train_engine
 from mvd_scale.training.optim import parameter_groups
+from mvd_scale.training.ranks import Ranks
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 CAN_COMPILE = capabilities.torch_compile("cpu")
@@ -119,7 +120,7 @@ def test_what_the_recipe_asks_for_is_compiled(
     def initialize(model: nn.Module, **others: Any) -> tuple[SimpleNamespace]:
         return (SimpleNamespace(module=model, optimizer=SimpleNamespace()),)
 
-    monkeypatch.setattr(engine, "_import_deepspeed", lambda: SimpleNamespace(initialize=initialize))
+    monkeypatch.setattr(engine, "import_deepspeed", lambda: SimpleNamespace(initialize=initialize))
     trained = train_engine(student, parameter_groups(student, 0.05), made, ranks)
     tokens = torch.arange(4).expand(2, 4)
     trained.module(pixels, tokens, tokens + 4)["video"].sum().backward()

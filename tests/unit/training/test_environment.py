@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mvd_scale.errors import UserError
-from mvd_scale.training.engine import join_ranks
+from mvd_scale.training.ranks import join_ranks
 
 PLACE = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 

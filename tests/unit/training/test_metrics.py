@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from mvd_scale.training.engine import Ranks
 from mvd_scale.training.metrics import MetricWriter, read_metrics
+from mvd_scale.training.ranks import Ranks
 
 VALUES = {
     "loss": 1.0,
