@@ -59,7 +59,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_wheel_carries_every_module(installed: Path) -> None:
     def modules(root: Path) -> set[str]:
-        return {str(file.relative_to(root)) for file in root.rglob("*.py")}
+        return {str(file.relative_to(root)) for pattern in ("*.py", "*.cpp") for file in root.rglob(pattern)}
 
     assert modules(installed / "mvd_scale") == modules(REPOSITORY / "mvd_scale") | {"ds_configs/__init__.py"}
     assert modules(installed / "mvd_kernels") == modules(REPOSITORY / "kernels" / "mvd_kernels")
