@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mvd_kernels import attention_backends
 from mvd_scale.config import RunRecipe
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.sampling import mixture_parts
 from mvd_scale.errors import UserError
 from mvd_scale.training.ahead import Ahead
+from mvd_scale.training.engine import dtype_of
 from mvd_scale.training.metrics import Meter, MetricWriter, drop_after, read_metrics
 from mvd_scale.training.observers import Observers
 from mvd_scale.training.optim import apply_schedule
@@ -136,6 +138,7 @@ def describe(recipe: RunRecipe, manifest: Manifest, schedule: Schedule, ranks: R
         micro,
         accumulation,
     )
+    logger.info("attention of the student: %s", _attention(recipe, ranks))
     short = int((manifest.frames[manifest.usable] < recipe.model.frames * recipe.data.stride).sum())
     if short and recipe.data.sampling != "segments":
         logger.info("%d %s are of videos shorter than a clip: frames are repeated", short, rows)
@@ -148,6 +151,15 @@ def describe(recipe: RunRecipe, manifest: Manifest, schedule: Schedule, ranks: R
         remainder,
         schedule.last_step,
     )
+
+
+def _attention(recipe: RunRecipe, ranks: Ranks) -> str:
+    """Its implementations in the order of preference, up to the one that is taken, each other one with its reason."""
+    assert recipe.model.width is not None
+    assert recipe.model.heads is not None
+    channels = recipe.model.width // recipe.model.heads
+    reasons = attention_backends(ranks.device, dtype_of(recipe.training.precision), channels)
+    return ", ".join(f"{name} ({reason})" if reason else name for name, reason in reasons.items())
 
 
 def finish(engine: Any, snapshots: Snapshots, folder: RunFolder, ranks: Ranks, step: int) -> None:
