@@ -319,9 +319,10 @@ def _native() -> Capability:
     attention, reason = _load("mvd_kernels.native.attention", "pip install mvd-scale")
     if not attention:
         return Capability(name, False, reason=reason)
-    torch = importlib.import_module("torch")
-    if attention.library() is None:
-        return Capability(name, False, reason=attention.why_not())
-    refused = attention.refusal(torch.device("cpu"), torch.bfloat16, 64)
+    compiler = shutil.which("c++")
+    if not compiler:
+        return Capability(name, False, reason="no C++ compiler (c++) on PATH: install g++")
+    refused = attention.refusal_of_instructions()
     there = "8-bit activations" if refused else "8-bit activations, attention in bf16"
-    return Capability(name, True, there, f"attention {refused}" if refused else "")
+    reason = f"attention {refused}" if refused else ""
+    return Capability(name, True, f"{there}; {compiler} compiles them when they are first used", reason)

@@ -128,7 +128,9 @@ class Scorer:
         height, width = clip.shape[1:3]
         boxes = widen_boxes(corners * [width, height, width, height], self.config.widen, (height, width))
         rows = np.column_stack([np.zeros(len(boxes)), boxes]).astype(np.float32)
-        scores = self.model(to_patches(clip, self.patch).unsqueeze(0), torch.from_numpy(rows).to(clip.device))
+        # Frames differ in size, and each size would be a program of its own.
+        with torch.compiler.set_stance("force_eager"):
+            scores = self.model(to_patches(clip, self.patch).unsqueeze(0), torch.from_numpy(rows).to(clip.device))
         return scores.float().sigmoid()
 
     def frames(self, batch: FrameBatch, test: KeyFrameTest) -> Iterator[Scored]:

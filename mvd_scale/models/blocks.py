@@ -115,11 +115,16 @@ class Blocks(nn.ModuleList):
             arguments = (tokens, kept if number == len(self) else None)
             if again == "block":
                 tokens = checkpoint(block, *arguments, use_reentrant=False)
-            elif tokens.device.type == "cpu" and not torch.is_grad_enabled():
+            elif tokens.device.type == "cpu" and not torch.is_grad_enabled() and not _gathers(block):
                 tokens = _in_parts(block, *arguments)
             else:
                 tokens = block(*arguments, attend_again=again == "attention")
         return tokens
+
+
+def _gathers(block: nn.Module) -> bool:
+    """Whether every call of a block gathers its weights (ZeRO-3), which all ranks must do as often."""
+    return any(hasattr(parameter, "ds_id") for parameter in block.parameters())
 
 
 def _in_parts(block: nn.Module, tokens: Tensor, kept: Kept) -> Tensor:

@@ -16,8 +16,8 @@ from mvd_scale.models.blocks import QKV, Attention, Block
 EightBit = Literal["int8", "fp8"]
 
 REFUSED: dict[EightBit, str] = {
-    "int8": "teachers.precision int8 is for CPUs; on GPUs use fp8 (Ada, Hopper or newer) or fp16",
-    "fp8": "teachers.precision fp8 needs a GPU of the kind Ada, Hopper or newer; use fp16 (CPUs: int8)",
+    "int8": "precision int8 is for CPUs; on GPUs use fp8 (Ada, Hopper or newer) or fp16",
+    "fp8": "precision fp8 needs a GPU of the kind Ada, Hopper or newer; use fp16 (CPUs: int8)",
 }
 """Why, where a device does not compute it."""
 
@@ -43,7 +43,7 @@ def to_eight_bits(model: nn.Module, kind: EightBit, device: torch.device) -> nn.
     try:
         from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
     except ImportError as error:
-        raise UserError("teachers.precision fp8 needs torchao: pip install torchao") from error
+        raise UserError("precision fp8 needs torchao: pip install torchao") from error
     for block in model.modules():
         if isinstance(block, Block):
             block.attn.qkv = _as_linear(block.attn.qkv)

@@ -14,6 +14,7 @@ from mvd_scale.models.eight_bit import EightBit
 from mvd_scale.performance.layers import Linear
 from mvd_scale.performance.parts import Part, Workload
 from mvd_scale.performance.setting import SIZES, Setting
+from mvd_scale.training.optim import LARGEST_GROUP
 
 CHANNEL: dict[EightBit, int] = {"int8": 12, "fp8": 4}
 """Bytes beside the weights of an output channel in 8 bits: a 32-bit scale; for int8 also a zero point and the bias."""
@@ -52,14 +53,20 @@ def predict_memory(work: Workload, setting: Setting) -> Memory:
         setting: ranks, micro batch, ZeRO and precision.
     """
     size, clips = SIZES[setting.precision], setting.micro
-    teachers = list(zip(work.teachers, setting.sharded, setting.ahead, strict=True))
-    # A teacher at work on the next micro batch holds what it needs at any time of the student's step.
-    ahead = [(_at_work(part, sharded, setting), part) for part, sharded, early in teachers if early]
+    teachers = list(zip(work.teachers, setting.sharded, setting.ahead, setting.graphed, strict=True))
     rest = _at_rest(work, setting)
+    for part, sharded, _, graphed in teachers:
+        if graphed:
+            recorded = sum(_at_work(part, sharded, setting).values()) + clips * work.pixels
+            rest = _sum(rest, {"CUDA graphs": recorded})
+    ahead = [(part, sharded, graphed) for part, sharded, early, graphed in teachers if early]
     if ahead:
-        working, _ = max(ahead, key=lambda pair: sum(pair[0].values()))
-        features = clips * SIZES[setting.teacher_precision] * sum(part.predicted for _, part in ahead)
-        rest = _sum(_sum(rest, working), {"features ahead": features, "batches": clips * work.pixels})
+        features = clips * SIZES[setting.teacher_precision] * sum(part.predicted for part, *_ in ahead)
+        rest = _sum(rest, {"features ahead": features, "batches": clips * work.pixels})
+    # A teacher at work on the next micro batch holds what it needs at any time of the student's step.
+    working = [_at_work(part, sharded, setting) for part, sharded, graphed in ahead if not graphed]
+    if working:
+        rest = _sum(rest, max(working, key=lambda needs: sum(needs.values())))
     kept = clips * sum(activations(part, size, checkpointing=setting.checkpointing) for part in work.trained)
     # Predictions and true features in float32, until the loss has been differentiated.
     compared = clips * 8 * sum(part.predicted for part in work.trained)
@@ -67,9 +74,9 @@ def predict_memory(work: Workload, setting: Setting) -> Memory:
     student = {"activations": kept, "predictions and targets": compared, "gathered weights": live}
 
     phases = {}
-    for part, sharded, early in teachers:
+    for part, sharded, early, graphed in teachers:
         if not early:
-            phases[part.name] = _sum(student, _at_work(part, sharded, setting))
+            phases[part.name] = student if graphed else _sum(student, _at_work(part, sharded, setting))
     gradients = work.parameters * size
     buckets = _buckets(setting, size)
     # Backwards: the last blocks come first, when everything is still kept; gradients are there at the end.
@@ -184,13 +191,13 @@ def _at_the_end(gradients: int, setting: Setting, size: int) -> int:
 
 
 def _at_the_step(gradients: int, setting: Setting, size: int) -> int:
-    """Gradients while weights are updated: the share, flattened at stages 1 and 2, and in float32."""
+    """Gradients while weights are updated: the share; at stages 1 and 2 of one group flattened, and in float32."""
     share = -(-gradients // setting.world)
-    single = share if size == 4 else share // size * 4
     if setting.stage == 3:
-        return single
+        return share // size * 4
     parts = 0 if setting.accumulation > 1 and setting.stage == 2 else share
-    return parts + (share if size == 4 else share + single)
+    group = -(-min(gradients, size * LARGEST_GROUP) // setting.world)
+    return parts + (group if size == 4 else group + group // size * 4)
 
 
 def _sum(rest: Bytes, phase: Bytes) -> Bytes:

@@ -324,11 +324,16 @@ def _what_fits(recipe: Recipe | FinetuneRecipe, work: Workload, setting: Setting
         "--stage 3": zero3,
         f"--stage 3 {again} block": replace(zero3, checkpointing="block"),
     }
+    none = (False,) * len(sharded)
     if any(setting.ahead):
-        changes["--teachers.ahead false"] = replace(setting, ahead=(False,) * len(sharded))
+        changes["--teachers.ahead false"] = replace(setting, ahead=none)
+    if any(setting.graphed):
+        changes["--teachers.cuda_graphs false"] = replace(setting, graphed=none)
     if sharded and setting.eight_bit is None:
-        changes[shard] = replace(setting, sharded=sharded)
-        changes[f"--stage 3 {shard} {again} block"] = replace(zero3, checkpointing="block", sharded=sharded)
+        changes[shard] = replace(setting, sharded=sharded, graphed=none)
+        changes[f"--stage 3 {shard} {again} block"] = replace(
+            zero3, checkpointing="block", sharded=sharded, graphed=none
+        )
     helps = [words for words, changed in changes.items() if predict_memory(work, changed).peak <= usable]
     helps += [f"--gpu {gpu.name}" for gpu in GPUS.values() if needed <= usable_memory(gpu)]
     return (

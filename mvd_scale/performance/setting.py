@@ -47,6 +47,9 @@ class Setting:
     ahead: tuple[bool, ...]
     """Of each teacher, whether it works on the next micro batch beside the student."""
 
+    graphed: tuple[bool, ...]
+    """Of each teacher, whether it is recorded as a CUDA graph, which keeps the memory of a forward pass."""
+
     checkpointing: Checkpointing
 
     prefetch: int
@@ -88,6 +91,7 @@ def setting_of(
         teacher_shards=_teacher_shards(recipe, world, per_node or world),
         sharded=tuple(_sharded(recipe, part.parameters, world) for part in work.teachers),
         ahead=tuple(part.ahead and _ahead(recipe) for part in work.teachers),
+        graphed=tuple(_graphed(recipe, part.parameters, world) for part in work.teachers),
         checkpointing=recipe.training.gradient_checkpointing,
         prefetch=recipe.data.prefetch,
     )
@@ -112,6 +116,12 @@ def _teacher_shards(recipe: Recipe | FinetuneRecipe, world: int, per_node: int) 
 
 def _ahead(recipe: Recipe | FinetuneRecipe) -> bool:
     return isinstance(recipe, Recipe) and recipe.teachers.ahead and recipe.device != "cpu"
+
+
+def _graphed(recipe: Recipe | FinetuneRecipe, parameters: int, world: int) -> bool:
+    assert isinstance(recipe, Recipe)
+    wanted = recipe.teachers.cuda_graphs is not False and recipe.device != "cpu"
+    return wanted and not _sharded(recipe, parameters, world)
 
 
 def _sharded(recipe: Recipe | FinetuneRecipe, parameters: int, world: int) -> bool:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
+import resource
 import sys
 import time
 from pathlib import Path
@@ -189,5 +191,5 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     # Unlike getrusage's it starts anew with the program: what the parent process held does not count.
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
-    return int(peak.split()[1]) / 2**20
+    peak = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return (int(peak[1]) if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**20

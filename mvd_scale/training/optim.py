@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -13,6 +13,9 @@ from mvd_scale.config import TrainingConfig
 from mvd_scale.training.schedule import Schedule
 
 _TOKENS = ("mask_token", "class_token")
+
+LARGEST_GROUP = 2**25
+"""Parameters: at ZeRO stages 1 and 2 DeepSpeed copies the gradients of one group after the other to float32."""
 
 
 def parameter_groups(
@@ -31,9 +34,21 @@ def parameter_groups(
             decays = parameter.ndim > 1 and not name.endswith(_TOKENS)
             groups.setdefault((lr_scale(name), decays), []).append(parameter)
     return [
-        {"params": params, "weight_decay": weight_decay if decays else 0.0, "decays": decays, "lr_scale": scale}
+        {"params": part, "weight_decay": weight_decay if decays else 0.0, "decays": decays, "lr_scale": scale}
         for (scale, decays), params in groups.items()
+        for part in _cut(params)
     ]
+
+
+def _cut(params: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Neighbours together, none of the lists larger than a group may be."""
+    part: list[nn.Parameter] = []
+    for parameter in params:
+        if part and sum(p.numel() for p in part) + parameter.numel() > LARGEST_GROUP:
+            yield part
+            part = []
+        part.append(parameter)
+    yield part
 
 
 def layer_index(name: str, depth: int) -> int:

@@ -32,7 +32,9 @@ SAME_NUMBERS = [
 ]
 
 
-def launch(world_size: int, out: Path, *, per_host: list[int] | None = None, threads: str = "") -> list[dict[str, Any]]:
+def launch(
+    world_size: int, out: Path, *, per_host: list[int] | None = None, threads: int | None = None
+) -> list[dict[str, Any]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

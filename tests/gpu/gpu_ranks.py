@@ -60,7 +60,7 @@ class Run:
 
     def __init__(self, ranks: Ranks, stage: str, precision: str) -> None:
         self.ranks = ranks
-        self.recipe = placed(recipe(stage, precision, "zero3", GLOBAL_BATCH // 2, False), precision)
+        self.recipe = placed(recipe(stage, precision, "zero3", GLOBAL_BATCH // 2), precision)
         self.targets = build_targets(self.recipe, teacher)
         torch.manual_seed(0)
         student = build_student(self.recipe, self.targets)
@@ -126,7 +126,7 @@ class Run:
 
 def sharded_teachers(ranks: Ranks, precision: str) -> dict[str, dict[str, float]]:
     """Features of sharded teachers beside those of the same ones whole and in float32 on the CPU."""
-    made = placed(recipe("zero2", precision, "zero3", GLOBAL_BATCH, False), precision)
+    made = placed(recipe("zero2", precision, "zero3", GLOBAL_BATCH), precision)
     here = build_targets(made, teacher)
     host_teachers(here, made, ranks)
     seen = {}

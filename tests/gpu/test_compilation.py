@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from typing import get_args
 
 import pytest
 import torch
 
 from mvd_scale.config import DecoderConfig, ModelConfig
+from mvd_scale.config.training import Checkpointing
 from mvd_scale.models import Encoder, Student
 from mvd_scale.training.compilation import GraphedTeacher, compile_blocks
 
@@ -58,8 +60,10 @@ def test_a_graphed_teacher_gives_the_features_of_the_same_one_without(gpu: torch
         torch.testing.assert_close(moved_features, teacher(pixels, kept=tokens), rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_compiled_student_gives_the_same_predictions_and_gradients(gpu: torch.device, checkpointing: bool) -> None:
+@pytest.mark.parametrize("checkpointing", get_args(Checkpointing))
+def test_a_compiled_student_gives_the_same_predictions_and_gradients(
+    gpu: torch.device, checkpointing: Checkpointing
+) -> None:
     torch.manual_seed(0)
     decoder = DecoderConfig(width=64, depth=2, heads=2)
     plain = Student(ModelConfig.model_validate(SHAPE), {"video": (decoder, 128)}).to(gpu)

@@ -70,6 +70,41 @@ def test_scores_of_any_size_are_softened() -> None:
 
 
 @on_bf16_cpus
+def test_low_scores_have_finite_gradients_beside_padding() -> None:
+    qkv = torch.zeros(1, 40, 3, 1, 32)
+    qkv[:, :, 0, :, 0], qkv[:, :, 1, :, 0], qkv[:, :, 2] = 40, -40, torch.randn(1, 40, 1, 32)
+    ours, true = qkv.bfloat16().requires_grad_(), qkv.bfloat16().float().requires_grad_()
+    attention(ours).square().sum().backward()
+    twin(true).square().sum().backward()
+    assert ours.grad is not None
+    assert true.grad is not None
+    torch.testing.assert_close(ours.grad[:, :, 2].float(), true.grad[:, :, 2], rtol=0.02, atol=1e-3)
+    assert ours.grad.isfinite().all()
+
+
+@on_bf16_cpus
+def test_no_clips_no_tokens_and_too_many_queries() -> None:
+    for shape in ((0, 5, 3, 2, 32), (2, 0, 3, 2, 32)):
+        qkv = torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True)
+        attention(qkv).sum().backward()
+        assert qkv.grad is not None
+    qkv = torch.randn(1, 5, 3, 2, 32).bfloat16()
+    torch.testing.assert_close(attention(qkv, 9), attention(qkv))
+
+
+@compiled
+def test_the_dtype_of_new_tensors_does_not_matter() -> None:
+    sequences = torch.randn(2, 5, 7)
+    expected = quantise(sequences, 255)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = quantise(sequences, 255)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+@on_bf16_cpus
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_seen(value: float) -> None:
     qkv = torch.randn(2, 40, 3, 1, 32).bfloat16()

@@ -28,7 +28,10 @@ PAIRS = {"b": "distill/b_from_b", "l": "distill/l_from_l"}
 OURS = {
     "ours, fp32": ["--precision", "fp32"],
     "ours, bf16": ["--precision", "bf16"],
-    "ours, bf16, int8 teachers": ["--precision", "bf16", "--teachers.precision", "int8"],
+    "ours, bf16, int8 teachers": [
+        *("--precision", "bf16", "--teachers.precision", "int8"),
+        *("--teachers.sharding", "replicated"),
+    ],
 }
 PUBLISHED = {"published, fp32": False, "published, bf16 autocast": True}
 

@@ -4,6 +4,7 @@
 // queries, the backward pass makes them again for some queries and keys at a time. Products are of bf16, sums float32.
 //
 // Legend: B clips, N tokens, Q queries (the last Q tokens), H heads, C channels of a head.
+// The gradient arrives full of zeros, which queries that are not asked keep.
 // qkv is (B, N, 3, H, C) and out (B, Q, H, C), bf16; sums (B, H, Q) float32: log2 of the sum of 2^(score * log2 e).
 
 #ifdef __AVX512BF16__
@@ -72,10 +73,10 @@ INLINE void store_pairs(bf16 *to, __m256i even, __m256i odd) {
     _mm512_storeu_si512(to, _mm512_or_si512(_mm512_cvtepu16_epi32(even), high));
 }
 
-// 2^x for x <= 0, with an error far below a step of bf16.
+// 2^min(x, 0), with an error far below a step of bf16.
 INLINE __m512 exp2_of(__m512 x) {
-    // In this order what is not a number stays so.
-    x = _mm512_max_ps(_mm512_set1_ps(-150.0f), x);
+    // Padded keys may have any score: their shares shall be finite. In this order what is not a number stays so.
+    x = _mm512_min_ps(_mm512_set1_ps(0.0f), _mm512_max_ps(_mm512_set1_ps(-150.0f), x));
     const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m512 rest = _mm512_sub_ps(x, whole);
     __m512 sum = _mm512_set1_ps(0.00961813f);
@@ -340,7 +341,6 @@ void backward_all(
         const int64_t b = head / H, h = head % H, at = b * N * stride + h * C, from = (b * Q * H + h) * C;
         const bf16 *query = qkv + at, *key = query + H * C, *value = key + H * C;
         bf16 *to_query = to_qkv + at;
-        for (int64_t n = 0; n < N - Q; n++) std::memset(to_query + n * stride, 0, sizeof(bf16) * C);
         backward<C>({query + (N - Q) * stride, stride, int(Q)}, {key, stride, int(N)}, {value, stride, int(N)},
                     {out + from, H * C, int(Q)}, {gradient + from, H * C, int(Q)}, sums + head * Q,
                     to_query + (N - Q) * stride, to_query + H * C, to_query + 2 * H * C);

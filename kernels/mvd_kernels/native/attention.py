@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mvd_kernels.native.library import call, library, why_not
 
@@ -35,14 +36,20 @@ def refusal(device: torch.device, dtype: torch.dtype, channels: int) -> str:
     return _refusal_of_cpu()
 
 
-@cache
-def _refusal_of_cpu() -> str:
+def refusal_of_instructions() -> str:
+    """Why it is not for this CPU; empty if it is."""
     abilities = torch.cpu.get_capabilities()
     if not abilities.get("avx512_bf16"):
         return "needs a CPU with AVX512-BF16"
-    if abilities.get("amx_bf16"):
-        return "torch's own kernel uses the AMX of this CPU"
-    return why_not() or ("" if hasattr(library(), "mvd_attention_forward") else "c++ does not know AVX512-BF16")
+    return "torch's own kernel uses the AMX of this CPU" if abilities.get("amx_bf16") else ""
+
+
+@cache
+def _refusal_of_cpu() -> str:
+    refused = refusal_of_instructions() or why_not()
+    if not refused and not hasattr(library(), "mvd_attention_forward"):
+        return "c++ does not know AVX512-BF16"
+    return refused
 
 
 def attention(qkv: Tensor, queries: int) -> Tensor:
@@ -64,16 +71,20 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, qkv: Tensor, queries: int) -> Tensor:
         qkv = qkv.contiguous()
         clips, tokens, _, heads, channels = qkv.shape
+        queries = min(queries, tokens)
         attended = qkv.new_empty(clips, queries, heads, channels)
-        sums = torch.empty(clips, heads, queries)
-        call("mvd_attention_forward", (qkv, attended, sums), clips, tokens, queries, heads, channels)
+        sums = qkv.new_empty(clips, heads, queries, dtype=torch.float32)
+        if attended.numel():
+            call("mvd_attention_forward", (qkv, attended, sums), clips, tokens, queries, heads, channels)
         ctx.save_for_backward(qkv, attended, sums)
         return attended
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         qkv, attended, sums = ctx.saved_tensors
         clips, tokens, _, heads, channels = qkv.shape
-        tensors = (qkv, attended, gradient.contiguous(), sums, result := torch.empty_like(qkv))
-        call("mvd_attention_backward", tensors, clips, tokens, attended.shape[1], heads, channels)
+        tensors = (qkv, attended, gradient.contiguous(), sums, result := torch.zeros_like(qkv))
+        if attended.numel():
+            call("mvd_attention_backward", tensors, clips, tokens, attended.shape[1], heads, channels)
         return result, None

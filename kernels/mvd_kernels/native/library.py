@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -39,7 +40,9 @@ def _build() -> tuple[ctypes.CDLL | None, str]:
     try:
         # Its own macros name the compiler's version and every instruction set of this CPU.
         macros = _run(compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull)
-        key = hashlib.sha256(b"".join([macros.encode(), *(source.read_bytes() for source in sources)])).hexdigest()
+        key = hashlib.sha256(
+            b"".join([" ".join(_FLAGS).encode(), macros.encode(), *(source.read_bytes() for source in sources)])
+        ).hexdigest()
         file = Path.home() / ".cache" / "mvd_kernels" / f"{key[:32]}.so"
         if not file.exists():
             logger.info("compiling the operators for this CPU, once: about 10 s")
@@ -47,8 +50,9 @@ def _build() -> tuple[ctypes.CDLL | None, str]:
             with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
                 made = Path(scratch, file.name)
                 _run(compiler, *_FLAGS, "-w", "-shared", "-o", str(made), *map(str, sources))
-                # Ranks that start together each make one, and the last one stays.
-                made.replace(file)
+                # Ranks that start together each make one, and the first stays: others may run it by now.
+                with suppress(FileExistsError):
+                    file.hardlink_to(made)
         return ctypes.CDLL(str(file)), ""
     except (OSError, RuntimeError) as error:
         return None, str(error).splitlines()[0]

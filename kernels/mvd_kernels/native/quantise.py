@@ -17,8 +17,9 @@ def quantise(sequences: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
     """See `mvd_kernels.quantise`."""
     sequences = sequences.contiguous()
     count = len(sequences)
-    result = torch.empty(sequences.shape, dtype=torch.uint8)
-    steps, zeros = torch.empty(count), torch.empty(count, dtype=torch.int32)
+    result = torch.empty_like(sequences, dtype=torch.uint8)
+    steps, zeros = (sequences.new_empty(count, dtype=dtype) for dtype in (torch.float32, torch.int32))
     name = "mvd_quantise_bf16" if sequences.dtype == torch.bfloat16 else "mvd_quantise_fp32"
-    call(name, (sequences, result, steps, zeros), count, sequences[0].numel(), levels)
+    if count:
+        call(name, (sequences, result, steps, zeros), count, sequences[0].numel(), levels)
     return result, steps, zeros

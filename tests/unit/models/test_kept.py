@@ -7,7 +7,7 @@ import torch
 
 from mvd_scale.config import DecoderConfig, ModelConfig
 from mvd_scale.config.training import Checkpointing
-from mvd_scale.models import Decoder, Encoder
+from mvd_scale.models import Decoder, Encoder, blocks
 from mvd_scale.models.blocks import Blocks, keep
 
 MODEL = {"width": 48, "depth": 2, "heads": 3, "frames": 4, "input_size": 32}
@@ -23,6 +23,24 @@ def test_the_last_block_keeps_tokens_or_the_last_so_many() -> None:
     chosen = torch.tensor([[0, 3, 8], [1, 2, 3]])
     for kept in (chosen, 4, None):
         torch.testing.assert_close(blocks(tokens, kept), keep(blocks(tokens), kept))
+
+
+@pytest.mark.parametrize("kept", [None, 4, torch.arange(15).view(5, 3)])
+def test_frozen_blocks_take_some_sequences_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, kept: torch.Tensor | int | None
+) -> None:
+    kept = kept % 9 if isinstance(kept, torch.Tensor) else kept
+    stack, tokens, seen = Blocks(48, 2, 3), torch.randn(5, 9, 48), []
+    expected = stack(tokens, kept)
+    monkeypatch.setattr(blocks, "_CACHED_TOKENS", 2 * 9)
+    stack[0].register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    with torch.no_grad():
+        torch.testing.assert_close(stack(tokens, kept), expected)
+        assert seen == [2, 2, 1]
+        # As a rank whose weights are gathered at every call, which all ranks must do as often.
+        stack[0].mlp.fc1.weight.ds_id = 0
+        stack(tokens, kept)
+    assert seen[3:] == [5]
 
 
 @pytest.mark.parametrize("class_token", [False, True])

@@ -18,6 +18,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mvd_scale.config import load_recipe
+from mvd_scale.performance import memory as memory_model
 from mvd_scale.performance.memory import predict_memory
 from mvd_scale.performance.parts import describe
 from mvd_scale.performance.rehearsal import random_teacher
@@ -98,8 +99,10 @@ def test_traced_int8_teachers_hold_what_was_predicted() -> None:
 
 
 @pytest.mark.parametrize("world", [1, 8, 64])
-def test_model_states_are_those_that_deepspeed_estimates(world: int) -> None:
+def test_model_states_are_those_that_deepspeed_estimates(monkeypatch: pytest.MonkeyPatch, world: int) -> None:
     """Its estimate holds 16-bit weights and gradients, float32 gradients at the step, and the optimizer's states."""
+    # Of all parameters at once, as of a single group.
+    monkeypatch.setattr(memory_model, "LARGEST_GROUP", 2**40)
     made = load_recipe("distill/b_from_b", ["--training.deepspeed", "zero2"])
     work = describe(made)
     setting = setting_of(made, work, world)
@@ -154,7 +157,9 @@ def test_checkpointing_and_smaller_micro_batches_save_activations() -> None:
 def test_teachers_that_work_ahead_hold_memory_at_any_time_of_the_step() -> None:
     made = load_recipe("distill/b_from_b", ["--training.micro_batch", "32"])
     work = describe(made)
-    setting = setting_of(made, work, 8)
+    graphed = setting_of(made, work, 8)
+    assert graphed.graphed == (True, True)
+    setting = replace(graphed, graphed=(False, False))
     micro, masked = setting.micro, 1408
     ahead, alone = predict_memory(work, setting), predict_memory(work, replace(setting, ahead=(False, False)))
     assert setting.ahead == (True, True)
@@ -165,6 +170,10 @@ def test_teachers_that_work_ahead_hold_memory_at_any_time_of_the_step() -> None:
         assert parts["batches"] - without["batches"] == micro * 16 * 224 * 224 * 3
         workspace = max(alone.phases[teacher]["workspace"] for teacher in ("image teacher", "video teacher"))
         assert parts["workspace"] - without.get("workspace", 0) == workspace
+    # Each recording keeps what its teacher needs, and its own batch, whichever works.
+    recorded = predict_memory(work, graphed).phases["optimizer step"]["CUDA graphs"]
+    needs = sum(alone.phases[teacher]["workspace"] for teacher in ("image teacher", "video teacher"))
+    assert recorded == needs + 2 * micro * 16 * 224 * 224 * 3
 
 
 def test_only_teachers_that_stay_as_they_are_work_ahead_and_only_on_gpus() -> None:
