@@ -4,11 +4,13 @@
     side stream         ... | clips i+1 decoded -> teachers of i+1  | clips i+2 ...
 
 The host begins a batch before the student takes the one before it. Streams wait for each other; the host waits for
-neither, only DeepSpeed makes it wait for the GPU where it reduces gradients or looks for overflows. DALI decodes on
-streams of its own, `data.prefetch` batches before, and only the side stream waits for it.
+neither, only DeepSpeed makes it wait for the GPU: where it reduces gradients, looks for overflows, or has many gathers
+of a sharded teacher under way. DALI decodes on streams of its own, `data.prefetch` batches before, and only the side
+stream waits for it.
 
 A sharded teacher gathers its weights on a stream of its own, which DeepSpeed orders with the one that is current. All
-ranks begin the same things in the same order, and so their collectives.
+ranks begin the same things in the same order, and so their collectives; those of a host and those of the world may be
+under way at once, as in other hybrid sharding.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The processes of a run: how they meet, wait for each other and part.
 
-The only file that reads the launcher's environment.
+It reads what the launcher says; `config.launcher` only what is needed before torch is imported.
 """
 
 from __future__ import annotations
