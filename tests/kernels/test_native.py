@@ -18,6 +18,7 @@ from mvd_kernels.twins.quantise import quantise as plain_quantise
 CPU = torch.device("cpu")
 refused = native.refusal(CPU, torch.bfloat16, 64)
 on_bf16_cpus = pytest.mark.skipif(bool(refused), reason=refused)
+WORKING = Path(getattr(native_library.library(), "_name", ""))
 compiled = pytest.mark.skipif(native_library.library() is None, reason=native_library.why_not())
 
 
@@ -174,3 +175,25 @@ def test_a_home_that_cannot_be_written_is_no_crash(elsewhere: Path) -> None:
     (elsewhere / ".cache").write_text("not a folder")
     assert native_library.library() is None
     assert ".cache" in native_library.why_not()
+
+
+@compiled
+def test_ranks_that_compile_at_once_keep_what_the_first_has_made(
+    elsewhere: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = tmp_path_factory.mktemp("first") / "made.so"
+    first.write_bytes(WORKING.read_bytes())
+    # While this one compiles, another rank is done.
+    compiler = elsewhere / "c++"
+    compiler.write_text(
+        "#!/bin/sh\n"
+        'while [ $# -gt 0 ]; do [ "$1" = -o ] && out="$2"; shift; done\n'
+        '[ -z "$out" ] && exit 0\n'
+        f'cp {first} "$out" && cp {first} "$(dirname "$out")/../$(basename "$out")" && '
+        f'stat -c %i "$(dirname "$out")/../$(basename "$out")" >{elsewhere}/first\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{elsewhere}:/usr/bin:/bin")
+    assert native_library.library() is not None
+    (file,) = (elsewhere / ".cache" / "mvd_kernels").iterdir()
+    assert file.stat().st_ino == int((elsewhere / "first").read_text())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mvd_scale.errors import UserError
+from mvd_scale.training import ranks
+from mvd_scale.training.processors import machine
 from mvd_scale.training.ranks import join_ranks
 
 PLACE = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -21,3 +23,13 @@ def test_a_gap_is_named_with_the_way_to_fill_it(missing: list[str], said: str, m
         monkeypatch.delenv(name)
     with pytest.raises(UserError, match=f"^RANK is 1, but {said} not set: .*`deepspeed` launcher.* unset RANK"):
         join_ranks("cpu", timeout_minutes=1)
+
+
+def test_hosts_are_known_by_the_launchers_number_or_else_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CROSS_RANK", "GROUP_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert ranks._host() == " ".join(machine())
+    monkeypatch.setenv("GROUP_RANK", "3")
+    assert ranks._host() == "3"
+    monkeypatch.setenv("CROSS_RANK", "1")
+    assert ranks._host() == "1"

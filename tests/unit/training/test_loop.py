@@ -1,0 +1,12 @@
+"""What a run says before it begins."""
+
+import torch
+
+from mvd_scale.config import load_recipe
+from mvd_scale.training.loop import _attention
+from mvd_scale.training.ranks import Ranks
+
+
+def test_every_attention_that_is_not_taken_is_named_with_its_reason() -> None:
+    recipe = load_recipe("distill/b_from_b", ["--training.precision", "fp32"])
+    assert _attention(recipe, Ranks(0, 0, 1, torch.device("cpu"))) == "native (not for torch.float32), sdpa"
