@@ -1,6 +1,6 @@
 """A residual connection and the LayerNorm that follows it.
 
-Legend: D channels; all other axes are rows.
+Legend: D channels; all other axes are rows. G norms.
 """
 
 from __future__ import annotations
@@ -21,21 +21,24 @@ def add_layer_norm(
     Args:
         residual: (..., D), any floating dtype.
         update: same shape and dtype.
-        weight: (D,), same dtype.
-        bias: (D,), same dtype.
+        weight: (D,), same dtype; or (G, D), one norm for each of G equal parts of the first axis.
+        bias: likewise.
         eps: added to the variance.
 
     Returns:
         The sum and the normalised sum, both (..., D) in the dtype of the input.
 
     Raises:
-        ValueError: `residual` and `update` differ in shape or dtype: there is no broadcasting here.
+        ValueError: `residual` and `update` differ in shape or dtype: there is no broadcasting here. Or their first axis
+            has no G equal parts.
     """
     if residual.shape != update.shape or residual.dtype != update.dtype:
         raise ValueError(
             f"residual {residual.dtype} {tuple(residual.shape)} and update {update.dtype} {tuple(update.shape)} "
             "must be alike"
         )
+    if weight.dim() == 2 and len(residual) % len(weight):
+        raise ValueError(f"{len(weight)} norms for {len(residual)} entries of the first axis: expected a multiple")
     if takes_kernel(residual):
         from mvd_kernels.fused.add_layer_norm import add_layer_norm as fused
 

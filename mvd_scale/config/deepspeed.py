@@ -18,15 +18,16 @@ def student_deepspeed(recipe: RunRecipe, world_size: int) -> dict[str, Any]:
     """The student's DeepSpeed configuration for a number of ranks.
 
     Raises:
-        UserError: no such file, no JSON, a value that contradicts the recipe, or blocks compiled at stage 3.
+        UserError: no such file, no JSON, a value that contradicts the recipe, or at stage 3 what needs whole weights.
     """
     micro, accumulation = recipe.batch_split(world_size)
     training = recipe.training
-    if zero_stage(recipe) == 3 and training.compile is True:
-        raise UserError(
-            f"training.compile is true, but training.deepspeed {training.deepspeed} is ZeRO stage 3, which gathers "
-            "parameters inside of blocks: use stage 1 or 2, or leave training.compile at auto"
-        )
+    for key in ("compile", "batch_decoders"):
+        if zero_stage(recipe) == 3 and getattr(training, key, False) is True:
+            raise UserError(
+                f"training.{key} is true, but training.deepspeed {training.deepspeed} is ZeRO stage 3, which gathers "
+                f"parameters layer by layer: use stage 1 or 2, or leave training.{key} at auto"
+            )
     return _resolve(
         training.deepspeed,
         {

@@ -17,6 +17,7 @@ from mvd_scale.config.training import (
     CheckpointConfig,
     LoggingConfig,
     PretrainLogging,
+    PretrainTraining,
     RunConfig,
     TeacherConfig,
     TrainingConfig,
@@ -128,6 +129,7 @@ class Recipe(RunRecipe):
     targets: dict[str, TargetConfig] = Field(min_length=1)
     """Any number of targets by name; the loss is their weighted sum."""
 
+    training: PretrainTraining
     teachers: TeacherConfig = TeacherConfig()
     logging: PretrainLogging = PretrainLogging()
 
@@ -167,6 +169,9 @@ class Recipe(RunRecipe):
 
     def _check_programs(self) -> None:
         teachers = self.teachers
+        shapes = [target.decoder for target in self.targets.values() if target.decoder is not None]
+        if self.training.batch_decoders is True and len(set(shapes)) == len(shapes):
+            raise ValueError("training.batch_decoders does nothing: no two targets have decoders of one shape")
         for key in ("compile", "cuda_graphs"):
             if getattr(teachers, key) is not True:
                 continue

@@ -78,6 +78,15 @@ class TrainingConfig(Section):
     """A rank that waits longer for the others gives up; then the launcher ends the job."""
 
 
+class PretrainTraining(TrainingConfig):
+    """Optimisation of a student that is distilled or pre-trained."""
+
+    batch_decoders: bool | Literal["auto"] = "auto"
+    """Run decoders of one shape as one batched pass, each with weights of its own. `auto` does so on GPUs; on CPUs,
+    where a decoder's tokens are more than a cache holds, it costs time. At ZeRO stage 3, which gathers the weights of
+    one layer at a time, `auto` is off and `true` refused."""
+
+
 class TeacherConfig(Section):
     """How frozen teachers live on the ranks."""
 

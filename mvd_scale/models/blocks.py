@@ -60,7 +60,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv: nn.Module = QKV(width)
-        self.proj = nn.Linear(width, width)
+        self.proj: nn.Module = nn.Linear(width, width)
 
     def forward(self, tokens: Tensor, kept: Kept = None) -> Tensor:
         """(B, N, D) to (B, N, D), or (B, K, D) for the tokens that are kept."""
@@ -77,9 +77,9 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, drop_path: float) -> None:
         super().__init__()
-        self.norm1 = LayerNorm(width)
+        self.norm1: nn.Module = LayerNorm(width)
         self.attn = Attention(width, heads)
-        self.norm2 = AddLayerNorm(width)
+        self.norm2: nn.Module = AddLayerNorm(width)
         self.mlp: nn.Module = Mlp(width, int(width * mlp_ratio), act_layer=nn.GELU)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
@@ -107,6 +107,8 @@ class Blocks(nn.ModuleList):
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         super().__init__(Block(width, heads, mlp_ratio, rate) for rate in rates)
         self.gradient_checkpointing: Checkpointing = "none"
+        self.whole = False
+        """Whether a block must see all sequences at once."""
 
     def forward(self, tokens: Tensor, kept: Kept = None) -> Tensor:
         """(B, N, D) to (B, N, D), or (B, K, D) for the tokens that the last block keeps."""
@@ -115,7 +117,7 @@ class Blocks(nn.ModuleList):
             arguments = (tokens, kept if number == len(self) else None)
             if again == "block":
                 tokens = checkpoint(block, *arguments, use_reentrant=False)
-            elif tokens.device.type == "cpu" and not torch.is_grad_enabled() and not _gathers(block):
+            elif tokens.device.type == "cpu" and not torch.is_grad_enabled() and not self.whole and not _gathers(block):
                 tokens = _in_parts(block, *arguments)
             else:
                 tokens = block(*arguments, attend_again=again == "attention")

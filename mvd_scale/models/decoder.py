@@ -1,9 +1,11 @@
 """g of Eq. 1: from visible tokens to the features of masked ones.
 
-Legend: B clips, V visible, M masked, E encoder width, D decoder width, K channels of the target.
+Legend: B clips, V visible, M masked, E encoder width, D decoder width, K channels of the target, G decoders.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from mvd_kernels import LayerNorm, decoder_input
 from mvd_scale.config import DecoderConfig, ModelConfig
 from mvd_scale.models.blocks import Blocks, initialise
 from mvd_scale.models.positions import position_table
+from mvd_scale.models.together import LinearTogether, together
 
 
 class Decoder(nn.Module):
@@ -22,6 +25,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig, encoder: ModelConfig, out_channels: int) -> None:
         super().__init__()
         assert encoder.width is not None
+        self.config = config
         self.embed = nn.Linear(encoder.width, config.width, bias=config.embed_bias)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))
         table = position_table(encoder.positions, encoder.grid, config.width)
@@ -46,3 +50,25 @@ class Decoder(nn.Module):
         tokens = decoder_input(self.embed(encoded), self.mask_token, self.positions, visible, masked)
         predictions: Tensor = self.head(self.norm(self.blocks(tokens, masked.shape[1])))
         return predictions
+
+
+class DecodersTogether(nn.Module):
+    """Decoders of one shape as one batched pass, each with its own weights and its own head."""
+
+    def __init__(self, decoders: Mapping[str, Decoder]) -> None:
+        """Decoders of one `DecoderConfig`, by the names of their targets; they stay parts of the student."""
+        super().__init__()
+        self.decoders = tuple(decoders.items())
+        self.embed = LinearTogether(decoder.embed for decoder in decoders.values())
+        self.blocks = together(decoder.blocks for decoder in decoders.values())
+
+    def forward(self, encoded: Tensor, visible: Tensor, masked: Tensor) -> dict[str, Tensor]:
+        """As `Decoder.forward` of each: {target name: (B, M, K)}."""
+        count, positions = len(self.decoders), self.decoders[0][1].positions
+        embedded = self.embed.of_each(encoded.expand(count, -1, -1, -1)).flatten(0, 1)
+        mask_tokens = torch.cat([decoder.mask_token for _, decoder in self.decoders])
+        tokens = decoder_input(embedded, mask_tokens, positions, visible, masked)
+        parts = self.blocks(tokens, masked.shape[1]).chunk(count)
+        return {
+            name: decoder.head(decoder.norm(part)) for (name, decoder), part in zip(self.decoders, parts, strict=True)
+        }

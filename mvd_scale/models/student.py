@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from mvd_scale.config import DecoderConfig, HeadConfig, ModelConfig
-from mvd_scale.models.decoder import Decoder
+from mvd_scale.models.decoder import Decoder, DecodersTogether
 from mvd_scale.models.encoder import Encoder
 from mvd_scale.models.heads import TokenHead
 
@@ -22,12 +22,24 @@ class Student(nn.Module):
         """Build from the encoder's shape and, by target name, a head's shape and its output channels."""
         super().__init__()
         self.encoder = Encoder(config)
-        self.decoders, self.heads = nn.ModuleDict(), nn.ModuleDict()
+        self.decoders, self.heads, self.together = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleList()
         for name, (head, channels) in heads.items():
             if isinstance(head, DecoderConfig):
                 self.decoders[name] = Decoder(head, config, channels)
             else:
                 self.heads[name] = TokenHead(head, config, channels)
+
+    def alike(self) -> list[dict[str, Decoder]]:
+        """Decoders that have their shape in common with others, by target name."""
+        groups: dict[DecoderConfig, dict[str, Decoder]] = {}
+        for name, decoder in self.decoders.items():
+            assert isinstance(decoder, Decoder)
+            groups.setdefault(decoder.config, {})[name] = decoder
+        return [group for group in groups.values() if len(group) > 1]
+
+    def batch_decoders(self) -> None:
+        """Run decoders of one shape as one batched pass from here on."""
+        self.together = nn.ModuleList(DecodersTogether(group) for group in self.alike())
 
     def forward(self, pixels: Tensor, visible: Tensor, masked: Tensor) -> dict[str, Tensor]:
         """Predict every target: by decoders at the masked tokens, by other heads at the visible ones.
@@ -42,5 +54,9 @@ class Student(nn.Module):
         """
         everything = visible.shape[1] == len(self.encoder.positions)
         encoded = self.encoder(pixels, None if everything else visible)
-        predictions = {name: decoder(encoded, visible, masked) for name, decoder in self.decoders.items()}
-        return predictions | {name: head(encoded, visible) for name, head in self.heads.items()}
+        predictions = {name: head(encoded, visible) for name, head in self.heads.items()}
+        for group in self.together:
+            predictions |= group(encoded, visible, masked)
+        # In their order, which is the same on all ranks.
+        apart = {name: decoder for name, decoder in self.decoders.items() if name not in predictions}
+        return predictions | {name: decoder(encoded, visible, masked) for name, decoder in apart.items()}

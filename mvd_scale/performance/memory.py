@@ -71,7 +71,12 @@ def predict_memory(work: Workload, setting: Setting) -> Memory:
     # Predictions and true features in float32, until the loss has been differentiated.
     compared = clips * 8 * sum(part.predicted for part in work.trained)
     live = _gathered(work.parameters, setting.zero, size) if setting.stage == 3 and setting.world > 1 else 0
+    # Backwards: the last blocks come first, when everything is still kept; gradients are there at the end.
+    last = next(part for part in reversed(work.trained) if part.blocks)
+    alike = [part for part in work.trained if setting.batched and part.blocks == last.blocks]
     student = {"activations": kept, "predictions and targets": compared, "gathered weights": live}
+    if len(alike) > 1:
+        student["stacked weights"] = size * sum(_stacked(part, setting.checkpointing) for part in alike)
 
     phases = {}
     for part, sharded, early, graphed in teachers:
@@ -79,11 +84,10 @@ def predict_memory(work: Workload, setting: Setting) -> Memory:
             phases[part.name] = student if graphed else _sum(student, _at_work(part, sharded, setting))
     gradients = work.parameters * size
     buckets = _buckets(setting, size)
-    # Backwards: the last blocks come first, when everything is still kept; gradients are there at the end.
-    last = next(part for part in reversed(work.trained) if part.blocks)
     phases["start of the backward pass"] = student | {
         "gradients": buckets,
-        "workspace": clips * differentiation(last, size, checkpointing=setting.checkpointing),
+        "workspace": clips
+        * sum(differentiation(part, size, checkpointing=setting.checkpointing) for part in alike or [last]),
     }
     phases["end of the backward pass"] = {
         "gathered weights": live,
@@ -117,6 +121,13 @@ def differentiation(part: Part, size: int, *, checkpointing: Checkpointing) -> i
     """
     block = part.blocks[-1]
     return block.gradients(size) + (block.saved(size) if checkpointing == "block" else 0)
+
+
+def _stacked(part: Part, checkpointing: Checkpointing) -> int:
+    """Numbers in the weights of a decoder that are stacked for its batched pass, and kept for the backward pass."""
+    embed = part.layers[0]
+    assert isinstance(embed, Linear)
+    return embed.inputs * embed.outputs + sum(block.weights(checkpointing) for block in part.blocks)
 
 
 def _at_rest(work: Workload, setting: Setting) -> Bytes:

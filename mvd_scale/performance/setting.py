@@ -50,6 +50,9 @@ class Setting:
     graphed: tuple[bool, ...]
     """Of each teacher, whether it is recorded as a CUDA graph, which keeps the memory of a forward pass."""
 
+    batched: bool
+    """Whether decoders of one shape run as one batched pass."""
+
     checkpointing: Checkpointing
 
     prefetch: int
@@ -92,6 +95,7 @@ def setting_of(
         sharded=tuple(_sharded(recipe, part.parameters, world) for part in work.teachers),
         ahead=tuple(part.ahead and _ahead(recipe) for part in work.teachers),
         graphed=tuple(_graphed(recipe, part.parameters, world) for part in work.teachers),
+        batched=_batched(recipe),
         checkpointing=recipe.training.gradient_checkpointing,
         prefetch=recipe.data.prefetch,
     )
@@ -116,6 +120,13 @@ def _teacher_shards(recipe: Recipe | FinetuneRecipe, world: int, per_node: int) 
 
 def _ahead(recipe: Recipe | FinetuneRecipe) -> bool:
     return isinstance(recipe, Recipe) and recipe.teachers.ahead and recipe.device != "cpu"
+
+
+def _batched(recipe: Recipe | FinetuneRecipe) -> bool:
+    if isinstance(recipe, FinetuneRecipe) or zero_stage(recipe) == 3:
+        return False
+    asked = recipe.training.batch_decoders
+    return recipe.device != "cpu" if asked == "auto" else asked
 
 
 def _graphed(recipe: Recipe | FinetuneRecipe, parameters: int, world: int) -> bool:

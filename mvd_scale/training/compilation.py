@@ -13,10 +13,12 @@ from mvd_scale.capabilities import torch_compile
 from mvd_scale.config import TeacherConfig
 from mvd_scale.config.training import FrozenPrecision
 from mvd_scale.errors import UserError
+from mvd_scale.models import Student
 
 logger = logging.getLogger("mvd_scale")
 
 GATHERED = "ZeRO-3 gathers parameters inside of every block, which torch.compile cannot follow"
+LAYERWISE = "ZeRO-3 gathers the weights of one layer at a time"
 
 _PROGRAMS = 64
 """Most programs of all blocks together: of every shape, with gradients or without, for all tokens or those kept. All
@@ -57,6 +59,13 @@ def compiles(key: str, asked: bool | Literal["auto"], device: torch.device, obst
     if asked is False or (asked == "auto" and device.type == "cpu"):
         return False
     return _decide(key, asked, obstacle or torch_compile(device.type).reason)
+
+
+def batches_decoders(student: Student, asked: bool | Literal["auto"], device: torch.device, obstacle: str) -> bool:
+    """Whether decoders of one shape are to run as one batched pass; arguments and errors as of `compiles`."""
+    if not student.alike() or asked is False or (asked == "auto" and device.type == "cpu"):
+        return False
+    return _decide("training.batch_decoders", asked, obstacle)
 
 
 def speed_up_teacher(

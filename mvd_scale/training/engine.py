@@ -14,11 +14,20 @@ from mvd_scale.config import Recipe, RunRecipe, TeacherConfig
 from mvd_scale.config.deepspeed import student_deepspeed, teacher_deepspeed
 from mvd_scale.config.training import FrozenPrecision, Precision
 from mvd_scale.errors import UserError
+from mvd_scale.models import Student
 from mvd_scale.models.blocks import checkpoint_gradients
 from mvd_scale.models.eight_bit import to_eight_bits
 from mvd_scale.targets import FrozenTeacher, Target
 from mvd_scale.targets.momentum import Momentum
-from mvd_scale.training.compilation import GATHERED, compile_blocks, compiles, speed_up_teacher, transformer_blocks
+from mvd_scale.training.compilation import (
+    GATHERED,
+    LAYERWISE,
+    batches_decoders,
+    compile_blocks,
+    compiles,
+    speed_up_teacher,
+    transformer_blocks,
+)
 from mvd_scale.training.optim import build_optimizer
 from mvd_scale.training.ranks import Ranks, import_deepspeed
 
@@ -46,8 +55,12 @@ def train_engine(model: nn.Module, groups: list[dict[str, Any]], recipe: RunReci
     """
     check_precision(recipe.training.precision, ranks.device)
     config = student_deepspeed(recipe, ranks.world_size)
-    obstacle = GATHERED if config["zero_optimization"]["stage"] == 3 else ""
-    programs = compiles("training.compile", recipe.training.compile, ranks.device, obstacle)
+    gathers = config["zero_optimization"]["stage"] == 3
+    programs = compiles("training.compile", recipe.training.compile, ranks.device, GATHERED if gathers else "")
+    if isinstance(recipe, Recipe) and isinstance(model, Student):
+        obstacle = LAYERWISE if gathers else ""
+        if batches_decoders(model, recipe.training.batch_decoders, ranks.device, obstacle):
+            model.batch_decoders()
     checkpoint_gradients(model, recipe.training.gradient_checkpointing)
     offload = config["zero_optimization"].get("offload_optimizer", {}).get("device") in ("cpu", "nvme")
     engine, *_ = import_deepspeed().initialize(

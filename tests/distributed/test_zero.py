@@ -28,6 +28,7 @@ SAME_NUMBERS = [
     "one micro batch after the other",
     "block again",
     "attention again",
+    "decoders together",
     "replicated teachers",
 ]
 

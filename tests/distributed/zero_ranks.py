@@ -44,6 +44,8 @@ def recipe(
     micro_batch: int,
     targets: dict[str, Any] = FROZEN,
     checkpointing: Checkpointing = "none",
+    *,
+    together: bool = False,
 ) -> Recipe:
     return Recipe.model_validate(
         {
@@ -62,6 +64,7 @@ def recipe(
                 "deepspeed": stage,
                 "clip_grad": 1.0,
                 "gradient_checkpointing": checkpointing,
+                "batch_decoders": together,
             },
             "teachers": {"sharding": sharding},
         }
@@ -184,6 +187,7 @@ def main(out: Path) -> None:
     results["one micro batch after the other"] = train(ranks, recipe("zero2", "fp32", "zero3", 2))
     for again in ("block", "attention"):
         results[f"{again} again"] = train(ranks, recipe("zero3", "fp32", "zero3", 4, checkpointing=again))
+    results["decoders together"] = train(ranks, recipe("zero2", "fp32", "zero3", 2, together=True))
     results["replicated teachers"] = train(ranks, recipe("zero2", "fp32", "replicated", 4))
     for stage in ("zero1", "zero2", "zero3"):
         for sharding in ("zero3", "replicated"):

@@ -58,16 +58,18 @@ def _features(generator: torch.Generator, *, clips: int, tokens: int, masked: in
     }
 
 
-def _sums(generator: torch.Generator, *, rows: int, width: int) -> Inputs:
+def _sums(generator: torch.Generator, *, rows: int, width: int, norms: tuple[int, ...] = ()) -> Inputs:
     inputs = {name: torch.randn(2, rows, width, generator=generator) for name in ("residual", "update")}
-    return inputs | {name: torch.randn(width, generator=generator) for name in ("weight", "bias")}
+    return inputs | {name: torch.randn(*norms, width, generator=generator) for name in ("weight", "bias")}
 
 
-def _decoded(generator: torch.Generator, *, clips: int, extra: int, visible: int, tokens: int, width: int) -> Inputs:
+def _decoded(
+    generator: torch.Generator, *, clips: int, extra: int, visible: int, tokens: int, width: int, decoders: int = 1
+) -> Inputs:
     seen, hidden = _tokens(generator, clips, tokens, visible)
     return {
-        "embedded": torch.randn(clips, extra + visible, width, generator=generator),
-        "mask_token": torch.randn(1, 1, width, generator=generator),
+        "embedded": torch.randn(decoders * clips, extra + visible, width, generator=generator),
+        "mask_token": torch.randn(decoders, 1, width, generator=generator),
         "positions": torch.randn(tokens, width, generator=generator),
         "visible": seen,
         "masked": hidden,
@@ -138,6 +140,8 @@ CASES = [
              ("residual", "update", "weight", "bias"))
         for title, rows, width in (("odd", 7, 50), ("ViT-B", 784, 768), ("ViT-H", 784, 1280))
     ),
+    Case("add_layer_norm", "two norms", partial(_sums, rows=784, width=768, norms=(2,)), _by_name,
+         ("residual", "update", "weight", "bias")),
     Case("LayerNorm", "ViT-B", partial(_sums, rows=784, width=768), _norm, ("residual", "weight", "bias")),
     *(
         Case("decoder_input", title, partial(_decoded, **size), _by_name, ("embedded", "mask_token"))
@@ -145,6 +149,7 @@ CASES = [
             ("odd", {"clips": 3, "extra": 0, "visible": 5, "tokens": 19, "width": 50}),
             ("class token", {"clips": 3, "extra": 1, "visible": 5, "tokens": 19, "width": 50}),
             ("ViT-B", {"clips": 2, "extra": 0, "visible": 160, "tokens": 1568, "width": 384}),
+            ("two decoders", {"clips": 2, "extra": 0, "visible": 160, "tokens": 1568, "width": 768, "decoders": 2}),
         )
     ),
 ]  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 from mvd_scale.config import DecoderConfig, ModelConfig
 from mvd_scale.config.training import Checkpointing
 from mvd_scale.models import Encoder, Student
+from mvd_scale.models.blocks import checkpoint_gradients
 from mvd_scale.training.compilation import GraphedTeacher, compile_blocks
 
 pytestmark = pytest.mark.gpu
@@ -60,23 +61,27 @@ def test_a_graphed_teacher_gives_the_features_of_the_same_one_without(gpu: torch
         torch.testing.assert_close(moved_features, teacher(pixels, kept=tokens), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("checkpointing", get_args(Checkpointing))
-def test_a_compiled_student_gives_the_same_predictions_and_gradients(
-    gpu: torch.device, checkpointing: Checkpointing
+def test_a_student_made_fast_gives_the_same_predictions_and_gradients(
+    gpu: torch.device, checkpointing: Checkpointing, together: bool, compiled: bool
 ) -> None:
     torch.manual_seed(0)
     decoder = DecoderConfig(width=64, depth=2, heads=2)
-    plain = Student(ModelConfig.model_validate(SHAPE), {"video": (decoder, 128)}).to(gpu)
-    compiled = copy.deepcopy(plain)
-    for stack in (compiled.encoder.blocks, compiled.decoders["video"].blocks):  # type: ignore[union-attr]
-        stack.gradient_checkpointing = checkpointing  # type: ignore[union-attr, assignment]
-    compile_blocks(compiled)
+    plain = Student(ModelConfig.model_validate(SHAPE), {"image": (decoder, 96), "video": (decoder, 128)}).to(gpu)
+    fast = copy.deepcopy(plain)
+    if together:
+        fast.batch_decoders()
+    checkpoint_gradients(fast, checkpointing)
+    if compiled:
+        compile_blocks(fast)
     pixels, tokens = clips(0, gpu)
     everything = torch.arange(TOKENS, device=gpu)
     masked = torch.stack([everything[~torch.isin(everything, mine)] for mine in tokens])
-    predictions = [student(pixels, tokens, masked)["video"] for student in (compiled, plain)]
+    predictions = [student(pixels, tokens, masked) for student in (fast, plain)]
     torch.testing.assert_close(*predictions, rtol=1e-3, atol=1e-3)
-    for prediction in predictions:
-        prediction.square().mean().backward()
-    for (name, ours), theirs in zip(compiled.named_parameters(), plain.parameters(), strict=True):
+    for predicted in predictions:
+        sum(prediction.square().mean() for prediction in predicted.values()).backward()  # type: ignore[union-attr]
+    for (name, ours), theirs in zip(fast.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-2, atol=1e-4, msg=name)

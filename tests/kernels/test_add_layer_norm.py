@@ -42,6 +42,29 @@ def test_inputs_that_would_broadcast_are_refused() -> None:
         add_layer_norm(torch.ones(3, 4), torch.ones(3, 4).half(), torch.ones(4), torch.ones(4))
 
 
+def test_norms_that_do_not_divide_the_first_axis_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 norms for 3 entries"):
+        add_layer_norm(torch.ones(3, 4), torch.ones(3, 4), torch.ones(2, 4), torch.ones(2, 4))
+
+
+def of_several(norms: int, rows: tuple[int, ...], width: int, dtype: torch.dtype) -> Call:
+    first = call((norms * rows[0], *rows[1:]), width, dtype)
+    residual, update, *_ = first.arguments
+    generator = torch.Generator().manual_seed(1)
+    affine = (torch.randn(norms, width, generator=generator).to(dtype) for _ in range(2))
+    return replace(first, arguments=(residual, update, *affine))
+
+
+def test_each_part_of_the_first_axis_has_its_norm() -> None:
+    residual, update, weight, bias = of_several(3, (2, 4), 5, torch.float32).arguments
+    sums, normed = add_layer_norm(residual, update, weight, bias, 1e-5)
+    for norm in range(3):
+        mine = slice(2 * norm, 2 * norm + 2)
+        expected = add_layer_norm(residual[mine], update[mine], weight[norm], bias[norm], 1e-5)
+        assert torch.equal(sums[mine], expected[0])
+        assert torch.equal(normed[mine], expected[1])
+
+
 def assert_alike(kernel: Evaluate, call: Call, tolerance: float) -> None:
     results, gradients = kernel(call)
     expected, expected_gradients = evaluate(call, "twins")
@@ -57,6 +80,13 @@ def test_kernel_equals_twin(
     kernel: Evaluate, rows: tuple[int, ...], width: int, dtype: torch.dtype, tolerance: float
 ) -> None:
     assert_alike(kernel, call(rows, width, dtype), tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 6e-2), (torch.float16, 1e-2)])
+def test_kernel_equals_twin_with_several_norms(kernel: Evaluate, dtype: torch.dtype, tolerance: float) -> None:
+    # More rows of a norm than a program takes backwards.
+    assert_alike(kernel, of_several(3, (1, 37), 5, dtype), tolerance)
+    assert_alike(kernel, replace(of_several(2, (2, 3), 40, dtype), compiled=True), tolerance)
 
 
 def test_kernel_takes_transposed_rows(kernel: Evaluate) -> None:

@@ -13,10 +13,10 @@ from .conftest import Evaluate
 from .evaluation import Call, evaluate
 
 
-def call(class_tokens: int, width: int, dtype: torch.dtype) -> Call:
+def call(class_tokens: int, width: int, dtype: torch.dtype, decoders: int = 1) -> Call:
     generator = torch.Generator().manual_seed(0)
-    embedded = torch.randn(2, class_tokens + 3, width, generator=generator).to(dtype)
-    mask_token = torch.randn(1, 1, width, generator=generator).to(dtype)
+    embedded = torch.randn(2 * decoders, class_tokens + 3, width, generator=generator).to(dtype)
+    mask_token = torch.randn(decoders, 1, width, generator=generator).to(dtype)
     positions = torch.randn(8, width, generator=generator)
     visible, masked = torch.tensor([[0, 2, 5], [1, 6, 7]]), torch.tensor([[1, 3, 4, 7], [0, 2, 3, 5]])
     return Call("decoder_input", (embedded, mask_token, positions, visible, masked), gradients=(0, 1))
@@ -31,6 +31,18 @@ def test_each_token_stands_in_its_place(class_tokens: int) -> None:
         seen = [embedded[clip, class_tokens + i] + positions[visible[clip, i]] for i in range(3)]
         hidden = [mask_token[0, 0] + positions[masked[clip, i]] for i in range(4)]
         assert torch.equal(tokens[clip], torch.stack([*embedded[clip, :class_tokens], *seen, *hidden]))
+
+
+def test_each_decoder_has_its_mask_token() -> None:
+    embedded, mask_tokens, *others = call(1, 5, torch.float32, decoders=3).arguments
+    parts = [decoder_input(embedded[2 * i : 2 * i + 2], mask_tokens[i : i + 1], *others) for i in range(3)]
+    assert torch.equal(decoder_input(embedded, mask_tokens, *others), torch.cat(parts))
+
+
+def test_clips_that_are_not_of_every_decoder_are_refused() -> None:
+    embedded, mask_tokens, *others = call(0, 5, torch.float32, decoders=2).arguments
+    with pytest.raises(ValueError, match="3 embedded clips for 2 mask tokens on 2 clips"):
+        decoder_input(embedded[:3], mask_tokens, *others)
 
 
 def test_missing_tokens_are_refused() -> None:
@@ -49,11 +61,11 @@ def assert_alike(kernel: Evaluate, call: Call, tolerance: float) -> None:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-2), (torch.float16, 4e-3)])
 @pytest.mark.parametrize("class_tokens", [0, 1])
-@pytest.mark.parametrize("width", [5, 130])
+@pytest.mark.parametrize(("width", "decoders"), [(5, 1), (130, 1), (5, 3)])
 def test_kernel_equals_twin(
-    kernel: Evaluate, width: int, class_tokens: int, dtype: torch.dtype, tolerance: float
+    kernel: Evaluate, width: int, decoders: int, class_tokens: int, dtype: torch.dtype, tolerance: float
 ) -> None:
-    assert_alike(kernel, call(class_tokens, width, dtype), tolerance)
+    assert_alike(kernel, call(class_tokens, width, dtype, decoders), tolerance)
 
 
 def test_kernel_takes_views(kernel: Evaluate) -> None:

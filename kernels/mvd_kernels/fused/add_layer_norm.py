@@ -1,6 +1,8 @@
-"""`add_layer_norm` as Triton kernels: one program a row forward, one a group of rows backward.
+"""`add_layer_norm` as Triton kernels: one program a row forward, one a piece of some rows backward.
 
-Legend: R rows, D channels, G groups of rows.
+Several norms are a launch each, on their rows of the same tensors.
+
+Legend: R rows, D channels, P pieces of rows, G norms.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from mvd_kernels.fused.launch import Launch, block, warps
 
 # Rows whose gradients of weight and bias one program adds up: a part in 32 of the traffic, and an order that is the
 # same on every GPU.
-GROUP = 32
+PIECE = 32
 
 
 @triton.jit
@@ -63,22 +65,22 @@ def add_layer_norm_backward(
     d_total,  # (R, D)
     d_normed,  # (R, D)
     d_input,  # (R, D), of residual and update alike
-    d_weight,  # float32 (G, D)
-    d_bias,  # float32 (G, D)
+    d_weight,  # float32 (P, D)
+    d_bias,  # float32 (P, D)
     t_row,
     n_row,
     count,
     width,
-    GROUP: tl.constexpr,
+    PIECE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    group = tl.program_id(0).to(tl.int64)
+    piece = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
     inside = channel < width
     w = tl.load(weight + channel, mask=inside, other=0).to(tl.float32)
     sum_weight = tl.zeros((BLOCK,), tl.float32)
     sum_bias = tl.zeros((BLOCK,), tl.float32)
-    for row in range(group * GROUP, tl.minimum((group + 1) * GROUP, count)):
+    for row in range(piece * PIECE, tl.minimum((piece + 1) * PIECE, count)):
         scale = tl.load(scales + row)
         value = tl.load(total + row * width + channel, mask=inside, other=0).to(tl.float32)
         white = tl.where(inside, (value - tl.load(means + row)) * scale, 0)
@@ -89,8 +91,8 @@ def add_layer_norm_backward(
         slope = inner - tl.sum(inner, 0) / width - white * (tl.sum(inner * white, 0) / width)
         through = tl.load(d_total + row * t_row + channel, mask=inside, other=0).to(tl.float32)
         tl.store(d_input + row * width + channel, (through + slope * scale).to(d_input.dtype.element_ty), mask=inside)
-    tl.store(d_weight + group * width + channel, sum_weight, mask=inside)
-    tl.store(d_bias + group * width + channel, sum_bias, mask=inside)
+    tl.store(d_weight + piece * width + channel, sum_weight, mask=inside)
+    tl.store(d_bias + piece * width + channel, sum_bias, mask=inside)
 
 
 def forward_launch(
@@ -141,8 +143,8 @@ def backward_launch(
         "count": count,
         "width": width,
     }
-    constants = {"GROUP": GROUP, "BLOCK": block(width)}
-    return Launch(add_layer_norm_backward, triton.cdiv(count, GROUP), arguments, constants, warps(width))
+    constants = {"PIECE": PIECE, "BLOCK": block(width)}
+    return Launch(add_layer_norm_backward, triton.cdiv(count, PIECE), arguments, constants, warps(width))
 
 
 def _as_rows(tensor: Tensor) -> Tensor:
@@ -151,13 +153,21 @@ def _as_rows(tensor: Tensor) -> Tensor:
     return flat if flat.stride(-1) == 1 else flat.contiguous()
 
 
+def _of_each(norms: int, statistics: Tensor, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """The rows of every norm in each tensor, and last their statistics."""
+    parts = [_as_rows(tensor).chunk(norms) for tensor in tensors]
+    return list(zip(*parts, statistics.chunk(norms, dim=1), strict=True))
+
+
 @torch.library.custom_op("mvd_kernels::add_layer_norm", mutates_args=())
 def _forward(
     residual: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = (_as_rows(residual), _as_rows(update), weight.contiguous(), bias.contiguous())
     total, normed, statistics = _allocate(residual, update, weight, bias, eps)
-    forward_launch(inputs, total, normed, statistics, eps).run()
+    weights, biases = _as_rows(weight), _as_rows(bias)
+    parts = _of_each(len(weights), statistics, residual, update, total, normed)
+    for (base, step, sums, norms, noted), w, b in zip(parts, weights, biases, strict=True):
+        forward_launch((base, step, w, b), sums, norms, noted, eps).run()
     return total, normed, statistics
 
 
@@ -175,13 +185,14 @@ def _allocate(
 def _backward(
     d_total: Tensor, d_normed: Tensor, total: Tensor, weight: Tensor, statistics: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    d_input = total.new_empty(total.shape)
-    flat = d_input.view(-1, total.shape[-1])
-    groups = triton.cdiv(flat.shape[0], GROUP)
-    d_affine = total.new_empty(2, groups, flat.shape[1], dtype=torch.float32)
-    saved = (total, weight.contiguous(), statistics)
-    backward_launch(saved, _as_rows(d_total), _as_rows(d_normed), flat, (d_affine[0], d_affine[1])).run()
-    return d_input, d_affine[0].sum(0).to(weight.dtype), d_affine[1].sum(0).to(weight.dtype)
+    d_input, weights = total.new_empty(total.shape), _as_rows(weight)
+    parts = _of_each(len(weights), statistics, total, d_total, d_normed, d_input)
+    pieces = triton.cdiv(len(parts[0][0]), PIECE)
+    d_affine = total.new_empty(len(weights), 2, pieces, weights.shape[1], dtype=torch.float32)
+    for (sums, d_sums, d_norms, d_rows, noted), w, d_both in zip(parts, weights, d_affine, strict=True):
+        backward_launch((sums, w, noted), d_sums, d_norms, d_rows, (d_both[0], d_both[1])).run()
+    d_weight, d_bias = (d_affine[:, i].sum(1).to(weight.dtype).view(weight.shape) for i in range(2))
+    return d_input, d_weight, d_bias
 
 
 @_backward.register_fake

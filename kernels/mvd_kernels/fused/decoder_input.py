@@ -1,4 +1,4 @@
-"""`decoder_input` as a Triton kernel: one program a token of the result.
+"""`decoder_input` as a Triton kernel: one program a token of the result, one launch a decoder.
 
 Legend: B clips, N tokens, P class tokens, V visible, M masked, D width.
 """
@@ -59,7 +59,7 @@ def decoder_input_kernel(
 def launch(
     embedded: Tensor, mask_token: Tensor, positions: Tensor, visible: Tensor, masked: Tensor, tokens: Tensor
 ) -> Launch:
-    """The whole input of a decoder into `tokens`."""
+    """The whole input of one decoder into `tokens`."""
     width = embedded.shape[-1]
     arguments = {
         "embedded": embedded,
@@ -88,7 +88,10 @@ def launch(
 def decoder_input(embedded: Tensor, mask_token: Tensor, positions: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
     """See `mvd_kernels.decoder_input`."""
     tokens = _allocate(embedded, mask_token, positions, visible, masked)
-    launch(rows(embedded), mask_token.flatten(), rows(positions), visible, masked, tokens).run()
+    table = rows(positions)
+    parts = (tensor.chunk(len(mask_token)) for tensor in (rows(embedded), mask_token, tokens))
+    for given, guess, result in zip(*parts, strict=True):
+        launch(given, guess.flatten(), table, visible, masked, result).run()
     return tokens
 
 
@@ -100,12 +103,13 @@ def _allocate(embedded: Tensor, mask_token: Tensor, positions: Tensor, visible: 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     embedded, mask_token = inputs[:2]
-    ctx.known, ctx.shape, ctx.dtype = embedded.shape[1], mask_token.shape, mask_token.dtype
+    ctx.known, ctx.decoders, ctx.dtype = embedded.shape[1], len(mask_token), mask_token.dtype
 
 
 def _differentiate(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
     # Positions are added: the first rows of the gradient are that of `embedded` as they stand, without a kernel.
-    mask_token = upstream[:, ctx.known :].sum((0, 1), dtype=torch.float32).to(ctx.dtype).view(ctx.shape)
+    guesses = upstream[:, ctx.known :].unflatten(0, (ctx.decoders, -1))
+    mask_token = guesses.sum((1, 2), dtype=torch.float32).to(ctx.dtype).unsqueeze(1)
     return upstream[:, : ctx.known], mask_token, None, None, None
 
 

@@ -93,9 +93,9 @@ def _add_layer_norm(dtype: torch.dtype) -> Iterator[Specimen]:
     row, scalars = D * dtype.itemsize, 2 * FLOAT32
     forward = add_layer_norm.forward_launch((values, values, affine, affine), values, values, statistics, 1e-6)
     yield Specimen(_label(dtype), forward, 2 * row, 2 * row + scalars)
-    sums = empty(-(-B * N // add_layer_norm.GROUP), D)
+    sums = empty(-(-B * N // add_layer_norm.PIECE), D)
     backward = add_layer_norm.backward_launch((values, affine, statistics), values, values, values, (sums, sums))
-    yield Specimen(_label(dtype), backward, 3 * row + scalars, row + 2 * D * FLOAT32 / add_layer_norm.GROUP)
+    yield Specimen(_label(dtype), backward, 3 * row + scalars, row + 2 * D * FLOAT32 / add_layer_norm.PIECE)
 
 
 def _decoder(dtype: torch.dtype) -> Iterator[Specimen]:

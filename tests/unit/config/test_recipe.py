@@ -86,6 +86,7 @@ def test_overrides_reach_any_depth_and_the_last_one_wins(tiny: Path) -> None:
         (["--training.compile", "often"], "training.compile", "'often'"),
         (["--teachers.compile", "true", "--teachers.sharding", "zero3"], "recipe", "`sharding: replicated`"),
         (["--teachers.compile", "true"], "recipe", "no target has a teacher"),
+        (["--training.batch_decoders", "true"], "recipe", "no two targets have decoders of one shape"),
         (["--training.warmup_epochs", "4"], "recipe", "must be fewer"),
         (["--training.min_lr", "1"], "recipe", "above training.base_lr"),
         (["--model.heads", "3"], "model", "does not divide into 3 heads"),

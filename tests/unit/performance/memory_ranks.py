@@ -50,6 +50,7 @@ def recipe(case: dict[str, Any]) -> Recipe:
                 "warmup_epochs": 1,
                 "deepspeed": case["deepspeed"],
                 "gradient_checkpointing": case["checkpointing"],
+                "batch_decoders": case["batched"],
             },
         }
     )

@@ -30,9 +30,11 @@ from .memory_ranks import clips, held_from, recipe
 
 CASE: dict[str, Any] = {
     "world": 1, "micro": 16, "accumulation": 1, "deepspeed": "zero2", "teachers": "replicated", "checkpointing": "none",
+    "batched": False,
 }  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     "stage 2, attention again": {"checkpointing": "attention"},
+    "stage 2, decoders together": {"batched": True},
     "stage 3, blocks again": {"checkpointing": "block", "deepspeed": "zero3"},
     "two ranks, stage 3, sharded teachers": {"world": 2, "deepspeed": "zero3", "teachers": "zero3"},
 }

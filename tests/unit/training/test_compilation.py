@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from mvd_scale import capabilities
-from mvd_scale.config import Recipe, TeacherConfig
+from mvd_scale.config import DecoderConfig, Recipe, TeacherConfig
 from mvd_scale.config.deepspeed import student_deepspeed
 from mvd_scale.errors import UserError
 from mvd_scale.models import Encoder, Student
@@ -23,7 +23,14 @@ from mvd_scale.models.blocks import Blocks
 from mvd_scale.models.drop_path import DropPath
 from mvd_scale.targets import build_targets
 from mvd_scale.training import compilation, engine
-from mvd_scale.training.compilation import GraphedTeacher, compile_blocks, compiles, speed_up_teacher
+from mvd_scale.training.compilation import (
+    LAYERWISE,
+    GraphedTeacher,
+    batches_decoders,
+    compile_blocks,
+    compiles,
+    speed_up_teacher,
+)
 from mvd_scale.training.engine import host_teachers, train_engine
 from mvd_scale.training.optim import parameter_groups
 from mvd_scale.training.ranks import Ranks
@@ -85,6 +92,42 @@ def test_long_clips_of_bf16_are_one_program_too(traced_only: None, programs: dic
     model["blocks"](torch.randn(1, 600, 64).bfloat16())
     assert programs["unique_graphs"] == 1
     assert not counters["graph_break"]
+
+
+def test_decoders_together_are_programs_of_their_own(traced_only: None, programs: dict[str, int]) -> None:
+    made = recipe()
+    student = two_decoders(made, depth=3)
+    student.batch_decoders()
+    compile_blocks(student)
+    pixels = torch.randint(0, 256, (2, 4, 32, 32, 3), dtype=torch.uint8)
+    tokens = torch.arange(4).expand(2, 4)
+    for _ in range(2):
+        sum(predicted.sum() for predicted in student(pixels, tokens, tokens + 4).values()).backward()
+    # The encoder's, and those that give all tokens or the masked ones alone.
+    assert programs["unique_graphs"] == 3
+    assert not counters["graph_break"]
+
+
+def two_decoders(made: Recipe, depth: int = 1) -> Student:
+    shape = DecoderConfig(width=16, depth=depth, heads=2)
+    return Student(made.model, {"image": (shape, 8), "video": (shape, 32)})
+
+
+def test_decoders_run_together_on_gpus_that_have_their_weights(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("mvd_scale"), "propagate", True)
+    made = recipe()
+    two, one = two_decoders(made), Student(made.model, {"video": (DecoderConfig(width=16, depth=1, heads=2), 32)})
+    with caplog.at_level("INFO"):
+        assert batches_decoders(two, "auto", GPU, "")
+        assert batches_decoders(two, True, CPU, "")
+        assert not batches_decoders(two, "auto", CPU, "")
+        assert not batches_decoders(two, False, GPU, "")
+        assert not batches_decoders(one, "auto", GPU, LAYERWISE)
+        assert caplog.messages == []
+        assert not batches_decoders(two, "auto", GPU, LAYERWISE)
+    assert caplog.messages == [f"training.batch_decoders is off: {LAYERWISE}"]
 
 
 def recipe(**training: Any) -> Recipe:
@@ -164,6 +207,10 @@ def test_asked_for_without_a_compiler_it_says_what_to_install(monkeypatch: pytes
 def test_what_gathers_its_parameters_is_not_compiled() -> None:
     with pytest.raises(UserError, match=r"training\.compile is true, .* ZeRO stage 3"):
         student_deepspeed(recipe(compile=True, deepspeed="zero3"), 1)
+    made = recipe(deepspeed="zero3")
+    together = made.model_copy(update={"training": made.training.model_copy(update={"batch_decoders": True})})
+    with pytest.raises(UserError, match=r"training\.batch_decoders is true, .* ZeRO stage 3"):
+        student_deepspeed(together, 1)
     # A teacher that `sharding: auto` has cut.
     for key in ("compile", "cuda_graphs"):
         config = TeacherConfig(**{"compile": False, key: True})  # type: ignore[arg-type]
