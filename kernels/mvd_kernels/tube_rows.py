@@ -38,7 +38,8 @@ def tube_rows(
         dtype: floating dtype of the result.
 
     Returns:
-        (B, K, 3 * t * p * p), flattened as (channel, frame, row, column): the order of a 3-D convolution's weight.
+        (B, K, t * p * p * 3), flattened as (frame, row, column, channel): the order in which pixels lie, and in which
+        the front frame of a tube is the beginning of its row.
 
     Raises:
         ValueError: tubes of this size do not fill the clips.

@@ -59,7 +59,7 @@ def adapt(
     if "positions" in encoder:
         encoder["positions"] = resize_positions(encoder["positions"], model.grid, adapted.grid)
     if wanted != model.tubelet:
-        encoder["patch_embed.weight"] = _inflate(encoder["patch_embed.weight"], wanted, model.patch_size)
+        encoder["patch_embed.weight"] = _inflate(encoder["patch_embed.weight"], wanted)
     return replace(checkpoint, model=adapted, encoder=encoder)
 
 
@@ -69,7 +69,6 @@ def _positions(model: ModelConfig, changes: dict[str, int]) -> Positions:
     return "sincos3d" if model.positions == "sincos2d" and not still else model.positions
 
 
-def _inflate(weight: Tensor, tubelet: int, patch: int) -> Tensor:
-    """(D, 3 p p) to (D, 3 t p p)."""
-    flat = weight.unflatten(1, (3, 1, patch * patch)) / tubelet
-    return flat.expand(-1, -1, tubelet, -1).flatten(1)
+def _inflate(weight: Tensor, tubelet: int) -> Tensor:
+    """(D, p p 3) to (D, t p p 3)."""
+    return (weight / tubelet).repeat(1, tubelet)

@@ -86,7 +86,7 @@ def _assemble(
 ) -> Checkpoint:
     patches = tensors["encoder.patch_embed.weight"]
     tubelet, side = (patches.shape[2] if patches.ndim == 5 else 1), patches.shape[-1]
-    tensors["encoder.patch_embed.weight"] = patches.flatten(1)
+    tensors["encoder.patch_embed.weight"] = patches.movedim(1, -1).flatten(1)
     encoder = under(tensors, "encoder.")
     table, class_position = encoder.pop("positions", None), None
     if table is not None:

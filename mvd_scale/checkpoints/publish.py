@@ -69,7 +69,8 @@ def _published(checkpoint: Checkpoint, family: str) -> tuple[Format, dict[str, T
     tensors = {name: tensor for name, tensor in _flat(checkpoint).items() if name != "encoder.positions"}
     patches = tensors["encoder.patch_embed.weight"]
     frames = () if form.image else (model.tubelet,)
-    tensors["encoder.patch_embed.weight"] = patches.reshape(-1, 3, *frames, model.patch_size, model.patch_size)
+    kernels = patches.unflatten(1, (*frames, model.patch_size, model.patch_size, 3))
+    tensors["encoder.patch_embed.weight"] = kernels.movedim(-1, 1).contiguous()
     tensors = unpack_attention(tensors, form.attention, key_bias=form.key_bias)
     if form.stores_positions:
         tensors |= _position_tables(checkpoint)

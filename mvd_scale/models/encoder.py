@@ -5,6 +5,8 @@ Legend: B clips, T frames, H W pixels, N tokens, K chosen tokens, D width.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +17,22 @@ from mvd_scale.models.positions import position_table, resize_positions
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How clips become rows of a patch embedding; encoders for which it is the same can share them."""
+
+    tubelet: int
+    patch: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    dtype: torch.dtype
+
+    def rows(self, pixels: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Pixels as `Encoder.forward` takes them to (B, K, t p p 3), for some tokens or all."""
+        shape = {"tubelet": self.tubelet, "patch": self.patch}
+        return tube_rows(pixels, tokens, **shape, mean=self.mean, std=self.std, dtype=self.dtype)
 
 
 class Encoder(nn.Module):
@@ -60,7 +78,15 @@ class Encoder(nn.Module):
         grid = self.grid_of(pixels)
         return self.positions if grid == self.config.grid else resize_positions(self.positions, self.config.grid, grid)
 
-    def forward(self, pixels: Tensor, tokens: Tensor | None = None, kept: Tensor | None = None) -> Tensor:
+    @property
+    def cut(self) -> Cut:
+        """How its clips become rows."""
+        shape, dtype = self.config, self.patch_embed.weight.dtype
+        return Cut(shape.tubelet, shape.patch_size, self.mean, self.std, dtype)
+
+    def forward(
+        self, pixels: Tensor, tokens: Tensor | None = None, kept: Tensor | None = None, rows: Tensor | None = None
+    ) -> Tensor:
         """Encode the chosen tokens of each clip.
 
         Frames of another size than the model's are seen whole by a table of positions that is resized to them.
@@ -69,23 +95,18 @@ class Encoder(nn.Module):
             pixels: (B, T, H, W, 3), uint8 in 0..255 or floating in 0..1.
             tokens: int64 (B, K) indices of the tokens to see, or None for all.
             kept: int64 (B, M) places among those seen whose features are wanted, or None for all and a class token.
+            rows: (B, K, t p p 3), the clips as `cut` makes rows of them, if that was done before.
 
         Returns:
             (B, K, D) in the dtype of the weights, one more token in front if the model has a class token;
             (B, M, D) with `kept`.
         """
-        dtype = self.patch_embed.weight.dtype
-        rows = tube_rows(
-            pixels,
-            tokens,
-            tubelet=self.config.tubelet,
-            patch=self.config.patch_size,
-            mean=self.mean,
-            std=self.std,
-            dtype=dtype,
-        )
-        positions = self._positions_of(pixels).to(dtype)
-        encoded = self.patch_embed(rows) + (positions if tokens is None else positions[tokens])
+        if rows is None:
+            rows = self.cut.rows(pixels, tokens)
+        # As one matrix, whose rows may lie apart.
+        embedded = self.patch_embed(rows.flatten(0, 1)).unflatten(0, rows.shape[:2])
+        positions = self._positions_of(pixels).to(embedded.dtype)
+        encoded = embedded + (positions if tokens is None else positions[tokens])
         if self.class_token is not None:
             encoded = torch.cat([self.class_token.expand(encoded.shape[0], -1, -1), encoded], dim=1)
         if kept is not None and self.class_token is not None:

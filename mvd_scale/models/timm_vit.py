@@ -74,9 +74,9 @@ class TimmViT(nn.Module):
         """
         clips, _, height, width, _ = frames.shape
         dtype = next(self.vit.parameters()).dtype
-        # One "patch" of the whole frame: the colours whitened, channel first, as timm takes images.
+        # One "patch" of the whole frame, its colours whitened.
         rows = tube_rows(frames, None, tubelet=1, patch=height, mean=self.mean, std=self.std, dtype=dtype)
-        features: Tensor = self.vit.forward_features(rows.view(clips, 3, height, width))
+        features: Tensor = self.vit.forward_features(rows.view(clips, height, width, 3).movedim(-1, 1))
         return features[:, self.vit.num_prefix_tokens :]
 
 

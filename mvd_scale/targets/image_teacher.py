@@ -10,19 +10,17 @@ from mvd_scale.data.batch import ClipBatch
 from mvd_scale.errors import UserError
 from mvd_scale.models import Encoder
 from mvd_scale.models.blocks import keep
-from mvd_scale.targets.target import FrozenTeacher
+from mvd_scale.targets.target import EncoderTeacher
 
 
-class ImageTeacher(FrozenTeacher):
+class ImageTeacher(EncoderTeacher):
     """The teacher sees the front frame of every tubelet as an image of its own."""
 
     def __init__(
         self, name: str, config: ImageTeacherTarget, teacher: Encoder, student: ModelConfig, *, tubes: bool
     ) -> None:
         """`tubes`: whether every frame has the same number of chosen tokens."""
-        super().__init__(config, teacher, teacher.width, teacher.config.input_size)
-        self.tubelet = student.tubelet
-        self.extra_tokens = int(teacher.config.class_token)
+        super().__init__(config, teacher, student.tubelet)
         self.tubes = tubes
         self.patches = student.grid[1] * student.grid[2]
         if teacher.config.frames != 1:
@@ -38,18 +36,23 @@ class ImageTeacher(FrozenTeacher):
                 f"{student.grid[1]}x{student.grid[2]}; a teacher of input size {size} would match"
             )
 
-    def encode(self, batch: ClipBatch, tokens: Tensor | None) -> Tensor:
+    def encode(self, batch: ClipBatch, tokens: Tensor | None, rows: Tensor | None = None) -> Tensor:
         """Features of some tokens, or of all but the class token: (B, M, D).
 
-        Where every frame has as many chosen tokens as the others, the last block computes no others.
+        Where every frame has as many chosen tokens as the others, the last block computes no others. The front frame is
+        the beginning of a tube's row.
         """
         fronts, shape = front_frames(batch.at(self.input_size), self.tubelet)
+        given = {}
+        if rows is not None:
+            front = rows[..., : rows.shape[-1] // self.tubelet]
+            given["rows"] = front.unflatten(1, (shape[1], -1)).flatten(0, 1)
         if tokens is not None and self.tubes:
             # Ascending and time-major: one frame's after the other's.
             slices = tokens.view(*shape, -1) - self.patches * torch.arange(shape[1], device=tokens.device).unsqueeze(1)
-            features: Tensor = self.teacher(fronts, kept=slices.flatten(0, 1))
+            features: Tensor = self.teacher(fronts, kept=slices.flatten(0, 1), **given)
             return features.unflatten(0, shape).flatten(1, 2)
-        features = self.teacher(fronts)
+        features = self.teacher(fronts, **given)
         return keep(features[:, self.extra_tokens :].unflatten(0, shape).flatten(1, 2), tokens)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from mvd_scale.models.timm_vit import TimmViT
 from mvd_scale.targets.image_teacher import ImageTeacher
 from mvd_scale.targets.momentum import Momentum
 from mvd_scale.targets.pixels import Pixels
-from mvd_scale.targets.target import Target
+from mvd_scale.targets.target import Target, TubeRows
 from mvd_scale.targets.timm_teacher import TimmTeacher
 from mvd_scale.targets.video_teacher import VideoTeacher
 
@@ -41,7 +42,7 @@ def build_targets(recipe: Recipe, load_teacher: Callable[[str], Encoder | TimmVi
             continue
         assert isinstance(teacher, Encoder)
         if isinstance(config, MomentumTarget):
-            targets[name] = Momentum(config, teacher)
+            targets[name] = Momentum(config, teacher, recipe.model.tubelet)
         elif isinstance(config, ImageTeacherTarget):
             targets[name] = ImageTeacher(name, config, teacher, recipe.model, tubes=tubes)
         else:
@@ -62,8 +63,9 @@ class MaskedDistillation:
 
     def ahead(self, batch: ClipBatch) -> ClipBatch:
         """The batch with those features that may be computed before their turn."""
-        features = {name: target.raw(batch) for name, target in self.targets.items() if target.ahead}
-        return replace(batch, features=features)
+        return replace(
+            batch, features=self._raw(batch, [name for name, target in self.targets.items() if target.ahead])
+        )
 
     def __call__(self, student: nn.Module, batch: ClipBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of one micro batch; features that it does not bring with it are computed here.
@@ -72,10 +74,16 @@ class MaskedDistillation:
             the weighted sum of Eq. 3, and each target's unweighted, detached distance; float32 scalars.
         """
         predictions: Predictions = student(batch.pixels, batch.visible, batch.masked)
-        distances = {}
-        for name, target in self.targets.items():
-            features = batch.features[name] if name in batch.features else target.raw(batch)
-            distances[name] = target.distance(predictions[name], features)
+        features = {**batch.features, **self._raw(batch, [name for name in self.targets if name not in batch.features])}
+        distances = {name: target.distance(predictions[name], features[name]) for name, target in self.targets.items()}
         loss = sum(self.targets[name].config.weight * distance for name, distance in distances.items())
         assert isinstance(loss, Tensor)
         return loss, {name: distance.detach() for name, distance in distances.items()}
+
+    def _raw(self, batch: ClipBatch, names: Iterable[str]) -> dict[str, Tensor]:
+        """True features of some targets; rows that several of them can take are made once."""
+        wanted = {name: self.targets[name].rows for name in names}
+        shared: dict[TubeRows | None, Tensor] = {
+            rows: rows.of(batch) for rows, takers in Counter(wanted.values()).items() if rows is not None and takers > 1
+        }
+        return {name: self.targets[name].raw(batch, shared.get(rows)) for name, rows in wanted.items()}

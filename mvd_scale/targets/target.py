@@ -6,6 +6,7 @@ Legend: B clips, N tokens, M tokens at which the target is predicted, D channels
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,20 @@ from torch.nn import functional as F
 from mvd_kernels import masked_distance
 from mvd_scale.config.target import AnyTarget, TeacherTarget
 from mvd_scale.data.batch import ClipBatch
+from mvd_scale.models import Encoder
+from mvd_scale.models.encoder import Cut
+
+
+@dataclass(frozen=True)
+class TubeRows:
+    """Rows of the patch embedding of all tokens, of clips at one input side cut in one way."""
+
+    side: int
+    cut: Cut
+
+    def of(self, batch: ClipBatch) -> Tensor:
+        """(B, N, t p p 3)."""
+        return self.cut.rows(batch.at(self.side))
 
 
 class Target(ABC):
@@ -28,9 +43,22 @@ class Target(ABC):
     def __init__(self, config: AnyTarget) -> None:
         self.config = config
 
+    @property
+    def rows(self) -> TubeRows | None:
+        """What the target can take in place of pixels, and others perhaps too."""
+        return None
+
     @abstractmethod
-    def raw(self, batch: ClipBatch) -> Tensor:
-        """True features at the target's tokens, as `distance` takes them, without gradient: (B, M, D)."""
+    def raw(self, batch: ClipBatch, rows: Tensor | None = None) -> Tensor:
+        """True features at the target's tokens, as `distance` takes them, without gradient.
+
+        Args:
+            batch: clips and tokens.
+            rows: (B, N, t p p 3), those that `self.rows` makes of the batch, if they were made before.
+
+        Returns:
+            (B, M, D).
+        """
 
     def features(self, batch: ClipBatch) -> Tensor:
         """True features at the target's tokens, as the predictions should be: float32 (B, M, D)."""
@@ -58,13 +86,13 @@ class FrozenTeacher(Target):
         self.input_size = input_size
 
     @abstractmethod
-    def encode(self, batch: ClipBatch, tokens: Tensor | None) -> Tensor:
-        """Features of some tokens, int64 (B, M), or of all in order: (B, M, D)."""
+    def encode(self, batch: ClipBatch, tokens: Tensor | None, rows: Tensor | None = None) -> Tensor:
+        """Features of some tokens, int64 (B, M), or of all in order: (B, M, D). `rows` as of `raw`."""
 
     @torch.no_grad()
-    def raw(self, batch: ClipBatch) -> Tensor:
+    def raw(self, batch: ClipBatch, rows: Tensor | None = None) -> Tensor:
         """True features at the target's tokens, in the teacher's precision: (B, M, D)."""
-        return self.encode(batch, self.tokens(batch))
+        return self.encode(batch, self.tokens(batch), rows)
 
     def features(self, batch: ClipBatch) -> Tensor:
         """The same, normalised if the recipe says so: float32 (B, M, D)."""
@@ -74,3 +102,29 @@ class FrozenTeacher(Target):
     def distance(self, predictions: Tensor, raw: Tensor) -> Tensor:
         """Eq. 2: float32 scalar for predictions and raw features (B, M, D)."""
         return masked_distance(predictions, raw, None, distance=self.config.distance, norm=self.config.norm)
+
+
+class EncoderTeacher(FrozenTeacher):
+    """A teacher that is an encoder of ours and sees the whole clip, unmasked."""
+
+    takes_rows = True
+    """Whether what is called in place of the encoder takes rows that were made before."""
+
+    def __init__(self, config: TeacherTarget, encoder: Encoder, tubelet: int) -> None:
+        """`tubelet`: frames of a student's token."""
+        super().__init__(config, encoder, encoder.width, encoder.config.input_size)
+        # `teacher` may become what is called in its place.
+        self.encoder = encoder
+        self.tubelet = tubelet
+        self.extra_tokens = int(encoder.config.class_token)
+
+    @property
+    def rows(self) -> TubeRows | None:
+        """Of whole tubes, in the precision of the encoder."""
+        return TubeRows(self.input_size, replace(self.encoder.cut, tubelet=self.tubelet)) if self.takes_rows else None
+
+    def encode(self, batch: ClipBatch, tokens: Tensor | None, rows: Tensor | None = None) -> Tensor:
+        """Features of some tokens, or of all but a class token: (B, M, D). The last block computes no others."""
+        given = {} if rows is None else {"rows": rows}
+        features: Tensor = self.teacher(batch.at(self.input_size), kept=tokens, **given)
+        return features if tokens is not None else features[:, self.extra_tokens :]

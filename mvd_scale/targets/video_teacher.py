@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from mvd_scale.config import ModelConfig, VideoTeacherTarget
-from mvd_scale.data.batch import ClipBatch
 from mvd_scale.errors import UserError
 from mvd_scale.models import Encoder
-from mvd_scale.targets.target import FrozenTeacher
+from mvd_scale.targets.target import EncoderTeacher
 
 
-class VideoTeacher(FrozenTeacher):
+class VideoTeacher(EncoderTeacher):
     """The teacher sees the whole clip, unmasked."""
 
     def __init__(self, name: str, config: VideoTeacherTarget, teacher: Encoder, student: ModelConfig) -> None:
-        super().__init__(config, teacher, teacher.width, teacher.config.input_size)
-        self.extra_tokens = int(teacher.config.class_token)
+        super().__init__(config, teacher, student.tubelet)
         if teacher.config.frames != student.frames or teacher.config.grid != student.grid:
             raise UserError(
                 f"targets.{name}: the teacher takes {teacher.config.frames} frames into a grid of "
                 f"{'x'.join(map(str, teacher.config.grid))} tokens, the student {student.frames} frames into "
                 f"{'x'.join(map(str, student.grid))}; both must agree"
             )
-
-    def encode(self, batch: ClipBatch, tokens: Tensor | None) -> Tensor:
-        """Features of some tokens, or of all: (B, M, D). The last block computes no others."""
-        features: Tensor = self.teacher(batch.at(self.input_size), kept=tokens)
-        return features if tokens is not None else features[:, self.extra_tokens :]

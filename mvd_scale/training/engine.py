@@ -19,9 +19,11 @@ from mvd_scale.models.blocks import checkpoint_gradients
 from mvd_scale.models.eight_bit import to_eight_bits
 from mvd_scale.targets import FrozenTeacher, Target
 from mvd_scale.targets.momentum import Momentum
+from mvd_scale.targets.target import EncoderTeacher
 from mvd_scale.training.compilation import (
     GATHERED,
     LAYERWISE,
+    GraphedTeacher,
     batches_decoders,
     compile_blocks,
     compiles,
@@ -96,6 +98,9 @@ def host_teachers(targets: Mapping[str, Target], recipe: Recipe, ranks: Ranks) -
     for target in targets.values():
         if isinstance(target, FrozenTeacher):
             target.teacher = host_teacher(target.teacher, recipe, ranks, moves=isinstance(target, Momentum))
+            if isinstance(target, EncoderTeacher):
+                # Copying rows into a recording would cost more than making them there.
+                target.takes_rows = not isinstance(target.teacher, GraphedTeacher)
 
 
 def host_teacher(teacher: nn.Module, recipe: Recipe, ranks: Ranks, *, moves: bool = False) -> nn.Module:

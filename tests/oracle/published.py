@@ -60,7 +60,7 @@ def _normalise(pixels: Tensor, encoder: Encoder) -> Tensor:
 def _encode(encoder: Encoder, video: Tensor, seen: Tensor | None = None) -> Tensor:
     config = encoder.config
     tube = (config.tubelet, config.patch_size, config.patch_size)
-    kernel = encoder.patch_embed.weight.view(-1, 3, *tube)
+    kernel = encoder.patch_embed.weight.view(-1, *tube, 3).movedim(-1, 1)
     tokens = F.conv3d(video, kernel, encoder.patch_embed.bias, stride=tube).flatten(2).transpose(1, 2)
     tokens = tokens + encoder.positions
     if seen is not None:

@@ -1,4 +1,4 @@
-"""`tube_rows` as a Triton kernel: one program a token, written in the order of the patch embedding's weight.
+"""`tube_rows` as a Triton kernel: one program a token, read and written in the order in which pixels lie.
 
 Legend: B clips, T frames, H W pixels, K chosen tokens, t frames of a tubelet, p side of a patch.
 """
@@ -21,7 +21,7 @@ from mvd_kernels.tubes import white_level
 def tube_rows_kernel(
     pixels,  # (B, T, H, W, 3), uint8 or floating
     tokens,  # int64 (B, K), or None
-    rows,  # (B K, 3 t p p)
+    rows,  # (B K, t p p 3)
     t_clip,
     t_place,
     count,
@@ -48,10 +48,11 @@ def tube_rows_kernel(
     place = tl.arange(0, BLOCK)
     values: tl.constexpr = 3 * TUBELET * PATCH * PATCH
     inside = place < values
-    colour = place // (TUBELET * PATCH * PATCH)
-    frame = place // (PATCH * PATCH) % TUBELET
-    row = place // PATCH % PATCH
-    offset = frame * s_frame + row * s_row + place % PATCH * s_column + colour * s_colour
+    colour = place % 3
+    column = place // 3 % PATCH
+    row = place // (3 * PATCH) % PATCH
+    frame = place // (3 * PATCH * PATCH)
+    offset = frame * s_frame + row * s_row + column * s_column + colour * s_colour
     value = tl.load(tube + offset, mask=inside, other=0).to(tl.float32)
     scale = tl.where(colour == 0, red_scale, tl.where(colour == 1, green_scale, blue_scale))
     shift = tl.where(colour == 0, red_shift, tl.where(colour == 1, green_shift, blue_shift))

@@ -14,11 +14,11 @@ from mvd_kernels.twins.tubes import gather_tubes
 
 @lru_cache
 def _affine(
-    mean: tuple[float, ...], std: tuple[float, ...], white: float, device: torch.device
+    mean: tuple[float, ...], std: tuple[float, ...], white: float, pixels: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Factor and summand of each channel. Kept: copying them to a GPU at every call would make the host wait."""
-    scale = [1 / (white * s) for s in std]
-    shift = [-m / s for m, s in zip(mean, std, strict=True)]
+    """Factor and summand of each value of a row. Kept: copying them to a GPU at every call would make the host wait."""
+    scale = [1 / (white * s) for s in std] * pixels
+    shift = [-m / s for m, s in zip(mean, std, strict=True)] * pixels
     with torch.inference_mode(False):
         return torch.tensor(scale, device=device), torch.tensor(shift, device=device)
 
@@ -34,10 +34,10 @@ def tube_rows(
     dtype: torch.dtype,
 ) -> Tensor:
     """See `mvd_kernels.tube_rows`."""
-    tubes = gather_tubes(pixels, tokens, tubelet, patch)
+    tubes = gather_tubes(pixels, tokens, tubelet, patch).flatten(2)
     # (x / white - mean) / std as one multiply-add per channel.
     # While a program is exported, new tensors are stand-ins without values: none of them may stay in the cache.
     affine = _affine.__wrapped__ if torch.compiler.is_exporting() else _affine
-    scale, shift = affine(tuple(mean), tuple(std), white_level(pixels), pixels.device)
-    rows = torch.addcmul(shift, tubes.to(torch.float32), scale)
-    return rows.permute(0, 1, 5, 2, 3, 4).flatten(2).to(dtype)
+    values = (tuple(mean), tuple(std), white_level(pixels), tubes.shape[-1] // 3)
+    scale, shift = affine(*values, pixels.device)
+    return torch.addcmul(shift, tubes.to(torch.float32), scale).to(dtype)

@@ -123,8 +123,8 @@ def test_a_start_from_an_image_model_embeds_still_clips_as_images(tmp_path: Path
     start_encoder(encoder, path)
     assert torch.equal(encoder.positions, Encoder(SHAPE).positions)
     assert torch.equal(encoder.blocks[0].mlp.fc1.weight, image.blocks[0].mlp.fc1.weight)
-    patch = torch.rand(1, 3, 16, 16)
-    still = encoder.patch_embed(patch.unsqueeze(2).expand(-1, -1, 2, -1, -1).flatten(1))
+    patch = torch.rand(1, 16, 16, 3)
+    still = encoder.patch_embed(patch.unsqueeze(1).expand(-1, 2, -1, -1, -1).flatten(1))
     torch.testing.assert_close(still, image.patch_embed(patch.flatten(1)))
 
 

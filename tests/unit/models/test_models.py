@@ -52,7 +52,7 @@ def test_all_tokens_in_order_are_the_default(clip: torch.Tensor) -> None:
 def test_tubes_are_embedded_as_by_a_three_dimensional_convolution(clip: torch.Tensor) -> None:
     encoder = Encoder(SHAPE, final_norm=False)
     encoder.blocks = type(encoder.blocks)(48, 0, 3)
-    weight = encoder.patch_embed.weight.view(48, 3, 2, 16, 16)
+    weight = encoder.patch_embed.weight.view(48, 2, 16, 16, 3).movedim(-1, 1)
     pixels = clip.permute(0, 4, 1, 2, 3).float() / 255
     mean, std = (torch.tensor(v).view(1, 3, 1, 1, 1) for v in (encoder.mean, encoder.std))
     convolved = torch.nn.functional.conv3d((pixels - mean) / std, weight, encoder.patch_embed.bias, stride=(2, 16, 16))

@@ -13,6 +13,7 @@ from mvd_scale.config import ModelConfig, Recipe
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.errors import UserError
 from mvd_scale.models import Encoder, Student
+from mvd_scale.models.encoder import Cut
 from mvd_scale.targets import MaskedDistillation, build_targets
 
 VIDEO = {"width": 48, "depth": 1, "heads": 3, "frames": 4, "input_size": 32}
@@ -104,6 +105,76 @@ def test_the_loss_is_the_weighted_sum_of_mean_distances(batch: ClipBatch, distan
         torch.testing.assert_close(distances[name], one)
         expected = expected + weight * one
     torch.testing.assert_close(loss, expected)
+
+
+SMALL_IMAGE = {**IMAGE, "input_size": 16, "patch_size": 8}
+CO_TEACHING: dict[str, Any] = {"image": {"kind": "image_teacher"}, "video": {"kind": "video_teacher"}}
+
+
+def rows_made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of each call that makes rows of all tokens; those of an image are fewer."""
+    made: list[int] = []
+    rows_of = Cut.rows
+
+    def counted(cut: Cut, pixels: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
+        rows = rows_of(cut, pixels, tokens)
+        if tokens is None:
+            made.append(rows.shape[1])
+        return rows
+
+    monkeypatch.setattr(Cut, "rows", counted)
+    return made
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("tokens", ["masked", "visible"])
+def test_teachers_whose_grids_agree_share_one_patch_embedding(
+    batch: ClipBatch, monkeypatch: pytest.MonkeyPatch, ahead: bool, tokens: str
+) -> None:
+    head = {} if tokens == "masked" else {"head": "linear", "tokens": tokens, "decoder": None}
+    shapes = {**CO_TEACHING, "pixels": {"kind": "pixels"}}
+    made = recipe(**{name: {**target, **head} for name, target in shapes.items()})
+    teachers = {"image": teacher(**IMAGE).bfloat16(), "video": teacher(**VIDEO).bfloat16()}
+    objective = MaskedDistillation(build_targets(made, teachers.__getitem__))
+    expected = {name: target.raw(batch) for name, target in objective.targets.items()}
+    calls = rows_made(monkeypatch)
+    found = objective.ahead(batch).features if ahead else objective._raw(batch, objective.targets)
+    assert calls == [8]
+    for name, features in found.items():
+        torch.testing.assert_close(features, expected[name], rtol=2e-2, atol=2e-2)
+        assert not features.requires_grad
+    assert found.keys() == (set(shapes) - {"pixels"} if ahead else set(shapes))
+
+
+def test_a_moving_average_shares_it_too(batch: ClipBatch, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = recipe(image={"kind": "image_teacher"}, average={"kind": "momentum"})
+    teachers = {"image": teacher(**IMAGE), "average": teacher(**VIDEO)}
+    objective = MaskedDistillation(build_targets(made, teachers.__getitem__))
+    expected = {name: target.raw(batch) for name, target in objective.targets.items()}
+    calls = rows_made(monkeypatch)
+    torch.testing.assert_close(objective._raw(batch, objective.targets), expected)
+    assert calls == [8]
+
+
+@pytest.mark.parametrize("differing", ["side", "precision", "colours", "recording", "alone"])
+def test_teachers_that_differ_have_patch_embeddings_of_their_own(
+    batch: ClipBatch, monkeypatch: pytest.MonkeyPatch, differing: str
+) -> None:
+    teachers = {"image": teacher(**(SMALL_IMAGE if differing == "side" else IMAGE)), "video": teacher(**VIDEO)}
+    if differing == "precision":
+        teachers["image"].bfloat16()
+    if differing == "colours":
+        teachers["image"].mean = (0.5, 0.5, 0.5)
+    kinds = CO_TEACHING if differing != "alone" else {"image": CO_TEACHING["image"]}
+    objective = MaskedDistillation(build_targets(recipe(**kinds), teachers.__getitem__))
+    if differing == "recording":
+        objective.targets["image"].takes_rows = False  # type: ignore[attr-defined]
+    batch = replace(batch, resized={16: batch.pixels[:, :, ::2, ::2]})
+    expected = {name: target.raw(batch) for name, target in objective.targets.items()}
+    calls = rows_made(monkeypatch)
+    torch.testing.assert_close(objective._raw(batch, objective.targets), expected)
+    # The front frames of two clips are images of four tokens.
+    assert calls == [4, 8][: len(kinds)]
 
 
 def test_features_of_frozen_teachers_may_be_computed_ahead_in_their_precision(batch: ClipBatch) -> None:

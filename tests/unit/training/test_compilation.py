@@ -254,6 +254,18 @@ def test_a_teacher_is_recorded_once_and_runs_other_shapes_as_before(monkeypatch:
     assert graphed._recording.replays == 3  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_recorded_teacher_is_given_pixels(monkeypatch: pytest.MonkeyPatch, recorded: bool) -> None:
+    made = recipe()
+    monkeypatch.setattr(
+        engine, "speed_up_teacher", lambda teacher, *_, **__: GraphedTeacher(teacher) if recorded else teacher
+    )
+    targets = build_targets(made, lambda name: Encoder(made.model, final_norm=False))
+    assert targets["video"].rows is not None
+    host_teachers(targets, made, Ranks(0, 0, 1, CPU))
+    assert (targets["video"].rows is None) == recorded
+
+
 def test_compiled_stochastic_depth_leaves_out_its_share_and_keeps_the_mean(traced_only: None) -> None:
     torch.manual_seed(0)
     path = DropPath(0.25)
