@@ -81,7 +81,7 @@ def test_an_image_model_inflates_to_clips_that_embed_still_frames_alike(tmp_path
         model.patch_embed.register_forward_hook(lambda module, taken, given: kept.append(given))
     encoder(frame)
     video(frame.expand(-1, 4, -1, -1, -1).contiguous())
-    torch.testing.assert_close(kept[1], kept[0].repeat(1, 2, 1))
+    torch.testing.assert_close(kept[1], kept[0].repeat(2, 1))
 
 
 def test_what_cannot_be_is_refused_with_the_reason(tmp_path: Path) -> None:
