@@ -37,6 +37,8 @@ def add_layer_norm(
             f"residual {residual.dtype} {tuple(residual.shape)} and update {update.dtype} {tuple(update.shape)} "
             "must be alike"
         )
+    if weight.shape != bias.shape:
+        raise ValueError(f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must be alike")
     if weight.dim() == 2 and len(residual) % len(weight):
         raise ValueError(f"{len(weight)} norms for {len(residual)} entries of the first axis: expected a multiple")
     if takes_kernel(residual):

@@ -70,7 +70,7 @@ def _published(checkpoint: Checkpoint, family: str) -> tuple[Format, dict[str, T
     patches = tensors["encoder.patch_embed.weight"]
     frames = () if form.image else (model.tubelet,)
     kernels = patches.unflatten(1, (*frames, model.patch_size, model.patch_size, 3))
-    tensors["encoder.patch_embed.weight"] = kernels.movedim(-1, 1).contiguous()
+    tensors["encoder.patch_embed.weight"] = kernels.movedim(-1, 1)
     tensors = unpack_attention(tensors, form.attention, key_bias=form.key_bias)
     if form.stores_positions:
         tensors |= _position_tables(checkpoint)

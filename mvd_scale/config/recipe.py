@@ -260,7 +260,7 @@ class Recipe(RunRecipe):
 
     def _identity(self) -> dict[str, Any]:
         values = super()._identity()
-        del values["teachers"]
+        del values["teachers"], values["training"]["batch_decoders"]
         for target in values["targets"].values():
             target.pop("checkpoint", None)
         return values

@@ -14,7 +14,7 @@ from mvd_kernels import LayerNorm, decoder_input
 from mvd_scale.config import DecoderConfig, ModelConfig
 from mvd_scale.models.blocks import Blocks, initialise
 from mvd_scale.models.positions import position_table
-from mvd_scale.models.together import LinearTogether, together
+from mvd_scale.models.together import LinearTogether, blocks_together
 
 
 class Decoder(nn.Module):
@@ -60,7 +60,7 @@ class DecodersTogether(nn.Module):
         super().__init__()
         self.decoders = tuple(decoders.items())
         self.embed = LinearTogether(decoder.embed for decoder in decoders.values())
-        self.blocks = together(decoder.blocks for decoder in decoders.values())
+        self.blocks = blocks_together(decoder.blocks for decoder in decoders.values())
 
     def forward(self, encoded: Tensor, visible: Tensor, masked: Tensor) -> dict[str, Tensor]:
         """As `Decoder.forward` of each: {target name: (B, M, K)}."""

@@ -20,8 +20,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How clips become rows of a patch embedding; encoders for which it is the same can share them."""
+class Patching:
+    """How clips become rows of a patch embedding."""
 
     tubelet: int
     patch: int
@@ -79,10 +79,10 @@ class Encoder(nn.Module):
         return self.positions if grid == self.config.grid else resize_positions(self.positions, self.config.grid, grid)
 
     @property
-    def cut(self) -> Cut:
+    def patching(self) -> Patching:
         """How its clips become rows."""
         shape, dtype = self.config, self.patch_embed.weight.dtype
-        return Cut(shape.tubelet, shape.patch_size, self.mean, self.std, dtype)
+        return Patching(shape.tubelet, shape.patch_size, self.mean, self.std, dtype)
 
     def forward(
         self, pixels: Tensor, tokens: Tensor | None = None, kept: Tensor | None = None, rows: Tensor | None = None
@@ -95,14 +95,14 @@ class Encoder(nn.Module):
             pixels: (B, T, H, W, 3), uint8 in 0..255 or floating in 0..1.
             tokens: int64 (B, K) indices of the tokens to see, or None for all.
             kept: int64 (B, M) places among those seen whose features are wanted, or None for all and a class token.
-            rows: (B, K, t p p 3), the clips as `cut` makes rows of them, if that was done before.
+            rows: (B, K, t p p 3), the clips as `patching` makes rows of them, if that was done before.
 
         Returns:
             (B, K, D) in the dtype of the weights, one more token in front if the model has a class token;
             (B, M, D) with `kept`.
         """
         if rows is None:
-            rows = self.cut.rows(pixels, tokens)
+            rows = self.patching.rows(pixels, tokens)
         # As one matrix, whose rows may lie apart.
         embedded = self.patch_embed(rows.flatten(0, 1)).unflatten(0, rows.shape[:2])
         positions = self._positions_of(pixels).to(embedded.dtype)

@@ -38,7 +38,10 @@ class LinearTogether(_Together):
         """(G, B, N, D) to (G, B, N, E)."""
         rows, weights = tokens.flatten(1, -2), torch.stack([layer.weight for layer in self.layers]).mT
         biases = [layer.bias() if isinstance(layer, QKV) else layer.bias for layer in self.layers]
-        products = rows @ weights if biases[0] is None else torch.baddbmm(torch.stack(biases)[:, None], rows, weights)
+        products = rows @ weights
+        if biases[0] is not None:
+            # Not `baddbmm`: on GPUs it copies the bias to every row first, and a compiler could not merge this.
+            products.add_(torch.stack(biases).unsqueeze(1))
         return products.view(*tokens.shape[:-1], -1)
 
 
@@ -75,7 +78,7 @@ class BlockTogether(Block):
         self.mlp.fc2 = LinearTogether(block.mlp.fc2 for block in blocks)
 
 
-def together(stacks: Iterable[Blocks]) -> Blocks:
+def blocks_together(stacks: Iterable[Blocks]) -> Blocks:
     """Stacks of one shape as one over (G B, N, D), the clips of the first of them first; it owns no parameters."""
     blocks = Blocks(0, 0, 1)
     blocks.whole = True

@@ -92,7 +92,7 @@ class Block:
     drop_path: bool = False
     """Whether the output is dropped at random."""
 
-    def weights(self, checkpointing: Checkpointing = "none") -> int:
+    def weights(self, checkpointing: Checkpointing) -> int:
         """Numbers in the weights of the linear layers that checkpointing does not compute with again."""
         attention, mlp = 4 * self.width**2, 2 * self.width * self.hidden
         return {"none": attention + mlp, "attention": mlp, "block": 0}[checkpointing]

@@ -11,7 +11,7 @@ from typing import Any
 
 from mvd_scale.config.training import Checkpointing
 from mvd_scale.models.eight_bit import EightBit
-from mvd_scale.performance.layers import Linear
+from mvd_scale.performance.layers import Block, Linear
 from mvd_scale.performance.parts import Part, Workload
 from mvd_scale.performance.setting import SIZES, Setting
 from mvd_scale.training.optim import LARGEST_GROUP
@@ -71,12 +71,15 @@ def predict_memory(work: Workload, setting: Setting) -> Memory:
     # Predictions and true features in float32, until the loss has been differentiated.
     compared = clips * 8 * sum(part.predicted for part in work.trained)
     live = _gathered(work.parameters, setting.zero, size) if setting.stage == 3 and setting.world > 1 else 0
-    # Backwards: the last blocks come first, when everything is still kept; gradients are there at the end.
-    last = next(part for part in reversed(work.trained) if part.blocks)
-    alike = [part for part in work.trained if setting.batched and part.blocks == last.blocks]
     student = {"activations": kept, "predictions and targets": compared, "gathered weights": live}
-    if len(alike) > 1:
-        student["stacked weights"] = size * sum(_stacked(part, setting.checkpointing) for part in alike)
+    groups = _groups(work, batched=setting.batched)
+    together = [part for group in groups if len(group) > 1 for part in group]
+    if together:
+        student["stacked weights"] = size * sum(_stacked(part, setting.checkpointing) for part in together)
+    # Backwards: the last blocks come first, when everything is still kept; gradients are there at the end.
+    first = max(
+        sum(differentiation(part, size, checkpointing=setting.checkpointing) for part in group) for group in groups
+    )
 
     phases = {}
     for part, sharded, early, graphed in teachers:
@@ -86,8 +89,7 @@ def predict_memory(work: Workload, setting: Setting) -> Memory:
     buckets = _buckets(setting, size)
     phases["start of the backward pass"] = student | {
         "gradients": buckets,
-        "workspace": clips
-        * sum(differentiation(part, size, checkpointing=setting.checkpointing) for part in alike or [last]),
+        "workspace": clips * first,
     }
     phases["end of the backward pass"] = {
         "gathered weights": live,
@@ -121,6 +123,20 @@ def differentiation(part: Part, size: int, *, checkpointing: Checkpointing) -> i
     """
     block = part.blocks[-1]
     return block.gradients(size) + (block.saved(size) if checkpointing == "block" else 0)
+
+
+def _groups(work: Workload, *, batched: bool) -> list[list[Part]]:
+    """Heads with blocks as they run, those of one shape together where they are batched; the encoder without any."""
+    encoder, *heads = work.trained
+    decoders = [part for part in heads if part.blocks]
+    if not decoders:
+        return [[encoder]]
+    if not batched:
+        return [decoders[-1:]]
+    groups: dict[tuple[Block, ...], list[Part]] = {}
+    for part in decoders:
+        groups.setdefault(tuple(part.blocks), []).append(part)
+    return list(groups.values())
 
 
 def _stacked(part: Part, checkpointing: Checkpointing) -> int:

@@ -313,9 +313,9 @@ def _plan(
 def _what_fits(recipe: Recipe | FinetuneRecipe, work: Workload, setting: Setting, cluster: Cluster) -> str:
     """Why the smallest micro batch is too much, and which changes would help."""
     needed, usable = predict_memory(work, setting).peak, usable_memory(cluster.gpu)
-    zero3 = setting_of(
-        _with(recipe, deepspeed="zero3"), work, cluster.gpus, per_node=cluster.per_node, micro=setting.micro
-    )
+    whole = {"compile": "auto"} | ({"batch_decoders": "auto"} if isinstance(recipe, Recipe) else {})
+    gathered = _with(recipe, deepspeed="zero3", **whole)
+    zero3 = setting_of(gathered, work, cluster.gpus, per_node=cluster.per_node, micro=setting.micro)
     again, shard = "--training.gradient_checkpointing", "--teachers.sharding zero3"
     sharded = (True,) * len(setting.sharded)
     changes = {

@@ -74,7 +74,7 @@ class Stopwatch:
     """Seconds by part; on a GPU each part ends with a synchronisation, so parts do not overlap while measured.
 
     Nor do teachers that are computed ahead: the step is as long as without `teachers.ahead`. `mvd-scale profile` times
-    steps as they are trained.
+    steps as they are trained. Rows of the patch embedding that teachers share belong to no part.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -15,7 +15,7 @@ from mvd_scale.models.timm_vit import TimmViT
 from mvd_scale.targets.image_teacher import ImageTeacher
 from mvd_scale.targets.momentum import Momentum
 from mvd_scale.targets.pixels import Pixels
-from mvd_scale.targets.target import Target, TubeRows
+from mvd_scale.targets.target import EncoderTeacher, Target, TubeRows
 from mvd_scale.targets.timm_teacher import TimmTeacher
 from mvd_scale.targets.video_teacher import VideoTeacher
 
@@ -81,9 +81,12 @@ class MaskedDistillation:
         return loss, {name: distance.detach() for name, distance in distances.items()}
 
     def _raw(self, batch: ClipBatch, names: Iterable[str]) -> dict[str, Tensor]:
-        """True features of some targets; rows that several of them can take are made once."""
-        wanted = {name: self.targets[name].rows for name in names}
+        """True features of some targets; rows of the patch embedding that several teachers take are made once."""
+        targets = {name: self.targets[name] for name in names}
+        takers = {name: target for name, target in targets.items() if isinstance(target, EncoderTeacher)}
+        wanted = Counter(taker.tube_rows for taker in takers.values())
         shared: dict[TubeRows | None, Tensor] = {
-            rows: rows.of(batch) for rows, takers in Counter(wanted.values()).items() if rows is not None and takers > 1
+            rows: rows.of(batch) for rows, count in wanted.items() if rows is not None and count > 1
         }
-        return {name: self.targets[name].raw(batch, shared.get(rows)) for name, rows in wanted.items()}
+        taken = {name: taker.raw(batch, shared.get(taker.tube_rows)) for name, taker in takers.items()}
+        return taken | {name: target.raw(batch) for name, target in targets.items() if name not in takers}

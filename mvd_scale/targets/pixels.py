@@ -20,7 +20,7 @@ class Pixels(Target):
         self.model = model
         self.channels = model.tubelet * model.patch_size**2 * 3
 
-    def raw(self, batch: ClipBatch, rows: Tensor | None = None) -> Tensor:
+    def raw(self, batch: ClipBatch) -> Tensor:
         """Pixels at the target's tokens: float32 (B, M, t p p 3)."""
         return tube_targets(
             batch.pixels,

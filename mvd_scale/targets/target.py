@@ -16,19 +16,7 @@ from mvd_kernels import masked_distance
 from mvd_scale.config.target import AnyTarget, TeacherTarget
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.models import Encoder
-from mvd_scale.models.encoder import Cut
-
-
-@dataclass(frozen=True)
-class TubeRows:
-    """Rows of the patch embedding of all tokens, of clips at one input side cut in one way."""
-
-    side: int
-    cut: Cut
-
-    def of(self, batch: ClipBatch) -> Tensor:
-        """(B, N, t p p 3)."""
-        return self.cut.rows(batch.at(self.side))
+from mvd_scale.models.encoder import Patching
 
 
 class Target(ABC):
@@ -43,22 +31,9 @@ class Target(ABC):
     def __init__(self, config: AnyTarget) -> None:
         self.config = config
 
-    @property
-    def rows(self) -> TubeRows | None:
-        """What the target can take in place of pixels, and others perhaps too."""
-        return None
-
     @abstractmethod
-    def raw(self, batch: ClipBatch, rows: Tensor | None = None) -> Tensor:
-        """True features at the target's tokens, as `distance` takes them, without gradient.
-
-        Args:
-            batch: clips and tokens.
-            rows: (B, N, t p p 3), those that `self.rows` makes of the batch, if they were made before.
-
-        Returns:
-            (B, M, D).
-        """
+    def raw(self, batch: ClipBatch) -> Tensor:
+        """True features at the target's tokens, as `distance` takes them, without gradient: (B, M, D)."""
 
     def features(self, batch: ClipBatch) -> Tensor:
         """True features at the target's tokens, as the predictions should be: float32 (B, M, D)."""
@@ -86,13 +61,13 @@ class FrozenTeacher(Target):
         self.input_size = input_size
 
     @abstractmethod
-    def encode(self, batch: ClipBatch, tokens: Tensor | None, rows: Tensor | None = None) -> Tensor:
-        """Features of some tokens, int64 (B, M), or of all in order: (B, M, D). `rows` as of `raw`."""
+    def encode(self, batch: ClipBatch, tokens: Tensor | None) -> Tensor:
+        """Features of some tokens, int64 (B, M), or of all in order: (B, M, D)."""
 
     @torch.no_grad()
-    def raw(self, batch: ClipBatch, rows: Tensor | None = None) -> Tensor:
+    def raw(self, batch: ClipBatch) -> Tensor:
         """True features at the target's tokens, in the teacher's precision: (B, M, D)."""
-        return self.encode(batch, self.tokens(batch), rows)
+        return self.encode(batch, self.tokens(batch))
 
     def features(self, batch: ClipBatch) -> Tensor:
         """The same, normalised if the recipe says so: float32 (B, M, D)."""
@@ -104,24 +79,48 @@ class FrozenTeacher(Target):
         return masked_distance(predictions, raw, None, distance=self.config.distance, norm=self.config.norm)
 
 
+@dataclass(frozen=True)
+class TubeRows:
+    """Rows of the patch embedding of all tokens of the clips at one input side."""
+
+    side: int
+    patching: Patching
+
+    def of(self, batch: ClipBatch) -> Tensor:
+        """(B, N, t p p 3)."""
+        return self.patching.rows(batch.at(self.side))
+
+
 class EncoderTeacher(FrozenTeacher):
-    """A teacher that is an encoder of ours and sees the whole clip, unmasked."""
+    """A teacher that is an encoder of ours; what is said here is of those that see the whole clip, unmasked."""
 
     takes_rows = True
-    """Whether what is called in place of the encoder takes rows that were made before."""
+    """Whether what is called in place of the encoder takes rows in place of pixels."""
 
     def __init__(self, config: TeacherTarget, encoder: Encoder, tubelet: int) -> None:
         """`tubelet`: frames of a student's token."""
         super().__init__(config, encoder, encoder.width, encoder.config.input_size)
-        # `teacher` may become what is called in its place.
+        # `teacher` may become something else that calls it.
         self.encoder = encoder
         self.tubelet = tubelet
         self.extra_tokens = int(encoder.config.class_token)
 
     @property
-    def rows(self) -> TubeRows | None:
-        """Of whole tubes, in the precision of the encoder."""
-        return TubeRows(self.input_size, replace(self.encoder.cut, tubelet=self.tubelet)) if self.takes_rows else None
+    def tube_rows(self) -> TubeRows | None:
+        """What it can take in place of pixels, and others perhaps too: rows of whole tubes, in its precision."""
+        if not self.takes_rows:
+            return None
+        return TubeRows(self.input_size, replace(self.encoder.patching, tubelet=self.tubelet))
+
+    @torch.no_grad()
+    def raw(self, batch: ClipBatch, rows: Tensor | None = None) -> Tensor:
+        """True features at the target's tokens, in the teacher's precision: (B, M, D).
+
+        Args:
+            batch: clips and tokens.
+            rows: (B, N, t p p 3), what `tube_rows` makes of the batch, if that was done before.
+        """
+        return self.encode(batch, self.tokens(batch), rows)
 
     def encode(self, batch: ClipBatch, tokens: Tensor | None, rows: Tensor | None = None) -> Tensor:
         """Features of some tokens, or of all but a class token: (B, M, D). The last block computes no others."""

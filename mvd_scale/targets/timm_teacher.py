@@ -26,7 +26,7 @@ class TimmTeacher(FrozenTeacher):
                 f"{teacher.input_size} would match"
             )
 
-    def encode(self, batch: ClipBatch, tokens: Tensor | None, rows: Tensor | None = None) -> Tensor:
+    def encode(self, batch: ClipBatch, tokens: Tensor | None) -> Tensor:
         """Features of some tokens, or of all: (B, M, D)."""
         fronts, shape = front_frames(batch.at(self.input_size), self.tubelet)
         features: Tensor = self.teacher(fronts)

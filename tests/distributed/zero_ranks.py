@@ -188,6 +188,9 @@ def main(out: Path) -> None:
     for again in ("block", "attention"):
         results[f"{again} again"] = train(ranks, recipe("zero3", "fp32", "zero3", 4, checkpointing=again))
     results["decoders together"] = train(ranks, recipe("zero2", "fp32", "zero3", 2, together=True))
+    again = recipe("zero1", "fp32", "zero3", 4, checkpointing="block", together=True)
+    results["decoders together, block again"] = train(ranks, again)
+    results["bf16, decoders together"] = train(ranks, recipe("zero2", "bf16", "zero3", 4, together=True))
     results["replicated teachers"] = train(ranks, recipe("zero2", "fp32", "replicated", 4))
     for stage in ("zero1", "zero2", "zero3"):
         for sharding in ("zero3", "replicated"):

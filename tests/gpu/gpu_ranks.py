@@ -146,9 +146,10 @@ def sharded_teachers(ranks: Ranks, precision: str) -> dict[str, dict[str, float]
 
 
 def placed(made: Recipe, precision: str) -> Recipe:
-    """For whichever device the ranks have joined on, teachers in the student's precision."""
+    """For whichever device the ranks have joined on, teachers in the student's precision, decoders as on GPUs."""
     teachers = made.teachers.model_copy(update={"precision": precision})
-    return made.model_copy(update={"device": "auto", "teachers": teachers})
+    training = made.training.model_copy(update={"batch_decoders": "auto"})
+    return made.model_copy(update={"device": "auto", "teachers": teachers, "training": training})
 
 
 def clips(step: int, first: int, count: int, device: torch.device, *, poisoned: bool = False) -> ClipBatch:

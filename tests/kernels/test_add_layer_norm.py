@@ -45,6 +45,8 @@ def test_inputs_that_would_broadcast_are_refused() -> None:
 def test_norms_that_do_not_divide_the_first_axis_are_refused() -> None:
     with pytest.raises(ValueError, match="2 norms for 3 entries"):
         add_layer_norm(torch.ones(3, 4), torch.ones(3, 4), torch.ones(2, 4), torch.ones(2, 4))
+    with pytest.raises(ValueError, match=r"weight \(2, 2\) and bias \(2,\) must be alike"):
+        add_layer_norm(torch.ones(2, 2), torch.ones(2, 2), torch.ones(2, 2), torch.ones(2))
 
 
 def of_several(norms: int, rows: tuple[int, ...], width: int, dtype: torch.dtype) -> Call:

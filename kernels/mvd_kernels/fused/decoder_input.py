@@ -1,6 +1,6 @@
 """`decoder_input` as a Triton kernel: one program a token of the result, one launch a decoder.
 
-Legend: B clips, N tokens, P class tokens, V visible, M masked, D width.
+Legend: B clips of a decoder, N tokens, P class tokens, V visible, M masked, D width.
 """
 
 from __future__ import annotations

@@ -186,6 +186,35 @@ def test_only_teachers_that_stay_as_they_are_work_ahead_and_only_on_gpus() -> No
         assert setting_of(made, describe(made), 8).ahead == (False, False)
 
 
+def test_decoders_together_hold_their_stacked_weights_wherever_they_stand() -> None:
+    other = "{kind: pixels, decoder: {width: 384, depth: 4, heads: 6}}"
+    made = load_recipe("distill/b_from_b", ["--targets.pixels", other])
+    work = describe(made)
+    setting = setting_of(made, work, 8)
+    assert setting.batched
+    phase = "start of the backward pass"
+    together, apart = (predict_memory(work, replace(setting, batched=on)).phases[phase] for on in (True, False))
+    # Of two decoders: the embedding and two blocks of width 768, in 16 bits.
+    assert together["stacked weights"] == 2 * 2 * (768 * 768 + 2 * 12 * 768 * 768)
+    assert "stacked weights" not in apart
+    assert together["workspace"] > apart["workspace"]
+
+
+@pytest.mark.parametrize(
+    ("words", "batched"),
+    [
+        ([], True),
+        (["--training.batch_decoders", "false"], False),
+        (["--training.deepspeed", "zero3"], False),
+        (["--device", "cpu", "--training.precision", "bf16"], False),
+        (["--device", "cpu", "--training.precision", "bf16", "--training.batch_decoders", "true"], True),
+    ],
+)
+def test_decoders_are_together_on_gpus_that_have_their_weights(words: list[str], batched: bool) -> None:
+    made = load_recipe("distill/b_from_b", words)
+    assert setting_of(made, describe(made), 8).batched == batched
+
+
 def test_offloaded_states_are_not_on_the_gpu() -> None:
     made = load_recipe("distill/b_from_b", ["--training.deepspeed", "zero3_offload"])
     work = describe(made)

@@ -268,6 +268,13 @@ def test_bad_input_ends_in_one_message(words: list[str], said: str) -> None:
     assert result.exit_code != 0
 
 
+def test_what_stage_3_refuses_does_not_keep_it_from_being_named() -> None:
+    big = ["--model.size", "null", "--model.width", "4096", "--model.depth", "40", "--model.heads", "32"]
+    asked = ["--training.batch_decoders", "true", "--training.compile", "true"]
+    with pytest.raises(UserError, match=r"what would fit: .*--stage 3"):
+        plan("distill/b_from_b", *big, *asked, gpu="V100", gpus=32)
+
+
 def test_what_fits_on_no_micro_batch_says_what_would() -> None:
     big = ["--model.size", "null", "--model.width", "4096", "--model.depth", "40", "--model.heads", "32"]
     with pytest.raises(UserError) as caught:

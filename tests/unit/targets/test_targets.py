@@ -13,7 +13,7 @@ from mvd_scale.config import ModelConfig, Recipe
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.errors import UserError
 from mvd_scale.models import Encoder, Student
-from mvd_scale.models.encoder import Cut
+from mvd_scale.models.encoder import Patching
 from mvd_scale.targets import MaskedDistillation, build_targets
 
 VIDEO = {"width": 48, "depth": 1, "heads": 3, "frames": 4, "input_size": 32}
@@ -114,26 +114,29 @@ CO_TEACHING: dict[str, Any] = {"image": {"kind": "image_teacher"}, "video": {"ki
 def rows_made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tokens of each call that makes rows of all tokens; those of an image are fewer."""
     made: list[int] = []
-    rows_of = Cut.rows
+    rows_of = Patching.rows
 
-    def counted(cut: Cut, pixels: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
+    def counted(cut: Patching, pixels: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
         rows = rows_of(cut, pixels, tokens)
         if tokens is None:
             made.append(rows.shape[1])
         return rows
 
-    monkeypatch.setattr(Cut, "rows", counted)
+    monkeypatch.setattr(Patching, "rows", counted)
     return made
 
 
 @pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("mask", ["tube", "random"])
 @pytest.mark.parametrize("tokens", ["masked", "visible"])
 def test_teachers_whose_grids_agree_share_one_patch_embedding(
-    batch: ClipBatch, monkeypatch: pytest.MonkeyPatch, ahead: bool, tokens: str
+    batch: ClipBatch, monkeypatch: pytest.MonkeyPatch, ahead: bool, tokens: str, mask: str
 ) -> None:
     head = {} if tokens == "masked" else {"head": "linear", "tokens": tokens, "decoder": None}
     shapes = {**CO_TEACHING, "pixels": {"kind": "pixels"}}
     made = recipe(**{name: {**target, **head} for name, target in shapes.items()})
+    data = made.data.model_copy(update={"mask": made.data.mask.model_copy(update={"kind": mask})})  # type: ignore[union-attr]
+    made = made.model_copy(update={"data": data})
     teachers = {"image": teacher(**IMAGE).bfloat16(), "video": teacher(**VIDEO).bfloat16()}
     objective = MaskedDistillation(build_targets(made, teachers.__getitem__))
     expected = {name: target.raw(batch) for name, target in objective.targets.items()}

@@ -44,7 +44,7 @@ class Teacher(Target):
         super().__init__(PLAIN)
         self.name, self.log, self.ahead, self.weight = name, log, not moves, 1.0
 
-    def raw(self, batch: ClipBatch, rows: Tensor | None = None) -> Tensor:
+    def raw(self, batch: ClipBatch) -> Tensor:
         self.log.append(f"{self.name} {int(batch.pixels[0, 0, 0])}")
         return self.weight * batch.pixels
 

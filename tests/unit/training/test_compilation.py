@@ -261,9 +261,9 @@ def test_a_recorded_teacher_is_given_pixels(monkeypatch: pytest.MonkeyPatch, rec
         engine, "speed_up_teacher", lambda teacher, *_, **__: GraphedTeacher(teacher) if recorded else teacher
     )
     targets = build_targets(made, lambda name: Encoder(made.model, final_norm=False))
-    assert targets["video"].rows is not None
+    assert targets["video"].tube_rows is not None  # type: ignore[attr-defined]
     host_teachers(targets, made, Ranks(0, 0, 1, CPU))
-    assert (targets["video"].rows is None) == recorded
+    assert (targets["video"].tube_rows is None) == recorded  # type: ignore[attr-defined]
 
 
 def test_compiled_stochastic_depth_leaves_out_its_share_and_keeps_the_mean(traced_only: None) -> None:
