@@ -76,7 +76,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Workload:
-    """What one clip takes: the trained parts in the order in which they run, then the teachers."""
+    """What one clip takes: the encoder and the heads that are trained, and the teachers."""
 
     trained: tuple[Part, ...]
     teachers: tuple[Part, ...]
