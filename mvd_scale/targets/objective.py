@@ -63,9 +63,8 @@ class MaskedDistillation:
 
     def ahead(self, batch: ClipBatch) -> ClipBatch:
         """The batch with those features that may be computed before their turn."""
-        return replace(
-            batch, features=self._raw(batch, [name for name, target in self.targets.items() if target.ahead])
-        )
+        early = [name for name, target in self.targets.items() if target.ahead]
+        return replace(batch, features=self._raw(batch, early))
 
     def __call__(self, student: nn.Module, batch: ClipBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of one micro batch; features that it does not bring with it are computed here.
@@ -74,7 +73,8 @@ class MaskedDistillation:
             the weighted sum of Eq. 3, and each target's unweighted, detached distance; float32 scalars.
         """
         predictions: Predictions = student(batch.pixels, batch.visible, batch.masked)
-        features = {**batch.features, **self._raw(batch, [name for name in self.targets if name not in batch.features])}
+        missing = [name for name in self.targets if name not in batch.features]
+        features = {**batch.features, **self._raw(batch, missing)}
         distances = {name: target.distance(predictions[name], features[name]) for name, target in self.targets.items()}
         loss = sum(self.targets[name].config.weight * distance for name, distance in distances.items())
         assert isinstance(loss, Tensor)

@@ -56,16 +56,12 @@ def compiles(key: str, asked: bool | Literal["auto"], device: torch.device, obst
     Raises:
         UserError: it is asked for by name and cannot be.
     """
-    if asked is False or (asked == "auto" and device.type == "cpu"):
-        return False
-    return _decide(key, asked, obstacle or torch_compile(device.type).reason)
+    return _pays(asked, device) and _decide(key, asked, obstacle or torch_compile(device.type).reason)
 
 
 def batches_decoders(student: Student, asked: bool | Literal["auto"], device: torch.device, obstacle: str) -> bool:
     """Whether decoders of one shape are to run as one batched pass; arguments and errors as of `compiles`."""
-    if not student.alike() or asked is False or (asked == "auto" and device.type == "cpu"):
-        return False
-    return _decide("training.batch_decoders", asked, obstacle)
+    return bool(student.alike()) and _pays(asked, device) and _decide("training.batch_decoders", asked, obstacle)
 
 
 def speed_up_teacher(
@@ -90,11 +86,16 @@ def speed_up_teacher(
     integers = "int8 layers choose their range while they run" if precision == "int8" else ""
     if compiles("teachers.compile", config.compile, device, obstacle or integers):
         compile_blocks(teacher)
-    asked = config.cuda_graphs
-    if asked is False or (asked == "auto" and device.type == "cpu"):
-        return teacher
     no_gpu = "" if device.type == "cuda" else "there is no GPU"
-    return GraphedTeacher(teacher) if _decide("teachers.cuda_graphs", asked, no_gpu or obstacle) else teacher
+    asked = config.cuda_graphs
+    if _pays(asked, device) and _decide("teachers.cuda_graphs", asked, no_gpu or obstacle):
+        return GraphedTeacher(teacher)
+    return teacher
+
+
+def _pays(asked: bool | Literal["auto"], device: torch.device) -> bool:
+    """What is asked for, or left to the program on a GPU."""
+    return asked is True or (asked == "auto" and device.type != "cpu")
 
 
 def _decide(key: str, asked: bool | Literal["auto"], reason: str) -> bool:
