@@ -1,4 +1,4 @@
-"""The schema of a recipe. Everything reads it; it reads nothing of the project but its errors."""
+"""Schema of recipes and pipelines. All other packages import it; it imports nothing of the project but its errors."""
 
 from mvd_scale.config.data import CenterCrop, CornerCrop, DataConfig, MaskConfig, RandomResizedCrop, ShortSideCrop
 from mvd_scale.config.detection import DetectionRecipe, DetectorConfig

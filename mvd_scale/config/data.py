@@ -1,6 +1,6 @@
-"""`data:` - which clips a step sees.
+"""Section `data:` of a recipe: sources, sampling, crop, augmentation and mask of clips.
 
-The defaults are those of stage 2 on Kinetics-400: 16 frames at rate 4, multi-scale corner crop, tube mask 0.9.
+The defaults are those of stage 2 on Kinetics-400: 16 frames at stride 4, multi-scale corner crop, tube mask of 0.9.
 """
 
 from __future__ import annotations
@@ -27,74 +27,74 @@ Interpolation = Literal["bilinear", "bicubic"]
 
 
 class CornerCrop(Section):
-    """Multi-scale corner crop: a side factor per axis, at one of 13 fixed positions."""
+    """Multi-scale corner crop: one scale for each of height and width, at one of 13 fixed positions."""
 
     kind: Literal["corner"] = "corner"
 
     scales: tuple[Share, ...] = Field(default=(1.0, 0.875, 0.75, 0.66), min_length=1)
-    """Side factors of the short side; height and width differ by at most one step."""
+    """Height and width of the crop as shares of the frame's short side; the two differ by at most one list entry."""
 
     interpolation: Interpolation = "bilinear"
-    """Filter that resizes the crop; it is antialiased where it shrinks."""
+    """Filter that resizes the crop, with antialiasing where it shrinks."""
 
 
 class RandomResizedCrop(Section):
-    """A random area and aspect ratio (MAE; fine-tuning with areas from 0.08)."""
+    """Crop of random area and aspect ratio, torchvision's rule (MAE; fine-tuning with areas from 0.08)."""
 
     kind: Literal["random_resized"] = "random_resized"
 
     area: tuple[Share, Share] = (0.2, 1.0)
-    """Smallest and largest share of the frame's area."""
+    """Smallest and largest area of the crop, as shares of the frame's area."""
 
     aspect: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
-    """Smallest and largest width over height."""
+    """Smallest and largest aspect ratio, width divided by height."""
 
     interpolation: Interpolation = "bicubic"
-    """Filter that resizes the crop; it is antialiased where it shrinks."""
+    """Filter that resizes the crop, with antialiasing where it shrinks."""
 
 
 class ShortSideCrop(Section):
-    """A random square of the input size, after the short side was resized to a random length (action detection)."""
+    """Random square of the input size, after resizing the short side to a random length (action detection)."""
 
     kind: Literal["short_side"] = "short_side"
 
     sides: tuple[PositiveInt, PositiveInt] = (256, 256)
-    """Shortest and longest short side, in pixels."""
+    """Smallest and largest length of the resized short side, in pixels."""
 
     interpolation: Interpolation = "bilinear"
-    """Filter that resizes the crop; it is antialiased where it shrinks."""
+    """Filter that resizes the crop, with antialiasing where it shrinks."""
 
     @model_validator(mode="after")
     def _check_sides(self) -> Self:
         if self.sides[0] > self.sides[1]:
-            raise ValueError(f"sides {self.sides[0]}, {self.sides[1]}: the shortest comes first")
+            raise ValueError(f"sides {self.sides[0]}, {self.sides[1]}: expected the smaller number first")
         return self
 
 
 class CenterCrop(Section):
-    """The largest centred square."""
+    """Largest centred square of the frame."""
 
     kind: Literal["center"] = "center"
 
     interpolation: Interpolation = "bilinear"
-    """Filter that resizes the crop; it is antialiased where it shrinks."""
+    """Filter that resizes the crop, with antialiasing where it shrinks."""
 
 
 Crop = Annotated[CornerCrop | RandomResizedCrop | ShortSideCrop | CenterCrop, Field(discriminator="kind")]
 
 
 class MaskConfig(Section):
-    """Which tokens the student does not see."""
+    """Mask of tokens that the student does not see."""
 
     kind: Literal["tube", "random"] = "tube"
-    """`tube`: one spatial mask for all time slices; `random`: every token by itself."""
+    """`tube`: one spatial mask for all time slices of a clip; `random`: tokens are drawn independently."""
 
     ratio: float = Field(default=0.9, gt=0, lt=1)
-    """Share of masked tokens; the count is the same in every clip."""
+    """Share of the tokens that are masked; every clip has the same number of masked tokens."""
 
     decode: float = 1.0
-    """Share of the masked tokens that decoders and loss compute: 0.25, 0.5 or 0.75 take it in cells of 2 x 2 patches
-    that run through time (VideoMAE V2)."""
+    """Share of the masked tokens that decoders predict and the loss includes: 0.25, 0.5, 0.75 or 1. Below 1, it is a
+    share of each cell of 2 x 2 patches, which advances through the cell with each time slice (VideoMAE V2)."""
 
     @field_validator("decode")
     @classmethod
@@ -105,162 +105,180 @@ class MaskConfig(Section):
 
 
 class RandAugment(Section):
-    """Random image operations over whole clips, every frame alike (RandAugment, increasing set; fine-tuning).
+    """Random image operations on whole clips, the same for every frame (RandAugment, increasing set; fine-tuning).
 
-    They are applied to the crop, after it was resized.
+    They are applied to the crop after resizing.
     """
 
     operations: int = Field(default=4, gt=0)
-    """Operations drawn for a clip, one after the other."""
+    """Number of operations that are drawn for a clip and applied one after the other."""
 
     magnitude: float = Field(default=7.0, ge=0, le=10)
-    """Mean strength, of 10."""
+    """Mean strength of an operation, from 0 to 10."""
 
     deviation: NonNegativeFloat = 0.5
     """Standard deviation of the strength."""
 
     probability: Probability = 0.5
-    """Of each of the operations to be applied."""
+    """Probability with which each drawn operation is applied."""
 
 
 class ColorJitter(Section):
-    """Factors drawn from 1 - x to 1 + x, one each for a whole clip, applied in this order."""
+    """Random brightness, contrast, saturation and hue, one factor each for a whole clip, applied in this order."""
 
     brightness: Probability = 0.4
+    """Largest change x of the brightness: the factor is drawn from 1 - x to 1 + x."""
+
     contrast: Probability = 0.4
+    """Largest change x of the contrast: the factor is drawn from 1 - x to 1 + x."""
+
     saturation: Probability = 0.4
+    """Largest change x of the saturation: the factor is drawn from 1 - x to 1 + x."""
 
     hue: float = Field(default=0.0, ge=0, le=180)
-    """Degrees by which hues are turned at most, either way; after the others."""
+    """Largest rotation of the hue in degrees, in either direction."""
 
 
 class RandomErasing(Section):
-    """A box filled with noise, the same box in every frame (fine-tuning)."""
+    """Random box that is filled with noise, the same box in every frame (fine-tuning)."""
 
     probability: Probability = 0.25
-    """Of a clip to be erased."""
+    """Probability with which a clip gets a box."""
 
     area: tuple[Share, Share] = (0.02, 1 / 3)
-    """Smallest and largest share of the frame's area."""
+    """Smallest and largest area of the box, as shares of the frame's area."""
 
     aspect: tuple[PositiveFloat, PositiveFloat] = (0.3, 1 / 0.3)
-    """Smallest and largest height over width."""
+    """Smallest and largest aspect ratio, height divided by width."""
 
 
 class AugmentConfig(Section):
-    """What is done to a clip after crop and flip, in this order; nothing by default, as in pre-training."""
+    """Augmentations of a clip after crop and flip, applied in this order; none by default, as in pre-training."""
 
     rand_augment: RandAugment | None = None
+    """Random image operations; null for none."""
+
     color_jitter: ColorJitter | None = None
+    """Random changes of brightness, contrast, saturation and hue; null for none."""
+
     erasing: RandomErasing | None = None
+    """Random box filled with noise; null for none."""
 
 
 class ViewsConfig(Section):
-    """Which views of a video are tested: several clips in time, several crops of each (5 x 3 on Kinetics-400)."""
+    """Test views of a video: several clips in time, and several crops of each clip (5 x 3 on Kinetics-400)."""
 
     sampling: Literal["dense", "uniform", "sliding"] = "dense"
-    """`dense`: clips of every `stride`-th frame, spread over the video. `uniform`: each clip spans the whole video.
-    `sliding`: a clip of every `stride`-th frame from each `every`-th frame on, as many as the video has room for."""
+    """`dense`: clips of every `stride`-th frame, spread evenly over the video. `uniform`: each clip spans the whole
+    video. `sliding`: clips of every `stride`-th frame that start `every` frames apart, until the end of the video."""
 
     stride: int = Field(default=4, gt=0)
-    """Frames between two frames of a dense or sliding clip."""
+    """Frames from one frame of a dense or sliding clip to the next."""
 
     every: int | None = Field(default=None, gt=0)
-    """Frames between the starts of two sliding clips."""
+    """Frames from the start of one sliding clip to the start of the next; only with `sampling: sliding`."""
 
     clips: int = Field(default=5, gt=0)
-    """Clips in time; of sliding ones, those that are decoded together."""
+    """Number of clips in time; with `sampling: sliding`, the number of clips that are decoded in one batch item."""
 
     crops: int = Field(default=3, gt=0)
-    """Square crops along the longer side; a single one is in the middle."""
+    """Number of square crops along the longer side; a single crop lies in the middle."""
 
     @model_validator(mode="after")
     def _check_every(self) -> Self:
         if (self.every is not None) != (self.sampling == "sliding"):
-            raise ValueError("every, the frames between two starts, goes with sampling sliding and no other")
+            raise ValueError(
+                f"every is {self.every} with sampling {self.sampling}: give every, the frames between two starts, "
+                "with sampling sliding only"
+            )
         return self
 
 
 def _of_one_number(views: ViewsConfig) -> ViewsConfig:
     if views.sampling == "sliding":
-        raise ValueError("a test takes the same number of views of every video: sampling is dense or uniform")
+        raise ValueError(
+            "sampling sliding gives videos different numbers of views, but a test needs the same number for every "
+            "video: expected dense or uniform"
+        )
     return views
 
 
 TestViews = Annotated[ViewsConfig, AfterValidator(_of_one_number)]
-"""Views of a test."""
+"""Views of a test, which has the same number of views for every video."""
 
 
 class MixtureSource(Section):
-    """One set of videos of a mixture."""
+    """One data set of a mixture."""
 
     source: str
-    """As `data.source`."""
+    """Videos of the data set, as `data.source`."""
 
     root: str | None = None
-    """As `data.root`."""
+    """Folder or URL of relative paths, as `data.root`."""
 
     weight: float = Field(default=1.0, gt=0)
-    """How often an epoch visits every clip of this set: 2 twice, 0.5 one half of the clips, the others next time."""
+    """Factor on the clips of this data set in an epoch: with 2 every clip is drawn twice; with 0.5 half of the clips
+    are drawn, and the other half in the next epoch."""
 
     stride: int | None = Field(default=None, gt=0)
-    """As `data.stride`, for this set alone."""
+    """Stride for this data set, instead of `data.stride`."""
 
 
 class DataConfig(Section):
-    """Clips: where they come from, how they are cut and masked."""
+    """Clips: sources, sampling, crop, augmentation, mask, and the processes that decode them."""
 
     source: str | None = None
-    """A manifest (`.parquet`), a folder of videos or images, an annotation file, or whatever else
-    `mvd-scale data index` takes."""
+    """Videos: a manifest (`.parquet`), a folder of videos or images, an annotation file, or any other source that
+    `mvd-scale data index` accepts."""
 
     root: str | None = None
-    """Folder or URL that relative paths of an annotation file start from; its own folder if left out."""
+    """Folder or URL to which the paths of an annotation file are relative; the folder of that file if omitted."""
 
     mixture: dict[str, MixtureSource] | None = Field(default=None, min_length=1)
-    """Several sets of videos by name, in place of `source`."""
+    """Several data sets by name, instead of `source`."""
 
     sampling: Literal["dense", "window", "segments"] = "dense"
-    """Frames of a clip. `dense`: every `stride`-th from a random start (pre-training). `window`: spread evenly over
-    frames x stride of them (fine-tuning on Kinetics). `segments`: a random one of each equal part of the video
-    (TSN; fine-tuning on Something-Something)."""
+    """Frames of a clip. `dense`: every `stride`-th frame from a random start (pre-training). `window`: frames spread
+    evenly over a window of frames x stride frames (fine-tuning on Kinetics). `segments`: a random frame of each of
+    equal segments of the video (TSN; fine-tuning on Something-Something)."""
 
     stride: int = Field(default=4, gt=0)
-    """Frames between two sampled frames (the "rate" of the paper); the clip spans frames x stride."""
+    """Frames from one sampled frame to the next (the "rate" of the paper); a clip spans frames x stride frames."""
 
     clips_per_video: int = Field(default=1, gt=0)
-    """Clips drawn from every video in an epoch, each with its own frames, crop and mask."""
+    """Number of clips drawn from every video in an epoch, each with its own frames, crop and mask."""
 
     crop: Crop = CornerCrop()
-    """How the square is cut out."""
+    """Rule for the square crop."""
 
     flip: Probability = 0.0
     """Probability of a horizontal flip."""
 
     augment: AugmentConfig = AugmentConfig()
-    """What is done to the clip after that."""
+    """Augmentations of the clip after crop and flip."""
 
     copies: int = Field(default=1, gt=0)
-    """Copies of every decoded clip, each with its own crop, flip, augmentation and mask (repeated augmentation). They
-    stand side by side in the batch, and batches count them."""
+    """Number of copies of every decoded clip, each with its own crop, flip, augmentation and mask (repeated
+    augmentation). The copies of a clip are neighbours in the batch, and all batch sizes count them."""
 
     mask: MaskConfig | None = MaskConfig()
-    """The mask over tokens; without one (null) the student sees them all."""
+    """Mask over the tokens; null for none: then the student sees all tokens."""
 
     workers: NonNegativeInt | Literal["auto"] = "auto"
-    """Decoding processes per rank; `auto` takes the rank's share of the cores, 0 decodes in the rank itself."""
+    """Number of decoding processes per rank. `auto`: the rank's share of the CPU cores, minus one for the rank itself.
+    0: the rank decodes in its own process."""
 
     threads: PositiveInt | Literal["auto"] = "auto"
-    """Threads of the DALI graph per rank, for what it does on the CPU; `auto` takes the rank's share of the cores."""
+    """Number of CPU threads of each rank's DALI graph. `auto`: the rank's share of the CPU cores."""
 
     prefetch: int = Field(default=2, gt=0)
-    """Batches prepared ahead."""
+    """Number of batches that the loader prepares in advance."""
 
     max_broken: float = Field(default=0.01, ge=0, le=1)
-    """Share of clips that may be replaced because their video cannot be decoded; beyond it the run stops."""
+    """Largest share of clips that may be replaced because their videos cannot be decoded; above it, the run stops."""
 
     read_timeout: PositiveFloat = 60.0
-    """Seconds after which a video that has not been read, or decoded on the CPU, counts as one that cannot be."""
+    """Seconds after which a video that is not yet read, or not yet decoded on the CPU, counts as unreadable."""
 
     @model_validator(mode="after")
     def _check_sources(self) -> Self:
@@ -268,9 +286,14 @@ class DataConfig(Section):
             raise ValueError("give either data.source (and data.root) or data.mixture, not both")
         for name in self.mixture or {}:
             if not name.isidentifier():
-                raise ValueError(f"data.mixture.{name}: the name of a set must be letters, digits and underscores")
+                raise ValueError(
+                    f"data.mixture.{name}: the name of a data set must consist of letters, digits and underscores, and "
+                    "must not begin with a digit"
+                )
         if self.sampling == "segments" and self.mixture is not None:
             strides = [name for name, part in self.mixture.items() if part.stride is not None]
             if strides:
-                raise ValueError(f"data.mixture.{strides[0]}.stride does nothing with data.sampling segments")
+                raise ValueError(
+                    f"data.mixture.{strides[0]}.stride has no effect with data.sampling segments: remove it"
+                )
         return self

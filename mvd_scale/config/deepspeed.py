@@ -1,4 +1,7 @@
-"""DeepSpeed JSON: the recipe decides what the file calls "auto"; a value that contradicts the recipe is an error."""
+"""DeepSpeed configurations: a JSON file whose "auto" values come from the recipe.
+
+A value in the file that contradicts the recipe is an error.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,11 @@ _TEACHER = "teacher_zero3"
 
 
 def student_deepspeed(recipe: RunRecipe, world_size: int) -> dict[str, Any]:
-    """The student's DeepSpeed configuration for a number of ranks.
+    """Build the student's DeepSpeed configuration for `world_size` ranks.
 
     Raises:
-        UserError: no such file, no JSON, a value that contradicts the recipe, or at stage 3 what needs whole weights.
+        UserError: the file does not exist or is not valid JSON, a value contradicts the recipe, the global batch cannot
+            be split over the ranks, or the recipe asks for an option that ZeRO stage 3 does not support.
     """
     micro, accumulation = recipe.batch_split(world_size)
     training = recipe.training
@@ -26,7 +30,7 @@ def student_deepspeed(recipe: RunRecipe, world_size: int) -> dict[str, Any]:
         if zero_stage(recipe) == 3 and getattr(training, key, False) is True:
             raise UserError(
                 f"training.{key} is true, but training.deepspeed {training.deepspeed} is ZeRO stage 3, which gathers "
-                f"parameters layer by layer: use stage 1 or 2, or leave training.{key} at auto"
+                f"parameters layer by layer: use stage 1 or 2, or set training.{key} to auto"
             )
     return _resolve(
         training.deepspeed,
@@ -41,13 +45,17 @@ def student_deepspeed(recipe: RunRecipe, world_size: int) -> dict[str, Any]:
 
 
 def teacher_deepspeed(precision: Precision, world_size: int) -> dict[str, Any]:
-    """The DeepSpeed configuration of a frozen teacher, sharded by ZeRO-3."""
+    """Build the DeepSpeed configuration of a frozen teacher that ZeRO-3 shards over `world_size` ranks."""
     batch = {"train_batch_size": world_size, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
     return _resolve(_TEACHER, {**batch, **_precision(precision)})
 
 
 def zero_stage(recipe: RunRecipe) -> int:
-    """ZeRO stage of the student's DeepSpeed file."""
+    """ZeRO stage (1 to 3) in the student's DeepSpeed file.
+
+    Raises:
+        UserError: the file cannot be read, or its stage is not 1, 2 or 3.
+    """
     stage = _section(_read(recipe.training.deepspeed), "zero_optimization", recipe.training.deepspeed).get("stage")
     if stage not in (1, 2, 3):
         raise UserError(
@@ -59,7 +67,7 @@ def zero_stage(recipe: RunRecipe) -> int:
 def _section(values: dict[str, Any], name: str, file: str) -> dict[str, Any]:
     section = values.setdefault(name, {})
     if not isinstance(section, dict):
-        raise UserError(f"training.deepspeed {file}: {name} is {section!r}, expected an object")
+        raise UserError(f"training.deepspeed {file}: {name} is {section!r}, expected a JSON object")
     return section
 
 
@@ -86,11 +94,13 @@ def _read(name_or_path: str) -> dict[str, Any]:
 
 
 def _resolve(name_or_path: str, decided: dict[str, Any]) -> dict[str, Any]:
+    """Read a DeepSpeed file and set the decided values, given by dotted key, where it has "auto" or no value."""
     values = _read(name_or_path)
     for foreign in ("optimizer", "scheduler"):
         if foreign in values:
             raise UserError(
-                f"training.deepspeed {name_or_path}: `{foreign}` is the recipe's to decide; remove it from the file"
+                f"training.deepspeed {name_or_path}: the recipe configures the {foreign}; remove `{foreign}` from the "
+                "file"
             )
     for key, value in decided.items():
         *parents, last = key.split(".")
@@ -100,7 +110,8 @@ def _resolve(name_or_path: str, decided: dict[str, Any]) -> dict[str, Any]:
         stands = section.get(last, "auto")
         if stands not in ("auto", value):
             raise UserError(
-                f'training.deepspeed {name_or_path}: {key} is {stands!r}, the recipe needs {value!r}; write "auto"'
+                f"training.deepspeed {name_or_path}: {key} is {stands!r}, but the recipe requires {value!r}; "
+                'write "auto"'
             )
         section[last] = value
     return values

@@ -1,6 +1,6 @@
-"""A recipe of action detection: an encoder, a head on the boxes of people, and key frames to learn from (AVA v2.2).
+"""Recipe of action detection: an encoder, a head on the boxes of people, and annotated key frames (AVA v2.2).
 
-The defaults are the published ones that all runs share: those of VideoMAE's code for AVA.
+The defaults are the values that all published runs share, from VideoMAE's code for AVA.
 """
 
 from __future__ import annotations
@@ -17,79 +17,91 @@ from mvd_scale.config.section import Section
 
 
 class DetectorConfig(HeadConfig):
-    """The head on what RoIAlign cuts out of the last feature map, averaged over time."""
+    """Detection head: RoIAlign on the last feature map, averaged over time, and a linear layer."""
 
     classes: int = Field(default=80, gt=0)
-    """Actions that the head scores; they are numbered from 1 on."""
+    """Number of actions that the head scores; actions are numbered from 1."""
 
     resolution: int = Field(default=7, gt=0)
-    """Cells of RoIAlign along each side of a box; the highest of all cells is taken, channel by channel."""
+    """RoIAlign cells along each side of a box; the maximum over all cells is taken in each channel."""
 
     widen: tuple[NonNegativeFloat, NonNegativeFloat] = (0.1, 0.05)
-    """Shares of its width and height by which a box grows in the test, half of it on either side."""
+    """Growth of a box in the test, as shares of its width and height; half of it is added on either side."""
 
 
 class KeyFramesConfig(Section):
-    """Which moments of the videos, with which boxes."""
+    """Annotated key frames of the videos, with their boxes."""
 
     annotations: Path
-    """Boxes with their actions, such as `ava_train_v2.2.csv`."""
+    """File of boxes with their actions, such as `ava_train_v2.2.csv`."""
 
     excluded: Path | None = None
-    """Key frames that do not count, such as `ava_train_excluded_timestamps_v2.2.csv`."""
+    """File of key frames to exclude, such as `ava_train_excluded_timestamps_v2.2.csv`."""
 
     starts_at: float = Field(default=0.0, ge=0)
-    """Second of the annotations at which the video files start: 900 where only the annotated part was kept."""
+    """Time of the annotations, in seconds, at which the video files start: 900 for files of the annotated part only."""
 
 
 class TrainingKeyFrames(KeyFramesConfig):
-    """What training sees: the boxes of the ground truth."""
+    """Key frames of the training, with the boxes of the ground truth."""
 
     jitter: tuple[Probability, Probability, Probability, Probability] = (0.2, 0.1, 0.1, 0.05)
-    """Shares of its width by which a side of a box moves at most, outwards and inwards; then those of its height."""
+    """Largest random shift of a side of a box: outwards and inwards as shares of the width of the box, for its left and
+    right side; then outwards and inwards as shares of its height, for its top and bottom."""
 
 
 class DetectionTest(KeyFramesConfig):
-    """What is tested: boxes in which a detector found people, against those of the ground truth."""
+    """Key frames of a test: boxes of people from a detector are scored against the boxes of the ground truth."""
 
     boxes: Path
-    """Boxes of people with a score, such as LFB and SlowFast distribute."""
+    """File of boxes of people with a score, such as LFB and SlowFast distribute."""
 
     score: Probability = 0.8
-    """Boxes below it are left out."""
+    """Smallest score of a box; boxes with a lower score are ignored."""
 
     actions: Path
-    """The actions that count, such as `ava_action_list_v2.2_for_activitynet_2019.pbtxt`."""
+    """File of the actions that count, such as `ava_action_list_v2.2_for_activitynet_2019.pbtxt`."""
 
     short_side: int = Field(default=256, gt=0)
-    """Pixels that the short side of a frame is resized to; the whole frame is seen."""
+    """Length in pixels to which the short side of a frame is resized; the model sees the whole frame."""
 
 
 class DetectionValidation(ValidationConfig, DetectionTest):
-    """Key frames that are tested during training; the weights of the best frame mAP are kept."""
+    """Key frames that are tested during training; the weights of the highest frame mAP are kept."""
 
 
 class DetectionRecipe(TaskRecipe):
-    """Everything that one run of `mvd-scale detect train` needs to know."""
+    """Recipe of one run of `mvd-scale detect train`."""
 
     head_section = "detector"
 
     detector: DetectorConfig
+    """The detection head."""
+
     key_frames: TrainingKeyFrames
+    """Key frames to train on."""
+
     validation: DetectionValidation | None = None
+    """Key frames to test during training; null for none."""
 
     @model_validator(mode="after")
     def _check_clips(self) -> Self:
         if self.data.sampling != "dense":
-            raise ValueError(f"data.sampling {self.data.sampling} does nothing: clips stand around key frames")
+            raise ValueError(
+                f"data.sampling {self.data.sampling} has no effect: clips are centred on key frames; set it to dense"
+            )
         if self.data.mixture is not None:
-            raise ValueError("data.mixture does not go with key frames: they name the videos of one data.source")
+            raise ValueError(
+                "data.mixture cannot be combined with key frames, which name the videos of one source: use data.source"
+            )
         if self.data.augment.rand_augment is not None:
-            raise ValueError("data.augment.rand_augment moves what is in a box, but not the box: set it to null")
+            raise ValueError(
+                "data.augment.rand_augment moves the content of a box, but not the box itself: set it to null"
+            )
         return self
 
     def _identity(self) -> dict[str, Any]:
         values = super()._identity()
-        # Known by what they hold, as the checkpoints record.
+        # The checkpoints record the contents of these files, so that their paths may change between runs.
         del values["key_frames"]["annotations"], values["key_frames"]["excluded"]
         return values

@@ -1,6 +1,6 @@
-"""A recipe of fine-tuning: an encoder, a head, and how both learn to name classes.
+"""Recipe of fine-tuning: an encoder with a classification head, and their optimisation.
 
-The defaults are the published ones that all runs share.
+The defaults are the values that all published runs share.
 """
 
 from __future__ import annotations
@@ -17,113 +17,117 @@ from mvd_scale.config.training import Decay, TrainingConfig
 
 
 class FinetuneTraining(TrainingConfig):
-    """Optimisation of encoder and head under DeepSpeed."""
+    """Optimisation of the encoder and the head under DeepSpeed."""
 
     min_lr: float = Field(default=1e-6, ge=0)
-    """Last learning rate for a global batch of 256; scaled likewise."""
+    """Final learning rate for a global batch of 256; scaled linearly with the batch."""
 
     warmup_epochs: float = Field(default=5, ge=0)
-    """Epochs of linear warm-up from 0."""
+    """Number of epochs of linear warm-up from 0."""
 
     betas: tuple[Decay, Decay] = (0.9, 0.999)
-    """Decay of AdamW's first and second moment."""
+    """Decay rates of AdamW's first and second moment."""
 
     layer_decay: float = Field(default=0.75, gt=0, le=1)
-    """Factor on the learning rate from each layer to the one below it; the head has 1."""
+    """Factor on the learning rate from each layer to the layer below it; the head has factor 1."""
 
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
-    """Keep a moving average of the weights, of which a step keeps this share, and test that one too."""
+    """Decay of an exponential moving average of the weights, which is tested in addition to the weights; null for no
+    average."""
 
 
 class HeadConfig(Section):
-    """The linear layer that a task puts on the encoder."""
+    """Linear layer that a task adds to the encoder."""
 
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Before the head."""
+    """Dropout probability before the head."""
 
     init_scale: float = Field(default=0.001, gt=0)
-    """Factor on the first weights of the head."""
+    """Factor on the initial weights of the head."""
 
     from_scratch: bool = False
-    """Train without pre-trained weights; otherwise `training.initial_encoder` must name them."""
+    """Train without pre-trained weights; if false, `training.initial_encoder` must name them."""
 
 
 class ClassifierConfig(HeadConfig):
-    """The head on the mean of all tokens."""
+    """Classification head: a linear layer on the mean of all tokens."""
 
     classes: int | None = Field(default=None, gt=0)
-    """Number of classes; as many as the training videos have if left out."""
+    """Number of classes; the number of classes of the training videos if omitted."""
 
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
-    """Share of a label that is spread over all classes."""
+    """Share of a label that is distributed over all classes."""
 
 
 class MixConfig(Section):
-    """Mixup and cutmix of whole micro batches, each clip with the one at the other end."""
+    """Mixup and cutmix of whole micro batches: clip i is mixed with clip i from the end."""
 
     mixup: float = Field(default=0.8, ge=0)
-    """Alpha of mixup's beta distribution; 0 for none."""
+    """Alpha of mixup's beta distribution; 0 turns mixup off."""
 
     cutmix: float = Field(default=1.0, ge=0)
-    """Alpha of cutmix's beta distribution; 0 for none. The box is the same in all frames."""
+    """Alpha of cutmix's beta distribution; 0 turns cutmix off. The box is the same in all frames."""
 
     switch: Probability = 0.5
-    """Probability of cutmix where both are on."""
+    """Probability of cutmix instead of mixup, if both are on."""
 
     probability: Probability = 1.0
-    """Of a micro batch to be mixed."""
+    """Probability with which a micro batch is mixed."""
 
     @model_validator(mode="after")
     def _check_alphas(self) -> Self:
         if not self.mixup and not self.cutmix:
-            raise ValueError("mixup and cutmix are both 0: set mix to null")
+            raise ValueError("mixup and cutmix are both 0: set mix to null to turn mixing off")
         return self
 
 
 class ValidationConfig(Section):
-    """Labelled videos that are tested during training, each by the clip in its middle; the best weights are kept."""
+    """Labelled videos to test during training, one clip from the middle of each; the best weights are kept."""
 
     source: str
-    """As `data.source`."""
+    """Labelled videos, as `data.source`."""
 
     root: str | None = None
-    """As `data.root`."""
+    """Folder or URL of relative paths, as `data.root`."""
 
     every_epochs: float = Field(default=1, gt=0)
-    """Epochs between two tests."""
+    """Number of epochs from one test to the next."""
 
     batch: int = Field(default=8, gt=0)
-    """Videos that a rank tests together."""
+    """Number of videos per batch of a rank."""
 
 
 class TaskRecipe(RunRecipe):
-    """What all runs have in common that teach a pre-trained encoder a task."""
+    """Base of the recipes that fine-tune a pre-trained encoder for a task."""
 
     head_section: ClassVar[str]
-    """Name of the section that describes the head."""
+    """Name of the section of the recipe that describes the head."""
 
     training: FinetuneTraining
+    """Optimisation of the encoder and the head."""
+
     validation: ValidationConfig | None = None
+    """Videos to test during training; null for none."""
 
     @property
     def head(self) -> HeadConfig:
-        """The section that describes the head."""
+        """Section of the recipe that describes the head."""
         section: HeadConfig = getattr(self, self.head_section)
         return section
 
     @model_validator(mode="after")
     def _check_task(self) -> Self:
         if self.data.mask is not None:
-            raise ValueError(f"data.mask hides tokens, but a {self.head_section} sees all: set it to null")
+            raise ValueError(f"data.mask hides tokens, but a {self.head_section} needs all of them: set it to null")
         if self.model.class_token:
-            raise ValueError(f"model.class_token has no place in a {self.head_section} of clips: set it to false")
+            raise ValueError(f"model.class_token is not supported by a {self.head_section} of clips: set it to false")
         if self.training.initial_encoder is not None and self.head.from_scratch:
-            raise ValueError(f"give either training.initial_encoder or {self.head_section}.from_scratch")
+            raise ValueError(f"give either training.initial_encoder or {self.head_section}.from_scratch, not both")
         return self
 
     @property
     def lr_batch(self) -> int:
-        """Clips of an optimizer step by which the learning rate is scaled: here copies do not count."""
+        """Number of clips per optimizer step by which the learning rate is scaled; here copies do not count."""
         return self.training.global_batch // self.data.copies
 
     def _identity(self) -> dict[str, Any]:
@@ -133,15 +137,18 @@ class TaskRecipe(RunRecipe):
 
 
 class FinetuneRecipe(TaskRecipe):
-    """Everything that one run of `mvd-scale finetune` needs to know."""
+    """Recipe of one run of `mvd-scale finetune`."""
 
     head_section = "classifier"
 
     classifier: ClassifierConfig
+    """The classification head."""
+
     mix: MixConfig | None = MixConfig()
+    """Mixup and cutmix; null for none."""
 
     test: TestViews = ViewsConfig()
-    """Views by which `mvd-scale evaluate` tests the result; the weights carry them."""
+    """Default views of `mvd-scale evaluate` for the result; they are stored with the weights."""
 
     def _identity(self) -> dict[str, Any]:
         values = super()._identity()

@@ -1,4 +1,4 @@
-"""A recipe: YAML -> the recipe that is its base -> dotted overrides -> the typed schema."""
+"""Loading of recipes: YAML file -> merge over its base recipe -> dotted overrides -> typed schema."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mvd_scale.errors import UserError
 
 
 def list_recipes() -> dict[str, str]:
-    """Names of the shipped recipes and the first line of each one's head."""
+    """Names of the shipped recipes, each with the first line of its header comment."""
     root = resources.files("mvd_scale") / "recipes"
     found = {}
     for folder in sorted(root.iterdir(), key=lambda entry: entry.name):
@@ -29,37 +29,39 @@ def list_recipes() -> dict[str, str]:
 
 
 def load_recipe(name_or_path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe of pre-training by shipped name or by path and lay dotted overrides over it.
+    """Read a pre-training recipe by its shipped name or its path, and apply dotted overrides.
 
     Args:
-        name_or_path: a name of `list_recipes`, or a YAML file. The recipe that its `base:` names stands below it.
-        overrides: command-line words such as `--training.epochs 3` or `--training.epochs=3`, values in YAML;
-            the last one of a key wins. A mapping merges into what stands, anything else replaces it.
+        name_or_path: a name of `list_recipes`, or the path of a YAML file. The file is merged over the recipe that its
+            `base:` names.
+        overrides: command-line words such as `--training.epochs 3` or `--training.epochs=3`, with values in YAML; the
+            last value of a key wins. A mapping is merged into the existing mapping, any other value replaces it.
 
     Raises:
-        UserError: the recipe does not exist, is no YAML, or does not fit the schema; all faults are named.
+        UserError: the recipe does not exist, is not valid YAML, or does not match the schema; the message names all
+            faults.
     """
     return _load(Recipe, name_or_path, overrides)
 
 
 def load_finetuning(name_or_path: str | Path, overrides: list[str] | None = None) -> FinetuneRecipe:
-    """Read a recipe of fine-tuning; otherwise as `load_recipe`."""
+    """Read a fine-tuning recipe; arguments and exceptions as `load_recipe`."""
     return _load(FinetuneRecipe, name_or_path, overrides)
 
 
 def load_detection(name_or_path: str | Path, overrides: list[str] | None = None) -> DetectionRecipe:
-    """Read a recipe of action detection; otherwise as `load_recipe`."""
+    """Read a recipe of action detection; arguments and exceptions as `load_recipe`."""
     return _load(DetectionRecipe, name_or_path, overrides)
 
 
 def load_any(name_or_path: str | Path) -> RunRecipe:
-    """Read a recipe of whatever kind."""
+    """Read a recipe of any kind, without overrides; exceptions as `load_recipe`."""
     source, values = _read(name_or_path, ())
     return _validated(_kind_of(values), values, source)
 
 
 def recipe_of(values: dict[str, Any], source: str) -> Recipe:
-    """A recipe from the mapping that a YAML file would hold; `source` names it in messages.
+    """Build a pre-training recipe from the mapping that a YAML file would hold; `source` names it in messages.
 
     Raises:
         UserError: as `load_recipe`.
@@ -68,7 +70,7 @@ def recipe_of(values: dict[str, Any], source: str) -> Recipe:
 
 
 def finetuning_of(values: dict[str, Any], source: str) -> FinetuneRecipe:
-    """As `recipe_of`, of fine-tuning."""
+    """Build a fine-tuning recipe from a mapping; arguments and exceptions as `recipe_of`."""
     return _of(FinetuneRecipe, values, source)
 
 
@@ -83,7 +85,7 @@ def _of(kind: type[Kind], values: dict[str, Any], source: str) -> Kind:
 
 def _load(kind: type[Kind], name_or_path: str | Path, overrides: list[str] | None) -> Kind:
     source, values = _read(name_or_path, ())
-    # Judged by the file: an unknown key on the command line does not make it another kind.
+    # The kind is that of the file: a key on the command line must not change it.
     _check_kind(kind, values, source)
     for key, value in parse_overrides(overrides or []):
         set_value(values, key, value)
@@ -95,7 +97,7 @@ _KINDS: dict[type[RunRecipe], tuple[str, str]] = {
     FinetuneRecipe: ("fine-tunes", "finetune"),
     DetectionRecipe: ("detects actions", "detect train"),
 }
-"""What a recipe of each kind does, and the command that starts it."""
+"""For each kind of recipe, the verb that says what it does, and the command that starts it."""
 
 
 def _kind_of(values: dict[str, Any]) -> type[RunRecipe]:
@@ -107,14 +109,14 @@ def _kind_of(values: dict[str, Any]) -> type[RunRecipe]:
 def _check_kind(kind: type[RunRecipe], values: dict[str, Any], source: str) -> None:
     if _kind_of(values) is not kind:
         does, command = _KINDS[_kind_of(values)]
-        raise UserError(f"{source} {does}: start it with `mvd-scale {command}`, or choose another recipe")
+        raise UserError(f"the recipe {source} {does}: start it with `mvd-scale {command}`, or choose another recipe")
 
 
 def _validated(kind: type[Kind], values: dict[str, Any], source: str) -> Kind:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{source} does not describe a run:\n{describe(error)}") from error
+        raise UserError(f"the recipe {source} is not valid:\n{describe(error)}") from error
 
 
 def _read(name_or_path: str | Path, above: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
@@ -132,7 +134,7 @@ def _read(name_or_path: str | Path, above: tuple[str, ...]) -> tuple[str, dict[s
 
 
 def _with_base(values: dict[str, Any], source: str, folder: Path | None, above: tuple[str, ...]) -> dict[str, Any]:
-    """A recipe laid over the one that its `base:` names, that one over its own, and so on."""
+    """Merge a recipe over the one that its `base:` names, which is merged over its own base first, and so on."""
     base = values.get("base")
     own = {key: value for key, value in values.items() if key != "base"}
     if base is None:

@@ -1,4 +1,4 @@
-"""A pipeline: stages that run one after the other, the output of one the input of the next."""
+"""Schema of a pipeline: stages that run one after the other; a stage may use the outputs of earlier stages."""
 
 from __future__ import annotations
 
@@ -18,105 +18,105 @@ from mvd_scale.errors import UserError
 
 
 class AnyStage(Section):
-    """What all stages have in common. `{name}` in any text stands for the folder of an earlier stage."""
+    """Base of all stages. `{name}` in any text value is replaced by the folder of the earlier stage `name`."""
 
     title: str = ""
-    """What the stage does, for the log."""
+    """Description of the stage, for the log."""
 
 
 class SamplesStage(AnyStage):
-    """Cuts the real clips of the `samples` extra into its folder."""
+    """Stage that writes the sample clips of the `samples` extra into its folder."""
 
     kind: Literal["samples"]
 
 
 class IndexStage(AnyStage):
-    """Probes videos into `manifest.parquet`."""
+    """Stage that probes videos and writes `manifest.parquet`."""
 
     kind: Literal["index"]
 
     sources: list[str] = Field(min_length=1)
-    """As of `mvd-scale data index`."""
+    """Sources, as the arguments of `mvd-scale data index`."""
 
     root: str | None = None
-    """Folder or URL that the paths of a list start from; the list's own if left out."""
+    """Folder or URL to which the paths of a list are relative; the folder of the list if omitted."""
 
     split: Literal["train", "validation", "test"] | None = None
-    """Of a list that holds several."""
+    """Split to take from a list that holds several; all of them if omitted."""
 
     fold: int = Field(default=1, ge=1, le=3)
-    """Of HMDB51's three."""
+    """Official split of HMDB51: 1, 2 or 3."""
 
     classes: str | None = None
     """File with the names of the classes."""
 
 
 class SynthStage(AnyStage):
-    """Makes labelled videos: `train/` and `test/` in its folder."""
+    """Stage that makes labelled synthetic videos in the folders `train/` and `test/` of its folder."""
 
     kind: Literal["synth"]
 
     label: Literal["appearance", "motion"]
-    """What it lies in."""
+    """Property that the label describes: the appearance of an object, or the direction of motion."""
 
     train: int = Field(default=100, gt=0)
-    """Training videos of a class."""
+    """Number of training videos per class."""
 
     test: int = Field(default=25, gt=0)
-    """Test videos of a class."""
+    """Number of test videos per class."""
 
 
 class TrainStage(AnyStage):
-    """Trains under the `deepspeed` launcher; its folder is the run's."""
+    """Base of stages that train under the `deepspeed` launcher; the folder of the stage is the folder of the run."""
 
     recipe: dict[str, Any]
-    """A recipe, most often a `base` and what differs from it; `run.folder` is the stage's."""
+    """Recipe, usually a `base` and the values that differ from it; `run.folder` is set to the folder of the stage."""
 
     @model_validator(mode="after")
     def _check_recipe(self) -> Self:
         if "run" in self.recipe:
-            raise ValueError("recipe.run is the pipeline's to decide: the run lives in the folder of its stage")
+            raise ValueError("recipe.run is set by the pipeline, to the folder of the stage: remove it")
         return self
 
 
 class PretrainStage(TrainStage):
-    """A run of `mvd-scale pretrain`, with `encoder.safetensors` at the end."""
+    """Stage that runs `mvd-scale pretrain` and writes `encoder.safetensors`."""
 
     kind: Literal["pretrain"]
 
 
 class FinetuneStage(TrainStage):
-    """A run of `mvd-scale finetune`, with `classifier.safetensors` at the end."""
+    """Stage that runs `mvd-scale finetune` and writes `classifier.safetensors`."""
 
     kind: Literal["finetune"]
 
 
 class EvaluateStage(AnyStage):
-    """The multi-view test of a classifier; its folder holds scores and figures, with `summary.json` at the end."""
+    """Stage that runs the multi-view test of a classifier and writes scores, figures and `summary.json`."""
 
     kind: Literal["evaluate"]
 
     checkpoint: Path
-    """Weights with a head, or the folder of a run of fine-tuning."""
+    """File of weights with a classification head, or the folder of a fine-tuning run."""
 
     source: str
-    """Labelled videos: a manifest, or whatever `data index` takes."""
+    """Labelled videos: a manifest, or any other source that `data index` accepts."""
 
     root: str | None = None
-    """Folder or URL that the paths of a list start from."""
+    """Folder or URL to which the paths of a list are relative; the folder of the list if omitted."""
 
     views: TestViews | None = None
-    """Clips and crops of each video; those that the weights were meant for if left out."""
+    """Clips and crops of each video; the views stored with the weights if omitted."""
 
     batch: int = Field(default=1, gt=0)
-    """Videos that a rank decodes together."""
+    """Number of videos per batch of a rank."""
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """`auto` takes the GPU where there is one."""
+    """Device of the test. `auto`: a GPU if there is one, else the CPU."""
 
 
 class DrawStage(AnyStage):
-    """Draws what a finished run predicts beside what is true, into the folder of that run."""
+    """Stage that draws the predictions of a finished run beside the ground truth, into the folder of that run."""
 
     kind: Literal["draw"]
 
@@ -124,7 +124,7 @@ class DrawStage(AnyStage):
     """Folder of the run."""
 
     clips: int = Field(default=4, gt=0)
-    """Clips to show."""
+    """Number of clips to show."""
 
 
 Stage = Annotated[
@@ -134,32 +134,37 @@ Stage = Annotated[
 
 
 class Pipeline(Section):
-    """Stages by name, in their order."""
+    """Pipeline: stages by name, in the order in which they run."""
 
     folder: Path
-    """Holds a folder for every stage."""
+    """Folder that holds a folder for every stage."""
 
     ranks: int | None = Field(default=None, gt=0)
-    """Processes of each trained stage on this host; one per GPU, or two without any, if left out."""
+    """Number of ranks of each training or test stage on this host; if omitted, one per GPU, or two without a GPU."""
 
     hostfile: Path | None = None
-    """Hosts and their slots for the `deepspeed` launcher; this host alone if left out."""
+    """File of hosts and their slots for the `deepspeed` launcher; only this host if omitted."""
 
     stages: dict[str, Stage] = Field(min_length=1)
-    """What is done."""
+    """Stages by name, in the order in which they run."""
 
     @model_validator(mode="after")
     def _check_references(self) -> Self:
         if self.ranks is not None and self.hostfile is not None:
-            raise ValueError("give either ranks or hostfile, which says the slots of each host")
+            raise ValueError("give either ranks or hostfile, which states the slots of each host, not both")
         earlier: list[str] = []
         for name, stage in self.stages.items():
             if not name.isidentifier():
-                raise ValueError(f"stages.{name}: a stage's name must be a word of letters, digits and underscores")
+                raise ValueError(
+                    f"stages.{name}: the name of a stage must consist of letters, digits and underscores, and must not "
+                    "begin with a digit"
+                )
             for reference in references(stage):
                 if reference not in earlier:
                     known = ", ".join(f"{{{other}}}" for other in earlier) or "none"
-                    raise ValueError(f"stages.{name}: {{{reference}}} is no earlier stage; those are {known}")
+                    raise ValueError(
+                        f"stages.{name}: {{{reference}}} is not an earlier stage: expected one of these: {known}"
+                    )
             earlier.append(name)
         return self
 
@@ -168,7 +173,7 @@ class Pipeline(Section):
         return self.folder / name
 
     def resolved(self, name: str) -> dict[str, Any]:
-        """The fields of a stage with the folders of other stages put in."""
+        """Fields of a stage, in which each `{name}` is replaced by the folder of that stage."""
         folders = {other: str(self.place(other)) for other in self.stages}
         values = _map_texts(
             self.stages[name].model_dump(mode="json", exclude_unset=True),
@@ -182,7 +187,7 @@ _REFERENCE = re.compile(r"\{(\w+)\}")
 
 
 def references(stage: AnyStage) -> list[str]:
-    """Names of the stages whose folders a stage mentions."""
+    """Names of the stages to whose folders a stage refers."""
     return [name for text in _texts(stage.model_dump(mode="json")) for name in _REFERENCE.findall(text)]
 
 
@@ -192,10 +197,11 @@ def list_pipelines() -> list[str]:
 
 
 def load_pipeline(name_or_path: str | Path, overrides: list[str] | None = None) -> Pipeline:
-    """Read a pipeline by shipped name or by path and lay dotted overrides over it.
+    """Read a pipeline by its shipped name or its path, and apply dotted overrides.
 
     Raises:
-        UserError: it does not exist, is no YAML, or does not fit the schema; all faults are named.
+        UserError: the pipeline does not exist, is not valid YAML, or does not match the schema; the message names all
+            faults.
     """
     shipped = resources.files("mvd_scale") / "pipelines" / f"{name_or_path}.yaml"
     path = Path(name_or_path)
@@ -209,7 +215,7 @@ def load_pipeline(name_or_path: str | Path, overrides: list[str] | None = None) 
     try:
         return Pipeline.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{name_or_path} does not describe a pipeline:\n{describe(error)}") from error
+        raise UserError(f"the pipeline {name_or_path} is not valid:\n{describe(error)}") from error
 
 
 def _texts(values: Any) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""YAML -> mapping, dotted overrides laid over it, and faults in words."""
+"""Reading of YAML mappings, dotted overrides, and validation errors as text."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ from mvd_scale.errors import UserError
 
 
 def read_mapping(raw: bytes, source: str, expected: str) -> dict[str, Any]:
-    """The mapping that a YAML file holds; `source` names it in messages.
+    """Parse a YAML file that holds a mapping.
+
+    Args:
+        raw: bytes of the file.
+        source: name of the file in messages.
+        expected: description of the expected keys in messages.
 
     Raises:
-        UserError: it is no text, no YAML, or no mapping; `expected` says of what.
+        UserError: the file is not text, is not valid YAML, or does not hold a mapping.
     """
     try:
         values = _unshared(yaml.safe_load(raw.decode()))
@@ -28,12 +33,16 @@ def read_mapping(raw: bytes, source: str, expected: str) -> dict[str, Any]:
 
 
 def parse_overrides(words: list[str]) -> list[tuple[list[str], Any]]:
-    """Keys and values of command-line words such as `--training.epochs 3` or `--training.epochs=3`."""
+    """Parse command-line words such as `--training.epochs 3` or `--training.epochs=3` to keys and values.
+
+    Raises:
+        UserError: a word is not an override, has no value, or its value is not valid YAML.
+    """
     pairs = []
     rest = iter(words)
     for word in rest:
         if not word.startswith("--") or len(word) == 2:
-            raise UserError(f"unexpected argument {word!r}: overrides look like `--training.epochs 3`")
+            raise UserError(f"unexpected argument {word!r}: expected overrides such as `--training.epochs 3`")
         key, equals, value = word[2:].partition("=")
         if not equals:
             following = next(rest, None)
@@ -43,12 +52,16 @@ def parse_overrides(words: list[str]) -> list[tuple[list[str], Any]]:
         try:
             pairs.append((key.split("."), yaml.safe_load(value)))
         except yaml.YAMLError as error:
-            raise UserError(f"override --{key}: {value!r} is not a YAML value: {error}") from error
+            raise UserError(f"override --{key}: {value!r} is not a valid YAML value: {error}") from error
     return pairs
 
 
 def set_value(values: dict[str, Any], key: list[str], value: Any) -> None:
-    """Lay a value over what stands at a key: a mapping merges into a mapping, anything else replaces."""
+    """Set the value at a dotted key: a mapping is merged into an existing mapping, any other value replaces it.
+
+    Raises:
+        UserError: a parent of the key is not a mapping.
+    """
     *parents, last = key
     for depth, parent in enumerate(parents):
         child = values.get(parent)
@@ -65,14 +78,14 @@ def set_value(values: dict[str, Any], key: list[str], value: Any) -> None:
 
 
 def _without_tags(parts: list[str]) -> list[str]:
-    """A key as it is written: pydantic adds the kind of a target, crop or stage behind its name."""
+    """Key as the user writes it, without the kind of a target, crop or stage that pydantic inserts after its name."""
     if len(parts) > 3 and (parts[0] in ("targets", "stages") or parts[:2] == ["data", "crop"]):
         del parts[2]
     return parts
 
 
 def describe(error: ValidationError) -> str:
-    """A line for every fault: its key and what was expected."""
+    """Format a validation error as text: one line per fault, with its key, what was expected, and what was given."""
     lines = []
     for fault in error.errors():
         key = ".".join(_without_tags([str(part) for part in fault["loc"]])) or "recipe"
@@ -88,5 +101,5 @@ def describe(error: ValidationError) -> str:
 
 
 def _unshared(value: Any) -> Any:
-    """A copy in which what an anchor of YAML put in several places can be changed in one of them."""
+    """Copy nested mappings: YAML aliases share one object, and an override must change one place only."""
     return {key: _unshared(inner) for key, inner in value.items()} if isinstance(value, dict) else value

@@ -1,4 +1,4 @@
-"""A recipe: YAML -> dotted overrides -> the typed schema -> checks across sections."""
+"""Recipes: the sections that all runs share, the pre-training recipe, and checks across sections."""
 
 from __future__ import annotations
 
@@ -26,58 +26,73 @@ from mvd_scale.errors import UserError
 
 
 class RunRecipe(Section):
-    """What all runs that train have in common."""
+    """Base of all recipes of runs that train."""
 
     seed: int = Field(default=0, ge=0)
-    """Of weights, order, frames, crops and masks."""
+    """Seed of initial weights, and of the order, frames, crops and masks of clips."""
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """`auto` takes the GPU where there is one."""
+    """Device of the run. `auto`: GPUs if there are any, else the CPU."""
 
     run: RunConfig
+    """Folder of the run."""
+
     model: ModelConfig
+    """Shape of the vision transformer that is trained."""
+
     data: DataConfig
+    """Sources, sampling, crop, augmentation and mask of clips."""
+
     training: TrainingConfig
+    """Optimisation."""
+
     checkpoints: CheckpointConfig = CheckpointConfig()
+    """When checkpoints are saved, and how many are kept."""
+
     logging: LoggingConfig = LoggingConfig()
+    """Metrics and their destinations."""
 
     @model_validator(mode="after")
     def _check_training(self) -> Self:
         if self.device == "cpu" and self.training.precision == "fp16":
-            raise ValueError("precision fp16 needs a GPU (CPUs compute it slowly or not at all): use bf16 or fp32")
+            raise ValueError(
+                "training.precision fp16 requires a GPU (CPUs compute fp16 slowly or not at all): use bf16 or fp32"
+            )
         if self.training.warmup_epochs >= self.training.epochs:
             raise ValueError(
-                f"training.warmup_epochs {self.training.warmup_epochs:g} must be fewer than "
+                f"training.warmup_epochs {self.training.warmup_epochs:g} must be less than "
                 f"training.epochs {self.training.epochs}"
             )
         if self.training.min_lr > self.training.base_lr:
             raise ValueError(
-                f"training.min_lr {self.training.min_lr:g} is above training.base_lr {self.training.base_lr:g}"
+                f"training.min_lr {self.training.min_lr:g} must not exceed training.base_lr {self.training.base_lr:g}"
             )
         crop = self.data.crop
         if isinstance(crop, ShortSideCrop) and crop.sides[0] < self.model.input_size:
             raise ValueError(
-                f"data.crop.sides begins with {crop.sides[0]}, less than the square of model.input_size "
-                f"{self.model.input_size} that is cut out"
+                f"data.crop.sides begins with {crop.sides[0]} pixels, which is less than the crop of model.input_size "
+                f"{self.model.input_size}: give at least {self.model.input_size}"
             )
         return self
 
     @property
     def lr_batch(self) -> int:
-        """Clips of an optimizer step by which the learning rate is scaled."""
+        """Number of clips per optimizer step by which the learning rate is scaled."""
         return self.training.global_batch
 
     def batch_split(self, world_size: int) -> tuple[int, int]:
-        """Micro batch and accumulation steps for a number of ranks: the largest micro batch that the recipe allows.
+        """Micro batch and gradient accumulation steps for `world_size` ranks: the largest micro batch that is allowed.
 
         Raises:
-            UserError: the global batch cannot be split so; the message proposes the nearest numbers that can.
+            UserError: the global batch cannot be split over the ranks; the message proposes the nearest numbers of
+                ranks and the nearest global batches that can.
         """
         total, copies = self.training.global_batch, self.data.copies
         limit = self.training.micro_batch or total
         if limit < copies:
             raise UserError(
-                f"training.micro_batch {limit} is less than data.copies {copies}: the copies of a clip stay together"
+                f"training.micro_batch {limit} is less than data.copies {copies}, but a micro batch must hold all "
+                f"copies of a clip: set training.micro_batch to {copies} or more"
             )
         if total % (world_size * copies):
             unit = world_size * copies
@@ -87,18 +102,18 @@ class RunRecipe(Section):
             raise UserError(
                 f"training.global_batch {total} cannot be split over {world_size} ranks"
                 + (f" in whole sets of {copies} copies" if copies > 1 else "")
-                + (f". Start {_either(ranks)} ranks, or" if ranks else ". No number of ranks can;")
-                + f" set training.global_batch to {_either(batches)}, with which the learning rate scales"
+                + (f". Start {_either(ranks)} ranks, or" if ranks else ". No number of ranks divides it:")
+                + f" set training.global_batch to {_either(batches)}; the learning rate scales with it"
             )
         share = total // world_size
         micro = max(n for n in range(copies, min(share, limit) + 1, copies) if share % n == 0)
         return micro, share // micro
 
     def identity(self) -> dict[str, Any]:
-        """What makes two runs the same run: all that changes which numbers are computed, flattened to dotted keys.
+        """Values that must not change when a run resumes, by dotted key: all that affect the computed numbers.
 
-        Where the run lives, how often it saves and logs, how it decodes and splits batches, and where it stops
-        may change between a start and its resumption.
+        The folder of the run, the frequency of checkpoints and logs, the settings of decoding, the split of batches,
+        and the last step may change between a start and its resumption.
         """
         return dict(_flatten(self._identity()))
 
@@ -110,7 +125,7 @@ class RunRecipe(Section):
             del values["data"][key]
         for part in (values["data"]["mixture"] or {}).values():
             del part["source"], part["root"]
-        # Weights are known by their contents, which the checkpoints record, not by where they lie.
+        # The checkpoints record the contents of the initial weights, so that their path may change.
         for key in (
             "max_steps", "micro_batch", "deepspeed", "gradient_checkpointing", "compile", "collective_timeout_minutes",
             "initial_encoder",
@@ -119,24 +134,29 @@ class RunRecipe(Section):
         return values
 
     def to_yaml(self) -> str:
-        """The resolved recipe, every field spelled out; `load_recipe` reads it back."""
+        """Resolved recipe as YAML with a value for every field; `load_recipe` reads it back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
 class Recipe(RunRecipe):
-    """Everything that one run of `mvd-scale pretrain` needs to know."""
+    """Recipe of one run of `mvd-scale pretrain`."""
 
     targets: dict[str, TargetConfig] = Field(min_length=1)
-    """Any number of targets by name; the loss is their weighted sum."""
+    """Prediction targets by name; the loss is the weighted sum of their losses."""
 
     training: PretrainTraining
+    """Optimisation of the student."""
+
     teachers: TeacherConfig = TeacherConfig()
+    """Placement and precision of frozen teachers."""
+
     logging: PretrainLogging = PretrainLogging()
+    """Metrics, pictures and probes, and their destinations."""
 
     @model_validator(mode="before")
     @classmethod
     def _drop_targets(cls, values: object) -> object:
-        """A target that is null is none: how a recipe leaves out one of its base."""
+        """Remove targets that are null: this is how a recipe drops a target of its base."""
         if isinstance(values, dict) and isinstance(values.get("targets"), dict):
             kept = {name: target for name, target in values["targets"].items() if target is not None}
             return {**values, "targets": kept}
@@ -147,22 +167,27 @@ class Recipe(RunRecipe):
         self._check_mask()
         for name, target in self.targets.items():
             if not name.isidentifier():
-                raise ValueError(f"targets.{name}: a target's name must be a word of letters, digits and underscores")
+                raise ValueError(
+                    f"targets.{name}: the name of a target must consist of letters, digits and underscores, and must "
+                    "not begin with a digit"
+                )
             if target.decoder is None:
                 continue
             if target.decoder.width % target.decoder.heads:
                 raise ValueError(
-                    f"targets.{name}.decoder: width {target.decoder.width} does not divide into "
-                    f"{target.decoder.heads} heads"
+                    f"targets.{name}.decoder: width {target.decoder.width} is not a multiple of heads "
+                    f"{target.decoder.heads}"
                 )
             multiple = {"sincos3d": 16, "sincos2d": 4, "sinusoid": 1}[self.model.positions]
             if target.decoder.width % multiple:
                 raise ValueError(
-                    f"targets.{name}.decoder: positions {self.model.positions} need a width that is a multiple of "
-                    f"{multiple}, not {target.decoder.width}"
+                    f"targets.{name}.decoder: model.positions {self.model.positions} require a width that is a "
+                    f"multiple of {multiple}, not {target.decoder.width}"
                 )
         if self.device == "cpu" and self.teachers.precision == "fp16":
-            raise ValueError("precision fp16 needs a GPU (CPUs compute it slowly or not at all): use bf16 or fp32")
+            raise ValueError(
+                "teachers.precision fp16 requires a GPU (CPUs compute fp16 slowly or not at all): use bf16 or fp32"
+            )
         self._check_eight_bits()
         self._check_programs()
         return self
@@ -171,42 +196,54 @@ class Recipe(RunRecipe):
         teachers = self.teachers
         shapes = [target.decoder for target in self.targets.values() if target.decoder is not None]
         if self.training.batch_decoders is True and len(set(shapes)) == len(shapes):
-            raise ValueError("training.batch_decoders does nothing: no two targets have decoders of one shape")
+            raise ValueError(
+                "training.batch_decoders true has no effect: no two targets have decoders of the same shape. Set it to "
+                "auto"
+            )
         for key in ("compile", "cuda_graphs"):
             if getattr(teachers, key) is not True:
                 continue
             if teachers.sharding == "zero3":
                 raise ValueError(
-                    f"teachers.{key} is not for sharded teachers, which gather their parameters block by block: "
-                    "use `sharding: replicated`, or leave it at auto"
+                    f"teachers.{key} is not supported for sharded teachers, which gather their parameters block by "
+                    f"block: use `teachers.sharding: replicated`, or set teachers.{key} to auto"
                 )
             if not any(isinstance(target, TeacherTarget) for target in self.targets.values()):
-                raise ValueError(f"teachers.{key} does nothing: no target has a teacher")
+                raise ValueError(f"teachers.{key} true has no effect: no target has a teacher. Set it to auto")
         if teachers.cuda_graphs is True and self.device == "cpu":
-            raise ValueError("teachers.cuda_graphs needs a GPU, but device is cpu: leave it at auto")
+            raise ValueError("teachers.cuda_graphs requires a GPU, but device is cpu: set it to auto")
         if teachers.compile is True and teachers.precision == "int8":
-            raise ValueError("teachers.compile is not for teachers.precision int8: leave it at auto")
+            raise ValueError("teachers.compile is not supported for teachers.precision int8: set it to auto")
 
     def _check_eight_bits(self) -> None:
         precision = self.teachers.precision
         if self.teachers.shard_over == "world" and self.teachers.sharding == "replicated":
-            raise ValueError("teachers.shard_over world does nothing with teachers.sharding replicated")
+            raise ValueError(
+                "teachers.shard_over world has no effect with teachers.sharding replicated: remove one of the two"
+            )
         if (self.device, precision) in (("cpu", "fp8"), ("cuda", "int8")):
             raise ValueError(
-                f"teachers.precision {precision} is not for device {self.device}: int8 is for CPUs, fp8 for GPUs"
+                f"teachers.precision {precision} is not supported on device {self.device}: use int8 on CPUs, or fp8 on "
+                "GPUs"
             )
         if precision not in ("int8", "fp8"):
             if self.teachers.accept_inexact:
-                raise ValueError(f"teachers.accept_inexact does nothing with teachers.precision {precision}")
+                raise ValueError(
+                    f"teachers.accept_inexact has no effect with teachers.precision {precision}: it is for int8 and fp8"
+                )
             return
         if self.teachers.sharding == "zero3":
-            raise ValueError(f"teachers.precision {precision} cannot be sharded: use `sharding: replicated` or fp16")
+            raise ValueError(
+                f"teachers.precision {precision} cannot be sharded: use `teachers.sharding: replicated`, or precision "
+                "fp16"
+            )
         if not any(isinstance(target, TeacherTarget) for target in self.targets.values()):
-            raise ValueError(f"teachers.precision {precision} does nothing: no target has a teacher")
+            raise ValueError(f"teachers.precision {precision} has no effect: no target has a teacher")
         moving = [name for name, target in self.targets.items() if isinstance(target, MomentumTarget)]
         if moving:
             raise ValueError(
-                f"teachers.precision {precision} is for frozen weights, but those of targets.{moving[0]} move"
+                f"teachers.precision {precision} requires frozen weights, but the teacher of targets.{moving[0]} "
+                "changes with every step: use another precision"
             )
 
     def _check_mask(self) -> None:
@@ -215,7 +252,7 @@ class Recipe(RunRecipe):
             if mask is None and target.tokens != "all":
                 raise ValueError(
                     f"targets.{name}.tokens is {target.tokens}, but without data.mask the student sees all tokens: "
-                    "give a mask, or `tokens: all` with `head: mlp` or `linear`"
+                    "give a mask, or `tokens: all` with `head: mlp` or `head: linear`"
                 )
             if mask is not None and target.tokens == "all":
                 raise ValueError(
@@ -227,29 +264,33 @@ class Recipe(RunRecipe):
         if not 0 < visible < total:
             raise ValueError(
                 f"data.mask.ratio {mask.ratio} leaves {visible} of {total} tokens visible; "
-                "at least one must stay visible and one be masked"
+                "expected at least one visible and one masked token"
             )
         if mask.decode < 1:
             if mask.kind != "tube" or self.model.grid[0] % 4:
                 raise ValueError(
-                    f"data.mask.decode {mask.decode:g} runs through tube masks of 4, 8 ... time slices, where it takes "
-                    f"equally many of every clip; here it is a {mask.kind} mask of {self.model.grid[0]} slices"
+                    f"data.mask.decode {mask.decode:g} requires a tube mask over a multiple of 4 time slices, so that "
+                    f"every clip has the same number of tokens; this is a {mask.kind} mask over {self.model.grid[0]} "
+                    "slices"
                 )
             if not any(target.tokens == "masked" for target in self.targets.values()):
-                raise ValueError(f"data.mask.decode {mask.decode:g} does nothing: no target is at masked tokens")
+                raise ValueError(
+                    f"data.mask.decode {mask.decode:g} has no effect: no target is predicted at masked tokens. Set it "
+                    "to 1"
+                )
 
     @property
     def tokens(self) -> int:
-        """Tokens of a clip (N)."""
+        """Number of tokens of a clip (N)."""
         time, height, width = self.model.grid
         return time * height * width
 
     @property
     def visible_tokens(self) -> int:
-        """Visible tokens of a clip (V), the same in every clip.
+        """Number of visible tokens of a clip (V), the same in every clip.
 
-        A tube mask rounds the masked patches of one time slice down and repeats them; a random mask
-        rounds over all tokens.
+        For a tube mask, the number of masked patches of one time slice is rounded down; for a random mask, the number
+        of masked tokens of the clip.
         """
         mask, (time, height, width) = self.data.mask, self.model.grid
         if mask is None:
@@ -267,7 +308,7 @@ class Recipe(RunRecipe):
 
 
 def _nearest(numbers: list[int], wanted: int) -> list[int]:
-    """The next smaller and the next larger of ascending numbers."""
+    """Largest number below `wanted` and smallest number above it, of ascending numbers, as far as they exist."""
     below, above = [n for n in numbers if n < wanted], [n for n in numbers if n > wanted]
     return below[-1:] + above[:1]
 

@@ -1,4 +1,4 @@
-"""What every section of a recipe has in common."""
+"""Base class of all sections of a recipe."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """A part of a recipe: immutable, refuses unknown keys, its fields documented in place."""
+    """Base of all sections: immutable, rejects unknown keys, and takes descriptions from attribute docstrings."""
 
     model_config = ConfigDict(
         extra="forbid",

@@ -1,4 +1,7 @@
-"""`targets:` - what the student predicts: h, head, tokens, distance and weight of Eq. 2 and 3."""
+"""Section `targets:` of a recipe: the features h that the student predicts, by which head, at which tokens.
+
+Distance and weight are D and lambda of Eq. 2 and 3 of the paper.
+"""
 
 from __future__ import annotations
 
@@ -13,29 +16,29 @@ from mvd_scale.config.section import Section
 
 
 class DecoderConfig(Section):
-    """A shallow transformer over visible and mask tokens (Sec. 3.3, "Decoder")."""
+    """Decoder: a shallow transformer over visible and mask tokens (Sec. 3.3, "Decoder")."""
 
     width: int = Field(gt=0)
-    """Channels of a decoder token."""
+    """Number of channels of a decoder token."""
 
     depth: int = Field(gt=0)
-    """Number of blocks."""
+    """Number of transformer blocks."""
 
     heads: int = Field(gt=0)
-    """Attention heads; must divide `width`."""
+    """Number of attention heads; must divide `width`."""
 
     embed_bias: bool = True
-    """Bias of the projection from the encoder (MVD, MAE: yes; VideoMAE: no)."""
+    """Whether the projection from the encoder has a bias (true for MVD and MAE, false for VideoMAE)."""
 
 
 class TokenHeadConfig(Section):
-    """A head on the encoder's own tokens, without mask tokens (Sec. 4.3, "per-token distillation")."""
+    """Head on the tokens of the encoder, without mask tokens (Sec. 4.3, "per-token distillation")."""
 
     kind: Literal["mlp", "linear"]
-    """`mlp` has one hidden layer."""
+    """`mlp`: an MLP with one hidden layer; `linear`: a linear layer."""
 
     hidden: int | None = Field(default=None, gt=0)
-    """Channels of the MLP's hidden layer; the encoder's width if left out."""
+    """Number of channels of the MLP's hidden layer; the width of the encoder if omitted."""
 
 
 HeadConfig = DecoderConfig | TokenHeadConfig
@@ -44,27 +47,28 @@ Tokens = Literal["masked", "visible", "all"]
 
 
 class AnyTarget(Section):
-    """What all targets have in common."""
+    """Base of all targets."""
 
     head: Literal["decoder", "mlp", "linear"] = "decoder"
-    """What predicts this target: a decoder from mask tokens, or an MLP or a linear layer from the encoder's tokens."""
+    """Head that predicts the target: a decoder from mask tokens, or an MLP or a linear layer from the encoder's
+    tokens."""
 
     decoder: DecoderConfig | None = None
-    """Shape of the decoder."""
+    """Shape of the decoder; required for `head: decoder`."""
 
     hidden: int | None = Field(default=None, gt=0)
-    """Channels of the hidden layer of `head: mlp`; the encoder's width if left out."""
+    """Number of channels of the hidden layer of `head: mlp`; the width of the encoder if omitted."""
 
     tokens: Tokens = "masked"
-    """Where it is predicted: at masked tokens by a decoder; at visible ones (UMT, InternVideo2) or, without a mask, at
-    all of them (Sec. 4.3) by the other heads."""
+    """Tokens at which the target is predicted. `masked`: by a decoder. `visible` (UMT, InternVideo2), or `all` without
+    a mask (Sec. 4.3): by an MLP or a linear layer."""
 
     weight: float = Field(default=1.0, gt=0)
-    """Lambda of Eq. 3."""
+    """Weight of the target in the loss, lambda of Eq. 3."""
 
     distance: Distance = "smooth_l1"
-    """D of Eq. 2, averaged over tokens and channels; smooth L1 has beta 1, cosine is 1 minus the cosine of a token's
-    channels."""
+    """Distance D of Eq. 2, averaged over tokens and channels. `smooth_l1` has beta 1; `cosine` is 1 minus the cosine
+    similarity over the channels of a token."""
 
     @property
     def head_config(self) -> HeadConfig:
@@ -78,68 +82,73 @@ class AnyTarget(Section):
     def _check_head(self) -> Self:
         if self.head == "decoder":
             if self.decoder is None:
-                raise ValueError("decoder is missing: `head: decoder`, the default, needs its width, depth and heads")
+                raise ValueError(
+                    "decoder is missing: `head: decoder`, the default, requires its width, depth and heads"
+                )
             if self.tokens != "masked":
                 raise ValueError(
-                    f"a decoder predicts masked tokens, not tokens {self.tokens}: use `head: mlp` or `linear`"
+                    f"a decoder predicts masked tokens, but tokens is {self.tokens}: use `head: mlp` or `head: linear`"
                 )
         else:
             if self.decoder is not None:
-                raise ValueError(f"decoder does nothing with `head: {self.head}`: set it to null")
+                raise ValueError(f"decoder has no effect with `head: {self.head}`: set it to null")
             if self.tokens == "masked":
                 raise ValueError(
-                    f"`head: {self.head}` sits on tokens that the encoder sees: give `tokens: visible` or `tokens: all`"
+                    f"`head: {self.head}` takes tokens that the encoder sees, but tokens is masked: give "
+                    "`tokens: visible` or `tokens: all`"
                 )
         if self.hidden is not None and self.head != "mlp":
-            raise ValueError(f"hidden does nothing with `head: {self.head}`: it is the width of an MLP")
+            raise ValueError(f"hidden has no effect with `head: {self.head}`: it is the hidden width of `head: mlp`")
         return self
 
 
 class PixelTarget(AnyTarget):
-    """The pixels of a token (MAE, VideoMAE)."""
+    """Target: the pixels of a token (MAE, VideoMAE)."""
 
     kind: Literal["pixels"] = "pixels"
 
     distance: Distance = "l2"
-    """D of Eq. 2; squared error in the published runs."""
+    """Distance D of Eq. 2; squared error in the published runs."""
 
     normalize: Literal["none", "channel", "patch"] = "channel"
-    """Statistics taken out of a token: per colour channel (VideoMAE), over all its values (MAE), or none."""
+    """Normalisation of the pixels of a token to mean 0 and variance 1: `channel`, per colour channel (VideoMAE);
+    `patch`, over all values of the token (MAE); `none`."""
 
 
 class TeacherTarget(AnyTarget):
-    """What targets of frozen teachers have in common."""
+    """Base of the targets that are features of a teacher."""
 
     norm: bool = False
-    """Normalise each target feature over its channels (LayerNorm without affine)."""
+    """Normalise each target feature over its channels (LayerNorm without affine parameters)."""
 
 
 class TrainedTeacherTarget(TeacherTarget):
-    """A teacher in one of the formats that `mvd-scale inspect` knows."""
+    """Base of the targets of a frozen teacher in one of the formats that `mvd-scale inspect` knows."""
 
     checkpoint: Path | None = None
-    """Weights of the frozen teacher: a finished run's `encoder.safetensors`, or a published file."""
+    """Weights of the frozen teacher: `encoder.safetensors` of a finished run, or a published file."""
 
     model: ModelConfig | None = None
-    """Shape that the checkpoint must have; its own counts if left out. Benchmarks build the teacher from this one."""
+    """Shape that the checkpoint must have; any shape if omitted. Benchmarks build a teacher of this shape."""
 
 
 class ImageTeacherTarget(TrainedTeacherTarget):
-    """Features of a frozen image model on the front frame of every tubelet."""
+    """Target: features of a frozen image model on the first frame of every tubelet."""
 
     kind: Literal["image_teacher"] = "image_teacher"
 
 
 class VideoTeacherTarget(TrainedTeacherTarget):
-    """Features of a frozen video model."""
+    """Target: features of a frozen video model on the whole clip."""
 
     kind: Literal["video_teacher"] = "video_teacher"
 
 
 class TimmTarget(TeacherTarget):
-    """Features of any vision transformer of timm on the front frame of every tubelet; patch tokens only.
+    """Target: patch token features of a vision transformer of timm on the first frame of every tubelet.
 
-    It sees the frames at the input size that gives the student's token grid, whitened by its own mean and std.
+    The teacher sees frames at the input size that gives the token grid of the student, normalised by its own mean and
+    standard deviation.
     """
 
     kind: Literal["timm"] = "timm"
@@ -148,25 +157,25 @@ class TimmTarget(TeacherTarget):
     """Name of the model in timm, such as `vit_large_patch14_dinov2`."""
 
     checkpoint: Path | None = None
-    """Its weights in timm's own names; left out, timm fetches the pre-trained ones."""
+    """Weights of the teacher in timm's names; if omitted, timm downloads the pre-trained weights."""
 
     input_size: int | None = Field(default=None, gt=0)
-    """Side in pixels, to be checked against the student's grid; follows from the grid if left out."""
+    """Input side in pixels, which must give the token grid of the student; derived from that grid if omitted."""
 
     final_norm: bool = False
-    """Keep the model's norm after the last block."""
+    """Apply the model's norm after the last block."""
 
 
 class MomentumTarget(TeacherTarget):
-    """Features of an exponential moving average of the student's own encoder on the whole clip (Table 8)."""
+    """Target: features of an exponential moving average of the student's encoder on the whole clip (Table 8)."""
 
     kind: Literal["momentum"] = "momentum"
 
     momentum: float = Field(default=0.996, ge=0, lt=1)
-    """Share of the average that a step keeps, at the first step."""
+    """Decay of the moving average at the first step."""
 
     momentum_end: float = Field(default=1.0, ge=0, le=1)
-    """The same at the last step of the schedule, reached by half a cosine."""
+    """Decay of the moving average at the last step of the schedule, reached along half a cosine."""
 
 
 TargetConfig = Annotated[

@@ -1,4 +1,4 @@
-"""`training:`, `teachers:`, `checkpoints:` and `logging:` - how the student is optimised and watched."""
+"""Sections `training:`, `teachers:`, `checkpoints:`, `logging:` and `run:` of a recipe."""
 
 from __future__ import annotations
 
@@ -16,186 +16,194 @@ Checkpointing = Literal["none", "block", "attention"]
 
 
 class TrainingConfig(Section):
-    """Optimisation of the student under DeepSpeed."""
+    """Optimisation of a model under DeepSpeed."""
 
     epochs: int = Field(gt=0)
-    """Passes over the data."""
+    """Number of epochs, passes over the data."""
 
     max_steps: int | None = Field(default=None, gt=0)
-    """Stop after this many optimizer steps; the schedule still spans all epochs."""
+    """Number of optimizer steps after which the run stops; the schedules still span all epochs."""
 
     global_batch: int = Field(gt=0)
-    """Clips of one optimizer step over all ranks. Fixed by the recipe; the rest follows from the number of ranks."""
+    """Number of clips per optimizer step over all ranks. The recipe fixes it; the batch per rank and the gradient
+    accumulation follow from the number of ranks."""
 
     micro_batch: int | None = Field(default=None, gt=0)
-    """Most clips per rank in one forward pass; the whole share of the rank if left out. The largest number up to it
-    that divides the share is taken, and accumulation follows."""
+    """Largest number of clips per rank in one forward pass; the rank's whole share of the global batch if omitted. The
+    largest divisor of that share up to this number is used, with as many gradient accumulation steps as needed."""
 
     initial_encoder: Path | None = None
-    """Weights in any known format that the encoder starts from, in place of random ones. An image model is inflated to
-    clips; decoders start at random."""
+    """Initial weights of the encoder, in any format that `mvd-scale inspect` knows; random weights if omitted. An image
+    model is inflated to clips; decoders start with random weights."""
 
     base_lr: float = Field(gt=0)
-    """Peak learning rate for a global batch of 256; scaled linearly."""
+    """Peak learning rate for a global batch of 256; scaled linearly with the batch."""
 
     min_lr: float = Field(default=1e-5, ge=0)
-    """Last learning rate for a global batch of 256; scaled likewise."""
+    """Final learning rate for a global batch of 256; scaled linearly with the batch."""
 
     warmup_epochs: float = Field(default=40, ge=0)
-    """Epochs of linear warm-up from 0."""
+    """Number of epochs of linear warm-up from 0."""
 
     betas: tuple[Decay, Decay] = (0.9, 0.95)
-    """Decay of AdamW's first and second moment."""
+    """Decay rates of AdamW's first and second moment."""
 
     eps: float = Field(default=1e-8, gt=0)
     """AdamW's epsilon."""
 
     weight_decay: float = Field(default=0.05, ge=0)
-    """Decoupled weight decay; none for biases, norms, tokens and other one-dimensional parameters."""
+    """Decoupled weight decay; not applied to biases, norms, tokens and other one-dimensional parameters."""
 
     weight_decay_end: float | None = Field(default=None, ge=0)
-    """Weight decay at the last step, reached by a cosine; constant if left out."""
+    """Weight decay at the last step, reached along a cosine; constant if omitted."""
 
     clip_grad: float | None = Field(default=None, gt=0)
-    """Largest global gradient norm; no clipping if left out."""
+    """Largest global gradient norm; no clipping if omitted."""
 
     precision: Precision = "fp32"
-    """Of the student. fp16 uses dynamic loss scaling."""
+    """Precision of the student. fp16 uses dynamic loss scaling."""
 
     deepspeed: str = "zero2"
-    """A file of `ds_configs/` by name, or the path of another DeepSpeed JSON."""
+    """DeepSpeed configuration: the name of a file in `ds_configs/`, or the path of another JSON file."""
 
     gradient_checkpointing: Checkpointing = "none"
-    """What of every block the backward pass computes again instead of keeping it: nothing; all (`block`, the least
-    memory); norm, projections and attention but not the MLP (`attention`, less again to compute)."""
+    """Activations of each block that the backward pass recomputes instead of storing them. `none`: nothing is
+    recomputed. `block`: the whole block is, which needs the least memory. `attention`: norm, projections and attention
+    are, but not the MLP, which needs less computation."""
 
     compile: bool | Literal["auto"] = "auto"
-    """Make each block a program of torch.compile, one for all blocks that are alike. `auto` does so on GPUs that have
-    Triton and a C compiler. On CPUs it must be asked for, as it hardly gains there. At ZeRO stage 3, which gathers
-    parameters inside of blocks, `auto` is off and `true` refused."""
+    """Compile each block with torch.compile; blocks of the same shape share one program. `auto`: compile on GPUs with
+    Triton and a C compiler, but not on CPUs, where it hardly saves time. At ZeRO stage 3, which gathers parameters
+    inside of blocks, `auto` does not compile and `true` is an error."""
 
     collective_timeout_minutes: float = Field(default=10, gt=0)
-    """A rank that waits longer for the others gives up; then the launcher ends the job."""
+    """Minutes that a rank waits for the other ranks in a collective; after that it fails, and the launcher ends the
+    job."""
 
 
 class PretrainTraining(TrainingConfig):
-    """Optimisation of a student that is distilled or pre-trained."""
+    """Optimisation of a student in pre-training or distillation."""
 
     batch_decoders: bool | Literal["auto"] = "auto"
-    """Run decoders of one shape as one batched pass, each with weights of its own. `auto` does so on GPUs; on CPUs,
-    where a decoder's tokens are more than a cache holds, it costs time. At ZeRO stage 3, which gathers the weights of
-    one layer at a time, `auto` is off and `true` refused."""
+    """Run decoders of the same shape as one batched pass, each with its own weights. `auto`: do so on GPUs, but not on
+    CPUs, where the tokens of several decoders exceed the cache and it costs time. At ZeRO stage 3, which gathers the
+    weights of one layer at a time, `auto` is off and `true` is an error."""
 
 
 class TeacherConfig(Section):
-    """How frozen teachers live on the ranks."""
+    """Placement and precision of frozen teachers."""
 
     sharding: Literal["zero3", "replicated", "auto"] = "auto"
-    """`zero3` keeps 1/world of a teacher per rank, `replicated` all of it; `auto` shards above `auto_shard_above`."""
+    """`zero3`: each rank of the sharding group stores an equal part of a teacher. `replicated`: each rank stores the
+    whole teacher. `auto`: shard teachers with more than `auto_shard_above` parameters."""
 
     auto_shard_above: int = Field(default=200_000_000, gt=0)
-    """Parameters of one teacher above which `auto` shards: beyond it memory matters more than the gathers."""
+    """Number of parameters of a teacher above which `sharding: auto` shards it: for larger teachers, memory matters
+    more than the time of the gathers."""
 
     shard_over: Literal["node", "world"] = "node"
-    """Ranks that a sharded teacher is cut over: `node` keeps gathers within each host, where they are fast, `world`
-    holds less per rank. Where each host has one rank, and for momentum targets, it is always the world."""
+    """Sharding group of a sharded teacher. `node`: the ranks of one host, so that gathers stay within the host, where
+    they are fast. `world`: all ranks, which stores less per rank. It is always `world` if each host has one rank, and
+    for momentum targets."""
 
     precision: FrozenPrecision | Literal["auto"] = "auto"
-    """Of the teachers' weights and arithmetic; `auto` is fp16 on GPUs and the student's precision on CPUs. In 8 bits
-    (int8 on CPUs; fp8 on GPUs from Ada and Hopper on, with torchao) are the linear layers of the blocks; such teachers
-    are replicated, as shards are made of floats."""
+    """Precision of the weights and the arithmetic of teachers. `auto`: fp16 on GPUs, the precision of the student on
+    CPUs. int8 (CPUs) and fp8 (GPUs of the generations Ada, Hopper and later, with torchao) apply to the linear layers
+    of the blocks; such teachers are replicated, since ZeRO-3 shards floating-point parameters only."""
 
     compile: bool | Literal["auto"] = "auto"
-    """As `training.compile`; neither for sharded teachers nor for int8."""
+    """Compile each block of the teachers with torch.compile, as `training.compile`; not supported for sharded teachers
+    and for int8."""
 
     cuda_graphs: bool | Literal["auto"] = "auto"
-    """Record the forward pass of a replicated teacher on a GPU once and replay it, which spares the launches of its
-    kernels; `auto` does so wherever it can. `false` gives back the memory that a recording keeps for itself: the
+    """Capture the forward pass of a replicated teacher on a GPU as a CUDA graph and replay it, which saves the launch
+    time of its kernels. `auto`: capture wherever it is possible. `false` saves the memory that a graph reserves: the
     activations of one forward pass of each teacher."""
 
     ahead: bool = True
-    """On GPUs, compute the features of the next micro batch on a stream of their own while the student learns from this
-    one. Takes the memory of one more batch, of its features and of a teacher at work; the losses are the same. Momentum
-    targets, which move with every step, and CPUs compute them at their place."""
+    """On GPUs, compute teacher features of the next micro batch on a separate CUDA stream while the student trains on
+    the current one. This takes the memory of one more batch, of its features, and of the activations of a teacher; the
+    losses are the same. The features of momentum targets, whose weights change with every step, and all features on
+    CPUs are computed in the step that uses them."""
 
     accept_inexact: bool = False
-    """Accept 8 bits although the features have a mean cosine under 0.999 with those in float32. That is tried on the
-    first clip before the run begins."""
+    """Accept int8 or fp8 even if the mean cosine similarity between features in 8 bits and in float32 is below 0.999.
+    The similarity is measured on the first clip before training starts."""
 
 
 class CheckpointConfig(Section):
-    """What a run leaves behind to go on from."""
+    """Frequency and number of the checkpoints from which a run resumes."""
 
     every_epochs: float | None = Field(default=10, gt=0)
-    """Save after this many epochs."""
+    """Number of epochs after which a checkpoint is saved; null for never."""
 
     every_steps: int | None = Field(default=None, gt=0)
-    """Save after this many optimizer steps."""
+    """Number of optimizer steps after which a checkpoint is saved; null for never."""
 
     every_minutes: float | None = Field(default=60, gt=0)
-    """Save when this much time has passed since the last save."""
+    """Number of minutes since the last checkpoint after which the next is saved; null for never."""
 
     keep: int = Field(default=3, gt=0)
-    """Newest checkpoints that are kept."""
+    """Number of checkpoints to keep, the newest ones; older ones are deleted."""
 
 
 class PicturesConfig(Section):
-    """A few clips that are drawn again and again: frames, mask, and each target beside its prediction."""
+    """Pictures of a few fixed clips during training: frames, mask, and each target beside its prediction."""
 
     every_epochs: float = Field(default=10, gt=0)
-    """Epochs between two pictures."""
+    """Number of epochs from one picture to the next."""
 
     clips: int = Field(default=4, gt=0)
-    """Clips to show, none of which the training sees."""
+    """Number of clips to show; the training never draws these clips."""
 
 
 class ProbeConfig(Section):
-    """Labelled videos on which the frozen encoder is judged during training: features of one clip of each."""
+    """Evaluation of the frozen encoder on labelled videos during training, by features of one clip of each video."""
 
     kind: Literal["knn", "linear"] = "knn"
-    """Vote of the nearest neighbours by cosine, or logistic regression."""
+    """`knn`: vote of the nearest neighbours by cosine similarity. `linear`: logistic regression."""
 
     train: str
-    """Videos to learn from, as `data.source`, with labels."""
+    """Labelled videos to fit the classifier to, as `data.source`."""
 
     test: str
-    """Videos to be tested on, likewise, with the same classes."""
+    """Labelled videos to test the classifier on, as `data.source`, with the same classes."""
 
     root: str | None = None
-    """As `data.root`, for both."""
+    """Folder or URL of relative paths in `train` and `test`, as `data.root`."""
 
     every_epochs: float = Field(default=10, gt=0)
-    """Epochs between two probes."""
+    """Number of epochs from one evaluation to the next."""
 
     neighbours: int = Field(default=20, gt=0)
-    """That vote."""
+    """Number of nearest neighbours that vote, for `kind: knn`."""
 
     batch: int = Field(default=8, gt=0)
-    """Videos that a rank encodes together."""
+    """Number of videos per batch of a rank."""
 
 
 class LoggingConfig(Section):
-    """Where numbers go. Metrics stay on the device and are read once per `every_steps`."""
+    """Metrics. They stay on the device and are read once every `every_steps` optimizer steps."""
 
     every_steps: int = Field(default=20, gt=0)
-    """Optimizer steps between two readings of the metrics."""
+    """Number of optimizer steps from one reading of the metrics to the next."""
 
     tensorboard: bool = True
-    """Write TensorBoard event files beside `metrics.jsonl`."""
+    """Write TensorBoard event files, in addition to `metrics.jsonl`."""
 
 
 class PretrainLogging(LoggingConfig):
-    """And what a person judges pre-training by."""
+    """Metrics of pre-training, and pictures and probes by which its progress is judged."""
 
     pictures: PicturesConfig | None = PicturesConfig()
-    """Draw what the student predicts, into `pictures/` and TensorBoard."""
+    """Draw predictions of the student into `pictures/` and TensorBoard; null for none."""
 
     probe: ProbeConfig | None = None
-    """Judge the encoder on labelled videos, into `probe.jsonl` and TensorBoard."""
+    """Evaluate the frozen encoder on labelled videos, into `probe.jsonl` and TensorBoard; null for none."""
 
 
 class RunConfig(Section):
-    """Where the run lives."""
+    """Folder of a run."""
 
     folder: Path
-    """Folder of the run: resolved recipe, metrics, checkpoints, exported encoder."""
+    """Folder that receives the resolved recipe, metrics, checkpoints and the exported encoder."""

@@ -1,7 +1,7 @@
-"""What is random about the augmentation of a clip, decided on the host: operations and their values, not pixels.
+"""Random parameters of the augmentation of a clip, drawn on the host: operations and their values, not pixels.
 
-RandAugment is timm's `rand-m7-n4-mstd0.5-inc1`, with which the published code fine-tunes: every operation takes one
-value for all frames of a clip.
+RandAugment follows timm's `rand-m7-n4-mstd0.5-inc1`, which the published code uses for fine-tuning: each operation
+applies one value to all frames of a clip.
 
 Legend: T frames, K operations.
 """
@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 from mvd_scale.config.data import AugmentConfig, RandAugment, RandomErasing
 
 Value = tuple[float, ...]
-"""Up to six numbers: the value of an operation."""
+"""Value of an operation: 0 to 6 numbers, see `Operation`."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Operation(IntEnum):
-    """What the graph can do to a clip. The value of each is in brackets."""
+    """Operations that the DALI graph can apply to a clip. The value that each one takes stands in brackets."""
 
     NONE = 0
     WARP = 1
@@ -40,11 +40,11 @@ class Operation(IntEnum):
     SHARPNESS = 5
     """[factor]"""
     POSTERIZE = 6
-    """[step between the levels that are kept]"""
+    """[difference between two levels that remain, 0 to 255]"""
     SOLARIZE = 7
-    """[level from which on pixels are inverted]"""
+    """[lowest level that is inverted, 0 to 256]"""
     SOLARIZE_ADD = 8
-    """[addend], to levels below 128"""
+    """[addend] to levels below 128"""
     AUTOCONTRAST = 9
     EQUALIZE = 10
     HUE = 11
@@ -56,20 +56,20 @@ class Augmentation:
     """The augmentation of one copy of a clip."""
 
     operations: NDArray[np.int32]
-    """Numbers of `Operation`, applied in this order: int32 (K,), K the same for all clips of a recipe."""
+    """Members of `Operation` in the order of application: int32 (K,); K is the same for all clips of a recipe."""
 
     values: NDArray[np.float32]
-    """Their values: float32 (K, 6)."""
+    """Values of the operations, padded with 0: float32 (K, 6)."""
 
     erase: tuple[int, int, int, int]
-    """Top, left, height and width of the box that is filled with noise, in pixels; height and width 0 for none."""
+    """Top, left, height and width of the box that noise fills, in pixels; height and width are 0 for no box."""
 
     noise: NDArray[np.uint8]
-    """Its pixels: uint8 (T, height, width, 3)."""
+    """Pixels of the noise in the box: uint8 (T, height, width, 3)."""
 
 
 def draw_augmentation(rng: Generator, augment: AugmentConfig, frames: int, side: int) -> Augmentation:
-    """Draw what `augment` asks for, for a clip of `frames` square frames of `side` pixels."""
+    """Draw the augmentation of a clip of `frames` square frames of `side` pixels, by the rules of `augment`."""
     drawn: list[tuple[Operation, Value]] = []
     if augment.rand_augment is not None:
         drawn += [_draw_operation(rng, augment.rand_augment, side) for _ in range(augment.rand_augment.operations)]
@@ -96,14 +96,17 @@ def draw_augmentation(rng: Generator, augment: AugmentConfig, frames: int, side:
 
 
 def count_operations(augment: AugmentConfig) -> int:
-    """K."""
+    """Number of operations (K) that `augment` applies to each clip."""
     drawn = 0 if augment.rand_augment is None else augment.rand_augment.operations
     jitter = augment.color_jitter
     return drawn + (0 if jitter is None else 3 + bool(jitter.hue))
 
 
 def draw_box(rng: Generator, erasing: RandomErasing, side: int) -> tuple[int, int, int, int]:
-    """Top, left, height and width of an erased box; all 0 if the clip is left alone, or nothing fits in ten draws."""
+    """Draw the box to erase: top, left, height and width in pixels.
+
+    All four are 0 where no box is erased: with probability 1 - `erasing.probability`, or where ten draws do not fit.
+    """
     if rng.random() >= erasing.probability:
         return 0, 0, 0, 0
     for _ in range(10):
@@ -116,14 +119,14 @@ def draw_box(rng: Generator, erasing: RandomErasing, side: int) -> tuple[int, in
 
 
 def _draw_noise(rng: Generator, frames: int, box: tuple[int, int, int, int]) -> NDArray[np.uint8]:
-    """Normal noise of the normalised pixels, as pixels: uint8 (T, height, width, 3)."""
+    """Draw noise that is standard normal after ImageNet normalisation: uint8 (T, height, width, 3)."""
     noise = rng.standard_normal((frames, *box[2:], 3), dtype=np.float32)
     pixels = (noise * np.asarray(IMAGENET_STD, np.float32) + np.asarray(IMAGENET_MEAN, np.float32)) * 255
     return np.clip(np.round(pixels), 0, 255).astype(np.uint8)
 
 
 def _draw_operation(rng: Generator, augment: RandAugment, side: int) -> tuple[Operation, Value]:
-    """One of the fifteen, and its value at a strength about the recipe's."""
+    """Draw one of the fifteen operations, with a strength that is normally distributed about `augment.magnitude`."""
     name = _NAMES[int(rng.integers(len(_NAMES)))]
     share = float(np.clip(rng.normal(augment.magnitude, augment.deviation), 0, 10)) / 10
     sign = 1.0 if rng.random() < 0.5 else -1.0
@@ -159,18 +162,18 @@ _FACTORS = {
 
 
 def operation_at(name: str, share: float, sign: float, side: int) -> tuple[Operation, Value]:
-    """An operation of the increasing set at a share (0..1) of its greatest strength.
+    """Operation of timm's "increasing" set, and its value, at a given strength.
 
     Args:
-        name: one of the fifteen.
-        share: of the greatest strength.
-        sign: direction, 1 or -1, where there are two.
-        side: of the frame, in pixels.
+        name: one of the fifteen names in `_NAMES`.
+        share: strength as a share (0 to 1) of the greatest one.
+        sign: direction, 1 or -1, for operations that have two.
+        side: side of the frame in pixels.
     """
     if name == "rotate":
         angle = math.radians(sign * share * 30)
         cos, sin, centre = math.cos(angle), math.sin(angle), side / 2
-        # Counterclockwise about the centre.
+        # The matrix maps output pixels to input pixels: a counterclockwise rotation about the centre of the frame.
         return Operation.WARP, (cos, -sin, centre * (1 - cos + sin), sin, cos, centre * (1 - sin - cos))
     if name == "shear_x":
         return Operation.WARP, (1, sign * share * 0.3, 0, 0, 1, 0)

@@ -1,6 +1,7 @@
-"""The augmentations of a clip as DALI operators, twins of PIL's; nothing random is drawn here.
+"""Augmentations of a clip as DALI operators that reproduce PIL's; nothing random is drawn here.
 
-All frames of a clip are treated alike, except that contrast, autocontrast and equalize look at each frame, as PIL does.
+Every operation treats all frames of a clip alike, except contrast, autocontrast and equalize, which use the statistics
+of each frame, as PIL does.
 
 Legend: T frames, S side, K operations.
 """
@@ -17,20 +18,23 @@ from nvidia.dali.pipeline import do_not_convert
 from mvd_scale.data.augment import Operation
 
 FILL = 128
-"""Grey that comes in from outside of the frame, as in the published code."""
+"""Grey level of pixels that a warp takes from outside of the frame, as in the published code."""
 
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
-"""PIL's smoothing, of which sharpness is the opposite."""
+"""PIL's smoothing filter: sharpness blends between the smoothed frame and the frame, and beyond."""
 
 
 def operate(clip: DataNode, operation: DataNode, value: DataNode, on_gpu: bool) -> DataNode:
-    """One operation on the clips of a batch, each its own.
+    """Apply to each clip of a batch the operation that was drawn for it.
 
     Args:
         clip: uint8 (T, S, S, 3), layout FHWC.
-        operation: a number of `Operation`, int32 scalar on the host.
-        value: its value, float32 (6,) on the host.
+        operation: a member of `Operation`, int32 scalar on the host.
+        value: value of the operation, float32 (6,) on the host.
         on_gpu: whether the clip is on a GPU.
+
+    Returns:
+        uint8 (T, S, S, 3).
     """
     if operation == int(Operation.WARP):
         result = _warp(clip, value)
@@ -65,16 +69,20 @@ def erase(clip: DataNode, box: DataNode, noise: DataNode, side: int, on_gpu: boo
 
     Args:
         clip: uint8 (T, S, S, 3).
-        box: top, left, height and width, int32 (4,) on the host; no height for no box.
+        box: top, left, height and width in pixels, int32 (4,) on the host; height 0 for no box.
         noise: uint8 (T, height, width, 3) on the host.
-        side: S.
+        side: side of the frame (S) in pixels.
         on_gpu: whether the clip is on a GPU.
+
+    Returns:
+        uint8 (T, S, S, 3).
     """
     without = fn.erase(
         clip, anchor=fn.cast(box[0:2], dtype=types.FLOAT), shape=fn.cast(box[2:4], dtype=types.FLOAT), axis_names="HW"
     )
     patch = noise.gpu() if on_gpu else noise
-    # The noise alone on a black frame: cut out around it, beyond its borders.
+    # DALI cannot paste into a clip. The slice below starts at negative offsets and is as large as the frame, so that it
+    # places the noise on a black frame; the sum with the clip, whose box is black, fills the box.
     spread = fn.slice(
         patch, start=-box[0:2], shape=(side, side), axes=(1, 2), out_of_bounds_policy="pad", fill_values=0
     )
@@ -86,7 +94,7 @@ def _of(value: DataNode, on_gpu: bool) -> DataNode:
 
 
 def _blend(degenerate: Any, clip: DataNode, factor: DataNode) -> DataNode:
-    """PIL's blend: beyond 1 it goes further away from the degenerate picture."""
+    """PIL's blend: factor 0 gives the degenerate picture, 1 the clip; above 1 it extrapolates beyond the clip."""
     return fn.cast(math.clamp(degenerate + factor * (clip - degenerate), 0.0, 255.0), dtype=types.UINT8)
 
 
@@ -141,7 +149,7 @@ def _autocontrast(clip: DataNode) -> DataNode:
     low = fn.cast(fn.reductions.min(clip, axes=(1, 2), keep_dims=True), dtype=types.FLOAT)
     high = fn.cast(fn.reductions.max(clip, axes=(1, 2), keep_dims=True), dtype=types.FLOAT)
     flat = fn.cast(high <= low, dtype=types.FLOAT)
-    # A flat channel stays as it is: scale 1 from 0.
+    # A flat channel (high == low) must stay as it is: `flat` turns its scale into 1 and its offset into 0.
     scale = flat + (1.0 - flat) * 255.0 / (high - low + flat)
     stretched = math.floor((clip - low * (1.0 - flat)) * scale + 1e-3)
     return fn.cast(stretched, dtype=types.UINT8)

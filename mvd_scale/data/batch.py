@@ -1,4 +1,4 @@
-"""What the loader hands to the model.
+"""Batches that the loaders hand to the model.
 
 Legend: B clips, T frames, H W pixels, N tokens, V visible, M masked.
 """
@@ -17,25 +17,25 @@ from mvd_scale.config.target import Tokens
 
 @dataclass(frozen=True)
 class ViewBatch:
-    """The test views of some videos on the device.
+    """Test views of B videos on the device.
 
     Legend: K clips in time, C crops.
     """
 
     pixels: Tensor
-    """uint8 (B, K, C, T, H, W, 3); black where the video could not be decoded."""
+    """RGB, uint8 (B, K, C, T, H, W, 3); black where the video could not be decoded."""
 
     labels: Tensor
-    """int64 (B,); -1 where the manifest has none."""
+    """Classes, int64 (B,); -1 where the manifest has none."""
 
     video_ids: Tensor
-    """int64 (B,) on the host: rows of the manifest."""
+    """Rows of the manifest, int64 (B,) on the host."""
 
     first_clips: Tensor
-    """int64 (B,) on the host: which of its video's clips the first one is; 0 but for sliding clips."""
+    """Index, within its video, of the first of the K clips: int64 (B,) on the host; 0 except for sliding clips."""
 
     decoded: Tensor
-    """bool (B,) on the host: whether the video could be decoded."""
+    """Whether the video could be decoded, bool (B,) on the host."""
 
 
 @dataclass(frozen=True)
@@ -50,25 +50,26 @@ class ClipBatch:
     """uint8 (B, T, H, W, 3), RGB as decoded and cropped."""
 
     visible: Tensor
-    """int64 (B, V)."""
+    """Indices of the visible tokens, int64 (B, V)."""
 
     masked: Tensor
-    """int64 (B, M), of the masked tokens those to be decoded."""
+    """Indices of the masked tokens that decoders predict, int64 (B, M): all masked tokens unless `data.mask.decode`
+    is below 1."""
 
     labels: Tensor
-    """int64 (B,); -1 where the manifest has none."""
+    """Classes, int64 (B,); -1 where the manifest has none."""
 
     video_ids: Tensor
-    """int64 (B,) on the host: rows of the manifest that were decoded."""
+    """Rows of the manifest that were decoded, int64 (B,) on the host."""
 
     resized: Mapping[int, Tensor] = field(default_factory=dict)
-    """The same crops at other input sides, for teachers of another input size: uint8 (B, T, side, side, 3)."""
+    """The same crops by input side in pixels, for teachers of another input size: uint8 (B, T, side, side, 3)."""
 
     features: Mapping[str, Tensor] = field(default_factory=dict)
-    """Of teachers, where they were computed ahead, by target: (B, M, D) in the precision of the teacher."""
+    """Teacher features that were prefetched, by name of the target: (B, M, D) in the precision of the teacher."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """A batch of what `change` makes of every tensor of this one."""
+        """Apply `change` to every tensor of the batch, and return the results as a new batch."""
 
         def changed(value: Any) -> Any:
             return change(value) if isinstance(value, Tensor) else {key: change(part) for key, part in value.items()}
@@ -76,9 +77,9 @@ class ClipBatch:
         return replace(self, **{each.name: changed(getattr(self, each.name)) for each in fields(self)})
 
     def tokens(self, which: Tokens) -> Tensor | None:
-        """Indices of the tokens at which a target is predicted, int64; None for all of them in order."""
+        """Indices of the tokens at which a target is predicted, int64 (B, M) or (B, V); None for all in order."""
         return None if which == "all" else self.masked if which == "masked" else self.visible
 
     def at(self, side: int) -> Tensor:
-        """Pixels at an input side: uint8 (B, T, side, side, 3)."""
+        """Pixels at an input side of `side` pixels: uint8 (B, T, side, side, 3)."""
         return self.pixels if self.pixels.shape[2] == side else self.resized[side]

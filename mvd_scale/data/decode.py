@@ -1,4 +1,4 @@
-"""Chosen frames of one video by PyAV, for what DALI does not decode on this device.
+"""Decoding of selected frames of one video by PyAV, for videos that DALI does not decode on this device.
 
 Legend: T frames, H W pixels as coded.
 """
@@ -18,31 +18,32 @@ from mvd_scale.data.sampling import Box
 from mvd_scale.data.storage import DecodeError, is_url, read_bytes
 
 REORDER = 32
-"""Packets that may come between a frame's place in the file and its place on the screen; H.264 allows 16."""
+"""Upper bound, in packets, on the distance between a frame's decoding order and its display order; H.264 allows 16."""
 
 _BUFFER = 2**18
-"""Bytes that a decoder takes at a time from memory; each time costs a call."""
+"""Bytes that FFmpeg reads from memory by one call into Python."""
 
 Pictures = dict[int, NDArray[np.uint8]]
-"""Frames by their place in display order, uint8 (H, W, 3)."""
+"""Decoded frames by their index in display order: uint8 (H, W, 3) each."""
 
 
 def decode_frames(video: Row, frames: NDArray[np.int64], box: Box | None = None) -> NDArray[np.uint8]:
-    """The frames at given places in display order.
+    """Decode the frames at given indices in display order.
 
-    Only the packets from the keyframe before the first frame to the last frame are decoded, and of these not the
-    ones that neither are asked for nor serve as a reference; only frames asked for are converted to RGB.
+    Decoding starts at the last keyframe before the first requested frame and ends with the last requested one. Frames
+    that nobody requested and that no other frame refers to are skipped; only requested frames are converted to RGB.
 
     Args:
-        video: where it lies, its size, and the times of its frames if these are evenly spaced.
-        frames: int64 (T,), any order, repetitions allowed.
+        video: row of the manifest: path, size, and the times of the frames where these are evenly spaced.
+        frames: indices in display order, int64 (T,), in any order, repetitions allowed.
         box: top, left, height and width of the part of the coded frame to return; None for all of it.
 
     Returns:
-        uint8 (T, height, width, 3), RGB, as coded (`rotation` is not applied).
+        RGB, uint8 (T, height, width, 3), as coded (`rotation` is not applied).
 
     Raises:
-        DecodeError: the file is missing, broken, shorter than asked for, or of another size than the manifest says.
+        DecodeError: the file is missing or broken, has fewer frames than requested, or has frames of another size than
+            the manifest says.
     """
     wanted = set(frames.tolist())
     try:
@@ -66,14 +67,18 @@ def decode_frames(video: Row, frames: NDArray[np.int64], box: Box | None = None)
 
 
 def open_video(video: Row) -> av.container.InputContainer:
-    """Open a file, a part of a shard or a URL; of the latter two all bytes are read, by one request."""
+    """Open a file, a range of a shard, or a URL. All bytes of a range or of a URL are read first, by one request."""
     if video.offset == WHOLE_FILE and not is_url(video.path):
         return av.open(video.path)
     return av.open(io.BytesIO(read_bytes(video.path, video.offset, video.size).tobytes()), buffer_size=_BUFFER)
 
 
 def video_stream(container: av.container.InputContainer, path: str) -> av.VideoStream:
-    """The first video stream, to be decoded by one thread: clips are decoded side by side by the workers."""
+    """First video stream of a container, set to decode with one thread: parallelism comes from the worker processes.
+
+    Raises:
+        DecodeError: the file has no video stream, or FFmpeg has no decoder for its codec.
+    """
     if not container.streams.video:
         raise DecodeError(path, "no video stream")
     stream = container.streams.video[0]
@@ -82,13 +87,16 @@ def video_stream(container: av.container.InputContainer, path: str) -> av.VideoS
         raise DecodeError(path, "no decoder for its codec")
     context.thread_count = 1
     if context.name == "mjpeg":
-        # Without this, what is missing of a picture is made up, in silence.
+        # By default FFmpeg fills the missing part of a truncated picture without an error.
         context.options = {"err_detect": "explode"}
     return stream
 
 
 def _seek_and_decode(video: Row, wanted: set[int]) -> Pictures | None:
-    """By the times that the manifest tells; None if seeking does not lead to a keyframe before the first frame."""
+    """Seek to the last keyframe before the first requested frame, by the times in the manifest, and decode from there.
+
+    Returns None if seeking does not lead to such a keyframe; `_decode_from_start` then finds the frames.
+    """
     place_of = {video.first_pts + place * video.pts_step: place for place in wanted}
     first = min(place_of)
     with open_video(video) as container:
@@ -104,19 +112,22 @@ def _seek_and_decode(video: Row, wanted: set[int]) -> Pictures | None:
                 return _decode(stream, chain([head], packets), place_of)
             if head.dts > target or target <= video.first_pts - REORDER * video.pts_step:
                 return None
-            # Containers seek by decoding time: the keyframe found may be shown after the frame that is looked for.
+            # Containers seek by decoding time (dts), so that the keyframe found may be displayed (pts) after the first
+            # requested frame. A seek to just before the dts of this keyframe leads to an earlier one.
             target = head.dts - 1
 
 
 def _decode_from_start(video: Row, wanted: set[int]) -> Pictures:
+    """Read packets from the start of the file, count frames in display order, and decode from the nearest keyframe."""
     with open_video(video) as container:
         stream = video_stream(container, video.path)
+        # Frames may be stored up to REORDER packets after frames that are displayed later.
         packets = _demux(container, stream, max(wanted) + 1 + REORDER)
         if any(packet.pts is None for packet in packets):
             return _decode_counting(stream, packets, wanted)
         times = sorted(packet.pts for packet in packets if not packet.is_discard and packet.pts is not None)
         if max(wanted) >= len(times):
-            raise DecodeError(video.path, f"frame {max(wanted)} was asked for, there are {len(times)}")
+            raise DecodeError(video.path, f"frame {max(wanted)} was requested, but the video has {len(times)} frames")
         place_of = {times[place]: place for place in wanted}
         first = min(place_of)
         keyframes = (n for n, packet in enumerate(packets) if packet.is_keyframe and (packet.pts or 0) <= first)
@@ -124,7 +135,7 @@ def _decode_from_start(video: Row, wanted: set[int]) -> Pictures:
 
 
 def _demux(container: av.container.InputContainer, stream: av.VideoStream, limit: int) -> list[av.Packet]:
-    """The first packets of a stream, in file order, up to `limit` frames."""
+    """Packets of the first `limit` frames of a stream, in file order."""
     packets: list[av.Packet] = []
     shown = 0
     for packet in container.demux(stream):
@@ -138,14 +149,21 @@ def _demux(container: av.container.InputContainer, stream: av.VideoStream, limit
 
 
 def _decode(stream: av.VideoStream, packets: Iterator[av.Packet], place_of: dict[int, int]) -> Pictures:
-    """Decode from a keyframe until the frames of all these times have come."""
+    """Decode packets from a keyframe on, until the frames of all times in `place_of` are decoded.
+
+    Args:
+        stream: the stream of the packets.
+        packets: packets in file order; the first one is a keyframe.
+        place_of: index in display order, by presentation time in ticks of the stream.
+    """
     context, convert = stream.codec_context, _Converter()
     pictures: Pictures = {}
     for packet in chain(packets, [None]):
         if packet is not None:
             if not packet.size or (packet.is_disposable and packet.pts not in place_of):
                 continue
-            # Of a packet that is not marked disposable the decoder itself sees whether anything refers to it.
+            # A packet without the disposable mark may still hold a frame to which no other frame refers: NONREF lets
+            # the decoder skip such a frame unless it is requested.
             context.skip_frame = "DEFAULT" if packet.pts in place_of else "NONREF"
         for frame in context.decode(packet):
             place = place_of.get(frame.pts)
@@ -157,7 +175,7 @@ def _decode(stream: av.VideoStream, packets: Iterator[av.Packet], place_of: dict
 
 
 def _decode_counting(stream: av.VideoStream, packets: list[av.Packet], wanted: set[int]) -> Pictures:
-    """For containers without presentation times (AVI): frames in the order in which they leave the decoder."""
+    """Decode all packets and count frames in decoder output order, for containers without presentation times (AVI)."""
     context, convert = stream.codec_context, _Converter()
     pictures: Pictures = {}
     count = 0
@@ -172,12 +190,12 @@ def _decode_counting(stream: av.VideoStream, packets: list[av.Packet], wanted: s
 
 
 class _Converter:
-    """Frames to RGB, with one conversion table for all frames of a clip."""
+    """Conversion of frames to RGB; one instance reuses its conversion context for all frames of a clip."""
 
     def __init__(self) -> None:
         self._reformatter = av.video.reformatter.VideoReformatter()
 
     def __call__(self, frame: av.VideoFrame) -> NDArray[np.uint8]:
         (plane,) = self._reformatter.reformat(frame, format="rgb24").planes
-        # Not copied: what is needed of it goes straight into the clip.
+        # A view, not a copy: `decode_frames` copies the requested box of it into the clip.
         return np.ndarray((plane.height, plane.width, 3), np.uint8, plane, strides=(plane.line_size, 3, 1))

@@ -1,7 +1,8 @@
-"""How decoded frames come to the model's side: cut, resized, turned as shown, mirrored.
+"""Geometry of decoded frames: crop, resize to the model's input side, rotate to display orientation, flip.
 
-On a GPU by DALI's operators. On the CPU, where these take four times as long, by torch's 8-bit resampling as a function
-in the same graph: it gives PIL's pixels to within one level of 255, and is nearer to them than DALI's operators.
+On a GPU, DALI's operators do this. On the CPU, DALI's operators take four times as long as torch's 8-bit resampling,
+which therefore runs as a Python function in the same graph. Its pixels differ from PIL's by at most one level of 255,
+less than those of DALI's operators do.
 
 Legend: T frames, H W pixels.
 """
@@ -23,7 +24,7 @@ from torch.nn import functional
 Filter = Literal["bilinear", "bicubic"]
 
 Sample = dict[str, DataNode]
-"""The arrays of a source, by the names of its fields."""
+"""Arrays of one sample in the graph, by the names of `source.FIELDS`."""
 
 _DALI_FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
@@ -40,18 +41,21 @@ def upright(
     turned: bool,
     on_gpu: bool,
 ) -> DataNode:
-    """Frames as shown and flipped, at a given size.
+    """Crop, resize, rotate to display orientation and flip the frames of a clip.
 
     Args:
-        sample: with `mirror` of the copy; `anchor` and `shape` of its box if it is cut; `transpose` if `turned`.
+        sample: arrays of the sample: `mirror`; `anchor` and `shape` of the box if `cut`; `transpose` if `turned`.
         frames: uint8 (T, H, W, 3), layout FHWC, as coded.
-        size: height and width in pixels to resize to, before turning; float32 (2,) on the host where samples differ.
-        copy: which copy of the sample.
-        cut: whether to cut the copy's box out first.
-        filter: of resizing.
-        antialias: whether the filter widens where it shrinks.
-        turned: whether clips may lie on their side.
+        size: height and width in pixels to resize to, before rotation; float32 (2,) on the host where samples differ.
+        copy: index of the copy of the clip, the first axis of those arrays.
+        cut: whether to crop to the copy's box first.
+        filter: interpolation of the resizing.
+        antialias: whether the filter widens when it shrinks frames.
+        turned: whether some videos are rotated by 90 or 270 degrees.
         on_gpu: whether the frames are on a GPU.
+
+    Returns:
+        uint8 (T, height, width, 3); (T, width, height, 3) for a clip that is rotated by 90 or 270 degrees.
     """
     box = [sample["anchor"][copy], sample["shape"][copy]] if cut else None
     if not on_gpu:
@@ -65,7 +69,7 @@ def upright(
 
 @do_not_convert  # type: ignore[untyped-decorator]
 def resize(clip: DataNode, size: tuple[int, int], *, filter: Filter, on_gpu: bool) -> DataNode:
-    """A clip at another size, antialiased where it shrinks."""
+    """Resize a clip to `size` (height and width in pixels), antialiased where it shrinks."""
     if on_gpu:
         return _resize_by_dali(clip, size, filter, True, None)
     return _on_host(clip, size, filter, True, None, types.Constant(np.zeros(2, np.int32)), types.Constant(np.int32(0)))
@@ -80,7 +84,7 @@ def _resize_by_dali(
 
 
 def _stand_up(sample: Sample, clip: DataNode) -> DataNode:
-    """Transpose the clips whose video is to be turned by a quarter; mirroring does the rest."""
+    """Transpose the clips of videos rotated by 90 or 270 degrees; the flip that follows completes the rotation."""
     if sample["transpose"] != 0:
         standing = fn.transpose(clip, perm=[0, 2, 1, 3], transpose_layout=False, output_layout="FHWC")
     else:
@@ -121,29 +125,30 @@ def resample(
     filter: Filter,
     antialias: bool,
 ) -> NDArray[np.uint8]:
-    """The same as DALI's operators, on arrays.
+    """Crop, resize, transpose and flip on the CPU by torch, as `upright` does on a GPU by DALI's operators.
 
     Args:
         frames: uint8 (T, H, W, 3).
-        size: height and width to resize to, whole numbers.
-        mirror: left-right, up-down.
-        transpose: swaps height and width after resizing if not zero.
-        *box: top and left, height and width to cut out first; none for the whole frame.
-        filter: of resizing.
-        antialias: whether the filter widens where it shrinks.
+        size: height and width in pixels to resize to, whole numbers: float32 (2,).
+        mirror: whether to flip left-right and up-down: int32 (2,).
+        transpose: not zero to swap height and width after resizing: int32 scalar.
+        *box: (top, left) and (height, width) of the box to crop first, int32 (2,) each; none for the whole frame.
+        filter: interpolation of the resizing.
+        antialias: whether the filter widens when it shrinks frames.
 
     Returns:
         uint8 (T, height, width, 3); (T, width, height, 3) if transposed.
 
     Raises:
-        ValueError: the box reaches out of the frames, which are not of the size that the manifest says.
+        ValueError: the box reaches out of the frames: they are smaller than the manifest says.
     """
     clip: Tensor = torch.from_numpy(frames)
     if box:
         (top, left), (height, width) = (pair.tolist() for pair in box)
         if top + height > clip.shape[1] or left + width > clip.shape[2]:
             raise ValueError(
-                f"frames of {clip.shape[1]} x {clip.shape[2]} end within the box {top, left, height, width}"
+                f"frames of {clip.shape[1]} x {clip.shape[2]} pixels do not contain the box {top, left, height, width} "
+                "(top, left, height, width): the manifest states another size. Index the videos again"
             )
         clip = clip[:, top : top + height, left : left + width]
     target = [int(side) for side in size]

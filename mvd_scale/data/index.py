@@ -1,8 +1,8 @@
-"""Videos -> manifest: each file is probed once, here, so that training never has to.
+"""Build of a manifest from videos: each file is probed once, here, so that training never probes files.
 
-    list the sources -> take this machine's part -> probe in parallel, keeping a journal -> manifest
+    list the sources -> take this machine's part -> probe in parallel, with a journal -> manifest
 
-A file that cannot be used becomes a row that says why; only a source as a whole can be wrong.
+A file that cannot be used becomes a row with the reason in `left_out`; only faults of a source as a whole are raised.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ from mvd_scale.errors import UserError
 from mvd_scale.progress import Advance
 
 CHUNK = 32
-"""Videos that a worker takes at a time."""
+"""Videos that a worker process takes from the queue at a time."""
 
 log = logging.getLogger("mvd_scale")
 
 
 @dataclass(frozen=True)
 class Probing:
-    """How videos are probed: what a worker is given."""
+    """Function that worker processes apply to chunks of videos, with its options. Picklable."""
 
     timeout: float = 60.0
     """Seconds after which a video counts as unreadable."""
 
     verify: bool = False
-    """Also decode the first, the middle and the last frame."""
+    """Also decode the first, the middle and the last frame of each video."""
 
     def __call__(self, videos: Sequence[Row]) -> list[Row]:
         return [probe(video, timeout=self.timeout, verify=self.verify) for video in videos]
 
 
 def open_source(data: DataConfig, cache_folder: Path) -> Manifest:
-    """The manifest of a recipe's `data.source` or `data.mixture`.
+    """Read or build the manifest of a recipe's `data.source` or `data.mixture`.
 
-    A `.parquet` is read. Anything else is indexed into the cache folder, which serves again as long as it describes
-    the same source and nothing in the source is newer. The sets of a mixture stand one after the other, in the
-    column `dataset`; their classes are united by name.
+    A `.parquet` file is read. Any other source is indexed, and the manifest is cached in `cache_folder`. A cached
+    manifest is used again if it describes the same source and no file of the source is newer. The rows of a mixture
+    follow one data set after the other, numbered in the column `dataset`; classes of the same name become one class.
 
     Raises:
-        UserError: there is no source, or as `build_manifest` and `Manifest.load`.
+        UserError: there is no source; also as `build_manifest` and `Manifest.load`.
     """
     if data.mixture is None:
         if data.source is None:
@@ -69,10 +69,10 @@ def open_source(data: DataConfig, cache_folder: Path) -> Manifest:
 
 
 def mix(manifests: Sequence[Manifest]) -> Manifest:
-    """One manifest of several, each a `dataset` of it.
+    """Concatenate manifests into one, in which the column `dataset` is the index of the manifest a row comes from.
 
-    Where one of them has labels without class names, nobody knows whether two numbers mean the same: then all labels
-    are dropped.
+    If one manifest has labels but no class names, its labels cannot be matched with those of the others: then all
+    labels become -1.
     """
     listings = [
         Listing([replace(row, dataset=number) for row in manifest.rows], manifest.classes)
@@ -80,7 +80,7 @@ def mix(manifests: Sequence[Manifest]) -> Manifest:
     ]
     nameless = any(not part.classes and any(row.label >= 0 for row in part.rows) for part in listings)
     if nameless:
-        log.info("the mixture has no labels: the classes of one of its sets have no names")
+        log.info("all labels of the mixture are dropped: one of its data sets has labels but no class names")
         listings = [Listing([replace(row, label=-1) for row in part.rows]) for part in listings]
     united = unite(listings)
     return Manifest.of(united.rows, source="; ".join(manifest.source for manifest in manifests), classes=united.classes)
@@ -99,16 +99,16 @@ def build_manifest(
     """Probe every video of some sources.
 
     Args:
-        source: what `listing.FORMS` says, one or several.
+        source: one or several sources, each of a form that `listing.FORMS` names.
         root: as `ListOptions.root`.
-        workers: processes; few videos are probed in this process.
-        options: what lists do not say themselves.
-        probing: time limit, and whether to verify.
-        part: (3, 64) for the third of 64 equal parts of the listing; `merge` puts them together.
-        journal: file that keeps what is done, so that a killed index goes on from there.
+        workers: number of worker processes; a small number of videos is probed in this process.
+        options: properties that lists do not state themselves.
+        probing: time limit in seconds, and whether to verify.
+        part: (3, 64) for the third of 64 equal parts of the listing; `merge` combines the parts.
+        journal: file that records every probed video, so that an interrupted index resumes.
 
     Raises:
-        UserError: the source is missing or empty, a list is not as it should be, or no video is usable.
+        UserError: a source is missing or empty, a list is malformed, or no video is usable.
     """
     sources = [str(source)] if isinstance(source, (str, Path)) else list(source)
     options = options or ListOptions()
@@ -128,21 +128,23 @@ def build_manifest(
 
 
 def merge(manifests: Sequence[Manifest]) -> Manifest:
-    """All parts of one source, in any order, as one manifest.
+    """Combine the manifests of all parts of one source, given in any order, into one manifest.
 
     Raises:
-        UserError: they are not all the parts of one source, each once.
+        UserError: a manifest is not a part, the parts are of different sources, or a part is missing or repeated.
     """
     whole = [number for number, manifest in enumerate(manifests, start=1) if manifest.part is None]
     if whole:
         raise UserError(
-            f"manifest {whole[0]} of those given is no part: expected manifests made with `data index --part K/N`. To "
-            "train on several whole manifests, name them in `data.mixture`"
+            f"manifest {whole[0]} of those given is not a part: expected manifests made with `data index --part K/N`. "
+            "To train on several whole manifests, name them in `data.mixture`"
         )
     parts = sorted(manifests, key=lambda manifest: manifest.part or (0, 0))
     if len({(manifest.source, manifest.classes) for manifest in parts}) > 1:
         sources = sorted({manifest.source for manifest in parts})
-        raise UserError(f"these are parts of different sources: {'; '.join(sources)}")
+        raise UserError(
+            f"the manifests are parts of different sources ({'; '.join(sources)}): expected the parts of one source"
+        )
     numbers = [manifest.part for manifest in parts]
     counts = {part[1] for part in numbers if part is not None}
     count = max(counts)
@@ -151,7 +153,7 @@ def merge(manifests: Sequence[Manifest]) -> Manifest:
         have = ", ".join(f"{part[0]}/{part[1]}" for part in numbers if part is not None)
         missing = [f"{number}/{count}" for number, _ in expected if (number, count) not in numbers]
         lack = f", missing are {', '.join(missing)}" if missing else ""
-        raise UserError(f"expected every part of {count} once: given are {have}{lack}")
+        raise UserError(f"expected each of {count} parts once: given are {have}{lack}")
     rows = [row for manifest in parts for row in manifest.rows]
     return Manifest.of(rows, source=parts[0].source, classes=parts[0].classes)
 
@@ -161,8 +163,8 @@ def _open_one(source: str, root: str | None, cache: Path) -> Manifest:
         manifest = Manifest.load(source)
         if manifest.part is not None:
             raise UserError(
-                f"{source} holds part {manifest.part[0]}/{manifest.part[1]} of its videos only: put all parts together "
-                "with `mvd-scale data merge`"
+                f"{source} holds only part {manifest.part[0]}/{manifest.part[1]} of the videos of its source: combine "
+                "all parts with `mvd-scale data merge`"
             )
         _require_usable(manifest, source)
         return manifest
@@ -178,6 +180,7 @@ def _open_one(source: str, root: str | None, cache: Path) -> Manifest:
 
 
 def _probe_all(videos: Sequence[Row], workers: int, probing: Probing, journal: Path | None) -> list[Row]:
+    """Probe the videos that the journal does not know, and return the rows of all videos in their order."""
     done = {}
     with _Journal(journal, probing) as book, Advance("videos probed", len(videos)) as progress:
         keys = [_key(video) for video in videos]
@@ -191,16 +194,20 @@ def _probe_all(videos: Sequence[Row], workers: int, probing: Probing, journal: P
                 done[n] = row
                 book.add(keys[n], row)
             progress.add(len(rows))
-        # Names and labels are those of this listing, whatever the journal's were.
+        # The journal may come from another listing of the same files: names, labels and paths are those of this one.
         return [replace(done[n], name=video.name, label=video.label, path=video.path) for n, video in enumerate(videos)]
 
 
 def _crashed(video: Row) -> Row:
-    return replace(video, left_out="kills the program that reads it")
+    return replace(video, left_out="crashes the process that reads it")
 
 
 class _Journal:
-    """What is known of videos already: a line each, the last one possibly torn."""
+    """Record of the videos that are probed, one JSON line each, so that an interrupted index resumes.
+
+    The first line states the options. A journal made with other options is overwritten; a line that is incomplete,
+    because the process was killed while writing it, is skipped.
+    """
 
     def __init__(self, path: Path | None, probing: Probing) -> None:
         self.path = path
@@ -213,12 +220,12 @@ class _Journal:
             self.known = dict(self._read())
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a" if self.known else "w", encoding="utf-8")
-            # A line of its own ends a torn one.
+            # The last line may be incomplete: the newline keeps the next record apart from it.
             self._file.write("\n" if self.known else self._head + "\n")
         return self
 
     def add(self, key: str, row: Row) -> None:
-        """Keep one more."""
+        """Append the row of one probed video."""
         if self._file is not None:
             self._file.write(json.dumps([key, asdict(row)]) + "\n")
             self._file.flush()
@@ -243,7 +250,7 @@ class _Journal:
 
 
 def _key(video: Row) -> str:
-    """What tells whether a video is still the one that was probed."""
+    """Identity of a video in the journal: path, place in a shard, modification time and size of the file."""
     changed = 0
     if not is_url(video.path):
         try:
@@ -261,15 +268,15 @@ def _tell(manifest: Manifest, source: str) -> None:
     if bad:
         shown = "; ".join(f"{Path(path).name} ({why})" for path, why in bad[:5])
         rest = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
-        log.warning("%d videos of %s are left out: %s%s", len(bad), source, shown, rest)
+        log.warning("%d videos of %s cannot be used and are left out: %s%s", len(bad), source, shown, rest)
 
 
 def _require_usable(manifest: Manifest, source: str) -> None:
     if not len(manifest.usable):
-        why = next((f": {reason}" for reason in manifest.left_out if reason is not None), "")
+        why = next((f" (first reason: {reason})" for reason in manifest.left_out if reason is not None), "")
         raise UserError(
-            f"none of the {len(manifest)} videos of {source} can be used, the first one because{why or ' it is none'}. "
-            "Check the paths (data.source, data.root) and that the files play"
+            f"none of the {len(manifest)} videos of {source} can be used{why}. Check the paths (data.source, "
+            "data.root), and that a player shows the files"
         )
 
 
@@ -282,10 +289,10 @@ def _origin(sources: Sequence[str], options: ListOptions) -> str:
 
 
 def _newest(source: str) -> float:
-    """Time of the last change in a source: seconds since 1970."""
+    """Time of the last change in a source, in seconds since 1970."""
     if os.path.isfile(source):
         return os.stat(source).st_mtime
-    # Folders too: what is deleted or renamed leaves its mark on them.
+    # Folders count too: deleting or renaming a file changes the time of its folder only.
     files = find_files(source, lambda _: True)
     folders = {source, *(os.path.dirname(path) for path in files)}
     return max(os.lstat(path).st_mtime for path in [*folders, *files])

@@ -1,8 +1,8 @@
-"""Which videos a source names, before anything is known of them.
+"""Listing of the videos of a source: names, paths and labels, before any file is opened.
 
 folder, glob, single file -> every video and still image in it; labels from class folders
-text, csv, json           -> lists of this field, see `lists.py`
-tar                       -> its members
+text, csv, json           -> lists in the formats of public data sets, see `lists.py`
+tar                       -> members that are videos or still images
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FORMS = (
 
 @dataclass(frozen=True)
 class Listing:
-    """Rows of which name, place and label are known."""
+    """Videos of which only name, path (with offset and size in a tar file) and label are known."""
 
     rows: list[Row]
     classes: tuple[str, ...] = ()
@@ -43,27 +43,27 @@ class Listing:
 
 @dataclass(frozen=True)
 class ListOptions:
-    """What lists do not say themselves."""
+    """Properties of a list that the list itself does not state."""
 
     root: str | None = None
-    """Folder or URL that their paths start from; the folder of the list if None."""
+    """Folder or URL to which the paths of a list are relative; the folder of the list if None."""
 
     classes: str | None = None
-    """File with the class names (`classInd.txt`, `labels.json`); looked for beside the list if None."""
+    """File with the class names (`classInd.txt`, `labels.json`); searched in the folder of the list if None."""
 
     split: str | None = None
-    """Which part of a list that holds several: train, validation or test."""
+    """Split to take from a list that holds several: train, validation or test; None for all."""
 
     fold: int = 1
-    """Which of the three official divisions of HMDB51."""
+    """Official split of HMDB51: 1, 2 or 3."""
 
 
 def list_videos(sources: Sequence[str], options: ListOptions) -> Listing:
-    """All videos of some sources, one after the other.
+    """List all videos of some sources, one source after the other.
 
     Raises:
-        UserError: a source does not exist, holds no videos, or is of no known form; or labels of several sources do
-            not go together.
+        UserError: a source does not exist, holds no videos, or is of no known form; or some sources have class names
+            and others have labels without names.
     """
     listings = [_list_one(source, options) for source in sources]
     if len(listings) == 1:
@@ -73,8 +73,8 @@ def list_videos(sources: Sequence[str], options: ListOptions) -> Listing:
         return unite(listings)
     if any(named) and any(row.label >= 0 for listing in listings if not listing.classes for row in listing.rows):
         raise UserError(
-            f"{sources[named.index(True)]} names its classes and {sources[named.index(False)]} numbers them: their "
-            "labels cannot go into one manifest. Index them one by one"
+            f"{sources[named.index(True)]} has class names, but {sources[named.index(False)]} has class numbers only: "
+            "their labels cannot be combined in one manifest. Index each source into a manifest of its own"
         )
     if any(named):
         return unite(listings)
@@ -82,7 +82,7 @@ def list_videos(sources: Sequence[str], options: ListOptions) -> Listing:
 
 
 def unite(listings: Sequence[Listing]) -> Listing:
-    """One listing whose classes are all those of some others, by name; labels are numbered anew."""
+    """Concatenate listings; classes of the same name become one class, and labels are renumbered accordingly."""
     classes = tuple(dict.fromkeys(name for listing in listings for name in listing.classes))
     number = {name: label for label, name in enumerate(classes)}
     rows = [
@@ -103,7 +103,7 @@ def _list_one(source: str, options: ListOptions) -> Listing:
     if has_magic(source) and not exists(source):
         paths = sorted(_glob(source))
         if not paths:
-            raise UserError(f"nothing matches {source}: expected a pattern such as 'videos/*/*.mp4', in quotes")
+            raise UserError(f"no file matches {source}: expected a pattern such as 'videos/*/*.mp4', in quotes")
         if all(_is_fold(path) for path in paths):
             return list_folds(paths, posixpath.dirname(source), options)
         return list_videos(paths, options)
@@ -117,16 +117,17 @@ def _list_one(source: str, options: ListOptions) -> Listing:
         return read_list(source, options)
     if suffix in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
         return Listing([Row(name=posixpath.basename(source), path=absolute(source))])
-    raise UserError(f"{source} is nothing that can be indexed: expected {FORMS}")
+    raise UserError(f"{source} cannot be indexed: expected {FORMS}")
 
 
 def _list_folder(folder: str) -> Listing:
-    """Videos below a folder by name; where every one lies in a folder of its own class, with labels."""
+    """Videos below a folder, sorted by name; with labels if every video lies in a sub-folder, which names its class."""
     paths = find_files(folder, _is_video)
     if not paths:
         raise UserError(
             f"no videos in the folder {folder}: expected files with one of the suffixes "
-            f"{' '.join(sorted(VIDEO_SUFFIXES | IMAGE_SUFFIXES))} in it or below. Give the folder that holds the videos"
+            f"{' '.join(sorted(VIDEO_SUFFIXES | IMAGE_SUFFIXES))} in it or in its sub-folders. Give the folder that "
+            "holds the videos"
         )
     names = [relative(path, folder) for path in paths]
     rows = [_named(Row(name=name, path=absolute(path))) for name, path in zip(names, paths, strict=True)]
@@ -139,7 +140,7 @@ def _list_folder(folder: str) -> Listing:
 
 
 def _list_tar(path: str) -> Listing:
-    """Members that are videos, with the label of a `.cls` member of the same stem (WebDataset)."""
+    """Members of a tar file that are videos; labels from `.cls` members of the same stem (WebDataset)."""
     rows, labels = [], {}
     try:
         with open_file(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
@@ -156,14 +157,17 @@ def _list_tar(path: str) -> Listing:
                         labels[stem] = content.read(64).decode(errors="replace").strip()
     except tarfile.TarError as error:
         raise UserError(
-            f"{path} cannot be read as a tar file: {error}. Expected an uncompressed one: videos are read from it by "
-            "their place in it"
+            f"{path} cannot be read as a tar file: {error}. Expected an uncompressed tar file: videos are read from it "
+            "by byte offset"
         ) from error
     if not rows:
-        raise UserError(f"no videos in {path}: expected members with the suffixes of videos or images")
+        raise UserError(
+            f"no videos in {path}: expected members with one of the suffixes "
+            f"{' '.join(sorted(VIDEO_SUFFIXES | IMAGE_SUFFIXES))}"
+        )
     for stem, label in labels.items():
         if not label.isdecimal():
-            raise UserError(f"{path}: {stem}.cls holds {label!r}: expected the number of the class")
+            raise UserError(f"{path}: {stem}.cls holds {label!r}: expected the number of a class, from 0 on")
     stems = [posixpath.splitext(row.name)[0] for row in rows]
     return Listing([replace(row, label=int(labels.get(stem, -1))) for row, stem in zip(rows, stems, strict=True)])
 
@@ -177,7 +181,7 @@ def is_folder(path: str) -> bool:
 
 
 def exists(path: str) -> bool:
-    """Whether there is anything at a path or URL."""
+    """Whether a file or folder exists at a path or URL."""
     if is_url(path):
         filesystem, inner = filesystem_of(path)
         return bool(filesystem.exists(inner))
@@ -185,12 +189,15 @@ def exists(path: str) -> bool:
 
 
 def open_file(path: str) -> BinaryIO:
-    """A file or URL, to be read in bytes."""
+    """Open a file or URL for reading bytes."""
     return cast(BinaryIO, fsspec.open(path, "rb").open() if is_url(path) else open(path, "rb"))
 
 
 def find_files(folder: str, wanted: Callable[[str], bool]) -> list[str]:
-    """Paths below a folder or URL for which `wanted(path)` holds, sorted; links are followed, each folder once."""
+    """Paths below a folder or URL for which `wanted(path)` is true, sorted.
+
+    Symbolic links are followed; each folder is visited once, even if several links lead to it.
+    """
     if is_url(folder):
         filesystem, inner = filesystem_of(folder)
         return sorted(filesystem.unstrip_protocol(path) for path in filesystem.find(inner) if wanted(path))
@@ -203,7 +210,7 @@ def find_files(folder: str, wanted: Callable[[str], bool]) -> list[str]:
 
 
 def relative(path: str, folder: str) -> str:
-    """A path as seen from a folder, with forward slashes; the path itself if it lies elsewhere."""
+    """Path relative to a folder, with forward slashes; the absolute path if it is not below the folder."""
     if is_url(path):
         if path.startswith(folder.rstrip("/") + "/"):
             return path.removeprefix(folder.rstrip("/") + "/")
@@ -215,19 +222,19 @@ def relative(path: str, folder: str) -> str:
 
 
 def join(root: str, path: str) -> str:
-    """A path of a list, which starts from its root unless it is absolute or a URL."""
+    """Path of a list entry, relative to `root` unless it is absolute or a URL."""
     if is_url(path):
         return path
     return f"{root.rstrip('/')}/{path}" if is_url(root) else os.path.join(root, path)
 
 
 def _named(row: Row) -> Row:
-    """A row that a manifest can hold: file names may be any bytes, texts in Parquet may not."""
+    """Row that Parquet can store: a file name that is not UTF-8 is replaced by a readable one, and left out."""
     try:
         f"{row.name}{row.path}".encode()
     except UnicodeEncodeError:
         readable = [text.encode(errors="replace").decode() for text in (row.name, row.path)]
-        return replace(row, name=readable[0], path=readable[1], left_out="its name is not UTF-8: rename it")
+        return replace(row, name=readable[0], path=readable[1], left_out="its name is not valid UTF-8: rename the file")
     return row
 
 
@@ -250,6 +257,6 @@ def _is_video(path: str) -> bool:
 
 
 def _is_fold(path: str) -> bool:
-    """A file of HMDB51's official divisions."""
+    """Whether a path is a file of HMDB51's official splits, such as `brush_hair_test_split1.txt`."""
     stem, suffix = posixpath.splitext(posixpath.basename(path))
     return suffix == ".txt" and stem[:-1].endswith("_test_split") and stem[-1] in "123"

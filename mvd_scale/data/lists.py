@@ -1,8 +1,8 @@
-"""Lists of videos: plain ones, and the official ones of the data sets that the paper uses.
+"""Lists of videos: plain lists, and the official lists of the data sets that the paper uses.
 
-| list                                | files                             | class                            |
+| list                                | path of a video                   | class of a video                 |
 |-------------------------------------|-----------------------------------|----------------------------------|
-| `path label` lines, no header       | as written; split at the last space | a whole number, -1 for none    |
+| `path label` lines, no header       | as written, up to the last space  | an integer, -1 for no class      |
 | csv with a header                   | column path, video, file, filename | column label or class, if any   |
 | Kinetics (label, youtube_id, ...)   | id_start_end, in any folder       | names, numbered alphabetically   |
 | Something-Something (json)          | id, in any folder                 | template, numbered by labels.json |
@@ -43,16 +43,16 @@ _SPLITS = {"train": "train", "validation": "val", "test": "test"}
 
 
 def read_list(file: str, options: ListOptions) -> Listing:
-    """The videos of one list; its form is seen from its content.
+    """Videos of one list, whose format is recognised by its content.
 
     Raises:
-        UserError: it is empty, no text, of no known form, or a line of it is not as it should be.
+        UserError: the list is empty, is not a text file, is of no known format, or has a malformed line.
     """
     if posixpath.splitext(file)[1].lower() == ".json":
         return _something(file, options)
     lines = _lines(file)
     if not lines:
-        raise UserError(f"the list {file} is empty: expected one `path label` per line, or a csv with a header")
+        raise UserError(f"the list {file} is empty: expected one `path label` per line, or a CSV file with a header")
     header = [name.strip().lower() for name in lines[0][1].split(",")]
     if {"youtube_id", "time_start", "time_end"} <= set(header):
         return _kinetics(file, header, lines[1:], options)
@@ -64,15 +64,21 @@ def read_list(file: str, options: ListOptions) -> Listing:
 
 
 def list_folds(files: Sequence[str], folder: str, options: ListOptions) -> Listing:
-    """HMDB51: one file a class and fold, lines of `video.avi mark`, where 1 trains, 2 tests and 0 does neither."""
+    """Videos of HMDB51's lists: one file per class and fold, of `video.avi mark` lines.
+
+    Mark 1 is for training, mark 2 for the test, and mark 0 for neither.
+
+    Raises:
+        UserError: HMDB51 has no such split or fold, the files of the fold are missing, or a line is malformed.
+    """
     if options.split == "validation":
-        raise UserError("HMDB51 has no validation split: give --split train or test, or leave it out for both")
+        raise UserError("HMDB51 has no validation split: give --split train or test, or omit --split for both")
     if options.fold not in (1, 2, 3):
-        raise UserError(f"HMDB51 has the folds 1, 2 and 3, not {options.fold}")
+        raise UserError(f"HMDB51 has the folds 1, 2 and 3, not {options.fold}: give one of these with --fold")
     ending = f"_test_split{options.fold}.txt"
     chosen = sorted(file for file in files if file.endswith(ending))
     if not chosen:
-        raise UserError(f"{folder} holds no files *{ending}: expected one for every class")
+        raise UserError(f"{folder} holds no files *{ending}: expected one such file for every class")
     names = [posixpath.basename(file).removesuffix(ending) for file in chosen]
     found = _Files(options.root or folder)
     rows = []
@@ -80,7 +86,7 @@ def list_folds(files: Sequence[str], folder: str, options: ListOptions) -> Listi
         for number, line in _lines(file):
             video, _, mark = line.rpartition(" ")
             if mark not in ("0", "1", "2") or not video:
-                raise UserError(f"{file}:{number}: {line!r} is not `video.avi 0|1|2`")
+                raise UserError(f"{file}:{number}: {line!r} is malformed: expected `video.avi MARK`, MARK 0, 1 or 2")
             if mark in _HMDB_MARKS[options.split]:
                 rows.append(found.row(video.strip(), label, f"{names[label]}/{video.strip()}"))
     return Listing(rows, tuple(names))
@@ -93,8 +99,8 @@ def _plain(file: str, lines: list[tuple[int, str]], options: ListOptions) -> Lis
         path, _, label = line.rpartition(" ")
         if not path or not label.removeprefix("-").isdecimal():
             raise UserError(
-                f"{file}:{number}: no label in {line!r}: expected `path label`, the label a whole number after the "
-                "last space. Write -1 for a video without a class"
+                f"{file}:{number}: no label in {line!r}: expected `path label`, where the label is an integer after "
+                "the last space. Write -1 for a video without a class"
             )
         rows.append(_row(root, path.strip(), max(int(label), -1)))
     return Listing(rows, _named_classes(options.classes))
@@ -122,7 +128,10 @@ def _kinetics(file: str, header: list[str], lines: list[tuple[int, str]], option
         wanted = _SPLITS[options.split]
         entries = [entry for entry in entries if entry["split"].startswith(wanted)]
         if not entries:
-            raise UserError(f"{file} lists no videos of the split {options.split}: see its column `split`")
+            raise UserError(
+                f"{file} lists no videos of the split {options.split}: give --split one of the values of its column "
+                "`split`"
+            )
     named = [entry["label"].strip() for entry in entries] if "label" in header else [""] * len(entries)
     classes = _named_classes(options.classes) or tuple(sorted(set(named) - {""}))
     found = _Files(options.root or _folder_of(file))
@@ -137,11 +146,11 @@ def _something(file: str, options: ListOptions) -> Listing:
     try:
         entries = json.loads(_text(file))
     except json.JSONDecodeError as error:
-        raise UserError(f"{file} is not JSON: {error}") from error
+        raise UserError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(entries, list) or not all(isinstance(entry, dict) and "id" in entry for entry in entries):
         raise UserError(
-            f"{file} is no list of Something-Something: expected [{{'id': ..., 'template': ...}}, ...]. The names of "
-            "the classes (labels.json) go with --classes"
+            f"{file} is not a list of Something-Something: expected [{{'id': ..., 'template': ...}}, ...]. Give the "
+            "file of the class names (labels.json) with --classes"
         )
     classes = _named_classes(options.classes or _beside(file, "labels.json", "something-something-v2-labels.json"))
     templates = [re.sub(r"[\[\]]", "", entry.get("template", "")) for entry in entries]
@@ -173,18 +182,22 @@ def _ucf(file: str, lines: list[tuple[int, str]], options: ListOptions) -> Listi
 
 
 class _Files:
-    """Where a data set keeps its videos: official lists tell names, and everybody has folders of his own."""
+    """Video files below a folder, by stem: official lists give file names, and folders differ between installations.
+
+    Raises:
+        UserError: the folder does not exist.
+    """
 
     def __init__(self, root: str) -> None:
         if not is_folder(root):
-            raise UserError(f"data.root {root} is no folder: expected the one that holds the videos of the list")
+            raise UserError(f"data.root {root} is not a folder: expected the folder that holds the videos of the list")
         self.root = root
         suffixes = VIDEO_SUFFIXES | IMAGE_SUFFIXES
         paths = find_files(root, lambda path: posixpath.splitext(path)[1].lower() in suffixes)
         self.by_stem = {posixpath.splitext(posixpath.basename(path))[0]: path for path in paths}
 
     def row(self, video: str, label: int, name: str | None = None) -> Row:
-        """The video wherever it lies under the root; a video that is not there keeps the place of its name."""
+        """Row of a video, found by its stem anywhere below the root; a missing one gets the path `root/video`."""
         stem = posixpath.splitext(posixpath.basename(video))[0]
         path = self.by_stem.get(stem, join(self.root, video))
         return Row(name=name or relative(path, self.root), path=absolute(path), label=label)
@@ -196,14 +209,20 @@ def _row(root: str, path: str, label: int) -> Row:
 
 
 def _named_classes(file: str | None) -> tuple[str, ...]:
-    """Names in the order of their labels: a JSON object {name: number}, or `number name` lines counted from one."""
+    """Read class names in the order of their labels; none if `file` is None.
+
+    Formats: a JSON object {name: number from 0}, lines `number name` with numbers from 1, or one name per line.
+
+    Raises:
+        UserError: the file is malformed, or its numbers have gaps or repeat.
+    """
     if file is None:
         return ()
     text = _text(file)
     if posixpath.splitext(file)[1].lower() == ".json":
         numbers: Any = json.loads(text)
         if not isinstance(numbers, dict):
-            raise UserError(f"{file}: expected an object of class names and numbers")
+            raise UserError(f"{file}: expected a JSON object of class names and numbers, {{name: number}}")
         pairs = sorted((int(number), name) for name, number in numbers.items())
     else:
         split = [line.strip().partition(" ") for line in text.splitlines() if line.strip()]
@@ -212,9 +231,7 @@ def _named_classes(file: str | None) -> tuple[str, ...]:
         else:
             pairs = [(number, line.strip()) for number, line in enumerate(filter(str.strip, text.splitlines()))]
     if [number for number, _ in pairs] != list(range(len(pairs))):
-        raise UserError(
-            f"{file}: the numbers of the classes have gaps or repeat: expected each once, from the first on"
-        )
+        raise UserError(f"{file}: the class numbers have gaps or repeat: expected consecutive numbers, each once")
     return tuple(name for _, name in pairs)
 
 
@@ -223,8 +240,8 @@ def _number(file: str, name: str, classes: tuple[str, ...]) -> int:
         return _numbers(classes)[name]
     except KeyError as error:
         raise UserError(
-            f"{file}: the class {name!r} is not among the {len(classes)} known ones ({', '.join(classes[:3])} ...): "
-            "give the list of classes that belongs to it with --classes"
+            f"{file}: the class {name!r} is not one of the {len(classes)} known classes "
+            f"({', '.join(classes[:3])} ...): give the class file that belongs to this list with --classes"
         ) from error
 
 
@@ -246,13 +263,13 @@ def _parse(file: str, header: list[str], lines: list[tuple[int, str]]) -> list[d
     entries = []
     for (number, _), values in zip(lines, csv.reader([line for _, line in lines]), strict=True):
         if len(values) != len(header):
-            raise UserError(f"{file}:{number}: {len(values)} fields, but the header names {len(header)}")
+            raise UserError(f"{file}:{number}: {len(values)} fields, expected {len(header)} as in the header")
         entries.append(dict(zip(header, values, strict=True)))
     return entries
 
 
 def _lines(file: str) -> list[tuple[int, str]]:
-    """Lines that are not empty, with their numbers."""
+    """Lines that are not empty, each with its number from 1."""
     numbered = enumerate(_text(file).splitlines(), start=1)
     return [(number, line.strip()) for number, line in numbered if line.strip()]
 
@@ -262,4 +279,4 @@ def _text(file: str) -> str:
         try:
             return opened.read().decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise UserError(f"{file} is not a text file: expected a list of videos, or a folder of them") from error
+            raise UserError(f"{file} is not a text file: expected a list of videos, or a folder of videos") from error

@@ -1,8 +1,8 @@
-"""Micro batches of one rank, in a stream that depends on the seed alone.
+"""Training loader: micro batches of one rank, in a stream of clips that depends on the seed alone.
 
     Share (which clips) -> ClipSource in workers -> DALI graph -> ClipBatch
                                                       |
-                              decode error: find the clips, hand them to PyAV, rebuild, go on
+                              decode error: find the clips, pass them to PyAV, rebuild the graph, continue
 
 Legend: B clips, T frames.
 """
@@ -36,16 +36,16 @@ from mvd_scale.data.source import GIVEN_UP, Backend, ClipSource, VideoSource
 from mvd_scale.errors import UserError
 
 JUDGED_FROM = 100
-"""Clips of a rank from which on the share of replaced ones is held against `data.max_broken`."""
+"""Number of clips of a rank from which on the share of replaced clips is compared with `data.max_broken`."""
 
 log = logging.getLogger("mvd_scale")
 
 Outputs = list[TensorListCPU | TensorListGPU]
-"""What one run of a graph gives."""
+"""Outputs of one run of a DALI graph, one batch per output."""
 
 
 class Failure(TypedDict):
-    """A video that could not be decoded."""
+    """Record of a video that could not be decoded: row of the manifest, path, and reason."""
 
     row: int
     path: str
@@ -53,18 +53,19 @@ class Failure(TypedDict):
 
 
 class Feed(ABC):
-    """A DALI graph that survives what it cannot decode, and the book of what could not be decoded.
+    """Base class of loaders: a DALI graph that recovers from decode errors, and the count of videos that fail.
 
     Args:
         manifest: the videos.
-        data: workers, threads and limits.
-        batch: samples of one run of the graph.
-        first: sample to begin with.
-        end: sample at which it ends.
+        data: numbers of workers and threads, time limit, largest share of broken videos.
+        batch: samples per run of the graph.
+        first: number of the first sample.
+        end: number after the last sample.
         world_size: number of ranks.
-        device: where batches live; on a GPU it is also where they are decoded.
-        report: file to append a JSON line (row, path, error, step) to for each video that could not be decoded.
-        cpus: for workers and threads; if None, what this process may use, divided by the ranks of this host.
+        device: device of the batches; a GPU also decodes them.
+        report: file to which a JSON line (row, path, error, step) is appended for each video that cannot be decoded.
+        cpus: number of CPUs for workers and threads; if None, the CPUs that this process may use, divided by the
+            number of ranks of this host.
     """
 
     def __init__(
@@ -97,29 +98,31 @@ class Feed(ABC):
 
     @abstractmethod
     def _source(self) -> VideoSource:
-        """The source from sample `_next` on."""
+        """Sample source that starts at sample `_next`."""
 
     @abstractmethod
     def _build(self) -> Pipeline:
-        """The graph over it."""
+        """Build the DALI graph over `_source()`."""
 
     @abstractmethod
     def _key(self, n: int) -> int:
-        """What `by_host` calls sample n."""
+        """Key of sample n in `by_host`."""
 
     _remedy = " and is replaced"
 
     @property
     def step(self) -> int:
-        """What the report calls the place that the feed has come to."""
+        """Progress of the loader, which the report records with each failure: number of the next sample."""
         return self._next
 
     def run(self) -> Outputs:
-        """Outputs of the next run of the graph, without row, label and failures, which it has accounted for.
+        """Run the graph once and return its outputs, without row, label and failures.
+
+        Rows and labels are stored in `rows` and `labels`, int64 (B,); failures are counted and reported.
 
         Raises:
-            StopIteration: the end is reached.
-            UserError: too much could not be decoded.
+            StopIteration: the last sample has been returned.
+            UserError: too many videos cannot be decoded.
         """
         outputs = None
         while outputs is None:
@@ -137,7 +140,7 @@ class Feed(ABC):
         return outputs
 
     def close(self) -> None:
-        """End the worker processes. The feed gives no more batches."""
+        """End the worker processes; the loader returns no more batches."""
         self._end = self._next
         self._graph = None
 
@@ -159,18 +162,18 @@ class Feed(ABC):
 
     @property
     def _stream(self) -> torch.cuda.Stream | None:
-        """Stream that orders a batch before its use, so that the host need not wait for the decoder."""
+        """CUDA stream on which outputs are ordered before their use, so that the host does not wait for the decoder."""
         return torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
 
     def _route_around(self, error: RuntimeError) -> None:
-        """Rebuild the graph without the samples that ended it.
+        """Rebuild the graph so that PyAV decodes the samples that DALI failed to decode.
 
-        The error does not tell which it was, and the graph runs ahead of what was handed out: every sample that may
-        have been in it is tried alone. A sample, not a video, goes to PyAV from then on, so that pixels depend on
-        the sample only, not on what a run has met before.
+        The error does not name the sample, and the graph prefetches: DALI tries every sample that may have been in the
+        graph alone. Only these samples go to PyAV, not all samples of their videos, so that the pixels of a sample do
+        not depend on earlier errors of the run.
 
         Raises:
-            RuntimeError: the error itself, if DALI decodes all of them.
+            RuntimeError: `error` itself, if DALI decodes every one of these samples.
         """
         self._graph = None
         source = self._source()
@@ -179,7 +182,7 @@ class Feed(ABC):
         if not failed:
             raise error
         self._by_host = frozenset(key for key in self._by_host if key >= self._key(self._next)) | failed
-        log.info("DALI cannot decode %d of the next %d clips: PyAV tries them", len(failed), len(ahead))
+        log.info("DALI cannot decode %d of the next %d clips: PyAV decodes them instead", len(failed), len(ahead))
         self._graph = self._build()
 
     def _dali_decodes(self, source: VideoSource, n: int) -> bool:
@@ -187,7 +190,11 @@ class Feed(ABC):
         return task is None or dali_decodes(*task, self._device_id)
 
     def _account(self, rows: list[int], failures: list[list[Failure]]) -> None:
-        """Count the samples of a run and tell of those that were replaced."""
+        """Count the samples of one run, and report the videos that were replaced.
+
+        Raises:
+            UserError: a sample has no substitute, or more than `data.max_broken` of the samples were replaced.
+        """
         self.clips += len(rows)
         for row, failed in zip(rows, failures, strict=True):
             self.substituted += bool(failed)
@@ -218,41 +225,43 @@ class Feed(ABC):
                 file.write(json.dumps({**failure, "step": self.step}) + "\n")
 
     def _video(self, row: int) -> Hashable:
-        """What rows have in common that are to be told of once."""
+        """Key of the video of a row: each key is reported once."""
         return row
 
     @property
     def _advice(self) -> str:
-        listed = f"They are listed in {self._report}. " if self._report is not None else ""
+        listed = f"The videos are listed in {self._report}. " if self._report is not None else ""
         return f"{listed}Restore the files, or index the videos again, or raise data.max_broken"
 
 
 class ClipLoader(Feed):
-    """Iterator over the micro batches of one rank, from the start of one optimizer step to the end of training.
+    """Iterator over the micro batches of one rank, from the start of an optimizer step to the end of training.
 
-    Clip k of optimizer step s is the same for any number of ranks, workers and micro batches: its state is the
-    step. A clip whose video cannot be decoded is replaced by a deterministic substitute; `substituted` counts
-    these, the report lists each video once. Batches count every copy of a clip (`data.copies`).
+    Clip k of optimizer step s is the same for any numbers of ranks, workers and micro batches: the whole state of the
+    loader is the step. A clip whose video cannot be decoded is replaced by a deterministic substitute; `substituted`
+    counts these clips, and the report lists each video once. All batch sizes count every copy of a clip
+    (`data.copies`).
 
     Args:
         manifest: the videos.
-        data: how clips are cut and masked.
+        data: sampling, crop, augmentation and mask of clips.
         model: shape of a clip.
-        seed: of order, frames, crops and masks.
+        seed: seed of the order, frames, crops, augmentation and masks.
         global_batch: clips of one optimizer step over all ranks.
-        micro_batch: clips of one batch of this rank (B); divides its share of the global batch.
-        rank: this rank.
+        micro_batch: clips of one batch of this rank (B); divides the rank's share of the global batch.
+        rank: number of this rank.
         world_size: number of ranks; divides the global batch.
-        device: where batches live; on a GPU it is also where they are decoded.
-        start_step: optimizer steps done already.
-        total_steps: optimizer steps at which training ends.
-        sides: further input sides, in pixels, to resize each crop to (`ClipBatch.at`).
-        report: file to append a JSON line (row, path, error, step) to for each video that could not be decoded.
-        cpus: for workers and threads; if None, what this process may use, divided by the ranks of this host.
+        device: device of the batches; a GPU also decodes them.
+        start_step: number of optimizer steps that are done.
+        total_steps: number of optimizer steps at which training ends.
+        sides: further input sides, in pixels, to which each crop is resized (`ClipBatch.at`).
+        report: file to which a JSON line (row, path, error, step) is appended for each video that cannot be decoded.
+        cpus: number of CPUs for workers and threads; if None, the CPUs that this process may use, divided by the
+            number of ranks of this host.
 
     Raises:
-        UserError: an epoch has fewer clips than one global batch; in iteration: more than `data.max_broken` of the
-            clips were replaced, or one had no decodable substitute.
+        UserError: an epoch has fewer clips than one global batch. During iteration: more than `data.max_broken` of the
+            clips were replaced, or a clip had no decodable substitute.
     """
 
     def __init__(
@@ -275,8 +284,8 @@ class ClipLoader(Feed):
     ) -> None:
         if global_batch % (world_size * micro_batch) or micro_batch % data.copies:
             raise ValueError(
-                f"global batch {global_batch} is not whole micro batches of {micro_batch} x {world_size} ranks, "
-                f"each of whole sets of {data.copies} copies"
+                f"global batch {global_batch} is not a multiple of micro batch {micro_batch} x {world_size} ranks, or "
+                f"the micro batch is not a multiple of {data.copies} copies"
             )
         steps_per_epoch(manifest, data, global_batch)
         self.sides = (model.input_size, *(side for side in sides if side != model.input_size))
@@ -297,7 +306,7 @@ class ClipLoader(Feed):
 
     @property
     def step(self) -> int:
-        """Optimizer steps whose clips have all been handed out: the loader's whole state."""
+        """Number of optimizer steps whose clips have all been returned: the whole state of the loader."""
         return self._next // self._share.clips_per_step
 
     def __iter__(self) -> Self:
@@ -349,12 +358,24 @@ class ClipLoader(Feed):
 
 
 def worker_count(data: DataConfig, world_size: int, cpus: int | None = None) -> int:
-    """Worker processes of one rank: `data.workers`, or its CPUs, less one for itself; `cpus` as of `Feed`."""
+    """Number of worker processes of one rank: `data.workers`, or for `auto` its CPUs minus one for the rank itself.
+
+    Args:
+        data: the section `data` of the recipe.
+        world_size: number of ranks.
+        cpus: number of CPUs of the rank; if None, the CPUs of this process divided by the ranks of this host.
+    """
     return max(_cpus(world_size, cpus) - 1, 0) if data.workers == "auto" else data.workers
 
 
 def thread_count(data: DataConfig, world_size: int, cpus: int | None = None) -> int:
-    """Threads of one rank's graph: `data.threads`, or its CPUs; `cpus` as of `Feed`."""
+    """Number of CPU threads of one rank's DALI graph: `data.threads`, or for `auto` its CPUs.
+
+    Args:
+        data: the section `data` of the recipe.
+        world_size: number of ranks.
+        cpus: number of CPUs of the rank; if None, the CPUs of this process divided by the ranks of this host.
+    """
     return max(_cpus(world_size, cpus), 1) if data.threads == "auto" else data.threads
 
 
@@ -363,5 +384,5 @@ def _cpus(world_size: int, cpus: int | None) -> int:
 
 
 def as_tensor(batch: TensorListCPU | TensorListGPU) -> Tensor:
-    """Without a copy: DALI's default (dynamic) executor gives every batch buffers of its own."""
+    """Convert a DALI batch to a tensor without a copy: the dynamic executor gives every batch buffers of its own."""
     return from_dlpack(batch.as_tensor())

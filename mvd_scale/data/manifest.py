@@ -1,4 +1,4 @@
-"""What there is: one row per video, in Parquet."""
+"""Manifest: a table of videos, one row per video, stored as Parquet."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ SCHEMA = pa.schema(
 _ORIGIN = b"mvd_scale"
 
 WHOLE_FILE = -1
-"""`offset` of a video that is a file by itself, not a part of a shard."""
+"""`offset` of a video that is a file of its own, not a range of a shard."""
 
 IMAGE_CODECS = frozenset({"jpeg", "png", "bmp", "tiff", "webp"})
-"""`codec` of still images: clips of one frame."""
+"""Values of `codec` for still images, which count as videos of one frame."""
 
 
 @dataclass(frozen=True)
@@ -56,74 +56,74 @@ class Row:
     """One video, as one row of a manifest."""
 
     name: str
-    """What the video is called in its source: its path from there. The same in files and in shards."""
+    """Name of the video: its path relative to the source. It is the same for files and for shards made from them."""
 
     path: str
     """Absolute path or URL of the file, or of the shard that holds it."""
 
     label: int = -1
-    """Class; -1 if there is none."""
+    """Class, from 0; -1 if there is none."""
 
     offset: int = WHOLE_FILE
-    """First byte within a shard; -1 if the video is a file by itself."""
+    """First byte of the video within its shard; -1 if the video is a file of its own."""
 
     size: int = 0
-    """Bytes."""
+    """Size of the encoded video in bytes."""
 
     frames: int = 0
-    """Frames that the container holds; 0 in a row that is left out."""
+    """Number of frames in the container; 0 in a row that is left out."""
 
     fps: float = 0.0
-    """Average frames per second; 0 where the container does not tell."""
+    """Average frames per second; 0 if the container does not state it."""
 
     variable_rate: bool = False
-    """Whether frames are not equally long."""
+    """Whether the durations of the frames differ (variable frame rate)."""
 
     duration: float = 0.0
-    """Seconds."""
+    """Duration in seconds."""
 
     height: int = 0
-    """Pixels, as shown: after `rotation`."""
+    """Height in pixels as displayed, after `rotation`."""
 
     width: int = 0
-    """Pixels, as shown: after `rotation`."""
+    """Width in pixels as displayed, after `rotation`."""
 
     rotation: int = 0
-    """Degrees by which a coded frame is turned counterclockwise to be shown: 0, 90, 180 or 270."""
+    """Counterclockwise rotation, in degrees, from the coded frame to the displayed one: 0, 90, 180 or 270."""
 
     codec: str = ""
-    """FFmpeg's name: h264, hevc, vp9 ...; of a still image one of `IMAGE_CODECS`."""
+    """FFmpeg's name of the codec: h264, hevc, vp9 ...; for a still image, one of `IMAGE_CODECS`."""
 
     pixel_format: str = ""
-    """FFmpeg's name: yuv420p, yuv420p10le ..."""
+    """FFmpeg's name of the pixel format: yuv420p, yuv420p10le ..."""
 
     keyframe_interval: int = 0
-    """Largest number of frames from a keyframe to the next, or to the end."""
+    """Largest number of frames from one keyframe to the next, or to the end."""
 
     first_pts: int = 0
     """Presentation time of the first frame, in ticks of the stream."""
 
     pts_step: int = 0
-    """Ticks from every frame to the next; 0 where they differ or are not known, and places must be counted."""
+    """Ticks from each frame to the next; 0 if they differ or are unknown: then the decoder must count frames."""
 
     dataset: int = 0
-    """Which part of a mixture the video belongs to."""
+    """Index of the data set of a mixture to which the video belongs; 0 without a mixture."""
 
     left_out: str | None = None
-    """Why the video is not used; None if it is."""
+    """Reason why the video is not used; None for a usable video."""
 
     @property
     def coded_size(self) -> tuple[int, int]:
-        """Height and width of a frame as decoders give it, before `rotation`."""
+        """Height and width in pixels of a decoded frame, before `rotation`."""
         return (self.width, self.height) if self.rotation % 180 else (self.height, self.width)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Every video of a source, also those that cannot be used, in the order of the source.
+    """All videos of a source in the order of the source, including those that cannot be used.
 
-    Training never probes files: what it needs to know about a video stands here. A row number names a video
-    wherever one is named (`ClipBatch.video_ids`, `quarantine.jsonl`). Columns are what `Row` says, one entry a video.
+    Training never probes files: it takes all properties of a video from here. A video is identified by its row number
+    everywhere (`ClipBatch.video_ids`, `quarantine.jsonl`). The columns are the fields of `Row`, one entry per video.
     """
 
     name: list[str]
@@ -147,17 +147,17 @@ class Manifest:
     left_out: list[str | None]
 
     source: str = ""
-    """What was indexed, and how: tells a cached manifest's origin."""
+    """Sources and options of the index, by which a cached manifest is recognised."""
 
     classes: tuple[str, ...] = ()
-    """Name of every class, in the order of the labels; empty if they have none."""
+    """Names of the classes in the order of the labels; empty if the classes have no names."""
 
     part: tuple[int, int] | None = None
-    """(3, 64) if these are the videos of the third of 64 equal parts of the source."""
+    """(3, 64) if the manifest holds the third of 64 equal parts of the source; None if it holds the whole source."""
 
     @classmethod
     def of(cls, rows: Sequence[Row], **about: Any) -> Self:
-        """A manifest of single rows; `about` is `source`, `classes` and `part`."""
+        """Build a manifest from rows; `about` gives the fields `source`, `classes` and `part`."""
         columns: dict[str, Any] = {}
         for field in SCHEMA:
             values = [getattr(row, field.name) for row in rows]
@@ -169,17 +169,17 @@ class Manifest:
         return len(self.path)
 
     def row(self, number: int) -> Row:
-        """One video."""
+        """Row of one video, by its row number."""
         values = {field.name: getattr(self, field.name)[number] for field in fields(Row)}
         return Row(**{key: value.item() if isinstance(value, np.generic) else value for key, value in values.items()})
 
     @property
     def rows(self) -> list[Row]:
-        """All videos."""
+        """Rows of all videos, in order."""
         return [self.row(number) for number in range(len(self))]
 
     def take(self, rows: NDArray[np.int64]) -> Self:
-        """Some of the videos, in any order and as often as one likes."""
+        """Select rows by number, int64 (rows,), in any order, repetitions allowed."""
         columns: dict[str, Any] = {}
         for name in SCHEMA.names:
             column = getattr(self, name)
@@ -193,7 +193,11 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """What the stream of clips depends on: names, lengths and sizes of the usable videos, wherever they lie."""
+        """Hash of everything that the stream of clips depends on: 16 hexadecimal digits.
+
+        It covers names, numbers of frames, sizes in pixels and data sets of the usable videos, but not their paths: a
+        copy of the videos elsewhere, or in shards, has the same digest.
+        """
         rows = self.usable
         digest = hashlib.sha256("\n".join(self.name[row] for row in rows).encode())
         for column in (self.frames, self.height, self.width, self.dataset):
@@ -201,7 +205,7 @@ class Manifest:
         return digest.hexdigest()[:16]
 
     def save(self, path: Path) -> None:
-        """Write Parquet; a reader sees the old file or the new one, never a part."""
+        """Write Parquet atomically: a reader sees the old file or the new one, never a part."""
         columns = [pa.array(getattr(self, field.name), field.type) for field in SCHEMA]
         about = {"source": self.source, "classes": self.classes, "part": self.part}
         table = pa.Table.from_arrays(columns, schema=SCHEMA.with_metadata({_ORIGIN: json.dumps(about).encode()}))
@@ -212,10 +216,10 @@ class Manifest:
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
-        """Read what `save` wrote, from a file or an fsspec URL.
+        """Read a manifest that `save` wrote, from a file or an fsspec URL.
 
         Raises:
-            UserError: there is no such file, it is not Parquet, or it lacks a column.
+            UserError: the file does not exist, is not Parquet, or lacks a column.
         """
         try:
             with fsspec.open(str(path), "rb") as file:

@@ -1,10 +1,10 @@
-"""The one DALI graph, on the CPU and on the GPU: decode, crop, resize, turn, flip, augment.
+"""DALI graph of all loaders, for the CPU and the GPU: decode, crop, resize, rotate, flip, augment.
 
     external_source (worker processes) --> encoded video --> decoders.video --+
-                                       |-> encoded image --> decoders.image --+--> slice -> resize -> turn -> augment
+                                       |-> encoded image --> decoders.image --+--> slice -> resize -> rotate -> augment
                                        '-> frames by PyAV, cut to the crop ---+      (once for every copy)
 
-Nothing in it draws random numbers: everything random comes from the sampler.
+Nothing in the graph draws random numbers: they all come from the sampler.
 
 Legend: B clips, C copies, T frames, H W pixels.
 """
@@ -46,19 +46,19 @@ def build_pipeline(
     workers: int,
     prefetch: int,
 ) -> Pipeline:
-    """The graph of one rank, built, its worker processes started.
+    """Build the DALI graph of one rank and start its worker processes.
 
-    One run gives the outputs of `body`, then row, label and failures, for `batch` samples.
+    One run of the graph returns the outputs of `body`, then row, label and failures, for `batch` samples.
 
     Args:
-        source: prepares single samples.
-        body: from a sample's arrays and its decoded frames (uint8 FHWC, on the device) to outputs.
-        frames: frames of a sample (a still image is repeated).
-        batch: samples of a run.
-        device_id: GPU to decode and resize on; None for the CPU.
-        threads: threads of the graph's CPU operators.
-        workers: processes that prepare samples; 0 prepares them in this process, while it waits.
-        prefetch: batches prepared ahead.
+        source: callback that prepares single samples.
+        body: function from the arrays of a sample and its decoded frames (uint8 FHWC, on the device) to outputs.
+        frames: frames of a sample (T); a still image is repeated so often.
+        batch: samples per run (B).
+        device_id: index of the GPU that decodes and resizes; None for the CPU.
+        threads: CPU threads of the graph.
+        workers: number of processes that prepare samples; with 0, this process prepares them when `run` is called.
+        prefetch: number of batches that are prepared in advance.
     """
     graph = _graph(
         source=source,
@@ -90,7 +90,7 @@ def _graph(
     ahead: int,
 ) -> tuple[Any, ...]:
     sample = _read(source, parallel, ahead)
-    # The graph holds only what the videos need.
+    # Only decoders that the videos need become part of the graph.
     if len(decoders) == 1:
         frames = _decode(sample, decoders[0], length, on_gpu)
     elif len(decoders) == 2:
@@ -107,7 +107,7 @@ def _graph(
     return (*body(sample, frames), sample["row"], sample["label"], sample["failures"])
 
 
-# DALI rewrites the source of a graph with conditionals; what has none is kept out of that.
+# `enable_conditionals` makes DALI rewrite the Python code of a graph; functions without conditionals opt out of that.
 @do_not_convert  # type: ignore[untyped-decorator]
 def _read(source: VideoSource, parallel: bool, ahead: int) -> Sample:
     fields = source.fields
@@ -134,13 +134,16 @@ def _decode(sample: Sample, decoder: Decoder, length: int, on_gpu: bool) -> Data
 
 
 def decode_video(encoded: DataNode, frames: DataNode | list[int], on_gpu: bool) -> DataNode:
-    """Frames of a video by DALI: uint8 (T, H, W, 3)."""
-    # Without this padding mode, frames beyond the end of a truncated file are black, in silence.
+    """Decode frames of a video by DALI: uint8 (T, H, W, 3)."""
+    # In the default padding mode, frames beyond the end of a truncated file are black, without an error.
     return fn.decoders.video(encoded, device="mixed" if on_gpu else "cpu", frames=frames, pad_mode="none")
 
 
 def decode_image(encoded: DataNode, length: int, on_gpu: bool) -> DataNode:
-    """A still image by DALI as a clip: uint8 (T, H, W, 3). Stands as coded, as in the published image recipes."""
+    """Decode a still image by DALI and repeat it to a clip of `length` frames: uint8 (T, H, W, 3).
+
+    The orientation tag (EXIF) is ignored, as in the published image recipes.
+    """
     image = fn.decoders.image(
         encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB, adjust_orientation=False
     )
@@ -151,20 +154,24 @@ def decode_image(encoded: DataNode, length: int, on_gpu: bool) -> DataNode:
 def clip_body(
     data: DataConfig, sides: Sequence[int], *, turned: bool, on_gpu: bool
 ) -> Callable[[Sample, DataNode], tuple[DataNode, ...]]:
-    """Outputs of a training sample: pixels (C, T, side, side, 3) for each of `sides`, visible, masked: on the device.
+    """Body of the graph of a training loader: from a sample and its frames to pixels, visible and masked tokens.
 
     Args:
-        data: crop, augmentation and number of copies.
-        sides: input sides in pixels; all show the same crop.
-        turned: whether clips may lie on their side.
+        data: crop, augmentation and number of copies (C).
+        sides: input sides in pixels; all of them show the same crop.
+        turned: whether some videos are rotated by 90 or 270 degrees.
         on_gpu: whether the device is a GPU.
+
+    Returns:
+        function that returns, on the device, for each of `sides` uint8 (T, side, side, 3), with a leading axis C if
+        there are several copies; then visible, int64 (C, V), and masked, int64 (C, M).
     """
     operations = count_operations(data.augment)
 
     def body(sample: Sample, frames: DataNode) -> tuple[DataNode, ...]:
         copies = []
         for copy in range(data.copies):
-            # Both filters are antialiased where they shrink, as the published code's (PIL) are.
+            # Both filters antialias when they shrink frames, as PIL does in the published code.
             cut = [
                 upright(
                     sample,
@@ -185,7 +192,7 @@ def clip_body(
                     clip = operate(clip, sample["operations"][copy, number], sample["values"][copy, number], on_gpu)
                 if data.augment.erasing is not None:
                     clip = erase(clip, sample["erase"][copy], sample["noise"][copy], sides[0], on_gpu)
-                # Boxes and warps are in pixels of the first side: the others are made from that clip.
+                # Boxes and warps are in pixels of the first side: the other sides are resized from the augmented clip.
                 others = [
                     resize(clip, (side, side), filter=data.crop.interpolation, on_gpu=on_gpu) for side in sides[1:]
                 ]
@@ -204,9 +211,15 @@ def _outputs(sample: Sample, copies: list[list[DataNode]], on_gpu: bool) -> tupl
 
 
 def dali_decodes(encoded: NDArray[np.uint8], frames: NDArray[np.int64], video: Row, device_id: int | None) -> bool:
-    """Whether DALI decodes these frames of this video, at the size that the manifest says.
+    """Whether DALI decodes the given frames of a video, at the size that the manifest states.
 
-    A decode error ends the graph that met it without saying which clip it was; this asks for one clip alone.
+    A decode error ends the whole graph and does not name the clip. This function decodes one clip alone, to find it.
+
+    Args:
+        encoded: bytes of the encoded video, uint8 (bytes,).
+        frames: indices of the frames in display order, int64 (T,).
+        video: row of the manifest.
+        device_id: index of the GPU that decodes; None for the CPU.
     """
     still = video.codec in IMAGE_CODECS
 

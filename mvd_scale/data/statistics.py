@@ -1,4 +1,4 @@
-"""What a manifest holds, in text and as a picture: classes, codecs, lengths, sizes, and what was left out and why."""
+"""Statistics of a manifest, as text and as a picture: classes, codecs, durations, sizes, and reasons of exclusion."""
 
 from __future__ import annotations
 
@@ -15,38 +15,52 @@ from numpy.typing import NDArray
 from mvd_scale.data.manifest import WHOLE_FILE, Manifest
 
 _SHOWN = 10
-"""Classes, codecs and reasons that are named; the rest is summed up."""
+"""Largest number of entries of a list that are shown; the others are summed up in one line."""
 
 _BAR = 40
+"""Length of the longest bar, in characters."""
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Figures of the usable videos of a manifest."""
+    """Statistics of the usable videos of a manifest."""
 
     videos: int
+    """Number of usable videos."""
     left_out: int
+    """Number of videos that cannot be used."""
     hours: float
+    """Total duration in hours."""
     gigabytes: float
+    """Total size in GB (10^9 bytes)."""
     classes: list[tuple[str, int]]
-    """Name and videos of each class, largest first, those without videos too; empty without labels."""
+    """Name and number of videos of each class, largest first, including empty classes; no entries without labels."""
     unlabelled: int
+    """Number of videos without a class."""
     codecs: list[tuple[str, int]]
+    """Codec and number of videos, most frequent first."""
     pixel_formats: list[tuple[str, int]]
+    """Pixel format and number of videos, most frequent first."""
     durations: NDArray[np.float64]
-    """Seconds of each video."""
+    """Duration of each video in seconds: float64 (videos,)."""
     heights: NDArray[np.int64]
+    """Height of each video in pixels: int64 (videos,)."""
     widths: NDArray[np.int64]
+    """Width of each video in pixels: int64 (videos,)."""
     keyframe_intervals: NDArray[np.int64]
+    """Largest number of frames between keyframes of each video: int64 (videos,)."""
     variable_rate: int
+    """Number of videos of variable frame rate."""
     rotated: int
+    """Number of videos with a rotation."""
     in_shards: int
+    """Number of videos that are ranges of a shard."""
     reasons: list[tuple[str, int, str]]
-    """Why videos were left out: reason, how often, an example."""
+    """Reason, number of videos and name of one of them, for the videos that cannot be used; most frequent first."""
 
     @classmethod
     def of(cls, manifest: Manifest) -> Statistics:
-        """Count a manifest."""
+        """Compute the statistics of a manifest."""
         rows = manifest.usable
         labels = manifest.label[rows]
         counts = Counter(labels[labels >= 0].tolist())
@@ -73,7 +87,7 @@ class Statistics:
         )
 
     def to_text(self) -> str:
-        """One page."""
+        """Statistics as plain text of about one page."""
         lines = [
             f"{self.videos} videos, {self.hours:.3g} hours, {self.gigabytes:.3g} GB; {self.left_out} left out",
             f"{self.in_shards} in shards, {self.variable_rate} of variable frame rate, {self.rotated} rotated",
@@ -102,7 +116,7 @@ class Statistics:
         return "\n".join(lines)
 
     def draw(self, out: Path) -> None:
-        """One picture (PNG)."""
+        """Draw the statistics as one picture and write it to `out` (PNG)."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -125,7 +139,7 @@ class Statistics:
 
 
 def _reasons(manifest: Manifest) -> list[tuple[str, int, str]]:
-    """Reasons alike but for their numbers and addresses are one."""
+    """Reason, count and example of each kind of exclusion; reasons that differ only in numbers count as one kind."""
     found: dict[str, tuple[str, int, str]] = {}
     for name, reason in zip(manifest.name, manifest.left_out, strict=True):
         if reason is not None:
@@ -148,7 +162,7 @@ def _section(title: str, counts: Sequence[tuple[str, int]]) -> list[str]:
 
 
 def _histogram(values: NDArray[Any]) -> list[tuple[str, int]]:
-    """Up to eight bins; long tails lie in the last one."""
+    """Histogram of up to eight bins, as text of the range and count; the last bin holds the largest 2 % as well."""
     low, high = float(values.min()), float(np.quantile(values, 0.98))
     if high <= low:
         return [(f"{low:g}", len(values))]

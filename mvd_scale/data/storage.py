@@ -1,4 +1,4 @@
-"""Bytes of videos, from files, shards and fsspec URLs, with a limit on how long one may wait for them."""
+"""Reading of encoded videos from files, shards and fsspec URLs, with a time limit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class DecodeError(Exception):
-    """A video that cannot give the frames asked for."""
+    """A video cannot be read, or does not have the requested frames."""
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(path, reason)
@@ -30,20 +30,20 @@ class DecodeError(Exception):
 
 
 def is_url(path: str) -> bool:
-    """Whether fsspec opens a path, rather than the operating system."""
+    """Whether a path is a URL, which fsspec opens, and not a path of the operating system."""
     return "://" in path
 
 
 def absolute(path: str) -> str:
-    """A path from anywhere; URLs are."""
+    """Absolute path; a URL is returned unchanged."""
     return path if is_url(path) else os.path.abspath(path)
 
 
 def filesystem_of(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL, and the path in it.
+    """File system of a URL by fsspec, and the path in that file system.
 
     Raises:
-        UserError: nothing here speaks its protocol.
+        UserError: the protocol is unknown, or the package that implements it is not installed.
     """
     try:
         filesystem, inner = fsspec.core.url_to_fs(url)
@@ -53,10 +53,15 @@ def filesystem_of(url: str) -> tuple[Any, str]:
 
 
 def read_bytes(path: str, offset: int = WHOLE_FILE, size: int = 0) -> NDArray[np.uint8]:
-    """A whole encoded file, or one range of a shard: uint8 (bytes,).
+    """Read a whole file, or one range of a shard: uint8 (bytes,).
+
+    Args:
+        path: path or URL.
+        offset: first byte of the range; `WHOLE_FILE` for the whole file.
+        size: number of bytes of the range.
 
     Raises:
-        DecodeError: it cannot be read, is empty, or ends before the range does.
+        DecodeError: the file cannot be read, is empty, or ends before the end of the range.
     """
     try:
         if is_url(path):
@@ -70,7 +75,7 @@ def read_bytes(path: str, offset: int = WHOLE_FILE, size: int = 0) -> NDArray[np
                 data = file.read(-1 if offset == WHOLE_FILE else size)
     except OSError as error:
         raise DecodeError(path, error.strerror or str(error)) from error
-    # What a remote store's library raises is its own affair: a video that cannot be read must not end a run.
+    # The library of a remote store may raise exceptions of any type: an unreadable video must not end a run.
     except Exception as error:
         if not is_url(path):
             raise
@@ -78,17 +83,18 @@ def read_bytes(path: str, offset: int = WHOLE_FILE, size: int = 0) -> NDArray[np
     if not data:
         raise DecodeError(path, "empty file")
     if offset != WHOLE_FILE and len(data) < size:
-        raise DecodeError(path, f"ends {size - len(data)} bytes early")
+        raise DecodeError(path, f"the shard ends {size - len(data)} bytes before the end of the video")
     return np.frombuffer(data, dtype=np.uint8)
 
 
 def within(seconds: float, path: str, work: Callable[..., T], *arguments: Any) -> T:
-    """What `work(*arguments)` returns or raises, unless it takes too long.
+    """Call `work(*arguments)` with a time limit in seconds; return its result, or raise its exception.
 
-    A read from a dead network mount cannot be interrupted: it is left behind in its thread.
+    The call runs in a thread of its own. A read from a dead network mount cannot be interrupted: after the time limit,
+    its thread is abandoned.
 
     Raises:
-        DecodeError: it took longer than `seconds`; `path` names the video.
+        DecodeError: the call took longer than `seconds`; `path` names the video.
     """
     result: list[T] = []
     failure: list[BaseException] = []

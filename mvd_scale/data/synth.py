@@ -1,10 +1,11 @@
-"""Labelled videos without a download: real textures over real pictures, encoded as real videos.
+"""Synthetic labelled videos without a download: real textures move over real pictures, encoded as H.264.
 
-In `appearance` the label is what the object looks like, and motion tells nothing: it drifts anywhere. In `motion` it is
-whether object and scene go to the left or to the right, and nothing else tells it. Every frame by itself looks alike in
-both classes, and so does the set of all frames without their order: backwards, a video is one of the other class.
+In the kind `appearance`, the label is the texture of the object, and the motion is independent of it. In the kind
+`motion`, the label is the direction, left or right, in which object and scene move, and nothing else depends on it:
+single frames, and the set of all frames without their order, have the same distribution in both classes. A video that
+is played backwards is a video of the other class.
 
-The objects and backgrounds of the test videos are other ones than those of the training videos.
+Training and test videos have different objects and backgrounds.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ Kind = Literal["appearance", "motion"]
 Picture = NDArray[np.uint8]
 
 SIDE, FRAMES, FPS, OBJECT = 96, 32, 25, 44
-"""Pixels of a frame, frames of a video, and pixels of an object."""
+"""Side of a frame in pixels, frames per video, frames per second, and side of an object in pixels."""
 
 TEXTURES = ("coffee", "coins", "gravel", "ihc", "retina", "text")
-"""Pictures that objects are cut from: from the left half for training, from the right half for the test."""
+"""Pictures of scikit-image from which objects are cut: from the left half for training, the right half for the test."""
 
 BACKGROUNDS = {
     "train": ("astronaut", "camera", "chelsea", "clock_motion", "moon"),
@@ -40,28 +41,28 @@ BACKGROUNDS = {
 DIRECTIONS = ("left", "right")
 
 _QUALITY = "10"
-"""Of H.264: so fine that no trace of the motion is left in a single frame."""
+"""Constant rate factor of H.264: so low that compression artefacts do not show the motion in a single frame."""
 
 
 def make_synthetic(kind: Kind, out: Path, *, train: int, test: int, seed: int = 0) -> Path:
-    """Write `out/train/CLASS/*.mp4` and `out/test/CLASS/*.mp4`; files that are there already stay.
+    """Write `out/train/CLASS/*.mp4` and `out/test/CLASS/*.mp4`, and return `out`; existing files are kept.
 
     Args:
-        kind: what the label is.
-        out: folder.
-        train: training videos of each class.
-        test: test videos of each class.
-        seed: of everything that is drawn.
+        kind: property that the label describes.
+        out: folder to write to.
+        train: number of training videos per class.
+        test: number of test videos per class.
+        seed: seed of all random choices.
 
     Raises:
-        UserError: scikit-image is not installed, or the folder holds videos that do not belong to the set.
+        UserError: scikit-image is not installed, or the folder holds other videos.
     """
     classes = TEXTURES if kind == "appearance" else DIRECTIONS
     counts = {"train": train, "test": test}
     wanted = {out / s / c / f"{n:05d}.mp4" for s, count in counts.items() for c in classes for n in range(count)}
     others = sorted(set(out.rglob("*.mp4")) - wanted)
     if others:
-        raise UserError(f"{out} holds other videos, such as {others[0]}: choose another folder, or remove it")
+        raise UserError(f"{out} holds other videos, such as {others[0]}: choose another folder, or remove these videos")
     made = 0
     for split, count in counts.items():
         pictures = {name: load_picture(name) for name in (*TEXTURES, *BACKGROUNDS[split])}
@@ -79,7 +80,15 @@ def make_synthetic(kind: Kind, out: Path, *, train: int, test: int, seed: int = 
 
 
 def draw_video(kind: Kind, label: int, tested: bool, pictures: dict[str, Picture], rng: Generator) -> list[Picture]:
-    """The frames of one video: uint8 (96, 96, 3) each."""
+    """Draw the 32 frames of one video, uint8 (96, 96, 3) each.
+
+    Args:
+        kind: property that the label describes.
+        label: class of the video.
+        tested: whether the video belongs to the test, which has other objects and backgrounds.
+        pictures: pictures of objects and backgrounds by name, uint8 (H, W, 3) each.
+        rng: random generator of this video.
+    """
     scene = draw_background(pictures[str(rng.choice(BACKGROUNDS["test" if tested else "train"]))], rng)
     texture = TEXTURES[label] if kind == "appearance" else str(rng.choice(TEXTURES))
     picture = _tinted(_object(pictures[texture], tested, rng), rng)
@@ -87,13 +96,13 @@ def draw_video(kind: Kind, label: int, tested: bool, pictures: dict[str, Picture
     if kind == "appearance":
         drift, pan = speeds * rng.choice([-1, 1], size=2), 0.0
     else:
-        # The sign is all that differs between the classes.
+        # The classes differ in the sign of the motion only.
         drift, pan = np.array([0.0, speeds[0]]), float(speeds[1])
         if DIRECTIONS[label] == "left":
             drift, pan = -drift, -pan
     frames = []
     for number in range(FRAMES):
-        # What leaves the frame on one side comes back on the other: every place is as likely in every frame.
+        # Object and scene wrap around at the borders, so that every position is equally likely in every frame.
         frame = np.roll(scene, round(pan * number), axis=1)
         rows, columns = (
             np.arange(first, first + OBJECT) % SIDE for first in np.rint(start + drift * number).astype(int)
@@ -104,14 +113,14 @@ def draw_video(kind: Kind, label: int, tested: bool, pictures: dict[str, Picture
 
 
 def _object(texture: Picture, tested: bool, rng: Generator) -> Picture:
-    """Of a few places of a texture the one with the most to see: a coin, not the cloth between coins."""
+    """Cut the object: of eight random patches, the one of highest contrast, as a coin, not the cloth between coins."""
     middle = texture.shape[1] // 2
     half = texture[:, middle:] if tested else texture[:, :middle]
     return max((_cut(half, OBJECT, rng) for _ in range(8)), key=np.std)
 
 
 def draw_background(picture: Picture, rng: Generator) -> Picture:
-    """A square of a picture as large as a frame, from a random place: uint8 (96, 96, 3)."""
+    """Cut a background of the size of a frame from a random position of a picture: uint8 (96, 96, 3)."""
     return _tinted(_cut(picture, SIDE, rng), rng)
 
 
@@ -121,15 +130,22 @@ def _cut(picture: Picture, side: int, rng: Generator) -> Picture:
 
 
 def _tinted(picture: Picture, rng: Generator) -> Picture:
-    """Turned, mirrored, and in another light: three backgrounds by themselves could be learnt by heart."""
+    """Rotate, mirror and brighten or darken a picture at random: a model could memorise a few unchanged backgrounds."""
     turned = np.rot90(picture, int(rng.integers(4)))[:, :: int(rng.choice([-1, 1]))]
-    # One factor for all channels: colour is a good part of what tells textures apart at this size.
+    # One factor for all channels: at this size, textures are distinguished by their colours for a good part.
     tinted: Picture = np.clip(turned * rng.uniform(0.7, 1.2), 0, 255).astype(np.uint8)
     return tinted
 
 
 def load_picture(name: str) -> Picture:
-    """A picture of scikit-image's wheel: uint8 (H, W, 3), halved so that textures show in a small object."""
+    """Load a picture of scikit-image's wheel, at half its size so that a small object shows its texture.
+
+    Returns:
+        uint8 (H, W, 3).
+
+    Raises:
+        UserError: scikit-image is not installed.
+    """
     try:
         from skimage import data, io
     except ImportError as error:
@@ -144,7 +160,7 @@ def load_picture(name: str) -> Picture:
 
 
 def encode_video(frames: list[Picture], file: Path) -> None:
-    """Write H.264; the file appears whole or not at all."""
+    """Encode frames, uint8 (H, W, 3) each, as H.264, and write the file atomically."""
     partial = file.with_name(f".{file.name}")
     with av.open(str(partial), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=FPS)

@@ -1,4 +1,4 @@
-"""The test views of one video, from a file or from frames in memory, cut as the multi-view test cuts them.
+"""Test views of a single video, from a file or from frames in memory, identical to those of the multi-view test.
 
 Legend: F frames of a video, H W pixels, V views, T frames of a clip, S side of a crop.
 """
@@ -27,10 +27,10 @@ _DATA = DataConfig(workers=0, prefetch=1)
 
 
 def views_of_file(path: str, views: ViewsConfig, model: ModelConfig, device: torch.device) -> Tensor:
-    """The views of a file that PyAV opens, or of a URL: uint8 (V, T, S, S, 3) on the device.
+    """Test views of a video file or URL: uint8 (V, T, S, S, 3) on the device.
 
     Raises:
-        DecodeError: it is missing or broken.
+        DecodeError: the file is missing, or cannot be decoded.
     """
     video = probe(Row(name=path, path=absolute(path)), timeout=_DATA.read_timeout)
     if video.left_out is not None:
@@ -39,14 +39,14 @@ def views_of_file(path: str, views: ViewsConfig, model: ModelConfig, device: tor
 
 
 def views_of_frames(frames: NDArray[np.uint8], views: ViewsConfig, model: ModelConfig, device: torch.device) -> Tensor:
-    """The views of frames in RGB, as shown: uint8 (F, H, W, 3) to uint8 (V, T, S, S, 3) on the device."""
+    """Test views of RGB frames in display orientation, uint8 (F, H, W, 3): uint8 (V, T, S, S, 3) on the device."""
     count, height, width, _ = frames.shape
     video = Row("frames", "frames", frames=count, height=height, width=width, codec="rawvideo", pixel_format="rgb24")
     return _cut(video, views, model, device, source=partial(_FramesSource, frames))
 
 
 class _FramesSource(ViewSource):
-    """Takes frames from memory instead of a file."""
+    """View source that takes frames from memory instead of a file."""
 
     def __init__(self, pictures: NDArray[np.uint8], *arguments: Any, **others: Any) -> None:
         super().__init__(*arguments, **others)
@@ -57,7 +57,7 @@ class _FramesSource(ViewSource):
 
 
 class _OneVideo(ViewLoader):
-    """Raises what is wrong with its video instead of telling it."""
+    """View loader that raises an error for a video that cannot be decoded, instead of logging it."""
 
     def _tell(self, failure: Failure) -> None:
         raise DecodeError(failure["path"], failure["error"])

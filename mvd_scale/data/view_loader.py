@@ -1,4 +1,4 @@
-"""Test views of every video, each video decoded once for all of its views (published evaluation).
+"""Loader of the test views of all videos; each video is decoded once for all of its views (published evaluation).
 
 Legend: B videos, K clips in time, C crops, T frames of a clip, S side of a crop.
 """
@@ -32,19 +32,19 @@ from mvd_scale.data.storage import DecodeError
 from mvd_scale.data.views import clips_of, crop_corners, resized_size
 
 _PADDING = -1
-"""Row of a sample that fills up the last batch."""
+"""Value of `row` for samples that pad the last batch."""
 
 
 def view_items(manifest: Manifest, views: ViewsConfig, *, frames: int) -> NDArray[np.int64]:
-    """What there is to load: every usable video, or, of sliding clips, its clips in groups of `views.clips`.
+    """Items to load: one per usable video, or, for sliding clips, one per group of `views.clips` clips of a video.
 
     Args:
         manifest: the videos.
-        views: which views.
-        frames: T.
+        views: clips and crops of each video.
+        frames: frames of a clip (T).
 
     Returns:
-        row of the manifest and first clip, int64 (items, 2).
+        row of the manifest and index of the first clip of each item: int64 (items, 2).
     """
     if views.sampling != "sliding":
         return np.stack([manifest.usable, np.zeros_like(manifest.usable)], axis=1)
@@ -54,7 +54,7 @@ def view_items(manifest: Manifest, views: ViewsConfig, *, frames: int) -> NDArra
 
 
 class ViewSource(VideoSource):
-    """Sample n is the n-th of some items; after the last come black ones that fill up a batch."""
+    """Source of test views: sample n is item n; samples after the last item are black and pad the last batch."""
 
     def __init__(
         self, manifest: Manifest, items: NDArray[np.int64], views: ViewsConfig, frames: int, side: int, **others: Any
@@ -92,10 +92,10 @@ class ViewSource(VideoSource):
         return (media.data, np.sort(self._frames(n)), self.videos[row]) if media.decoder is not Decoder.HOST else None
 
     def _frames(self, n: int) -> NDArray[np.int64]:
-        """Frame numbers of all clips of an item, one after the other: int64 (K T,)."""
+        """Frame numbers of all clips of an item, one clip after the other: int64 (K T,)."""
         row, first = self.items[n]
         clips = clips_of(self.views, int(self.frames[row]), frames=self.length)
-        # The last group of sliding clips is filled up with its last one.
+        # The last group of sliding clips of a video may be incomplete: its last clip is repeated.
         return clips[np.minimum(first + np.arange(self.views.clips), len(clips) - 1)].ravel()
 
     def _media(self, row: int, n: int) -> Media:
@@ -114,6 +114,7 @@ class ViewSource(VideoSource):
         height, width = resized_size(video.height, video.width, side=self.side)
         corners = crop_corners(height, width, side=self.side, crops=self.views.crops)
         views = product(range(self.views.clips), corners)
+        # Decoders return frames in ascending order: `order` sorts them, and `inverse` restores the order of the clips.
         order = np.argsort(frames, kind="stable")
         return self.decoding(media, frames[order], row, failures) | {
             "transpose": np.array(video.rotation % 180 != 0, dtype=np.int32),
@@ -128,21 +129,22 @@ Batch = TypeVar("Batch")
 
 
 class ItemLoader(Feed, Generic[Batch]):
-    """Iterator over items to be tested, each of them exactly once.
+    """Base class of test loaders: iterator over items, each of them exactly once.
 
-    A video that cannot be decoded comes as black frames, marked as not decoded: how it counts is for the evaluation
-    to say.
+    A video that cannot be decoded is returned as black frames and marked as not decoded; the evaluation decides how it
+    counts.
 
     Args:
         manifest: the videos.
-        data: workers, threads and time limit of the decoding.
-        items: this rank's; row of the manifest and first clip, int64 (items, 2).
-        frames: of one item.
-        batch: items of a batch; the last one may have fewer.
+        data: numbers of workers and threads, and time limit of decoding.
+        items: items of this rank: row of the manifest and index of the first clip, int64 (items, 2).
+        frames: number of frames of one item.
+        batch: items per batch; the last batch may have fewer.
         world_size: number of ranks.
-        device: where batches live; on a GPU it is also where they are decoded.
-        report: file to append a JSON line to for each video that could not be decoded.
-        cpus: as of `Feed`.
+        device: device of the batches; a GPU also decodes them.
+        report: file to which a JSON line (row, path, error, step) is appended for each video that cannot be decoded.
+        cpus: number of CPUs for workers and threads; if None, the CPUs that this process may use, divided by the
+            number of ranks of this host.
     """
 
     _remedy = ""
@@ -183,25 +185,29 @@ class ItemLoader(Feed, Generic[Batch]):
     def __next__(self) -> Batch:
         first = self.step
         outputs = self.run()
-        # Those that fill up a batch come last.
+        # Samples that pad the last batch come last.
         kept = (self.rows != _PADDING).nonzero().squeeze(1)
         decoded = ~torch.tensor(self._failed)[kept]
         return self._collect(outputs, kept, self.items[first : first + len(kept)], decoded)
 
     @abstractmethod
     def _collect(self, outputs: Outputs, kept: Tensor, items: NDArray[np.int64], decoded: Tensor) -> Batch:
-        """A batch of what the graph gave.
+        """Build a batch from the outputs of the graph.
 
         Args:
-            outputs: of the body.
-            kept: which samples are no padding, int64 (B,), the first ones.
-            items: what these are, (B, 2).
-            decoded: whether they could be decoded, bool (B,).
+            outputs: outputs of the body, padded to the batch size.
+            kept: indices of the samples that are not padding, int64 (B,): the first B ones.
+            items: items of these samples, int64 (B, 2).
+            decoded: whether their videos could be decoded, bool (B,).
         """
 
     @abstractmethod
     def _body(self, turned: bool) -> Callable[[Sample, DataNode], tuple[DataNode, ...]]:
-        """From a sample and its decoded frames to the outputs; `turned`: whether clips may lie on their side."""
+        """Body of the graph: function from the arrays of a sample and its decoded frames to the outputs.
+
+        Args:
+            turned: whether some videos are rotated by 90 or 270 degrees.
+        """
 
     def _account(self, rows: list[int], failures: list[list[Failure]]) -> None:
         self.clips += len(rows) - rows.count(_PADDING)
@@ -216,7 +222,7 @@ class ItemLoader(Feed, Generic[Batch]):
 
     @property
     def _reading(self) -> dict[str, Any]:
-        """What every source is told."""
+        """Arguments that the loader passes to every sample source."""
         return {
             "first": self._next,
             "end": self._end,
@@ -244,13 +250,13 @@ class ViewLoader(ItemLoader[ViewBatch]):
 
     Args:
         manifest: the videos.
-        data: workers, threads and time limit of the decoding.
-        views: which views.
-        items: this rank's part of `view_items`.
-        frames: T.
-        side: S.
-        source: what prepares the samples, with the arguments of `ViewSource`.
-        others: as of `ItemLoader`.
+        data: numbers of workers and threads, and time limit of decoding.
+        views: clips and crops of each video.
+        items: items of this rank, a part of `view_items`: int64 (items, 2).
+        frames: frames of a clip (T).
+        side: side of a crop in pixels (S).
+        source: class or function that builds the sample source, with the arguments of `ViewSource`.
+        others: other arguments of `ItemLoader`.
     """
 
     def __init__(
@@ -296,8 +302,8 @@ class ViewLoader(ItemLoader[ViewBatch]):
 
 
 def whole_frames(sample: Sample, frames: DataNode, *, turned: bool, on_gpu: bool) -> DataNode:
-    """Whole frames, resized and as shown."""
-    # Not antialiased: the published evaluation resizes by OpenCV.
+    """Resize whole frames to `sample["size"]` and rotate them to display orientation: uint8 (T, height, width, 3)."""
+    # Without antialiasing: the published evaluation resizes frames by OpenCV.
     return upright(
         sample,
         frames,

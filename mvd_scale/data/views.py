@@ -1,4 +1,4 @@
-"""The views of a video at test time: several clips in time, three crops of each, all fixed (published evaluation).
+"""Test views of a video: several clips in time times several crops, all at fixed positions (published evaluation).
 
 Legend: F frames of a video, T frames of a clip.
 """
@@ -12,7 +12,7 @@ from mvd_scale.config.data import ViewsConfig
 
 
 def clips_of(views: ViewsConfig, total: int, *, frames: int) -> NDArray[np.int64]:
-    """All test clips of a video of `total` frames (F): frame numbers, int64 (clips, T)."""
+    """Frame numbers of all test clips of a video of `total` frames (F): int64 (clips, T)."""
     if views.sampling == "dense":
         return dense_views(total, frames=frames, stride=views.stride, views=views.clips)
     if views.sampling == "uniform":
@@ -22,13 +22,13 @@ def clips_of(views: ViewsConfig, total: int, *, frames: int) -> NDArray[np.int64
 
 
 def dense_views(total: int, *, frames: int, stride: int, views: int) -> NDArray[np.int64]:
-    """Clips of every `stride`-th frame, spread evenly from the beginning to the end (Kinetics-400: 5 views).
+    """Clips of every `stride`-th frame, spread evenly from the start to the end of the video (Kinetics-400: 5 views).
 
     Args:
-        total: F.
-        frames: T.
-        stride: frames between two frames of a clip; a video that is too short repeats its last such frame.
-        views: number of clips; a single one lies in the middle.
+        total: frames of the video (F).
+        frames: frames of a clip (T).
+        stride: frames from one frame of a clip to the next; the last such frame of a too short video is repeated.
+        views: number of clips; a single clip lies in the middle.
 
     Returns:
         frame numbers, int64 (views, T).
@@ -41,27 +41,27 @@ def dense_views(total: int, *, frames: int, stride: int, views: int) -> NDArray[
 
 
 def uniform_views(total: int, *, frames: int, views: int) -> NDArray[np.int64]:
-    """Clips of evenly spread frames, interleaved: the video is cut into T x views parts (Something-Something V2).
+    """Interleaved clips of evenly spread frames: the video is divided into T x views segments (Something-Something V2).
 
     Args:
-        total: F.
-        frames: T.
-        views: number of clips; part i gives its middle frame to clip i modulo views.
+        total: frames of the video (F).
+        frames: frames of a clip (T).
+        views: number of clips; the middle frame of segment i belongs to clip i modulo views.
 
     Returns:
         frame numbers, int64 (views, T).
     """
-    # Borders are rounded half to even, and the middle down, as in the published code: the indices depend on it.
+    # As in the published code, borders are rounded half to even, and middles are rounded down.
     borders = np.round((total - 1) / (frames * views) * np.arange(frames * views + 1)).astype(np.int64)
     middles = (borders[:-1] + borders[1:]) // 2
     return middles.reshape(frames, views).T
 
 
 def sliding_views(total: int, *, frames: int, stride: int, every: int) -> NDArray[np.int64]:
-    """Clips of every `stride`-th frame, starting `every` frames apart, up to the one that reaches the end of the video.
+    """Clips of every `stride`-th frame that start `every` frames apart; the last one reaches the end of the video.
 
     Returns:
-        frame numbers, int64 (clips, T); beyond the end the last frame is repeated.
+        frame numbers, int64 (clips, T); beyond the end of the video its last frame is repeated.
     """
     count = 1 + max(-(-(total - frames * stride) // every), 0)
     starts = np.arange(count, dtype=np.int64)[:, None] * every
@@ -69,14 +69,18 @@ def sliding_views(total: int, *, frames: int, stride: int, every: int) -> NDArra
 
 
 def resized_size(height: int, width: int, *, side: int) -> tuple[int, int]:
-    """Height and width of a frame whose shorter side was resized to `side`; the longer one is rounded down."""
+    """Height and width of a frame after resizing its shorter side to `side` pixels; the longer side is rounded down."""
     return (side * height // width, side) if width < height else (side, side * width // height)
 
 
 def crop_corners(height: int, width: int, *, side: int, crops: int) -> list[tuple[int, int]]:
-    """Top and left of square crops, spread along the longer side of a frame whose shorter side is `side`.
+    """Top and left of square crops that are spread evenly along the longer side of a frame.
 
-    A single one lies in the middle.
+    Args:
+        height: height of the frame in pixels.
+        width: width of the frame in pixels.
+        side: shorter side of the frame, and side of the crops, in pixels.
+        crops: number of crops; a single crop lies in the middle.
     """
     room = max(height, width) - side
     offsets = [int(crop * (room / (crops - 1))) for crop in range(crops)] if crops > 1 else [room // 2]

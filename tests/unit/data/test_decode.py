@@ -118,7 +118,7 @@ def test_broken_files(tmp_path, encode):
         with pytest.raises(DecodeError, match=file.name):
             read_bytes(str(file))
     (tmp_path / "shard").write_bytes(b"12345")
-    with pytest.raises(DecodeError, match="ends 2 bytes early"):
+    with pytest.raises(DecodeError, match="ends 2 bytes before the end of the video"):
         read_bytes(str(tmp_path / "shard"), 3, 4)
     with pytest.raises(DecodeError, match="memory://nowhere"):
         read_bytes("memory://nowhere/a.mp4")

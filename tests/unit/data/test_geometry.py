@@ -78,7 +78,7 @@ def test_frames_already_of_that_size_stay_as_they_are() -> None:
 
 def test_a_box_that_reaches_out_of_the_frames_is_an_error() -> None:
     box = np.array([30, 0], np.int32), np.array([31, 10], np.int32)
-    with pytest.raises(ValueError, match="60 x 100 end within the box"):
+    with pytest.raises(ValueError, match="60 x 100 pixels do not contain the box"):
         resample(SMOOTH, np.array([8, 8], np.float32), *STILL, *box, filter="bilinear", antialias=True)
 
 

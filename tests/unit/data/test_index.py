@@ -151,12 +151,12 @@ def test_parts_put_together_are_the_whole(tmp_path, videos):
         open_source(DataConfig(source=str(tmp_path / "0.parquet")), tmp_path)
     with pytest.raises(UserError, match="missing are 2/3"):
         merge([parts[0], parts[2]])
-    with pytest.raises(UserError, match="every part of 3 once: given are 1/3, 1/3, 2/3, 3/3"):
+    with pytest.raises(UserError, match="each of 3 parts once: given are 1/3, 1/3, 2/3, 3/3"):
         merge([*parts, parts[0]])
-    with pytest.raises(UserError, match="manifest 2 of those given is no part"):
+    with pytest.raises(UserError, match="manifest 2 of those given is not a part"):
         merge([parts[0], whole])
     other = build_manifest(str(videos / "*.mp4"), workers=1, part=(3, 3))
-    with pytest.raises(UserError, match="parts of different sources"):
+    with pytest.raises(UserError, match="the manifests are parts of different sources"):
         merge([*parts[:2], other])
 
 
@@ -257,7 +257,7 @@ def test_mixtures_unite_classes_and_keep_their_sets_apart(tmp_path, encode, capl
     with caplog.at_level(logging.INFO, logger="mvd_scale"):
         mixed = open_source(DataConfig.model_validate({"mixture": mixture}), cache)
     assert set(mixed.label.tolist()) == {-1}
-    assert "the mixture has no labels" in caplog.text
+    assert "all labels of the mixture are dropped" in caplog.text
 
 
 def test_what_the_container_tells(tmp_path, encode):

@@ -55,7 +55,7 @@ def test_a_file_whose_name_is_no_text_is_left_out_not_fatal(tmp_path):
         pytest.skip(f"this file system wants UTF-8 names: {error}")
     touch(tmp_path, "good.mp4")
     listing = list_videos([str(tmp_path)], ListOptions())
-    assert [row.left_out for row in listing.rows] == ["its name is not UTF-8: rename it", None]
+    assert [row.left_out for row in listing.rows] == ["its name is not valid UTF-8: rename the file", None]
     manifest = Manifest.of([probe(row, timeout=5) for row in listing.rows])
     manifest.save(tmp_path / "m.parquet")
     assert Manifest.load(tmp_path / "m.parquet").name == ["caf?.mp4", "good.mp4"]
@@ -65,7 +65,7 @@ def test_globs(tmp_path):
     touch(tmp_path, "x/a.mp4", "y/b.mp4", "y/c.txt")
     listing = list_videos([f"{tmp_path}/*/*.mp4"], ListOptions())
     assert [row.path for row in listing.rows] == [str(tmp_path / "x/a.mp4"), str(tmp_path / "y/b.mp4")]
-    with pytest.raises(UserError, match="nothing matches"):
+    with pytest.raises(UserError, match="no file matches"):
         list_videos([f"{tmp_path}/*/*.webm"], ListOptions())
 
 
@@ -76,7 +76,7 @@ def test_csv_with_a_header_and_names_or_numbers(tmp_path):
     file.write_text("label,path\n7,a.mp4\n,b.mp4\n")
     assert listed(file) == ([("a.mp4", 7), ("b.mp4", -1)], ())
     file.write_text("path,label\na.mp4\n")
-    with pytest.raises(UserError, match=r"list.csv:2: 1 fields, but the header names 2"):
+    with pytest.raises(UserError, match=r"list.csv:2: 1 fields, expected 2 as in the header"):
         listed(file)
 
 
@@ -121,7 +121,7 @@ def test_something_something(tmp_path):
     assert classes == ("Dropping something onto something", "Holding something")
     assert listed(tmp_path / "test.json", root=str(tmp_path / "videos"))[0] == [("42326.webm", -1)]
     (tmp_path / "train.json").write_text(json.dumps([{"id": "1", "template": "Flying"}]))
-    with pytest.raises(UserError, match="'Flying' is not among the 2 known"):
+    with pytest.raises(UserError, match="'Flying' is not one of the 2 known classes"):
         listed(tmp_path / "train.json", root=str(tmp_path / "videos"))
 
 
@@ -201,7 +201,7 @@ def test_several_sources_unite_their_classes_by_name(tmp_path):
     assert [row.label for row in listing.rows] == [0, 1, 2, 0]
     assert len(list_videos([str(tmp_path / "one"), str(tmp_path / "loose")], ListOptions()).rows) == 3
     (tmp_path / "list.txt").write_text("one/run/a.mp4 5\n")
-    with pytest.raises(UserError, match="names its classes"):
+    with pytest.raises(UserError, match="has class names, but"):
         list_videos([str(tmp_path / "one"), str(tmp_path / "list.txt")], ListOptions())
 
 
@@ -209,8 +209,8 @@ def test_several_sources_unite_their_classes_by_name(tmp_path):
     ("name", "content", "message"),
     [
         ("list.json", "{}", "no list of Something-Something"),
-        ("list.json", "{", "is not JSON"),
-        ("list.xyz", "a 1", "is nothing that can be indexed: expected a folder"),
+        ("list.json", "{", "is not valid JSON"),
+        ("list.xyz", "a 1", "cannot be indexed: expected a folder"),
         ("list.txt", "", "is empty"),
     ],
 )

@@ -105,7 +105,7 @@ def test_a_killed_job_goes_on_with_the_next_shard(tmp_path, manifest):
     assert pack(manifest, tmp_path / "out").rows == whole.rows
     assert kept.stat().st_mtime_ns == before
     assert (tmp_path / "out" / "shard-000001.tar").stat().st_size > 4
-    with pytest.raises(UserError, match="holds shards of other videos, or made in another way"):
+    with pytest.raises(UserError, match="holds shards of other videos, or made with other options"):
         pack(manifest, tmp_path / "out", size=99_000)
 
 
