@@ -1,4 +1,4 @@
-"""Print a port that is free on this machine, or see that the one given is."""
+"""Print a free TCP port of this machine; with a port as argument, check that it is free and print it."""
 
 import socket
 import sys
@@ -9,7 +9,7 @@ def main() -> None:
     if not wanted.isdecimal() or int(wanted) > 65535:
         sys.exit(f"error: MASTER_PORT is {wanted!r}, expected a number up to 65535")
     with socket.socket() as probe:
-        # As the ranks' own meeting point does: a port whose last connections are still closing counts as free.
+        # The store of the ranks sets this option too: a port whose last connections are still closing counts as free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", int(wanted)))

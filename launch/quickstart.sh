@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Two teachers and a student distilled from both, on real clips: launch/quickstart.sh [options of `mvd-scale quickstart`]
+# Train two teachers on real clips and distil a student from both: launch/quickstart.sh [options of `mvd-scale quickstart`]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 exec mvd-scale quickstart "$@"

@@ -1,8 +1,8 @@
-# Sourced by the scripts of this folder: makes .venv on the first start, then puts it first on PATH.
+# Sourced by the scripts of this folder: creates .venv at the first start, and puts it first on PATH.
 #
-#   MVD_PYTHON   the Python to use (3.10 to 3.13); the first one found if not set
+#   MVD_PYTHON   Python interpreter to use (3.10 to 3.13); the first one found if not set
 #
-# .venv/stamp is written last and names what was installed, so a start that was cut off is made good by the next.
+# .venv/stamp is written last and identifies what was installed, so that the next start repairs an interrupted one.
 # shellcheck shell=bash
 
 mvd_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -16,7 +16,7 @@ mvd_fail() {
     exit 1
 }
 
-# Changes with the requirements, and with the folder, whose path is written into the scripts of .venv.
+# Prints a hash of the requirements and of the repository's path, which the scripts in .venv contain.
 mvd_wanted() {
     { echo "$mvd_root"; cat "$mvd_root/pyproject.toml"; } | sha256sum
 }
@@ -35,21 +35,21 @@ mvd_find_python() {
     done
     found="${found:-${MVD_PYTHON:-python3} does not run}"
     mvd_fail "no Python 3.10 to 3.13 found ($found):" \
-        "install one, or name one that is elsewhere, as in MVD_PYTHON=/path/to/python3.11"
+        "install one, or set MVD_PYTHON to the path of one, as in MVD_PYTHON=/path/to/python3.11"
 }
 
 mvd_explain_failure() {
     local log="$mvd_venv/install.log" reason
     if grep -qE 'Name or service not known|name resolution|NewConnectionError|ConnectTimeout|Network is unreachable|ProxyError' "$log"; then
         mvd_fail "pip cannot reach its package index: connect this machine to the network, or set PIP_INDEX_URL to an" \
-            "index it reaches, and start again (all output: $log)"
+            "index that it can reach, and start again (full output: $log)"
     fi
     if grep -q 'No space left on device' "$log"; then
-        mvd_fail "the disk ran full while installing $mvd_gigabytes GB: free some space (pip unpacks in ${TMPDIR:-/tmp}) and" \
-            "start again (all output: $log)"
+        mvd_fail "the disk became full while installing $mvd_gigabytes GB: free some space (pip unpacks in" \
+            "${TMPDIR:-/tmp}) and start again (full output: $log)"
     fi
     reason="$(grep -v '^ *$' "$log" | tail -n 5)"
-    mvd_fail "pip could not install the project; start again when this is mended (all output: $log):"$'\n'"$reason"
+    mvd_fail "pip could not install the project; fix the following and start again (full output: $log):"$'\n'"$reason"
 }
 
 mvd_install() {
@@ -59,10 +59,10 @@ mvd_install() {
         mvd_fail "$python has no venv module: install it (Debian and Ubuntu: apt install python3-venv) and start again"
     free="$(df -Pk "$mvd_root" | awk 'NR == 2 { print int($4 / 1024 / 1024) }')"
     ((free >= mvd_gigabytes_free)) ||
-        mvd_fail "$free GB are free in $mvd_root, and the installation needs $mvd_gigabytes_free GB: free some space and start again"
+        mvd_fail "$free GB are free in $mvd_root, but the installation needs $mvd_gigabytes_free GB: free some space and start again"
 
     echo "Installing (about $mvd_minutes minutes, $mvd_gigabytes GB) into $mvd_venv ..." >&2
-    # A half-made environment is not worth repairing: pip's cache keeps what was downloaded.
+    # An incomplete environment is deleted, not repaired: pip's cache keeps what was downloaded.
     [[ -f "$mvd_venv/stamp" ]] || rm -rf "$mvd_venv"
     rm -f "$mvd_venv/stamp"
     mkdir -p "$mvd_venv"
@@ -81,15 +81,15 @@ mvd_set_up() {
     local wanted
     wanted="$(mvd_wanted)"
     [[ -x "$mvd_venv/bin/python" && "$(cat "$mvd_venv/stamp" 2>/dev/null)" == "$wanted" ]] && return
-    # One at a time: two first starts side by side would install into the same folder.
+    # A lock, because two first starts at the same time would install into the same folder.
     (
         flock 9
         [[ "$(cat "$mvd_venv/stamp" 2>/dev/null)" == "$wanted" ]] || mvd_install "$wanted"
     ) 9>"$mvd_venv.lock" || exit 1
 }
 
-# Runs a launcher in a session of its own and hands signals on to it and its ranks, which the `deepspeed` command does
-# not: ended alone, it would leave them behind. Waits until the ranks have saved and are gone.
+# Runs a launcher in a session of its own, and forwards signals to it and its ranks. The `deepspeed` command does not
+# forward signals: its ranks would continue after its end. Waits until the ranks have saved a checkpoint and ended.
 mvd_launch() {
     local job status=0
     setsid "$@" &

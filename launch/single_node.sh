@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Run a subcommand of mvd-scale on all GPUs of this machine, or on CPU ranks where there is none:
+# Run a subcommand of mvd-scale on all GPUs of this machine, or on CPU ranks if there is no GPU:
 #
 #   launch/single_node.sh pretrain --recipe distill/b_from_b --data.source videos/
 #
-#   RANKS            number of ranks; all visible GPUs if not set, or 2 ranks on the CPU
-#   MASTER_PORT      port where the ranks meet; a free one if not set
-#   DS_ACCELERATOR   set to cpu to leave the GPUs alone
+#   RANKS            number of ranks; if not set, one per visible GPU, or 2 ranks on the CPU
+#   MASTER_PORT      port of the rendezvous of the ranks; a free port if not set
+#   DS_ACCELERATOR   cpu for ranks on the CPU although there are GPUs
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 (($#)) || mvd_fail "no subcommand: expected, for example, $0 pretrain --recipe distill/b_from_b"
@@ -17,7 +17,7 @@ if [[ "${DS_ACCELERATOR:-}" == cpu ]] || ! nvidia-smi --list-gpus 2>/dev/null | 
     RANKS="${RANKS:-2}"
     export DS_ACCELERATOR=cpu
 fi
-# Without a number the launcher takes all GPUs, and heeds CUDA_VISIBLE_DEVICES.
+# Without --num_gpus, the launcher takes all visible GPUs (CUDA_VISIBLE_DEVICES).
 if [[ -n "${RANKS:-}" ]]; then
     options+=(--num_gpus "$RANKS")
 fi

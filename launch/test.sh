@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# All checks, the quick ones first; with arguments, pytest alone with these: launch/test.sh tests/unit -k mask
+# Run all checks, the fast ones first; with arguments, run pytest with them: launch/test.sh tests/unit -k mask
 #
-#   --gpu   the self-test of a machine with a GPU, and gpu_report.md to paste into an issue; further words go to pytest
+#   --gpu   run the self-test of a machine with a GPU, and write gpu_report.md, to be pasted into an issue; further
+#           arguments go to pytest
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$mvd_root"

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> object:
-        # Importing the package must not import torch: DALI's workers and `mvd-scale --help` start faster without.
+        # Importing the package must not import torch: DALI's workers and `mvd-scale --help` start faster without it.
         if name != "load_classifier":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from mvd_scale.evaluation.predict import load_classifier

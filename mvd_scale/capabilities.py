@@ -1,4 +1,7 @@
-"""What this machine can do, and why what is off is off. Nothing here fails because something is missing or broken."""
+"""Capabilities of this machine, each with the reason if it is off.
+
+Nothing in this module raises an exception because a package or a device is missing or broken.
+"""
 
 from __future__ import annotations
 
@@ -21,18 +24,18 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Capability:
-    """One line of the table."""
+    """Capability: a device, a package or a feature that is on or off."""
 
     name: str
     on: bool
     detail: str = ""
-    """Version, size or kind of what is there."""
+    """Version, size or kind of the device or package, if it exists."""
     reason: str = ""
-    """Why it is off, and how to get it."""
+    """Reason why the capability is off or limited, and how to get it."""
 
 
 def probe() -> list[Capability]:
-    """Look at everything once: a few seconds, most of them the imports of torch, DALI and DeepSpeed."""
+    """Check all capabilities once. This takes a few seconds, mainly to import torch, DALI and DeepSpeed."""
     return [
         Capability("Python", True, platform.python_version()),
         _processor(),
@@ -52,7 +55,7 @@ def probe() -> list[Capability]:
 
 
 def table(capabilities: list[Capability]) -> str:
-    """Plain text, one capability a line: name, on or off, what it is or why it is not."""
+    """Format capabilities as plain text, one per line: name, on or off, detail, reason."""
     width = max(len(capability.name) for capability in capabilities)
     lines = []
     for capability in capabilities:
@@ -62,16 +65,16 @@ def table(capabilities: list[Capability]) -> str:
 
 
 def _load(module: str, install: str) -> tuple[Any, str]:
-    """The module and no reason, or no module and the reason."""
+    """Import a module: returns the module and an empty reason, or None and the reason why it cannot be imported."""
     try:
         with _silence():
             return importlib.import_module(module), ""
     except ModuleNotFoundError as error:
-        # `error.name` is the module itself or a parent of it, unless something that it imports is missing.
+        # `error.name` is the module or a parent of it; otherwise the module exists, and a dependency of it is missing.
         if f"{module}.".startswith(f"{error.name}."):
             return None, f"not installed: {install}"
         return None, f"broken: {_first_line(error)}"
-    # A damaged package raises anything while it loads: ImportError, OSError of a shared library, RuntimeError ...
+    # A damaged package may raise any exception while it loads: ImportError, OSError of a shared library, RuntimeError
     except Exception as error:
         return None, f"broken: {_first_line(error)}"
 
@@ -82,7 +85,7 @@ def _first_line(said: BaseException | str) -> str:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[io.StringIO]:
-    """Keep the greetings and warnings of imported packages out of the table; yields what they said."""
+    """Suppress logs, warnings and output of imported packages; yields a buffer with their output."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     said = io.StringIO()
@@ -149,7 +152,7 @@ def _precisions(torch: Any) -> list[Capability]:
             Capability("fp16", False, reason="needs a GPU: CPUs compute it slowly or not at all; use bf16 or fp32"),
         ]
     name = torch.cuda.get_device_name()
-    # Without emulation: what the tensor cores of the device compute by themselves.
+    # Emulated bf16 does not count: only that of the device's tensor cores.
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return [
         Capability("bf16", bf16, name if bf16 else "", "" if bf16 else f"{name} lacks it (compute capability 8.0)"),
@@ -168,7 +171,7 @@ def _deepspeed() -> list[Capability]:
         return [*rows, Capability("DeepSpeed ops", False, reason=reason)]
     compiler = _compiler()
     for name, builder in sorted(ops.ALL_OPS.items()):
-        # A stand-in for all ops that the accelerator does not have.
+        # DeepSpeed registers this builder for every op that the accelerator does not support.
         if type(builder).__name__ != "NotImplementedBuilder":
             rows.append(_deepspeed_op(name, builder, compiler))
     return rows
@@ -179,16 +182,16 @@ def _deepspeed_op(name: str, builder: Any, compiler: Capability) -> Capability:
     try:
         with _silence() as spoken:
             compatible = builder.is_compatible(verbose=True)
-    # Some builders run compilers and read their output: anything may come back.
+    # Some builders run compilers and parse their output: they may raise any exception.
     except Exception as error:
         return Capability(row, False, reason=f"cannot be checked: {_first_line(error)}")
     if not compatible:
-        # The first warning says what is missing; those that follow guess at remedies.
+        # The first warning names what is missing; later ones only suggest remedies.
         warning = re.sub(r"\x1b\[\d+m|\[WARNING\]", "", _first_line(spoken.getvalue())).strip()
         return Capability(row, False, reason=warning or "not compatible with this machine")
     if not compiler.on:
         return Capability(row, False, reason=compiler.reason)
-    return Capability(row, True, "compiled when first used")
+    return Capability(row, True, "compiled at its first use")
 
 
 _FLASH_ATTENTION = {
@@ -196,7 +199,7 @@ _FLASH_ATTENTION = {
     "flash_attn_interface": "flash-attn-3",
     "flash_attn": "flash-attn",
 }
-"""Modules of its releases and what pip calls them, the newest first, as `mvd_kernels` prefers them."""
+"""Package names by module, of the releases of flash-attn: newest first, the order of preference of `mvd_kernels`."""
 
 
 def _flash_attention() -> Capability:
@@ -211,7 +214,9 @@ def _flash_attention() -> Capability:
 
 
 def _apex() -> Capability:
-    module, reason = _load("apex", "built from its source, see README.md; what pip calls apex is another project")
+    module, reason = _load(
+        "apex", "build it from its source, see README.md; the package `apex` of pip is another project"
+    )
     if not module:
         return Capability("apex", False, reason=reason)
     layer_norm, reason = _load("apex.normalization", "build apex from its source, see README.md")
@@ -231,7 +236,7 @@ def _on_gpu(name: str, detail: str) -> Capability:
 def _dali() -> list[Capability]:
     builds = [name for name in ("nvidia-dali-cuda130", "nvidia-dali-cuda120") if _version(name)]
     if len(builds) > 1:
-        reason = f"{' and '.join(builds)} overwrite each other's files: keep one of them, see README.md"
+        reason = f"{' and '.join(builds)} overwrite each other's files: uninstall one of them, see README.md"
         return [Capability("DALI", False, reason=reason)]
     dali, reason = _load("nvidia.dali", "pip install nvidia-dali-cuda130 (Linux only)")
     if not dali:
@@ -249,7 +254,7 @@ def _nvdec() -> Capability:
         ctypes.CDLL("libnvcuvid.so.1")
     except OSError as error:
         return Capability(name, False, reason=f"needs a GPU and its driver's video library ({_first_line(error)})")
-    return _on_gpu(name, "H.264, HEVC, VP8, VP9, AV1, MPEG-4, as far as the GPU goes")
+    return _on_gpu(name, "H.264, HEVC, VP8, VP9, AV1, MPEG-4, as far as the GPU supports them")
 
 
 def _pyav() -> list[Capability]:
@@ -272,7 +277,7 @@ def _triton() -> Capability:
 
 
 def torch_compile(kind: str) -> Capability:
-    """Whether torch.compile makes programs for a kind of device, `cuda` or `cpu`."""
+    """Whether torch.compile can compile for a kind of device, `cuda` or `cpu`."""
     if kind == "cpu":
         return _torch_compile_cpu()
     triton, name = _triton(), "torch.compile, GPU"
@@ -291,9 +296,9 @@ def _torch_compile_cpu() -> Capability:
         return Capability(name, False, reason=reason)
     try:
         return Capability(name, True, builder.get_cpp_compiler())
-    # It has an error of its own, and runs what it finds.
+    # It raises an exception type of its own, and runs the compiler that it finds, which may fail in any way.
     except Exception:
-        return Capability(name, False, reason="torch finds no C++ compiler: install g++, or name one in CXX")
+        return Capability(name, False, reason="torch finds no C++ compiler: install g++, or set CXX to its path")
 
 
 def _torchvision() -> Capability:
@@ -306,10 +311,10 @@ def _torchvision() -> Capability:
 def _compiler() -> Capability:
     compiler, ninja = shutil.which("c++"), shutil.which("ninja")
     if not compiler:
-        reason = "no C++ compiler (c++) on PATH: install g++; DeepSpeed's own ops cannot be compiled without it"
+        reason = "no C++ compiler (c++) on PATH: install g++, which compiles DeepSpeed's ops"
         return Capability("C++ and ninja", False, reason=reason)
     if not ninja:
-        reason = "no ninja on PATH: pip install ninja, and start the program from its environment"
+        reason = "no ninja on PATH: pip install ninja, and activate the environment of the package"
         return Capability("C++ and ninja", False, reason=reason)
     return Capability("C++ and ninja", True, f"{compiler}, {ninja}")
 
@@ -325,4 +330,4 @@ def _native() -> Capability:
     refused = attention.refusal_of_instructions()
     there = "8-bit activations" if refused else "8-bit activations, attention in bf16"
     reason = f"attention {refused}" if refused else ""
-    return Capability(name, True, f"{there}; {compiler} compiles them when they are first used", reason)
+    return Capability(name, True, f"{there}; compiled by {compiler} at their first use", reason)

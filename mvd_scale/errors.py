@@ -1,11 +1,11 @@
-"""The one exception whose message is meant for the person at the keyboard."""
+"""Exception whose message is meant for the user."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Bad input from outside: a recipe, a path, a checkpoint, a machine that lacks something.
+    """Invalid input: a recipe, a path, a checkpoint, or a machine that lacks a required capability.
 
-    The message names what was wrong, what was expected and what to do. The command prints it
-    without a traceback and exits with code 2; `--debug` shows the traceback.
+    The message names the fault, the expectation and the remedy. The command line prints the message without a traceback
+    and exits with code 2; `--debug` prints the traceback.
     """

@@ -1,7 +1,8 @@
-"""Runs a launcher and its ranks for as long as its own parent lives: `python -m mvd_scale.guard FD COMMAND...`.
+"""Guard process, which runs a job until the guard's parent ends: `python -m mvd_scale.guard FD COMMAND...`.
 
-FD is the reading end of a pipe that only the parent can write to: when it closes, however that happens, the job is
-asked to end. It is started in a session of its own, since the `deepspeed` command hands no signals on to its ranks.
+FD is the read end of a pipe whose write end only the parent holds. When the parent ends for any reason, the pipe
+closes, and the guard sends SIGTERM to its process group. The guard must be the leader of a session of its own, so that
+the signal reaches all ranks: the `deepspeed` command does not forward signals to them.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import threading
 
 
 def main() -> None:
-    """Exit with the job's exit code."""
+    """Run the command, and exit with its exit code."""
     alive, *command = sys.argv[1:]
-    # Its own request to the group must not end it before the job.
+    # The guard belongs to the process group that it signals: it must outlive the job to return its exit code.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     job = subprocess.Popen(command, preexec_fn=_end_on_request)
     threading.Thread(target=_end_with_parent, args=(int(alive),), daemon=True).start()
@@ -24,10 +25,13 @@ def main() -> None:
 
 
 def _end_on_request() -> None:
+    """Restore the default action of SIGTERM in the job, which inherits the ignored signal from the guard."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _end_with_parent(alive: int) -> None:
+    """Wait until the pipe closes, and send SIGTERM to the process group."""
+    # The parent never writes: the read returns when the last write end is closed.
     os.read(alive, 1)
     os.killpg(0, signal.SIGTERM)
 

@@ -1,4 +1,4 @@
-"""One logger; rank 0 speaks. Plain lines, so that a file reads like a terminal."""
+"""Set-up of the package's logger: plain lines on standard error, from rank 0."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mvd_scale.config.launcher import launched_rank
 
 
 def configure() -> None:
-    """Send INFO of rank 0, and warnings of every rank, to standard error."""
+    """Log messages of level INFO from rank 0, and warnings from every rank, to standard error."""
     rank = launched_rank()
     handler = logging.StreamHandler(sys.stderr)
     prefix = "" if rank == 0 else f"rank {rank}: "
@@ -19,5 +19,5 @@ def configure() -> None:
     logger.handlers = [handler]
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logger.propagate = False
-    # DeepSpeed calls collectives by names that newer torch releases deprecate; users cannot mend that.
+    # DeepSpeed calls collectives by names that newer torch releases deprecate, which users cannot change.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")

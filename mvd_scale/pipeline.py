@@ -1,4 +1,4 @@
-"""`mvd-scale pipeline`: stages in order, each resumable; what is done is skipped, what was cut off goes on."""
+"""Runner of `mvd-scale pipeline`: stages run in order; finished stages are skipped, and interrupted ones resume."""
 
 from __future__ import annotations
 
@@ -35,17 +35,19 @@ from mvd_scale.errors import UserError
 logger = logging.getLogger("mvd_scale")
 
 _PATIENCE = 120
-"""Seconds that a start waits for the ranks of an earlier one, which save before they end."""
+"""Seconds that a start waits for the ranks of an earlier start, which save a checkpoint before they end."""
 
 
 def run_pipeline(pipeline: Pipeline) -> None:
-    """Do all stages of a pipeline that are not done.
+    """Run all stages of a pipeline that are not finished.
 
     Raises:
-        UserError: a recipe does not fit, before anything is started; or a stage failed, and what was wrong.
+        UserError: a recipe is invalid or cannot be split over the ranks, before any stage starts; another process runs
+            the pipeline; or a stage failed.
     """
     started = time.monotonic()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    # All recipes are checked before the first stage starts, so that a fault shows at once, not after hours.
     recipes = {name: stage_recipe(pipeline, name) for name in pipeline.stages if _trains(pipeline, name)}
     ranks = pipeline.ranks or _usual_ranks()
     if pipeline.hostfile is None:
@@ -75,10 +77,10 @@ def _trains(pipeline: Pipeline, name: str) -> bool:
 
 
 def stage_recipe(pipeline: Pipeline, name: str) -> RunRecipe:
-    """What a stage trains, in its folder.
+    """Recipe of a training stage, whose run folder is the folder of the stage.
 
     Raises:
-        UserError: it does not describe a run.
+        UserError: the recipe is invalid.
     """
     values = pipeline.resolved(name)["recipe"] | {"run": {"folder": str(pipeline.place(name))}}
     read = finetuning_of if isinstance(pipeline.stages[name], FinetuneStage) else recipe_of
@@ -86,14 +88,17 @@ def stage_recipe(pipeline: Pipeline, name: str) -> RunRecipe:
 
 
 def _fingerprint(pipeline: Pipeline, name: str) -> str:
-    """Changes with what a stage does and with what the stages that it builds on do."""
+    """Hash of the fields of a stage and, recursively, of the stages to which it refers.
+
+    A stage runs again if it changed, or if a stage on whose output it depends changed.
+    """
     below = {other: _fingerprint(pipeline, other) for other in references(pipeline.stages[name])}
     described = {"stage": pipeline.resolved(name), "below": below}
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
 def _output(pipeline: Pipeline, name: str) -> Path:
-    """What is there when a stage is done."""
+    """Path that exists when a stage is finished."""
     stage, place = pipeline.stages[name], pipeline.place(name)
     if isinstance(stage, DrawStage):
         return Path(pipeline.resolved(name)["run"]) / "predictions.png"
@@ -109,7 +114,7 @@ def _output(pipeline: Pipeline, name: str) -> Path:
 
 
 def _work(pipeline: Pipeline, name: str) -> None:
-    """A stage that needs one process: this one."""
+    """Run a stage that needs only one process, in this process."""
     place = pipeline.place(name)
     stage = type(pipeline.stages[name]).model_validate(pipeline.resolved(name))
     if isinstance(stage, SamplesStage):
@@ -142,7 +147,7 @@ def _index(stage: IndexStage, place: Path) -> None:
 
 
 def _train(pipeline: Pipeline, name: str, recipe: RunRecipe, ranks: int, lock: int) -> None:
-    """A stage under the `deepspeed` launcher; its resolved recipe stays beside its folder."""
+    """Run a training stage under the `deepspeed` launcher; its resolved recipe is written beside its folder."""
     from mvd_scale.training.run_folder import write_whole
 
     file = pipeline.folder / f"{name}.yaml"
@@ -165,10 +170,11 @@ def _launch(pipeline: Pipeline, name: str, arguments: list[str], ranks: int, loc
     hosts = ["--hostfile=", "--num_gpus", str(ranks)]
     command += hosts if pipeline.hostfile is None else ["--hostfile", str(pipeline.hostfile)]
     command += ["--no_local_rank", "--quiet", "--module", "mvd_scale", *arguments]
+    # `held` is the write end of the pipe by which the guard notices that this process ended.
     alive, held = os.pipe()
     guarded = [sys.executable, "-m", "mvd_scale.guard", str(alive), *command]
     env = {**os.environ, "DS_ACCELERATOR": "cpu"} if device == "cpu" or not _gpus() else dict(os.environ)
-    # The job holds the lock too: a new start waits until the last rank of a killed one is gone.
+    # The job inherits the file of the lock, so that a new start waits until the last rank of a killed start has ended.
     with subprocess.Popen(guarded, env=env, start_new_session=True, pass_fds=(alive, lock)) as job:
         os.close(alive)
         try:
@@ -178,13 +184,13 @@ def _launch(pipeline: Pipeline, name: str, arguments: list[str], ranks: int, loc
             _wait_for_group(job)
     if code:
         raise UserError(
-            f"stage {name}, `mvd-scale {' '.join(arguments)}`, ended with exit code {code}; its own message stands "
-            "above. Start the same command again to go on where it stopped"
+            f"stage {name}, `mvd-scale {' '.join(arguments)}`, ended with exit code {code}; its own message is above. "
+            "Start the same command again to resume"
         )
 
 
 def _wait_for_group(job: subprocess.Popen[bytes]) -> None:
-    """Until the launcher and its ranks, which may still be saving, are gone."""
+    """Wait until the launcher and its ranks, which may still save a checkpoint, have ended."""
     job.wait()
     for _ in range(10 * _PATIENCE):
         try:
@@ -196,7 +202,11 @@ def _wait_for_group(job: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[int]:
-    """Keep other starts of the same pipeline out, and wait for the ranks of one that was killed."""
+    """Lock the folder of a pipeline against other starts; yields the file descriptor of the lock.
+
+    Raises:
+        UserError: the folder cannot be written, or another process holds the lock for more than two minutes.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("w")
@@ -209,7 +219,7 @@ def _alone(folder: Path) -> Iterator[int]:
                 break
             except BlockingIOError:
                 if second == 0:
-                    logger.info("another start of this pipeline is still at work in %s: waiting for it to end", folder)
+                    logger.info("another start of this pipeline still runs in %s: waiting until it ends", folder)
                 time.sleep(1)
         else:
             raise UserError(f"another process runs a pipeline in {folder}: end it, or choose another folder")
@@ -234,6 +244,7 @@ def _free_port() -> int:
 
 
 def _sum_up(pipeline: Pipeline, trained: list[str], ranks: int, seconds: float) -> None:
+    """Print a table of the training stages, and the results of the others."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""How far a long job has come: a bar on a terminal, a line every ten seconds elsewhere."""
+"""Progress of a long job: a bar on a terminal, or a log line every ten seconds."""
 
 from __future__ import annotations
 
@@ -12,12 +12,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from typing_extensions import Self
 
 _LINE_SECONDS = 10.0
+"""Seconds from one log line to the next."""
 
 log = logging.getLogger("mvd_scale")
 
 
 class Advance:
-    """Tells of `total` things of a kind ("videos probed") as they are done."""
+    """Progress display of a job of `total` items.
+
+    Args:
+        what: name of the items and of what is done to them, such as "videos probed".
+        total: number of items.
+    """
 
     def __init__(self, what: str, total: int) -> None:
         self.what = what
@@ -31,7 +37,7 @@ class Advance:
             self._task = self._bar.add_task(what, total=total)
 
     def add(self, count: int) -> None:
-        """So many more are done."""
+        """Record that `count` more items are done."""
         self.done += count
         now = time.monotonic()
         if self._bar is not None:

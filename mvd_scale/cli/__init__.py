@@ -1,4 +1,4 @@
-"""The command `mvd-scale`: one thin function per subcommand, grouped in files."""
+"""Command line `mvd-scale`: one short function per subcommand, grouped in files by topic."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from mvd_scale.logs import configure
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mvd-scale")
-@click.option("--debug", is_flag=True, help="Show the traceback of errors.")
+@click.option("--debug", is_flag=True, help="Print the traceback of errors.")
 def cli(debug: bool) -> None:
-    """Masked Video Distillation at scale."""
+    """Masked Video Distillation at scale: train, distil, fine-tune and evaluate video encoders."""
 
 
 for _command in (
@@ -50,10 +50,10 @@ for _command in (
 
 
 def main() -> None:
-    """Entry point: user errors are one message and exit code 2; `--debug` adds the traceback."""
+    """Run the command line. A `UserError` prints one message and exits with code 2; `--debug` prints the traceback."""
     debug = "--debug" in sys.argv
     if debug:
-        # Accepted anywhere on the line.
+        # click accepts options of a group before the subcommand only; --debug may stand anywhere.
         sys.argv = [sys.argv[0], "--debug", *(word for word in sys.argv[1:] if word != "--debug")]
     configure()
     try:
@@ -67,6 +67,6 @@ def main() -> None:
 
 
 def _speak_once() -> None:
-    """Let rank 0 say an error that all ranks share: its exit makes the launcher end the others before they speak."""
+    """Delay the message on all ranks but 0: the exit of rank 0 makes the launcher end them before they print it too."""
     if launched_rank():
         time.sleep(5)

@@ -1,4 +1,4 @@
-"""What there is: recipes, their keys, this machine."""
+"""Commands `recipes`, `schema` and `env`: information about recipes, their keys, and this machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import click
 
 @click.command()
 def recipes() -> None:
-    """List the recipes that come with the package."""
+    """List the names of the recipes in the package, with a short description of each."""
     from mvd_scale.config import list_recipes
 
     names = list_recipes()
@@ -19,7 +19,7 @@ def recipes() -> None:
 @click.command()
 @click.argument("kind", type=click.Choice(["pretrain", "finetune", "detect", "pipeline"]), default="pretrain")
 def schema(kind: str) -> None:
-    """Print every key of a recipe, or of a pipeline, with its type, default and meaning, as JSON Schema."""
+    """Print all keys of recipes of a KIND, or of pipelines, with type, default and description, as JSON Schema."""
     import json
 
     from mvd_scale.config import DetectionRecipe, FinetuneRecipe, Recipe
@@ -34,7 +34,7 @@ def schema(kind: str) -> None:
 
 @click.command()
 def env() -> None:
-    """Show what this machine can do, and why what is off is off."""
+    """Show which capabilities this machine has, and for each missing one the reason and how to get it."""
     from mvd_scale.capabilities import probe, table
 
     click.echo(table(probe()))

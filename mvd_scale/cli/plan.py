@@ -1,4 +1,4 @@
-"""`mvd-scale plan`."""
+"""Command `mvd-scale plan`: prediction of time and memory of a run."""
 
 from __future__ import annotations
 
@@ -8,23 +8,27 @@ from mvd_scale.cli.options import WITH_OVERRIDES, overrides_argument
 
 
 @click.command(context_settings=WITH_OVERRIDES)
-@click.option("--recipe", required=True, help="A recipe of pre-training or fine-tuning.")
-@click.option("--gpu", default="H100", show_default=True, help="V100, A100, H100, H200 or B200.")
-@click.option("--gpus", type=click.IntRange(min=1), default=8, show_default=True, help="How many.")
-@click.option("--per-node", type=click.IntRange(min=1), default=8, show_default=True, help="GPUs of a machine.")
-@click.option("--stage", type=click.IntRange(1, 3), help="ZeRO stage; as the recipe says if left out.")
+@click.option("--recipe", required=True, help="Recipe of pre-training or fine-tuning, a shipped name or a path.")
+@click.option("--gpu", default="H100", show_default=True, help="GPU model: V100, A100, H100, H200 or B200.")
+@click.option("--gpus", type=click.IntRange(min=1), default=8, show_default=True, help="Number of GPUs.")
+@click.option("--per-node", type=click.IntRange(min=1), default=8, show_default=True, help="GPUs per host.")
+@click.option("--stage", type=click.IntRange(1, 3), help="ZeRO stage of the student; that of the recipe if omitted.")
 @click.option(
-    "--attention", type=click.Choice(["flash-attn", "sdpa"]), help="Kernel; the fastest that the GPU has if left out."
-)
+    "--attention", type=click.Choice(["flash-attn", "sdpa"]),
+    help="Attention kernel; the fastest one that the GPU supports if omitted.",
+)  # fmt: skip
 @click.option(
     "--efficiency", type=click.FloatRange(0, 1, min_open=True),
-    help="Share of the peak that arithmetic reaches; an assumption by GPU, kernel and width if left out.",
+    help="Share of the peak FLOP/s that is reached; assumed by GPU, kernel and width if omitted.",
 )  # fmt: skip
-@click.option("--videos", type=click.IntRange(min=1), default=240_000, show_default=True, help="Of an epoch.")
-@click.option("--height", type=click.IntRange(min=1), default=320, show_default=True, help="Short side of the videos.")
+@click.option("--videos", type=click.IntRange(min=1), default=240_000, show_default=True, help="Videos of an epoch.")
 @click.option(
-    "--keyframes", type=click.IntRange(min=1), default=250, show_default=True, help="Frames between two key frames."
+    "--height", type=click.IntRange(min=1), default=320, show_default=True, help="Short side of the videos in pixels."
 )
+@click.option(
+    "--keyframes", type=click.IntRange(min=1), default=250, show_default=True,
+    help="Frames from one keyframe of the videos to the next.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 @overrides_argument
 def plan(
@@ -41,9 +45,9 @@ def plan(
     as_json: bool,
     overrides: tuple[str, ...],
 ) -> None:
-    """Predict a run on GPUs: FLOPs, memory, communication, decoding, time, what limits it, the best micro batch.
+    """Predict a run on GPUs: FLOPs, memory, communication, decoding, time, the bottleneck, the best micro batch.
 
-    OVERRIDES are dotted keys of the recipe: --teachers.sharding zero3
+    OVERRIDES are dotted keys of the recipe, such as --teachers.sharding zero3
     """
     from mvd_scale.performance.decoding import Video
     from mvd_scale.performance.plan import make_cluster, make_plan, with_stage

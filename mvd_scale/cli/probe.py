@@ -1,4 +1,4 @@
-"""`mvd-scale probe`."""
+"""Command `mvd-scale probe`: evaluation of a frozen encoder."""
 
 from __future__ import annotations
 
@@ -13,21 +13,33 @@ from mvd_scale.config.training import Precision
 
 @click.group()
 def probe() -> None:
-    """Judge a frozen encoder by a small classifier of its features, during pre-training or after it."""
+    """Evaluate a frozen encoder by a small classifier on its features."""
 
 
 def _probing(command: Any) -> Any:
-    """What all probes take."""
+    """Add the arguments and options that all probes share."""
     for option in (
-        click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True),
-        click.option("--root", help="Folder or URL that the paths of lists start from."),
-        click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="fp16 on GPUs, fp32 on CPUs."),
-        click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Videos read together."),
-        click.option("--stride", type=click.IntRange(min=1), default=4, show_default=True, help="Of dense clips."),
-        click.option("--sampling", type=click.Choice(["dense", "uniform"]), default="dense", show_default=True),
+        click.option(
+            "--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True,
+            help="Device; auto takes the GPU if there is one.",
+        ),
+        click.option("--root", help="Folder or URL to which the paths of lists are relative."),
+        click.option(
+            "--precision", type=click.Choice(["fp32", "bf16", "fp16"]),
+            help="Precision of the encoder; fp16 on GPUs and fp32 on CPUs if omitted.",
+        ),
+        click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Videos per batch."),
+        click.option(
+            "--stride", type=click.IntRange(min=1), default=4, show_default=True,
+            help="For dense sampling, frames from one sampled frame to the next.",
+        ),
+        click.option(
+            "--sampling", type=click.Choice(["dense", "uniform"]), default="dense", show_default=True,
+            help="Sampling of the clip of each video.",
+        ),
         click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for features and results."),
-        click.option("--test", required=True, help="Labelled videos to be judged by."),
-        click.option("--train", required=True, help="Labelled videos to learn from."),
+        click.option("--test", required=True, help="Labelled videos to test the classifier on."),
+        click.option("--train", required=True, help="Labelled videos to fit the classifier to."),
         click.argument("checkpoint", type=click.Path(path_type=Path)),
     ):  # fmt: skip
         command = option(command)
@@ -36,9 +48,11 @@ def _probing(command: Any) -> Any:
 
 @probe.command()
 @_probing
-@click.option("--neighbours", type=click.IntRange(min=1), default=20, show_default=True, help="Videos that vote.")
+@click.option(
+    "--neighbours", type=click.IntRange(min=1), default=20, show_default=True, help="Number of videos that vote."
+)
 def knn(neighbours: int, **options: Any) -> None:
-    """The vote of the nearest training videos, by the mean of all tokens."""
+    """Classify by a vote of the nearest training videos, by the cosine similarity of the mean of all tokens."""
     from mvd_scale.evaluation.probing import by_neighbours
 
     _probe("knn", lambda _: by_neighbours(neighbours), **options)
@@ -48,7 +62,7 @@ def knn(neighbours: int, **options: Any) -> None:
 @_probing
 @click.option("--decay", type=click.FloatRange(min=0), default=1e-3, show_default=True, help="L2 penalty.")
 def linear(decay: float, **options: Any) -> None:
-    """A linear layer on the mean of all tokens."""
+    """Classify by a linear layer on the mean of all tokens."""
     from mvd_scale.evaluation.probing import by_linear_layer
 
     _probe("linear", lambda _: by_linear_layer(decay), **options)
@@ -56,10 +70,15 @@ def linear(decay: float, **options: Any) -> None:
 
 @probe.command()
 @_probing
-@click.option("--epochs", type=click.IntRange(min=1), default=20, show_default=True, help="Passes over the tokens.")
-@click.option("--lr", type=click.FloatRange(min=0, min_open=True), default=1e-3, show_default=True)
+@click.option("--epochs", type=click.IntRange(min=1), default=20, show_default=True, help="Number of epochs.")
+@click.option(
+    "--lr", type=click.FloatRange(min=0, min_open=True), default=1e-3, show_default=True, help="Peak learning rate."
+)
 def attentive(epochs: int, lr: float, **options: Any) -> None:
-    """A single block of cross-attention to all tokens, which are kept in OUT: D x N x 2 or 4 bytes a video."""
+    """Classify by one block of cross-attention to all tokens.
+
+    The tokens are stored in OUT: D x N values of 2 or 4 bytes per video.
+    """
     from mvd_scale.evaluation.probing import by_attention
 
     _probe("attentive", lambda where: by_attention(epochs, lr, where), **options)

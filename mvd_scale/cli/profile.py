@@ -1,4 +1,4 @@
-"""`mvd-scale profile`."""
+"""Command `mvd-scale profile`: training steps under torch's profiler."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from mvd_scale.config.training import Precision
 @click.command(context_settings=WITH_OVERRIDES)
 @click.option("--recipe", default="distill/b_from_b", show_default=True, help="Recipe whose steps are profiled.")
 @click.option(
-    "--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="fp16 on GPUs and fp32 on CPUs if left out."
-)
-@click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Clips of a step.")
-@click.option("--steps", type=click.IntRange(min=1), default=2, show_default=True, help="Steps that are profiled.")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for what it saw.")
+    "--precision", type=click.Choice(["fp32", "bf16", "fp16"]),
+    help="Precision of the student; fp16 on GPUs and fp32 on CPUs if omitted.",
+)  # fmt: skip
+@click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Clips per step.")
+@click.option("--steps", type=click.IntRange(min=1), default=2, show_default=True, help="Number of profiled steps.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for the results.")
 @overrides_argument
 def profile(
     recipe: str, precision: Precision | None, batch: int, steps: int, out: Path, overrides: tuple[str, ...]
 ) -> None:
-    """Run some steps under torch's profiler: traces, time by part, utilisation, communication, memory as a picture.
+    """Run training steps under torch's profiler, and write traces, time by part, utilisation, communication and memory.
 
     Teachers have random weights unless the recipe names their checkpoints.
     """

@@ -1,4 +1,4 @@
-"""Commands that use a trained model."""
+"""Commands that apply a trained model: `evaluate`, `predict`, `ensemble`, `report`, `features`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,16 @@ from mvd_scale.config.training import FrozenPrecision, Precision
 @click.argument("source")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for scores and figures.")
 @test_views
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Videos decoded together.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Videos per batch.")
 @frozen_precision
-@click.option("--root", help="Folder or URL that the paths of a list start from.")
-@click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True)
-@click.option("--report", "page", type=click.Path(path_type=Path), help="Also write `mvd-scale report` to this file.")
+@click.option("--root", help="Folder or URL to which the paths of a list are relative.")
+@click.option(
+    "--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True,
+    help="Device; auto takes the GPU if there is one.",
+)  # fmt: skip
+@click.option(
+    "--report", "page", type=click.Path(path_type=Path), help="Also write the page of `mvd-scale report` to this file."
+)
 def evaluate(
     checkpoint: Path,
     source: str,
@@ -32,9 +37,11 @@ def evaluate(
     device: str,
     **views: Any,
 ) -> None:
-    """Test a fine-tuned CHECKPOINT on the videos of SOURCE by several views; started again after a kill, it goes on.
+    """Test a fine-tuned CHECKPOINT on the videos of SOURCE with several views per video.
 
-    5 x 3 dense views are published for Kinetics, UCF101 and HMDB51, 2 x 3 uniform ones for Something-Something.
+    SOURCE is a manifest, or any other source that `data index` accepts. Published tests use 5 x 3 dense views on
+    Kinetics, UCF101 and HMDB51, and 2 x 3 uniform views on Something-Something. An interrupted command resumes when
+    started again.
     """
     from mvd_scale.config.data import DataConfig
     from mvd_scale.evaluation.evaluate import evaluate as test
@@ -61,14 +68,20 @@ def evaluate(
 
 @click.command()
 @click.argument("videos", nargs=-1, required=True, metavar="VIDEO...")
-@click.option("--checkpoint", type=click.Path(path_type=Path), required=True, help="Fine-tuned weights, or their run.")
-@click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Classes to name.")
+@click.option("--checkpoint", type=click.Path(path_type=Path), required=True, help="Fine-tuned weights, or run folder.")
+@click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Number of classes to print.")
 @test_views
 @frozen_precision
-@click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print a line of JSON for each video instead of text.")
+@click.option(
+    "--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True,
+    help="Device; auto takes the GPU if there is one.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON per video instead of text.")
 def predict(videos: tuple[str, ...], checkpoint: Path, top: int, as_json: bool, **options: Any) -> None:
-    """Name the most likely classes of each VIDEO, a file or URL; fewer views are faster: --clips 1 --crops 1."""
+    """Print the most likely classes of each VIDEO, a file or URL.
+
+    Fewer views are faster, such as --clips 1 --crops 1.
+    """
     from mvd_scale.evaluation.predict import load_classifier
     from mvd_scale.evaluation.predict import predict as name_classes
 
@@ -80,7 +93,10 @@ def predict(videos: tuple[str, ...], checkpoint: Path, top: int, as_json: bool, 
 @click.argument("tests", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="TEST...")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for scores and figures.")
 def ensemble(tests: tuple[Path, ...], out: Path) -> None:
-    """Average the scores of several models, each a folder that `evaluate` wrote over the same videos."""
+    """Average the scores of several models.
+
+    Each TEST is a folder that `evaluate` wrote, all of them for the same videos.
+    """
     from mvd_scale.evaluation.evaluate import merge_tests
 
     click.echo(f"{merge_tests(tests, out, command_line()).to_text()}\n{out}")
@@ -88,10 +104,12 @@ def ensemble(tests: tuple[Path, ...], out: Path) -> None:
 
 @click.command()
 @click.argument("test", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="Page to write; TEST/report.html if left out.")
-@click.option("--hardest", type=click.IntRange(min=0), default=8, show_default=True, help="Videos shown of each kind.")
+@click.option("--out", type=click.Path(path_type=Path), help="Page to write; TEST/report.html if omitted.")
+@click.option(
+    "--hardest", type=click.IntRange(min=0), default=8, show_default=True, help="Number of hardest videos of each kind."
+)
 def report(test: Path, out: Path | None, hardest: int) -> None:
-    """Write the report of a finished TEST as one page: figures, classes, and the hardest videos in pictures.
+    """Write the report of a finished TEST as one HTML page: figures, classes, and pictures of the hardest videos.
 
     TEST is a folder that `evaluate`, `ensemble` or `probe` wrote.
     """
@@ -109,25 +127,43 @@ def _write_report(test: Path, page: Path, hardest: int = 8) -> None:
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("source")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the shards of features.")
-@click.option("--layer", type=click.IntRange(min=1), help="Block whose output is taken; the last if left out.")
+@click.option(
+    "--layer", type=click.IntRange(min=1), help="Block whose output is taken, from 1; the last block if omitted."
+)
 @click.option(
     "--pool", type=click.Choice(["clip", "time", "none"]), default="clip", show_default=True,
-    help="Mean over the tokens of a clip, of each time slice, or every token.",
+    help="clip: mean over all tokens of a clip; time: mean over the tokens of each time slice; none: every token.",
 )  # fmt: skip
-@click.option("--norm/--no-norm", default=True, show_default=True, help="The final norm, after the last block.")
-@click.option("--sampling", type=click.Choice(["dense", "uniform", "sliding"]), default="dense", show_default=True)
-@click.option("--stride", type=click.IntRange(min=1), default=4, show_default=True, help="Frames between frames.")
-@click.option("--every", type=click.IntRange(min=1), help="With sliding: frames between the starts of clips.")
-@click.option("--clips", type=click.IntRange(min=1), default=1, show_default=True, help="Clips in time.")
-@click.option("--crops", type=click.IntRange(min=1), default=1, show_default=True, help="Crops of a clip.")
+@click.option("--norm/--no-norm", default=True, show_default=True, help="Apply the final norm, after the last block.")
 @click.option(
-    "--format", "kind", type=click.Choice(["safetensors", "parquet"]), default="safetensors", show_default=True
-)
-@click.option("--shard", type=click.IntRange(min=1), default=256, show_default=True, help="Videos of a shard.")
-@click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Videos decoded together.")
-@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="fp16 on GPUs, fp32 on CPUs.")
-@click.option("--root", help="Folder or URL that the paths of a list start from.")
-@click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True)
+    "--sampling", type=click.Choice(["dense", "uniform", "sliding"]), default="dense", show_default=True,
+    help="Sampling of the clips of each video.",
+)  # fmt: skip
+@click.option(
+    "--stride", type=click.IntRange(min=1), default=4, show_default=True,
+    help="For dense and sliding sampling, frames from one sampled frame to the next.",
+)  # fmt: skip
+@click.option(
+    "--every", type=click.IntRange(min=1),
+    help="For sliding sampling, frames from the start of one clip to the start of the next.",
+)  # fmt: skip
+@click.option("--clips", type=click.IntRange(min=1), default=1, show_default=True, help="Clips in time.")
+@click.option("--crops", type=click.IntRange(min=1), default=1, show_default=True, help="Crops per clip.")
+@click.option(
+    "--format", "kind", type=click.Choice(["safetensors", "parquet"]), default="safetensors", show_default=True,
+    help="File format of the shards.",
+)  # fmt: skip
+@click.option("--shard", type=click.IntRange(min=1), default=256, show_default=True, help="Videos per shard.")
+@click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Videos per batch.")
+@click.option(
+    "--precision", type=click.Choice(["fp32", "bf16", "fp16"]),
+    help="Precision of the encoder; fp16 on GPUs and fp32 on CPUs if omitted.",
+)  # fmt: skip
+@click.option("--root", help="Folder or URL to which the paths of a list are relative.")
+@click.option(
+    "--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True,
+    help="Device; auto takes the GPU if there is one.",
+)  # fmt: skip
 def features(
     checkpoint: Path,
     source: str,
@@ -147,10 +183,11 @@ def features(
     root: str | None,
     device: str,
 ) -> None:
-    """Write what the encoder of a CHECKPOINT makes of the videos of SOURCE; started again after a kill, it goes on.
+    """Write features of the videos of SOURCE, computed by the encoder of a CHECKPOINT, into shards.
 
-    CHECKPOINT is in any format that `inspect` knows; SOURCE is a manifest or whatever `data index` takes. On several
-    ranks: launch/single_node.sh features ...
+    CHECKPOINT is in any format that `inspect` knows. SOURCE is a manifest, or any other source that `data index`
+    accepts. To run on several ranks: launch/single_node.sh features ... An interrupted command resumes when started
+    again.
     """
     from mvd_scale.config.data import DataConfig, ViewsConfig
     from mvd_scale.evaluation.features import FeatureOptions, write_features
@@ -158,7 +195,7 @@ def features(
     from mvd_scale.training.ranks import join_ranks, leave_ranks
 
     if (every is not None) != (sampling == "sliding"):
-        raise click.UsageError("--every goes with --sampling sliding, which needs it")
+        raise click.UsageError("--every and --sampling sliding require each other: give both or neither")
     views = ViewsConfig(sampling=sampling, stride=stride, every=every, clips=clips, crops=crops)
     ranks = join_ranks(device, timeout_minutes=10)
     written, failed = write_features(

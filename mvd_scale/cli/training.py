@@ -1,4 +1,4 @@
-"""Commands that train, and the pictures of a run."""
+"""Commands that train: `pretrain`, `finetune`, `propose`, `pipeline`, `quickstart`; and `draw`, pictures of a run."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from mvd_scale.cli.options import WITH_OVERRIDES, overrides_argument
 @click.option("--recipe", required=True, help="A name of `mvd-scale recipes`, or the path of a YAML file.")
 @overrides_argument
 def pretrain(recipe: str, overrides: tuple[str, ...]) -> None:
-    """Train what a recipe says; resume when its run folder holds checkpoints.
+    """Pre-train or distil an encoder as a recipe specifies; resume if the run folder holds checkpoints.
 
-    OVERRIDES are dotted keys of the recipe: --training.epochs 3 --data.source videos/
+    OVERRIDES are dotted keys of the recipe, such as --training.epochs 3 --data.source videos/
     """
     from mvd_scale.config import load_recipe
     from mvd_scale.training.pretrain import pretrain as run
@@ -29,9 +29,9 @@ def pretrain(recipe: str, overrides: tuple[str, ...]) -> None:
 @click.option("--recipe", required=True, help="A name of `mvd-scale recipes`, or the path of a YAML file.")
 @overrides_argument
 def finetune(recipe: str, overrides: tuple[str, ...]) -> None:
-    """Teach a pre-trained encoder to name classes; resume when its run folder holds checkpoints.
+    """Fine-tune a pre-trained encoder for classification; resume if the run folder holds checkpoints.
 
-    OVERRIDES are dotted keys of the recipe: --training.initial_encoder runs/mine/encoder.safetensors
+    OVERRIDES are dotted keys of the recipe, such as --training.initial_encoder runs/mine/encoder.safetensors
     """
     from mvd_scale.config import load_finetuning
     from mvd_scale.training.finetune import finetune as run
@@ -43,16 +43,17 @@ def finetune(recipe: str, overrides: tuple[str, ...]) -> None:
 
 @click.command()
 @click.argument("source")
-@click.option("--encoder", type=click.Path(path_type=Path), required=True, help="Pre-trained weights.")
+@click.option("--encoder", type=click.Path(path_type=Path), required=True, help="Pre-trained weights of the encoder.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Recipe to write (.yaml).")
-@click.option("--validation", help="Labelled videos to test after every epoch.")
+@click.option("--validation", help="Labelled videos to test on after every epoch.")
 @click.option(
-    "--folder", type=click.Path(path_type=Path), default=Path("runs/mine"), show_default=True, help="Of the run."
+    "--folder", type=click.Path(path_type=Path), default=Path("runs/mine"), show_default=True, help="Run folder."
 )
 def propose(source: str, encoder: Path, out: Path, validation: str | None, folder: Path) -> None:
-    """Write a recipe that fine-tunes an encoder on the labelled videos of SOURCE, after their number and length.
+    """Write a recipe that fine-tunes an encoder on the labelled videos of SOURCE, suited to their number and length.
 
-    SOURCE is a folder with a folder for each class, a csv of paths and labels, or whatever `data index` takes.
+    SOURCE is a folder with one sub-folder per class, a CSV file of paths and labels, or any other source that
+    `data index` accepts.
     """
     import tempfile
 
@@ -75,10 +76,10 @@ def propose(source: str, encoder: Path, out: Path, validation: str | None, folde
 @click.argument("file")
 @overrides_argument
 def pipeline(file: str, overrides: tuple[str, ...]) -> None:
-    """Run the stages of a pipeline FILE in order: what is done is skipped, what was cut off goes on.
+    """Run the stages of a pipeline in order; finished stages are skipped, and an interrupted stage resumes.
 
-    FILE is a YAML file, or the name of one that comes with it: quickstart, synthetic, mvd_b. OVERRIDES are its dotted
-    keys: --folder runs/mine --stages.student.recipe.training.max_steps 100
+    FILE is a YAML file, or the name of a pipeline in the package: quickstart, synthetic, mvd_b. OVERRIDES are dotted
+    keys of the pipeline, such as --folder runs/mine --stages.student.recipe.training.max_steps 100
     """
     from mvd_scale.config.pipeline import load_pipeline
     from mvd_scale.pipeline import run_pipeline
@@ -87,11 +88,13 @@ def pipeline(file: str, overrides: tuple[str, ...]) -> None:
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/quickstart"), show_default=True)
-@click.option("--ranks", type=click.IntRange(min=1), default=2, show_default=True, help="Processes of every stage.")
-@click.option("--steps", type=click.IntRange(min=1), help="Stop every stage after so many steps.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/quickstart"), show_default=True,
+    help="Folder of the pipeline.",
+)  # fmt: skip
+@click.option("--ranks", type=click.IntRange(min=1), default=2, show_default=True, help="Ranks of every stage.")
+@click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps after which every stage stops.")
 def quickstart(out: Path, ranks: int, steps: int | None) -> None:
-    """Train two teachers on real clips, distil a student from both, fine-tune and test it: `pipeline quickstart`."""
+    """Run `pipeline quickstart`: train two teachers on real clips, distil a student, fine-tune it and test it."""
     from mvd_scale.config.pipeline import TrainStage, load_pipeline
     from mvd_scale.pipeline import run_pipeline
 
@@ -101,16 +104,16 @@ def quickstart(out: Path, ranks: int, steps: int | None) -> None:
         overrides += [f"--stages.{name}.recipe.training.max_steps={steps}" for name in trained]
     run_pipeline(load_pipeline("quickstart", overrides))
     click.echo(
-        "Next: your own videos, with any recipe of `mvd-scale recipes`:\n"
+        "Next: train on your own videos, with any recipe that `mvd-scale recipes` lists:\n"
         "  mvd-scale pretrain --recipe quickstart/video_teacher --run.folder runs/mine --data.source VIDEOS/"
     )
 
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--clips", type=click.IntRange(min=1), default=4, show_default=True, help="Clips to show.")
+@click.option("--clips", type=click.IntRange(min=1), default=4, show_default=True, help="Number of clips to show.")
 def draw(run: Path, clips: int) -> None:
-    """Draw what a finished RUN predicts beside what is true: RUN/predictions.png."""
+    """Draw predictions of a finished RUN beside the ground truth, into RUN/predictions.png."""
     from mvd_scale.evaluation.picture import draw_run
 
     click.echo(draw_run(run, clips=clips))

@@ -1,4 +1,4 @@
-"""Commands on files of weights."""
+"""Commands for files of weights: `import`, `export`, `inspect`."""
 
 from __future__ import annotations
 
@@ -17,19 +17,26 @@ from mvd_scale.cli.options import shape_hints
     "role",
     type=click.Choice(["image_teacher", "video_teacher", "student", "classifier"]),
     required=True,
-    help="What it shall be here.",
+    help="Role of the imported weights.",
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="File to write (.safetensors).")
-@click.option("--tubelet", type=click.IntRange(min=1), help="Make a video model of an image model: frames per token.")
+@click.option(
+    "--tubelet",
+    type=click.IntRange(min=1),
+    help="Inflate an image model to a video model with this many frames per token.",
+)
 @shape_hints
 def import_weights(source: Path, role: Any, out: Path, tubelet: int | None, **hints: Any) -> None:
-    """Bring published weights (MAE, VideoMAE, MVD, timm, Hugging Face) or a run of ours into one file of ours."""
+    """Convert published weights (MAE, VideoMAE, MVD, timm, Hugging Face) or a run of this package into one file.
+
+    SOURCE is a file or a run folder; the result is in the format of this package.
+    """
     from mvd_scale.checkpoints import Hints, adapt, describe, import_checkpoint, read_checkpoint
 
     if tubelet is None:
         checkpoint = read_checkpoint(source, Hints(**hints))
     else:
-        # Frames count after the image became a clip.
+        # --frames applies to the inflated model: the image model itself is read with its own frames.
         frames = hints.pop("frames")
         checkpoint = adapt(read_checkpoint(source, Hints(**hints)), frames=frames, tubelet=tubelet)
     import_checkpoint(checkpoint, role, out)
@@ -43,32 +50,33 @@ def import_weights(source: Path, role: Any, out: Path, tubelet: int | None, **hi
     "family",
     type=click.Choice(["videomae", "mvd", "mae", "timm", "hf", "torch", "onnx"]),
     required=True,
-    help="Whose form; torch and onnx: a classifier as a program.",
+    help="Format to write; torch and onnx write a classifier as a program.",
 )
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     required=True,
-    help=".pth, .safetensors, or a folder for hf; .pt2 for torch, .onnx for onnx.",
+    help="File to write: .pth or .safetensors; a folder for hf; .pt2 for torch; .onnx for onnx.",
 )
 @shape_hints
 def export_weights(source: Path, family: str, out: Path, **hints: Any) -> None:
-    """Write the weights of a run folder or file in the form that other tools expect.
+    """Write the weights of SOURCE, a run folder or a file, in the format of another tool.
 
-    Programs take clips, uint8 (batch, frames, size, size, 3), and give their softmax, float32 (batch, classes).
+    A program (torch, onnx) takes clips, uint8 (batch, frames, size, size, 3), and returns softmax probabilities,
+    float32 (batch, classes).
     """
     from mvd_scale.checkpoints import Hints, export_checkpoint, read_checkpoint
 
     checkpoint = read_checkpoint(source, Hints(**hints))
     export_checkpoint(checkpoint, family, out)
-    click.echo(f"{out}: {checkpoint.kind} in the form of {family}")
+    click.echo(f"{out}: {checkpoint.kind} in the format of {family}")
 
 
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @shape_hints
 def inspect(file: Path, **hints: Any) -> None:
-    """Say what a checkpoint is: format, shape, decoders, classes, and what is wrong with it."""
+    """Print the properties of a checkpoint FILE: format, shape, decoders, classes, and faults."""
     from mvd_scale.checkpoints import Hints, describe, read_checkpoint
 
     click.echo(describe(read_checkpoint(file, Hints(**hints))))

@@ -56,7 +56,7 @@ class RunRecipe(Section):
     def _check_training(self) -> Self:
         if self.device == "cpu" and self.training.precision == "fp16":
             raise ValueError(
-                "training.precision fp16 requires a GPU (CPUs compute fp16 slowly or not at all): use bf16 or fp32"
+                "training.precision fp16 needs a GPU (CPUs compute fp16 slowly or not at all): use bf16 or fp32"
             )
         if self.training.warmup_epochs >= self.training.epochs:
             raise ValueError(
@@ -186,7 +186,7 @@ class Recipe(RunRecipe):
                 )
         if self.device == "cpu" and self.teachers.precision == "fp16":
             raise ValueError(
-                "teachers.precision fp16 requires a GPU (CPUs compute fp16 slowly or not at all): use bf16 or fp32"
+                "teachers.precision fp16 needs a GPU (CPUs compute fp16 slowly or not at all): use bf16 or fp32"
             )
         self._check_eight_bits()
         self._check_programs()
@@ -211,7 +211,7 @@ class Recipe(RunRecipe):
             if not any(isinstance(target, TeacherTarget) for target in self.targets.values()):
                 raise ValueError(f"teachers.{key} true has no effect: no target has a teacher. Set it to auto")
         if teachers.cuda_graphs is True and self.device == "cpu":
-            raise ValueError("teachers.cuda_graphs requires a GPU, but device is cpu: set it to auto")
+            raise ValueError("teachers.cuda_graphs needs a GPU, but device is cpu: set it to auto")
         if teachers.compile is True and teachers.precision == "int8":
             raise ValueError("teachers.compile is not supported for teachers.precision int8: set it to auto")
 

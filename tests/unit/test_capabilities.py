@@ -1,4 +1,4 @@
-"""`mvd-scale env` shows every capability, with a reason where one is off, on whatever machine it meets."""
+"""Tests of `mvd-scale env`: it shows every capability on any machine, with a reason for each one that is off."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mvd_scale.capabilities import Capability, probe, table
 
 
 class Broken(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Makes packages fail while they are imported, in the way of a damaged installation."""
+    """Import hook that makes packages fail while they are imported, like a damaged installation."""
 
     def __init__(self, packages: Sequence[str], error: Exception) -> None:
         self.packages = packages

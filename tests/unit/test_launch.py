@@ -1,4 +1,4 @@
-"""A start that cannot work ends in one clear line, and nothing half-made counts as installed."""
+"""Tests of launch scripts: a failed start ends in one clear line, and an incomplete installation is repaired."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TOOLS = [
 ]
 
 PYTHON = """#!/bin/bash
-# Stands for a Python: tells its version, and makes environments whose pip does what {pip} says.
+# Fake Python: prints its version, and creates environments whose pip does what {pip} specifies.
 case "$*" in
     *sys.version_info*) echo {version} ;;
     "-c import ensurepip, venv") exit {venv} ;;
@@ -46,7 +46,7 @@ esac
 
 @dataclass
 class Machine:
-    """A copy of the repository's outside, and the programs that its scripts find."""
+    """Copy of the files around the package, and fake programs that the launch scripts find on PATH."""
 
     root: Path
     bin: Path
@@ -96,7 +96,7 @@ def machine(tmp_path: Path) -> Machine:
 
 
 def one_error(result: subprocess.CompletedProcess[str]) -> str:
-    """The error line of a failed start; a progress line may stand before it."""
+    """Error line of a failed start, which a progress line may precede."""
     assert result.returncode != 0
     assert "ready" not in result.stdout
     lines = [line for line in result.stderr.splitlines() if not line.startswith("Installing (")]
@@ -147,7 +147,7 @@ def test_full_disk_is_seen_before_anything_is_made(machine: Machine) -> None:
             "Failed to establish a new connection: [Errno -2] Name or service not known",
             "cannot reach its package index",
         ),
-        ("ERROR: Could not install packages: [Errno 28] No space left on device", "the disk ran full"),
+        ("ERROR: Could not install packages: [Errno 28] No space left on device", "the disk became full"),
     ],
 )
 def test_failing_pip_is_explained_and_leaves_no_stamp(machine: Machine, output: str, said: str) -> None:
@@ -205,7 +205,7 @@ def test_two_first_starts_side_by_side_install_once(machine: Machine) -> None:
 
 @pytest.fixture
 def launcher(machine: Machine) -> Machine:
-    """A machine that is set up, with a `deepspeed` that tells how it was called."""
+    """Machine with a finished installation, whose `deepspeed` prints how it was called."""
     machine.start()
     venv = machine.root / ".venv" / "bin"
     venv.joinpath("python").unlink()
@@ -258,7 +258,7 @@ def test_multi_node_needs_a_hostfile(launcher: Machine) -> None:
 
 def test_multi_node_without_ssh(launcher: Machine) -> None:
     env = {"HOSTFILE": "launch/hostfile.example", "NODE_RANK": "1"}
-    assert "MASTER_ADDR is not" in one_error(launcher.start("launch/multi_node.sh pretrain", **env))
+    assert "but MASTER_ADDR is not" in one_error(launcher.start("launch/multi_node.sh pretrain", **env))
     words = launcher.start("launch/multi_node.sh pretrain", MASTER_ADDR="10.0.0.1", **env).stdout.splitlines()[-1]
     assert "[--hostfile][launch/hostfile.example]" in words
     assert "[--master_addr][10.0.0.1]" in words

@@ -1,4 +1,4 @@
-"""A wheel is whole: installed alone, it lists its recipes and reads its DeepSpeed files from any folder."""
+"""Tests of the wheel: installed alone, it lists its recipes and reads its DeepSpeed files from any folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 LOOK = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
-# The editable installation of the checkout must not help out.
+# The import path of the editable installation is removed: the package must come from the wheel.
 sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in str(finder)]
 from importlib import metadata, resources
 import mvd_kernels, mvd_scale
@@ -42,10 +42,10 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds nothing but what the wheel brings."""
+    """Folder that holds only the contents of the wheel."""
     folder = tmp_path_factory.mktemp("packaging")
     source, wheels, target = folder / "source", folder / "wheels", folder / "target"
-    # From a copy, so that the build leaves nothing in the checkout.
+    # The wheel is built from a copy, so that the build leaves no files in the checkout.
     source.mkdir()
     for name in ("mvd_scale", "kernels", "ds_configs", "pyproject.toml", "README.md", "LICENSE"):
         run("cp", "-r", REPOSITORY / name, source, cwd=folder)

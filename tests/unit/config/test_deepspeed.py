@@ -1,4 +1,4 @@
-"""A DeepSpeed file leaves to the recipe what is the recipe's, or agrees with it."""
+"""Tests of DeepSpeed configurations: the recipe sets "auto" values, and values that contradict it are errors."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def test_the_teachers_file_has_no_optimizer_and_spares_the_student() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"train_batch_size": 16}, "train_batch_size is 16, the recipe needs 8"),
-        ({"bf16": {"enabled": True}}, "bf16.enabled is True, the recipe needs False"),
-        ({"bf16": True}, "bf16 is True, expected an object"),
-        ({"zero_optimization": 5}, "zero_optimization is 5, expected an object"),
+        ({"train_batch_size": 16}, "train_batch_size is 16, but the recipe requires 8"),
+        ({"bf16": {"enabled": True}}, "bf16.enabled is True, but the recipe requires False"),
+        ({"bf16": True}, "bf16 is True, expected a JSON object"),
+        ({"zero_optimization": 5}, "zero_optimization is 5, expected a JSON object"),
         ({"zero_optimization": {"stage": 0}}, "stage is 0, expected 1, 2 or 3"),
-        ({"optimizer": {"type": "Adam"}}, "`optimizer` is the recipe's to decide"),
+        ({"optimizer": {"type": "Adam"}}, "the recipe configures the optimizer; remove `optimizer`"),
     ],
 )
 def test_a_contradiction_is_an_error(tmp_path: Path, values: dict[str, Any], message: str) -> None:

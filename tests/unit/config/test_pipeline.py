@@ -1,4 +1,4 @@
-"""Pipelines: references between stages, faults by name."""
+"""Tests of the pipeline schema: references between stages, and messages that name faults."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def test_names_in_braces_are_the_folders_of_earlier_stages(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("{videos}", "{video}"), r"stages.teacher: \{video\} is no earlier stage; those are \{videos\}"),
+        (("{videos}", "{video}"), r"stages.teacher: \{video\} is not an earlier stage: expected one of .*\{videos\}"),
         (("kind: index", "kind: indices"), "indices"),
         (("sources:", "source:"), "stages.videos.source: unknown key"),
         (("folder: out", "folders: out"), "folder: missing"),
-        (("videos: {", "vid eos: {"), "must be a word"),
-        (("{base:", "{run: {folder: x}, base:"), "recipe.run is the pipeline's to decide"),
+        (("videos: {", "vid eos: {"), "the name of a stage must consist of letters"),
+        (("{base:", "{run: {folder: x}, base:"), "recipe.run is set by the pipeline"),
         (("stages:", "ranks: 2\nhostfile: hosts\nstages:"), "either ranks or hostfile"),
     ],
 )

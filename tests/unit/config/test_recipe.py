@@ -1,4 +1,4 @@
-"""A recipe says what a run is; whatever it says wrongly is named with key, value and expectation."""
+"""Tests of recipes: loading, overrides, and messages that name key, value and expectation of each fault."""
 
 from __future__ import annotations
 
@@ -68,32 +68,32 @@ def test_overrides_reach_any_depth_and_the_last_one_wins(tiny: Path) -> None:
         ),
         (["--data.mask.ratio", "0.1"], "recipe", "leaves 8 of 8 tokens visible"),
         (["--data.mask.ratio", "1.5"], "data.mask.ratio", "less than 1"),
-        (["--targets.pixels.decoder", "null"], "targets.pixels", "needs its width, depth and heads"),
+        (["--targets.pixels.decoder", "null"], "targets.pixels", "requires its width, depth and heads"),
         (
             ["--targets.pixels.tokens", "visible"],
             "targets.pixels",
-            "not tokens visible",
+            "but tokens is visible",
         ),
-        (["--targets.pixels.head", "mlp"], "targets.pixels", "decoder does nothing with `head: mlp`"),
-        (["--targets.pixels.hidden", "8"], "targets.pixels", "it is the width of an MLP"),
+        (["--targets.pixels.head", "mlp"], "targets.pixels", "decoder has no effect with `head: mlp`"),
+        (["--targets.pixels.hidden", "8"], "targets.pixels", "it is the hidden width of `head: mlp`"),
         (["--targets.pixels", "{head: mlp, decoder: null}"], "targets.pixels", "`tokens: visible` or `tokens: all`"),
         (["--targets.pixels", "{head: mlp, decoder: null, tokens: all}"], "recipe", "set data.mask to null"),
         (["--data.mask", "null"], "recipe", "the student sees all tokens"),
         (["--data.mask.decode", "0.4"], "data.mask.decode", "0.25, 0.5, 0.75 or 1"),
-        (["--data.mask.decode", "0.5"], "recipe", "a tube mask of 2 slices"),
+        (["--data.mask.decode", "0.5"], "recipe", "a tube mask over 2 slices"),
         (["--targets", "{pixels: null}"], "targets", "at least 1 item"),
         (["--training.precision", "fp16"], "recipe", "needs a GPU"),
         (["--training.compile", "often"], "training.compile", "'often'"),
         (["--teachers.compile", "true", "--teachers.sharding", "zero3"], "recipe", "`sharding: replicated`"),
         (["--teachers.compile", "true"], "recipe", "no target has a teacher"),
-        (["--training.batch_decoders", "true"], "recipe", "no two targets have decoders of one shape"),
-        (["--training.warmup_epochs", "4"], "recipe", "must be fewer"),
-        (["--training.min_lr", "1"], "recipe", "above training.base_lr"),
-        (["--model.heads", "3"], "model", "does not divide into 3 heads"),
+        (["--training.batch_decoders", "true"], "recipe", "no two targets have decoders of the same shape"),
+        (["--training.warmup_epochs", "4"], "recipe", "must be less"),
+        (["--training.min_lr", "1"], "recipe", "must not exceed training.base_lr"),
+        (["--model.heads", "3"], "model", "width 32 is not a multiple of heads 3"),
         (["--model.size", "B"], "model", "width is 32, but size B has 768"),
         (["--model.input_size", "33"], "model", "not a multiple of patch_size 16"),
         (["--model.frames", "3"], "model", "not a multiple of tubelet 2"),
-        (["--model.positions", "sincos2d"], "model", "tell no time"),
+        (["--model.positions", "sincos2d"], "model", "do not encode time"),
         (["--targets.pixels.decoder.widht", "3"], "targets.pixels.decoder.widht", "unknown key"),
         (["--targets.pixels.decoder.width", "24"], "recipe", "multiple of 16, not 24"),
         (["--model.width", "24"], "model", "multiple of 16, not 24"),
@@ -161,7 +161,7 @@ def test_the_global_batch_is_split_over_ranks() -> None:
     halved = Recipe.model_validate({**TINY, "training": {**TINY["training"], "micro_batch": 2}})
     assert halved.batch_split(2) == (2, 2)
     assert halved.batch_split(8) == (1, 1)
-    # The largest micro batch up to the recipe's that divides a rank's share.
+    # Expected: the largest divisor of a rank's share of the global batch, up to the recipe's micro batch.
     uneven = Recipe.model_validate({**TINY, "training": {**TINY["training"], "micro_batch": 3}})
     assert uneven.batch_split(2) == (2, 2)
 
@@ -198,7 +198,7 @@ def test_what_may_change_between_a_start_and_its_resumption() -> None:
     [
         (["--data.mixture", "{a: {source: x}}", "--data.source", "y"], "not both"),
         (["--data.mixture", "{a b: {source: x}}"], "letters, digits and underscores"),
-        (["--data.mixture", "{a: {source: x, stride: 2}}", "--data.sampling", "segments"], "does nothing"),
+        (["--data.mixture", "{a: {source: x, stride: 2}}", "--data.sampling", "segments"], "has no effect"),
         (["--data.mixture", "{a: {source: x, weight: 0}}"], "data.mixture.a.weight"),
         (["--data.augment", "{jitter: {}}"], "data.augment.jitter: unknown key"),
     ],
@@ -212,7 +212,7 @@ def test_a_micro_batch_holds_whole_sets_of_copies():
     recipe = load_recipe("distill/b_from_b", ["--data.copies", "3", "--training.micro_batch", "null"])
     with pytest.raises(
         UserError,
-        match=r"in whole sets of 3 copies\. No number of ranks can; set .* to 960 or 1056",
+        match=r"in whole sets of 3 copies\. No number of ranks divides it: set .* to 960 or 1056",
     ):
         recipe.batch_split(32)
     recipe = load_recipe("distill/b_from_b", ["--data.copies", "2", "--training.micro_batch", "16"])

@@ -1,4 +1,4 @@
-"""The shipped recipes: each resolves for the numbers of ranks that people have, and says what it promises."""
+"""Tests of the shipped recipes: each resolves for common numbers of ranks, and has the published values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny videos whose frames tell their number: frame n has brightness 3n, and a ramp across."""
+"""Small test videos whose frames encode their number: frame n has brightness 3n plus a horizontal ramp."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def encode() -> Encode:
 
 @pytest.fixture(scope="session")
 def videos(tmp_path_factory: pytest.TempPathFactory, encode: Encode) -> Path:
-    """A folder of ten good videos, H.264 and VP9 by turns."""
+    """Folder of ten valid videos, alternately H.264 and VP9."""
     folder = tmp_path_factory.mktemp("videos")
     for number in range(10):
         encode(folder / f"{number}{'.mp4' if number % 2 else '.webm'}", frames=20 + number)

@@ -21,7 +21,7 @@ from mvd_scale.data.augment_graph import erase, operate
 T, SIDE = 3, 64
 FILL = {"fillcolor": (128, 128, 128), "resample": Image.Resampling.BILINEAR}
 
-TIMM = {  # the same operation by timm, of PIL
+TIMM = {  # the same operation in timm, on PIL images
     "autocontrast": (timm_ops.auto_contrast, None),
     "equalize": (timm_ops.equalize, None),
     "invert": (timm_ops.invert, None),
@@ -40,11 +40,11 @@ TIMM = {  # the same operation by timm, of PIL
 }
 
 LARGEST = {"rotate": 2, "shear_x": 1, "shear_y": 1, "translate_x": 1, "translate_y": 1, "equalize": 6, "sharpness": 1}
-"""Mean difference in levels, where PIL computes otherwise: at borders (warps, sharpness), in steps (equalize)."""
+"""Allowed mean difference in levels: PIL differs at borders (warps, sharpness) and in rounding (equalize)."""
 
 
 def clip() -> NDArray[np.uint8]:
-    """Three real pictures that differ."""
+    """Three different real pictures."""
     picture = pictures.astronaut()
     return np.stack([picture[40 * k : 40 * k + SIDE * 4 : 4, 100 : 100 + SIDE * 4 : 4] // (k + 1) for k in range(T)])
 
@@ -139,7 +139,7 @@ def test_operations_are_drawn_alike_and_half_of_them_applied():
     assert all(len(one.operations) == 4 and one.values.shape == (4, 6) for one in drawn)
     counts = Counter(int(code) for one in drawn for code in one.operations)
     assert counts[Operation.NONE] / 8000 == pytest.approx(0.5, abs=0.03)
-    # Five of the fifteen are warps, two solarize.
+    # Of the fifteen operations, five are warps and two solarize.
     assert counts[Operation.WARP] / 8000 == pytest.approx(0.5 * 5 / 15, abs=0.02)
     assert counts[Operation.SOLARIZE] / 8000 == pytest.approx(0.5 * 2 / 15, abs=0.02)
     assert set(counts) == set(Operation) - {Operation.HUE}

@@ -1,4 +1,4 @@
-"""Every way in which a video may be odd or broken, at run time: odd ones are used as they are, broken ones replaced."""
+"""Tests of unusual and broken videos during training: unusual videos are used, broken ones are replaced."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def encode_as(
 
 
 def turn(path: Path) -> None:
-    """Have players turn a video by a quarter, clockwise, as phones do."""
+    """Set the display matrix of a video to a rotation by 90 degrees clockwise, as phones do."""
     upright = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
     turned = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
     data = path.read_bytes()
@@ -185,7 +185,7 @@ def test_a_size_that_changes_within_the_stream(tmp_path):
     with load(manifest, 30, data) as loader:
         batch = next(loader)
     plans = [sampler.plan(0, k) for k in range(30)]
-    # The two halves overlap by a frame or two.
+    # The two halves overlap by one or two frames.
     before = [k for k, plan in enumerate(plans) if plan.row == 1 and plan.frames.max() < 28]
     beyond = [k for k, plan in enumerate(plans) if plan.row == 1 and plan.frames.max() > 31]
     assert before

@@ -1,4 +1,4 @@
-"""Promises of the way frames come to the model's side: the CPU's and the GPU's agree, and agree with PIL."""
+"""Tests of crop, resize, rotation and flip: the CPU and GPU implementations agree with each other and with PIL."""
 
 import numpy as np
 import pytest
@@ -14,13 +14,13 @@ SMOOTH = np.array(
         (100, 2 * 60), Image.Resampling.BICUBIC
     )
 ).reshape(2, 60, 100, 3)
-"""Two frames without steps that every rounding would show."""
+"""Two smooth frames: at steps, differences between filters would be large."""
 
 STILL = (np.zeros(2, np.int32), np.zeros((), np.int32))
 
 
 def run(on_gpu: bool, anchor: list[int], shape: list[int], mirror: list[int], transpose: int, **how: object) -> NDArray:
-    """`upright` of these frames; DALI's operators take frames on the host too."""
+    """Result of `upright` for the frames above, by DALI's operators, which also run on the host, or by torch."""
 
     @pipeline_def(batch_size=1, num_threads=1, device_id=None, enable_conditionals=True)
     def graph() -> object:
@@ -38,7 +38,7 @@ def run(on_gpu: bool, anchor: list[int], shape: list[int], mirror: list[int], tr
 
 
 def assert_close(host: NDArray, dali: NDArray) -> None:
-    """DALI's antialiasing differs from PIL's, and so from torch's, by a few levels."""
+    """Check the two implementations within a few levels: DALI's antialiasing differs from PIL's and torch's."""
     differences = np.abs(host - dali)
     assert differences.max() <= 6
     assert differences.mean() < 0.4

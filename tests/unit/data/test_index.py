@@ -147,7 +147,7 @@ def test_parts_put_together_are_the_whole(tmp_path, videos):
     loaded = [Manifest.load(tmp_path / f"{number}.parquet") for number in (2, 0, 1)]
     assert merge(loaded).rows == whole.rows
     assert merge(loaded).source == whole.source
-    with pytest.raises(UserError, match="holds part 1/3 of its videos only"):
+    with pytest.raises(UserError, match="holds only part 1/3 of the videos"):
         open_source(DataConfig(source=str(tmp_path / "0.parquet")), tmp_path)
     with pytest.raises(UserError, match="missing are 2/3"):
         merge([parts[0], parts[2]])
@@ -184,7 +184,7 @@ def test_an_index_goes_on_where_it_was_killed(tmp_path, videos, monkeypatch):
             build_manifest(videos, workers=1, journal=journal)
     lines = journal.read_text().splitlines()
     assert len(lines) == 1 + 7
-    journal.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:50])  # the last line is torn
+    journal.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:50])  # the last line is incomplete
 
     asked = []
 
@@ -212,7 +212,7 @@ def kill_at_three(numbers: Sequence[int]) -> list[int]:
 
 
 def test_a_video_that_kills_its_process_kills_nothing_else(monkeypatch, pytestconfig):
-    monkeypatch.syspath_prepend(pytestconfig.rootpath)  # where a new process finds `kill_at_three`
+    monkeypatch.syspath_prepend(pytestconfig.rootpath)  # so that a new process can import `kill_at_three`
     chunks = [[0, 1], [2, 3, 4], [5], [6, 7]]
     results = dict(run_chunks(kill_at_three, chunks, 2, lambda number: -number, few=0))
     assert results == {0: [0, 10], 1: [20, -3, 40], 2: [50], 3: [60, 70]}

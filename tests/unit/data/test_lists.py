@@ -1,4 +1,4 @@
-"""Lists of this field, each as its data set publishes it, and the other forms of a source."""
+"""Tests of lists in the formats that data sets publish, and of other kinds of sources."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_kinetics(tmp_path):
     assert rows == [
         ("bb_000010_000020.webm", 2),
         ("abseiling/aa-_1_000001_000011.mp4", 0),
-        ("cc_000003_000013.mp4", 1),  # absent: probing will say so
+        ("cc_000003_000013.mp4", 1),  # missing file: the probe reports it
     ]
     rows, _ = listed(tmp_path / "k400.csv", root=str(tmp_path / "videos"), split="train")
     assert len(rows) == 2

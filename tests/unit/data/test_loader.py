@@ -120,7 +120,7 @@ def test_the_stream_is_the_same_for_any_number_of_ranks(manifest, stream, world_
 
 @pytest.mark.parametrize(("world_size", "workers"), [(2, 2), (3, 0), (4, 1), (8, 0)])
 def test_copies_mixtures_and_uneven_batches_over_many_ranks(manifest, world_size, workers):
-    """Everything at once: a weighted mixture, copies, 48 clips a step over 1, 2, 3, 4 and 8 ranks."""
+    """Check a weighted mixture with copies: 48 clips per step over 1, 2, 3, 4 and 8 ranks."""
     mixed = replace(manifest, dataset=np.arange(10) % 3 // 2)
     mixture = {"a": {"source": "a"}, "b": {"source": "b", "weight": 1.5, "stride": 3}}
     data = DataConfig.model_validate({**WIDE, "mixture": mixture})
@@ -136,7 +136,7 @@ def test_copies_mixtures_and_uneven_batches_over_many_ranks(manifest, world_size
 
 
 def mixed_order(manifest: Manifest) -> Manifest:
-    """The sets of a mixture stand one after the other."""
+    """Check that the rows of a mixture follow one data set after the other."""
     rows = sorted(manifest.rows, key=lambda row: row.dataset)
     return Manifest.of(rows)
 
@@ -363,7 +363,7 @@ def test_no_worker_outlives_its_rank(tmp_path, videos, how):
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         env=environment,
-        # A test runner in the background passes on that Ctrl-C is ignored; a terminal does not.
+        # A test runner in the background ignores SIGINT, which child processes inherit; a terminal does not.
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     ) as rank:
         assert rank.stdout is not None

@@ -145,7 +145,7 @@ def test_every_rule_stays_inside_the_video_and_goes_forward(seed, rule, availabl
 
 @pytest.mark.parametrize("available", [1, 3, 15, 16, 40, 63, 64, 65, 66, 300])
 def test_windows_follow_the_published_rule(available):
-    def published(rng: np.random.Generator) -> list[int]:  # VideoMAE's loader of Kinetics, written out
+    def published(rng: np.random.Generator) -> list[int]:  # the rule of VideoMAE's Kinetics loader
         length = 16 * 4
         if available <= length:
             index = np.linspace(0, available, num=available // 4)
@@ -290,7 +290,7 @@ def test_a_plan_depends_on_its_key_only():
 
 
 def test_the_stream_is_the_one_of_earlier_releases():
-    """A change here breaks the resume of every run: change it knowingly."""
+    """Check fixed draws of the sampler: if these values change, no earlier run can resume."""
     plan = make_sampler(flip=0.5).plan(2, 3)
     copy = plan.copies[0]
     assert (plan.row, plan.frames.tolist(), copy.crop, copy.flip) == (0, [0, 2, 4, 6], (6, 16, 36, 32), False)

@@ -159,5 +159,5 @@ def test_the_command(tmp_path, videos):
     assert json.loads((out / "shards.json").read_text())["size"] == 20_000
     assert Manifest.load(out / "manifest.parquet").digest == Manifest.load(tmp_path / "m.parquet").digest
     assert runner.invoke(cli, [*arguments[:5], "--size", "much"]).exit_code == 2
-    assert "go with --encode" in runner.invoke(cli, [*arguments, "--keyframes", "4"]).output
+    assert "have no effect without --encode" in runner.invoke(cli, [*arguments, "--keyframes", "4"]).output
     assert fsspec.filesystem("file").exists(str(out))

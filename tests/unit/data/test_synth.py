@@ -1,4 +1,4 @@
-"""Synthetic videos: what training and test share, and what tells the classes apart."""
+"""Tests of synthetic videos: training and test differ in objects and backgrounds; classes differ as documented."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_training_and_test_share_no_background() -> None:
 def test_the_scene_moves_the_way_that_the_label_says(pictures: dict[str, synth.Picture], label: int) -> None:
     for seed in range(8):
         video = frames("motion", label, pictures, seed).astype(np.int32)
-        # The shift by which the second frame is most like the first one.
+        # The shift that minimises the difference between the second frame and the first one.
         shifts = range(-6, 7)
         errors = [np.abs(np.roll(video[0], shift, axis=1) - video[1]).mean() for shift in shifts]
         assert (shifts[int(np.argmin(errors))] > 0) == (DIRECTIONS[label] == "right")
@@ -68,7 +68,7 @@ def test_motion_is_the_same_video_but_for_its_direction(pictures: dict[str, synt
 
 
 def test_appearance_differs_in_the_object_only(pictures: dict[str, synth.Picture]) -> None:
-    # The picture that is cut decides how often the generator is asked: only the background is drawn before that.
+    # The generator draws the background first, so that it is the same for both textures; the object is drawn later.
     one, other = (frames("appearance", label, pictures, seed=5)[0] for label in (0, 3))
     same = (one == other).all(axis=2)
     assert 0.3 < same.mean() < 1

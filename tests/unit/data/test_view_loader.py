@@ -40,7 +40,7 @@ def collect(manifest: Manifest, views: ViewsConfig = DENSE, **changes: object) -
 
 
 def plainly(path: str, views: ViewsConfig) -> torch.Tensor:
-    """Decode everything, resize all of it, and cut every view by itself: uint8 (K, C, T, S, S, 3)."""
+    """Reference: decode and resize all frames, and cut each view separately: uint8 (K, C, T, S, S, 3)."""
     with av.open(path) as container:
         frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     size = resized_size(*frames.shape[1:3], side=SIDE)
@@ -143,7 +143,7 @@ def test_a_single_view_lies_in_the_middle():
 
 
 def test_the_distance_of_starts_belongs_to_sliding_clips():
-    with pytest.raises(ValueError, match="goes with sampling sliding"):
+    with pytest.raises(ValueError, match="with sampling sliding only"):
         ViewsConfig(every=4)
-    with pytest.raises(ValueError, match="goes with sampling sliding"):
+    with pytest.raises(ValueError, match="with sampling sliding only"):
         ViewsConfig(sampling="sliding")

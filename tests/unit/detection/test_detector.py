@@ -172,13 +172,13 @@ def test_the_test_widens_boxes_and_scores_by_the_sigmoid(detector: Detector) -> 
 @pytest.mark.parametrize(
     ("section", "change", "said"),
     [
-        ("data", {"sampling": "window"}, "clips stand around key frames"),
-        ("data", {"mask": {"ratio": 0.5}}, "a detector sees all"),
-        ("data", {"augment": {"rand_augment": {}}}, "moves what is in a box"),
-        ("data", {"mixture": {"a": {"source": "a"}}}, "does not go with key frames"),
-        ("data", {"crop": {"kind": "short_side", "sides": [200, 256]}}, "less than the square of model.input_size 224"),
-        ("data", {"crop": {"kind": "short_side", "sides": [300, 256]}}, "the shortest comes first"),
-        ("model", {"class_token": True}, "no place in a detector"),
+        ("data", {"sampling": "window"}, "clips are centred on key frames"),
+        ("data", {"mask": {"ratio": 0.5}}, "a detector needs all of them"),
+        ("data", {"augment": {"rand_augment": {}}}, "moves the content of a box"),
+        ("data", {"mixture": {"a": {"source": "a"}}}, "data.mixture cannot be combined with key frames"),
+        ("data", {"crop": {"kind": "short_side", "sides": [200, 256]}}, "less than the crop of model.input_size 224"),
+        ("data", {"crop": {"kind": "short_side", "sides": [300, 256]}}, "expected the smaller number first"),
+        ("model", {"class_token": True}, "not supported by a detector"),
         ("detector", {"from_scratch": True}, "give either training.initial_encoder or detector.from_scratch"),
     ],
 )

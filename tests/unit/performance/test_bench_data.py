@@ -56,9 +56,9 @@ def test_a_wrong_list_of_workers():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["data", "--memory", "80", "--json"], "--json does not go with --memory"),
-        (["data", "--memory", "80", "--clips", "8"], "--clips does not go with --memory"),
-        (["step", "--methods", "all", "--recipe", "distill/b_from_b"], "--recipe does not go with --methods"),
+        (["data", "--memory", "80", "--json"], "--json cannot be combined with --memory"),
+        (["data", "--memory", "80", "--clips", "8"], "--clips cannot be combined with --memory"),
+        (["step", "--methods", "all", "--recipe", "distill/b_from_b"], "--recipe cannot be combined with --methods"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(words: list[str], said: str) -> None:

@@ -84,7 +84,7 @@ def test_a_point_is_the_recipe_but_for_one_quantity(measured: list[Any]) -> None
         (["--sides", "100,224"], "input_size 100 is not a multiple of patch_size 16"),
         (["--frames", "8,9"], "frames 9 is not a multiple of tubelet 2"),
         (["--batches", "4,4"], "batch has a single point"),
-        (["--depths", "1,x"], "'1,x' is no list of numbers"),
+        (["--depths", "1,x"], "'1,x' is not a list of numbers"),
         ([], "nothing varies"),
     ],
 )
