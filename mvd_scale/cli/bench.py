@@ -84,7 +84,7 @@ def teachers(recipe: str, steps: int, as_json: bool, overrides: tuple[str, ...])
 @bench.command("data")
 @click.argument("source", required=False)
 @click.option(
-    "--workers", type=Numbers(), default="0,1,2", show_default=True, help="Numbers of worker processes to time."
+    "--workers", type=Numbers(), default="0,1,2", show_default=True, help="Counts of worker processes to time."
 )
 @click.option("--clips", type=click.IntRange(min=8), default=128, show_default=True, help="Clips timed per loader.")
 @click.option(

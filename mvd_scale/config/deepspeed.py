@@ -94,7 +94,7 @@ def _read(name_or_path: str) -> dict[str, Any]:
 
 
 def _resolve(name_or_path: str, decided: dict[str, Any]) -> dict[str, Any]:
-    """Read a DeepSpeed file and set the decided values, given by dotted key, where it has "auto" or no value."""
+    """Read a DeepSpeed file, and set the recipe's values, given by dotted key, where it has "auto" or no value."""
     values = _read(name_or_path)
     for foreign in ("optimizer", "scheduler"):
         if foreign in values:

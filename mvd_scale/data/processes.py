@@ -72,7 +72,7 @@ def run_chunks(
 def _one_by_one(
     work: Callable[[Sequence[In]], list[Out]], things: Sequence[In], crashed: Callable[[In], Out]
 ) -> list[Out]:
-    """Apply `work` to single items in one worker process, which is started anew after each item that kills it."""
+    """Apply `work` to single items in one worker process, which is restarted after each item that kills it."""
     results: list[Out] = []
     while len(results) < len(things):
         with _pool(1) as pool:

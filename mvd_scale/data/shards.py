@@ -1,4 +1,4 @@
-"""Packing of many videos into few tar files (shards), which suit network file systems and object stores better.
+"""Packing of videos into tar files (shards): network file systems and object stores favour a few large files.
 
     manifest -> groups of about the given size -> one tar file and its index each, in parallel -> manifest of the shards
 

@@ -52,7 +52,7 @@ DALI_PIXEL_FORMATS = frozenset({"yuv420p", "yuvj420p"})
 
 
 class Decoder(IntEnum):
-    """Backend that decodes a clip."""
+    """Implementation that decodes a clip: PyAV or DALI."""
 
     HOST = 0
     """PyAV, in a worker process."""
@@ -347,7 +347,7 @@ def mirrors(flip: bool, video: Row) -> tuple[bool, bool]:
 
 
 def decoder_of(codec: str, pixel_format: str, backend: Backend) -> Decoder:
-    """Backend that decodes a video: a function of its codec and pixel format, so that pixels depend on nothing else."""
+    """Implementation that decodes a video. It follows from codec and pixel format only, so that pixels do so too."""
     if codec in IMAGE_CODECS:
         return Decoder.DALI_IMAGE
     if codec in DALI_CODECS[backend] and pixel_format in DALI_PIXEL_FORMATS:
@@ -356,7 +356,7 @@ def decoder_of(codec: str, pixel_format: str, backend: Backend) -> Decoder:
 
 
 def decoders_of(manifest: Manifest, backend: Backend) -> list[Decoder]:
-    """Backends that the usable videos need: those of their codecs, and PyAV for videos that DALI fails to decode."""
+    """Implementations that the usable videos need: by their codecs, and PyAV for videos that DALI fails to decode."""
     kinds = {(manifest.codec[row], manifest.pixel_format[row]) for row in manifest.usable}
     return sorted({decoder_of(*kind, backend) for kind in kinds} | {Decoder.HOST})
 

@@ -84,7 +84,7 @@ def test_overrides_reach_any_depth_and_the_last_one_wins(tiny: Path) -> None:
         (["--targets", "{pixels: null}"], "targets", "at least 1 item"),
         (["--training.precision", "fp16"], "recipe", "needs a GPU"),
         (["--training.compile", "often"], "training.compile", "'often'"),
-        (["--teachers.compile", "true", "--teachers.sharding", "zero3"], "recipe", "`sharding: replicated`"),
+        (["--teachers.compile", "true", "--teachers.sharding", "zero3"], "recipe", "`teachers.sharding: replicated`"),
         (["--teachers.compile", "true"], "recipe", "no target has a teacher"),
         (["--training.batch_decoders", "true"], "recipe", "no two targets have decoders of the same shape"),
         (["--training.warmup_epochs", "4"], "recipe", "must be less"),
@@ -169,7 +169,7 @@ def test_the_global_batch_is_split_over_ranks() -> None:
 def test_an_impossible_split_proposes_the_nearest() -> None:
     with pytest.raises(UserError, match=r"Start 2 or 4 ranks, or set training\.global_batch to 6 or 9"):
         Recipe.model_validate(TINY).batch_split(3)
-    with pytest.raises(UserError, match=r"Start 8 ranks, or set training\.global_batch to 9,"):
+    with pytest.raises(UserError, match=r"Start 8 ranks, or set training\.global_batch to 9;"):
         Recipe.model_validate(TINY).batch_split(9)
 
 

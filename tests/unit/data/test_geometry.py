@@ -14,7 +14,7 @@ SMOOTH = np.array(
         (100, 2 * 60), Image.Resampling.BICUBIC
     )
 ).reshape(2, 60, 100, 3)
-"""Two smooth frames: at steps, differences between filters would be large."""
+"""Two smooth frames: at sharp edges, small differences in rounding would become large."""
 
 STILL = (np.zeros(2, np.int32), np.zeros((), np.int32))
 

@@ -136,7 +136,7 @@ def test_copies_mixtures_and_uneven_batches_over_many_ranks(manifest, world_size
 
 
 def mixed_order(manifest: Manifest) -> Manifest:
-    """Check that the rows of a mixture follow one data set after the other."""
+    """Sort rows by data set, as in the manifest of a mixture."""
     rows = sorted(manifest.rows, key=lambda row: row.dataset)
     return Manifest.of(rows)
 

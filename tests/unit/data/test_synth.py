@@ -68,7 +68,7 @@ def test_motion_is_the_same_video_but_for_its_direction(pictures: dict[str, synt
 
 
 def test_appearance_differs_in_the_object_only(pictures: dict[str, synth.Picture]) -> None:
-    # The generator draws the background first, so that it is the same for both textures; the object is drawn later.
+    # The background is drawn first and is the same; the number of random draws for an object depends on its texture.
     one, other = (frames("appearance", label, pictures, seed=5)[0] for label in (0, 3))
     same = (one == other).all(axis=2)
     assert 0.3 < same.mean() < 1

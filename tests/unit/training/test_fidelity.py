@@ -124,5 +124,5 @@ def test_without_a_teacher_8_bits_do_nothing() -> None:
 
 
 def test_weights_that_move_have_no_8_bits() -> None:
-    with pytest.raises(UserError, match=r"int8 is for frozen weights"):
+    with pytest.raises(UserError, match=r"int8 requires frozen weights"):
         load_recipe("ablations/momentum_b", ["--teachers.precision", "int8"])
