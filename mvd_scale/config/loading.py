@@ -141,6 +141,7 @@ def _with_base(values: dict[str, Any], source: str, folder: Path | None, above: 
         return own
     if not isinstance(base, str):
         raise UserError(f"{source}: base is {base!r}, expected the name or path of a recipe")
+    # A path relative to the file itself takes precedence over a shipped name, and over the working directory.
     beside = folder / base if folder is not None else None
     _, merged = _read(beside if beside is not None and beside.is_file() else base, (*above, source))
     for key, value in own.items():

@@ -95,6 +95,7 @@ class RunRecipe(Section):
                 f"copies of a clip: set training.micro_batch to {copies} or more"
             )
         if total % (world_size * copies):
+            # The smallest global batch that gives every rank a whole set of copies.
             unit = world_size * copies
             splits = [n for n in range(1, total // copies + 1) if total % (n * copies) == 0]
             ranks = _nearest(splits, world_size)

@@ -168,6 +168,7 @@ def _open_one(source: str, root: str | None, cache: Path) -> Manifest:
             )
         _require_usable(manifest, source)
         return manifest
+    # A cached manifest is used if nothing in the source is newer; for URLs, which have no reliable times, it always is.
     origin = _origin([source], ListOptions(root=root))
     if cache.is_file() and (is_url(source) or (os.path.exists(source) and cache.stat().st_mtime > _newest(source))):
         manifest = Manifest.load(cache)

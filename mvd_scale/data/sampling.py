@@ -376,6 +376,7 @@ def draw_mask(
         return np.sort(order[hidden:]), np.sort(order[:hidden])
     order = rng.permutation(height * width)
     hidden = int(mask.ratio * len(order))
+    # Index of the first token of each time slice: added to the patches of one slice, it repeats the tube in all slices.
     starts = np.arange(slices, dtype=np.int64)[:, None] * len(order)
     visible, masked = (starts + np.sort(order[hidden:])).ravel(), (starts + np.sort(order[:hidden])).ravel()
     return visible, masked if mask.decode == 1 else masked[running_cells(rng, mask.decode, grid)[masked]]
@@ -391,6 +392,8 @@ def running_cells(rng: Generator, share: float, grid: tuple[int, int, int]) -> N
         bool (N,), time-major.
     """
     slices, height, width = grid
+    # `place` is the index 0 to 3 of a patch within its cell. In time slice t, the patches with (place + start + t) % 4
+    # below 4 x share are taken: all slices together cover a cell evenly.
     place = np.arange(height)[:, None] % 2 * 2 + np.arange(width) % 2
     turn = np.arange(slices)[:, None, None] + int(rng.integers(4))
     taken: NDArray[np.bool_] = (place + turn) % 4 < round(4 * share)
