@@ -49,7 +49,7 @@ class Pinned:
 
     @contextmanager
     def lifted(self) -> Iterator[None]:
-        """Let this thread and its child processes use all CPUs in a `with` block, while the other ranks wait."""
+        """Let this thread and its child processes use all CPUs in a `with` block, while other ranks wait."""
         os.sched_setaffinity(0, self.given)
         try:
             yield
@@ -127,7 +127,7 @@ def _union(parts: Iterable[CPUs]) -> CPUs:
 def _sizes(cores: int, ranks: int, borders: Sequence[int]) -> tuple[int, ...]:
     """Sizes of the ranks' shares, in cores.
 
-    Minimises the number of NUMA borders that lie inside of a share; of equal solutions the lexicographically largest one
+    Minimises the number of NUMA borders inside of shares; of equal solutions the lexicographically largest one
     is taken, in which the first ranks have the larger shares.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a user may get wrong ends in one clear message and exit code 2, and overwrites nothing."""
+"""Errors of the user end in one clear message and exit code 2, and overwrite nothing."""
 
 from __future__ import annotations
 

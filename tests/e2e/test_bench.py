@@ -1,4 +1,4 @@
-"""Benchmarks print what they promise; how fast it is, is not tested."""
+"""Benchmarks print the documented figures; the speed is not tested."""
 
 from __future__ import annotations
 

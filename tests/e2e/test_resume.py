@@ -1,4 +1,4 @@
-"""A run that was killed goes on as if nothing had happened."""
+"""A run that was killed and resumed gives the same losses as an uninterrupted one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Other clips than a model was trained on: positions follow, images become video, tubelets stay."""
+"""Adaptation to other clips: positions are resized, image models are inflated, tubelets of video models are kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nothing of a file ever runs, and whatever is wrong with it is said in one message."""
+"""No code of a file is run, and every fault of a file gives one clear message."""
 
 from __future__ import annotations
 

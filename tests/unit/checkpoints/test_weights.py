@@ -1,4 +1,4 @@
-"""Weights go out and come back exactly, or every reason why not is named and nothing was loaded."""
+"""Weights survive saving and loading exactly; otherwise every misfit is named and nothing is loaded."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ def decode_all(path: Path) -> np.ndarray:
 
 
 def row_of(path: Path, *, timed: bool = True) -> Row:
-    """What an index says of a test video; with or without the times of its frames."""
+    """Row of an index for a test video, with or without the times of its frames."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         packets = [packet for packet in container.demux(stream) if packet.size]

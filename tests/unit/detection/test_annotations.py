@@ -1,4 +1,4 @@
-"""The files of AVA: what is right is read, and what is wrong is named with its line."""
+"""Files of AVA: valid files are read, and errors name the invalid line."""
 
 from __future__ import annotations
 

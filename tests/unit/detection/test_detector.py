@@ -1,4 +1,4 @@
-"""The detector, its loss, its checkpoints, and what a test makes of its scores."""
+"""The detector, its loss, its checkpoints, and the evaluation of its scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report of a test stands alone, says what the test says, and trusts no name."""
+"""The report of an evaluation is self-contained, shows the same figures, and escapes all names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EVIL = '<script>alert("x")</script>'
 
 
 class Page(HTMLParser):
-    """What a browser would see: tags, what they point to, and the text of some of them."""
+    """Parser that collects what a browser would see: tags, their links, and the text of some of them."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""`bench compare` sees what became worse, and refuses to compare what cannot be compared."""
+"""`bench compare` finds figures that became worse, and refuses reports that are not comparable."""
 
 from __future__ import annotations
 
