@@ -119,7 +119,7 @@ def test_decoders_without_a_place_are_named(tmp_path: Path) -> None:
     decoder = DecoderConfig(width=32, depth=1, heads=2)
     student = Student(VIDEO, {"image": (decoder, 16), "dino": (decoder, 16)})
     save_weights(tmp_path / "s.safetensors", student.state_dict(), VIDEO, {"image": decoder, "dino": decoder})
-    with pytest.raises(UserError, match=r"no place for decoders\.dino"):
+    with pytest.raises(UserError, match=r"no tensors for decoders\.dino"):
         to_published(read_checkpoint(tmp_path / "s.safetensors"), "mvd")
 
 
