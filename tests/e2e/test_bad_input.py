@@ -34,7 +34,7 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "a folder that is not there": (lambda tmp: ["--data.source", str(tmp / "nowhere")], "nowhere"),
     "an empty folder": (lambda tmp: ["--data.source", str(_made(tmp / "empty"))], "empty"),
     "an annotation without label": (lambda tmp: ["--data.source", str(_annotations(tmp))], "list.csv:2"),
-    "a teacher that is not there": (lambda tmp: video_teacher(tmp / "none.safetensors"), "none.safetensors does not exist"),
+    "a teacher that is not there": (lambda tmp: video_teacher(tmp / "none.safetensors"), "none.safetensors does not"),
     "a teacher of another grid": (
         lambda tmp: video_teacher(teacher(tmp / "t.safetensors", frames=8)),
         "the teacher takes 8 frames",
