@@ -1,8 +1,8 @@
-"""Operators of the distillation step: Triton kernels on GPUs, plain torch elsewhere. Imports nothing of `mvd_scale`.
+"""Operators of the distillation step: Triton kernels on GPUs, plain torch elsewhere. Does not import `mvd_scale`.
 
-An operator is a file here (what it promises, and who computes it), a file in `twins` (plain torch), one in `fused`
-(Triton kernels, their launch and autograd), one in `bench` and a test, all of one name. `native` holds those few in C++
-that CPUs gain from.
+Each operator has five files of the same name: one here (its contract, and the choice of the implementation), one in
+`twins` (plain torch), one in `fused` (Triton kernels, their launch and autograd), one in `bench`, and a test. `native`
+contains C++ versions of the few operators that are faster with one on CPUs.
 """
 
 from mvd_kernels.add_layer_norm import add_layer_norm

@@ -1,6 +1,6 @@
-"""A residual connection and the LayerNorm that follows it.
+"""Residual connection and the LayerNorm that follows it, as one operator.
 
-Legend: D channels; all other axes are rows. G norms.
+Legend: D channels; all other axes are rows; G norms.
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ from mvd_kernels.twins.add_layer_norm import add_layer_norm as twin
 def add_layer_norm(
     residual: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """`residual + update`, and its LayerNorm over the last axis, in one pass; statistics in float32.
+    """Compute `residual + update` and its LayerNorm over the last axis in one pass; statistics in float32.
 
     Gradients flow to all four tensors. Those of `weight` and `bias` are summed in a fixed order.
 
     Args:
         residual: (..., D), any floating dtype.
         update: same shape and dtype.
-        weight: (D,), same dtype; or (G, D), one norm for each of G equal parts of the first axis.
-        bias: likewise.
+        weight: (D,), same dtype; or (G, D), one norm for each of G equal parts of the first axis of `residual`.
+        bias: same shape and dtype as `weight`.
         eps: added to the variance.
 
     Returns:
         The sum and the normalised sum, both (..., D) in the dtype of the input.
 
     Raises:
-        ValueError: `residual` and `update` differ in shape or dtype: there is no broadcasting here. Or their first axis
-            has no G equal parts.
+        ValueError: `residual` and `update` differ in shape or dtype (there is no broadcasting), `weight` and `bias`
+            differ in shape, or the length of the first axis is no multiple of G.
     """
     if residual.shape != update.shape or residual.dtype != update.dtype:
         raise ValueError(
             f"residual {residual.dtype} {tuple(residual.shape)} and update {update.dtype} {tuple(update.shape)} "
-            "must be alike"
+            "must have the same shape and dtype"
         )
     if weight.shape != bias.shape:
-        raise ValueError(f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must be alike")
+        raise ValueError(f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must have the same shape")
     if weight.dim() == 2 and len(residual) % len(weight):
         raise ValueError(f"{len(weight)} norms for {len(residual)} entries of the first axis: expected a multiple")
     if takes_kernel(residual):

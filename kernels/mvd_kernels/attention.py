@@ -17,7 +17,7 @@ from mvd_kernels.native import attention as native
 from mvd_kernels.twins.attention import attention as twin
 
 
-# Imports stand inside as statements: a program that is compiled can follow these, and no machine needs all three.
+# The functions import with plain statements, which torch.compile can trace; no machine needs all three packages.
 def _release_4(qkv: Tensor, queries: int | None = None) -> Tensor:
     from flash_attn.cute import flash_attn_func
 
@@ -45,27 +45,27 @@ def _release_2(qkv: Tensor, queries: int | None = None) -> Tensor:
 
 
 def _parts(qkv: Tensor, queries: int | None) -> tuple[Tensor, ...]:
-    """The last so many queries, or all; all keys and values."""
+    """Split packed qkv into the last `queries` queries (all if None), all keys and all values."""
     query, key, value = qkv.unbind(2)
     return query if queries is None else query[:, -queries:], key, value
 
 
 def _first(attended: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """Release 4 and the first builds of 3 return the sums of the softmax too."""
+    """Drop the softmax sums that release 4 and the first builds of release 3 return beside the output."""
     return attended[0] if isinstance(attended, tuple) else attended
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A release of flash-attn, and what it computes on.
+    """A release of flash-attn, and the devices and shapes that it supports.
 
     Attributes:
-        name: as `attention_backend` gives it.
-        module: where its function is.
-        function: its name there. A module without it is another release.
-        attend: (B, N, 3, H, K), and how many of the last tokens ask (Q), to (B, Q, H, K).
-        majors: compute capabilities, by their first number.
-        channels: most channels of a head.
+        name: name that `attention_backend` returns.
+        module: module that contains its function.
+        function: name of the function; a module without it belongs to another release.
+        attend: attention from qkv (B, N, 3, H, K) and the number Q of last tokens whose queries count, to (B, Q, H, K).
+        majors: supported major compute capabilities.
+        channels: largest supported number of channels per head.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Backend:
     channels: int
 
 
-# Newest first. All want float16 or bfloat16 and channels in eights.
+# Newest first. All need float16 or bfloat16, and a multiple of 8 channels per head.
 BACKENDS = (
     Backend("flash-attn-4", "flash_attn.cute", "flash_attn_func", _release_4, (9, 10, 11), 128),
     Backend("flash-attn-3", "flash_attn_interface", "flash_attn_qkvpacked_func", _release_3, (9,), 256),
@@ -86,7 +86,7 @@ BACKENDS = (
 
 @cache
 def _refusal(backend: Backend, major: int) -> str | None:
-    """Why a backend cannot run on GPUs of this capability here; None if it can."""
+    """Reason why a backend cannot run on GPUs of this major compute capability; None if it can."""
     if major not in backend.majors:
         return f"not for compute capability {major}.x"
     try:
@@ -97,12 +97,15 @@ def _refusal(backend: Backend, major: int) -> str | None:
 
 
 def attention_backends(device: torch.device, dtype: torch.dtype, channels: int = 64) -> dict[str, str]:
-    """Every implementation in the order of preference, with why it is not taken; the one that is has an empty reason.
+    """List implementations in order of preference with the reason why each is not used; the last one is used.
 
     Args:
-        device: where the tensors are.
-        dtype: of the tensors.
-        channels: K, of one head.
+        device: device of the tensors.
+        dtype: dtype of the tensors.
+        channels: channels per head, K.
+
+    Returns:
+        {name: reason}; the reason of the implementation that is used is empty.
     """
     if device.type != "cuda":
         refused = native.refusal(device, dtype, channels)
@@ -123,27 +126,27 @@ def attention_backends(device: torch.device, dtype: torch.dtype, channels: int =
 
 
 def attention_backend(device: torch.device, dtype: torch.dtype, channels: int = 64) -> str:
-    """Which implementation `attention` takes: `flash-attn-4`, `-3` or `-2` on GPUs, `native` on CPUs
-    with bf16 instructions, else `sdpa`, torch's own.
+    """Name of the implementation that `attention` uses: `flash-attn-4`, `-3` or `-2` on GPUs, `native` on CPUs with
+    AVX512-BF16 but without AMX, otherwise `sdpa` (torch's own).
 
-    The arguments are those of `attention_backends`, which says why it was not an earlier one.
+    The arguments are those of `attention_backends`, which gives the reasons against the preferred ones.
     """
     name: str = _choice(device, dtype, channels)
     return name
 
 
-# What is installed does not change while a compiled program runs.
+# A constant for torch.compile: the installed packages do not change while a compiled program runs.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _choice(device: torch.device, dtype: torch.dtype, channels: int) -> str:
     return list(attention_backends(device, dtype, channels))[-1]
 
 
 def attention(qkv: Tensor, queries: int | None = None) -> Tensor:
-    """Softmax(q k^T / sqrt(K)) v over all tokens of a clip, without mask and dropout.
+    """Compute softmax(q k^T / sqrt(K)) v over all tokens of a clip, without mask and dropout.
 
     Args:
         qkv: (B, N, 3, H, K), any floating dtype.
-        queries: only the last so many tokens ask (Q); all of them if None.
+        queries: compute the output for the last Q tokens only; for all tokens (Q = N) if None.
 
     Returns:
         (B, Q, H * K), same dtype.
@@ -152,7 +155,7 @@ def attention(qkv: Tensor, queries: int | None = None) -> Tensor:
     for backend in BACKENDS:
         if backend.name == name:
             return backend.attend(qkv, queries).flatten(2)
-    # A compiled program takes what the compiler can see through.
+    # torch.compile cannot trace the C++ function; torch's own attention can be traced.
     if name == "native" and not torch.compiler.is_compiling():
         return native.attention(qkv, queries or qkv.shape[1]).flatten(2)
     return twin(qkv, queries)

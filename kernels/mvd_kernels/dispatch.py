@@ -1,4 +1,4 @@
-"""Who computes an operator: its Triton kernel or its plain-torch twin."""
+"""Choice of the implementation of an operator: its Triton kernel or its plain-torch twin."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ def _installed() -> bool:
     return find_spec("triton") is not None
 
 
-# What is installed does not change while a compiled program runs.
+# A constant for torch.compile: the installed packages do not change while a compiled program runs.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _runs_triton(device: torch.device) -> bool:
-    """Whether Triton is installed and the GPU is one that the kernels are compiled for (Ampere and newer)."""
+    """Whether Triton is installed and the GPU is Ampere (compute capability 8.0) or newer."""
     return _installed() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def takes_kernel(tensor: Tensor) -> bool:
-    """Whether the Triton kernel computes on this tensor.
+    """Whether the Triton kernel is used for this tensor.
 
-    A program that is exported keeps to torch's own operators, so that it runs where this package is not installed.
+    `torch.export` gets torch's own operators only, so that the exported program runs without this package.
     """
     return tensor.is_cuda and not torch.compiler.is_exporting() and bool(_runs_triton(tensor.device))

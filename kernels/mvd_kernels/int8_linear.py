@@ -1,7 +1,7 @@
-"""A frozen linear layer in 8 bits for CPUs: twice as fast as bf16 where the CPU has VNNI instructions.
+"""Frozen linear layer in 8 bits for CPUs: twice as fast as bf16 if the CPU has VNNI instructions.
 
-Weights are quantised once, symmetrically and by output channel; activations at each call, sequence by sequence and with
-a zero point. oneDNN multiplies, adds the bias, applies GELU and rounds to the dtype that came in, all in one pass.
+Weights are quantised once, symmetrically, per output channel; activations at each call, per sequence, with a zero
+point. oneDNN multiplies, adds the bias, applies GELU and converts to the dtype of the input in one pass.
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ from mvd_kernels.quantise import quantise
 
 @cache
 def _levels() -> int:
-    """Of activations, above zero. Without VNNI two products are summed in 16 bits, which 7 bits do not overflow."""
+    """Highest level of quantised activations; the lowest is 0.
+
+    Without VNNI the CPU adds two products of 8 bits in 16 bits, with saturation: 7 bits of activations avoid it.
+    """
     abilities = torch.cpu.get_capabilities()
     return 255 if any(abilities.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8")) else 127
 
 
 class Int8Linear(nn.Module):
-    """`torch.nn.Linear` by 8-bit integers; on CPUs only, without gradients.
+    """`torch.nn.Linear` in 8-bit integers; for CPUs only, without gradients.
 
     Args:
-        weight: floating (out, in).
-        bias: floating (out,), or None.
-        gelu: whether an exact GELU follows.
+        weight: (out, in), any floating dtype.
+        bias: (out,), any floating dtype, or None.
+        gelu: apply an exact GELU to the result.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> None:
@@ -39,15 +42,16 @@ class Int8Linear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.activation = "gelu" if gelu else "none"
         self.packed = torch.ops.onednn.qlinear_prepack(rounded, None)
-        # Not buffers: a model brought to 16 bits keeps them as they are.
+        # Not buffers: `Module.to(dtype)` would round them with the other weights.
         self.scales, self.zeros = scales, torch.zeros(self.out_features, dtype=torch.int32)
         self.bias = None if bias is None else bias.detach().float()
 
     @torch.no_grad()
     def forward(self, tokens: Tensor) -> Tensor:
-        """(..., in) in float32 or bfloat16 to (..., out), same dtype; what is not finite gives NaN.
+        """Apply the layer: (..., in) in float32 or bfloat16 to (..., out), same dtype.
 
-        Every sequence (the last two axes) has a range of its own, so that none depends on those beside it.
+        Every sequence (the last two axes) is quantised with its own range, so its result does not depend on the other
+        sequences of the batch. A sequence with a value that is not finite gives NaN.
         """
         sequences = tokens.unsqueeze(0) if tokens.dim() == 2 else tokens.flatten(0, -3)
         levels, steps, zeros = quantise(sequences, _levels())

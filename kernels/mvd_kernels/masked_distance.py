@@ -1,4 +1,4 @@
-"""The distance of Eq. 2 between predictions and teacher features at masked tokens.
+"""Distance of Eq. 2 between predictions and teacher features at masked tokens.
 
 Legend: B clips, N tokens, M masked tokens, D channels.
 """
@@ -18,17 +18,17 @@ Distance = Literal["smooth_l1", "l1", "l2", "cosine"]
 def masked_distance(
     predictions: Tensor, features: Tensor, masked: Tensor | None, *, distance: Distance, norm: bool = False
 ) -> Tensor:
-    """Mean distance over clips, masked tokens and channels, in float32 (Eq. 2).
+    """Compute the mean distance over clips, masked tokens and channels in float32 (Eq. 2).
 
-    The kernel reads each row of both once, forward and backward, and copies none. Its sums have a fixed order: the same
-    input gives the same bits.
+    The kernel reads each row of both tensors once in the forward and once in the backward pass, without a copy. It adds
+    in a fixed order: the same input gives the same bits.
 
     Args:
         predictions: (B, M, D), any floating dtype.
-        features: (B, N, D) of all tokens; (B, M, D) of the chosen ones if `masked` is None. No gradient flows here.
-        masked: int64 (B, M), the tokens of `features` to compare with.
-        distance: smooth L1 (beta 1), L1, L2 (squared error), or 1 minus the cosine of a token's channels.
-        norm: take features through a LayerNorm without affine (eps 1e-6) first.
+        features: (B, N, D) at all tokens, or (B, M, D) at the masked ones if `masked` is None. No gradient flows here.
+        masked: int64 (B, M), the tokens of `features` that the predictions are compared with.
+        distance: smooth L1 (beta 1), L1, L2 (squared error), or 1 minus the cosine similarity over channels.
+        norm: first apply a LayerNorm without affine parameters (eps 1e-6) to the features.
 
     Returns:
         float32 scalar.

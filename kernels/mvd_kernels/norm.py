@@ -1,4 +1,4 @@
-"""LayerNorm over the last axis: apex's fused kernel on GPUs where it is installed, torch's otherwise."""
+"""LayerNorm over the last axis: apex's fused kernel on GPUs if it is installed, torch's otherwise."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _apex_installed() -> bool:
 
 
 class LayerNorm(nn.LayerNorm):
-    """`torch.nn.LayerNorm` of one axis with eps 1e-6, the value of every published model."""
+    """`torch.nn.LayerNorm` over one axis with eps 1e-6, the value of every published model."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, eps=1e-6)
@@ -32,8 +32,8 @@ class LayerNorm(nn.LayerNorm):
 
 
 class AddLayerNorm(LayerNorm):
-    """A residual connection and the norm after it, in one pass."""
+    """Residual connection and the LayerNorm after it, in one pass."""
 
     def forward(self, residual: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """`residual + update` and its norm, both (..., D)."""
+        """Return `residual + update` and its LayerNorm, both (..., D)."""
         return add_layer_norm(residual, update, self.weight, self.bias, self.eps)

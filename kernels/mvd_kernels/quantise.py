@@ -1,4 +1,4 @@
-"""Floating activations to 8 bits.
+"""Quantisation of floating activations to 8 bits.
 
 Legend: S sequences.
 """
@@ -12,15 +12,15 @@ from mvd_kernels.twins.quantise import quantise as twin
 
 
 def quantise(sequences: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Numbers as 8-bit levels of a range that reaches from the least to the greatest and holds 0.
+    """Quantise each sequence to 8-bit levels of the range from its minimum to its maximum, extended to contain 0.
 
     Args:
-        sequences: float32 or bfloat16 (S, ...), each with a range of its own; on the CPU.
-        levels: the highest level, at most 255; the lowest is 0.
+        sequences: float32 or bfloat16 (S, ...), on the CPU.
+        levels: highest level, at most 255; the lowest is 0.
 
     Returns:
-        uint8 levels (S, ...), float32 steps (S,) between two of them, int32 levels (S,) of 0. A sequence with a number
-        that is not finite has a step that is not a number, and levels of no meaning.
+        uint8 levels (S, ...), float32 step between two levels (S,), int32 level that represents 0 (S,). A sequence with
+        a value that is not finite gets the step NaN, and its levels are undefined.
     """
     if native.takes(sequences):
         return native.quantise(sequences, levels)

@@ -1,4 +1,4 @@
-"""What every kernel takes of a GPU, found by compiling it: no GPU is needed.
+"""Registers, shared memory and spills of every kernel, found by compiling it; needs no GPU.
 
 python -m mvd_kernels.resources           # a table
 python -m mvd_kernels.resources --json    # the same for tests/kernels/resources.json
@@ -28,12 +28,14 @@ ARCHITECTURES = (80, 90, 100)
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one compiled kernel.
+    """Resources of one compiled kernel.
 
     Attributes:
-        registers: of each thread.
-        shared: memory of each program, bytes; from sm_90 on, 1 KiB of it is the driver's.
-        spilled: memory that each thread keeps what it has no registers for in, bytes.
+        specimen: the launch that it was compiled for.
+        architecture: compute capability, such as 90.
+        registers: registers per thread.
+        shared: shared memory per program, bytes; from sm_90 on this includes 1 KiB of the driver's.
+        spilled: memory per thread for values that do not fit in registers, bytes.
     """
 
     specimen: Specimen
@@ -44,12 +46,15 @@ class Resources:
 
     @property
     def name(self) -> str:
-        """Kernel, variant and architecture."""
+        """Name of kernel, variant and architecture."""
         return f"{self.specimen.name} sm_{self.architecture}"
 
 
 def compile_launch(launch: Launch, architecture: int) -> CompiledKernel:
-    """Compile as a launch would on such a GPU: specialised to numbers that are 1 or divisible by 16."""
+    """Compile a kernel as its launch on a GPU of this architecture would.
+
+    Triton specialises a kernel to integer arguments that are 1 or divisible by 16; the same is done here.
+    """
     values = launch.arguments | launch.constants
     signature, constants, attributes = {}, dict(launch.constants), {}
     for place, parameter in enumerate(launch.kernel.params):
@@ -67,7 +72,7 @@ def compile_launch(launch: Launch, architecture: int) -> CompiledKernel:
 
 
 def measure(specimen: Specimen, architecture: int) -> Resources:
-    """Compile a kernel and read its resources out of the binary."""
+    """Compile a kernel and read its resources from the binary."""
     kernel = compile_launch(specimen.launch, architecture)
     with TemporaryDirectory() as folder:
         file = Path(folder, "kernel.cubin")
@@ -80,7 +85,7 @@ def measure(specimen: Specimen, architecture: int) -> Resources:
 
 
 def measure_all(architectures: Iterable[int] = ARCHITECTURES) -> Iterator[Resources]:
-    """Every kernel on every architecture; about half a second each when nothing is cached."""
+    """Measure every kernel on every architecture; about 0.5 s per kernel without Triton's cache."""
     architectures = tuple(architectures)
     for specimen in specimens():
         for architecture in architectures:
@@ -88,7 +93,10 @@ def measure_all(architectures: Iterable[int] = ARCHITECTURES) -> Iterator[Resour
 
 
 def as_json(resources: Iterable[Resources]) -> str:
-    """What a later version of a kernel is compared with. Another Triton compiles otherwise: it is named."""
+    """Format resources as JSON, with Triton's version, for the comparison with later versions of the kernels.
+
+    Another version of Triton compiles to other resources, so they are comparable for one version only.
+    """
     lines = []
     for r in resources:
         taken = {"registers": r.registers, "shared": r.shared, "spilled": r.spilled}
@@ -99,9 +107,9 @@ def as_json(resources: Iterable[Resources]) -> str:
 
 
 @click.command()
-@click.option("--json", "to_json", is_flag=True, help="Print what tests/kernels/resources.json holds.")
+@click.option("--json", "to_json", is_flag=True, help="Print the content of tests/kernels/resources.json.")
 def main(to_json: bool) -> None:
-    """Print registers, memory and spills of every kernel, with the bytes it moves for one row."""
+    """Print registers, shared memory and spills of every kernel, and the bytes that it reads and writes per row."""
     if to_json:
         click.echo(as_json(measure_all()))
         return

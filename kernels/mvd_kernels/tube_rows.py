@@ -1,4 +1,4 @@
-"""From decoded frames to the rows of the patch embedding, for chosen tokens only.
+"""Conversion of decoded frames to rows of the patch embedding, for chosen tokens only.
 
 Legend: B clips, T frames, H W pixels, K chosen tokens, t frames of a tubelet, p side of a patch.
 Tokens are numbered time-major: (t, h, w).
@@ -26,23 +26,23 @@ def tube_rows(
     std: Sequence[float],
     dtype: torch.dtype,
 ) -> Tensor:
-    """Normalised tubes as rows of the patch embedding; pixels of other tubes are not touched.
+    """Extract normalised tubes as rows of the patch embedding; pixels of other tubes are not read.
 
     Args:
         pixels: (B, T, H, W, 3), uint8 in 0..255 or floating in 0..1. No gradient flows here.
         tokens: int64 (B, K), or None for all tokens in order.
-        tubelet: t.
-        patch: p.
-        mean: of each colour channel, on the 0..1 scale.
-        std: likewise.
+        tubelet: frames of a tube, t.
+        patch: side of a tube in pixels, p.
+        mean: mean of each colour channel, on the 0..1 scale.
+        std: standard deviation of each colour channel, on the 0..1 scale.
         dtype: floating dtype of the result.
 
     Returns:
-        (B, K, t * p * p * 3), flattened as (frame, row, column, channel): the order in which pixels lie, and in which
-        the front frame of a tube is the beginning of its row.
+        (B, K, t * p * p * 3), flattened as (frame, row, column, channel): the order of the pixels in memory, in which
+        the front frame of a tube is the first p * p * 3 values of its row.
 
     Raises:
-        ValueError: tubes of this size do not fill the clips.
+        ValueError: the size of the clips is no multiple of the size of the tubes.
     """
     token_grid(pixels, tubelet, patch)
     if takes_kernel(pixels):

@@ -1,4 +1,4 @@
-"""From decoded frames to what pixel decoders predict, for chosen tokens only.
+"""Conversion of decoded frames to the targets of pixel decoders, for chosen tokens only.
 
 Legend: B clips, T frames, H W pixels, K chosen tokens, t frames of a tubelet, p side of a patch.
 Tokens are numbered time-major: (t, h, w).
@@ -20,24 +20,24 @@ Normalize = Literal["none", "channel", "patch"]
 def tube_targets(
     pixels: Tensor, tokens: Tensor | None, *, tubelet: int, patch: int, normalize: Normalize = "none"
 ) -> Tensor:
-    """The pixels of chosen tubes, normalised within each tube by statistics that are taken in the same pass.
+    """Extract the pixels of chosen tubes, normalised by statistics of each tube, which are computed in the same pass.
 
-    `channel` is VideoMAE's: every colour of a tube by its own mean and unbiased deviation (plus 1e-6). `patch` is
-    MAE's: all values of a tube together by mean and unbiased variance (plus 1e-6), after ImageNet's statistics have
-    whitened the colours. `none` leaves pixels on the 0..1 scale.
+    `channel` (VideoMAE): each colour of a tube by its own mean and unbiased deviation (plus 1e-6). `patch` (MAE): the
+    colours are first normalised by ImageNet's statistics, then all values of a tube by their common mean and unbiased
+    variance (plus 1e-6). `none`: pixels on the 0..1 scale.
 
     Args:
         pixels: (B, T, H, W, 3), uint8 in 0..255 or floating in 0..1. No gradient flows here.
         tokens: int64 (B, K), or None for all tokens in order.
-        tubelet: t.
-        patch: p.
+        tubelet: frames of a tube, t.
+        patch: side of a tube in pixels, p.
         normalize: `none`, `channel` or `patch`.
 
     Returns:
         float32 (B, K, t * p * p * 3), flattened as (frame, row, column, channel).
 
     Raises:
-        ValueError: tubes of this size do not fill the clips.
+        ValueError: the size of the clips is no multiple of the size of the tubes.
     """
     token_grid(pixels, tubelet, patch)
     if takes_kernel(pixels):
@@ -48,7 +48,7 @@ def tube_targets(
 
 
 def tube_pixels(pixels: Tensor, tokens: Tensor | None, *, tubelet: int, patch: int) -> Tensor:
-    """Raw tubes on the 0..1 scale: `tube_targets` without normalisation, the colours on an axis of their own.
+    """Extract tubes on the 0..1 scale: `tube_targets` without normalisation, with a separate axis for the colours.
 
     Returns:
         float32 (B, K, t * p * p, 3), flattened as (frame, row, column).

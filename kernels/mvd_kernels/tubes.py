@@ -1,4 +1,4 @@
-"""What the operators on tubes share: the grid of tokens and ImageNet's colours.
+"""Helpers of the operators on tubes: the token grid, and ImageNet's colour statistics.
 
 Legend: B clips, T frames, H W pixels, t frames of a tubelet, p side of a patch.
 Tokens are numbered time-major: (t, h, w).
@@ -13,20 +13,20 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def token_grid(pixels: Tensor, tubelet: int, patch: int) -> tuple[int, int, int]:
-    """Tokens of clips (B, T, H, W, 3) along time, height and width.
+    """Number of tokens of clips (B, T, H, W, 3) along time, height and width.
 
     Raises:
-        ValueError: the clips are not in colour, or tubes of this size do not fill them.
+        ValueError: the clips have not 3 colour channels, or their size is no multiple of the size of the tubes.
     """
     _, frames, height, width, channels = pixels.shape
     if channels != 3 or frames % tubelet or height % patch or width % patch:
         raise ValueError(
-            f"clips of shape {tuple(pixels.shape)} are not (clips, frames, height, width, 3) "
-            f"in tubes of {tubelet} x {patch} x {patch}"
+            f"clips of shape {tuple(pixels.shape)}: expected (clips, frames, height, width, 3) "
+            f"divisible into tubes of {tubelet} x {patch} x {patch}"
         )
     return frames // tubelet, height // patch, width // patch
 
 
 def white_level(pixels: Tensor) -> float:
-    """What full brightness is: 255 for integers, 1 for floating pixels."""
+    """Value of full brightness: 255 for integer pixels, 1 for floating pixels."""
     return 1.0 if pixels.is_floating_point() else 255.0

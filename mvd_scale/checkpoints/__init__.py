@@ -1,4 +1,4 @@
-"""Published and own checkpoints, in and out: any known format to `Checkpoint`, and back to what other tools expect."""
+"""Reading and writing of checkpoints: any known format to `Checkpoint`, and `Checkpoint` to published formats."""
 
 from mvd_scale.checkpoints.adapt import adapt
 from mvd_scale.checkpoints.checkpoint import Checkpoint, DecoderWeights, Hints

@@ -1,4 +1,4 @@
-"""A model read from any format, in the names and shapes of `mvd_scale.models`."""
+"""`Checkpoint`: a model read from any format, in the names and shapes of `mvd_scale.models`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Kind = Literal["encoder", "student", "classifier", "detector"]
 
 @dataclass(frozen=True)
 class Hints:
-    """What a file does not tell. None: as the file, its `config.json` or the published tables say."""
+    """Facts that a file does not state. None: the file, its `config.json` or the published tables decide."""
 
     heads: int | None = None
     """Attention heads of the encoder."""
@@ -26,18 +26,18 @@ class Hints:
     """Attention heads of every decoder."""
 
     frames: int | None = None
-    """Frames that the model shall take."""
+    """Frames per clip of the adapted model."""
 
     input_size: int | None = None
-    """Side in pixels of the crop that the model shall take."""
+    """Side in pixels of the square crop of the adapted model."""
 
     positions: Positions | None = None
-    """Table that the model was trained with, for files that hold none."""
+    """Position table that the model was trained with, for files that contain none."""
 
 
 @dataclass(frozen=True)
 class DecoderWeights:
-    """One decoder: its shape, the channels it puts out and its tensors by the names of `Decoder`."""
+    """One decoder: its shape, the number of its output channels and its tensors by the names of `Decoder`."""
 
     config: DecoderConfig
     channels: int
@@ -55,47 +55,47 @@ class TokenHeadWeights:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights in the project's own names. Tensors keep the file's dtype and may be memory-mapped."""
+    """Weights under the names of this project. Tensors keep the file's dtype and may be memory-mapped."""
 
     source: str
-    """File or folder, for messages."""
+    """Path of the file or folder, for messages."""
 
     format: str
-    """Which format it was read from."""
+    """Name of the format that it was read from."""
 
     model: ModelConfig
     """Shape of the encoder."""
 
     encoder: Mapping[str, Tensor]
-    """By the names of `Encoder`; with `positions` (N, D) where the file's table is not the fixed one."""
+    """Tensors by the names of `Encoder`; includes `positions` (N, D) if the file's table is not a fixed one."""
 
     decoders: Mapping[str, DecoderWeights] = field(default_factory=dict)
-    """By target name."""
+    """Decoders by target name."""
 
     token_heads: Mapping[str, TokenHeadWeights] = field(default_factory=dict)
-    """By target name."""
+    """Token heads by target name."""
 
     head: Mapping[str, Tensor] = field(default_factory=dict)
-    """`norm` and `head` of `Classifier`, `head` of `Detector`; empty without one."""
+    """Tensors of `norm` and `head` of `Classifier` or of `head` of `Detector`; empty for other models."""
 
     leftovers: Mapping[str, Tensor] = field(default_factory=dict)
-    """Tensors that have no place in a model of ours, by the names of the file."""
+    """Tensors without a counterpart in `mvd_scale.models`, by the names of the file."""
 
     unused: tuple[str, ...] = ()
-    """Known parts of the file that are left out on purpose."""
+    """Names of known tensors of the file that are deliberately not loaded."""
 
     class_names: tuple[str, ...] = ()
-    """Of the classification head, in its order; empty where nobody told."""
+    """Class names in the order of the classification head's outputs; empty if unknown."""
 
     views: ViewsConfig | None = None
-    """By which a classifier is tested; of a detector, the stride of its clips; None where nobody told."""
+    """Views by which a classifier is evaluated (a detector uses only the stride of the clips); None if unknown."""
 
     detector: DetectorConfig | None = None
-    """The head on boxes of people, whose tensors are in `head`; None if it is none."""
+    """Shape of the detection head on boxes of people, whose tensors are in `head`; None if it is no detector."""
 
     @property
     def kind(self) -> Kind:
-        """What the file can be loaded as."""
+        """Kind of the most complete model that the tensors can be loaded into."""
         if self.decoders or self.token_heads:
             return "student"
         if self.detector is not None:
@@ -109,11 +109,11 @@ class Checkpoint:
 
     @property
     def classes(self) -> int | None:
-        """Outputs of the classification head."""
+        """Number of outputs of the classification head; None without one."""
         return len(self.head["head.weight"]) if "head.weight" in self.head else None
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything under the names of `Encoder`, `Student`, `Classifier` or `Detector`, by `kind`."""
+        """Return all tensors by the names of the module of `kind`: `Encoder`, `Student`, `Classifier` or `Detector`."""
         if self.kind == "encoder":
             return dict(self.encoder)
         flat = {f"encoder.{name}": tensor for name, tensor in self.encoder.items()}

@@ -1,4 +1,6 @@
-"""DeepSpeed checkpoint folders of any ZeRO stage, without DeepSpeed: its own converter runs code of the file.
+"""Reader for DeepSpeed checkpoint folders of any ZeRO stage that does not use DeepSpeed.
+
+DeepSpeed's own converter unpickles the files without restriction, which executes any code they contain.
 
 The layout of the shards is that of DeepSpeed's `utils/zero_to_fp32.py`.
 """
@@ -23,10 +25,13 @@ _OPTIMIZER = "*zero_pp_rank_{}_mp_rank_00_optim_states.pt"
 
 
 def find_deepspeed(folder: Path) -> Path | None:
-    """The folder that holds the files of a checkpoint: this one, or the newest by its file `latest`.
+    """Return the folder with the files of a checkpoint: this folder, or the subfolder that its file `latest` names.
+
+    Returns:
+        the folder, or None if neither holds a DeepSpeed checkpoint.
 
     Raises:
-        UserError: `latest` names a folder that is not there.
+        UserError: `latest` names a folder that does not exist.
     """
     if (folder / _WHOLE).is_file() or (folder / _MODEL.format(0)).is_file():
         return folder
@@ -40,7 +45,10 @@ def find_deepspeed(folder: Path) -> Path | None:
 
 
 def load_deepspeed(folder: Path) -> dict[str, Tensor]:
-    """All parameters by name: as trained at stages 0 to 2, float32 from the shards of all ranks at stage 3.
+    """Return all parameters by name.
+
+    Stages 0 to 2 keep the parameters in one file, in the dtype of the run; stage 3 keeps float32 shards of all ranks,
+    which are joined here.
 
     Raises:
         UserError: a file is missing, unreadable or does not fit the others.
@@ -64,12 +72,15 @@ def load_deepspeed(folder: Path) -> dict[str, Tensor]:
                 tensors[name] = pieces[: shape.numel()].view(shape)
         tensors |= {name: tensors[same] for name, same in first["shared_params"].items() if same in tensors}
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{folder} is no whole ZeRO-3 checkpoint: its files do not fit together ({error!r})") from error
+        raise UserError(
+            f"{folder} is not a complete ZeRO-3 checkpoint: its files do not fit together ({error!r}); "
+            "copy the whole folder again"
+        ) from error
     return tensors
 
 
 def _shards(folder: Path) -> list[list[Tensor]]:
-    """Flat float32 sub-groups of every rank, in the order of the ranks."""
+    """Read the flat float32 sub-groups of every rank, in the order of the ranks; the first file tells their number."""
     shards: list[list[Tensor]] = []
     ranks = 1
     while len(shards) < ranks:
@@ -89,7 +100,11 @@ def _shards(folder: Path) -> list[list[Tensor]]:
 
 
 def _join(shapes: dict[str, torch.Size], shards: list[list[Tensor]]) -> dict[str, Tensor]:
-    """Each parameter lies at the same place on all ranks, cut evenly and padded at the end."""
+    """Join the shards of each parameter, by name.
+
+    ZeRO-3 divides every parameter into equal shares, one per rank, pads the last one, and stores it at the same offset
+    in the concatenated sub-groups of all ranks.
+    """
     ends = list(accumulate(group.numel() for group in shards[0]))
     joined, offset = {}, 0
     for name, shape in shapes.items():
@@ -98,10 +113,10 @@ def _join(shapes: dict[str, torch.Size], shards: list[list[Tensor]]) -> dict[str
         for groups in shards:
             for group, end in zip(groups, ends, strict=True):
                 start = end - group.numel()
-                # A parameter may run over the border of two sub-groups.
+                # A share may cross the border between two sub-groups: take the overlap with each of them.
                 pieces.append(group[max(offset - start, 0) : max(offset + share - start, 0)])
         joined[name] = torch.cat(pieces)[: shape.numel()].view(shape)
         offset += share
     if offset != ends[-1]:
-        raise RuntimeError(f"the names take {offset} of {ends[-1]} numbers per rank")
+        raise RuntimeError(f"the parameters cover {offset} of {ends[-1]} values per rank")
     return joined

@@ -1,4 +1,4 @@
-"""From the tensors of a file to a `Checkpoint`: names, shapes, heads, positions."""
+"""Conversion of the tensors of a file to a `Checkpoint`: names, shapes, attention heads, position tables."""
 
 from __future__ import annotations
 
@@ -31,16 +31,18 @@ from mvd_scale.errors import UserError
 from mvd_scale.models.positions import position_table
 
 _PUBLISHED_GRID = 14
-"""Patches along a side of every published video model, where a file holds no positions."""
+"""Patches along a side of every published video model; used if a file contains no positions."""
 
 _PUBLISHED_FRAMES = 16
+"""Frames per clip of every published video model; used if neither the file nor the hints state them."""
 
 
 def interpret(source: Source, hints: Hints) -> Checkpoint:
-    """Recognise what a source holds and bring it to our names, at the shape it was trained with.
+    """Recognise the format of a source and convert it to our names, at the shape it was trained with.
 
     Raises:
-        UserError: no known format, or shapes that make no model; missing and surplus tensors are left for later.
+        UserError: the format is unknown, or the shapes describe no valid model. Missing and surplus tensors are not
+            checked here but when the weights are loaded.
     """
     if native.is_native(source):
         return native.interpret(source, hints)
@@ -52,7 +54,7 @@ def interpret(source: Source, hints: Hints) -> Checkpoint:
     try:
         return _assemble(source, form, _merge(hints, form.facts(source.config)), ours, leftovers, unused)
     except ValidationError as error:
-        raise UserError(f"{source.path} ({form.name}) has shapes that make no model: {error}") from error
+        raise UserError(f"{source.path} ({form.name}) has shapes that describe no valid model: {error}") from error
 
 
 def _merge(hints: Hints, facts: Hints) -> Hints:
@@ -61,7 +63,11 @@ def _merge(hints: Hints, facts: Hints) -> Hints:
 
 
 def _rename(tensors: Mapping[str, Tensor], form: Format) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
-    """Tensors by our names with attention in our form, those without a name, and those left out on purpose."""
+    """Rename the tensors and pack their attention.
+
+    Returns:
+        tensors by our names, tensors without a counterpart by their names, names deliberately not loaded.
+    """
     ours: dict[str, Tensor] = {}
     leftovers: dict[str, Tensor] = {}
     unused: list[str] = []
@@ -128,7 +134,11 @@ def _assemble(
 def _place(
     source: Source, form: Format, hints: Hints, values: dict[str, Any], table: Tensor
 ) -> tuple[ModelConfig, Tensor | None]:
-    """Find the grid and kind of a position table by its values; a table that is none of the fixed ones is learned."""
+    """Find the token grid and the kind of a position table (N, D) by comparing it with every fixed table of N tokens.
+
+    Returns:
+        the model, and None; a table that equals no fixed one is learned and is returned with the model.
+    """
     grids = list(_grids(len(table), image=form.image))
     for frames, side in grids:
         shape = {"frames": frames * values["tubelet"], "input_size": side * values["patch_size"]}
@@ -146,7 +156,7 @@ def _place(
     chosen = next((grid for grid in grids if form.image or grid[0] == wanted), None)
     if chosen is None:
         raise UserError(
-            f"{source.path} has learned positions of {len(table)} tokens, which make no square grid"
+            f"{source.path} has learned positions of {len(table)} tokens, which form no square grid"
             f"{'' if form.image else f' at {wanted} time slices; give the frames it was trained with'}"
         )
     frames, side = chosen

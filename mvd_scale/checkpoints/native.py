@@ -1,4 +1,4 @@
-"""Files of our own: safetensors with the model's shape in their metadata, or in the recipe of their run."""
+"""Files of this project: safetensors that state the model's shape in their metadata or in the recipe of their run."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ def save_weights(
     views: ViewsConfig | None = None,
     detector: DetectorConfig | None = None,
 ) -> None:
-    """Write a model; the file appears whole or not at all.
+    """Write a model as safetensors; the file is written under another name and then renamed, so it is never partial.
 
     Args:
-        path: of the file.
-        tensors: by the names of `Encoder`, `Student`, `Classifier` or `Detector`.
+        path: file to write.
+        tensors: tensors by the names of `Encoder`, `Student`, `Classifier` or `Detector`.
         model: shape of the encoder.
-        decoders: their shapes.
-        classes: their names, in the order of the head.
-        views: by which a classifier or detector is tested.
-        detector: shape of the head of a detector.
+        decoders: shapes of the decoders by target name.
+        classes: class names in the order of the head's outputs.
+        views: views by which a classifier or detector is evaluated.
+        detector: shape of the detection head.
     """
     partial = path.with_name(path.name + ".partial")
     metadata = describe_model(model, classes, views) | {"format": "pt"}
@@ -59,7 +59,7 @@ def save_weights(
 
 
 def describe_model(model: ModelConfig, classes: Sequence[str], views: ViewsConfig | None) -> dict[str, str]:
-    """What a file says of its model: its shape, and as far as they are known its classes and the views of its test."""
+    """Make the metadata of a file: the model's shape, and its class names and evaluation views if known; as JSON."""
     told = {_MODEL_KEY: json.dumps(model.model_dump(mode="json"))}
     if classes:
         told[_CLASSES_KEY] = json.dumps(list(classes))
@@ -69,25 +69,27 @@ def describe_model(model: ModelConfig, classes: Sequence[str], views: ViewsConfi
 
 
 def is_native(source: Source) -> bool:
-    """Whether the file says itself which model of ours it holds."""
+    """Whether the file's own metadata state the shape of the model."""
     return _MODEL_KEY in source.metadata
 
 
 def interpret(source: Source, hints: Hints) -> Checkpoint:
-    """The model that a file of ours holds; decoder heads come from the file, its run's recipe or the hints.
+    """Convert a file of this project to a `Checkpoint`.
+
+    The number of attention heads of decoders comes from the file, from the recipe of its run or from the hints.
 
     Raises:
-        UserError: neither the file nor a recipe says which model it is, or what they say makes no sense.
+        UserError: neither the file nor a recipe states the model's shape, or the shape is not valid.
     """
     try:
         model, shapes = _described(source)
         names, views, detector = _test(source)
         if not is_native(source) and source.recipe is not None:
-            # A checkpoint of DeepSpeed's tells nothing itself.
+            # A DeepSpeed checkpoint has no metadata: the recipe of its run states the shape of the detection head.
             recipe = load_any(source.recipe)
             detector = recipe.detector if isinstance(recipe, DetectionRecipe) else None
     except (ValidationError, json.JSONDecodeError, AttributeError) as error:
-        raise UserError(f"{source.path} describes a model that does not exist here: {error}") from error
+        raise UserError(f"{source.path} describes a model that this version cannot build: {error}") from error
     tensors = source.tensors
     if "encoder.patch_embed.weight" not in tensors:
         return Checkpoint(str(source.path), "mvd-scale", model, tensors)
@@ -120,7 +122,7 @@ def interpret(source: Source, hints: Hints) -> Checkpoint:
 
 
 def _test(source: Source) -> tuple[tuple[str, ...], ViewsConfig | None, DetectorConfig | None]:
-    """Names of the classes, views of the test and head of a detector, as far as the file tells them."""
+    """Read class names, evaluation views and detection head from the metadata; empty or None if absent."""
     names = _NAMES.validate_json(source.metadata.get(_CLASSES_KEY, "[]"))
     views, detector = source.metadata.get(_VIEWS_KEY), source.metadata.get(_DETECTOR_KEY)
     return (
@@ -141,8 +143,9 @@ def _described(source: Source) -> tuple[ModelConfig, Mapping[str, DecoderConfig]
         ours = {"patch_embed.weight", "encoder.patch_embed.weight"} & source.tensors.keys()
         if source.recipe is None or not ours:
             raise UserError(
-                f"{source.path} does not say which model it holds and its keys are of no known format (MAE, VideoMAE, "
-                f"MVD, timm, Hugging Face, mvd-scale); it begins with {', '.join(sorted(source.tensors)[:3])}"
+                f"{source.path} does not state the shape of its model, and its keys match no known format (MAE, "
+                f"VideoMAE, MVD, timm, Hugging Face, mvd-scale); its first keys are "
+                f"{', '.join(sorted(source.tensors)[:3])}"
             )
         recipe = load_any(source.recipe)
         model = recipe.model

@@ -1,4 +1,4 @@
-"""PyTorch's own files, read as untrusted: tensors and plain values only, no code of the file ever runs."""
+"""Reader for files of `torch.save`, treated as untrusted: tensors and plain values only; no code of the file runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mvd_scale.errors import UserError
 
 
 class _Inert:
-    """Stands in for an object of a file that nobody needs; takes everything, keeps and does nothing."""
+    """Placeholder for an object in a file that is not needed: accepts any arguments and state, and discards them."""
 
     def __new__(cls, *arguments: object) -> Self:
         return super().__new__(cls)
@@ -26,7 +26,7 @@ class _Inert:
 
 
 _HARMLESS = (
-    # Settings, scores and paths that published files carry beside the weights.
+    # Settings, scores and paths that published files contain beside the weights.
     "argparse.Namespace",
     "pathlib.Path",
     "pathlib.PosixPath",
@@ -37,19 +37,19 @@ _HARMLESS = (
     "numpy._core.multiarray.scalar",
     "numpy._core.multiarray._reconstruct",
     "_codecs.encode",
-    # What DeepSpeed keeps in the files of its optimizers.
+    # Objects in DeepSpeed's files of optimizer states.
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
-    # How Python 3.11.0 to 3.11.3 pickle the members of enums.
+    # Python 3.11.0 to 3.11.3 pickle the members of enums by this function.
     "builtins.getattr",
 )
-"""Names that a file may mention. None of them is imported or called: `_Inert` takes the place of each."""
+"""Names that a file may refer to. None of them is imported or called: `_Inert` replaces each of them."""
 
 
 _FAILURES = (
-    # A pickle is a program: a damaged one can fail in any of these ways.
+    # A pickle is a program for a stack machine: a damaged one can raise any of these.
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -65,10 +65,10 @@ _FAILURES = (
 
 
 def load_pickle(path: Path) -> Any:
-    """What `torch.save` wrote, its storages memory-mapped where the file allows it.
+    """Load a file of `torch.save`; tensors are memory-mapped if the file is a zip archive (PyTorch 1.6 and later).
 
     Raises:
-        UserError: the file carries code, or is damaged or no file of PyTorch's at all.
+        UserError: the file contains code, is damaged, or was not written by `torch.save`.
     """
     mapped = zipfile.is_zipfile(path)
     with torch.serialization.safe_globals([(_Inert, name) for name in _HARMLESS]):
@@ -92,14 +92,16 @@ def _foreign_names(path: Path) -> str:
 
 def _damaged(path: Path, error: Exception) -> UserError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return UserError(f"{path} is damaged, cut short, or no file of `torch.save` ({reason}); fetch or copy it again")
+    return UserError(
+        f"{path} is damaged, truncated, or not a file of `torch.save` ({reason}); download or copy it again"
+    )
 
 
 def _refusal(path: Path, names: str) -> str:
     return (
-        f"{path} is a pickle that carries code{f' ({names})' if names else ''} and was not loaded: opening it could do "
-        "anything on this machine. If you trust its author, convert it where it can do no harm (a container without "
-        "network and secrets):\n"
+        f"{path} is a pickle that contains code{f' ({names})' if names else ''} and was not loaded: loading it would "
+        "run that code on this machine. If you trust its author, convert it in a container without network and "
+        "secrets:\n"
         '  python -c "import torch; from safetensors.torch import save_file; '
         f"c = torch.load('{path.name}', map_location='cpu', weights_only=False); c = c.get('model', c); "
         "save_file({k: v.clone() for k, v in c.items() if torch.is_tensor(v)}, 'converted.safetensors')\"\n"

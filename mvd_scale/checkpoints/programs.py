@@ -1,4 +1,4 @@
-"""A classifier as a program that runs without this package: an exported program of torch, or ONNX.
+"""Export of a classifier as a program that runs without this package: `torch.export` or ONNX.
 
 Legend: B clips, T frames, S side of a crop, C classes.
 """
@@ -27,32 +27,32 @@ _SHAPES = {"clips": {0: torch.export.Dim("batch", min=1)}}
 
 
 class Program(nn.Module):
-    """What is exported, in plain operators of torch. The score of a video is the mean over its clips."""
+    """The exported module, in plain torch operators. A video's score is the mean of the scores of its clips."""
 
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
         self.classifier = classifier
 
     def forward(self, clips: Tensor) -> Tensor:
-        """Normalisation, classifier and softmax: uint8 (B, T, S, S, 3) to float32 (B, C), any B."""
+        """Apply normalisation, classifier and softmax: uint8 (B, T, S, S, 3) to float32 (B, C), any B."""
         scores: Tensor = self.classifier(clips).softmax(1)
         return scores
 
 
 def export_program(checkpoint: Checkpoint, kind: str, out: Path) -> None:
-    """Write a classifier as a program, float32; the file appears whole or not at all.
+    """Write a classifier as a program in float32; the file is renamed into place, so it is never partial.
 
-    The file also tells, as JSON by the keys `mvd_scale.model`, `.classes`, `.views` and `.normalisation`, what it
-    knows of itself: in `metadata_props` of ONNX, in `extra_files` of torch.
+    The file also contains metadata as JSON under the keys `mvd_scale.model`, `.classes`, `.views` and
+    `.normalisation`: in `metadata_props` of ONNX, in `extra_files` of torch.
 
     Args:
-        checkpoint: of a classifier, in any format.
-        kind: of `PROGRAMS`.
-        out: `.pt2` for `torch`, which `torch.export.load` reads; `.onnx` for `onnx`, with a file of weights beside it
-            where they are larger than ONNX's 2 GB.
+        checkpoint: a classifier, read from any format.
+        kind: a key of `PROGRAMS`.
+        out: file to write: `.pt2` for `torch`, to be read by `torch.export.load`; `.onnx` for `onnx`, with a second
+            file of weights beside it if they exceed ONNX's limit of 2 GB.
 
     Raises:
-        UserError: it is no classifier or not whole, `out` does not fit, or a package is missing.
+        UserError: the checkpoint is no classifier or incomplete, `out` has another suffix, or a package is missing.
     """
     suffix, write = PROGRAMS[kind]
     if out.suffix != suffix:
@@ -64,13 +64,13 @@ def export_program(checkpoint: Checkpoint, kind: str, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.") as partial:
         write(Program(classifier).eval().requires_grad_(False), _example(checkpoint), told, Path(partial) / out.name)
-        # Weights beside an ONNX file come first: it is of no use without them.
+        # The .onnx file is renamed last: while it exists, the weights it refers to exist.
         for file in sorted(Path(partial).iterdir(), key=lambda file: file.name == out.name):
             os.replace(file, out.with_name(file.name))
 
 
 def _example(checkpoint: Checkpoint) -> Tensor:
-    """Two clips: a batch of one would be taken for a constant."""
+    """Return a batch of two clips: `torch.export` would specialise a batch dimension of size 1 to a constant."""
     model = checkpoint.model
     return torch.zeros(2, model.frames, model.input_size, model.input_size, 3, dtype=torch.uint8)
 
@@ -103,4 +103,4 @@ PROGRAMS: dict[str, tuple[str, Callable[[Program, Tensor, Mapping[str, str], Pat
     "torch": (".pt2", _write_torch),
     "onnx": (".onnx", _write_onnx),
 }
-"""What can be written: its suffix, and how."""
+"""File suffix and writer of every kind of program."""

@@ -1,4 +1,4 @@
-"""Back into the form that other tools expect: names, packed biases, position tables, `config.json`."""
+"""Export to published formats: their names, attention biases, position tables and `config.json`."""
 
 from __future__ import annotations
 
@@ -27,19 +27,20 @@ def export_checkpoint(checkpoint: Checkpoint, family: str, out: Path) -> None:
     """Write a checkpoint in a published format, or a classifier as a program.
 
     Args:
-        checkpoint: of any format.
-        family: `videomae`, `mvd`, `mae`, `timm` or `hf`; `torch` or `onnx` for a program, as `export_program`.
-        out: `.safetensors`; `.pth`, `.pt` or `.bin` for `{"model": ...}` of `torch.save`; a folder for `hf`.
+        checkpoint: a model read from any format.
+        family: `videomae`, `mvd`, `mae`, `timm` or `hf`; `torch` or `onnx` for a program (see `export_program`).
+        out: a file `.safetensors`, or `.pth`, `.pt`, `.bin` for `{"model": ...}` by `torch.save`; a folder for `hf`.
 
     Raises:
-        UserError: the format cannot hold this model, tensors of it are missing or broken, or `out` does not fit.
+        UserError: the format cannot represent this model, tensors are missing or not finite, or `out` has a wrong
+            suffix.
     """
     if family in PROGRAMS:
         export_program(checkpoint, family, out)
         return
     faults = misfits(checkpoint)
     if faults:
-        raise UserError(f"{checkpoint.source} is not whole and was not exported:\n  " + "\n  ".join(faults))
+        raise UserError(f"{checkpoint.source} is incomplete and was not exported:\n  " + "\n  ".join(faults))
     form, tensors = _published(checkpoint, family)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     if form.config is not None:
@@ -55,10 +56,14 @@ def export_checkpoint(checkpoint: Checkpoint, family: str, out: Path) -> None:
 
 
 def to_published(checkpoint: Checkpoint, family: str) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by the names and in the shapes of a published format.
+    """Return the tensors of a checkpoint under the names and in the shapes of a published format.
+
+    Args:
+        checkpoint: a model read from any format.
+        family: `videomae`, `mvd`, `mae`, `timm` or `hf`.
 
     Raises:
-        UserError: the format cannot hold this model.
+        UserError: the format cannot represent this model.
     """
     return _published(checkpoint, family)[1]
 
@@ -83,14 +88,14 @@ def _published(checkpoint: Checkpoint, family: str) -> tuple[Format, dict[str, T
             published[theirs] = tensor
     if homeless:
         raise UserError(
-            f"{checkpoint.source} cannot be written as {form.name}, which has no place for {', '.join(homeless)}; "
+            f"{checkpoint.source} cannot be written as {form.name}, which has no tensors for {', '.join(homeless)}; "
             "export the run's encoder.safetensors to leave the decoders out"
         )
     return form, published
 
 
 def _choose(checkpoint: Checkpoint, family: str) -> tuple[Format, Checkpoint]:
-    """The form of a family that holds the checkpoint, with parts that it never holds taken off."""
+    """Choose the format of a family that can represent the checkpoint, and drop the parts that it never contains."""
     model = checkpoint.model
     image = model.frames == 1 and model.tubelet == 1
     if family == "timm":
@@ -99,10 +104,10 @@ def _choose(checkpoint: Checkpoint, family: str) -> tuple[Format, Checkpoint]:
     forms = [form for form in FAMILIES[family] if form.image == image]
     if not forms:
         holds, has = ("clips", "images") if image else ("images", "clips")
-        raise UserError(f"{checkpoint.source} is a model of {has}, --to {family} one of {holds}")
+        raise UserError(f"{checkpoint.source} is a model of {has}, but --to {family} writes models of {holds}")
     form = next((form for form in forms if checkpoint.kind in form.kinds), None)
     if form is None:
-        raise UserError(f"{checkpoint.source} is a {checkpoint.kind}, which --to {family} has no form for")
+        raise UserError(f"{checkpoint.source} is a {checkpoint.kind}, which --to {family} has no format for")
     if form.image != model.class_token:
         raise UserError(
             f"{checkpoint.source} has {'a' if model.class_token else 'no'} class token; "
@@ -113,13 +118,13 @@ def _choose(checkpoint: Checkpoint, family: str) -> tuple[Format, Checkpoint]:
         has = "learned positions" if learned else f"the position table {model.positions}"
         raise UserError(
             f"{checkpoint.source} was trained with {has}, but the code of {form.name} adds {form.positions}: "
-            "the exported weights would not behave as they do here"
+            "the exported weights would compute other features there than here"
         )
     return form, _name_pixels(checkpoint, form)
 
 
 def _name_pixels(checkpoint: Checkpoint, form: Format) -> Checkpoint:
-    """The one decoder of a pixel format has a fixed name there, whatever the target was called here."""
+    """Rename a single decoder to `pixels`, the name that formats of pixel prediction expect, whatever its target is."""
     pixels = any(ours.startswith("decoders.pixels.") for _, ours in form.modules)
     if not pixels or len(checkpoint.decoders) != 1:
         return checkpoint
@@ -158,7 +163,7 @@ def _save(tensors: dict[str, Tensor], out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
     if out.suffix in _PICKLES:
-        # Clones, since torch would write the whole storage that a view is part of.
+        # Clone, because torch.save writes the whole storage that a view belongs to.
         torch.save({"model": {name: tensor.clone() for name, tensor in tensors.items()}}, partial)
     else:
         save_file({name: tensor.clone() for name, tensor in tensors.items()}, partial, {"format": "pt"})

@@ -1,4 +1,7 @@
-"""Any file or folder of weights to a flat dictionary of tensors. Files are untrusted: tensors and plain values only."""
+"""Reader for files and folders of weights: a flat dictionary of tensors.
+
+Files are untrusted: only tensors and plain values are read.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +31,12 @@ _WEIGHTS = (
     "model.safetensors",
     "pytorch_model.bin",
 )
-"""Files that stand for a folder, the richest and best first: of our runs and checkpoints, of Hugging Face."""
+"""Files that represent a folder, in order of preference, the most complete first: those of our runs and checkpoints,
+then those of Hugging Face."""
 
 
 def digest(path: Path) -> str:
-    """First half of the SHA-256 of a file, or of all files of a folder."""
+    """First 16 hex digits of the SHA-256 of a file, or of all files of a folder."""
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     whole = hashlib.sha256()
     for file in files:
@@ -43,7 +47,7 @@ def digest(path: Path) -> str:
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """First half of the SHA-256 of tensors and their names, in whatever file they lie."""
+    """First 16 hex digits of the SHA-256 of tensors and their names; does not depend on the file format."""
     whole = hashlib.sha256()
     for name in sorted(tensors):
         whole.update(name.encode())
@@ -53,36 +57,37 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 
 @dataclass(frozen=True)
 class Source:
-    """What a file or folder holds."""
+    """Content of a file or folder of weights."""
 
     path: Path
-    """As given, for messages."""
+    """Path as the user gave it, for messages."""
 
     tensors: dict[str, Tensor]
-    """By the names of the file, memory-mapped where possible."""
+    """Tensors by the names of the file, memory-mapped if the format allows it."""
 
     metadata: dict[str, str] = field(default_factory=dict)
-    """Of a safetensors file."""
+    """Metadata of a safetensors file; empty for other formats."""
 
     config: dict[str, Any] = field(default_factory=dict)
     """The `config.json` beside Hugging Face's weights."""
 
     recipe: Path | None = None
-    """The recipe of the run that wrote it."""
+    """Path of the recipe of the run that wrote the file; None if there is none nearby."""
 
 
 def read_source(path: Path) -> Source:
-    """Read safetensors (whole or sharded), files of `torch.save`, folders of Hugging Face, DeepSpeed and of our runs.
+    """Read safetensors (single or sharded), files of `torch.save`, folders of Hugging Face, DeepSpeed and our runs.
 
     Raises:
-        UserError: nothing there, damaged, of an unknown kind, without tensors, or a pickle that carries code.
+        UserError: the path does not exist, is damaged, of an unknown kind or without tensors, or is a pickle that
+            contains code.
     """
     if path.is_dir():
         source = _read_folder(path)
     elif path.is_file():
         source = _read_file(path)
     else:
-        raise UserError(f"no checkpoint {path}: expected a file of weights or a folder that holds one")
+        raise UserError(f"checkpoint {path} does not exist: expected a file of weights or a folder that contains one")
     if not source.tensors:
         raise UserError(f"{path} holds no tensors: expected the weights of a model")
     return source
@@ -119,7 +124,7 @@ def _read_file(path: Path) -> Source:
         return Source(path, tensors, metadata, config, _recipe_near(path.parent))
     if head[:2] not in (b"PK", b"\x80\x02"):
         raise UserError(
-            f"{path} holds no weights: it is neither a safetensors file nor one of `torch.save` "
+            f"{path} holds no weights: it is neither a safetensors file nor a file of `torch.save` "
             f"({'empty' if not head else f'it begins with {head!r}'})"
         )
     return Source(path, _unwrap(load_pickle(path)), config=config)
@@ -132,12 +137,15 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {name: _map_tensor(path, name) for name in names}, metadata
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"{path} is not a readable safetensors file ({error}); it may be cut short: fetch or copy it again"
+            f"{path} is not a readable safetensors file ({error}); it may be truncated: download or copy it again"
         ) from error
 
 
 def _map_tensor(path: Path, name: str) -> Tensor:
-    """One tensor in a mapping of its own, which goes when the tensor goes: the whole file never stays in memory."""
+    """Read one tensor in a memory mapping of its own, which is released with the tensor.
+
+    One mapping for all tensors would keep every page that was read resident until the last tensor is gone.
+    """
     with safe_open(path, "pt") as file:
         tensor: Tensor = file.get_tensor(name)
         return tensor
@@ -151,16 +159,18 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     for name in sorted(set(places.values())):
         shard = index.with_name(Path(name).name)
         if shard.name != name or not shard.is_file():
-            raise UserError(f"{index} names the shard {name!r}, which does not lie beside it; fetch all shards")
+            raise UserError(f"{index} names the shard {name!r}, which is not in the same folder; download all shards")
         shards[name] = _read_file(shard).tensors
     missing = sorted(tensor for tensor, shard in places.items() if tensor not in shards[shard])
     if missing:
-        raise UserError(f"{index} promises tensors that its shards lack: {', '.join(missing)}; fetch them again")
+        raise UserError(
+            f"{index} lists tensors that its shards do not contain: {', '.join(missing)}; download the shards again"
+        )
     return {tensor: shards[shard][tensor] for tensor, shard in places.items()}
 
 
 def _unwrap(loaded: object) -> dict[str, Tensor]:
-    # Deeper than any file nests them: a dictionary that holds itself has no end.
+    # 8 levels are more than any real file has; the limit ends the loop for a dictionary that contains itself.
     for _ in range(8):
         if not isinstance(loaded, dict):
             break
@@ -182,6 +192,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _recipe_near(folder: Path) -> Path | None:
-    """The recipe of a run, seen from its folder or from one of its checkpoints."""
+    """Find the recipe of a run from its folder or from the folder of one of its checkpoints."""
     places = (folder / "recipe.yaml", folder.parent.parent / "recipe.yaml")
     return next((place for place in places if place.is_file()), None)

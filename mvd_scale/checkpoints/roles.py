@@ -1,4 +1,4 @@
-"""A checkpoint of any format to a file of ours that plays one role, and its description in words."""
+"""Import of a checkpoint of any format for one role (teacher, student, classifier), and its description as text."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ ROLES: tuple[Role, ...] = get_args(Role)
 
 
 def import_checkpoint(checkpoint: Checkpoint, role: Role, out: Path) -> None:
-    """Write the part of a checkpoint that a role needs as safetensors of ours, float32, checked in full before.
+    """Write the part of a checkpoint that a role needs as safetensors of this project, float32.
+
+    All names, shapes and values are checked before anything is written.
 
     Raises:
-        UserError: the checkpoint cannot play the role, names every tensor that does not fit, or `out` is no
-            `.safetensors`.
+        UserError: the checkpoint does not suit the role, tensors do not fit (the message names each), or `out` does
+            not end in `.safetensors`.
     """
     if out.suffix != ".safetensors":
         raise UserError(f"--out {out}: expected a file name that ends in .safetensors")
@@ -45,7 +47,7 @@ def import_checkpoint(checkpoint: Checkpoint, role: Role, out: Path) -> None:
 
 
 def describe(checkpoint: Checkpoint) -> str:
-    """What a checkpoint is, a line per fact, with everything that is missing, surplus or broken."""
+    """Describe a checkpoint, one line per fact, then every tensor that is missing, surplus, misshapen or not finite."""
     model = checkpoint.model
     shape = (model.width, model.depth, model.heads)
     size = next((name for name, published in SIZES.items() if published == shape), "free")

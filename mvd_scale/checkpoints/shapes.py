@@ -1,4 +1,4 @@
-"""What the shapes of tensors tell about a model, and the published tables for what they do not."""
+"""Inference of a model's shape from the shapes of its tensors; published tables supply what these do not determine."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from mvd_scale.config import SIZES, DecoderConfig, TokenHeadConfig
 from mvd_scale.errors import UserError
 
 _DECODER_HEADS = {512: 8, 640: 8}
-"""Of VideoMAE and MVD by width; all others have heads of 64 channels."""
+"""Attention heads of the decoders of VideoMAE and MVD by width; all other decoders have heads of 64 channels."""
 
 _IMAGE_DECODER_HEADS = {512: 16}
-"""Of MAE by width."""
+"""Attention heads of the decoder of MAE by width."""
 
 
 def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors below a prefix, without it."""
+    """Return the tensors whose names begin with a prefix, by their names without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def depth_of(tensors: Mapping[str, Tensor], where: str) -> int:
-    """Blocks that a stack has by the highest number among its names.
+    """Number of blocks of a stack: one more than the highest block index among its names.
 
     Raises:
-        UserError: there are none.
+        UserError: the names contain no blocks.
     """
     numbers = [int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))]
     if not numbers:
@@ -36,16 +36,16 @@ def depth_of(tensors: Mapping[str, Tensor], where: str) -> int:
 
 
 def mlp_ratio_of(tensors: Mapping[str, Tensor], width: int) -> float:
-    """Hidden width of the first block's MLP over the width; 4, as published, without one."""
+    """Hidden width of the first block's MLP divided by the width; 4, as published, if there is no such tensor."""
     weight = tensors.get("blocks.0.mlp.fc1.weight")
     return len(weight) / width if weight is not None else 4.0
 
 
 def encoder_heads(width: int, where: str) -> int:
-    """Attention heads of the published size of a width.
+    """Attention heads of the published model size that has this width.
 
     Raises:
-        UserError: no published size has it.
+        UserError: no published size has this width.
     """
     for published, _, heads in SIZES.values():
         if width == published:
@@ -57,16 +57,22 @@ def encoder_heads(width: int, where: str) -> int:
 
 
 def decoder_parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Tensors `decoders.NAME.*` by target name, without that prefix."""
+    """Group the tensors `decoders.NAME.*` by target name; their names lose that prefix."""
     names = dict.fromkeys(name.split(".")[1] for name in tensors if re.match(r"decoders\.[^.]+\.", name))
     return {name: under(tensors, f"decoders.{name}.") for name in names}
 
 
 def decoder_weights(tensors: Mapping[str, Tensor], hints: Hints, where: str, *, image: bool) -> DecoderWeights:
-    """Shape and tensors of one decoder.
+    """Infer the shape of one decoder from its tensors.
+
+    Args:
+        tensors: tensors by the names of `Decoder`.
+        hints: supplies the number of attention heads, which shapes do not determine.
+        where: file and decoder, for messages.
+        image: whether the encoder is an image model (MAE).
 
     Raises:
-        UserError: it lacks the tensors that tell its width and channels, or its heads are unknown.
+        UserError: the tensors that determine width and channels are missing, or the number of heads is unknown.
     """
     embed, head = tensors.get("embed.weight"), tensors.get("head.weight")
     if embed is None or head is None:
@@ -84,7 +90,7 @@ def decoder_weights(tensors: Mapping[str, Tensor], hints: Hints, where: str, *, 
 
 
 def token_heads(tensors: Mapping[str, Tensor]) -> dict[str, TokenHeadWeights]:
-    """Heads on the encoder's tokens among the tensors of a student of ours, by target name."""
+    """Collect the heads on the encoder's tokens among the tensors of a student of this project, by target name."""
     found = {}
     for name in sorted({name.split(".")[1] for name in tensors if name.startswith("heads.")}):
         weights = under(tensors, f"heads.{name}.")

@@ -1,4 +1,4 @@
-"""From checkpoints to modules: everything fits, or every reason why not is named and nothing was loaded."""
+"""Loading of checkpoints into modules: either all tensors fit, or an error lists every misfit and nothing is loaded."""
 
 from __future__ import annotations
 
@@ -37,24 +37,25 @@ __all__ = [
 
 
 def read_checkpoint(path: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: B008 - immutable
-    """Read any known format, recognised by its keys.
+    """Read a checkpoint of any known format, recognised by its keys.
 
     Args:
-        path: a file of safetensors or `torch.save`; a folder of Hugging Face, DeepSpeed or one of our runs.
-        hints: what the file does not tell, and the clip that the model shall take.
+        path: a file of safetensors or `torch.save`; a folder of Hugging Face, of DeepSpeed or of one of our runs.
+        hints: facts that the file does not state, and the shape of the clips that the model is adapted to.
 
     Raises:
-        UserError: nothing readable, a pickle that carries code, no known format, or no way to the wanted clip.
+        UserError: the file is unreadable, contains code or has no known format, or the model cannot be adapted to the
+            wanted clips.
     """
     checkpoint = interpret(read_source(path), hints)
     return adapt(checkpoint, frames=hints.frames, input_size=hints.input_size)
 
 
 def build_encoder(checkpoint: Checkpoint, *, final_norm: bool) -> Encoder:
-    """The encoder of any checkpoint, float32, on the CPU. Decoders and heads are left out.
+    """Build the encoder of any checkpoint, float32, on the CPU; decoders and heads are not loaded.
 
     Raises:
-        UserError: names every tensor that does not fit.
+        UserError: tensors do not fit; the message names each of them.
     """
     encoder = _empty_encoder(checkpoint, final_norm=final_norm)
     load_exactly(encoder, _encoder_tensors(checkpoint, final_norm=final_norm), checkpoint.source)
@@ -62,10 +63,10 @@ def build_encoder(checkpoint: Checkpoint, *, final_norm: bool) -> Encoder:
 
 
 def build_student(checkpoint: Checkpoint) -> Student:
-    """Encoder, decoders and other heads of targets, float32, on the CPU.
+    """Build a student with encoder, decoders and token heads, float32, on the CPU.
 
     Raises:
-        UserError: there are none of these heads, or names every tensor that does not fit.
+        UserError: the checkpoint has no decoders, or tensors do not fit; the message names each of them.
     """
     if checkpoint.kind != "student":
         raise UserError(f"{checkpoint.source} has no decoders: expected a pre-training checkpoint with its decoders")
@@ -75,10 +76,10 @@ def build_student(checkpoint: Checkpoint) -> Student:
 
 
 def build_classifier(checkpoint: Checkpoint) -> Classifier:
-    """Encoder and classification head, float32, on the CPU.
+    """Build a classifier with encoder and classification head, float32, on the CPU.
 
     Raises:
-        UserError: there is no head, or names every tensor that does not fit.
+        UserError: the checkpoint has no classification head, or tensors do not fit; the message names each of them.
     """
     if checkpoint.classes is None or checkpoint.detector is not None:
         raise UserError(f"{checkpoint.source} has no classification head: expected a fine-tuned checkpoint")
@@ -88,14 +89,15 @@ def build_classifier(checkpoint: Checkpoint) -> Classifier:
 
 
 def build_detector(checkpoint: Checkpoint) -> Detector:
-    """Encoder and head on boxes of people, float32, on the CPU.
+    """Build a detector with encoder and head on boxes of people, float32, on the CPU.
 
     Raises:
-        UserError: there is no such head, torchvision is not installed, or names every tensor that does not fit.
+        UserError: the checkpoint has no detection head, torchvision is not installed, or tensors do not fit; the
+            message names each of them.
     """
     if checkpoint.detector is None:
         raise UserError(
-            f"{checkpoint.source} holds no detector but {checkpoint.kind} weights: expected detector.safetensors or "
+            f"{checkpoint.source} holds {checkpoint.kind} weights, not a detector: expected detector.safetensors or "
             "best.safetensors of a run of `mvd-scale detect train`"
         )
     detector = _empty_detector(checkpoint, checkpoint.detector)
@@ -110,17 +112,17 @@ def load_encoder(
     hints: Hints = Hints(),  # noqa: B008 - immutable
     mapped: bool = False,
 ) -> Encoder:
-    """Build the encoder that a checkpoint of any known format describes and load its weights.
+    """Build an encoder from a checkpoint of any known format and load its weights.
 
     Args:
-        path: as for `read_checkpoint`.
-        final_norm: keep the norm after the last block; teachers go without.
-        hints: as for `read_checkpoint`.
-        mapped: leave the weights in the file, memory-mapped, in its dtype and unread, where its format allows it;
-            then whoever reads them first, `engine.shard_teacher`, sees whether they are finite.
+        path: file or folder, see `read_checkpoint`.
+        final_norm: keep the norm after the last block; teachers have none.
+        hints: facts that the file does not state, see `read_checkpoint`.
+        mapped: leave the weights memory-mapped in the file, in its dtype, if its format allows it. They are not read
+            here, so whether they are finite is checked later by `engine.shard_teacher`, which reads them first.
 
     Raises:
-        UserError: as `read_checkpoint`, or names every tensor that does not fit.
+        UserError: see `read_checkpoint`; or tensors do not fit, and the message names each of them.
     """
     checkpoint = read_checkpoint(path, hints)
     if not mapped:
@@ -140,14 +142,14 @@ def load_encoder(
 
 
 def start_encoder(encoder: Encoder, path: Path) -> None:
-    """Load the weights that an encoder starts its training from; an image model is inflated to clips.
+    """Load the weights from which the training of an encoder starts; an image model is inflated to clips.
 
-    The encoder keeps its own positions and, where the checkpoint has none, its final norm. One without a class token or
-    a final norm leaves these out.
+    The encoder keeps its own positions and, if the checkpoint has no final norm, its own final norm. A class token or
+    final norm of the checkpoint is ignored if the encoder has none.
 
     Raises:
-        UserError: as `read_checkpoint`, names every tensor that does not fit, or the weights were trained with other
-            heads or positions, of which shapes tell nothing.
+        UserError: see `read_checkpoint`; tensors do not fit, and the message names each of them; or the weights were
+            trained with another number of heads or other positions, which the shapes of tensors do not show.
     """
     checkpoint, model = read_checkpoint(path), encoder.config
     tubelet = model.tubelet if checkpoint.model.frames == 1 and model.frames > 1 else None
@@ -167,7 +169,7 @@ def _check_arithmetic(checkpoint: Checkpoint, model: ModelConfig, *, inflated: b
     if "positions" in checkpoint.encoder:
         given["positions"] = "learned"
     if inflated:
-        # Positions of an image say nothing of time.
+        # An image model's positions have no time axis: any table of the recipe's is acceptable.
         del given["positions"]
     clash = [f"{key} {value}, the recipe has model.{key} {getattr(model, key)}" for key, value in given.items()
              if value != getattr(model, key)]  # fmt: skip
@@ -179,7 +181,7 @@ def load_student(student: Student, path: Path) -> None:
     """Load encoder and decoders of a checkpoint of any known format into a student.
 
     Raises:
-        UserError: as `read_checkpoint`, or names every tensor that does not fit the student.
+        UserError: see `read_checkpoint`; or tensors do not fit the student, and the message names each of them.
     """
     checkpoint = read_checkpoint(path)
     load_exactly(student, checkpoint.tensors() | dict(checkpoint.leftovers), str(path))
@@ -189,7 +191,8 @@ def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], source: str) 
     """Copy tensors into a module after checking all names, shapes and values.
 
     Raises:
-        UserError: names every missing, surplus, misshapen and non-finite tensor; nothing was copied.
+        UserError: a tensor is missing, surplus, misshapen or not finite; the message names each of them, and nothing
+            was copied.
     """
     faults = _faults(module, tensors)
     if faults:
@@ -198,7 +201,7 @@ def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], source: str) 
 
 
 def misfits(checkpoint: Checkpoint) -> list[str]:
-    """Every tensor that is missing, surplus, misshapen or not finite, judged by the model it says to be."""
+    """List every tensor that is missing, surplus, misshapen or not finite for a model of the checkpoint's kind."""
     with torch.device("meta"):
         module: nn.Module
         if checkpoint.kind == "student":
@@ -208,7 +211,7 @@ def misfits(checkpoint: Checkpoint) -> list[str]:
         elif checkpoint.classes is not None:
             module = _empty_classifier(checkpoint, checkpoint.classes)
         else:
-            # A head without its weight tells no classes: all of it counts as surplus.
+            # Without the head's weight the number of classes is unknown: all its tensors count as surplus.
             checkpoint = replace(checkpoint, head={}, leftovers={**checkpoint.leftovers, **checkpoint.head})
             module = _empty_encoder(checkpoint, final_norm=checkpoint.final_norm)
     return _faults(module, checkpoint.tensors() | dict(checkpoint.leftovers))
@@ -263,7 +266,7 @@ def _faults(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def _misnamed(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Tensors that are missing, surplus or misshapen; reads none of them."""
+    """List the tensors that are missing, surplus or misshapen; compares shapes only and reads no values."""
     expected = module.state_dict()
     faults = [f"missing {name}" for name in expected.keys() - tensors.keys()]
     faults += [f"surplus {name}" for name in tensors.keys() - expected.keys()]

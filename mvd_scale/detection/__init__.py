@@ -1,1 +1,1 @@
-"""Action detection: which actions each person of a key frame does (AVA v2.2)."""
+"""Action detection: the actions that each person on a key frame performs (AVA v2.2)."""

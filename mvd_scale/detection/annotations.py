@@ -1,12 +1,12 @@
-"""The files of AVA v2.2, read line by line: a line that is not as it should be is named.
+"""Reader and writer of the files of AVA v2.2; errors name the first invalid line.
 
     ava_{train,val}_v2.2.csv             video, second, x1, y1, x2, y2, action, person
     ava_..._excluded_timestamps_v2.2.csv video, second
     ava_action_list_v2.2...pbtxt         names and numbers of the actions
-    boxes of a detector of people        video, second, x1, y1, x2, y2, nothing, score
+    boxes of a person detector           video, second, x1, y1, x2, y2, (empty), score
     results                              video, second, x1, y1, x2, y2, action, score
 
-Boxes are shares of the frame's width and height.
+Coordinates are fractions (0 to 1) of the frame's width and height.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mvd_scale.detection.boxes import Boxes, KeyFrame
 from mvd_scale.errors import UserError
 
 ANY = 1 << 31
-"""Classes of files whose number of actions is not known."""
+"""Number of classes for files whose number of actions is unknown: accepts any action number."""
 
 _BLOCK = re.compile(r"\{([^{}]*)\}")
 _NAME = re.compile(r'\bname:\s*"((?:[^"\\]|\\.)*)"')
@@ -30,65 +30,69 @@ _NUMBER = re.compile(r"\b(?:label_)?id:\s*(\d+)")
 
 
 def read_ground_truth(path: Path, classes: int) -> Boxes:
-    """Who does what: one box for every line, of score 1.
+    """Read ground truth: one box of score 1 for every line.
 
     Args:
-        path: as the official files; the column of the person may be missing.
-        classes: actions are numbered from 1 to this.
+        path: CSV in the format of the official files; the column of the person may be missing.
+        classes: number of actions; they are numbered from 1 to it.
 
     Raises:
-        UserError: names the first line that cannot be read.
+        UserError: the file cannot be read, or a line is invalid; the message names the first one.
     """
     return _read(path, (7, 8), classes, scored=False)
 
 
 def read_results(path: Path, classes: int) -> Boxes:
-    """What some model says, in the official form of results.
+    """Read the results of a model in the official format.
+
+    Args:
+        path: CSV in the official format of results.
+        classes: number of actions; they are numbered from 1 to it.
 
     Raises:
-        UserError: as `read_ground_truth`.
+        UserError: see `read_ground_truth`.
     """
     return _read(path, (8,), classes, scored=True)
 
 
 def read_people(path: Path, score: float) -> Boxes:
-    """The boxes in which a detector of people is sure of one, whatever the person does.
+    """Read the boxes of a person detector whose score is high enough.
 
     Args:
-        path: as the files that LFB and SlowFast distribute.
-        score: boxes below it are left out.
+        path: CSV in the format of the files that LFB and SlowFast distribute.
+        score: boxes of a lower score are dropped.
 
     Raises:
-        UserError: as `read_ground_truth`, or no box is left.
+        UserError: see `read_ground_truth`; or no box is left.
     """
     found = _read(path, (8,), None, scored=True)
     sure = found.take(found.scores >= score)
     if not len(sure):
         best = f"the highest is {found.scores.max():g}" if len(found) else "it has none"
-        raise UserError(f"{path}: no box has a score of {score:g} or more, {best}. Lower the score that is asked for")
+        raise UserError(f"{path}: no box has a score of {score:g} or more, {best}. Lower the required score")
     return sure
 
 
 def read_excluded(path: Path) -> frozenset[KeyFrame]:
-    """Key frames that do not count.
+    """Read the key frames that are excluded from the evaluation.
 
     Raises:
-        UserError: as `read_ground_truth`.
+        UserError: see `read_ground_truth`.
     """
     return frozenset(_key(row, where) for where, row in _rows(path, (2,)))
 
 
 def read_actions(path: Path, classes: int) -> dict[int, str]:
-    """Name of each action that is tested, by its number.
+    """Read the name of each evaluated action, by its number.
 
     Raises:
-        UserError: the file lists none, one twice, or one beyond the classes.
+        UserError: the file lists no action, an action twice, or a number above `classes`.
     """
     names: dict[int, str] = {}
     for block in _BLOCK.findall(_text(path)):
         name, number = _NAME.search(block), _NUMBER.search(block)
         if name is None or number is None:
-            raise UserError(f'{path}: {{{block.strip()}}} is no action: expected name: "..." and label_id: N')
+            raise UserError(f'{path}: {{{block.strip()}}} is not an action: expected name: "..." and label_id: N')
         action = int(number[1])
         if not 1 <= action <= classes:
             raise UserError(f"{path}: action {action} ({name[1]}) is not among the {classes} classes, 1 to {classes}")
@@ -101,7 +105,7 @@ def read_actions(path: Path, classes: int) -> dict[int, str]:
 
 
 def write_results(path: Path, found: Boxes) -> None:
-    """Write the official form of results; the file appears whole or not at all."""
+    """Write boxes in the official format of results; the file is renamed into place, so it is never partial."""
     partial = path.with_name(path.name + ".partial")
     frames = [(frame.video, f"{frame.second:04.10g}") for frame in found.frames]
     columns = zip(found.frame.tolist(), found.corners.tolist(), found.actions.tolist(), found.scores, strict=True)
@@ -131,7 +135,7 @@ def _text(path: Path) -> str:
 
 
 def _rows(path: Path, columns: tuple[int, ...]) -> Iterator[tuple[str, list[str]]]:
-    """Where a line stands, and its fields; empty lines are passed over."""
+    """Yield the location (file and line, for messages) and the fields of every line that is not empty."""
     for number, row in enumerate(csv.reader(_text(path).splitlines()), start=1):
         where = f"{path}, line {number}"
         if row and len(row) not in columns:
@@ -153,7 +157,7 @@ def _corners(row: list[str], where: str) -> list[float]:
     x1, y1, x2, y2 = corners
     if not (0 <= x1 <= x2 <= 1 and 0 <= y1 <= y2 <= 1):
         raise UserError(
-            f"{where}: {', '.join(row[2:6])} is no box: expected x1, y1, x2, y2 as shares of the frame, "
+            f"{where}: {', '.join(row[2:6])} is not a box: expected x1, y1, x2, y2 as fractions of the frame, "
             "0 <= x1 <= x2 <= 1 and 0 <= y1 <= y2 <= 1"
         )
     return corners
@@ -169,7 +173,7 @@ def _number(field: str, what: str, where: str) -> float:
     try:
         number = float(field)
     except ValueError as error:
-        raise UserError(f"{where}: {what} {field!r} is no number") from error
+        raise UserError(f"{where}: {what} {field!r} is not a number") from error
     if not isfinite(number):
         raise UserError(f"{where}: {what} {field!r} is not finite")
     return number

@@ -1,4 +1,4 @@
-"""Boxes of people on key frames, in columns: ground truth, what a detector of people found, or what a model says.
+"""Boxes of people on key frames, in columns: ground truth, boxes of a person detector, or results of a model.
 
 Legend: F key frames, X boxes.
 """
@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 
 class KeyFrame(NamedTuple):
-    """A moment of a video; AVA names one in every second."""
+    """One annotated moment of a video; AVA has one per second."""
 
     video: str
     second: float
@@ -23,22 +23,22 @@ class KeyFrame(NamedTuple):
 
 @dataclass(frozen=True)
 class Boxes:
-    """Boxes on key frames. A box of ground truth stands once for each of its actions."""
+    """Boxes on key frames. A person of ground truth has one box per action."""
 
     frames: tuple[KeyFrame, ...]
-    """Distinct, in any order; some may have no box."""
+    """Distinct key frames in any order; some may have no box."""
 
     frame: NDArray[np.int64]
-    """Which of the frames, (X,)."""
+    """Index into `frames` of each box, (X,)."""
 
     corners: NDArray[np.float64]
-    """x1, y1, x2, y2 as shares of the frame's width and height, (X, 4)."""
+    """x1, y1, x2, y2 as fractions of the frame's width and height, (X, 4)."""
 
     actions: NDArray[np.int64]
-    """Number of the action, (X,); 0 where none is told."""
+    """Number of the action of each box, (X,); 0 if there is none."""
 
     scores: NDArray[np.float64]
-    """(X,); 1 in ground truth."""
+    """Score of each box, (X,); 1 in ground truth."""
 
     @classmethod
     def of(
@@ -48,7 +48,7 @@ class Boxes:
         actions: Sequence[int],
         scores: Sequence[float],
     ) -> Self:
-        """Boxes told one by one, each with its key frame."""
+        """Build from sequences with one entry per box; `keys` are the boxes' key frames."""
         frames = tuple(dict.fromkeys(keys))
         number = {frame: n for n, frame in enumerate(frames)}
         return cls(
@@ -63,12 +63,12 @@ class Boxes:
         return len(self.frame)
 
     def take(self, chosen: NDArray[np.bool_] | NDArray[np.int64]) -> Self:
-        """Some of the boxes."""
+        """Select boxes by a mask (X,) or by indices."""
         return type(self)(
             self.frames, self.frame[chosen], self.corners[chosen], self.actions[chosen], self.scores[chosen]
         )
 
     def without(self, excluded: Collection[KeyFrame]) -> Self:
-        """Those on other key frames."""
+        """Drop the boxes on excluded key frames."""
         stays = np.array([frame not in excluded for frame in self.frames], dtype=np.bool_)
         return self.take(stays[self.frame])

@@ -1,4 +1,4 @@
-"""`mvd-scale detect evaluate`: frame mAP of a trained detector on the people that another one found."""
+"""`mvd-scale detect evaluate`: frame mAP of a trained action detector on the boxes of a person detector."""
 
 from __future__ import annotations
 
@@ -37,33 +37,33 @@ from mvd_scale.training.ranks import Ranks, first_decides
 from mvd_scale.training.run_folder import write_whole
 
 _SHARD = 32
-"""Key frames of a shard of scores: what a kill may cost, and what a rank takes at a time."""
+"""Key frames per shard of scores: the unit of work of a rank, and the most that is lost if the process is killed."""
 
 
 @dataclass(frozen=True)
 class DetectionFigures:
-    """What a finished test gave."""
+    """Figures of a finished evaluation."""
 
     frame_map: float
     actions: int
-    """Over which the mean is."""
+    """Number of actions that the mean is over."""
 
     key_frames: int
-    """That were scored or could not be decoded."""
+    """Key frames in all, decoded or not."""
 
     not_decoded: int
 
     @classmethod
     def of(cls, score: FrameScore, key_frames: int, not_decoded: int) -> DetectionFigures:
-        """Of a score."""
+        """Build from a score and the number of key frames, in all and not decoded."""
         return cls(score.mean, score.tested, key_frames, not_decoded)
 
     def to_text(self) -> str:
-        """The figures, a line each."""
+        """Format the figures, one per line."""
         return "\n".join(
             [
                 f"key frames           {self.key_frames}",
-                f"not decoded          {self.not_decoded}, nobody found there",
+                f"not decoded          {self.not_decoded}, counted as without any detection",
                 f"frame mAP            {100 * self.frame_map:.2f} % over {self.actions} actions, IoU 0.5",
             ]
         )
@@ -80,20 +80,20 @@ def evaluate(
     precision: Precision,
     per_frame: int | None,
 ) -> DetectionFigures:
-    """Test a detector, or go on where an earlier start was cut off. All ranks call it.
+    """Evaluate a detector; continues an interrupted evaluation in the same folder. All ranks must call it.
 
     Args:
-        checkpoint: of `mvd-scale detect train`.
-        data: `source` and `root` say which videos.
-        test: annotations, boxes of people and actions.
-        out: folder of `results.csv` (the official form), `actions.csv` and `summary.json`.
-        ranks: each tests its share.
-        batch: key frames that a rank decodes together.
-        precision: of the detector.
-        per_frame: of each key frame, only so many boxes of the highest scores count; all if None.
+        checkpoint: weights that `mvd-scale detect train` wrote.
+        data: `source` and `root` give the videos.
+        test: files of annotations, boxes of people and actions.
+        out: folder for `results.csv` (the official format), `actions.csv` and `summary.json`.
+        ranks: this process among all; each evaluates its share.
+        batch: key frames that a rank decodes in one batch.
+        precision: precision of the detector.
+        per_frame: largest number of boxes that count per key frame, those of the highest scores; all if None.
 
     Raises:
-        UserError: weights, annotations or videos do not fit each other, or `out` holds another test.
+        UserError: weights, annotations or videos do not fit each other, or `out` holds another evaluation.
     """
     check_precision(precision, ranks.device)
     read = read_checkpoint(checkpoint)
@@ -151,10 +151,10 @@ def evaluate(
 def score_results(
     results: Path, annotations: Path, actions: Path, excluded: Path | None, per_frame: int | None
 ) -> FrameScore:
-    """Frame mAP of results in the official form, whoever made them.
+    """Compute the frame mAP of results in the official format, from any program.
 
     Raises:
-        UserError: a file is not as it should be, or they do not go together.
+        UserError: a file is invalid, or the files do not fit each other.
     """
     return frame_score(
         read_ground_truth(annotations, ANY),
@@ -182,7 +182,7 @@ def _write(file: Path, results: list[Scored]) -> None:
 
 
 def _read(files: list[Path], test: KeyFrameTest, classes: int) -> tuple[NDArray[np.float32], int]:
-    """Scores of all people, (X, C), and the number of key frames that could not be decoded."""
+    """Read the scores of all people, (X, C), and count the key frames that could not be decoded."""
     scores, not_decoded = np.full((len(test.people), classes), np.nan, np.float32), 0
     for file in files:
         table = pq.read_table(file)

@@ -1,4 +1,4 @@
-"""Key frames of videos: where they lie in the files, and which frames are around them.
+"""Location of key frames in video files, and the frames of the clips around them.
 
 Legend: F key frames, T frames of a clip.
 """
@@ -22,29 +22,29 @@ logger = logging.getLogger("mvd_scale")
 
 @dataclass(frozen=True)
 class KeyFrames:
-    """Key frames whose videos are there: what one clip each is made of."""
+    """Key frames whose videos are available; each gives one clip."""
 
     manifest: Manifest
-    """A row for each of them: its video."""
+    """Manifest with one row per key frame: its video."""
 
     numbers: NDArray[np.int64]
-    """Which of `Boxes.frames` each of them is, ascending, (F,)."""
+    """Index into `Boxes.frames` of each key frame, ascending, (F,)."""
 
     centres: NDArray[np.int64]
-    """Its frame of the video, (F,)."""
+    """Frame number of each key frame in its video, (F,)."""
 
     def __len__(self) -> int:
         return len(self.numbers)
 
 
 def find_key_frames(boxes: Boxes, videos: Manifest, starts_at: float, key: str) -> KeyFrames:
-    """All key frames that have boxes and whose videos reach them. What is left out is counted and named in the log.
+    """Find all key frames that have boxes and lie within their video; logs how many are left out, and why.
 
     Args:
-        boxes: of the annotations.
-        videos: a video is called as its file is, without the suffix.
-        starts_at: second of the annotations at which the files start.
-        key: of the recipe, for messages.
+        boxes: boxes of the annotations.
+        videos: manifest of the videos; the name of a video is its file's name without the suffix.
+        starts_at: time in the annotations, in seconds, at which the files start.
+        key: key of the recipe, for messages.
 
     Raises:
         UserError: two videos have the same name, or no key frame is left.
@@ -55,7 +55,7 @@ def find_key_frames(boxes: Boxes, videos: Manifest, starts_at: float, key: str) 
         frame = boxes.frames[number]
         row = rows.get(frame.video)
         if row is None:
-            missing[f"{frame.video} is not there"] += 1
+            missing[f"{frame.video} is not among the videos"] += 1
             continue
         centre = _place(videos, row, frame.second - starts_at)
         if isinstance(centre, str):
@@ -71,8 +71,8 @@ def find_key_frames(boxes: Boxes, videos: Manifest, starts_at: float, key: str) 
     if not numbers:
         reason = missing.most_common(1)[0][0] if missing else "there are none"
         raise UserError(
-            f"{key}: no key frame of the annotations can be used, because {reason}. A video must be called as in the "
-            "annotations, with any suffix; starts_at says at which second of them the files start"
+            f"{key}: no key frame of the annotations can be used, because {reason}. Video files must be named as in "
+            "the annotations, with any suffix; `starts_at` is the second of the annotations at which the files start"
         )
     return KeyFrames(
         videos.take(np.array(of_video, dtype=np.int64)),
@@ -82,9 +82,16 @@ def find_key_frames(boxes: Boxes, videos: Manifest, starts_at: float, key: str) 
 
 
 def frames_around(centre: int, available: int, *, frames: int, stride: int) -> NDArray[np.int64]:
-    """Every `stride`-th frame of a window of frames x stride around a place; beyond the video its ends are repeated.
+    """Return every `stride`-th frame of a window of frames x stride frames around a frame.
 
-    As in the published code (VideoMAE), the first frame is the one in the middle of the window's first stride.
+    Beyond the ends of the video its first or last frame is repeated. As in the published code (VideoMAE), the first
+    frame is in the middle of the window's first stride.
+
+    Args:
+        centre: frame number in the middle of the window.
+        available: number of frames of the video.
+        frames: T.
+        stride: distance between two frames of the clip, in frames of the video.
 
     Returns:
         frame numbers, int64 (T,), ascending, within 0 .. available - 1.
@@ -104,13 +111,13 @@ def _rows_by_name(videos: Manifest, key: str) -> dict[str, int]:
 
 
 def _place(videos: Manifest, row: int, second: float) -> int | str:
-    """The frame that is shown at a second of a file, or why there is none."""
+    """Return the number of the frame that is shown at a second of a file, or the reason why there is none."""
     reason = videos.left_out[row]
     if reason is not None:
         return f"cannot be used: {reason}"
-    # Where frames are not equally long, the mean rate is the nearest that a manifest tells.
+    # With a variable frame rate the manifest has no better information than the mean rate.
     rate = float(videos.frames[row] / videos.duration[row] if videos.variable_rate[row] else videos.fps[row])
     if not rate:
-        return "does not tell its frame rate"
+        return "has no known frame rate"
     centre = round(second * rate)
-    return centre if 0 <= centre < videos.frames[row] else "does not reach them"
+    return centre if 0 <= centre < videos.frames[row] else "does not contain these seconds"

@@ -1,4 +1,4 @@
-"""Training clips around key frames, with the boxes of the people in them.
+"""Loader of training clips around key frames, with the boxes of the people in them.
 
 Legend: B clips, P people of all clips, C actions.
 """
@@ -28,38 +28,38 @@ class DetectionBatch(ClipBatch):
     """One micro batch of clips around key frames, on the training device."""
 
     boxes: Tensor
-    """Number of the clip, then x1, y1, x2, y2 in its pixels: float32 (P, 5)."""
+    """Index of the clip in the batch, then x1, y1, x2, y2 in its pixels: float32 (P, 5)."""
 
     actions: Tensor
-    """1 for what a person does, else 0: float32 (P, C)."""
+    """1 for the actions that a person performs, else 0: float32 (P, C)."""
 
 
 class KeyFrameSampler(Sampler):
-    """Plans of clips around key frames."""
+    """Sampler of clips around key frames."""
 
     def __init__(self, key_frames: KeyFrames, data: DataConfig, model: ModelConfig, seed: int) -> None:
         super().__init__(key_frames.manifest, data, model, seed)
         self.centres = key_frames.centres
 
     def draw_frames(self, rng: Generator, video: int) -> NDArray[np.int64]:
-        """The frames around a key frame: nothing about them is random."""
+        """Return the frames around a key frame, int64 (T,); they do not depend on `rng`."""
         available = int(self.frames[video])
         return frames_around(int(self.centres[video]), available, frames=self.model.frames, stride=self.data.stride)
 
 
 class KeyFrameLoader(ClipLoader):
-    """Micro batches of clips around key frames; a stream that depends on the seed alone, as that of `ClipLoader`.
+    """Iterator over micro batches of clips around key frames; deterministic for a seed, like `ClipLoader`.
 
-    A person of whom the crop shows nothing is left out.
+    People whose boxes are outside of the crop are left out.
 
     Args:
-        key_frames: one clip each, `data.clips_per_video` times in an epoch.
-        people: of these key frames.
-        jitter: as `TrainingKeyFrames.jitter`.
-        data: how clips are cut.
-        model: shape of a clip.
-        seed: of all that is random.
-        others: as of `ClipLoader`.
+        key_frames: key frames; each gives one clip, `data.clips_per_video` times per epoch.
+        people: people on these key frames.
+        jitter: largest shifts of the boxes' sides, see `TrainingKeyFrames.jitter`.
+        data: settings of sampling, cropping and decoding.
+        model: shape of the clips.
+        seed: seed of all random choices.
+        others: further arguments of `ClipLoader`.
     """
 
     def __init__(
@@ -106,9 +106,10 @@ class KeyFrameLoader(ClipLoader):
         )
 
     def _people_of(self, position: int, attempt: int) -> tuple[list[NDArray[np.float64]], NDArray[np.bool_]]:
-        """Boxes in each copy of the clip at a place of the stream, and what their people do.
+        """Return the boxes (P, 4) in each copy of the clip at a position of the stream, and their actions (P, C).
 
-        The plan of the clip is made once more: it is a function of the place, and cheaper than its way from a worker.
+        The plan of the clip (crop and flip) is computed again here: it is a pure function of the position, and that is
+        cheaper than to send it from the worker.
         """
         epoch, i = self._share.locate(position)
         plan = self._sampler.plan(epoch, i, attempt)

@@ -1,9 +1,9 @@
-"""Frame mAP by the protocol of AVA: PASCAL VOC's average precision of each action over all key frames.
+"""Frame mAP by AVA's protocol: PASCAL VOC's average precision of each action over all key frames.
 
-A box found is right if, of the ground truth boxes of its action on its key frame, the one that it overlaps most does so
-by an IoU of 0.5, and no box of a higher score has claimed that one already.
+A detection is correct if its IoU with the ground truth box that it overlaps most (of the same action on the same key
+frame) is at least 0.5, and no detection of a higher score has been matched with that ground truth box.
 
-Legend: X boxes found, G boxes of ground truth.
+Legend: X detections, G boxes of ground truth.
 """
 
 from __future__ import annotations
@@ -21,42 +21,42 @@ from mvd_scale.detection.boxes import Boxes, KeyFrame
 from mvd_scale.errors import UserError
 
 IOU = 0.5
-"""Overlap from which on a box counts as found."""
+"""Least IoU of a detection with its ground truth box."""
 
 
 @dataclass(frozen=True)
 class ActionScore:
-    """How well one action is found."""
+    """Average precision of one action."""
 
     name: str
     truth: int
-    """Boxes of ground truth."""
+    """Number of ground truth boxes."""
 
     found: int
-    """Boxes that the model gives."""
+    """Number of the model's detections."""
 
     precision: float
-    """Average precision; nan without ground truth."""
+    """Average precision, 0 to 1; nan without ground truth."""
 
 
 @dataclass(frozen=True)
 class FrameScore:
-    """The figures of a test."""
+    """Average precision of every action, and their mean."""
 
     actions: Mapping[int, ActionScore]
 
     @property
     def mean(self) -> float:
-        """mAP: the mean over the actions that have ground truth."""
+        """Mean average precision (mAP) over the actions that have ground truth, 0 to 1."""
         return float(np.mean([action.precision for action in self.actions.values() if action.truth]))
 
     @property
     def tested(self) -> int:
-        """Actions that have ground truth."""
+        """Number of actions that have ground truth."""
         return sum(bool(action.truth) for action in self.actions.values())
 
     def write(self, path: Path) -> None:
-        """Write a table with a line for each action; it appears whole or not at all."""
+        """Write a CSV table with one line per action; the file is renamed into place, so it is never partial."""
         partial = path.with_name(path.name + ".partial")
         with partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
@@ -75,17 +75,17 @@ def frame_score(
     *,
     per_frame: int | None = None,
 ) -> FrameScore:
-    """Average precision of each action, and their mean.
+    """Compute the average precision of each action.
 
     Args:
-        truth: all boxes of the test.
-        found: boxes with an action and a score; of equal scores the earlier one comes first.
-        actions: those that are tested, by number; boxes of others do not count.
-        excluded: key frames that do not count.
-        per_frame: of each key frame, only so many boxes of the highest scores count; all if left out.
+        truth: all ground truth boxes.
+        found: detections with action and score; of equal scores the earlier one ranks first.
+        actions: names of the evaluated actions by number; boxes of other actions are ignored.
+        excluded: key frames that are ignored.
+        per_frame: largest number of detections that count per key frame, those of the highest scores; all if None.
 
     Raises:
-        UserError: no box of ground truth has one of the actions.
+        UserError: no ground truth box has one of the actions.
     """
     listed = np.array(list(actions))
     truth = truth.without(excluded)
@@ -93,8 +93,8 @@ def frame_score(
     truth, found = (boxes.take(np.isin(boxes.actions, listed)) for boxes in (truth, found))
     if not len(truth):
         raise UserError(
-            f"the ground truth has no box of one of the {len(actions)} listed actions on a key frame that counts: see "
-            "that annotations, action list and excluded key frames belong together"
+            f"the ground truth has no box of one of the {len(actions)} listed actions on a key frame that is not "
+            "excluded: check that annotations, action list and excluded key frames belong together"
         )
     if per_frame is not None:
         found = found.take(_highest(found, per_frame))
@@ -111,11 +111,11 @@ def frame_score(
 
 
 def average_precision(right: NDArray[np.bool_], truth: int) -> float:
-    """Area under the envelope of precision over recall.
+    """Compute the area under the monotone envelope of precision over recall.
 
     Args:
-        right: of each box, from the highest score to the lowest, whether it is right, (X,).
-        truth: G; nan if it is 0.
+        right: whether each detection is correct, from the highest score to the lowest, (X,).
+        truth: number of ground truth boxes, G; the result is nan if it is 0.
     """
     if not truth:
         return float("nan")
@@ -126,7 +126,7 @@ def average_precision(right: NDArray[np.bool_], truth: int) -> float:
 
 
 def overlap(one: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.float64]:
-    """IoU of pairs of boxes, (N, 4) and (N, 4) to (N,); 0 where both are empty."""
+    """Compute the IoU of pairs of boxes, (N, 4) and (N, 4) to (N,); 0 if both are empty."""
     low, high = np.maximum(one[:, :2], other[:, :2]), np.minimum(one[:, 2:], other[:, 2:])
     common = (high - low).clip(min=0).prod(axis=1)
     areas = [(boxes[:, 2:] - boxes[:, :2]).prod(axis=1) for boxes in (one, other)]
@@ -137,15 +137,19 @@ def overlap(one: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.
 def _right(
     truth: NDArray[np.float64], frames: NDArray[np.int64], found: NDArray[np.float64], places: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
-    """Whether each box found, from the highest score down, is right; all of one action.
+    """Decide which detections of one action are correct; they are ordered by score, the highest first.
 
     Args:
-        truth: (G, 4).
-        frames: key frame of each of them, (G,).
-        found: (X, 4).
-        places: key frame of each of them by the same numbers, (X,).
+        truth: ground truth boxes (G, 4).
+        frames: index of the key frame of each of them, (G,).
+        found: detections (X, 4).
+        places: index of the key frame of each of them, by the same numbering, (X,).
+
+    Returns:
+        (X,).
     """
-    # All pairs on the same key frame at once: a test has millions of boxes.
+    # Vectorised over all pairs of detection and ground truth on the same key frame: there are millions of them. Ground
+    # truth is sorted by key frame, so the partners of a detection are `count` consecutive entries from `first` on.
     by_frame = np.argsort(frames, kind="stable")
     first = np.searchsorted(frames[by_frame], places, side="left")
     count = np.searchsorted(frames[by_frame], places, side="right") - first
@@ -153,13 +157,13 @@ def _right(
     within = np.arange(len(box)) - np.repeat(np.cumsum(count) - count, count)
     partner = by_frame[np.repeat(first, count) + within]
     shared = overlap(found[box], truth[partner])
-    # The best partner of each box: the last one of its group when the group is sorted by overlap, and the first listed
-    # of equal ones.
+    # The best partner of each detection is the last entry of its group after sorting by IoU; of equal ones the one that
+    # is listed first.
     order = np.lexsort((-within, shared, box))
     last = np.flatnonzero(np.append(np.diff(box[order]) > 0, True)) if len(box) else np.empty(0, np.int64)
     best = order[last]
     best = best[shared[best] >= IOU]
-    # `box` ascends, and lower numbers have higher scores: the first claim on a partner counts.
+    # `box` ascends and lower indices have higher scores, so the first occurrence of a partner is the match.
     _, claims = np.unique(partner[best], return_index=True)
     right = np.zeros(len(found), dtype=np.bool_)
     right[box[best[claims]]] = True
@@ -167,7 +171,7 @@ def _right(
 
 
 def _highest(found: Boxes, per_frame: int) -> NDArray[np.bool_]:
-    """Which boxes are among the highest scores of their key frame."""
+    """Select the `per_frame` detections of the highest scores on each key frame, (X,)."""
     order = np.lexsort((np.arange(len(found)), -found.scores, found.frame))
     frames = found.frame[order]
     rank = np.arange(len(order)) - np.searchsorted(frames, frames, side="left")

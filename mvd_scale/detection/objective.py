@@ -1,4 +1,4 @@
-"""What action detection minimises: binary cross entropy of every action of every person.
+"""Training objective of action detection: binary cross entropy of every action of every person.
 
 Legend: B clips, P people, C actions.
 """
@@ -15,16 +15,16 @@ from mvd_scale.detection.loader import DetectionBatch
 
 
 class Detection:
-    """Mean over actions, summed over the people of a clip, mean over clips.
+    """Binary cross entropy: mean over actions, sum over the people of a clip, mean over clips.
 
-    The published code sums over the people of a rank's batch instead, so that its loss grows with the batch of a rank:
-    AdamW does not mind the factor, and here every person weighs the same for any number of ranks.
+    The published code takes the sum over the people of a rank's batch instead, so its loss grows with that batch. AdamW
+    is invariant to a constant factor; with this normalisation every person has the same weight for any number of ranks.
     """
 
     parts = ("true_score",)
 
     def __call__(self, engine: Any, batch: ClipBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of a micro batch, and the mean score of what people do; float32 scalars."""
+        """Compute the loss of a micro batch, and the mean score of the true actions; float32 scalars."""
         assert isinstance(batch, DetectionBatch)
         scores = engine(batch.pixels, batch.boxes).float()
         clips, classes = len(batch.pixels), batch.actions.shape[1]

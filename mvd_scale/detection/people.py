@@ -1,6 +1,6 @@
-"""People on key frames with what they do, and the way of their boxes into a clip.
+"""People on key frames with their actions, and the transformation of their boxes into a clip.
 
-Every step that moves pixels moves boxes: crop, resize, flip. Boxes in a clip are x1, y1, x2, y2 in its pixels.
+Crop, resize and flip of the pixels are applied to the boxes too. Boxes in a clip are x1, y1, x2, y2 in its pixels.
 
 Legend: P people, C actions.
 """
@@ -21,20 +21,20 @@ Corners = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class People:
-    """One box for each person of ground truth."""
+    """People of ground truth: one box per person, with all its actions."""
 
     frame: NDArray[np.int64]
-    """Which of `Boxes.frames`, ascending, (P,)."""
+    """Index into `Boxes.frames` of each person, ascending, (P,)."""
 
     corners: Corners
-    """Shares of the frame, (P, 4)."""
+    """x1, y1, x2, y2 as fractions of the frame, (P, 4)."""
 
     actions: NDArray[np.bool_]
-    """What each of them does, (P, C); column c is action c + 1."""
+    """Whether each person performs each action, (P, C); column c is action c + 1."""
 
     @classmethod
     def of(cls, truth: Boxes, classes: int) -> People:
-        """Lines of the same key frame with the same box are one person."""
+        """Group ground truth by person: lines with the same key frame and the same box are one person."""
         lines = np.column_stack([truth.frame, truth.corners])
         persons, person = np.unique(lines, axis=0, return_inverse=True)
         actions = np.zeros((len(persons), classes), dtype=np.bool_)
@@ -42,22 +42,22 @@ class People:
         return cls(persons[:, 0].astype(np.int64), persons[:, 1:], actions)
 
     def on(self, frame: int) -> slice:
-        """Those of a key frame."""
+        """Return the slice of the people on a key frame, given by its index into `Boxes.frames`."""
         first, end = np.searchsorted(self.frame, [frame, frame + 1]).tolist()
         return slice(first, end)
 
 
 def place_boxes(corners: Corners, plan: CopyPlan, size: tuple[int, int], side: int) -> Corners:
-    """Boxes of a frame in a training clip of it; what lies outside of the clip is cut off.
+    """Transform boxes of a frame into a training clip of it; parts outside of the clip are cut off.
 
     Args:
-        corners: shares of the frame as shown, (P, 4).
+        corners: fractions of the upright frame, (P, 4).
         plan: crop and flip of the clip.
-        size: height and width of the frame as shown, in pixels.
-        side: of the clip, in pixels.
+        size: height and width of the upright frame, in pixels.
+        side: side of the clip, in pixels.
 
     Returns:
-        (P, 4); a box of which nothing is left has no area.
+        (P, 4) in pixels of the clip; a box that is entirely outside has no area.
     """
     (height, width), (top, left, crop_height, crop_width) = size, plan.crop
     scale = np.array([side / crop_width, side / crop_height] * 2)
@@ -68,16 +68,16 @@ def place_boxes(corners: Corners, plan: CopyPlan, size: tuple[int, int], side: i
 
 
 def jitter_boxes(rng: Generator, boxes: Corners, jitter: tuple[float, float, float, float], side: int) -> Corners:
-    """Boxes whose sides are moved at random, within a clip.
+    """Shift the sides of boxes at random, within a clip.
 
     Args:
-        rng: draws four numbers for each box.
-        boxes: (P, 4).
-        jitter: greatest moves as `TrainingKeyFrames.jitter`.
-        side: of the clip, in pixels.
+        rng: generator; four numbers are drawn per box.
+        boxes: (P, 4) in pixels.
+        jitter: largest shifts, see `TrainingKeyFrames.jitter`.
+        side: side of the clip, in pixels.
 
     Returns:
-        (P, 4).
+        (P, 4) in pixels.
     """
     x_out, x_in, y_out, y_in = jitter
     low, high = np.array([-x_out, -y_out, -x_in, -y_in]), np.array([x_in, y_in, x_out, y_out])
@@ -86,12 +86,12 @@ def jitter_boxes(rng: Generator, boxes: Corners, jitter: tuple[float, float, flo
 
 
 def widen_boxes(boxes: Corners, widen: tuple[float, float], size: tuple[int, int]) -> Corners:
-    """Boxes that are larger by shares of their width and height, within a frame of height and width; (P, 4)."""
+    """Enlarge boxes by fractions of their width and height, within a frame of size (height, width): (P, 4) pixels."""
     grown = (boxes[:, 2:] - boxes[:, :2]) * widen / 2
     height, width = size
     return np.column_stack([boxes[:, :2] - grown, boxes[:, 2:] + grown]).clip(0, [width, height, width, height])
 
 
 def has_area(boxes: Corners) -> NDArray[np.bool_]:
-    """Which boxes cover anything, (P,)."""
+    """Whether each box has an area above 0, (P,)."""
     return (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])

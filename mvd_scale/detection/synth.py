@@ -1,8 +1,8 @@
-"""A set like AVA without a download: textures that move over pictures, their boxes known exactly.
+"""Generated data set in AVA's format, without a download: textures that move over pictures, with exact boxes.
 
-In every video one object moves in the upper half and one in the lower half, each to the left or to the right. What an
-object is and where it goes are its two actions. In the test set the boxes of people are those of the objects, a little
-off, with false ones among them.
+In every video one object moves in the upper half and one in the lower half, each to the left or to the right. The kind
+of an object and its direction are its two actions. The boxes of people in the test set are those of the objects with
+small random shifts, and false boxes among them.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ log = logging.getLogger("mvd_scale")
 
 OBJECTS = ("grass", "ihc", "text")
 ACTIONS = (*OBJECTS, "goes left", "goes right")
-"""By number, from 1 on."""
+"""Names of the actions; the first has the number 1."""
 
 SECONDS, START = 3, 900
-"""Length of a video; second of the annotations at which it starts, as in AVA."""
+"""Length of a video in seconds, and the second of the annotations at which it starts, as in AVA."""
 
 LARGEST = 40
-"""Pixels of an object."""
+"""Largest side of an object in pixels."""
 
 
 @dataclass(frozen=True)
 class Moving:
-    """An object and its way."""
+    """A moving object."""
 
     picture: Picture
     top: int
     left: float
     speed: float
-    """Pixels per frame, to the right."""
+    """Pixels per frame; positive to the right."""
 
     actions: tuple[int, int]
 
     def place(self, frame: int) -> tuple[int, int, int, int]:
-        """x1, y1, x2, y2 in pixels."""
+        """Return the box on a frame: x1, y1, x2, y2 in pixels."""
         height, width, _ = self.picture.shape
         left = round(self.left + frame * self.speed)
         return left, self.top, left + width, self.top + height
@@ -55,10 +55,13 @@ def make_detection_set(out: Path, *, train: int, test: int, seed: int = 0) -> Pa
     """Write `train/*.mp4`, `test/*.mp4`, `actions.pbtxt`, `train.csv`, `test.csv`, `excluded.csv` and `people.csv`.
 
     Args:
-        out: folder.
-        train: training videos, each with two key frames.
-        test: test videos, likewise.
-        seed: of everything that is drawn.
+        out: folder to write to.
+        train: number of training videos, each with two key frames.
+        test: number of test videos, each with two key frames.
+        seed: seed of all random choices.
+
+    Returns:
+        `out`.
 
     Raises:
         UserError: scikit-image is not installed.
@@ -91,7 +94,11 @@ def make_detection_set(out: Path, *, train: int, test: int, seed: int = 0) -> Pa
 
 
 def _object(pictures: dict[str, Picture], half: int, tested: bool, rng: Generator) -> Moving:
-    """One that stays within its half of the frame; of the left half of its texture in training, else of the right."""
+    """Draw an object that stays within its half of the frame.
+
+    Its picture is cut from the left half of the texture for training and from the right half for the test, so that the
+    two sets share no pixels.
+    """
     kind, side = int(rng.integers(len(OBJECTS))), int(rng.integers(LARGEST - 8, LARGEST + 1))
     texture = pictures[OBJECTS[kind]]
     middle = texture.shape[1] // 2

@@ -1,7 +1,7 @@
-"""The test of a detector: which boxes on which key frames are scored, how, and what the scores are worth.
+"""Evaluation of a detector: the boxes and key frames that are scored, the scoring, and the frame mAP of the scores.
 
-A frame is seen whole, its short side resized. One clip goes through the model at a time: frames differ in size, and
-so scores depend neither on batches nor on ranks.
+Whole frames are used, resized by their short side. The model gets one clip at a time, because frames differ in size;
+therefore scores depend neither on the batch size nor on the number of ranks.
 
 Legend: P people of a key frame, X people of all key frames, C actions.
 """
@@ -29,16 +29,16 @@ from mvd_scale.detection.people import widen_boxes
 from mvd_scale.detection.whole_frames import FrameBatch, WholeFrameLoader
 
 GREY = tuple(round(255 * level) for level in IMAGENET_MEAN)
-"""What fills up a frame to whole patches: 0 after normalisation."""
+"""Colour of the padding up to a multiple of the patch size: about 0 after normalisation."""
 
 
 @dataclass(frozen=True)
 class KeyFrameTest:
-    """Ground truth, and the boxes of people that are scored."""
+    """Data of an evaluation: ground truth, and the boxes of people that are scored."""
 
     truth: Boxes
     people: Boxes
-    """In the order of their key frames; a score says how sure the detector of people is."""
+    """Boxes ordered by key frame; a score is the confidence of the person detector."""
 
     key_frames: KeyFrames
     actions: dict[int, str]
@@ -46,16 +46,16 @@ class KeyFrameTest:
 
     @classmethod
     def open(cls, test: DetectionTest, videos: Manifest, classes: int, key: str) -> KeyFrameTest:
-        """Read the files of a test.
+        """Read the files of an evaluation.
 
         Args:
-            test: names them.
-            videos: of the test.
-            classes: actions are numbered from 1 to this.
-            key: of the recipe, for messages.
+            test: paths of the files, and settings.
+            videos: manifest of the videos.
+            classes: number of actions; they are numbered from 1 to it.
+            key: key of the recipe, for messages.
 
         Raises:
-            UserError: a file is not as it should be, or they do not go together.
+            UserError: a file is invalid, or the files do not fit each other.
         """
         excluded = frozenset() if test.excluded is None else read_excluded(test.excluded)
         truth = read_ground_truth(test.annotations, classes).without(excluded)
@@ -65,18 +65,18 @@ class KeyFrameTest:
         return cls(truth, people, key_frames, read_actions(test.actions, classes), excluded)
 
     def on(self, row: int) -> slice:
-        """People on one of the key frames."""
+        """Return the slice of `people` on a key frame, given by its row in `key_frames`."""
         number = self.key_frames.numbers[row]
         first, end = np.searchsorted(self.people.frame, [number, number + 1]).tolist()
         return slice(first, end)
 
     def found(self, scores: NDArray[np.float32]) -> Boxes:
-        """What the model says of every person, one box for each listed action.
+        """Convert scores to detections: one box per person and listed action.
 
-        The score is that of the action times that of the person, as published (VideoMAE).
+        The score of a detection is the action's score times the person's score, as published (VideoMAE).
 
         Args:
-            scores: (X, C); nan where a person could not be scored.
+            scores: (X, C); nan for people that could not be scored, which give no detection.
         """
         scored = np.flatnonzero(np.isfinite(scores).all(axis=1))
         numbers = np.array(list(self.actions), dtype=np.int64)
@@ -91,23 +91,23 @@ class KeyFrameTest:
         )
 
     def judge(self, found: Boxes, per_frame: int | None = None) -> FrameScore:
-        """Frame mAP; ground truth of which no person was scored counts as not found."""
+        """Compute the frame mAP; ground truth on key frames that were not scored counts as missed."""
         return frame_score(self.truth, found, self.actions, self.excluded, per_frame=per_frame)
 
 
 class Scored(NamedTuple):
-    """One key frame of a test."""
+    """Scores of one key frame."""
 
     row: int
-    """Which of the key frames."""
+    """Row of the key frame in `KeyFrameTest.key_frames`."""
 
     decoded: bool
     scores: NDArray[np.float32]
-    """Of its people, (P, C); nan if the video could not be decoded."""
+    """Scores of its people, (P, C); nan if the video could not be decoded."""
 
 
 class Scorer:
-    """A frozen detector, or one in training, on whole frames."""
+    """Callable that scores people on whole frames with a detector, which may be frozen or in training."""
 
     def __init__(self, model: Callable[[Tensor, Tensor], Tensor], config: DetectorConfig, patch: int) -> None:
         self.model = model
@@ -116,11 +116,11 @@ class Scorer:
 
     @torch.no_grad()
     def __call__(self, clip: Tensor, corners: NDArray[np.float64]) -> Tensor:
-        """Scores of the people of a key frame.
+        """Score the people on a key frame.
 
         Args:
             clip: uint8 (T, H, W, 3).
-            corners: shares of the frame, (P, 4).
+            corners: boxes as fractions of the frame, (P, 4).
 
         Returns:
             float32 (P, C), after the sigmoid.
@@ -128,22 +128,22 @@ class Scorer:
         height, width = clip.shape[1:3]
         boxes = widen_boxes(corners * [width, height, width, height], self.config.widen, (height, width))
         rows = np.column_stack([np.zeros(len(boxes)), boxes]).astype(np.float32)
-        # Frames differ in size, and each size would be a program of its own.
+        # Not compiled: frames differ in size, and torch.compile would compile a program for each size.
         with torch.compiler.set_stance("force_eager"):
             scores = self.model(to_patches(clip, self.patch).unsqueeze(0), torch.from_numpy(rows).to(clip.device))
         return scores.float().sigmoid()
 
     def frames(self, batch: FrameBatch, test: KeyFrameTest) -> Iterator[Scored]:
-        """Every key frame of a batch."""
+        """Score every key frame of a batch."""
         for clip, row, decoded in zip(batch.pixels, batch.rows, batch.decoded, strict=True):
             corners = test.people.corners[test.on(row)]
-            # Undecoded ones go through too: at ZeRO stage 3 the ranks compute together.
+            # Clips that were not decoded are passed too: at ZeRO stage 3 all ranks must run the same number of passes.
             scores = self(clip, corners).cpu().numpy()
             yield Scored(row, decoded, scores if decoded else np.full_like(scores, np.nan))
 
 
 def to_patches(clip: Tensor, patch: int) -> Tensor:
-    """A clip with grey to the right and below, up to whole patches: uint8 (T, H, W, 3)."""
+    """Pad a clip with grey on the right and at the bottom to multiples of the patch size: uint8 (T, H, W, 3)."""
     frames, height, width, _ = clip.shape
     rows, columns = -(-height // patch) * patch, -(-width // patch) * patch
     if (rows, columns) == (height, width):
@@ -156,7 +156,16 @@ def to_patches(clip: Tensor, patch: int) -> Tensor:
 def load_frames(
     test: KeyFrameTest, rows: NDArray[np.int64], data: DataConfig, model: ModelConfig, short_side: int, **others: Any
 ) -> WholeFrameLoader:
-    """The clips of some key frames; `others` as of `ItemLoader`."""
+    """Make the loader of the clips around some key frames.
+
+    Args:
+        test: data of the evaluation.
+        rows: rows of `test.key_frames` to load.
+        data: stride, workers and limits.
+        model: frames of a clip.
+        short_side: shorter side of the resized frames in pixels.
+        others: further arguments of `ItemLoader`.
+    """
     return WholeFrameLoader(
         test.key_frames, rows, data, frames=model.frames, stride=data.stride, short_side=short_side, **others
     )

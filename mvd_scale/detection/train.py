@@ -1,4 +1,4 @@
-"""The task of telling what each person on a key frame does."""
+"""Fine-tuning for action detection: the task, and the entry point of `mvd-scale detect train`."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ from mvd_scale.training.task import Task, teach
 
 
 def train_detector(recipe: DetectionRecipe) -> None:
-    """Run a recipe of action detection; as `teach`."""
+    """Run a recipe of action detection; see `teach`."""
     teach(DetectingActions(recipe, RunFolder(recipe.run.folder)))
 
 
 class DetectingActions(Task[DetectionRecipe]):
-    """Action detection on key frames; the boxes of people are given."""
+    """Task of action detection on key frames; the boxes of people are given."""
 
     rows = "key frames"
     figure = "frame_map"
     weights = "detector.safetensors"
 
     def prepare(self) -> Manifest:
-        """Index the videos, and see that all annotations fit them."""
+        """Index the videos and check that all annotations fit them."""
         recipe = self.recipe
         videos = open_source(recipe.data, self.folder.index)
         find_key_frames(self._truth(), videos, recipe.key_frames.starts_at, "key_frames")
@@ -56,40 +56,40 @@ class DetectingActions(Task[DetectionRecipe]):
         return videos
 
     def open(self) -> Manifest:
-        """A row for each key frame."""
+        """Return a manifest with one row per key frame."""
         truth, videos = self._truth(), Manifest.load(self.folder.manifest)
         self.key_frames = find_key_frames(truth, videos, self.recipe.key_frames.starts_at, "key_frames")
         self.people = People.of(truth, self.recipe.detector.classes)
         return self.key_frames.manifest
 
     def build(self) -> Detector:
-        """The detector."""
+        """Build the detector with random weights."""
         return Detector(self.recipe.model, self.recipe.detector)
 
     def write(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        """With what the test must know."""
+        """Write the weights, with the metadata that the evaluation needs."""
         views = ViewsConfig(stride=self.recipe.data.stride, clips=1, crops=1)
         save_weights(path, tensors, self.recipe.model, views=views, detector=self.recipe.detector)
 
     def origin(self) -> dict[str, Any]:
-        """Videos and boxes."""
+        """Return digests of videos and boxes, by which a resumed run recognises its data."""
         digest = hashlib.sha256(self.key_frames.centres.tobytes())
         for column in (self.people.frame, self.people.corners, self.people.actions):
             digest.update(column.tobytes())
         return {"videos": self.key_frames.manifest.digest, "people": digest.hexdigest()[:16]}
 
     def objective(self) -> Detection:
-        """Binary cross entropy."""
+        """Return the binary cross entropy over actions."""
         return Detection()
 
     def loader(self, **places: Any) -> KeyFrameLoader:
-        """Clips around the key frames."""
+        """Make the loader of clips around the key frames."""
         recipe = self.recipe
         jitter = recipe.key_frames.jitter
         return KeyFrameLoader(self.key_frames, self.people, jitter, recipe.data, recipe.model, recipe.seed, **places)
 
     def measure(self, ranks: Ranks) -> Callable[[Any], float]:
-        """Frame mAP, each key frame scored by one rank."""
+        """Return a function that computes the frame mAP of a model; each key frame is scored by one rank."""
         recipe, validation = self.recipe, self.recipe.validation
         assert validation is not None
         test = KeyFrameTest.open(validation, Manifest.load(self.folder.tested), recipe.detector.classes, "validation")
@@ -127,7 +127,7 @@ class DetectingActions(Task[DetectionRecipe]):
         return frame_map
 
     def _pass_along(self, score: Scorer, ranks: Ranks) -> None:
-        """A pass for its own sake: at ZeRO stage 3 each rank makes as many as the others."""
+        """Run a forward pass whose result is not used: at ZeRO stage 3 all ranks must run the same number of passes."""
         side = self.recipe.model.input_size
         clip = torch.zeros(self.recipe.model.frames, side, side, 3, dtype=torch.uint8, device=ranks.device)
         score(clip, np.zeros((0, 4)))

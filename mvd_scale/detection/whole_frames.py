@@ -1,6 +1,6 @@
-"""Clips around key frames for the test: whole frames, resized by their short side, not cropped.
+"""Loader of clips around key frames for the evaluation: whole frames, resized by their short side, not cropped.
 
-Legend: B clips, T frames, H W pixels of a clip, which differ from video to video.
+Legend: B clips, T frames, H W pixels of a clip, which differ between videos.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from mvd_scale.detection.key_frames import KeyFrames, frames_around
 
 @dataclass(frozen=True)
 class FrameBatch:
-    """Some key frames."""
+    """Batch of key frames."""
 
     pixels: list[Tensor]
     """uint8 (T, H, W, 3) each, on the device; black where the video could not be decoded."""
 
     rows: list[int]
-    """Which of the key frames."""
+    """Rows of the key frames, one per clip."""
 
     decoded: list[bool]
-    """Whether the video could be decoded."""
+    """Whether the video could be decoded, one per clip."""
 
 
 class WholeFrameSource(ViewSource):
-    """Sample n is the clip around the n-th of some key frames."""
+    """Source whose sample n is the clip around the n-th of the given key frames."""
 
     def __init__(self, key_frames: KeyFrames, items: NDArray[np.int64], views: ViewsConfig, **others: Any) -> None:
         super().__init__(key_frames.manifest, items, views, **others)
@@ -55,16 +55,16 @@ class WholeFrameSource(ViewSource):
 
 
 class WholeFrameLoader(ItemLoader[FrameBatch]):
-    """Iterator over the clips around key frames, each of them exactly once.
+    """Iterator over the clips around key frames, each exactly once.
 
     Args:
-        key_frames: all of the test.
-        rows: those of this rank.
+        key_frames: all key frames of the evaluation.
+        rows: rows of the key frames that this rank loads.
         data: workers and limits.
         frames: T.
-        stride: frames between two frames of a clip.
-        short_side: smaller one of H and W.
-        others: as of `ItemLoader`.
+        stride: distance between two frames of a clip, in frames of the video.
+        short_side: the smaller one of H and W.
+        others: further arguments of `ItemLoader`.
     """
 
     def __init__(

@@ -1,1 +1,1 @@
-"""Looking at what a model has learned."""
+"""Evaluation of models: classification, frozen features, predictions, and reports about them."""

@@ -1,4 +1,4 @@
-"""`mvd-scale evaluate`: the multi-view test of a classifier (Sec. 4.1), each video decoded once for all of its views.
+"""`mvd-scale evaluate`: multi-view evaluation of a classifier (Sec. 4.1); a video is decoded once for all its views.
 
 Legend: X videos, V views, C classes.
 """
@@ -29,7 +29,7 @@ from mvd_scale.evaluation.tested import Origin, Tested, as_lists
 from mvd_scale.training.ranks import Ranks, first_decides
 
 _SHARD = 32
-"""Videos of a shard of scores: what a kill may cost, and what a rank takes at a time."""
+"""Videos per shard of scores: the unit of work of a rank, and the most that is lost if the process is killed."""
 
 
 def evaluate(
@@ -43,20 +43,23 @@ def evaluate(
     precision: FrozenPrecision,
     command: str,
 ) -> Tested:
-    """Test a classifier on all videos of a source, or go on where an earlier start was cut off. All ranks call it.
+    """Evaluate a classifier on all videos of a source; continues an interrupted evaluation. All ranks must call it.
 
     Args:
         checkpoint: a fine-tuned classifier in any known format.
-        data: `source` and `root` say which videos; workers and time limit how they are read.
-        views: fields of `ViewsConfig` in which the test differs from the one that the checkpoint was meant for.
-        out: folder of the results.
-        ranks: each tests its share.
-        batch: videos that a rank decodes together.
-        precision: of the classifier.
-        command: the command line, which is kept with the results.
+        data: `source` and `root` give the videos; workers and time limit apply to decoding.
+        views: fields of `ViewsConfig` that replace those stored in the checkpoint.
+        out: folder for the results.
+        ranks: this process among all; each evaluates its share.
+        batch: videos that a rank decodes in one batch.
+        precision: precision of the classifier.
+        command: the command line, which is stored with the results.
+
+    Returns:
+        the finished evaluation, as it was written to `out`.
 
     Raises:
-        UserError: weights, videos or labels do not fit each other, or `out` holds another test.
+        UserError: weights, videos or labels do not fit each other, or `out` holds another evaluation.
     """
     read = read_checkpoint(checkpoint)
     score = Scorer(build_classifier(read), ranks.device, precision)
@@ -98,31 +101,31 @@ def evaluate(
 
 
 def _words(views: ViewsConfig) -> tuple[str, list[str]]:
-    """What the views are, all together and one by one."""
+    """Describe the views in words: all of them in one phrase, and one name per view."""
     frames = f"dense, stride {views.stride}" if views.sampling == "dense" else "uniform"
     names = [f"clip {clip}, crop {crop}" for clip in range(1, views.clips + 1) for crop in range(1, views.crops + 1)]
     return f"{views.clips} clips x {views.crops} crops, {frames}", names
 
 
 def merge_tests(folders: Sequence[Path], out: Path, command: str) -> Tested:
-    """The mean score of several models, tested on the same videos.
+    """Average the scores of several models that were evaluated on the same videos.
 
     Args:
-        folders: of their tests.
-        out: folder of the results.
-        command: the command line, which is kept with the results.
+        folders: folders of their evaluations.
+        out: folder for the results; it must be new or empty.
+        command: the command line, which is stored with the results.
 
     Raises:
-        UserError: they were tested on other videos or name other classes.
+        UserError: the evaluations have different videos or class names, or `out` is not empty.
     """
     parts = [Tested.load(folder) for folder in folders]
     first = parts[0]
     for folder, part in zip(folders, parts, strict=True):
         if list(part.names) != list(first.names) or (part.outcome.labels != first.outcome.labels).any():
-            raise UserError(f"{folder} and {folders[0]} are tests of other videos: they cannot be merged")
+            raise UserError(f"{folder} and {folders[0]} are evaluations of different videos: they cannot be merged")
         if list(part.classes) != list(first.classes):
-            raise UserError(f"{folder} and {folders[0]} name other classes: they cannot be merged")
-    # One view for each model.
+            raise UserError(f"{folder} and {folders[0]} have different class names: they cannot be merged")
+    # Each model becomes one view of the merged result.
     views = np.stack([part.outcome.scores for part in parts], axis=1)
     decoded = np.all([part.outcome.decoded for part in parts], axis=0)
     if out.is_dir() and any(out.iterdir()):
@@ -148,7 +151,7 @@ def _check_names(tested: Sequence[str], learnt: Sequence[str]) -> None:
         differing = [c for c, (one, other) in enumerate(zip(tested, learnt, strict=False)) if one != other]
         where = f"class {differing[0]} is {tested[differing[0]]!r}, there {learnt[differing[0]]!r}" if differing else ""
         raise UserError(
-            f"the {len(tested)} classes of the test are not the {len(learnt)} that the checkpoint names"
+            f"the {len(tested)} classes of the videos are not the {len(learnt)} classes of the checkpoint"
             + (f": {where}" if where else "")
         )
 
@@ -157,7 +160,7 @@ Result = dict[str, Any]
 
 
 def _outcome(manifest: Manifest, files: Sequence[Path], shape: tuple[int, int]) -> tuple[Outcome, list[str]]:
-    """All labelled videos in the order of the manifest; those that were left out of it could not be decoded either."""
+    """Collect all labelled videos in the order of the manifest; those without a result count as not decoded."""
     rows = np.flatnonzero(manifest.label >= 0)
     decoded, views = np.zeros(len(rows), dtype=np.bool_), np.zeros((len(rows), *shape), dtype=np.float32)
     for file in files:
@@ -174,7 +177,7 @@ def _results(batch: ViewBatch, score: Scorer, manifest: Manifest, classes: int) 
         decoded = bool(batch.decoded[k])
         scores = score(clips).cpu() if decoded else torch.zeros(len(clips), classes)
         if not torch.isfinite(scores).all():
-            raise UserError(f"{manifest.name[row]}: its scores are not finite; test with another --precision")
+            raise UserError(f"{manifest.name[row]}: its scores are not finite; evaluate with another --precision")
         yield {
             "video": row,
             "label": int(manifest.label[row]),

@@ -1,4 +1,4 @@
-"""`mvd-scale features`: what a frozen encoder makes of the videos of a manifest, in shards on disk.
+"""`mvd-scale features`: features of videos by a frozen encoder, written in shards.
 
 Legend: V views, N tokens, t time slices, D width.
 """
@@ -42,31 +42,35 @@ _COLUMNS = ("video", "label", "clip", "crop", "first_frame")
 
 @dataclass(frozen=True)
 class FeatureOptions:
-    """What is written of each view."""
+    """Options of the features that are written for each view."""
 
     views: ViewsConfig
     layer: int | None = None
-    """Block whose output is taken, from 1; the last one if None."""
+    """Number of the block whose output is used, from 1; the last one if None."""
 
     pool: Pool = "clip"
-    """Mean over all tokens of a clip (D), over those of each time slice (t, D), or none (N, D)."""
+    """Mean over all tokens of a clip (D), over the tokens of each time slice (t, D), or no mean (N, D)."""
 
     norm: bool = True
-    """Apply the encoder's final norm, where it has one and the last block is taken."""
+    """Apply the encoder's final norm, if it has one and the last block is used."""
 
     format: Format = "safetensors"
     shard: int = 256
-    """Videos, or groups of sliding clips, of a shard."""
+    """Videos, or groups of sliding clips, per shard."""
 
 
 class FeatureExtractor:
-    """A frozen encoder up to some layer, on its device and in its precision."""
+    """Frozen encoder, cut after a block, on a device and in a precision.
+
+    Raises:
+        UserError: the encoder has fewer blocks than `layer`.
+    """
 
     def __init__(self, encoder: Encoder, options: FeatureOptions, device: torch.device, dtype: torch.dtype) -> None:
         depth = len(encoder.blocks)
         layer = options.layer or depth
         if layer > depth:
-            raise UserError(f"--layer {layer}: the encoder has {depth} blocks")
+            raise UserError(f"--layer {layer}: the encoder has {depth} blocks; expected 1 to {depth}")
         del encoder.blocks[layer:]
         if layer < depth or not options.norm:
             encoder.norm = None
@@ -75,12 +79,12 @@ class FeatureExtractor:
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Features of clips: uint8 (V, T, S, S, 3) to (V, D), (V, t, D) or (V, N, D)."""
+        """Compute the features of clips: uint8 (V, T, S, S, 3) to (V, D), (V, t, D) or (V, N, D)."""
         return pooled(self.encoder(pixels), self.encoder.config.grid, self.pool)
 
 
 def pooled(tokens: Tensor, grid: tuple[int, int, int], pool: Pool) -> Tensor:
-    """Means of tokens (V, N, D), a class token in front left out: (V, D), (V, t, D), or (V, N, D) as they are."""
+    """Average tokens (V, N, D), without a class token in front: (V, D), (V, t, D), or (V, N, D) unchanged."""
     time, rows, columns = grid
     tokens = tokens[:, tokens.shape[1] - time * rows * columns :]
     if pool == "clip":
@@ -98,19 +102,19 @@ def write_features(
     batch: int,
     precision: Precision,
 ) -> tuple[int, int]:
-    """Write the features of all videos of a source; go on where an earlier start was cut off.
+    """Write the features of all videos of a source; continues an interrupted extraction. All ranks must call it.
 
     Args:
         checkpoint: weights in any known format.
-        data: `source` and `root` say which videos; workers and time limit how they are read.
-        options: what is written.
-        out: folder of the shards, `index.parquet` and `features.json`.
-        ranks: each writes its share.
-        batch: videos that a rank decodes together.
-        precision: of the encoder.
+        data: `source` and `root` give the videos; workers and time limit apply to decoding.
+        options: views, layer, pooling and file format.
+        out: folder for the shards, `index.parquet` and `features.json`.
+        ranks: this process among all; each writes its share.
+        batch: videos that a rank decodes in one batch.
+        precision: precision of the encoder.
 
     Returns:
-        views written in all, and videos that could not be decoded.
+        number of views written, and number of videos that could not be decoded.
 
     Raises:
         UserError: weights or videos cannot be read, or `out` holds other features.
@@ -153,7 +157,7 @@ Rows = dict[str, NDArray[np.int64] | Tensor]
 def _rows(
     batch: ViewBatch, extract: FeatureExtractor, manifest: Manifest, options: FeatureOptions, frames: int
 ) -> Iterator[Rows]:
-    """Columns and features of each item of a batch; of one that could not be decoded, none."""
+    """Yield the columns and features of each item of a batch; an item that could not be decoded gives no rows."""
     features, crops = _features(extract, batch), options.views.crops
     for k in range(len(batch.video_ids)):
         row, first = int(batch.video_ids[k]), int(batch.first_clips[k])
@@ -171,7 +175,7 @@ def _rows(
 
 
 def _features(extract: FeatureExtractor, batch: ViewBatch) -> Tensor:
-    """(B, K, C, ...) on the host, one video after the other through the encoder."""
+    """Compute features (B, K, C, ...) on the host; the encoder gets one video at a time, which bounds its memory."""
     return torch.stack([extract(views.flatten(0, 1)).unflatten(0, views.shape[:2]).cpu() for views in batch.pixels])
 
 
@@ -189,7 +193,11 @@ def _write_shard(file: Path, rows: list[Rows]) -> None:
 
 
 def _index(out: Path, manifest: Manifest, files: list[Path]) -> list[int]:
-    """Write `index.parquet`: a row per view with the name of its video and its place in the shards."""
+    """Write `index.parquet`, one row per view: the name of its video, its shard and its row there.
+
+    Returns:
+        number of views, and number of videos that could not be decoded.
+    """
     parts = []
     for file in files:
         if file.suffix == ".parquet":

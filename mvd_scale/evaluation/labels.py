@@ -1,4 +1,4 @@
-"""What labels of a manifest must be before a classifier learns or is tested by them."""
+"""Checks of a manifest's labels before a classifier is trained or evaluated with them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from mvd_scale.errors import UserError
 
 
 def class_count(manifest: Manifest, classes: int | None = None) -> int:
-    """Number of classes: as told, or as the manifest names or numbers them; 0 without any label."""
+    """Number of classes: `classes` if given, else the manifest's class names, else the highest label + 1; 0 without
+    labels."""
     labels = manifest.label[manifest.usable]
     return classes or len(manifest.classes) or int(labels.max(initial=-1)) + 1
 
@@ -22,21 +23,21 @@ def check_labels(
     every_class: bool = False,
     like: Manifest | None = None,
 ) -> None:
-    """See that every usable video has a label within the classes.
+    """Check that every usable video has a label below the number of classes.
 
     Args:
         manifest: the videos.
-        classes: of the head.
-        key: of the recipe, for messages.
-        every_class: each class must have a video.
-        like: a manifest whose classes these must be, in its order.
+        classes: number of outputs of the head.
+        key: key of the recipe, for messages.
+        every_class: also require a video of each class.
+        like: manifest whose class names must be the same, in the same order.
 
     Raises:
-        UserError: what is wrong, with the first video that shows it.
+        UserError: a check failed; the message names the first video or class that violates it.
     """
     rows = manifest.usable
     if not len(rows):
-        raise UserError(f"{key} has no usable video; `mvd-scale data stats` says why")
+        raise UserError(f"{key} has no usable video; `mvd-scale data stats` lists the reasons")
     labels = manifest.label[rows]
     without = rows[labels < 0]
     if len(without):

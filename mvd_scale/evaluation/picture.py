@@ -1,4 +1,4 @@
-"""What a run predicts beside what is true: frames, the mask, and every target as colours.
+"""Picture of a run's predictions: frames, the mask, and target and prediction of every target as colours.
 
 Legend: B clips, T frames, N tokens, M masked, D channels, R principal components (3), p side of a patch.
 """
@@ -32,29 +32,32 @@ Picture = NDArray[np.uint8]
 _HIDDEN = 0.5
 
 _SIDE = 192
-"""Pixels that small frames are enlarged to."""
+"""Side in pixels that smaller frames are enlarged to."""
 
 _LEFT, _TOP, _GAP, _TEXT = 72, 24, 4, 14
-"""Pixels around and between the panels, and of the letters."""
+"""Margins at the left and the top, gap between panels, and size of letters, in pixels."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One column of the picture: an image per clip and time slice, float32 (B, time, height, width, 3) in 0..1."""
+    """One column of the picture: images per clip and time slice, float32 (B, time, height, width, 3) in 0..1."""
 
     title: str
     images: Images
 
 
 def draw_run(run: Path, *, clips: int = 4) -> Path:
-    """Draw fresh clips through a finished run's student and targets into its `predictions.png`, in float32 on the CPU.
+    """Draw a finished run's predictions for clips that it was not trained on, in float32 on the CPU.
 
     Args:
-        run: its folder.
-        clips: how many clips to show.
+        run: folder of the run.
+        clips: number of clips to show.
+
+    Returns:
+        path of the picture, `predictions.png` in the run's folder.
 
     Raises:
-        UserError: the folder holds no finished run, or its videos or teachers are gone.
+        UserError: the folder holds no finished run, or its videos or teachers are missing.
     """
     folder = RunFolder(run)
     if not folder.student.is_file():
@@ -78,7 +81,17 @@ def draw_run(run: Path, *, clips: int = 4) -> Path:
 def fresh_batch(
     recipe: Recipe, manifest: Manifest, targets: dict[str, Target], clips: int, device: torch.device
 ) -> ClipBatch:
-    """The same few clips for a recipe at any time, none of which a step of its run has seen."""
+    """Load a few clips of a recipe's videos that are always the same and that no training step uses.
+
+    They are drawn with another seed than the run's.
+
+    Args:
+        recipe: recipe of the run.
+        manifest: its videos.
+        targets: its targets, whose teachers may need other input sizes.
+        clips: number of clips, B.
+        device: device of the batch.
+    """
     loader = ClipLoader(
         manifest,
         recipe.data.model_copy(
@@ -102,7 +115,7 @@ def fresh_batch(
 
 @torch.no_grad()
 def panels_of(student: torch.nn.Module, targets: dict[str, Target], batch: ClipBatch, recipe: Recipe) -> list[Panel]:
-    """Frames, what is visible of them, and for each target its truth and its prediction."""
+    """Compute the panels of a batch: frames, their visible part, and features and prediction of each target."""
     predictions = student(batch.pixels, batch.visible, batch.masked)
     pairs = {name: (target.features(batch), predictions[name]) for name, target in targets.items()}
     return panels_from(pairs, targets, batch, recipe)
@@ -111,7 +124,14 @@ def panels_of(student: torch.nn.Module, targets: dict[str, Target], batch: ClipB
 def panels_from(
     pairs: Mapping[str, tuple[Tensor, Tensor]], targets: Mapping[str, Target], batch: ClipBatch, recipe: Recipe
 ) -> list[Panel]:
-    """The same from features (B, M, D) and predictions that are there already, on any device."""
+    """Make the panels of a batch from given features and predictions.
+
+    Args:
+        pairs: features and predictions, (B, M, D) each on any device, by target name.
+        targets: the targets by name.
+        batch: clips and masks.
+        recipe: shape of the model, and kinds of the targets.
+    """
     model = recipe.model
     frames = batch.pixels[:, :: model.tubelet].cpu().float().div(255).numpy()
     visible = batch.visible.cpu()
@@ -134,18 +154,19 @@ def panels_from(
 
 
 def principal_colours(truth: Tensor, guess: Tensor) -> tuple[Tensor, Tensor]:
-    """The first three principal components of the true features as colours, and the prediction in the same ones.
+    """Map features to colours by the first three principal components of the true features.
 
     Args:
-        truth: (B, M, D).
-        guess: (B, M, D).
+        truth: true features (B, M, D).
+        guess: predicted features (B, M, D), mapped by the same components.
 
     Returns:
-        two tensors (B, M, 3) in 0..1; 1st to 99th percentile of the truth fill the range.
+        two tensors (B, M, 3) in 0..1; the range is the 1st to 99th percentile of the true features.
     """
     flat = truth.flatten(0, 1)
     mean = flat.mean(0)
-    # Ascending; no random start as in `pca_lowrank`, whose draws would be the training's.
+    # Eigenvalues ascend, so the last three axes are the first components. Not `pca_lowrank`, whose random start would
+    # advance the random generator of the training.
     _, axes = torch.linalg.eigh(torch.cov(flat.T))
     axes = axes[:, -3:].flip(1)
     projected = [(values - mean) @ axes for values in (truth, guess)]
@@ -155,7 +176,7 @@ def principal_colours(truth: Tensor, guess: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _tokens_to_images(values: Tensor, tokens: Tensor, model: ModelConfig, outside: float = _HIDDEN) -> Images:
-    """(B, M, 3) at token indices (B, M) to float32 (B, time, rows, columns, 3); other tokens get `outside`."""
+    """Place values (B, M, 3) at tokens (B, M) on float32 (B, time, rows, columns, 3); other tokens get `outside`."""
     time, rows, columns = model.grid
     grid = torch.full((len(values), time * rows * columns, 3), outside)
     grid.scatter_(1, tokens.unsqueeze(-1).expand(-1, -1, 3), values)
@@ -164,12 +185,12 @@ def _tokens_to_images(values: Tensor, tokens: Tensor, model: ModelConfig, outsid
 
 
 def _enlarge(images: Images, model: ModelConfig) -> Images:
-    """One pixel per token to one pixel per pixel."""
+    """Enlarge images of one pixel per token to the size of the frames."""
     return images.repeat(model.patch_size, axis=2).repeat(model.patch_size, axis=3)
 
 
 def _front_pixels(values: Tensor, masked: Tensor, model: ModelConfig) -> Images:
-    """Normalised pixels of masked tokens (B, M, t p p 3) to images of the front frames, scaled to 0..1."""
+    """Convert normalised pixels of masked tokens (B, M, t p p 3) to images of the front frames, scaled to 0..1."""
     side = model.patch_size
     fronts = values.unflatten(2, (model.tubelet, side, side, 3))[:, :, 0].clamp(-2, 2).div(4).add(0.5)
     time, rows, columns = model.grid
@@ -185,7 +206,7 @@ def _front_pixels(values: Tensor, masked: Tensor, model: ModelConfig) -> Images:
 
 
 def compose(panels: list[Panel]) -> Picture:
-    """Panels as columns, clips and up to two time slices of each as rows: uint8 (height, width, 3)."""
+    """Compose panels as columns, and clips with up to two time slices each as rows: uint8 (height, width, 3)."""
     clips, time, height, width = panels[0].images.shape[:4]
     scale = max(_SIDE // width, 1)
     rows = [(clip, at) for clip in range(clips) for at in sorted({0, time // 2})]

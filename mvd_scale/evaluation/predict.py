@@ -1,4 +1,4 @@
-"""`mvd-scale predict` and `mvd_scale.load_classifier`: what a fine-tuned classifier sees in single videos.
+"""`mvd-scale predict` and `mvd_scale.load_classifier`: predictions of a fine-tuned classifier for single videos.
 
 Legend: F frames of a video, H W pixels, V views, C classes.
 """
@@ -28,11 +28,11 @@ from mvd_scale.training.engine import usual_precision
 from mvd_scale.training.ranks import choose_device
 
 Video = str | os.PathLike[str] | NDArray[np.uint8] | Tensor
-"""A path or URL, or frames in RGB: uint8 (F, H, W, 3)."""
+"""A path or URL, or RGB frames: uint8 (F, H, W, 3)."""
 
 
 class VideoClassifier:
-    """A fine-tuned classifier that takes whole videos; made by `load_classifier`."""
+    """Fine-tuned classifier that takes whole videos; `load_classifier` makes one."""
 
     def __init__(
         self, checkpoint: Checkpoint, views: ViewsConfig, device: torch.device, precision: FrozenPrecision
@@ -42,24 +42,28 @@ class VideoClassifier:
         self.views = views
         self.device = device
         self.classes = checkpoint.class_names or tuple(map(str, range(checkpoint.classes or 0)))
-        """Names in the order of the scores; numbers where the weights tell no names."""
+        """Class names in the order of the scores; numbers as text if the weights contain no names."""
 
     def __call__(self, video: Video) -> Tensor:
         """Score a video as `mvd-scale evaluate` does.
 
         Args:
-            video: path or URL of a file, or frames in RGB, uint8 (F, H, W, 3), as an array or a tensor.
+            video: path or URL of a file, or RGB frames uint8 (F, H, W, 3) as an array or a tensor.
 
         Returns:
-            the mean softmax of its views, float32 (C,), on the CPU.
+            the mean of the softmax scores of its views, float32 (C,), on the CPU.
 
         Raises:
-            UserError: the file is missing or broken, or these are no frames.
+            UserError: the file is missing or cannot be decoded, or the array is not uint8 (F, H, W, 3).
         """
         return self.score(self._cut(video)).mean(0).cpu()
 
     def top(self, video: Video, count: int = 5) -> list[tuple[str, float]]:
-        """The most likely classes of a video and their probabilities, the likeliest first; otherwise as a call."""
+        """Return the `count` most likely classes of a video with their probabilities, the likeliest first.
+
+        Raises:
+            UserError: see `__call__`.
+        """
         values, places = self(video).topk(min(count, len(self.classes)))
         return [(self.classes[c], p) for c, p in zip(places.tolist(), values.tolist(), strict=True)]
 
@@ -71,9 +75,9 @@ class VideoClassifier:
                 raise UserError(f"{os.fspath(video)} cannot be decoded: {error.reason}") from error
         frames = video.detach().cpu().numpy() if isinstance(video, Tensor) else video
         if not isinstance(frames, np.ndarray):
-            raise UserError(f"a {type(video).__name__} is no video: expected a path, or uint8 frames (F, H, W, 3)")
+            raise UserError(f"a {type(video).__name__} is not a video: expected a path, or uint8 frames (F, H, W, 3)")
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
-            raise UserError(f"{frames.dtype} {frames.shape} is no video: expected uint8 frames (F, H, W, 3) in RGB")
+            raise UserError(f"{frames.dtype} {frames.shape} is not a video: expected uint8 frames (F, H, W, 3) in RGB")
         return views_of_frames(frames, self.views, self.model, self.device)
 
 
@@ -87,22 +91,22 @@ def load_classifier(
     clips: int | None = None,
     crops: int | None = None,
 ) -> VideoClassifier:
-    """Read a fine-tuned classifier, to be called with videos.
+    """Read a fine-tuned classifier that can be called with videos.
 
     Args:
-        path: file or folder in any format that `mvd-scale inspect` knows; of a run folder the best weights, if it
-            kept them.
+        path: file or folder in any format that `mvd-scale inspect` reads; of a run folder the best weights are used if
+            it contains them.
         device: `auto`, `cuda` or `cpu`.
-        precision: of the classifier; fp16 on GPUs and fp32 on CPUs if left out. `int8` is the fastest on CPUs.
-        sampling: how the frames of a clip are chosen. This and the others are as the weights say if left out, or as
-            published for Kinetics-400.
-        stride: of dense clips, frames between frames.
-        clips: clips in time.
-        crops: crops of a clip.
+        precision: precision of the classifier; by default fp16 on GPUs and fp32 on CPUs. `int8` is fastest on CPUs.
+        sampling: choice of the frames of a clip. By default this and the following arguments are those stored with the
+            weights, or those published for Kinetics-400.
+        stride: distance between two frames of a dense clip, in frames of the video.
+        clips: number of clips over time.
+        crops: number of crops per clip.
 
     Raises:
-        UserError: the weights cannot be read or have no classification head, or the device, its precision or the
-            views do not exist.
+        UserError: the weights cannot be read or have no classification head, the device or its precision is not
+            available, or the views are not valid.
     """
     place = choose_device(device)
     checkpoint = read_checkpoint(Path(path))
@@ -113,21 +117,21 @@ def load_classifier(
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a classifier sees in one video, or why it sees nothing."""
+    """Prediction for one video, or the reason why there is none."""
 
     video: str
     top: list[tuple[str, float]]
-    """Classes and probabilities, the likeliest first."""
+    """Class names and probabilities, the likeliest first; empty after an error."""
 
     error: str | None = None
 
     def to_text(self) -> str:
-        """The video, and a line for each class."""
+        """Format as text: the video, then one line per class."""
         lines = [f"{100 * probability:6.2f} %  {name}" for name, probability in self.top]
         return "\n  ".join([self.video, *lines] if self.error is None else [self.video, f"error: {self.error}"])
 
     def to_json(self) -> str:
-        """One line."""
+        """Format as one line of JSON."""
         if self.error is not None:
             return json.dumps({"video": self.video, "error": self.error})
         return json.dumps(
@@ -136,10 +140,10 @@ class Prediction:
 
 
 def predict(classifier: VideoClassifier, videos: Sequence[str], count: int) -> Iterator[Prediction]:
-    """The `count` most likely classes of each video, one after the other; a broken one does not keep the others off.
+    """Predict the `count` most likely classes of each video in turn; continues after a video that cannot be decoded.
 
     Raises:
-        UserError: after the last one, if some could not be predicted.
+        UserError: raised after the last video if some videos could not be decoded; the message names them.
     """
     failed = []
     for video in videos:

@@ -1,4 +1,4 @@
-"""Clips as the student sees them: a contact sheet, and a moving picture of one.
+"""Preview of a recipe's clips as the student sees them: a contact sheet, and an animation of one clip.
 
 Legend: B clips, T frames, H W pixels.
 """
@@ -23,29 +23,32 @@ from mvd_scale.data.sampling import ClipPlan, Sampler
 from mvd_scale.errors import UserError
 
 _SHOWN = 8
-"""Frames of a clip that a sheet shows."""
+"""Frames per clip on a contact sheet."""
 
 _HIDDEN = 110
-"""Grey of what the student does not see."""
+"""Grey level of hidden patches."""
 
 Pictures = NDArray[np.uint8]
 
 
 def preview(recipe: Recipe, out: Path, *, clips: int, moving: Path | None, scratch: Path) -> int:
-    """Draw the first clips of a recipe's stream.
+    """Draw the first clips of a recipe's training stream.
 
     Args:
-        recipe: its data, model and seed.
+        recipe: gives data, model and seed.
         out: PNG to write.
-        clips: clips to show, copies included.
-        moving: GIF or MP4 of the first clip, plain beside masked; None for none.
-        scratch: folder for the manifest, if the source is to be indexed.
+        clips: number of clips to show, copies included.
+        moving: GIF or MP4 to write of the first clip, unmasked beside masked; None for none.
+        scratch: folder for the manifest if the source must be indexed.
 
     Returns:
-        clips that were replaced because their videos cannot be decoded.
+        number of clips that were replaced because their videos cannot be decoded.
+
+    Raises:
+        UserError: `moving` has another suffix, or the source cannot be read.
     """
     if moving is not None and moving.suffix not in (".gif", ".mp4"):
-        raise UserError(f"{moving} is neither a .gif nor an .mp4")
+        raise UserError(f"{moving} has the wrong suffix: expected .gif or .mp4")
     copies = recipe.data.copies
     clips = -(-clips // copies) * copies
     manifest = open_source(recipe.data, scratch)
@@ -75,12 +78,12 @@ def preview(recipe: Recipe, out: Path, *, clips: int, moving: Path | None, scrat
 
 
 def hide(pixels: Pictures, visible: NDArray[np.int64], model: ModelConfig) -> Pictures:
-    """A clip with its hidden patches grey.
+    """Paint the hidden patches of a clip grey.
 
     Args:
         pixels: uint8 (T, H, W, 3).
-        visible: token indices, time-major.
-        model: grid of the tokens.
+        visible: indices of the visible tokens, time-major, int64 (V,).
+        model: gives the token grid.
 
     Returns:
         uint8 (T, H, W, 3).
@@ -110,7 +113,7 @@ def _draw_sheet(batch: ClipBatch, manifest: Manifest, plans: list[ClipPlan], rec
         pixels = batch.pixels[clip].numpy()
         seen = hide(pixels, batch.visible[clip].numpy(), recipe.model)
         axis = figure.add_subplot(grid[clip, 1])
-        # A hairline of white between frames, and between what is there and what is seen.
+        # A thin white line separates frames, and the row of full frames from the row of masked frames.
         rows = [np.concatenate([_framed(row[frame]) for frame in frames], axis=1) for row in (pixels, seen)]
         axis.imshow(np.concatenate(rows), interpolation="none")
         axis.axis("off")
@@ -187,7 +190,7 @@ def _write_mp4(frames: Iterable[Pictures], out: Path) -> None:
     with av.open(str(out), "w") as container:
         stream: Any = None
         for number, picture in enumerate(frames):
-            # Both sides even, as the codec asks.
+            # The codec requires even sides.
             picture = np.ascontiguousarray(picture[: picture.shape[0] // 2 * 2, : picture.shape[1] // 2 * 2])
             if stream is None:
                 stream = container.add_stream("libx264", rate=8, options={"crf": "18"})

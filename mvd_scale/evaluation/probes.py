@@ -1,6 +1,6 @@
-"""How good frozen features are for naming classes: nearest neighbours, a linear layer, an attentive head.
+"""Classifiers on frozen features: nearest neighbours, a linear layer, an attentive head.
 
-Legend: X and Y features to learn from and to test, C classes, N tokens, D width.
+Legend: X training clips, Y test clips, C classes, N tokens, D width.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _CHUNK = 1024
 
 
 def nearest_neighbours(features: Tensor, labels: Tensor, tested: Tensor, *, classes: int, neighbours: int) -> Tensor:
-    """Classes by the vote of the nearest training features by cosine, each weighted by exp(cosine / 0.07).
+    """Classify by the vote of the nearest training features by cosine, each weighted by exp(cosine / 0.07).
 
     Args:
-        features: float32 (X, D).
-        labels: int64 (X,).
-        tested: float32 (Y, D).
+        features: training features, float32 (X, D).
+        labels: training labels, int64 (X,).
+        tested: test features, float32 (Y, D).
         classes: C.
-        neighbours: how many vote.
+        neighbours: number of neighbours that vote.
 
     Returns:
         scores, float32 (Y, C).
@@ -42,15 +42,15 @@ def nearest_neighbours(features: Tensor, labels: Tensor, tested: Tensor, *, clas
 def linear_classifier(
     features: Tensor, labels: Tensor, tested: Tensor, *, classes: int, decay: float = 1e-3, steps: int = 100
 ) -> Tensor:
-    """Classes by multinomial logistic regression on standardised features, fitted by L-BFGS from zero.
+    """Classify by multinomial logistic regression on standardised features, fitted by L-BFGS from zero weights.
 
     Args:
-        features: float32 (X, D).
-        labels: int64 (X,).
-        tested: float32 (Y, D).
+        features: training features, float32 (X, D).
+        labels: training labels, int64 (X,).
+        tested: test features, float32 (Y, D).
         classes: C.
-        decay: L2 penalty on the weights.
-        steps: of L-BFGS, at most.
+        decay: factor of the L2 penalty on the weights.
+        steps: largest number of L-BFGS iterations.
 
     Returns:
         scores, float32 (Y, C).
@@ -82,19 +82,19 @@ def attentive_classifier(
     batch: int = 64,
     decay: float = 0.05,
 ) -> Tensor:
-    """Classes by an attentive head, trained by AdamW with a cosine schedule, a tenth of it warm-up.
+    """Classify by an attentive head, trained by AdamW with a cosine schedule whose first tenth is warm-up.
 
     Args:
-        parts: an epoch of tokens (X_i, N, D) and labels int64 (X_i,), as many at a time as fit into memory.
-        tested: tokens (Y_i, N, D), likewise.
-        head: with fresh weights, on the device that computes.
-        epochs: passes over the tokens.
-        lr: highest learning rate.
-        batch: clips of a step.
+        parts: function that yields one epoch in parts that fit in memory: tokens (X_i, N, D), labels int64 (X_i,).
+        tested: test tokens in parts (Y_i, N, D).
+        head: head with random weights, on the device to compute on.
+        epochs: passes over the training tokens.
+        lr: peak learning rate.
+        batch: clips per step.
         decay: weight decay.
 
     Returns:
-        scores, float32 (Y, C), on the host.
+        scores (logits), float32 (Y, C), on the host.
     """
     device = head.query.device
     steps = epochs * sum(-(-len(labels) // batch) for _, labels in parts())
@@ -119,5 +119,5 @@ def attentive_classifier(
 
 
 def top1(scores: Tensor, labels: Tensor) -> float:
-    """Share of rows of (Y, C) whose highest score is at the label."""
+    """Share (0 to 1) of the rows of scores (Y, C) whose highest score is that of the label (Y,)."""
     return float((scores.argmax(1) == labels).float().mean())

@@ -1,6 +1,6 @@
-"""`mvd-scale probe`: what a frozen encoder is worth, by a small classifier of its features.
+"""`mvd-scale probe`: quality of a frozen encoder, measured by a small classifier on its features.
 
-    features of the training videos, features of the test videos (shards, by all ranks) -> judge, by the first rank
+    all ranks write shards of features of the training and test videos -> rank 0 trains and evaluates the classifier
 
 Legend: X videos, N tokens, D width, C classes.
 """
@@ -33,33 +33,33 @@ from mvd_scale.training.ranks import Ranks, first_decides
 
 Kind = Literal["knn", "linear", "attentive"]
 _HEAD = 64
-"""Channels of an attention head, or a few more where they do not divide the width."""
+"""Channels per attention head; more if the width is not a multiple of it."""
 
 
 @dataclass(frozen=True)
 class FeatureFolder:
-    """What `write_features` left: one clip of each video that could be decoded."""
+    """Folder that `write_features` wrote: features of one clip of each video that could be decoded."""
 
     folder: Path
 
     @cached_property
     def manifest(self) -> Manifest:
-        """All videos."""
+        """Manifest of all videos."""
         return Manifest.load(self.folder / "manifest.parquet")
 
     def parts(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Features (X_i, D) or (X_i, N, D) and labels int64 (X_i,), shard by shard."""
+        """Yield features (X_i, D) or (X_i, N, D) and labels int64 (X_i,) of each shard."""
         for shard in self._shards():
             yield shard["features"], shard["label"]
 
     def whole(self) -> tuple[Tensor, Tensor]:
-        """Features float32 (X, D) and labels int64 (X,)."""
+        """Read all features, float32 (X, D), and labels, int64 (X,)."""
         features, labels = zip(*self.parts(), strict=True)
         return torch.cat(features).float(), torch.cat(labels)
 
     @property
     def videos(self) -> list[int]:
-        """Rows of the manifest, in the order of the features."""
+        """Rows of the manifest, in the order of the features, X of them."""
         return [row for shard in self._shards() for row in shard["video"].tolist()]
 
     def _shards(self) -> Iterator[dict[str, Tensor]]:
@@ -68,7 +68,7 @@ class FeatureFolder:
 
 
 Judge = Callable[[FeatureFolder, FeatureFolder, int], Tensor]
-"""From training and test features and C to scores (Y, C) that sum to 1."""
+"""Function from training features, test features and the number of classes C to scores (Y, C) that sum to 1."""
 
 
 def probe(
@@ -85,23 +85,26 @@ def probe(
     precision: Precision,
     command: str,
 ) -> Tested:
-    """Judge an encoder; started again, it takes the features that are there. All ranks call it.
+    """Evaluate an encoder by a classifier on its features; reuses features already written. All ranks must call it.
 
     Args:
         checkpoint: weights in any known format.
-        kind: of the judge; the folder of its results in `out`.
-        judge: one of `by_neighbours`, `by_linear_layer`, `by_attention`.
-        train: labelled videos to learn from.
-        test: labelled videos to be judged by.
-        options: which clip of each video.
-        out: folder of features and results.
-        ranks: each encodes its share.
-        batch: videos that a rank decodes together.
-        precision: of the encoder.
-        command: the command line, which is kept with the results.
+        kind: kind of the classifier; also the name of the folder of results in `out`.
+        judge: the classifier, made by `by_neighbours`, `by_linear_layer` or `by_attention`.
+        train: labelled videos to train the classifier on.
+        test: labelled videos to evaluate it on.
+        options: clip of each video, layer and norm.
+        out: folder for features and results.
+        ranks: this process among all; each encodes its share.
+        batch: videos that a rank decodes in one batch.
+        precision: precision of the encoder.
+        command: the command line, which is stored with the results.
+
+    Returns:
+        the finished evaluation.
 
     Raises:
-        UserError: weights or videos cannot be read, or labels do not fit each other.
+        UserError: weights or videos cannot be read, or the labels of the two sets do not fit each other.
     """
     pool: Literal["none", "clip"] = "none" if kind == "attentive" else "clip"
     pooled, folders = replace(options, pool=pool), []
@@ -122,7 +125,7 @@ def _judged(train: FeatureFolder, test: FeatureFolder, judge: Judge, out: Path, 
     decoded = test.videos
     if not decoded or not train.videos:
         raise UserError("no video of the probe could be decoded: see quarantine.jsonl in the folders of the features")
-    # Those that the index left out count as wrong too.
+    # Labelled videos without features, which could not be decoded, count as wrong.
     rows = np.flatnonzero(test.manifest.label >= 0)
     views = np.zeros((len(rows), 1, classes), dtype=np.float32)
     found = np.isin(rows, decoded)
@@ -137,7 +140,7 @@ def _judged(train: FeatureFolder, test: FeatureFolder, judge: Judge, out: Path, 
 
 
 def by_neighbours(neighbours: int) -> Judge:
-    """The vote of the nearest training videos."""
+    """Make a classifier by the vote of the nearest training videos."""
 
     def judge(train: FeatureFolder, test: FeatureFolder, classes: int) -> Tensor:
         features, labels = train.whole()
@@ -148,7 +151,7 @@ def by_neighbours(neighbours: int) -> Judge:
 
 
 def by_linear_layer(decay: float) -> Judge:
-    """A linear layer on pooled features."""
+    """Make a linear classifier on pooled features."""
 
     def judge(train: FeatureFolder, test: FeatureFolder, classes: int) -> Tensor:
         features, labels = train.whole()
@@ -158,7 +161,7 @@ def by_linear_layer(decay: float) -> Judge:
 
 
 def by_attention(epochs: int, lr: float, device: torch.device) -> Judge:
-    """An attentive head on all tokens."""
+    """Make a classifier by an attentive head on all tokens, trained on `device`."""
 
     def judge(train: FeatureFolder, test: FeatureFolder, classes: int) -> Tensor:
         width = next(train.parts())[0].shape[-1]

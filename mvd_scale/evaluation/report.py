@@ -1,6 +1,6 @@
-"""`mvd-scale report`: a finished test as one page of HTML that stands alone: no network, no scripts.
+"""`mvd-scale report`: a finished evaluation as one self-contained HTML page, without network access and scripts.
 
-Whatever is named in a test (classes, files, paths) is untrusted; the template escapes all of it.
+All names in an evaluation (classes, files, paths) are untrusted; the template escapes them.
 
 Legend: X videos, C classes.
 """
@@ -22,10 +22,10 @@ from mvd_scale.evaluation.thumbnails import thumbnails
 from mvd_scale.training.run_folder import write_whole
 
 TABLE = 20
-"""Classes up to which all stand in tables; of more, the confusion matrix is a heat map."""
+"""Largest number of classes for which tables list all of them; for more, the confusion matrix is a heat map."""
 
 _LISTED = 10
-"""Classes, and pairs of them, that are listed of many."""
+"""Number of classes, and of pairs of classes, that are listed if there are too many for full tables."""
 
 
 @dataclass(frozen=True)
@@ -36,23 +36,23 @@ class ClassResult:
     videos: int
     accuracy: float
     taken_for: str
-    """The class that its videos were most often taken for instead; empty if none was."""
+    """Name of the other class that was predicted most often for its videos; empty if there is none."""
 
 
 @dataclass(frozen=True)
 class Confusion:
-    """Videos of one class that were taken for another."""
+    """Number of videos of one class for which another class was predicted."""
 
     label: str
     prediction: str
     videos: int
     share: float
-    """Of the videos of the class."""
+    """Share of the videos of the class, 0 to 1."""
 
 
 @dataclass(frozen=True)
 class HardVideo:
-    """One video that the model finds hard."""
+    """Video with a confident wrong prediction or with a low score of its class."""
 
     name: str
     label: str
@@ -60,22 +60,22 @@ class HardVideo:
     prediction: str
     prediction_score: float
     pictures: list[str]
-    """`data:` URLs; none if it cannot be decoded any more."""
+    """Thumbnails as `data:` URLs; empty if the video cannot be decoded any more."""
 
     missing: str
-    """Why there are none."""
+    """Reason why there are no thumbnails."""
 
 
 def write_report(folder: Path, out: Path, *, hardest: int) -> None:
-    """Write the page.
+    """Write the page of an evaluation.
 
     Args:
-        folder: of a test, as `evaluate`, `ensemble` or `probe` leave it.
-        out: file to write.
-        hardest: videos to show of each kind.
+        folder: folder that `evaluate`, `ensemble` or `probe` wrote.
+        out: HTML file to write.
+        hardest: number of hard videos to show of each kind.
 
     Raises:
-        UserError: the folder holds no finished test, or its manifest is gone.
+        UserError: the folder holds no finished evaluation, or its manifest is missing.
     """
     tested = Tested.load(folder)
     manifest = Manifest.load(folder / "manifest.parquet")
@@ -84,7 +84,7 @@ def write_report(folder: Path, out: Path, *, hardest: int) -> None:
 
 
 def render(tested: Tested, manifest: Manifest, *, hardest: int) -> str:
-    """The page of a test over the videos of a manifest; `hardest` videos are shown of each kind."""
+    """Render the page of an evaluation on the videos of a manifest, with `hardest` hard videos of each kind."""
     outcome = tested.outcome
     confusion = outcome.confusion
     classes = class_results(tested)
@@ -122,7 +122,7 @@ def render(tested: Tested, manifest: Manifest, *, hardest: int) -> str:
 
 
 def class_results(tested: Tested) -> list[ClassResult]:
-    """The classes that have videos, the worst first; of equals the larger one first."""
+    """List the classes that have videos, ordered by accuracy, the worst first; of equal ones the larger class first."""
     confusion, accuracy = tested.outcome.confusion, tested.outcome.class_accuracy
     videos = confusion.sum(1)
     beside = _beside(confusion)
@@ -139,7 +139,7 @@ def class_results(tested: Tested) -> list[ClassResult]:
 
 
 def confusions(tested: Tested) -> list[Confusion]:
-    """All pairs of classes that were confused, the most frequent first."""
+    """List all pairs of classes that were confused, the most frequent first."""
     table = tested.outcome.confusion
     beside, videos = _beside(table), table.sum(1)
     labels, predictions = np.nonzero(beside)
@@ -155,8 +155,12 @@ def confusions(tested: Tested) -> list[Confusion]:
 
 
 def hard_videos(tested: Tested, manifest: Manifest, count: int) -> tuple[list[HardVideo], list[HardVideo]]:
-    """The decoded videos that were named wrongly with the highest scores, and of all others those whose own class has
-    the lowest scores; `count` of each."""
+    """Select hard videos among the decoded ones.
+
+    Returns:
+        `count` videos with the highest scores of wrong predictions, and `count` of the other videos with the lowest
+        scores of their true class.
+    """
     outcome = tested.outcome
     scores, predictions = outcome.scores, outcome.predictions
     own = np.take_along_axis(scores, outcome.labels[:, None], 1)[:, 0]
@@ -187,7 +191,7 @@ def hard_videos(tested: Tested, manifest: Manifest, count: int) -> tuple[list[Ha
 
 
 def _matrix(tested: Tested) -> list[tuple[str, list[tuple[int, float]]]]:
-    """Rows of the confusion matrix: the label, then videos and share of its videos for each prediction."""
+    """Make the rows of the confusion matrix: the label, then number and share of its videos for each prediction."""
     table = tested.outcome.confusion
     shares = table / np.maximum(table.sum(1, keepdims=True), 1)
     return [
@@ -197,7 +201,7 @@ def _matrix(tested: Tested) -> list[tuple[str, list[tuple[int, float]]]]:
 
 
 def _beside(confusion: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The confusion matrix (C, C + 1) without its diagonal and without what was not decoded: (C, C)."""
+    """Return the confusion matrix (C, C + 1) without its diagonal and its column of videos not decoded: (C, C)."""
     beside = confusion[:, :-1].copy()
     np.fill_diagonal(beside, 0)
     return beside

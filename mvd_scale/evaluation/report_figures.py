@@ -1,4 +1,4 @@
-"""Figures of a report as inline SVG, in the colours of the page: light or dark, as its reader has it.
+"""Figures of a report as inline SVG, in the colours of the page, which follow the reader's light or dark mode.
 
 Legend: C classes.
 """
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from mvd_scale.evaluation.metrics import BINS, Outcome
 
 _COLOURS = {"#010101": "currentColor", "#010102": "var(--right)", "#010103": "var(--wrong)", "#010104": "var(--faint)"}
-"""What stands for the page's colours while matplotlib draws."""
+"""Placeholder colours for matplotlib, and the CSS colours of the page that replace them in the SVG."""
 
 INK, RIGHT, WRONG, FAINT = _COLOURS
 _STYLE: Any = {
@@ -37,14 +37,14 @@ _STYLE: Any = {
 }
 
 _CELLS = 120
-"""Cells of a heat map along a side, at most."""
+"""Largest number of cells of a heat map along a side."""
 
 _DIAGONAL, _BESIDE = (66, 133, 200), (224, 108, 48)
-"""Red, green and blue of a heat map's right and wrong cells, over the page's background."""
+"""RGB colours of a heat map's cells of correct and wrong predictions, drawn over the page's background."""
 
 
 def reliability(outcome: Outcome) -> Markup:
-    """How often a prediction was right (bars), beside how sure it was (the dashed line)."""
+    """Draw the reliability diagram: accuracy (bars) by confidence; perfect calibration is the dashed line."""
     with matplotlib.rc_context(_STYLE):
         figure, axis = _empty(4.2, 3.3)
         bins = outcome.reliability()
@@ -58,7 +58,7 @@ def reliability(outcome: Outcome) -> Markup:
 
 
 def confidences(outcome: Outcome) -> Markup:
-    """How sure the predictions were, of right and of wrong ones."""
+    """Draw the histogram of the confidence of correct and of wrong predictions."""
     with matplotlib.rc_context(_STYLE):
         figure, axis = _empty(4.2, 3.3)
         sure = outcome.scores.max(1)
@@ -77,13 +77,13 @@ def confidences(outcome: Outcome) -> Markup:
 
 
 def heat_map(confusion: NDArray[np.int64]) -> tuple[Markup, int]:
-    """Labels (rows) and predictions (columns) of many classes.
+    """Draw the confusion matrix of many classes: labels as rows, predictions as columns.
 
     Args:
-        confusion: videos, int64 (C, C).
+        confusion: number of videos, int64 (C, C).
 
     Returns:
-        the figure, and how many classes a cell spans: its strength is the largest share among them.
+        the figure, and the number of classes per cell; a cell's strength is the largest share among its classes.
     """
     classes = len(confusion)
     span = -(-classes // _CELLS)
@@ -96,7 +96,7 @@ def heat_map(confusion: NDArray[np.int64]) -> tuple[Markup, int]:
     )
     picture = np.zeros((cells, cells, 4), np.uint8)
     picture[..., :3] = np.where((wrong > right)[..., None], _BESIDE, _DIAGONAL)
-    # By the root, rare confusions are seen beside frequent ones.
+    # The square root makes rare confusions visible beside frequent ones.
     picture[..., 3] = np.round(255 * np.sqrt(np.maximum(right, wrong)))
     with matplotlib.rc_context(_STYLE):
         figure, axis = _empty(5.2, 4.9)
@@ -119,7 +119,7 @@ def _svg(figure: Figure, name: str, title: str) -> Markup:
     figure.savefig(file, format="svg", metadata={"Date": None})
     text = file.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    # In a page of HTML the namespaces are known, and ids are the whole page's.
+    # Inline SVG in HTML needs no namespaces; ids must be unique in the page, so they get the figure's name as prefix.
     text = re.sub(r'\s+xmlns(?::xlink)?="[^"]*"', "", text)
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
     for stand_in, colour in _COLOURS.items():

@@ -1,4 +1,4 @@
-"""What `mvd-scale evaluate` and `mvd-scale predict` do alike: which views, and the scores of a view.
+"""Choice of views and scoring of clips, common to `mvd-scale evaluate` and `mvd-scale predict`.
 
 Legend: V views, T frames, S side of a crop, C classes.
 """
@@ -24,10 +24,10 @@ _VIEWS: TypeAdapter[ViewsConfig] = TypeAdapter(TestViews)
 
 
 class Scorer:
-    """A frozen classifier on its device and in its precision.
+    """Frozen classifier on a device and in a precision.
 
     Raises:
-        UserError: the device lacks the precision, or weights are not finite.
+        UserError: the device does not support the precision, or weights are not finite.
     """
 
     def __init__(self, classifier: Classifier, device: torch.device, precision: FrozenPrecision) -> None:
@@ -35,22 +35,22 @@ class Scorer:
 
     @torch.inference_mode()
     def __call__(self, clips: Tensor) -> Tensor:
-        """Softmax of clips: uint8 (V, T, S, S, 3) to float32 (V, C)."""
+        """Compute softmax scores of clips: uint8 (V, T, S, S, 3) to float32 (V, C)."""
         scores: Tensor = self.classifier(clips).float().softmax(1)
         return scores
 
 
 def views_of(checkpoint: Checkpoint, changes: Mapping[str, Any]) -> ViewsConfig:
-    """The views that a checkpoint is tested by, or the published ones of Kinetics-400 if it tells none.
+    """Return the views stored in a checkpoint, or those published for Kinetics-400 if it contains none.
 
     Args:
-        checkpoint: of a classifier.
-        changes: fields of `ViewsConfig` that shall be otherwise.
+        checkpoint: checkpoint of a classifier.
+        changes: fields of `ViewsConfig` to replace.
 
     Raises:
-        UserError: they are no views of a test.
+        UserError: the resulting views are not valid.
     """
     try:
         return _VIEWS.validate_python((checkpoint.views or ViewsConfig()).model_dump() | dict(changes))
     except ValidationError as error:
-        raise UserError(f"{checkpoint.source} cannot be tested by these views:\n{describe(error)}") from error
+        raise UserError(f"{checkpoint.source} cannot be evaluated with these views:\n{describe(error)}") from error

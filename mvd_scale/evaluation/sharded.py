@@ -1,8 +1,9 @@
-"""A pass over the test views of many videos, or over key frames, whose results go into shards on disk.
+"""Resumable pass over test views of many videos, or over key frames, that writes its results in shards.
 
-    list what there is to load -> cut it into shards -> each rank writes those of the missing ones that are its share
+    list all items -> cut the list into shards -> each rank writes its share of the missing shards
 
-A shard is written whole or not at all, so that a start after a kill goes on with the next one, by any number of ranks.
+A shard is written under another name and renamed, so it is never partial. A restart with any number of ranks continues
+with the missing shards.
 """
 
 from __future__ import annotations
@@ -37,25 +38,25 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Shards:
-    """The folder of a pass: `NAME.json` says what it holds, `NAME_000000.SUFFIX` and so on hold it."""
+    """Folder of a pass: `NAME.json` with its settings, and the shards `NAME_000000.SUFFIX` and so on."""
 
     out: Path
     name: str
     suffix: str
     size: int
-    """Items of a shard."""
+    """Items per shard."""
 
     def claim(self, settings: Mapping[str, Any]) -> None:
-        """See that the folder is free or holds the results of this very pass. Rank 0's part.
+        """Check that the folder is empty or holds results of a pass with the same settings. Only rank 0 calls it.
 
         Raises:
-            UserError: it holds others, or cannot be written.
+            UserError: the folder holds results of other settings, or cannot be written.
         """
         described = self.out / f"{self.name}.json"
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             if described.is_file() and not any(self.out.glob(f"{self.name}_*.{self.suffix}")):
-                # A start that came to nothing holds nothing.
+                # An earlier start wrote settings but no shard: its folder may be reused.
                 self.manifest.unlink(missing_ok=True)
             elif described.is_file():
                 stands = json.loads(described.read_text())
@@ -63,7 +64,7 @@ class Shards:
                 if differing:
                     there, here = (", ".join(f"{key} {of.get(key)}" for key in differing) for of in (stands, settings))
                     raise UserError(
-                        f"{self.out} holds {self.name} with {there}; this start has {here}: choose another --out"
+                        f"{self.out} holds {self.name} with {there}, but this command has {here}: choose another --out"
                     )
             elif any(self.out.iterdir()):
                 raise UserError(f"{self.out} exists and holds no {self.name}: choose an empty or new folder with --out")
@@ -72,32 +73,33 @@ class Shards:
             raise UserError(f"--out {self.out} cannot be written: {error.strerror}") from error
 
     def open(self, data: DataConfig) -> Manifest:
-        """The videos of a pass that was claimed. Rank 0's part; who has checked them writes them to `manifest`.
+        """Index the videos of a pass after `claim`. Only rank 0 calls it; the caller checks and saves the manifest.
 
         Raises:
-            UserError: as `open_source`, or the shards are of other videos.
+            UserError: see `open_source`; or the existing shards are of other videos.
         """
         cache = self.out / "index"
         cache.mkdir(exist_ok=True)
         manifest = open_source(data, cache)
         if self.manifest.is_file() and Manifest.load(self.manifest).digest != manifest.digest:
             raise UserError(
-                f"{self.out} holds {self.name} of other videos than {manifest.source} has now: choose another --out"
+                f"{self.out} holds {self.name} of other videos than {manifest.source} contains now: "
+                "choose another --out"
             )
         return manifest
 
     @property
     def manifest(self) -> Path:
-        """Where the videos are listed."""
+        """Path of the list of videos."""
         return self.out / "manifest.parquet"
 
     def file(self, number: int) -> Path:
-        """Where a shard lies."""
+        """Path of a shard."""
         return self.out / f"{self.name}_{number:06d}.{self.suffix}"
 
     @property
     def quarantine(self) -> Path:
-        """Where videos are listed that cannot be decoded."""
+        """Path of the list of videos that cannot be decoded."""
         return self.out / "quarantine.jsonl"
 
     def fill(
@@ -109,23 +111,26 @@ class Shards:
         results: Callable[[Batch], Iterator[Result]],
         write: Callable[[Path, list[Result]], None],
     ) -> list[Path]:
-        """Write the shards that are missing; all of them, in their order, are there at the end. All ranks call it.
+        """Write the missing shards and wait until all ranks have written theirs. All ranks must call it.
 
         Args:
-            items: all there is to load, one row each.
-            ranks: each writes its share.
-            load: loads some of the items.
-            results: one result for each item of a batch.
-            write: writes the results of a shard into a file.
+            items: all items to load, one row each.
+            ranks: this process among all; each writes its share.
+            load: makes the loader of some of the items.
+            results: yields one result per item of a batch.
+            write: writes the results of a shard to a file.
+
+        Returns:
+            paths of all shards in order.
         """
         parts = [items[start : start + self.size] for start in range(0, len(items), self.size)]
         files = [self.file(number) for number in range(len(parts))]
-        # Judged by one rank: the others may look when some of them are written.
+        # Only rank 0 lists the missing shards: another rank might look after the first new ones were written.
         missing = first_decides(
             ranks, f"missing {self.out}", lambda: [number for number, file in enumerate(files) if not file.is_file()]
         )
         mine = missing[ranks.rank :: ranks.world_size]
-        logger.info("%d of %d shards are there already", len(parts) - len(missing), len(parts))
+        logger.info("%d of %d shards were written before", len(parts) - len(missing), len(parts))
         if mine:
             with load(np.concatenate([parts[number] for number in mine])) as loader:
                 stream = (result for batch in loader for result in results(batch))
@@ -148,17 +153,20 @@ class Shards:
         results: Callable[[ViewBatch], Iterator[Result]],
         write: Callable[[Path, list[Result]], None],
     ) -> list[Path]:
-        """As `fill`, for the test views of videos.
+        """Write the missing shards of a pass over the test views of videos; see `fill`.
 
         Args:
             manifest: the videos.
             data: workers and time limit of the decoding.
-            views: which views.
+            views: the views of each video.
             model: frames and input size of a view.
-            ranks: each writes its share.
-            batch: items that a rank loads together.
-            results: as of `fill`.
-            write: as of `fill`.
+            ranks: this process among all; each writes its share.
+            batch: items that a rank loads in one batch.
+            results: yields one result per item of a batch.
+            write: writes the results of a shard to a file.
+
+        Returns:
+            paths of all shards in order.
         """
 
         def load(items: NDArray[np.int64]) -> ViewLoader:
@@ -181,11 +189,14 @@ class Shards:
 
 
 def failures(out: Path, manifest: Manifest) -> dict[int, str]:
-    """Why labelled videos could not be decoded by a pass, or were left out before it, by their place among these.
+    """Return the reasons why labelled videos could not be decoded, or were excluded by the index.
 
     Args:
         out: folder of the pass.
         manifest: its videos.
+
+    Returns:
+        {position among the labelled videos: reason}.
     """
     found = {row: why for row, why in enumerate(manifest.left_out) if why is not None}
     quarantine = out / "quarantine.jsonl"

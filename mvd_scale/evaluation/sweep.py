@@ -1,4 +1,4 @@
-"""One pass of a model over the clips in the middle of labelled videos, shared by all ranks.
+"""Pass of a model over the middle clips of labelled videos, distributed over all ranks.
 
 Legend: X videos, B videos of a batch.
 """
@@ -21,9 +21,9 @@ from mvd_scale.training.ranks import Ranks, gather_rows
 
 
 class Sweep:
-    """The labelled videos of a manifest, each by one clip and one crop, both in the middle.
+    """Evaluation of a model on one centre crop of the middle clip of each labelled video of a manifest.
 
-    At ZeRO stage 3 the ranks compute together, so each of them makes the same number of passes.
+    At ZeRO stage 3 a forward pass is a collective operation, so all ranks run the same number of passes.
     """
 
     def __init__(self, manifest: Manifest, data: DataConfig, model: ModelConfig, ranks: Ranks, batch: int) -> None:
@@ -39,10 +39,10 @@ class Sweep:
         self.items = items[manifest.label[items[:, 0]] >= 0]
 
     def __call__(self, forward: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Apply `forward` to clips, uint8 (B, T, S, S, 3). All ranks call it.
+        """Apply `forward` to clips, uint8 (B, T, S, S, 3). All ranks must call it.
 
         Returns:
-            on every rank: its outputs (X, ...), labels int64 (X,), and bool (X,), whether the video could be decoded.
+            on every rank: all outputs (X, ...), labels int64 (X,), and whether the videos could be decoded, bool (X,).
         """
         outputs, labels, decoded = [], [], []
         for pixels, known, fine in self._batches(self.items[self.ranks.rank :: self.ranks.world_size]):
@@ -53,7 +53,10 @@ class Sweep:
         return whole[0], whole[1], whole[2]
 
     def _batches(self, mine: NDArray[np.int64]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Clips, labels and whether they were decoded; after the last, clips without labels, as many as others have."""
+        """Yield clips, labels, and whether the clips were decoded.
+
+        A rank with fewer batches than others then yields black clips without labels, up to the same number of batches.
+        """
         most = math.ceil(math.ceil(len(self.items) / self.ranks.world_size) / self.batch)
         loader = ViewLoader(
             self.manifest,

@@ -1,4 +1,4 @@
-"""A finished test and its folder: figures, scores of every video, and how they came about."""
+"""Result of a finished evaluation and its folder: figures, scores of every video, and their origin."""
 
 from __future__ import annotations
 
@@ -21,48 +21,48 @@ from mvd_scale.training.run_folder import write_whole
 
 @dataclass(frozen=True)
 class Origin:
-    """What a test was made of."""
+    """Inputs of an evaluation."""
 
     command: str
-    """The command line that made it."""
+    """Command line of the evaluation."""
 
     checkpoints: list[str]
     source: str
-    """Of the videos."""
+    """Source of the videos."""
 
     precision: str
     described: str
-    """How the views were taken, in words."""
+    """Description of the views in words."""
 
     views: list[str]
-    """What each view is, (V,)."""
+    """Name of each view, V of them."""
 
 
 @dataclass(frozen=True)
 class Tested:
-    """A finished test in its folder."""
+    """Result of a finished evaluation, with its folder."""
 
     out: Path
     outcome: Outcome
     names: Sequence[str]
-    """Of the videos."""
+    """Names of the videos."""
 
     classes: Sequence[str]
 
     origin: Origin
 
     reasons: Mapping[int, str]
-    """Why a video could not be decoded, by its place among the others: names may recur."""
+    """Reasons why videos could not be decoded, by position in `names`, because names may be repeated."""
 
     def to_text(self) -> str:
-        """The figures, a line each."""
+        """Format the figures, one per line."""
         notes = {"not decoded": ", counted as wrong"}
         lines = [f"{title:<20} {text}{notes.get(title, '')}" for title, text in self.figures()]
         views = "  ".join(f"{100 * value:.2f}" for value in self.outcome.view_accuracy)
         return "\n".join([*lines, f"{'views, top-1':<20} {views}"])
 
     def figures(self) -> list[tuple[str, str]]:
-        """Title and value of the figures of the whole test, as they are shown."""
+        """Return title and formatted value of each figure."""
         outcome = self.outcome
         return [
             ("videos", str(len(outcome.labels))),
@@ -74,7 +74,7 @@ class Tested:
         ]
 
     def write(self) -> None:
-        """Leave `summary.json`, `scores.parquet` and tables (`.csv`) of classes, confusion and failures."""
+        """Write `summary.json`, `scores.parquet` and the tables `classes.csv`, `confusion.csv`, `not_decoded.csv`."""
         outcome = self.outcome
         write_whole(self.out / "summary.json", json.dumps(outcome.summary(), indent=2) + "\n")
         table = pa.table(
@@ -112,21 +112,21 @@ class Tested:
             csv.writer(file).writerows([("video", "name", "reason"), *self.failures()])
 
     def failures(self) -> list[tuple[int, str, str]]:
-        """Place, name and reason of all videos that could not be decoded."""
+        """Return position, name and reason of all videos that could not be decoded."""
         failed = np.flatnonzero(~self.outcome.decoded).tolist()
-        # A kill may have torn the line that said why.
+        # If the process was killed while it wrote the reason, the reason is unknown.
         return [(video, self.names[video], self.reasons.get(video, "cannot be decoded")) for video in failed]
 
     @classmethod
     def load(cls, out: Path) -> Tested:
-        """A finished test from its folder.
+        """Read a finished evaluation from its folder.
 
         Raises:
-            UserError: there is none.
+            UserError: the folder holds no finished evaluation.
         """
         file = out / "scores.parquet"
         if not file.is_file():
-            raise UserError(f"{out} holds no finished test: expected {file}, which `mvd-scale evaluate` writes")
+            raise UserError(f"{out} holds no finished evaluation: expected {file}, which `mvd-scale evaluate` writes")
         table = pq.read_table(file)
         described = json.loads(table.schema.metadata[b"mvd_scale"])
         views = np.stack(table["views"].to_numpy()).astype(np.float32).reshape(len(table), *described["shape"])
@@ -138,11 +138,11 @@ class Tested:
 
 
 def percent(share: float) -> str:
-    """A share as it is shown."""
+    """Format a share (0 to 1) in percent."""
     return f"{100 * share:.2f} %"
 
 
 def as_lists(values: NDArray[np.float32]) -> pa.FixedSizeListArray:
-    """A column of lists of one length, from (rows, length)."""
+    """Convert float32 (rows, length) to an Arrow column of lists of fixed length."""
     flat = pa.array(np.ascontiguousarray(values, dtype=np.float32).reshape(-1), pa.float32())
     return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])

@@ -1,4 +1,4 @@
-"""A few small frames of a video, for pages that stand alone."""
+"""Thumbnails of a video as `data:` URLs, for self-contained pages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mvd_scale.data.manifest import Row
 from mvd_scale.data.storage import within
 
 HEIGHT = 112
-"""Pixels; width follows."""
+"""Height of a thumbnail in pixels; the width follows from the aspect ratio."""
 
 _FRAMES = 3
 _SECONDS = 30.0
@@ -21,10 +21,10 @@ _QUALITY = 82
 
 
 def thumbnails(video: Row) -> list[str]:
-    """Frames from the beginning, middle and end, upright, as `data:` URLs of JPEGs; one frame of a still image.
+    """Make upright thumbnails from beginning, middle and end of a video as `data:` URLs of JPEGs; one for an image.
 
     Raises:
-        DecodeError: it cannot be read or decoded, or not within half a minute.
+        DecodeError: the video cannot be read or decoded, or not within 30 s.
     """
     places = np.unique((2 * np.arange(_FRAMES) + 1) * video.frames // (2 * _FRAMES))
     frames = within(_SECONDS, video.path, decode_frames, video, places)

@@ -1,4 +1,4 @@
-"""Vision transformers of the paper as plain torch modules; no training code."""
+"""Vision transformers of the paper as plain torch modules, without training code."""
 
 from mvd_scale.models.classifier import Classifier
 from mvd_scale.models.decoder import Decoder

@@ -1,4 +1,4 @@
-"""A head that attends to the tokens of a frozen encoder: a single block of cross-attention by one learnt query.
+"""Attentive probe on the tokens of a frozen encoder: one block of cross-attention with one learnt query.
 
 Legend: B clips, N tokens, D width, C classes.
 """
@@ -13,7 +13,7 @@ from mvd_kernels import LayerNorm
 
 
 class AttentiveHead(nn.Module):
-    """Cross-attention from a query to all tokens, MLP, norm, linear head: the attentive probe of V-JEPA."""
+    """Cross-attention from one query to all tokens, MLP, norm and linear head: the attentive probe of V-JEPA."""
 
     def __init__(self, width: int, heads: int, classes: int) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class AttentiveHead(nn.Module):
         nn.init.trunc_normal_(self.query, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Scores of clips: (B, N, D) to (B, C)."""
+        """Compute class scores of clips: (B, N, D) to (B, C)."""
         query = self.query.expand(len(tokens), -1, -1)
         key, value = self.to_key_value(self.norm_tokens(tokens)).chunk(2, dim=-1)
         parts = (self.to_query(query), key, value)

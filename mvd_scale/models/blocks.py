@@ -1,6 +1,6 @@
 """The transformer block that encoders and decoders share (Sec. 3.3: vanilla, joint space-time attention).
 
-Legend: B clips, N tokens, K tokens that are kept, D width.
+Legend: B clips, N tokens, K output tokens, D width.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from mvd_scale.config.training import Checkpointing
 from mvd_scale.models.drop_path import DropPath
 
 Kept = Tensor | int | None
-"""Tokens whose output is needed: int64 (B, K), the last so many, or all."""
+"""Tokens whose output is needed: indices int64 (B, K), an integer for the last K tokens, or None for all."""
 
 _CACHED_TOKENS = 1600
-"""That a CPU takes through a block together: one clip, or the frames of one."""
+"""Tokens per pass through a block on a CPU: about one clip of 1568 tokens, or the frames of one. Activations of more
+tokens leave the cache between the block's layers."""
 
 
 def keep(tokens: Tensor, kept: Kept) -> Tensor:
-    """Some tokens of (B, N, D)."""
+    """Select tokens of (B, N, D): (B, K, D)."""
     if kept is None:
         return tokens
     if isinstance(kept, int):
@@ -32,7 +33,7 @@ def keep(tokens: Tensor, kept: Kept) -> Tensor:
 
 
 class QKV(nn.Module):
-    """Packed projection with biases for query and value only.
+    """Packed projection to query, key and value, with biases for query and value only.
 
     A bias of the keys would add the same number to all scores of a query, which the softmax cancels.
     """
@@ -45,11 +46,11 @@ class QKV(nn.Module):
         nn.init.xavier_uniform_(self.weight)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(B, N, D) to (B, N, 3 D)."""
+        """Project tokens to query, key and value: (B, N, D) to (B, N, 3 D)."""
         return F.linear(tokens, self.weight, self.bias())
 
     def bias(self) -> Tensor:
-        """(3 D,), zero for the keys."""
+        """Return the packed bias (3 D,), which is zero for the keys."""
         return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
 
 
@@ -63,7 +64,7 @@ class Attention(nn.Module):
         self.proj: nn.Module = nn.Linear(width, width)
 
     def forward(self, tokens: Tensor, kept: Kept = None) -> Tensor:
-        """(B, N, D) to (B, N, D), or (B, K, D) for the tokens that are kept."""
+        """Attend from the tokens `kept` (all if None) to all tokens: (B, N, D) to (B, K, D)."""
         clips, count, width = tokens.shape
         packed = self.qkv(tokens).view(clips, count, 3, self.heads, width // self.heads)
         last = kept if isinstance(kept, int) else None
@@ -84,9 +85,12 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, tokens: Tensor, kept: Kept = None, *, attend_again: bool = False) -> Tensor:
-        """(B, N, D) to (B, N, D), or (B, K, D) for the tokens that are kept: all are seen, the others not computed.
+        """Apply the block: (B, N, D) to (B, K, D).
 
-        With `attend_again` the backward pass computes the attention half again.
+        Args:
+            tokens: (B, N, D).
+            kept: tokens to return, all if None. They attend to all tokens; the MLP computes only them.
+            attend_again: recompute the attention half in the backward pass instead of storing its activations.
         """
         if attend_again:
             update = self.drop_path(checkpoint(self._attend, tokens, kept, use_reentrant=False))
@@ -108,10 +112,10 @@ class Blocks(nn.ModuleList):
         super().__init__(Block(width, heads, mlp_ratio, rate) for rate in rates)
         self.gradient_checkpointing: Checkpointing = "none"
         self.whole = False
-        """Whether a block must see all sequences at once."""
+        """Whether a block must get the whole batch at once, since its sequences belong to different weights."""
 
     def forward(self, tokens: Tensor, kept: Kept = None) -> Tensor:
-        """(B, N, D) to (B, N, D), or (B, K, D) for the tokens that the last block keeps."""
+        """Apply all blocks; the last one returns only the tokens `kept` (all if None): (B, N, D) to (B, K, D)."""
         again = self.gradient_checkpointing if self.training else "none"
         for number, block in enumerate(self, start=1):
             arguments = (tokens, kept if number == len(self) else None)
@@ -125,12 +129,15 @@ class Blocks(nn.ModuleList):
 
 
 def _gathers(block: nn.Module) -> bool:
-    """Whether every call of a block gathers its weights (ZeRO-3), which all ranks must do as often."""
+    """Whether each call of a block gathers its weights from all ranks (ZeRO-3).
+
+    Then all ranks must make the same number of calls, so a block must not be split by batch size.
+    """
     return any(hasattr(parameter, "ds_id") for parameter in block.parameters())
 
 
 def _in_parts(block: nn.Module, tokens: Tensor, kept: Kept) -> Tensor:
-    """A block over some sequences at a time, so that what lies between its layers stays in the cache."""
+    """Apply a block to a few sequences at a time, so that activations between its layers stay in the CPU's cache."""
     size = max(_CACHED_TOKENS // tokens.shape[1], 1)
     if len(tokens) <= size:
         whole: Tensor = block(tokens, kept)
@@ -141,14 +148,17 @@ def _in_parts(block: nn.Module, tokens: Tensor, kept: Kept) -> Tensor:
 
 
 def checkpoint_gradients(model: nn.Module, checkpointing: Checkpointing) -> None:
-    """Choose what the backward pass of a model's blocks computes again instead of keeping it."""
+    """Set which activations the backward pass of a model's blocks recomputes: none, attention or whole blocks."""
     for module in model.modules():
         if isinstance(module, Blocks):
             module.gradient_checkpointing = checkpointing
 
 
 def initialise(module: nn.Module) -> None:
-    """Published weights before pre-training: linear layers Xavier uniform, biases 0. For `Module.apply`."""
+    """Initialise one module for pre-training as published (linear layers Xavier uniform, biases 0).
+
+    Meant for `Module.apply`.
+    """
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:

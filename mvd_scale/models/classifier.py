@@ -1,4 +1,4 @@
-"""The fine-tuned model: all tokens, mean pooling, norm, linear head.
+"""The fine-tuned classifier: encoder over all tokens, mean pooling, norm, linear head.
 
 Legend: B clips, T frames, H W pixels, C classes.
 """
@@ -18,7 +18,14 @@ class Classifier(nn.Module):
     """Encoder over all tokens with joint space-time attention, and a head (Sec. 3.3, Tables 3 to 5)."""
 
     def __init__(self, config: ModelConfig, classes: int, *, dropout: float = 0.0, init_scale: float = 1.0) -> None:
-        """Build from the encoder's shape; `dropout` stands before the head, whose first weights are scaled."""
+        """Build with random weights.
+
+        Args:
+            config: shape of the encoder.
+            classes: outputs of the head, C.
+            dropout: rate of the dropout before the head.
+            init_scale: factor on the head's initial weights.
+        """
         super().__init__()
         self.encoder = Encoder(config, final_norm=False)
         self.norm = LayerNorm(self.encoder.width)
@@ -29,14 +36,14 @@ class Classifier(nn.Module):
             self.head.weight *= init_scale
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Scores of whole clips: uint8 (B, T, H, W, 3) to (B, C)."""
+        """Compute class scores (logits) of clips: uint8 (B, T, H, W, 3) to (B, C)."""
         tokens = self.encoder(pixels)
         scores: Tensor = self.head(self.dropout(self.norm(tokens.mean(dim=1))))
         return scores
 
 
 def initialise_head(module: nn.Module) -> None:
-    """Published weights of a model that is fine-tuned, before an encoder is loaded. For `Module.apply`."""
+    """Initialise one module for fine-tuning as published, before an encoder is loaded; meant for `Module.apply`."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)

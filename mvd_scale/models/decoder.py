@@ -1,4 +1,4 @@
-"""g of Eq. 1: from visible tokens to the features of masked ones.
+"""Decoders (g of Eq. 1): prediction of features at masked tokens from encoded visible tokens.
 
 Legend: B clips, V visible, M masked, E encoder width, D decoder width, K channels of the target, G decoders.
 """
@@ -53,17 +53,17 @@ class Decoder(nn.Module):
 
 
 class DecodersTogether(nn.Module):
-    """Decoders of one shape as one batched pass, each with its own weights and its own head."""
+    """Batched pass of several decoders of one shape, each with its own weights and its own head."""
 
     def __init__(self, decoders: Mapping[str, Decoder]) -> None:
-        """Decoders of one `DecoderConfig`, by the names of their targets; they stay parts of the student."""
+        """Group decoders of one `DecoderConfig`, given by target name; they remain submodules of the student only."""
         super().__init__()
         self.decoders = tuple(decoders.items())
         self.embed = LinearTogether(decoder.embed for decoder in decoders.values())
         self.blocks = blocks_together(decoder.blocks for decoder in decoders.values())
 
     def forward(self, encoded: Tensor, visible: Tensor, masked: Tensor) -> dict[str, Tensor]:
-        """As `Decoder.forward` of each: {target name: (B, M, K)}."""
+        """Predict with every decoder, with the arguments of `Decoder.forward`: {target name: (B, M, K)}."""
         count, positions = len(self.decoders), self.decoders[0][1].positions
         embedded = self.embed.of_each(encoded.expand(count, -1, -1, -1)).flatten(0, 1)
         mask_tokens = torch.cat([decoder.mask_token for _, decoder in self.decoders])

@@ -1,4 +1,4 @@
-"""The model: an encoder of whole clips, and a head on the boxes of people in them.
+"""The action detector: an encoder over whole clips, and a head on the boxes of people in them.
 
 Legend: B clips, T frames, H W pixels, N tokens, D width, P people, C actions.
 """
@@ -17,9 +17,12 @@ from mvd_scale.models.encoder import Encoder
 
 
 class Detector(nn.Module):
-    """Scores of all actions for each box: RoIAlign on the last feature map, averaged over time, and its maximum.
+    """Detector that scores all actions for each box.
 
-    The pre-trained final norm stays, before the average, as in the published code (VideoMAE).
+    The last feature map is averaged over time, RoIAlign samples it within the box, and the maximum over the samples
+    goes to a linear head.
+
+    The pre-trained final norm is applied before the average, as in the published code (VideoMAE).
 
     Raises:
         UserError: torchvision is not installed.
@@ -37,18 +40,18 @@ class Detector(nn.Module):
             self.head.weight *= config.init_scale
 
     def forward(self, pixels: Tensor, boxes: Tensor) -> Tensor:
-        """Scores before the sigmoid.
+        """Compute scores before the sigmoid (logits).
 
         Args:
-            pixels: uint8 (B, T, H, W, 3); H and W are multiples of the patch.
-            boxes: clip and x1, y1, x2, y2 in its pixels, float32 (P, 5).
+            pixels: uint8 (B, T, H, W, 3); H and W are multiples of the patch size.
+            boxes: float32 (P, 5): index of the clip, then x1, y1, x2, y2 in pixels of that clip.
 
         Returns:
             (P, C).
         """
         tokens = self.encoder(pixels)
         features = tokens.unflatten(1, self.encoder.grid_of(pixels)).mean(dim=1).permute(0, 3, 1, 2)
-        # In float32: bf16 has not the digits to tell neighbouring pixels of a wide frame.
+        # In float32: bf16 has 8 significant bits, too few for pixel coordinates above 256.
         cells = self._align(
             features.float(),
             boxes,

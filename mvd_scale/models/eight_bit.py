@@ -1,4 +1,4 @@
-"""Frozen transformers in 8 bits: the linear layers of their blocks, which take most of the arithmetic."""
+"""Quantisation of frozen transformers to 8 bits: the linear layers of their blocks, most of the arithmetic."""
 
 from __future__ import annotations
 
@@ -19,19 +19,21 @@ REFUSED: dict[EightBit, str] = {
     "int8": "precision int8 is for CPUs; on GPUs use fp8 (Ada, Hopper or newer) or fp16",
     "fp8": "precision fp8 needs a GPU of the kind Ada, Hopper or newer; use fp16 (CPUs: int8)",
 }
-"""Why, where a device does not compute it."""
+"""Reason, by precision, for messages when the device does not support it."""
 
 
 def to_eight_bits(model: nn.Module, kind: EightBit, device: torch.device) -> nn.Module:
-    """Replace the linear layers of a frozen model's blocks; what remains is in 16 bits where the device computes them.
+    """Replace the linear layers of a frozen model's blocks by 8-bit ones.
+
+    All other weights become bf16, or float32 on CPUs without bf16 instructions (see `rest_of`).
 
     Args:
-        model: an encoder, or one of timm, on the CPU.
-        kind: `int8` for CPUs, by oneDNN; `fp8` for GPUs from Ada and Hopper on, by torchao.
-        device: where it will run.
+        model: an encoder of this project or of timm, on the CPU; it is modified in place.
+        kind: `int8` for CPUs (by oneDNN), or `fp8` for GPUs from Ada and Hopper on (by torchao).
+        device: the device that the model will run on.
 
     Raises:
-        UserError: the device does not compute this kind, or torchao is missing.
+        UserError: the device does not support this precision, or torchao is not installed.
     """
     if kind == "int8":
         if device.type != "cpu":
@@ -55,12 +57,12 @@ def to_eight_bits(model: nn.Module, kind: EightBit, device: torch.device) -> nn.
 
 
 def rest_of(kind: EightBit) -> Literal["bf16", "fp32"]:
-    """The precision of what is not in 8 bits: 16 bits, unless this is a CPU without bf16 instructions."""
+    """Precision of the weights that are not in 8 bits: bf16, or fp32 on a CPU without bf16 instructions."""
     return "bf16" if kind == "fp8" or bf16_instructions() else "fp32"
 
 
 def eight_bit_weights(model: nn.Module) -> list[nn.Parameter]:
-    """The weights (out, in) that `to_eight_bits` would put in 8 bits."""
+    """Return the weights (out, in) that `to_eight_bits` would convert to 8 bits."""
     packed = [block.attn.qkv for block in model.modules() if isinstance(block, Block)]
     return [layer.weight for layer in (*packed, *_linear_layers(model).values())]  # type: ignore[misc]
 
@@ -89,7 +91,10 @@ def _as_linear(qkv: nn.Module) -> nn.Linear:
 
 
 def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Those of ours and of timm's usual attention and MLP; others of timm's read the weights themselves."""
+    """Find the linear layers of our and timm's standard attention and MLP modules, by name.
+
+    Other modules of timm read the weights of their layers directly and would not work with replaced layers.
+    """
     return {
         f"{path}.{name}": child
         for path, parent in model.named_modules()

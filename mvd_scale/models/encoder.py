@@ -1,4 +1,4 @@
-"""f of Eq. 1: a plain vision transformer that embeds only the tokens it is asked for.
+"""The encoder (f of Eq. 1): a plain vision transformer that can embed a subset of the tokens.
 
 Legend: B clips, T frames, H W pixels, N tokens, K chosen tokens, D width.
 """
@@ -21,7 +21,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Patching:
-    """How clips become rows of a patch embedding."""
+    """Parameters of the conversion of clips to rows of a patch embedding."""
 
     tubelet: int
     patch: int
@@ -30,7 +30,15 @@ class Patching:
     dtype: torch.dtype
 
     def rows(self, pixels: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """Pixels as `Encoder.forward` takes them to (B, K, t p p 3), for some tokens or all."""
+        """Extract the normalised pixels of tubelets.
+
+        Args:
+            pixels: (B, T, H, W, 3), uint8 in 0..255 or floating in 0..1.
+            tokens: int64 (B, K), or None for all tokens.
+
+        Returns:
+            (B, K, t p p 3) in `dtype`.
+        """
         shape = {"tubelet": self.tubelet, "patch": self.patch}
         return tube_rows(pixels, tokens, **shape, mean=self.mean, std=self.std, dtype=self.dtype)
 
@@ -61,16 +69,16 @@ class Encoder(nn.Module):
             nn.init.normal_(self.class_token, std=0.02)
 
     def store_positions(self, table: Tensor) -> None:
-        """Add a table of the model's own, (N, D), instead of the fixed one, and keep it in the state dict."""
+        """Replace the fixed position table by another one (N, D), which becomes part of the state dict."""
         self.register_buffer("positions", table)
 
     @property
     def width(self) -> int:
-        """D."""
+        """Width D of the tokens."""
         return self.patch_embed.out_features
 
     def grid_of(self, pixels: Tensor) -> tuple[int, int, int]:
-        """Tokens of clips (B, T, H, W, 3) along time, height and width."""
+        """Number of tokens of clips (B, T, H, W, 3) along time, height and width."""
         _, frames, height, width, _ = pixels.shape
         return frames // self.config.tubelet, height // self.config.patch_size, width // self.config.patch_size
 
@@ -80,30 +88,31 @@ class Encoder(nn.Module):
 
     @property
     def patching(self) -> Patching:
-        """How its clips become rows."""
+        """Parameters of the conversion of this encoder's clips to rows, in the dtype of its weights."""
         shape, dtype = self.config, self.patch_embed.weight.dtype
         return Patching(shape.tubelet, shape.patch_size, self.mean, self.std, dtype)
 
     def forward(
         self, pixels: Tensor, tokens: Tensor | None = None, kept: Tensor | None = None, rows: Tensor | None = None
     ) -> Tensor:
-        """Encode the chosen tokens of each clip.
+        """Encode all or some tokens of each clip.
 
-        Frames of another size than the model's are seen whole by a table of positions that is resized to them.
+        For frames of another size than the model's, the position table is interpolated to their grid.
 
         Args:
             pixels: (B, T, H, W, 3), uint8 in 0..255 or floating in 0..1.
-            tokens: int64 (B, K) indices of the tokens to see, or None for all.
-            kept: int64 (B, M) places among those seen whose features are wanted, or None for all and a class token.
-            rows: (B, K, t p p 3), the clips as `patching` makes rows of them, if that was done before.
+            tokens: int64 (B, K) indices of the tokens to encode, or None for all.
+            kept: int64 (B, M) positions among the encoded tokens whose features are returned, or None for all of them
+                and the class token.
+            rows: (B, K, t p p 3), result of `patching.rows` if it was already computed.
 
         Returns:
-            (B, K, D) in the dtype of the weights, one more token in front if the model has a class token;
-            (B, M, D) with `kept`.
+            (B, K, D) in the dtype of the weights, preceded by the class token if the model has one; (B, M, D) with
+            `kept`.
         """
         if rows is None:
             rows = self.patching.rows(pixels, tokens)
-        # As one matrix, whose rows may lie apart.
+        # As one matrix (B K, t p p 3): `rows` may be a strided view, which a 2-D product reads without a copy.
         embedded = self.patch_embed(rows.flatten(0, 1)).unflatten(0, rows.shape[:2])
         positions = self._positions_of(pixels).to(embedded.dtype)
         encoded = embedded + (positions if tokens is None else positions[tokens])

@@ -1,4 +1,4 @@
-"""Heads on the encoder's own tokens: what feature distillation uses in place of mask tokens and a decoder (Sec. 4.3).
+"""Heads on the encoder's tokens: feature distillation uses them in place of mask tokens and a decoder (Sec. 4.3).
 
 Legend: B clips, V visible, E encoder width, K channels of the target.
 """
@@ -12,7 +12,7 @@ from mvd_scale.models.blocks import initialise
 
 
 class TokenHead(nn.Module):
-    """A linear layer or an MLP, the same for every token."""
+    """Linear layer or MLP that is applied to every token."""
 
     def __init__(self, config: TokenHeadConfig, encoder: ModelConfig, out_channels: int) -> None:
         super().__init__()

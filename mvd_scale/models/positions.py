@@ -1,4 +1,4 @@
-"""The fixed position tables of the published models, float32 (N, D), tokens time-major."""
+"""Fixed position tables of the published models: float32 (N, D), tokens in time-major order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mvd_scale.config.model import Positions
 
 
 def position_table(kind: Positions, grid: tuple[int, int, int], width: int) -> Tensor:
-    """Position of every token.
+    """Compute the fixed position table of a token grid.
 
     Args:
         kind: `sincos3d` (MVD), `sinusoid` (VideoMAE) or `sincos2d` (MAE).
@@ -21,7 +21,7 @@ def position_table(kind: Positions, grid: tuple[int, int, int], width: int) -> T
         float32 (N, D).
 
     Raises:
-        ValueError: the width does not divide as the table needs.
+        ValueError: the width is not a multiple of 16 (sincos3d) or of 4 (sincos2d).
     """
     time, height, columns = grid
     if kind == "sinusoid":
@@ -36,7 +36,10 @@ def position_table(kind: Positions, grid: tuple[int, int, int], width: int) -> T
 
 
 def resize_positions(table: Tensor, old: tuple[int, int, int], new: tuple[int, int, int]) -> Tensor:
-    """A table at one grid made to fit another: bicubic in space, linear in time; float32 (N, D) to (N', D)."""
+    """Interpolate a position table to another grid, bicubic in space, linear in time: float32 (N, D) to (N', D).
+
+    Space and time are separable; an axis whose size does not change is not interpolated, so its values stay exact.
+    """
     cells = table.float().unflatten(0, old)
     if old[1:] != new[1:]:
         slices = cells.permute(0, 3, 1, 2)
@@ -59,7 +62,7 @@ def _sincos_2d(height: int, columns: int, width: int) -> Tensor:
     if width % 4:
         raise ValueError(f"positions sincos2d need a width that is a multiple of 4, got {width}")
     rows, cols = torch.meshgrid(torch.arange(height), torch.arange(columns), indexing="ij")
-    # The published table lists the column first.
+    # The published table has the column's channels first.
     return torch.cat([_sincos_1d(cols, width // 2), _sincos_1d(rows, width // 2)], dim=1)
 
 

@@ -1,4 +1,4 @@
-"""The trained model of every method: one encoder and a head per target.
+"""The pre-trained model of every method: one encoder and one head per target.
 
 Legend: B clips, T frames, H W pixels, N tokens, V visible, M masked, K channels of a target.
 """
@@ -16,10 +16,15 @@ from mvd_scale.models.heads import TokenHead
 
 
 class Student(nn.Module):
-    """Encoder over visible tubes; separate decoders with separate weights (Sec. 3.2, 3.3, Algorithm 1)."""
+    """Encoder over visible tokens, and a decoder or token head with its own weights per target (Sec. 3.2, 3.3)."""
 
     def __init__(self, config: ModelConfig, heads: Mapping[str, tuple[HeadConfig, int]]) -> None:
-        """Build from the encoder's shape and, by target name, a head's shape and its output channels."""
+        """Build with random weights.
+
+        Args:
+            config: shape of the encoder.
+            heads: shape and output channels of the head of each target, by target name.
+        """
         super().__init__()
         self.encoder = Encoder(config)
         self.decoders, self.heads, self.together = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleList()
@@ -30,7 +35,7 @@ class Student(nn.Module):
                 self.heads[name] = TokenHead(head, config, channels)
 
     def alike(self) -> list[dict[str, Decoder]]:
-        """Decoders that have their shape in common with others, by target name."""
+        """Group decoders that have the same shape: one {target name: decoder} per group of at least two."""
         groups: dict[DecoderConfig, dict[str, Decoder]] = {}
         for name, decoder in self.decoders.items():
             assert isinstance(decoder, Decoder)
@@ -38,11 +43,11 @@ class Student(nn.Module):
         return [group for group in groups.values() if len(group) > 1]
 
     def batch_decoders(self) -> None:
-        """Run decoders of one shape as one batched pass from here on."""
+        """Run decoders of the same shape as one batched pass in all following calls of `forward`."""
         self.together = nn.ModuleList(DecodersTogether(group) for group in self.alike())
 
     def forward(self, pixels: Tensor, visible: Tensor, masked: Tensor) -> dict[str, Tensor]:
-        """Predict every target: by decoders at the masked tokens, by other heads at the visible ones.
+        """Predict every target: decoders at the masked tokens, token heads at the visible tokens.
 
         Args:
             pixels: uint8 (B, T, H, W, 3).
@@ -57,6 +62,6 @@ class Student(nn.Module):
         predictions = {name: head(encoded, visible) for name, head in self.heads.items()}
         for group in self.together:
             predictions |= group(encoded, visible, masked)
-        # In their order, which is the same on all ranks.
+        # In the order of construction, which is the same on all ranks: ZeRO-3 gathers weights in this order.
         apart = {name: decoder for name, decoder in self.decoders.items() if name not in predictions}
         return predictions | {name: decoder(encoded, visible, masked) for name, decoder in apart.items()}

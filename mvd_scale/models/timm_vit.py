@@ -1,4 +1,4 @@
-"""A vision transformer of timm as a frozen image model.
+"""Wrapper of a vision transformer of timm as a frozen image model.
 
 Legend: B frames, H W pixels, N patches, D width.
 """
@@ -17,13 +17,19 @@ from mvd_scale.errors import UserError
 
 
 class TimmViT(nn.Module):
-    """Patch features of the last block; class and register tokens are dropped."""
+    """Image model that returns the patch features of its last block; class and register tokens are dropped."""
 
     def __init__(self, name: str, grid: int, *, final_norm: bool, pretrained: bool) -> None:
-        """Build a model so that its patches form a grid x grid raster.
+        """Build a model at the input size at which its patches form a grid of `grid` x `grid`.
+
+        Args:
+            name: name of a model of timm.
+            grid: patches along a side.
+            final_norm: keep the norm after the last block.
+            pretrained: download timm's weights; otherwise the weights are random.
 
         Raises:
-            UserError: timm has no such model, or it is no plain vision transformer.
+            UserError: timm has no such model, or the model is no plain vision transformer.
         """
         super().__init__()
         if not timm.is_model(name):
@@ -31,7 +37,7 @@ class TimmViT(nn.Module):
             raise UserError(f"timm has no model {name!r}; close to it: {close}")
         self.patch_size = _patch_size(name)
         self.input_size = grid * self.patch_size
-        # Weights of another input size are fitted by timm itself: it resamples their positions.
+        # If the weights are for another input size, timm resamples their positions.
         self.vit = timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=self.input_size)
         if not final_norm:
             self.vit.norm = nn.Identity()
@@ -39,10 +45,10 @@ class TimmViT(nn.Module):
         self.width: int = self.vit.num_features
 
     def load(self, tensors: Mapping[str, Tensor], source: str) -> None:
-        """Load weights in timm's names, resampling positions of another input size.
+        """Load weights by timm's names; positions for another input size are resampled.
 
         Raises:
-            UserError: names or shapes do not fit; nothing was loaded.
+            UserError: names or shapes do not fit; the message names each tensor, and nothing was loaded.
         """
         from timm.models.vision_transformer import checkpoint_filter_fn
 
@@ -64,17 +70,17 @@ class TimmViT(nn.Module):
         self.vit.load_state_dict(fitted)
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Patch features of single frames.
+        """Compute the patch features of single frames.
 
         Args:
             frames: (B, 1, H, W, 3), uint8 in 0..255 or floating in 0..1.
 
         Returns:
-            (B, N, D) in the dtype of the weights, row by row.
+            (B, N, D) in the dtype of the weights, patches in row-major order.
         """
         clips, _, height, width, _ = frames.shape
         dtype = next(self.vit.parameters()).dtype
-        # One "patch" of the whole frame, its colours whitened.
+        # With one "patch" as large as the frame, the kernel only normalises the colours.
         rows = tube_rows(frames, None, tubelet=1, patch=height, mean=self.mean, std=self.std, dtype=dtype)
         features: Tensor = self.vit.forward_features(rows.view(clips, height, width, 3).movedim(-1, 1))
         return features[:, self.vit.num_prefix_tokens :]

@@ -1,7 +1,7 @@
-"""Transformers of one shape as one: their clips in one batch, each with its own weights in batched products.
+"""Grouped transformers: several of the same shape run as one batch, each with its own weights in batched products.
 
-Weights are stacked anew in every pass, which is little beside the tokens, and so stay what DeepSpeed shards and
-checkpoints hold.
+The weights are stacked in every pass, so that the parameters that DeepSpeed shards and checkpoints contain stay the
+separate ones. The copy is small compared with the tokens.
 
 Legend: G transformers, B clips of each, N tokens, D width, E channels out.
 """
@@ -19,23 +19,23 @@ from mvd_scale.models.blocks import QKV, Block, Blocks
 
 
 class _Together(nn.Module):
-    """Layers of one shape that are called as one; they belong to others, which train and save their weights."""
+    """Group of layers of one shape that is called as one layer; other modules own, train and save their weights."""
 
     def __init__(self, layers: Iterable[Any]) -> None:
         super().__init__()
-        # In a tuple, so that they are not taken for parts of this module.
+        # In a tuple, so that torch does not register them as submodules a second time.
         self.layers = tuple(layers)
 
 
 class LinearTogether(_Together):
-    """Layers `torch.nn.Linear` or `QKV`."""
+    """Group of `torch.nn.Linear` or `QKV` layers."""
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(G B, N, D) to (G B, N, E)."""
+        """Apply each layer to its part of the batch: (G B, N, D) to (G B, N, E)."""
         return self.of_each(tokens.unflatten(0, (len(self.layers), -1))).flatten(0, 1)
 
     def of_each(self, tokens: Tensor) -> Tensor:
-        """(G, B, N, D) to (G, B, N, E)."""
+        """Apply each layer to its part of the batch: (G, B, N, D) to (G, B, N, E)."""
         rows, weights = tokens.flatten(1, -2), torch.stack([layer.weight for layer in self.layers]).mT
         biases = [layer.bias() if isinstance(layer, QKV) else layer.bias for layer in self.layers]
         products = rows @ weights
@@ -46,26 +46,26 @@ class LinearTogether(_Together):
 
 
 class NormTogether(_Together):
-    """Layers `LayerNorm`."""
+    """Group of `LayerNorm` layers."""
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(G B, N, D), normalised."""
+        """Normalise each part of the batch by its layer: (G B, N, D) to (G B, N, D)."""
         parts = zip(self.layers, tokens.chunk(len(self.layers)), strict=True)
         return torch.cat([layer(part) for layer, part in parts])
 
 
 class AddNormTogether(_Together):
-    """Layers `AddLayerNorm`."""
+    """Group of `AddLayerNorm` layers."""
 
     def forward(self, residual: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
-        """`residual + update` and its norm, both (G B, N, D)."""
+        """Return `residual + update` and its norm, both (G B, N, D)."""
         weight = torch.stack([layer.weight for layer in self.layers])
         bias = torch.stack([layer.bias for layer in self.layers])
         return add_layer_norm(residual, update, weight, bias, self.layers[0].eps)
 
 
 class BlockTogether(Block):
-    """What `Block` computes, with the layers of several."""
+    """Group of blocks: `Block.forward` with grouped layers."""
 
     def __init__(self, blocks: tuple[Any, ...]) -> None:
         with torch.device("meta"):
@@ -79,7 +79,7 @@ class BlockTogether(Block):
 
 
 def blocks_together(stacks: Iterable[Blocks]) -> Blocks:
-    """Stacks of one shape as one over (G B, N, D), the clips of the first of them first; it owns no parameters."""
+    """Group stacks of one shape into one stack over (G B, N, D), ordered by stack; it owns no parameters."""
     blocks = Blocks(0, 0, 1)
     blocks.whole = True
     blocks.extend(BlockTogether(level) for level in zip(*stacks, strict=True))

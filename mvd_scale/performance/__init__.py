@@ -1,1 +1,1 @@
-"""Speed and memory: what they are, measured."""
+"""Performance: prediction (`plan`), benchmarks (`bench`) and profiles of speed and memory."""

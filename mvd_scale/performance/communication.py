@@ -1,4 +1,4 @@
-"""What ranks send each other in a step, by collective, and how long it takes on NVLink and the network."""
+"""Prediction of communication: the collectives of a step, their bytes, and their time on NVLink and the network."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ Phase = Literal["teachers", "forward", "backward", "optimizer"]
 
 @dataclass(frozen=True)
 class Collective:
-    """One kind of message of a step; it can run beside the arithmetic of its phase."""
+    """One collective operation of a step; it can overlap with the arithmetic of its phase."""
 
     name: str
     phase: Phase
     kind: Literal["all-gather", "reduce-scatter", "all-reduce"]
 
     payload: int
-    """Bytes of the whole tensors."""
+    """Bytes of the unsharded tensors per call."""
 
     times: int
-    """Per optimizer step."""
+    """Calls per optimizer step."""
 
     sent: int
-    """Bytes that a rank sends in a step."""
+    """Bytes that a rank sends per step."""
 
     seconds: float
-    """Of a step."""
+    """Seconds per step."""
 
 
 def collectives(work: Workload, setting: Setting, gpu: Gpu, per_node: int) -> list[Collective]:
-    """The collectives of an optimizer step; none on a single rank.
+    """List the collectives of an optimizer step; none on a single rank.
 
     Args:
         work: the parts of the step.
-        setting: ranks, accumulation and ZeRO.
-        gpu: gives the links.
-        per_node: GPUs of a machine.
+        setting: ranks, accumulation and ZeRO settings.
+        gpu: gives the bandwidths of the links.
+        per_node: GPUs per machine.
     """
     if setting.world == 1:
         return []
@@ -67,20 +67,28 @@ def collectives(work: Workload, setting: Setting, gpu: Gpu, per_node: int) -> li
     if setting.stage == 3:
         weights = (work.parameters - work.vectors) * size
         add("weights, forward", "forward", "all-gather", weights, often)
-        # What does not stay from the forward pass is fetched again.
+        # Weights beyond the limit of live parameters are released after the forward pass and gathered again.
         again = max(weights - size * setting.zero["stage3_max_live_parameters"], 0)
         if again:
             add("weights, backward", "backward", "all-gather", again, often)
         add("gradients", "backward", "reduce-scatter", student, often)
     else:
-        # DeepSpeed reduces a bucket that concerns several ranks by one all-reduce; stage 1 only before the step.
+        # DeepSpeed reduces a bucket that several ranks own by one all-reduce; stage 1 only before the optimizer step.
         add("gradients", "backward", "all-reduce", student, 1 if setting.stage == 1 else often)
         add("updated weights", "optimizer", "all-gather", student, 1)
     return found
 
 
 def seconds_of(kind: str, payload: int, world: int, per_node: int, gpu: Gpu) -> float:
-    """Time of a large collective by rings: NVLink inside of a machine, all network cards together between machines."""
+    """Seconds of a large ring collective: NVLink within a machine, all its network cards between machines.
+
+    Args:
+        kind: name of the collective; an all-reduce is a reduce-scatter and an all-gather.
+        payload: bytes of the unsharded tensors.
+        world: number of ranks.
+        per_node: ranks per machine.
+        gpu: gives the bandwidths of the links.
+    """
     nodes = world // per_node
     inside = payload * (world - 1) / world / gpu.nvlink if per_node > 1 else 0.0
     between = payload * (nodes - 1) / nodes / (per_node * gpu.network)

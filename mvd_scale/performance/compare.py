@@ -1,4 +1,4 @@
-"""`mvd-scale bench compare`: what became slower or larger between two reports of the same measurement."""
+"""`mvd-scale bench compare`: figures that became worse between two reports of the same measurement."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ KINDS: dict[str, type[Report]] = {
 
 @dataclass(frozen=True)
 class Change:
-    """One figure of both reports."""
+    """One figure, in both reports."""
 
     name: str
     old: float
@@ -44,32 +44,32 @@ class Change:
 
     @property
     def ratio(self) -> float:
-        """New to old; 1 where both are 0."""
+        """New value divided by the old one; 1 if both are 0."""
         return self.new / self.old if self.old else (1.0 if not self.new else float("inf"))
 
     @property
     def mark(self) -> str:
-        """What stands beside it."""
+        """Mark in the table: `WORSE`, `better` or empty."""
         return "WORSE" if self.worse else "better" if self.better else ""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All figures of both, and what else differs."""
+    """All figures of both reports, and differences of versions."""
 
     kind: str
     tolerance: float
     changes: list[Change]
     versions: list[str]
-    """Packages whose versions differ, with both."""
+    """Packages whose versions differ, with both versions."""
 
     @property
     def worse(self) -> list[Change]:
-        """Figures beyond the tolerance."""
+        """Figures that became worse by more than the tolerance."""
         return [change for change in self.changes if change.worse]
 
     def to_text(self) -> str:
-        """A line for every figure."""
+        """Format as a table, one line per figure."""
         width = max(len(change.name) for change in self.changes)
         lines = [f"versions differ: {line}" for line in self.versions]
         lines.append(f"{self.kind:<{width}}{'old':>12}{'new':>12}{'ratio':>9}")
@@ -84,12 +84,12 @@ def compare_reports(old: Path, new: Path, tolerance: float) -> Comparison:
     """Compare two files that `mvd-scale bench ... --json` printed, or `mvd-scale profile` wrote.
 
     Args:
-        old: the earlier one.
-        new: the later one.
-        tolerance: relative change up to which a figure counts as the same.
+        old: path of the earlier report.
+        new: path of the later report.
+        tolerance: relative change up to which a figure counts as unchanged.
 
     Raises:
-        UserError: a file is no report, or the two are of different kinds, settings or machines.
+        UserError: a file is not a report, or the two are of different kinds, settings or machines.
     """
     before, after = read_report(old), read_report(new)
     if before.kind != after.kind:
@@ -98,14 +98,16 @@ def compare_reports(old: Path, new: Path, tolerance: float) -> Comparison:
         )
     differing = _differences(before.setting(), after.setting())
     if differing:
-        raise UserError(f"{old} and {new} measured different things: {'; '.join(differing)}. Measure the same again")
+        raise UserError(
+            f"{old} and {new} have different settings: {'; '.join(differing)}. Measure both with the same settings"
+        )
     places = _differences(_place(before.machine), _place(after.machine))
     versions = _differences(before.machine.versions, after.machine.versions)
     if places:
         also = f" (and {'; '.join(versions)})" if versions else ""
         raise UserError(
             f"{old} and {new} come from different machines: {'; '.join(places)}{also}. "
-            "Measure both on one machine, with as many cores"
+            "Measure both on one machine, with the same number of cores"
         )
     first, second = dict(before.values()), dict(after.values())
     only = sorted(first.keys() ^ second.keys())
@@ -116,10 +118,10 @@ def compare_reports(old: Path, new: Path, tolerance: float) -> Comparison:
 
 
 def read_report(path: Path) -> Report:
-    """A report from its file.
+    """Read a report.
 
     Raises:
-        UserError: it is none.
+        UserError: the file is not a complete report.
     """
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
@@ -135,7 +137,7 @@ def read_report(path: Path) -> Report:
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(
-            f"{path} is no whole report of `bench {kind}`: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+            f"{path} is not a complete report of `bench {kind}`: {'.'.join(map(str, first['loc']))}: {first['msg']}"
         ) from error
 
 
@@ -150,7 +152,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def _change(name: str, old: Value, new: Value, tolerance: float) -> Change:
-    """A figure counts as judged if it is so in either report: a part that grew is no longer short."""
+    """Compare one figure; it is judged if either report judges it, because a short part may have grown."""
     low, high = (new.value, old.value) if old.more_is_better else (old.value, new.value)
     judged = old.judged or new.judged
     return Change(

@@ -1,4 +1,4 @@
-"""`mvd-scale bench data`: clips per second of the data path, beside the plain ways that people use today."""
+"""`mvd-scale bench data`: clips/s of our data loader, compared with baseline loaders in common use."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from mvd_scale.performance.videos import given_videos, made_videos
 BATCH = 8
 
 _AHEAD = 4
-"""Batches left at the end: ours works ahead when the timing begins, and shall still do so when it ends."""
+"""Batches left over at the end: our loader prefetches when the timing begins, so it must also when the timing ends."""
 OURS = "mvd-scale"
 _PACKAGES = ("nvidia-dali-cuda130", "av", "decord", "torchcodec", "torchvision")
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One way over one set of videos."""
+    """Speed of one loader on one set of videos."""
 
     videos: str
     source: str
@@ -48,24 +48,24 @@ class DataReport(Report):
     kind: Literal["data"] = "data"
     figures: list[Figure]
     absent: dict[str, str]
-    """Ways that cannot be gone here, and why."""
+    """Loaders that cannot run here, with the reason."""
     clips: int
     source: str | None
-    """The videos; None if they were made."""
+    """Source of the videos; None if they were generated."""
 
     def setting(self) -> dict[str, Any]:
-        """Which videos, and how many clips were timed."""
+        """Return the source of the videos and the number of timed clips."""
         return {"source": self.source, "clips": self.clips}
 
     def values(self) -> Iterator[tuple[str, Value]]:
-        """Speed and CPU time of every way; only ours is judged."""
+        """Yield speed and CPU time of every loader; only ours is judged."""
         for way in self.figures:
             name, ours = f"{way.videos}, {way.source}, {way.workers} workers, {way.way}", way.way == OURS
             yield f"{name}: clips/s", Value(way.clips_per_second, more_is_better=True, judged=ours)
             yield f"{name}: CPU s/clip", Value(way.cpu_seconds_per_clip, judged=ours)
 
     def to_text(self) -> str:
-        """A line for every way; the last column is how many times as fast ours is over the same videos."""
+        """Format as a table, one line per loader; the last column is the speed of ours divided by that loader's."""
         lines = [f"16x224x224, {self.clips} clips each, batches of {BATCH}", self.machine.title(), ""]
         lines.append(
             f"{'videos':<16}{'source':<24}{'workers':>8}  {'way':<26}{'clips/s':>9}{'CPU s/clip':>12}{'ours':>8}"
@@ -83,14 +83,14 @@ class DataReport(Report):
 
 
 def measure_data(source: str | None, work: Path, *, workers: Sequence[int], clips: int, large: bool) -> DataReport:
-    """Time our loader and the plain ones over the same videos, each in a process of its own.
+    """Time our loader and the baseline loaders on the same videos, each in a separate process.
 
     Args:
-        source: a manifest or whatever can be indexed; real pictures encoded anew into clips of 10 s if None.
-        work: folder for videos and shards that are made; what is there is used again.
-        workers: numbers of worker processes to try.
-        clips: clips that are timed, after a quarter as many that are not.
-        large: without a source, also measure 1280x720.
+        source: a manifest or a source that can be indexed; if None, real pictures are encoded to videos of 10 s.
+        work: folder for generated videos and shards; existing ones are reused.
+        workers: numbers of worker processes to measure.
+        clips: number of timed clips, after a warm-up of a quarter as many.
+        large: without a source, also measure videos of 1280x720.
     """
     sets = _made_sets(work, large) if source is None else {"given": given_videos(source)}
     first = next(iter(sets.values()))
@@ -109,7 +109,7 @@ def measure_data(source: str | None, work: Path, *, workers: Sequence[int], clip
 
 
 def measure_memory(source: str | None, work: Path, clips: int) -> Iterator[tuple[int, float]]:
-    """Draw many small clips, and yield ten times how many they were and the MiB of all processes together."""
+    """Load many small clips; yields ten times the number so far and the memory of all processes (USS), MiB."""
     manifest = given_videos(source) if source is not None else made_videos(work / "small", "libx264", (64, 48), 20)
     data = DataConfig(clips_per_video=-(-clips // len(manifest.usable)), workers=1)
     model = ModelConfig(size="S", input_size=32)
@@ -142,7 +142,7 @@ def _time_plain(way: str, manifest: Manifest, workers: int, clips: int) -> tuple
 
 
 def _time(batches: Iterator[Any], warm_up: int, steps: int) -> tuple[float, float]:
-    """Clips per second, and CPU seconds for a clip."""
+    """Measure clips per second, and CPU seconds per clip."""
     spent, cpu = time_batches(batches, warm_up, steps)
     return BATCH / spent, cpu / BATCH
 
@@ -173,7 +173,7 @@ def _resident_mib() -> float:
 
 
 def _made_sets(work: Path, large: bool) -> dict[str, Manifest]:
-    """Videos of 10 s by name; a name may say after a slash that they lie in shards."""
+    """Generate sets of videos of 10 s, by name; the part of a name after a slash is the kind of shards."""
     sets = {
         "h264 340x256": made_videos(work / "h264", "libx264", (340, 256), 12),
         "vp9 340x256": made_videos(work / "vp9", "libvpx-vp9", (340, 256), 12),

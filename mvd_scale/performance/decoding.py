@@ -1,4 +1,4 @@
-"""How many clips a second NVDEC can decode."""
+"""Prediction of the clips per second that NVDEC can decode."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from mvd_scale.performance.hardware import Gpu
 FULL_HD = 1920 * 1080
 
 SMALL_FRAMES = 4.0
-"""How many times more frames/s than at 1920x1080 an engine decodes at most, however small they are: an assumption."""
+"""Largest speed-up of an engine for small frames over 1920x1080, in frames/s: an assumption."""
 
 
 @dataclass(frozen=True)
 class Video:
-    """What the videos are like."""
+    """Properties of the videos that decoding depends on."""
 
     height: int = 320
-    """Short side in pixels; Kinetics-400 as it is prepared."""
+    """Short side in pixels; 320 as in the usual preparation of Kinetics-400."""
 
     keyframes: int = 250
-    """Frames from one key frame to the next; x264's default."""
+    """Frames from one key frame to the next; 250 is x264's default."""
 
     @property
     def pixels(self) -> int:
-        """Of a frame of 4:3."""
+        """Pixels of a frame of aspect ratio 4:3."""
         return self.height**2 * 4 // 3
 
 
 def decoded_frames(data: DataConfig, model: ModelConfig, video: Video) -> float:
-    """Frames decoded for one clip: its span, and on average half of the way from one key frame to the next."""
+    """Mean number of frames decoded per clip: its span, plus half of the distance between key frames."""
     return (model.frames - 1) * data.stride + 1 + (video.keyframes - 1) / 2
 
 
 def decoded_clips(gpu: Gpu, data: DataConfig, model: ModelConfig, video: Video) -> float:
-    """Clips/s that the engines of one GPU decode, all copies counted."""
+    """Clips/s that the NVDEC engines of one GPU decode; copies of a clip count separately."""
     frames = gpu.decoded * min(FULL_HD / video.pixels, SMALL_FRAMES)
     return frames / decoded_frames(data, model, video) * data.copies

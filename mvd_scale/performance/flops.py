@@ -1,4 +1,4 @@
-"""FLOPs of a clip by part, equal to what `torch.utils.flop_counter` counts on the modules themselves."""
+"""FLOPs of a clip by part of the model, equal to the counts of `torch.utils.flop_counter` on the modules."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mvd_scale.performance.parts import Part, Workload
 
 @dataclass(frozen=True)
 class PartFlops:
-    """FLOPs of one clip."""
+    """FLOPs of one clip in one part of the model."""
 
     part: str
     width: int
@@ -19,21 +19,21 @@ class PartFlops:
     backward: int
 
     recomputed: int
-    """What gradient checkpointing adds to the backward pass."""
+    """FLOPs that gradient checkpointing adds to the backward pass."""
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Sum of forward, backward and recomputed FLOPs."""
         return self.forward + self.backward + self.recomputed
 
 
 def part_flops(workload: Workload, *, checkpointing: Checkpointing, attention: Backward = "fused") -> list[PartFlops]:
-    """FLOPs of one clip by part: patch embedding, encoder, each decoder or head, each teacher.
+    """Compute the FLOPs of one clip by part: patch embedding, encoder, each decoder or head, each teacher.
 
     Args:
-        workload: what is computed.
-        checkpointing: what of the blocks is computed again in the backward pass.
-        attention: whether attention's backward pass computes the scores again, as its kernels do.
+        workload: layers of the step.
+        checkpointing: part of the blocks that is recomputed in the backward pass.
+        attention: `fused` if attention's backward pass recomputes the scores, as fused kernels do.
     """
     embedding, *rest = _with_embedding_apart(workload.trained)
     return [_trained(part, checkpointing, attention) for part in (embedding, *rest)] + [

@@ -1,4 +1,4 @@
-"""`mvd-scale bench growth`: how the cost of a step grows with tokens, frames, batch and depth."""
+"""`mvd-scale bench growth`: growth of a step's time and memory with tokens, frames, batch and depth."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ logger = logging.getLogger("mvd_scale")
 
 Quantity = Literal["tokens", "frames", "batch", "depth"]
 UNITS: dict[Quantity, str] = {"tokens": "tokens of a frame", "frames": "frames", "batch": "clips", "depth": "blocks"}
-"""What each quantity counts; blocks are those of the encoder and of every trained teacher alike."""
+"""Unit of each quantity; the number of blocks applies to the encoder and to every trained teacher."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,33 +34,33 @@ class Point:
 
     count: int
     seconds: float
-    """Of a step."""
+    """Seconds per step."""
 
     gib: float
-    """Peak memory of a rank; on CPUs above what the process held before there was a model."""
+    """Peak memory of a rank in GiB; on CPUs without the memory that the process used before the model was built."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Power:
-    """cost = factor * count ** power."""
+    """Power law: cost = factor * count ** power."""
 
     power: float
     factor: float
 
     @classmethod
     def of(cls, counts: Sequence[float], costs: Sequence[float]) -> Power:
-        """The least squares of the logarithms."""
+        """Fit by least squares on the logarithms."""
         power, offset = np.polyfit(np.log(counts), np.log(costs), 1)
         return cls(float(power), math.exp(offset))
 
     def at(self, count: float) -> float:
-        """The cost there."""
+        """Cost at a count."""
         return self.factor * count**self.power
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GrowthReport(Report):
-    """Points of each quantity, the others being as in the recipe."""
+    """Measured points of each quantity, while the other quantities have the recipe's values."""
 
     kind: Literal["growth"] = "growth"
     recipe: str
@@ -68,27 +68,27 @@ class GrowthReport(Report):
     precision: str
     steps: int
     base: dict[Quantity, int]
-    """What does not vary is so."""
+    """Values of the quantities in the recipe, which hold while another one varies."""
 
     points: dict[Quantity, list[Point]]
 
     def time(self, quantity: Quantity) -> Power:
-        """How the seconds of a step grow."""
+        """Fit the growth of the seconds per step."""
         points = self.points[quantity]
         return Power.of([point.count for point in points], [point.seconds for point in points])
 
     def memory(self, quantity: Quantity) -> Power:
-        """How the peak of memory grows."""
+        """Fit the growth of peak memory in GiB."""
         points = self.points[quantity]
         return Power.of([point.count for point in points], [point.gib for point in points])
 
     def setting(self) -> dict[str, Any]:
-        """The recipe, what was changed of it, and what varied."""
+        """Return the recipe, its overrides, and the values that were measured."""
         counts = {quantity: [point.count for point in points] for quantity, points in self.points.items()}
         return {key: getattr(self, key) for key in ("recipe", "overrides", "precision", "base")} | counts
 
     def values(self) -> Iterator[tuple[str, Value]]:
-        """Time and memory of every point, and the powers, which no one can call better or worse."""
+        """Yield time and memory of every point; and the powers, which are not judged."""
         for quantity, points in self.points.items():
             for point in points:
                 yield f"{quantity} {point.count}: step, s", Value(point.seconds)
@@ -97,7 +97,7 @@ class GrowthReport(Report):
             yield f"{quantity}: power of memory", Value(self.memory(quantity).power, judged=False)
 
     def to_text(self) -> str:
-        """A line for every point; the powers below those of their quantity."""
+        """Format as a table, one line per point, with the powers below each quantity."""
         lines = [self.title(), self.machine.title(), f"  {'':<26}{'s a step':>10}{'peak GiB':>10}"]
         for quantity, points in self.points.items():
             lines += [
@@ -109,7 +109,7 @@ class GrowthReport(Report):
         return "\n".join(lines)
 
     def title(self) -> str:
-        """What was measured, in a line."""
+        """Describe the measurement in one line."""
         base = ", ".join(f"{UNITS[quantity]} {count}" for quantity, count in self.base.items())
         return f"{self.recipe}, {self.precision}; {base} where they do not vary; mean of {self.steps} steps"
 
@@ -123,23 +123,23 @@ def measure_growth(
     batch: int,
     steps: int,
 ) -> GrowthReport:
-    """Time whole steps of a distillation with teachers of random weights, each point in a process of its own.
+    """Time whole steps of a distillation with teachers of random weights, each point in a separate process.
 
     Args:
         name: recipe, as for `load_recipe`.
         overrides: dotted overrides; without `data.source` the clips of the `samples` extra are used.
-        numbers: of each quantity that varies, two at least; of `tokens` the sides of the student's input in pixels.
-        precision: of the student; fp16 on GPUs and float32 on CPUs if None.
-        batch: clips of a step where these do not vary.
-        steps: timed steps of a point, after two that are not.
+        numbers: at least two values of each quantity that varies; for `tokens`, sides of the student's input in pixels.
+        precision: precision of the student; fp16 on GPUs and float32 on CPUs if None.
+        batch: clips per step while the batch does not vary.
+        steps: timed steps per point, after two warm-up steps.
 
     Raises:
-        UserError: nothing varies, or too little; a side or a number of frames that does not fit the models.
+        UserError: no quantity varies or one has a single value, or a value does not fit the models.
     """
     recipe = rehearsed_recipe(name, overrides, precision, batch)
     base = _counts(recipe)
     cases: dict[Quantity, dict[int, _Case]] = {}
-    # All of them are checked before the first is measured.
+    # All points are checked before the first is measured.
     for quantity, given in numbers.items():
         for number in sorted(given):
             case = _case(recipe, quantity, number)
@@ -174,10 +174,10 @@ def measure_growth(
 
 @dataclasses.dataclass(frozen=True)
 class _Case:
-    """A step that is measured."""
+    """Key of a step to measure; equal keys are measured once."""
 
     words: tuple[str, ...]
-    """Dotted overrides beside those of the user."""
+    """Dotted overrides in addition to the user's."""
 
     batch: int
 
@@ -193,7 +193,7 @@ def _counts(recipe: Recipe) -> dict[Quantity, int]:
 
 
 def _case(recipe: Recipe, quantity: Quantity, number: int) -> _Case:
-    """A recipe in which one quantity has another number."""
+    """Make the overrides that give one quantity another value."""
     if quantity == "batch":
         return _Case((), number)
     models = {"model": recipe.model}
@@ -203,7 +203,7 @@ def _case(recipe: Recipe, quantity: Quantity, number: int) -> _Case:
     words: list[str] = []
     for key, model in models.items():
         if quantity == "tokens":
-            # Teachers with other patches have the student's grid.
+            # A teacher with another patch size gets the input size that gives the student's token grid.
             side = number if key == "model" else number // recipe.model.patch_size * model.patch_size
             words += [f"--{key}.input_size", str(side)]
         elif quantity == "depth":
@@ -217,7 +217,7 @@ def _case(recipe: Recipe, quantity: Quantity, number: int) -> _Case:
 def _cost(
     name: str, overrides: list[str], precision: Precision | None, batch: int, steps: int
 ) -> tuple[StepReport, float]:
-    """A step of this process, and what the process held before, in GiB."""
+    """Measure a step in this process; also returns the memory that the process used before, in GiB."""
     recipe = rehearsed_recipe(name, overrides, precision, batch)
     ranks = join_ranks(recipe.device, recipe.training.collective_timeout_minutes)
     held = peak_memory_gib(ranks.device)

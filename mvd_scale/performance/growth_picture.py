@@ -1,4 +1,4 @@
-"""The measured growth of a step's cost as a picture."""
+"""Plot of the measured growth of a step's cost."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _STYLES: dict[Quantity, tuple[str, str]] = {
     "batch": ("#54a24b", "^"),
     "depth": ("#b279a2", "D"),
 }
-"""Colour and mark."""
+"""Colour and marker of each quantity."""
 
 
 def draw_growth(report: GrowthReport, out: Path) -> None:
-    """Time and memory over each quantity in multiples of what the recipe has, all axes logarithmic (PNG).
+    """Plot time and memory over each quantity, relative to the recipe's value, on logarithmic axes (PNG).
 
     Args:
-        report: what was measured.
+        report: the measurement.
         out: file to write.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -34,7 +34,7 @@ def draw_growth(report: GrowthReport, out: Path) -> None:
     _draw(memory, report, {quantity: report.memory(quantity) for quantity in report.points}, "gib")
     time.set(title="time of a step", ylabel="s")
     memory.set(title="peak memory of a rank", ylabel="GiB")
-    # As many octaves in both, so that their slopes compare; and room for the legend.
+    # Both plots span the same number of octaves, so that their slopes are comparable; 1.2 leave room for the legend.
     octaves = 1.2 + max(math.log2(axis.dataLim.ymax / axis.dataLim.ymin) for axis in axes)
     for axis in axes:
         middle = math.sqrt(axis.dataLim.ymin * axis.dataLim.ymax)
@@ -61,7 +61,7 @@ def _draw(axis: Any, report: GrowthReport, powers: dict[Quantity, Power], cost: 
     for side in (axis.xaxis, axis.yaxis):
         side.set_major_locator(LogLocator(base=2))
         side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_xlabel("n in multiples of the recipe's own (in brackets)")
+    axis.set_xlabel("n relative to the recipe's value (in brackets)")
     axis.grid(color="#e4e4e4", linewidth=0.6)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)

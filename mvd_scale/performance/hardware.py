@@ -1,12 +1,12 @@
-"""What a GPU can do at most, as its maker says, and what share of it transformers reach.
+"""Data sheets of GPUs, and the share of their peak that transformers are assumed to reach.
 
-All figures are per GPU of the SXM form and for dense arithmetic: half of what data sheets tell with sparsity. None was
-measured here.
+All figures are per GPU of the SXM form and for dense arithmetic, which is half of the data sheets' figures with
+sparsity. None was measured by this project.
 
-Peaks, memory, bandwidths and NVLink were held against data sheets as others quote them: glennklockwood.com/garden
+Peaks, memory, bandwidths and NVLink were checked against quotations of the data sheets: glennklockwood.com/garden
 (A100, H100, B200), aiwiki.ai (H200), Dell's guide to V100 servers, the table of HGX B200 at zdszero.github.io, which
-also has B200's 7 decoders, and torch's own messages of full memory (H200, B200). No source was found for V100's tensor
-cores, the network cards before Hopper, the other numbers of decoders, and all decode rates: these are from memory.
+also has B200's 7 decoders, and torch's out-of-memory messages (H200, B200). No source was found for V100's tensor
+cores, the network cards before Hopper, the other numbers of decoders, and all decoding rates: these are from memory.
 """
 
 from __future__ import annotations
@@ -25,36 +25,36 @@ TERA, GIGA, GIB = 1e12, 1e9, 2**30
 
 @dataclass(frozen=True)
 class Gpu:
-    """One type of GPU, and the network of the usual machine of eight."""
+    """One type of GPU, and the network of the usual machine with eight of them."""
 
     name: str
 
     memory: float
-    """Bytes that a program sees."""
+    """Memory that a program sees, bytes."""
 
     peak: dict[FrozenPrecision, float]
-    """FLOP/s by precision; fp32 without TF32, as torch computes it by default. int8, which is for CPUs, has none."""
+    """Peak FLOP/s by precision; fp32 without TF32, which is torch's default. No int8, which is for CPUs only."""
 
     bandwidth: float
-    """Bytes/s of the memory."""
+    """Memory bandwidth, bytes/s."""
 
     nvlink: float
-    """Bytes/s that one GPU sends to the others of its machine."""
+    """Bytes/s that one GPU can send to the other GPUs of its machine."""
 
     network: float
-    """Bytes/s that one GPU sends to other machines: their network cards shared by eight."""
+    """Bytes/s per GPU to other machines: the bandwidth of the machine's network cards divided by eight."""
 
     decoders: int
-    """NVDEC engines."""
+    """Number of NVDEC engines."""
 
     decoded: float
-    """Frames/s of H.264 at 1920x1080, all engines together."""
+    """Decoding rate of all engines for H.264 at 1920x1080, frames/s."""
 
     efficiency: dict[AttentionKernel, float]
-    """Share of `peak` that wide transformers (D of 1280) reach in half precision: an assumption."""
+    """Share of `peak` that transformers of width 1280 reach in half precision, by attention kernel: an assumption."""
 
     source: str
-    """Where the figures are from."""
+    """Sources of the figures."""
 
 
 GPUS: dict[str, Gpu] = {
@@ -122,23 +122,23 @@ GPUS: dict[str, Gpu] = {
         ),
     )
 }
-"""By name."""
+"""Known GPUs by name."""
 
 RESERVED = 1.5 * GIB
-"""Memory that CUDA's context, NCCL's buffers and cuBLAS's workspaces take: an assumption."""
+"""Bytes that CUDA's context, NCCL's buffers and cuBLAS's workspaces occupy: an assumption."""
 
 FRAGMENTED = 0.05
-"""Share of the rest that the caching allocator cannot hand out: an assumption."""
+"""Share of the remaining memory that fragmentation of the caching allocator makes unusable: an assumption."""
 
 LINK_SHARE = 0.8
 """Share of a link's bandwidth that large collectives reach: an assumption."""
 
 
 def find_gpu(name: str) -> Gpu:
-    """A type of GPU by its name, in any case.
+    """Return a type of GPU by its name, in upper or lower case.
 
     Raises:
-        UserError: it is not in the table.
+        UserError: the table does not contain it.
     """
     if name.upper() not in GPUS:
         raise UserError(f"--gpu {name}: unknown GPU; expected one of {', '.join(GPUS)}")
@@ -146,26 +146,27 @@ def find_gpu(name: str) -> Gpu:
 
 
 def find_kernel(gpu: Gpu, name: str | None) -> AttentionKernel:
-    """Attention by its name; without one the fastest that a GPU has, flash-attn from Ampere on.
+    """Return the attention kernel of a name, or if None the fastest one of the GPU: flash-attn from Ampere on.
 
     Raises:
-        UserError: the GPU lacks it.
+        UserError: the GPU does not support the kernel.
     """
     for kernel in gpu.efficiency:
         if name in (None, kernel):
             return kernel
-    raise UserError(f"--attention {name}: {gpu.name} has {' and '.join(gpu.efficiency)} only")
+    raise UserError(f"--attention {name}: {gpu.name} supports {' and '.join(gpu.efficiency)} only")
 
 
 def usable_memory(gpu: Gpu) -> float:
-    """Bytes that tensors may fill."""
+    """Bytes of a GPU's memory that are available for tensors."""
     return (gpu.memory - RESERVED) * (1 - FRAGMENTED)
 
 
 def width_factor(width: int) -> float:
-    """Share of `Gpu.efficiency` that a narrower transformer keeps: an assumption.
+    """Share of `Gpu.efficiency` that a transformer narrower than 1280 reaches: an assumption.
 
-    Matrix products of few columns, and norms and activations per FLOP that grow as 1 / width.
+    Narrow models have matrix products of few columns, and the cost of norms and activations per FLOP grows as
+    1 / width.
     """
     return min(1.0, 2 * width / (width + 1280))
 
@@ -173,17 +174,17 @@ def width_factor(width: int) -> float:
 def sustained(
     gpu: Gpu, precision: FrozenPrecision, kernel: AttentionKernel, width: int, efficiency: float | None
 ) -> float:
-    """FLOP/s that a transformer of some width is taken to reach.
+    """FLOP/s that a transformer of some width is assumed to reach.
 
     Args:
-        gpu: the type.
-        precision: of weights and arithmetic.
-        kernel: of attention.
+        gpu: type of GPU.
+        precision: precision of weights and arithmetic.
+        kernel: attention kernel.
         width: channels of a token.
-        efficiency: share of the peak, in place of the table's.
+        efficiency: share of the peak that replaces the table's value; None to use the table.
 
     Raises:
-        UserError: the GPU lacks the precision.
+        UserError: the GPU does not support the precision.
     """
     if precision not in gpu.peak:
         if precision == "int8" or precision == "fp8":
@@ -191,6 +192,6 @@ def sustained(
         raise UserError(f"{gpu.name} has no {precision}: set training.precision or teachers.precision to fp16")
     if efficiency is not None:
         return gpu.peak[precision] * efficiency
-    # Without tensor cores arithmetic is so slow that memory and launches hardly count.
+    # In fp32 there are no tensor cores: arithmetic is so slow that memory traffic and launches hardly matter.
     share = 0.75 if precision == "fp32" else gpu.efficiency[kernel] * width_factor(width)
     return gpu.peak[precision] * share

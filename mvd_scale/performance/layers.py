@@ -1,8 +1,8 @@
-"""Linear layers and transformer blocks by their shapes: their FLOPs, and what they keep for the backward pass.
+"""Cost model of linear layers and transformer blocks: FLOPs, and bytes saved for the backward pass, by shape.
 
-FLOPs are counted as `torch.utils.flop_counter` does: matrix products and attention, 2 per multiply-add.
+FLOPs are counted as by `torch.utils.flop_counter`: matrix products and attention only, 2 per multiply-add.
 
-Legend: N tokens that are keys, Q tokens that query, D width, F hidden width of the MLP.
+Legend: N tokens with keys and values, Q tokens with queries, D width, F hidden width of the MLP.
 """
 
 from __future__ import annotations
@@ -13,93 +13,93 @@ from typing import Literal
 from mvd_scale.config.training import Checkpointing
 
 Backward = Literal["fused", "unfused"]
-"""`fused` attention (flash-attn, SDPA's kernels) computes the scores again in its backward pass, plain one does not."""
+"""`fused` attention (flash-attn, SDPA's kernels) recomputes the scores in its backward pass; `unfused` stores them."""
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer over some rows of every clip."""
+    """Linear layer that is applied to `rows` rows of every clip."""
 
     rows: int
     inputs: int
     outputs: int
 
     input_grad: bool = True
-    """Whether its input needs a gradient: pixels do not."""
+    """Whether its input needs a gradient; pixels need none."""
 
     input_kept: bool = True
-    """Whether it is the one that keeps its input; decoders share the encoder's output."""
+    """Whether its input counts as saved here; decoders share the encoder's output, which must be counted once."""
 
     @property
     def forward(self) -> int:
-        """FLOPs."""
+        """FLOPs of the forward pass per clip."""
         return 2 * self.rows * self.inputs * self.outputs
 
     def backward(self, attention: Backward) -> int:
-        """FLOPs: a product for the weight, and one for the input; it has no attention."""
+        """FLOPs of the backward pass per clip: one product for the weight's gradient, one for the input's."""
         return (1 + self.input_grad) * self.forward
 
     def saved(self, size: int) -> int:
-        """Bytes kept for the backward pass."""
+        """Bytes per clip saved for the backward pass, of elements of `size` bytes."""
         return size * self.rows * self.inputs if self.input_kept else 0
 
 
 @dataclass(frozen=True)
 class Elementwise:
-    """A norm or an activation: no FLOPs that count, but it keeps its input."""
+    """Norm or activation: counts no FLOPs, but saves its input."""
 
     rows: int
     width: int
 
     statistics: int = 0
-    """Numbers in float32 that it keeps of each row."""
+    """Float32 values saved per row."""
 
     forward = 0
 
     def backward(self, attention: Backward) -> int:
-        """None that count."""
+        """Return 0: elementwise operations are not counted."""
         return 0
 
     def saved(self, size: int) -> int:
-        """Bytes kept for the backward pass."""
+        """Bytes per clip saved for the backward pass, of elements of `size` bytes."""
         return self.rows * (size * self.width + 4 * self.statistics)
 
 
 @dataclass(frozen=True)
 class Block:
-    """A transformer block over sequences of tokens.
+    """Transformer block over sequences of tokens.
 
-    All of its tokens are projected to queries, keys and values; scores are computed for some queries, the output
-    projection and the MLP for some tokens.
+    All tokens are projected to queries, keys and values. Attention is computed for `queries` tokens, the output
+    projection and the MLP for `outputs` tokens.
     """
 
     keys: int
-    """N."""
+    """Tokens with keys and values per sequence, N."""
 
     queries: int
-    """Tokens that ask."""
+    """Tokens with queries per sequence, Q."""
 
     outputs: int
-    """Tokens that come out."""
+    """Output tokens per sequence."""
 
     width: int
     hidden: int
     heads: int
 
     sequences: int = 1
-    """Per clip; an image model sees each front frame as one."""
+    """Sequences per clip; for an image model every front frame is a sequence."""
 
     drop_path: bool = False
-    """Whether the output is dropped at random."""
+    """Whether the block has stochastic depth."""
 
     def weights(self, checkpointing: Checkpointing) -> int:
-        """Numbers in the weights of the linear layers that checkpointing does not compute with again."""
+        """Number of weights of the linear layers that checkpointing does not recompute."""
         attention, mlp = 4 * self.width**2, 2 * self.width * self.hidden
         return {"none": attention + mlp, "attention": mlp, "block": 0}[checkpointing]
 
     @property
     def products(self) -> int:
-        """FLOPs of the linear layers alone."""
+        """FLOPs of the linear layers in the forward pass per clip."""
         return self.sequences * self._products
 
     @property
@@ -116,35 +116,38 @@ class Block:
 
     @property
     def _attention(self) -> int:
-        """FLOPs of scores and of their product with the values, per sequence."""
+        """FLOPs of the scores and of their product with the values, per sequence."""
         return 4 * self.queries * self.keys * self.width
 
     @property
     def forward(self) -> int:
-        """FLOPs."""
+        """FLOPs of the forward pass per clip."""
         return self.sequences * (self._products + self._attention)
 
     def backward(self, attention: Backward) -> int:
-        """FLOPs: two products for each one; of attention's two, `fused` computes the first once more."""
+        """FLOPs of the backward pass per clip: two products for each product of the forward pass.
+
+        `fused` attention also recomputes the first of its two products, the scores.
+        """
         again = self._attention // 2 if attention == "fused" else 0
         return 2 * self.forward + self.sequences * again
 
     def recomputed(self, checkpointing: Checkpointing) -> int:
-        """FLOPs that gradient checkpointing adds.
+        """FLOPs per clip that gradient checkpointing adds.
 
-        Recomputation ends with the last saved tensor: of a block before the product of the MLP's second layer, unless
-        a random drop follows it; of the attention half before the output projection.
+        Torch stops recomputing at the last tensor that the backward pass needs. For a block that is the input of the
+        MLP's second layer, unless stochastic depth follows; for the attention half, the input of the output projection.
         """
         if checkpointing == "block":
             return self.forward - (0 if self.drop_path else self.sequences * self._half_mlp)
         return self.sequences * (self._packed + self._attention) if checkpointing == "attention" else 0
 
     def saved(self, size: int, checkpointing: Checkpointing = "none") -> int:
-        """Bytes kept for the backward pass, of elements of `size` bytes; norms' and softmax's statistics are float32.
+        """Bytes per clip saved for the backward pass, of elements of `size` bytes; statistics are float32.
 
-        Always the input. Of the attention half, for all tokens: normalised input, queries, keys and values; for those
-        that ask: attended. Of the MLP's, for those that come out: the sum with the input, normalised, and the MLP
-        before and after its activation.
+        Saved are: the input; in the attention half the normalised input, queries, keys and values of all tokens, and
+        attention's output of the tokens with queries; in the MLP half, for output tokens, the residual sum, its norm,
+        and the hidden values before and after the activation; statistics of the norms and of the softmax.
         """
         attention = size * (4 * self.keys + self.queries) * self.width + 4 * (2 * self.keys + self.heads * self.queries)
         mlp = self.outputs * (size * 2 * (self.width + self.hidden) + 4 * 2)
@@ -152,15 +155,18 @@ class Block:
         return self.entry(size) + self.sequences * kept
 
     def entry(self, size: int) -> int:
-        """Bytes of the input alone."""
+        """Bytes of the block's input per clip."""
         return self.sequences * size * self.keys * self.width
 
     def inference(self, size: int) -> int:
-        """Bytes at the peak of a forward pass without gradients, at the MLP: input, sum, norm, both sides of GELU."""
+        """Bytes per clip at the peak of a forward pass without gradients.
+
+        The peak is in the MLP: input, residual sum, norm, and hidden values before and after GELU exist together.
+        """
         return self.sequences * size * (self.keys * self.width + 2 * self.outputs * (self.width + self.hidden))
 
     def gradients(self, size: int) -> int:
-        """Bytes at the peak of the backward pass above what was saved: at the MLP's activation."""
+        """Bytes per clip at the peak of the backward pass beside the saved tensors; the peak is at the activation."""
         return self.sequences * size * self.outputs * (2 * self.width + self.hidden)
 
 

@@ -1,4 +1,4 @@
-"""`mvd-scale bench load`: how long a sharded teacher takes to load, and how much host memory."""
+"""`mvd-scale bench load`: time and host memory of loading a sharded teacher."""
 
 from __future__ import annotations
 
@@ -30,8 +30,11 @@ _MIB = 2**20
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadReport(Report):
-    """Memory in MiB. Peaks are proportional set sizes above what the processes held before: a page of the file
-    that several ranks have mapped counts once in their sum."""
+    """Time in seconds and memory in MiB.
+
+    Peaks are increases of the proportional set size (PSS), in which a page of the file that several ranks have mapped
+    counts once in the sum over ranks.
+    """
 
     kind: Literal["load"] = "load"
     size: str
@@ -48,11 +51,11 @@ class LoadReport(Report):
     peak_over_one_copy: float
 
     def setting(self) -> dict[str, Any]:
-        """Teacher, precision and ranks."""
+        """Return size, precision and number of ranks."""
         return {key: getattr(self, key) for key in ("size", "precision", "ranks")}
 
     def values(self) -> Iterator[tuple[str, Value]]:
-        """Time, and memory of every rank and of all."""
+        """Yield time, and memory of every rank and of all ranks."""
         yield "load time, s", Value(self.seconds)
         for rank, (held, peak) in enumerate(zip(self.held_after_loading, self.peak_per_rank, strict=True)):
             yield f"rank {rank}: held, MiB", Value(held)
@@ -60,7 +63,7 @@ class LoadReport(Report):
         yield "peak of all ranks, MiB", Value(self.peak_of_all_ranks)
 
     def to_text(self) -> str:
-        """One line per fact."""
+        """Format as text, one line per figure."""
         return "\n".join(
             [
                 f"{self.size} teacher, {self.parameters / 1e6:.1f} M parameters in {self.precision}, "
@@ -68,8 +71,9 @@ class LoadReport(Report):
                 self.machine.title(),
                 f"  load time                  {self.seconds:.1f} s",
                 f"  one copy                   {self.one_copy:.0f} MiB, largest layer {self.largest_layer:.0f} MiB",
-                f"  held after loading         {_each(self.held_after_loading)} MiB a rank, share {self.share:.0f} MiB",
-                f"  peak while loading         {_each(self.peak_per_rank)} MiB a rank",
+                f"  held after loading         {_each(self.held_after_loading)} MiB per rank, "
+                f"1/ranks {self.share:.0f} MiB",
+                f"  peak while loading         {_each(self.peak_per_rank)} MiB per rank",
                 f"  peak of all ranks          {self.peak_of_all_ranks:.0f} MiB = "
                 f"{self.peak_over_one_copy:.2f} times one copy",
             ]
@@ -77,7 +81,7 @@ class LoadReport(Report):
 
 
 class MemoryWatch:
-    """Samples this process's proportional set size in the background."""
+    """Context manager that samples the proportional set size (PSS) of this process in a background thread."""
 
     def __init__(self, every_seconds: float = 0.05) -> None:
         self.every_seconds = every_seconds
@@ -106,18 +110,18 @@ class MemoryWatch:
 
 
 def measure_load(size: str, precision: Precision, device: str) -> LoadReport:
-    """Load a video teacher of random weights into ZeRO-3 shards on all ranks of the job.
+    """Load a video teacher with random weights into ZeRO-3 shards on all ranks of the job.
 
     Args:
         size: S, B, L or H.
-        precision: of the shards; the file holds float32.
+        precision: precision of the shards; the file contains float32.
         device: `auto`, `cuda` or `cpu`.
     """
     ranks = join_ranks(device, timeout_minutes=10)
     with tempfile.TemporaryDirectory() as scratch:
         file = [str(Path(scratch) / "teacher.safetensors")]
         if ranks.first:
-            # Elsewhere, so that what this rank holds is what it loads.
+            # In another process, so that this rank's memory contains only what it loads.
             writer = multiprocessing.get_context("spawn").Process(target=_write_teacher, args=(file[0], size))
             writer.start()
             writer.join()
@@ -167,12 +171,12 @@ def _measure(file: Path, size: str, precision: Precision, ranks: Ranks) -> LoadR
 
 
 def held_at_rest(module: nn.Module) -> int:
-    """Elements of parameters that this rank keeps between two forward passes: its shard, and what is gathered."""
+    """Number of parameter elements on this rank between forward passes: its shards and gathered parameters."""
     return sum(p.numel() + (p.ds_tensor.numel() if hasattr(p, "ds_tensor") else 0) for p in module.parameters())
 
 
 def _peak_together(ranks: list[list[tuple[float, float]]]) -> float:
-    """Largest sum over ranks at any moment: each rank's last sample before it."""
+    """Largest sum over ranks at any moment, taking each rank's last sample before the moment."""
     events = sorted((moment, rank, used) for rank, samples in enumerate(ranks) for moment, used in samples)
     latest = [0.0] * len(ranks)
     peak = 0.0

@@ -1,7 +1,7 @@
-"""Memory of a rank by part, at each phase of a step: what the program and DeepSpeed hold, in bytes.
+"""Prediction of the memory of a rank in bytes, by phase of the step and by part.
 
-The rules are those of the code as it runs, found by tracing every allocation; `tests/unit/performance/test_memory.py`
-holds them to within 10 % of a traced run.
+The rules follow the code of this project and of DeepSpeed, and were found by tracing every allocation.
+`tests/unit/performance/test_memory.py` requires the prediction to be within 10 % of a traced run.
 """
 
 from __future__ import annotations
@@ -17,40 +17,44 @@ from mvd_scale.performance.setting import SIZES, Setting
 from mvd_scale.training.optim import LARGEST_GROUP
 
 CHANNEL: dict[EightBit, int] = {"int8": 12, "fp8": 4}
-"""Bytes beside the weights of an output channel in 8 bits: a 32-bit scale; for int8 also a zero point and the bias."""
+"""Bytes per output channel beside 8-bit weights: a 32-bit scale; for int8 also a 32-bit zero point and bias."""
 
 Bytes = dict[str, int]
-"""By part."""
+"""Bytes by part."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank by phase of the step and part; a phase is told at its peak."""
+    """Memory of one rank: bytes by phase of the step, at the peak of the phase, and by part."""
 
     phases: dict[str, Bytes]
 
     @property
     def peak_phase(self) -> str:
-        """The phase that needs most."""
+        """Name of the phase with the highest memory."""
         return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
 
     @property
     def parts(self) -> Bytes:
-        """By part, at the peak."""
+        """Bytes by part, in the phase of the peak."""
         return self.phases[self.peak_phase]
 
     @property
     def peak(self) -> int:
-        """The most that a rank holds at once."""
+        """Highest memory of a rank in a step, bytes."""
         return sum(self.parts.values())
 
 
 def predict_memory(work: Workload, setting: Setting) -> Memory:
-    """Memory of one rank.
+    """Predict the memory of one rank.
+
+    Some tensors exist during the whole step (weights, optimizer states, batches, features computed in advance). Each
+    phase adds others to them, and the prediction is the phase with the largest sum: a teacher's forward pass, start or
+    end of the backward pass, or the optimizer step.
 
     Args:
         work: the parts of the step.
-        setting: ranks, micro batch, ZeRO and precision.
+        setting: ranks, micro batch, ZeRO settings and precision.
     """
     size, clips = SIZES[setting.precision], setting.micro
     teachers = list(zip(work.teachers, setting.sharded, setting.ahead, setting.graphed, strict=True))
@@ -63,12 +67,13 @@ def predict_memory(work: Workload, setting: Setting) -> Memory:
     if ahead:
         features = clips * SIZES[setting.teacher_precision] * sum(part.predicted for part, *_ in ahead)
         rest = _sum(rest, {"features ahead": features, "batches": clips * work.pixels})
-    # A teacher at work on the next micro batch holds what it needs at any time of the student's step.
+    # A teacher that computes the next micro batch beside the student can have its peak at any time of the step; of
+    # several, which run one after the other, the largest counts.
     working = [_at_work(part, sharded, setting) for part, sharded, graphed in ahead if not graphed]
     if working:
         rest = _sum(rest, max(working, key=lambda needs: sum(needs.values())))
     kept = clips * sum(activations(part, size, checkpointing=setting.checkpointing) for part in work.trained)
-    # Predictions and true features in float32, until the loss has been differentiated.
+    # 8 bytes: predictions and true features in float32, which exist until the loss is differentiated.
     compared = clips * 8 * sum(part.predicted for part in work.trained)
     live = _gathered(work.parameters, setting.zero, size) if setting.stage == 3 and setting.world > 1 else 0
     student = {"activations": kept, "predictions and targets": compared, "gathered weights": live}
@@ -76,7 +81,8 @@ def predict_memory(work: Workload, setting: Setting) -> Memory:
     together = [part for group in groups if len(group) > 1 for part in group]
     if together:
         student["stacked weights"] = size * sum(_stacked(part, setting.checkpointing) for part in together)
-    # Backwards: the last blocks come first, when everything is still kept; gradients are there at the end.
+    # Start of the backward pass: all activations still exist, and the heads' last blocks need their workspace first.
+    # End: the activations are gone, but the gradients exist.
     first = max(
         sum(differentiation(part, size, checkpointing=setting.checkpointing) for part in group) for group in groups
     )
@@ -101,14 +107,14 @@ def predict_memory(work: Workload, setting: Setting) -> Memory:
 
 
 def activations(part: Part, size: int, *, checkpointing: Checkpointing) -> int:
-    """Bytes that a trained part keeps of a clip for its backward pass."""
+    """Bytes that a trained part saves per clip for its backward pass."""
     blocks = part.blocks
     others = sum(layer.saved(size) for layer in part.layers if layer not in blocks)
     return others + sum(block.saved(size, checkpointing) for block in blocks)
 
 
 def inference(part: Part, size: int) -> int:
-    """Bytes that a teacher's forward pass needs of a clip: the rows of its embedding, its input, its widest block."""
+    """Bytes that a teacher's forward pass needs per clip: rows of its patch embedding, input, and largest block."""
     rows = [layer.rows * layer.inputs * size for layer in part.layers if isinstance(layer, Linear)]
     blocks = part.blocks
     if not blocks:
@@ -117,16 +123,21 @@ def inference(part: Part, size: int) -> int:
 
 
 def differentiation(part: Part, size: int, *, checkpointing: Checkpointing) -> int:
-    """Bytes that the backward pass of a part needs of a clip above what is kept.
+    """Bytes per clip that the backward pass of a part needs beside the saved activations.
 
-    A whole block is computed again first; an attention half only when what its MLP kept is gone, which is as much.
+    A checkpointed block is recomputed first, so its activations exist once more. A checkpointed attention half is
+    recomputed after the tensors saved by its MLP are released, which are as large, so it adds nothing.
     """
     block = part.blocks[-1]
     return block.gradients(size) + (block.saved(size) if checkpointing == "block" else 0)
 
 
 def _groups(work: Workload, *, batched: bool) -> list[list[Part]]:
-    """Heads with blocks as they run, those of one shape together where they are batched; the encoder without any."""
+    """Group the parts that run at the same time at the start of the backward pass.
+
+    These are decoders: those of one shape form a group if they are batched; otherwise the last decoder alone. Without
+    decoders it is the encoder.
+    """
     encoder, *heads = work.trained
     decoders = [part for part in heads if part.blocks]
     if not decoders:
@@ -140,14 +151,14 @@ def _groups(work: Workload, *, batched: bool) -> list[list[Part]]:
 
 
 def _stacked(part: Part, checkpointing: Checkpointing) -> int:
-    """Numbers in the weights of a decoder that are stacked for its batched pass, and kept for the backward pass."""
+    """Number of a decoder's weights that are stacked for the batched pass and saved for the backward pass."""
     embed = part.layers[0]
     assert isinstance(embed, Linear)
     return embed.inputs * embed.outputs + sum(block.weights(checkpointing) for block in part.blocks)
 
 
 def _at_rest(work: Workload, setting: Setting) -> Bytes:
-    """What a rank holds all the time."""
+    """Bytes that exist during the whole step, by part."""
     size, share = SIZES[setting.precision], -(-work.parameters // setting.world)
     offloaded = setting.zero.get("offload_optimizer", {}).get("device") in ("cpu", "nvme")
     weights_offloaded = setting.zero.get("offload_param", {}).get("device") in ("cpu", "nvme")
@@ -158,7 +169,7 @@ def _at_rest(work: Workload, setting: Setting) -> Bytes:
         weights += work.vectors * size
         gradients = size * setting.zero["reduce_bucket_size"] + (0 if offloaded else share * size)
     elif setting.accumulation > 1:
-        # Stage 1 reduces after the last micro batch only, stage 2 after each.
+        # Stage 1 keeps all gradients until the last micro batch; stage 2 reduces after each and keeps a share.
         gradients = size * (work.parameters if setting.stage == 1 else share)
     teachers = sum(
         _teacher_at_rest(part, setting, sharded=sharded)
@@ -166,7 +177,7 @@ def _at_rest(work: Workload, setting: Setting) -> Bytes:
     )
     return {
         "weights": weights,
-        # A float32 copy and AdamW's two moments.
+        # 12 bytes: a float32 copy of the weights and AdamW's two moments.
         "optimizer": 0 if offloaded else 12 * share,
         "gradients": gradients,
         "teachers": teachers,
@@ -183,42 +194,45 @@ def _teacher_at_rest(part: Part, setting: Setting, *, sharded: bool) -> int:
 
 
 def _at_work(part: Part, sharded: bool, setting: Setting) -> Bytes:
-    """What a forward pass of a teacher adds."""
+    """Bytes that a forward pass of a teacher adds, by part."""
     size = SIZES[setting.teacher_precision]
     gathered = _teacher_gathered(part, setting.teacher_zero, size) if sharded and setting.world > 1 else 0
     return {"gathered weights": gathered, "workspace": setting.micro * inference(part, size)}
 
 
 def _gathered(parameters: int, zero: dict[str, Any], size: int) -> int:
-    """Whole weights at stage 3: those that stay from the forward to the backward pass, and a bucket that arrives."""
+    """Bytes of gathered weights at stage 3: live parameters between the two passes, and a prefetch bucket."""
     return size * (
         min(parameters, zero["stage3_max_live_parameters"]) + min(parameters, zero["stage3_prefetch_bucket_size"])
     )
 
 
 def _teacher_gathered(part: Part, zero: dict[str, Any], size: int) -> int:
-    """Whole weights of a teacher: its largest block and those fetched ahead, and the bucket in which they arrive."""
+    """Bytes of a teacher's gathered weights: its largest block, prefetched blocks, and the bucket they arrive in."""
     ahead = min(part.parameters, zero["stage3_prefetch_bucket_size"])
     return size * (min(part.parameters, part.largest + ahead) + ahead)
 
 
 def _buckets(setting: Setting, size: int) -> int:
-    """Buffers in which gradients of stages 1 and 2 are put together: two of them where they overlap."""
+    """Bytes of the gradient buckets of stages 1 and 2: two buckets if reduction overlaps with the backward pass."""
     if setting.stage == 3 or not setting.zero["contiguous_gradients"]:
         return 0
     return size * setting.zero["reduce_bucket_size"] * (2 if setting.zero["overlap_comm"] else 1)
 
 
 def _at_the_end(gradients: int, setting: Setting, size: int) -> int:
-    """Gradients when all are computed: a share of them, or at stage 3 a bucket on its way, twice."""
+    """Bytes of gradients at the end of the backward pass: this rank's share, or at stage 3 two copies of a bucket."""
     if setting.stage == 3:
         return 2 * min(gradients, size * setting.zero["reduce_bucket_size"])
-    # With accumulation they are there at rest.
+    # With accumulation they are part of `_at_rest`.
     return 0 if setting.accumulation > 1 else -(-gradients // setting.world)
 
 
 def _at_the_step(gradients: int, setting: Setting, size: int) -> int:
-    """Gradients while weights are updated: the share; at stages 1 and 2 of one group flattened, and in float32."""
+    """Bytes of gradients in the optimizer step: this rank's share.
+
+    Stages 1 and 2 handle one group of parameters after the other, each flattened and converted to float32.
+    """
     share = -(-gradients // setting.world)
     if setting.stage == 3:
         return share // size * 4

@@ -1,4 +1,4 @@
-"""`mvd-scale bench step --methods` and `--checkpointing`: what ways to train cost beside the first, on one machine."""
+"""`mvd-scale bench step --methods` and `--checkpointing`: cost of training variants relative to the first one."""
 
 from __future__ import annotations
 
@@ -37,28 +37,28 @@ METHODS: dict[str, list[str]] = {
     ],
     "VideoMAE": ["--recipe", "pretrain/videomae_b_k400"],
 }  # fmt: skip
-"""Command-line words of each at size B; the first is what the others are compared with."""
+"""Command-line arguments of each method at size B; the first method is the reference of the others."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MethodsReport(Report):
-    """A step of each method, or by each choice of gradient checkpointing."""
+    """Step reports of several methods, or of all choices of gradient checkpointing."""
 
     kind: Literal["methods"] = "methods"
     steps: dict[str, StepReport]
 
     def setting(self) -> dict[str, Any]:
-        """Those of all steps."""
+        """Return the settings of all steps."""
         return {name: step.setting() for name, step in self.steps.items()}
 
     def values(self) -> Iterator[tuple[str, Value]]:
-        """Those of all steps, but for their parts."""
+        """Yield time and memory of every step, without the times of its parts."""
         for name, step in self.steps.items():
             yield f"{name}: step, ms", Value(step.milliseconds_per_step)
             yield f"{name}: peak memory, GiB", Value(step.peak_memory_gib)
 
     def to_text(self) -> str:
-        """A table: time, memory, and both relative to the first."""
+        """Format as a table: time, memory, and both relative to the first."""
         first = next(iter(self.steps.values()))
         head = (
             f"{first.precision}, {first.ranks} ranks, {first.clips_per_step} clips a step, "
@@ -75,14 +75,14 @@ class MethodsReport(Report):
 
 
 def measure_methods(names: str, words: list[str]) -> MethodsReport:
-    """Time a step of several methods.
+    """Time a training step of several methods.
 
     Args:
         names: `all`, or names of `METHODS` separated by commas; co-teaching always comes first.
-        words: further words of `mvd-scale bench step`.
+        words: further arguments of `mvd-scale bench step`.
 
     Raises:
-        UserError: an unknown method, or one of them failed (its own message stands above).
+        UserError: a method is unknown, or one failed (its own message was printed before).
     """
     wanted = list(METHODS) if names == "all" else [name.strip() for name in names.split(",")]
     unknown = [name for name in wanted if name not in METHODS]
@@ -92,28 +92,28 @@ def measure_methods(names: str, words: list[str]) -> MethodsReport:
 
 
 def measure_checkpointing(words: list[str]) -> MethodsReport:
-    """Time a step by each choice of `training.gradient_checkpointing`.
+    """Time a training step with each choice of `training.gradient_checkpointing`.
 
     Args:
-        words: further words of `mvd-scale bench step`.
+        words: further arguments of `mvd-scale bench step`.
 
     Raises:
-        UserError: the words make a choice themselves, or a step failed (its own message stands above).
+        UserError: the arguments set the choice themselves, or a step failed (its own message was printed before).
     """
     key = "--training.gradient_checkpointing"
     if any(word.partition("=")[0] == key for word in words):
-        raise UserError(f"--checkpointing does not go with {key}: it measures every choice")
+        raise UserError(f"--checkpointing cannot be combined with {key}: it measures every choice; give one of them")
     return _measure({choice: [*words, key, choice] for choice in get_args(Checkpointing)})
 
 
 def _measure(ways: dict[str, list[str]]) -> MethodsReport:
-    """Each in a process of its own, so that each has its own peak of memory."""
+    """Measure each variant in a separate process, so that each has its own peak of memory."""
     reports = {}
     for name, words in ways.items():
         logger.info("%s", name)
         command = [sys.executable, "-m", "mvd_scale", "bench", "step", "--json", *words]
         result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if result.returncode:
-            raise UserError(f"{name} ended with exit code {result.returncode}; its own message stands above")
+            raise UserError(f"{name} ended with exit code {result.returncode}; see its own message above")
         reports[name] = TypeAdapter(StepReport).validate_json(result.stdout)
     return MethodsReport(machine=next(iter(reports.values())).machine, steps=reports)

@@ -1,8 +1,8 @@
-"""The parts of a training step by their layers: what a recipe computes for one clip.
+"""Workload of a recipe: the layers of each model of the training step, per clip.
 
-This is the place that follows the models: when a model learns to skip work, its part changes here.
+When a model changes the amount of work that it does, its description here must change too.
 
-Legend: N tokens of a clip, V visible, M those at which a target is predicted, D width.
+Legend: N tokens of a clip, V visible tokens, M tokens at which a target is predicted, D width.
 """
 
 from __future__ import annotations
@@ -27,79 +27,79 @@ from mvd_scale.targets.image_teacher import ImageTeacher
 
 @dataclass(frozen=True)
 class Part:
-    """One model of the step, or one head of it, per clip."""
+    """One model or head of the step; all figures are per clip."""
 
     name: str
     width: int
     layers: tuple[Layer, ...]
 
     predicted: int = 0
-    """Numbers that it predicts, or as a teacher gives, for the loss."""
+    """Number of values that it predicts, or that a teacher computes, for the loss."""
 
     counted: int = 0
-    """FLOPs of a forward pass as torch counts them, for models of other libraries; these have no `layers`."""
+    """FLOPs of a forward pass as torch counts them, for models of other libraries, which have no `layers`."""
 
     opaque: int = 0
-    """Numbers at the peak of a forward pass of such a model."""
+    """Number of values at the memory peak of a forward pass of such a model."""
 
     parameters: int = 0
-    """Of a teacher; the student's are counted together."""
+    """Number of parameters of a teacher; the student's are in `Workload.parameters`."""
 
     vectors: int = 0
-    """Parameters among them in tensors small enough to stay whole on every rank."""
+    """Number of parameters in tensors that are too small to be sharded."""
 
     largest: int = 0
-    """Parameters of its largest block."""
+    """Number of parameters of its largest block."""
 
     linear: int = 0
-    """Weights among its parameters that are of linear layers in blocks: those that 8 bits can hold."""
+    """Number of weights of linear layers in blocks, which can be quantised to 8 bits."""
 
     channels: int = 0
-    """Output channels of these layers."""
+    """Number of output channels of these layers."""
 
     products: int = 0
-    """FLOPs of a clip in these layers."""
+    """FLOPs in these layers."""
 
     ahead: bool = False
-    """Of a teacher, whether it may work before its turn."""
+    """Whether a teacher may compute its features one step in advance."""
 
     @property
     def blocks(self) -> list[Block]:
-        """Its transformer blocks."""
+        """Transformer blocks among `layers`."""
         return [layer for layer in self.layers if isinstance(layer, Block)]
 
     @property
     def forward(self) -> int:
-        """FLOPs of a clip."""
+        """FLOPs of a forward pass."""
         return self.counted + sum(layer.forward for layer in self.layers)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What one clip takes: the encoder and the heads that are trained, and the teachers."""
+    """All parts of a training step: the trained encoder and heads, and the teachers."""
 
     trained: tuple[Part, ...]
     teachers: tuple[Part, ...]
 
     parameters: int
-    """That are trained."""
+    """Number of trained parameters."""
 
     vectors: int
-    """Parameters among them in tensors small enough to stay whole at ZeRO stage 3."""
+    """Number of trained parameters in tensors that are too small to be sharded at ZeRO stage 3."""
 
     pixels: int
-    """Bytes of a clip as it is loaded, at all input sizes."""
+    """Bytes of a loaded clip, at all input sizes together."""
 
 
 PERSISTENT = 100_000
-"""`stage3_param_persistence_threshold` of the DeepSpeed files that come with the program."""
+"""`stage3_param_persistence_threshold` of the package's DeepSpeed files: smaller tensors are not sharded."""
 
 
 def describe(recipe: Recipe | FinetuneRecipe) -> Workload:
-    """The parts of a recipe's step; models are built without memory, on torch's meta device.
+    """Build the workload of a recipe; models are built on torch's meta device, without memory.
 
     Raises:
-        UserError: a teacher's shape or the number of classes is missing, or they do not fit together.
+        UserError: a teacher's shape or the number of classes is missing, or shapes do not fit each other.
     """
     if isinstance(recipe, FinetuneRecipe):
         return _finetuning(recipe)
@@ -141,13 +141,13 @@ def _finetuning(recipe: FinetuneRecipe) -> Workload:
 
 
 def masked_tokens(recipe: Recipe) -> int:
-    """Masked tokens of a clip that are decoded."""
+    """Number of masked tokens of a clip that are decoded."""
     mask = recipe.data.mask
     return round((recipe.tokens - recipe.visible_tokens) * (mask.decode if mask is not None else 1))
 
 
 def encoder_part(model: ModelConfig, tokens: int, *, final_norm: bool = True) -> Part:
-    """An encoder over some tokens of a clip."""
+    """Describe an encoder that is applied to `tokens` tokens of a clip."""
     width = _width(model)
     seen = tokens + model.class_token
     return Part(
@@ -162,7 +162,7 @@ def encoder_part(model: ModelConfig, tokens: int, *, final_norm: bool = True) ->
 
 
 def encoder_blocks(model: ModelConfig, tokens: int, *, outputs: int, sequences: int = 1) -> tuple[Block, ...]:
-    """The blocks of an encoder; of the last one only some tokens come out."""
+    """Describe the blocks of an encoder; the last block computes only `outputs` tokens of each sequence."""
     assert model.depth is not None
     assert model.heads is not None
     dropped = model.drop_path > 0
@@ -173,7 +173,7 @@ def encoder_blocks(model: ModelConfig, tokens: int, *, outputs: int, sequences: 
 def decoder_part(
     name: str, decoder: DecoderConfig, model: ModelConfig, visible: int, masked: int, channels: int
 ) -> Part:
-    """A decoder with its linear head; it sees visible and mask tokens."""
+    """Describe a decoder with its linear head, applied to visible and mask tokens."""
     tokens = visible + model.class_token + masked
     blocks = _stack(decoder.width, decoder.depth, decoder.heads, model.mlp_ratio, tokens, (masked, masked))
     return Part(
@@ -207,7 +207,7 @@ def _head_parts(recipe: Recipe, targets: Mapping[str, Target]) -> list[Part]:
             parts.append(decoder_part(name, head, recipe.model, visible, masked_tokens(recipe), target.channels))
         else:
             parts.append(_head_part(name, head, recipe.model, visible, target.channels))
-    # The encoder's output, which all of them read, is kept once.
+    # All heads read the encoder's output, which is saved once: it is counted for the first head.
     parts[0] = _keeping_input(parts[0])
     return parts
 
@@ -237,7 +237,7 @@ def _teacher_part(name: str, target: FrozenTeacher, recipe: Recipe) -> Part:
     if isinstance(teacher, TimmViT):
         seen = recipe.tokens + teacher.vit.num_prefix_tokens * recipe.model.grid[0]
         counts |= {"products": 2 * seen * counts["linear"], "counted": _counted(teacher, recipe.model)}
-        # As a block of MLP ratio 4 needs; timm's models have ratios of about that.
+        # The peak of a block with an MLP ratio of 4; timm's models have about that ratio.
         opaque = 12 * seen * teacher.width
         return Part(name, teacher.width, (), given, opaque=opaque, ahead=target.ahead, **counts)
     assert isinstance(teacher, Encoder)
@@ -255,7 +255,7 @@ def _teacher_part(name: str, target: FrozenTeacher, recipe: Recipe) -> Part:
 
 
 def _counted(teacher: TimmViT, model: ModelConfig) -> int:
-    """FLOPs of all front frames of a clip."""
+    """Count the FLOPs of a timm teacher for all front frames of a clip, with torch's counter."""
     frames = torch.empty(model.grid[0], 1, teacher.input_size, teacher.input_size, 3, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         teacher(frames)
@@ -273,7 +273,7 @@ def _stack(
     *,
     dropped: bool = False,
 ) -> tuple[Block, ...]:
-    """Blocks in which all tokens ask and come out, but for the last one's (queries, outputs)."""
+    """Describe a stack of blocks on all tokens; `last` gives the number of queries and of outputs of the last block."""
     hidden = int(width * mlp_ratio)
     return tuple(
         Block(
@@ -284,7 +284,7 @@ def _stack(
             hidden=hidden,
             heads=heads,
             sequences=sequences,
-            # The first block's rate is 0.
+            # Stochastic depth grows from a rate of 0 at the first block.
             drop_path=dropped and i > 0,
         )
         for i in range(depth)

@@ -1,7 +1,7 @@
-"""Three plain ways of loading clips that people use today, written as such code is written, to compare with.
+"""Baseline clip loaders for comparison: three common combinations of libraries, written in the usual way.
 
-Each gives what the published data set gives: 16 frames at rate 4, a multi-scale corner crop resized to 224, floats
-normalised by ImageNet's mean and deviation, and a tube mask.
+Each yields what the published data set yields: 16 frames at stride 4, a multi-scale corner crop resized to 224, float32
+normalised by ImageNet's mean and standard deviation, and a tube mask.
 
 Legend: T frames, N tokens.
 """
@@ -25,7 +25,7 @@ WAYS = ("decord + PIL", "torchcodec + torchvision", "PyAV + torchvision")
 
 
 def missing(way: str, video: str) -> str | None:
-    """Why a way cannot be gone here; None if it reads the first frame of a video."""
+    """Reason why a baseline cannot run here; None if it can read the first frame of a video."""
     try:
         _readers()[way](video, [0] * FRAMES)
     except (ImportError, OSError, RuntimeError) as error:
@@ -34,7 +34,7 @@ def missing(way: str, video: str) -> str | None:
 
 
 def plain_loader(way: str, paths: Sequence[str], frames: Sequence[int], *, batch: int, workers: int) -> DataLoader:
-    """An endless stream of batches (pixels float32 (B, 3, T, 224, 224), mask bool (B, N)) by one of `WAYS`."""
+    """Make an endless loader by one of `WAYS`: batches of pixels float32 (B, 3, T, 224, 224) and masks bool (B, N)."""
     return DataLoader(_Clips(paths, frames, _readers()[way]), batch_size=batch, num_workers=workers, shuffle=False)
 
 
@@ -84,7 +84,7 @@ def _pyav(path: str, places: list[int]) -> Tensor:
 
 
 def decord_frames(path: str, places: Sequence[int]) -> NDArray[np.uint8]:
-    """Frames of a file, opened for them alone: uint8 (T, H, W, 3)."""
+    """Read frames of a file by decord, opening the file for this call: uint8 (T, H, W, 3)."""
     import decord
 
     reader = decord.VideoReader(path, num_threads=1, ctx=decord.cpu(0))
@@ -93,7 +93,10 @@ def decord_frames(path: str, places: Sequence[int]) -> NDArray[np.uint8]:
 
 
 def pyav_frames(path: str, places: Sequence[int]) -> NDArray[np.uint8]:
-    """The same by PyAV: from the start of the file to the last one asked for. `places` ascend."""
+    """Read frames by PyAV, decoding from the start of the file to the last frame: uint8 (T, H, W, 3).
+
+    `places` must be ascending.
+    """
     import av
 
     wanted, pictures = set(places), {}

@@ -1,11 +1,11 @@
-"""Three plain ways of testing by several views that people use today, to compare with.
+"""Baseline loaders of evaluation views for comparison: three ways in common use.
 
-    view    every view is an item: open the video, decode to the end of its clip, resize, cut one crop
-    clip    every clip is an item: the same, but all of its crops are cut of what was decoded
-    whole   every view is an item, as in the published data sets: decode every frame that any clip may need, resize
-            them all, keep those of one view
+    view    an item is a view: open the video, decode to the end of the clip, resize, cut one crop
+    clip    an item is a clip: the same, but all crops of the clip are cut from the decoded frames
+    whole   an item is a view, as in the published data sets: decode every frame that any clip may need, resize all of
+            them, keep those of one view
 
-All give the same views as ours, in the same order; frames are read by decord where it is installed, else by PyAV.
+All yield the same views as our loader in the same order. Frames are read by decord if it is installed, else by PyAV.
 
 Legend: K clips in time, C crops, T frames of a clip, S side of a crop.
 """
@@ -31,34 +31,37 @@ Way = Literal["view", "clip", "whole"]
 WAYS: tuple[Way, ...] = ("view", "clip", "whole")
 
 Reader = Callable[[str, Sequence[int]], NDArray[np.uint8]]
-"""From a path and ascending places, without repetitions, to frames uint8 (places, H, W, 3)."""
+"""Function from a path and ascending distinct frame numbers to frames uint8 (numbers, H, W, 3)."""
 
 
 def reader_name() -> str:
-    """Who reads frames here."""
+    """Name of the library that reads frames here: decord or PyAV."""
     return "decord" if find_spec("decord") is not None else "PyAV"
 
 
 def plain_views(
     way: Way, paths: Sequence[str], frames: Sequence[int], views: ViewsConfig, *, length: int, side: int, workers: int
 ) -> DataLoader:
-    """Videos, each as its views: uint8 (K C, T, S, S, 3).
+    """Make a loader that yields the views of one video after the other: uint8 (K C, T, S, S, 3).
 
     Args:
         way: one of `WAYS`.
-        paths: files, in their order.
-        frames: of each of them.
-        views: which views; dense ones.
-        length: T.
-        side: S.
-        workers: processes that load items; 0 loads them in this one.
+        paths: video files, in the order to load.
+        frames: number of frames of each file.
+        views: the views, with dense sampling.
+        length: frames of a clip, T.
+        side: side of a crop in pixels, S.
+        workers: worker processes; 0 loads in this process.
     """
     items = _Items(way, paths, frames, views, length, side)
     return DataLoader(items, batch_size=items.per_video, num_workers=workers, collate_fn=torch.cat)
 
 
 def frames_decoded(way: Way, total: int, views: ViewsConfig, *, length: int) -> int:
-    """Frames that PyAV decodes for all views of a video of `total` frames; decord may start at a later keyframe."""
+    """Number of frames that PyAV decodes for all views of a video of `total` frames.
+
+    decord may decode fewer, because it can start at a later key frame.
+    """
     clips = clips_of(views, total, frames=length)
     if way == "whole":
         return len(clips) * views.crops * (int(_listed(views, total)[-1]) + 1)
@@ -66,12 +69,12 @@ def frames_decoded(way: Way, total: int, views: ViewsConfig, *, length: int) -> 
 
 
 def _listed(views: ViewsConfig, total: int) -> NDArray[np.int64]:
-    """Places that dense clips are cut from, which the published data sets decode for each of them."""
+    """Frame numbers that dense clips are cut from; the published data sets decode all of them for each view."""
     return np.arange(0, total, views.stride)
 
 
 class _Items(Dataset[Tensor]):
-    """Item: uint8 (1, T, S, S, 3), or (C, T, S, S, 3) by way of `clip`."""
+    """Data set with items uint8 (1, T, S, S, 3), or (C, T, S, S, 3) if `way` is `clip`."""
 
     def __init__(
         self, way: Way, paths: Sequence[str], frames: Sequence[int], views: ViewsConfig, length: int, side: int

@@ -1,4 +1,4 @@
-"""`mvd-scale plan`: arithmetic, memory, communication, decoding and time of a recipe on GPUs that are not at hand."""
+"""`mvd-scale plan`: prediction of FLOPs, memory, communication, decoding and time of a recipe on given GPUs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from mvd_scale.performance.timeline import PhaseTime, phase_times
 
 @dataclass(frozen=True)
 class Cluster:
-    """What a plan is made for."""
+    """Hardware and data that a plan is made for."""
 
     gpu: Gpu
     gpus: int
@@ -39,17 +39,17 @@ class Cluster:
     kernel: AttentionKernel
 
     efficiency: float | None
-    """Share of the peak in place of the table's."""
+    """Share of the peak FLOP/s that replaces the table's values; None to use the table."""
 
     video: Video
 
     videos: int
-    """Of an epoch."""
+    """Number of videos of an epoch."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One micro batch."""
+    """Prediction for one size of the micro batch; memory in bytes per rank."""
 
     micro: int
     accumulation: int
@@ -60,10 +60,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Policy:
-    """One choice of `training.gradient_checkpointing`."""
+    """Prediction for one choice of `training.gradient_checkpointing`; memory in bytes per rank."""
 
     recomputed: int
-    """FLOPs of a clip."""
+    """Recomputed FLOPs per clip."""
 
     activations: int
     memory: int
@@ -73,7 +73,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class Plan:
-    """The prediction. Bytes are of one rank, seconds of one optimizer step."""
+    """Prediction for a run. Bytes are per rank, seconds per optimizer step."""
 
     recipe: str
     cluster: Cluster
@@ -87,13 +87,13 @@ class Plan:
     phases: list[PhaseTime]
 
     decoded_frames: float
-    """For one clip."""
+    """Mean number of decoded frames per clip."""
 
     decode_capacity: float | None
-    """Clips/s of all NVDECs together; None for image models, which decode no video."""
+    """Clips/s that the NVDEC engines of all GPUs decode; None for image models, which decode no video."""
 
     arithmetic_share: float
-    """FLOP/s of the step over the peak of all GPUs."""
+    """FLOP/s of the step divided by the peak FLOP/s of all GPUs."""
 
     step_seconds: float
     clips_per_second: float
@@ -104,18 +104,18 @@ class Plan:
     candidates: list[Candidate]
 
     policies: dict[Checkpointing, Policy]
-    """At the same micro batch."""
+    """Prediction for each choice of gradient checkpointing, at the same micro batch."""
 
     comparison: Comparison | None
 
     @property
     def best(self) -> Candidate:
-        """The fastest micro batch of those that fit; of equally fast ones the largest."""
+        """The fastest micro batch that fits in memory; of equally fast ones the largest."""
         return max((c for c in self.candidates if c.fits), key=lambda c: (c.clips_per_second, c.micro))
 
 
 def make_plan(name: str, overrides: list[str], cluster: Cluster) -> Plan:
-    """Predict a run.
+    """Predict resources and time of a run.
 
     Args:
         name: a recipe of pre-training or fine-tuning.
@@ -123,8 +123,8 @@ def make_plan(name: str, overrides: list[str], cluster: Cluster) -> Plan:
         cluster: the GPUs.
 
     Raises:
-        UserError: the recipe cannot be read, its global batch does not divide over the GPUs, or it fits into their
-            memory with no micro batch; the message says what would.
+        UserError: the recipe cannot be read, its global batch is not divisible over the GPUs, or no micro batch fits
+            in their memory; the message then lists changes that would fit.
     """
     recipe = load(name, overrides)
     work = describe(recipe)
@@ -140,7 +140,7 @@ def make_plan(name: str, overrides: list[str], cluster: Cluster) -> Plan:
     if not candidates[0].fits:
         raise UserError(_what_fits(recipe, work, settings[0], cluster))
     fitting = [setting for setting, candidate in zip(settings, candidates, strict=True) if candidate.fits]
-    # As the run would do; where that does not fit, the largest that does.
+    # The micro batch that the run would use; if it does not fit, the largest smaller one that does.
     setting = max((s for s in fitting if s.micro <= usual.micro), key=lambda s: s.micro)
     return _plan(name, recipe, work, setting, cluster, candidates, usual.micro)
 
@@ -155,50 +155,52 @@ def make_cluster(
     video: Video,
     videos: int,
 ) -> Cluster:
-    """GPUs by their name.
+    """Describe a cluster of GPUs, given by name.
 
     Raises:
-        UserError: an unknown GPU, or a number that does not fill machines.
+        UserError: the GPU or the attention kernel is unknown, or `gpus` is not a multiple of `per_node`.
     """
     found = find_gpu(gpu)
     per_node = min(per_node, gpus)
     if gpus % per_node:
         below = gpus // per_node * per_node
         raise UserError(
-            f"--gpus {gpus} does not fill machines of --per-node {per_node}: take {below} or {below + per_node} GPUs"
+            f"--gpus {gpus} is not a multiple of --per-node {per_node}: use {below} or {below + per_node} GPUs"
         )
     return Cluster(found, gpus, per_node, find_kernel(found, attention), efficiency, video, videos)
 
 
 def with_stage(overrides: list[str], stage: int | None) -> list[str]:
-    """Overrides that also set the ZeRO stage, by the DeepSpeed file of that stage.
+    """Add an override of the ZeRO stage, which selects the DeepSpeed file of that stage.
 
     Raises:
-        UserError: the stage is given twice.
+        UserError: the overrides already select a DeepSpeed file.
     """
     if stage is None:
         return overrides
     if any(word.partition("=")[0] == "--training.deepspeed" for word in overrides):
-        raise UserError("--stage does not go with --training.deepspeed, which names the stage itself: give one of them")
+        raise UserError(
+            "--stage cannot be combined with --training.deepspeed, which sets the stage itself: give one of them"
+        )
     return [*overrides, "--training.deepspeed", f"zero{stage}"]
 
 
 def load(name: str, overrides: list[str]) -> Recipe | FinetuneRecipe:
-    """A recipe of pre-training or fine-tuning.
+    """Load a recipe of pre-training or fine-tuning.
 
     Raises:
-        UserError: as `load_recipe`; or a recipe of another kind.
+        UserError: see `load_recipe`; or the recipe is of another kind.
     """
     kind = load_any(name)
     if isinstance(kind, FinetuneRecipe):
         return load_finetuning(name, overrides)
     if isinstance(kind, Recipe):
         return load_recipe(name, overrides)
-    raise UserError(f"{name} detects actions: plans are for recipes of pre-training and fine-tuning")
+    raise UserError(f"{name} is a recipe of action detection: expected a recipe of pre-training or fine-tuning")
 
 
 def micro_batches(recipe: Recipe | FinetuneRecipe, world: int) -> list[int]:
-    """Every micro batch that a rank's share of the global batch divides into, ascending."""
+    """List every micro batch that divides a rank's share of the global batch, ascending."""
     micro, accumulation = recipe.batch_split(world)
     share, copies = micro * accumulation, recipe.data.copies
     return [count for count in range(copies, share + 1, copies) if share % count == 0]
@@ -247,14 +249,14 @@ def _decode_capacity(recipe: Recipe | FinetuneRecipe, cluster: Cluster) -> float
 
 
 def _step_seconds(recipe: Recipe | FinetuneRecipe, phases: list[PhaseTime], cluster: Cluster) -> float:
-    """The longer of computing and decoding, which overlap."""
+    """Seconds per step: the longer one of computing and decoding, which overlap."""
     capacity = _decode_capacity(recipe, cluster)
     decoding = recipe.training.global_batch / capacity if capacity is not None else 0.0
     return max(sum(phase.seconds for phase in phases), decoding)
 
 
 def _limit(phases: list[PhaseTime], step_seconds: float) -> str:
-    """The resource that bounds most of the step's time."""
+    """Name of the resource that bounds the largest part of the step's time."""
     if step_seconds > sum(phase.seconds for phase in phases):
         return "decoding"
     bounded: dict[str, float] = defaultdict(float)
@@ -311,7 +313,7 @@ def _plan(
 
 
 def _what_fits(recipe: Recipe | FinetuneRecipe, work: Workload, setting: Setting, cluster: Cluster) -> str:
-    """Why the smallest micro batch is too much, and which changes would help."""
+    """Compose the message for a smallest micro batch that does not fit, with the changes that would fit."""
     needed, usable = predict_memory(work, setting).peak, usable_memory(cluster.gpu)
     whole = {"compile": "auto"} | ({"batch_decoders": "auto"} if isinstance(recipe, Recipe) else {})
     gathered = _with(recipe, deepspeed="zero3", **whole)

@@ -1,4 +1,4 @@
-"""A plan as text for a terminal, and as JSON."""
+"""Formatting of a plan as text for a terminal, and as JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mvd_scale.performance.timeline import LAUNCH
 
 
 def to_json(plan: Plan) -> str:
-    """All fields, one object; and what follows from them."""
+    """Format all fields and derived values as one JSON object."""
     values = dataclasses.asdict(plan)
     values["memory"] |= {"peak_phase": plan.memory.peak_phase, "peak": plan.memory.peak, "parts": plan.memory.parts}
     values["best"] = dataclasses.asdict(plan.best)
@@ -24,7 +24,7 @@ def to_json(plan: Plan) -> str:
 
 
 def to_text(plan: Plan) -> str:
-    """Tables, one for each resource, and the assumptions behind them."""
+    """Format as tables, one per resource, followed by the assumptions."""
     sections = (
         _head, _flops, _memory, _communication, _decoding, _time, _micro_batches, _policies, _published, _assumptions,
     )  # fmt: skip
@@ -135,7 +135,7 @@ def _assumptions(plan: Plan) -> Iterator[str]:
         width: sustained(cluster.gpu, setting.precision, cluster.kernel, width, cluster.efficiency) for width in widths
     }
     shares = ", ".join(f"{rate / peak:.0%} at D {width}" for width, rate in rates.items())
-    yield "\n  assumed, none of it measured here"
+    yield "\n  assumptions, none of them measured on these GPUs"
     yield f"  share of {peak / 1e12:.0f} TFLOP/s by {cluster.kernel}: {shares} (--efficiency sets one for all)"
     if setting.eight_bit is not None:
         yield (
@@ -147,7 +147,7 @@ def _assumptions(plan: Plan) -> Iterator[str]:
         f"{FRAGMENTED:.0%} of memory lost"
     )
     if any(setting.ahead):
-        yield "  phases follow each other: what teachers gain that work beside the student is not counted"
+        yield "  phases run one after the other: time saved by teachers that run beside the student is not counted"
     yield (
         f"  {cluster.videos} videos of {cluster.video.height} lines, a key frame every {cluster.video.keyframes} "
         "(--videos, --height, --keyframes)"

@@ -1,4 +1,4 @@
-"""`mvd-scale profile`: some real steps of a recipe under torch's profiler, and what to read from them on one page."""
+"""`mvd-scale profile`: training steps of a recipe under torch's profiler, and a summary of one page."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ from mvd_scale.training.ranks import Ranks, join_ranks, leave_ranks
 
 _WARM_UP = 2
 _OPERATORS = 15
-"""Operators that are named."""
+"""Number of operators in the summary."""
 
 
 class Annotations:
-    """Marks parts in a trace. The device is never waited for, so that it works as it does without the profiler."""
+    """Timer that marks parts in a trace, without a synchronisation of the device, which would change the timing."""
 
     def __init__(self) -> None:
         self._open: dict[str, Any] = {}
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Around a part."""
+        """Mark the body of a `with` statement as a part."""
         with record_function(name):
             yield
 
     def watch(self, name: str, module: nn.Module) -> None:
-        """Every forward pass of a module is a part."""
+        """Mark every forward pass of a module as a part."""
         module.register_forward_pre_hook(lambda *_: self._begin(name))
         module.register_forward_hook(lambda *_: self._end(name))
 
@@ -57,9 +57,9 @@ class Annotations:
 def profile_recipe(
     name: str, overrides: list[str], out: Path, *, precision: Precision | None = None, batch: int, steps: int
 ) -> ProfileReport:
-    """Profile a recipe's steps on all ranks; every rank writes its trace, the first one all the rest.
+    """Profile a recipe's steps on all ranks; every rank writes its trace, rank 0 writes all other files.
 
-    The same number of steps runs without the profiler first: speed and utilisation are of those.
+    Speed and utilisation are measured first, on the same number of steps without the profiler.
 
     Args:
         name: recipe, as for `load_recipe`.
@@ -67,12 +67,12 @@ def profile_recipe(
             clips of the `samples` extra are used.
         out: folder for `trace.json.gz` (and `trace_rank1.json.gz` ...), `memory.png`, `modules.txt`, `summary.json`
             and `summary.txt`.
-        precision: of the student; fp16 on GPUs and float32 on CPUs if None.
-        batch: clips of a step over all ranks.
-        steps: profiled steps.
+        precision: precision of the student; fp16 on GPUs and float32 on CPUs if None.
+        batch: clips per step over all ranks.
+        steps: number of profiled steps.
 
     Raises:
-        UserError: as `Rehearsal`.
+        UserError: see `Rehearsal`.
     """
     recipe = rehearsed_recipe(name, overrides, precision, batch)
     ranks = join_ranks(recipe.device, recipe.training.collective_timeout_minutes)
@@ -87,7 +87,8 @@ def profile_recipe(
             with _profiler(ranks) as profiler:
                 profiled = _timed(rehearsal, steps, losses)
             peak_memory = peak_memory_gib(ranks.device)
-            # Last: it exchanges functions of torch for a while. Into compiled blocks it could not look.
+            # Last, because DeepSpeed's profiler patches functions of torch; without compilation, because it cannot see
+            # into compiled blocks.
             table = module_table(rehearsal.engine.module, out / "modules.txt", write=ranks.first)
             with torch.compiler.set_stance("force_eager"), table, torch.no_grad():
                 rehearsal.objective(rehearsal.engine, rehearsal.clips)
@@ -136,7 +137,7 @@ def _profiler(ranks: Ranks) -> profile:
 
 
 def _timed(rehearsal: Rehearsal, steps: int, losses: list[Tensor]) -> float:
-    """Seconds of some steps, from the end of all earlier work to the end of theirs."""
+    """Measure the seconds of some steps, with synchronisation of the device before and after them."""
     started = _now(rehearsal.ranks)
     for _ in range(steps):
         with record_function(STEP):
@@ -178,7 +179,7 @@ def _collectives(spans: list[Span], steps: int) -> list[Operator]:
 
 
 def _operators(profiler: profile, notes: set[str], steps: int) -> list[Operator]:
-    """Those whose work takes most time on the device; notes, collectives and bare kernels are left out."""
+    """List the operators that take most time on the device, without annotations, collectives and bare kernels."""
     on_gpu = ProfilerActivity.CUDA in profiler.activities
     found = []
     for average in profiler.key_averages():

@@ -1,9 +1,9 @@
-"""Arithmetic of a step: what the model asks for, and what the device could do.
+"""FLOPs of a step, and the peak FLOP/s of the device.
 
-It is counted by torch's counter over the same models on torch's `meta` device, where nothing is computed. On a CPU that
-counter does not know the fused attention that runs there, nor does it see into kernels of Triton or flash-attn on a
-GPU; on `meta` all of it is plain matrix products. DeepSpeed's profiler knows `scaled_dot_product_attention`, but only
-forward passes: it gives the table of modules.
+FLOPs are counted by torch's counter on the same models on torch's `meta` device, where nothing is computed. On a CPU
+that counter does not know the fused attention, and on a GPU it cannot see into kernels of Triton or flash-attn; on
+`meta` everything is plain matrix products. DeepSpeed's profiler knows `scaled_dot_product_attention`, but counts
+forward passes only; it is used for the table of modules.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from mvd_scale.targets import FrozenTeacher, MaskedDistillation, build_targets
 from mvd_scale.training.engine import dtype_of
 
 _OTHER_FORMS = {"PCIE", "NVL"}
-"""Words in the names of GPUs that are slower than the SXM form of the table."""
+"""Words in the names of GPUs that are slower than the SXM form in the table."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
-    """The arithmetic limit of one rank."""
+    """Peak FLOP/s of one rank, and its source."""
 
     flops_per_second: float
     source: str
 
 
 class FlopParts:
-    """Counts the arithmetic of every part."""
+    """Counter of the FLOPs of every part."""
 
     def __init__(self) -> None:
         self.counter = FlopCounterMode(display=False)
@@ -49,13 +49,13 @@ class FlopParts:
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Around a part."""
+        """Count the body of a `with` statement as a part."""
         self._begin(name)
         yield
         self._end(name)
 
     def watch(self, name: str, module: nn.Module) -> None:
-        """Every forward pass of a module is a part."""
+        """Count every forward pass of a module as a part."""
         module.register_forward_pre_hook(lambda *_: self._begin(name))
         module.register_forward_hook(lambda *_: self._end(name))
 
@@ -68,11 +68,11 @@ class FlopParts:
 
 
 def count_flops(recipe: Recipe, clips: ClipBatch) -> dict[str, int]:
-    """FLOPs of one micro batch by part: matrix products, forward and backward, nothing computed twice.
+    """Count the FLOPs of one micro batch by part: matrix products, forward and backward, without recomputation.
 
     Args:
-        recipe: with shapes of all teachers.
-        clips: a micro batch; only its shapes matter.
+        recipe: recipe that states the shapes of all teachers.
+        clips: a micro batch; only its shapes are used.
     """
     parts = FlopParts()
     with torch.device("meta"):
@@ -91,7 +91,7 @@ def count_flops(recipe: Recipe, clips: ClipBatch) -> dict[str, int]:
 
 
 def peak_of(device: torch.device, precision: Precision) -> Peak:
-    """What the data sheet of a known GPU says; elsewhere the best of a few matrix products, timed now."""
+    """Peak FLOP/s of a device: from the data sheet of a known GPU, otherwise the best of 5 timed matrix products."""
     words = re.split(r"[\s-]", torch.cuda.get_device_name(device).upper()) if device.type == "cuda" else []
     for gpu in GPUS.values():
         if gpu.name in words and precision in gpu.peak and not _OTHER_FORMS.intersection(words):
@@ -114,11 +114,11 @@ def _seconds_of_product(left: Tensor, right: Tensor) -> float:
 
 @contextlib.contextmanager
 def module_table(student: nn.Module, out: Path, *, write: bool) -> Iterator[None]:
-    """DeepSpeed's table of the student's modules over the forward pass within: parameters, MACs, latency.
+    """Write DeepSpeed's table of the student's modules (parameters, MACs, latency) for the forward pass in the body.
 
     Args:
-        student: the module inside of the engine.
-        out: text file.
+        student: the module inside the engine.
+        out: text file to write.
         write: whether this rank writes it.
     """
     from deepspeed.profiling.flops_profiler import FlopsProfiler

@@ -1,4 +1,4 @@
-"""The memory timeline of profiled steps as a picture."""
+"""Plot of the memory of profiled steps over time."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#
 
 
 def draw_memory(trace: Trace, title: str, label: str, out: Path) -> None:
-    """Memory over time, the parts as coloured bands (PNG).
+    """Plot memory over time, with the parts of the steps as coloured bands (PNG).
 
     Args:
-        trace: of one rank.
-        title: of the picture.
-        label: what the memory is of.
+        trace: trace of one rank.
+        title: title of the plot.
+        label: name of the memory, for the axis.
         out: file to write.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -30,7 +30,7 @@ def draw_memory(trace: Trace, title: str, label: str, out: Path) -> None:
     colour = {name: _COLOURS[number % len(_COLOURS)] for number, name in enumerate(names)}
     named: set[str] = set()
     for span in trace.parts:
-        # A name is told once for all of its bands.
+        # One entry in the legend for all bands of a part.
         label_of_band = None if span.name in named else span.name
         axis.axvspan(1000 * span.start, 1000 * span.end, color=colour[span.name], alpha=0.3, lw=0, label=label_of_band)
         named.add(span.name)

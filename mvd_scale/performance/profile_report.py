@@ -1,4 +1,4 @@
-"""The page that `mvd-scale profile` writes."""
+"""Summary that `mvd-scale profile` writes."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ class PartFigures:
     """One part of a step on rank 0, mean of the profiled steps."""
 
     milliseconds: float
-    """On the host; on a GPU the host only launches most of the work."""
+    """Milliseconds on the host; with a GPU, most of the work is only launched there."""
     device_milliseconds: float | None
-    """Of what the part launched on the GPU; None on a CPU."""
+    """Milliseconds of the GPU work that the part launched; None on a CPU."""
     flops: int
-    """Of the model."""
+    """FLOPs of the model."""
 
     @property
     def spent(self) -> float:
-        """Milliseconds where the work is done."""
+        """Milliseconds on the device that computes."""
         return self.milliseconds if self.device_milliseconds is None else self.device_milliseconds
 
 
@@ -33,12 +33,12 @@ class Operator:
     name: str
     calls: float
     milliseconds: float
-    """Without what it calls."""
+    """Milliseconds in the operator itself, without the operators that it calls."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileReport(Report):
-    """Steps of one recipe: times without the profiler, and what it saw."""
+    """Profile of a recipe's steps: times without the profiler, and results of the profiler."""
 
     kind: Literal["profile"] = "profile"
     recipe: str
@@ -49,37 +49,37 @@ class ProfileReport(Report):
     clips_per_step: int
     steps: int
     milliseconds_per_step: float
-    """Without the profiler."""
+    """Milliseconds per step without the profiler."""
     profiled_milliseconds_per_step: float
     clips_per_second: float
     parts: dict[str, PartFigures]
     flops_per_step: int
-    """Of the model on one rank."""
+    """FLOPs of the model per step on one rank."""
     peak_flops_per_second: float
     peak_source: str
     utilisation: float
-    """Model FLOPs per second of a rank over its peak, without the profiler."""
+    """Model FLOP/s of a rank divided by its peak FLOP/s, without the profiler."""
     data_wait_share: float
     communication_milliseconds: float
-    """During which a collective ran, waiting for other ranks included."""
+    """Milliseconds per step during which a collective ran, including waits for other ranks."""
     collectives: list[Operator]
     operators: list[Operator]
     peak_memory_gib: float
-    """Of rank 0: on a GPU, or of the process."""
+    """Peak memory of rank 0 in GiB: of the GPU, or of the process."""
     highest_tensors_gib: float
-    """Of the timeline: all tensors on a GPU; on a CPU those made since the profile began."""
+    """Maximum of the timeline in GiB: all tensors on a GPU; on a CPU those allocated since the profile began."""
     highest_in: str
-    """The part in which that was."""
+    """Part of the step in which the maximum occurred."""
     losses: list[float]
-    """Of rank 0 at every step: warm-up, without the profiler, with it."""
+    """Losses of rank 0: warm-up steps, steps without the profiler, steps with it."""
 
     def setting(self) -> dict[str, Any]:
-        """The recipe, what was changed of it, and how it was run."""
+        """Return the recipe, its overrides, and the conditions of the run."""
         keys = ("recipe", "overrides", "precision", "teacher_sharding", "ranks", "clips_per_step")
         return {key: getattr(self, key) for key in keys}
 
     def values(self) -> Iterator[tuple[str, Value]]:
-        """Speed, utilisation, memory and the parts."""
+        """Yield the times of the parts and of the step, utilisation, communication and memory."""
         for name, part in self.parts.items():
             yield f"{name}, ms", Value(part.spent, judged=part.spent > SHORT * self.milliseconds_per_step)
         yield "step, ms", Value(self.milliseconds_per_step)
@@ -88,7 +88,7 @@ class ProfileReport(Report):
         yield "peak memory, GiB", Value(self.peak_memory_gib)
 
     def to_text(self) -> str:
-        """One page."""
+        """Format as one page."""
         overhead = self.profiled_milliseconds_per_step / self.milliseconds_per_step - 1
         rate = self.flops_per_step / self.milliseconds_per_step / 1e9
         where = "tensors of the GPU" if self.machine.device != "cpu" else "tensors made in these steps"
@@ -111,7 +111,7 @@ class ProfileReport(Report):
             "",
             *self._part_lines(),
             "",
-            *_operator_lines("operator, without what it calls", self.operators, self.profiled_milliseconds_per_step),
+            *_operator_lines("operator (self time)", self.operators, self.profiled_milliseconds_per_step),
         ]
         if self.collectives:
             lines += ["", *_operator_lines("collective", self.collectives, self.profiled_milliseconds_per_step)]

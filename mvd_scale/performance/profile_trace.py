@@ -1,6 +1,6 @@
-"""What a Chrome trace of torch's profiler says of a step: its parts, communication and memory.
+"""Reader of Chrome traces of torch's profiler: parts of a step, communication and memory.
 
-Times are seconds from the beginning of the first part or step, memory is bytes.
+Times are seconds from the beginning of the first part or step; memory is in bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _CPU, _CUDA = 0, 1
 
 @dataclass(frozen=True)
 class Span:
-    """Something that took a while."""
+    """Named time interval."""
 
     name: str
     start: float
@@ -33,40 +33,40 @@ class Span:
 
     @property
     def seconds(self) -> float:
-        """Its length."""
+        """Length in seconds."""
         return self.end - self.start
 
 
 @dataclass(frozen=True)
 class Trace:
-    """One rank's steps."""
+    """Trace of the steps of one rank."""
 
     steps: list[Span]
     parts: list[Span]
-    """On the host, in their order; they do not overlap."""
+    """Parts on the host in order of time; they do not overlap."""
     device_seconds: dict[str, float]
-    """Of what ran on the GPU, by the part that launched it; empty on a CPU."""
+    """Seconds of GPU work by the part that launched it; empty on a CPU."""
     communication: list[Span]
-    """Collectives while they ran: the kernels of NCCL, or the work of gloo's threads, which includes waiting."""
+    """Intervals of collectives: kernels of NCCL, or work of gloo's threads, which includes waiting."""
     memory: list[tuple[float, int]]
-    """Moments, and bytes of tensors: all of a GPU's; on a CPU those made since the trace began."""
+    """Samples (time, bytes of tensors): all tensors of a GPU; on a CPU those allocated since the trace began."""
 
     def seconds_of(self, part: str) -> float:
-        """Host time of a part over all steps."""
+        """Host seconds of a part, summed over all steps."""
         return sum(span.seconds for span in self.parts if span.name == part)
 
     def part_at(self, moment: float) -> str:
-        """The part that a moment lies in, or "between parts"."""
+        """Name of the part that contains a moment, or "between parts"."""
         inside = [span.name for span in self.parts if span.start <= moment <= span.end]
         return inside[0] if inside else "between parts"
 
 
 def read_trace(path: Path, parts: Iterable[str]) -> Trace:
-    """Read a trace that `torch.profiler.profile.export_chrome_trace` wrote, with `profile_memory`.
+    """Read a trace that `torch.profiler.profile.export_chrome_trace` wrote with `profile_memory`.
 
     Args:
-        path: a `.json.gz`.
-        parts: names of the annotations around parts.
+        path: path of the `.json.gz`.
+        parts: names of the annotations that mark parts.
     """
     with gzip.open(path, "rt", encoding="utf-8") as file:
         events: list[dict[str, Any]] = json.load(file)["traceEvents"]
@@ -89,7 +89,7 @@ def read_trace(path: Path, parts: Iterable[str]) -> Trace:
 
 
 def covered_seconds(spans: Iterable[Span]) -> float:
-    """Time during which at least one of the spans runs."""
+    """Seconds that are covered by at least one of the spans."""
     total, end = 0.0, float("-inf")
     for span in sorted(spans, key=lambda span: span.start):
         total += max(span.end - max(span.start, end), 0.0)
@@ -98,7 +98,7 @@ def covered_seconds(spans: Iterable[Span]) -> float:
 
 
 def _device_seconds(parts: list[Span], kernels: list[dict[str, Any]], events: list[dict[str, Any]]) -> dict[str, float]:
-    """A kernel belongs to the part during which it was launched, from whichever thread."""
+    """Sum the GPU seconds by part; a kernel belongs to the part during which it was launched, by any thread."""
     launched = {
         event["args"]["correlation"]: event["ts"] / 1e6
         for event in events

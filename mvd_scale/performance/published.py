@@ -1,4 +1,4 @@
-"""What the paper measured (Table 6), beside what a plan says of the same run, and what lies between them."""
+"""Comparison of a plan with the run time that the paper measured (Table 6), and the parts of the difference."""
 
 from __future__ import annotations
 
@@ -9,68 +9,69 @@ from mvd_scale.performance.layers import Block
 from mvd_scale.performance.parts import Workload
 
 VIDEOS = 240_000
-"""Training videos of Kinetics-400, as the paper counts them."""
+"""Number of training videos of Kinetics-400 in the paper."""
 
 GPU, RANKS = "V100", 32
 
 HOURS = {"distill/b_from_b": 57.0}
-"""Hours of a whole run on 32 V100, by recipe."""
+"""Hours of a whole run on 32 V100 by recipe."""
 
 LOADED = VIDEOS * 1600 / (214 * 3600)
-"""Clips/s of VideoMAE ViT-B on the same GPUs (1600 epochs in 214 hours). It has a fifth of MVD's arithmetic a clip and
-is no faster: what it reached is what the loader gave."""
+"""Clips/s of VideoMAE ViT-B on the same GPUs (1600 epochs in 214 hours). It needs a fifth of MVD's FLOPs per clip and
+is not faster, so this rate is taken to be the limit of the published data loader."""
 
 SCORE_FORWARD, SCORE_BACKWARD = 16, 32
-"""Bytes that plain attention under autocast moves for a score: a 16-bit product, its softmax in float32, that one in 16
-bits again, and the same backwards."""
+"""Bytes of memory traffic per score of unfused attention under autocast, in the forward and in the backward pass: a
+product in 16 bits, its softmax in float32, and the softmax converted to 16 bits."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Hours of the whole run."""
+    """Hours of the whole run, published and predicted."""
 
     published: float
+    """Hours that the paper reports."""
 
     computing: float
-    """That this plan needs for everything but decoding."""
+    """Hours that the plan predicts without decoding."""
 
     decoding: float
-    """That decoding by NVDEC adds; the published run decoded on CPUs."""
+    """Hours that decoding by NVDEC adds; the published run decoded on CPUs."""
 
     plain_attention: float
-    """That attention without a fused kernel adds: its scores go through memory."""
+    """Hours that attention without a fused kernel adds, because its scores are written to memory."""
 
     loading: float
-    """Of the run's clips at the rate of the published loader."""
+    """Hours that the published loader needs for the clips of the run."""
 
     unexplained: float
-    """What remains of the published time above the longer of computing, with plain attention, and loading."""
+    """Published hours minus the longer one of computing (with unfused attention) and loading."""
 
     def to_lines(self) -> list[str]:
-        """Text, one fact a line."""
+        """Format as lines of text, one per figure."""
         return [
             f"  published (Table 6)       {self.published:8.1f} h on {RANKS} {GPU}",
             f"  this plan, computing      {self.computing:8.1f} h",
             f"    decoding by NVDEC       {self.decoding:+8.1f} h; the published run decodes on CPUs",
-            f"    plain attention         {self.plain_attention:+8.1f} h; as published, float32 scores through memory",
-            f"  the published loader      {self.loading:8.1f} h at {LOADED:.0f} clips/s, what VideoMAE came to (214 h)",
-            f"  unexplained               {self.unexplained:+8.1f} h over the longer of computing so and loading",
+            f"    unfused attention       {self.plain_attention:+8.1f} h; as published, with float32 scores in memory",
+            f"  the published loader      {self.loading:8.1f} h at {LOADED:.0f} clips/s, the rate of VideoMAE (214 h)",
+            f"  unexplained               {self.unexplained:+8.1f} h above the longer of computing and loading",
         ]
 
 
 def compare(
     recipe: str, gpu: Gpu, gpus: int, work: Workload, clips: int, hours: float, computing: float
 ) -> Comparison | None:
-    """The published run beside a plan; None where the paper has no figure for it.
+    """Compare a plan with the published run; None if the paper has no figure for it.
 
     Args:
-        recipe: its name.
-        gpu: of the plan.
-        gpus: likewise.
+        recipe: name of the recipe.
+        gpu: type of GPU of the plan.
+        gpus: number of GPUs of the plan.
         work: the parts of the step.
-        clips: of the whole run.
-        hours: that the plan predicts.
-        computing: those among them that remain if decoding takes no time.
+        clips: number of clips of the whole run.
+        hours: hours that the plan predicts.
+        computing: hours that the plan predicts if decoding takes no time.
     """
     if recipe not in HOURS or (gpu.name, gpus) != (GPU, RANKS):
         return None
@@ -87,7 +88,7 @@ def compare(
 
 
 def plain_attention_seconds(work: Workload, gpu: Gpu) -> float:
-    """Seconds a clip that the scores of plain attention spend on their way to memory and back."""
+    """Seconds per clip of the memory traffic of unfused attention's scores."""
     trained = sum(_scores(block) for part in work.trained for block in part.blocks)
     frozen = sum(_scores(block) for part in work.teachers for block in part.blocks)
     return ((SCORE_FORWARD + SCORE_BACKWARD) * trained + SCORE_FORWARD * frozen) / gpu.bandwidth

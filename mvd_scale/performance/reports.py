@@ -1,4 +1,4 @@
-"""What all reports of measurements share: their kind, the machine, and the figures that two of them are compared by."""
+"""Base class of measurement reports: kind, machine, settings, and the figures by which two reports are compared."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ import torch
 from mvd_scale.performance.timing import versions_of
 
 SHORT = 0.01
-"""Share of a step under which a part is not judged by itself."""
+"""Share of a step's time below which a part is too short to be judged."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Where something was measured."""
+    """Machine of a measurement."""
 
     device: str
     """`cpu`, or the name of the GPU."""
     processor: str
     cores: int
-    """That this process may use."""
+    """CPU cores that this process may use."""
     threads: int
-    """Of torch, in each rank."""
+    """Threads of torch in each rank."""
     versions: dict[str, str]
 
     def title(self) -> str:
-        """One line for the head of a report."""
+        """Format as one line for the head of a report."""
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         place = self.processor if self.device == "cpu" else f"{self.device}, {self.processor}"
         return f"{place}, {self.cores} cores, {self.threads} threads; {versions}"
@@ -41,12 +41,12 @@ class Machine:
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """A measured figure by which two reports are compared."""
+    """Measured figure by which two reports are compared."""
 
     value: float
     more_is_better: bool = False
     judged: bool = True
-    """Whether a worse one is a loss: not what other programs do, nor parts too short to be told from noise."""
+    """Whether a worse value counts as a regression; false for other programs, and for parts that are mostly noise."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,24 +57,24 @@ class Report(ABC):
     machine: Machine
 
     def to_json(self) -> str:
-        """All fields, one object."""
+        """Format all fields as one JSON object."""
         return json.dumps(dataclasses.asdict(self), indent=2)
 
     @abstractmethod
     def to_text(self) -> str:
-        """What a person reads."""
+        """Format as text for a terminal."""
 
     @abstractmethod
     def setting(self) -> dict[str, Any]:
-        """What was measured: two reports are compared only if it is the same in both."""
+        """Return the settings of the measurement; two reports are comparable only if these are equal."""
 
     @abstractmethod
     def values(self) -> Iterator[tuple[str, Value]]:
-        """Names and values, each name once."""
+        """Yield name and value of every figure; each name is unique."""
 
 
 def this_machine(device: torch.device, packages: Sequence[str] = ("deepspeed",)) -> Machine:
-    """This machine, and the versions of torch and of some packages on it."""
+    """Describe this machine, with the versions of torch and of some packages."""
     return Machine(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         processor=processor_name(),
@@ -85,7 +85,7 @@ def this_machine(device: torch.device, packages: Sequence[str] = ("deepspeed",))
 
 
 def processor_name() -> str:
-    """The model name that Linux tells, or the architecture where it tells none."""
+    """Model name of the CPU in Linux's `/proc/cpuinfo`, or the architecture if there is none."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

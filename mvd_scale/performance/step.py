@@ -1,4 +1,4 @@
-"""`mvd-scale bench step`: where the time of an optimizer step goes."""
+"""`mvd-scale bench step`: time of an optimizer step by part, and its memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _WARM_UP = 2
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepReport(Report):
-    """Mean of the timed steps. Parts are milliseconds of one step on rank 0."""
+    """Mean over the timed steps; `milliseconds` are those of each part per step on rank 0."""
 
     kind: Literal["step"] = "step"
     recipe: str
@@ -41,12 +41,12 @@ class StepReport(Report):
     peak_memory_gib: float
 
     def setting(self) -> dict[str, Any]:
-        """The recipe, what was changed of it, and how it was run."""
+        """Return the recipe, its overrides, and the conditions of the run."""
         keys = ("recipe", "overrides", "precision", "teacher_sharding", "ranks", "clips_per_step")
         return {key: getattr(self, key) for key in keys}
 
     def values(self) -> Iterator[tuple[str, Value]]:
-        """Time of every part and of the whole, clips per second, memory."""
+        """Yield the times of every part and of the step, clips per second, and memory."""
         for part, spent in self.milliseconds.items():
             yield f"{part}, ms", Value(spent, judged=spent > SHORT * self.milliseconds_per_step)
         yield "step, ms", Value(self.milliseconds_per_step)
@@ -54,7 +54,7 @@ class StepReport(Report):
         yield "peak memory, GiB", Value(self.peak_memory_gib)
 
     def to_text(self) -> str:
-        """A table of parts with their shares."""
+        """Format as a table of parts with their shares of the step."""
         head = (
             f"{self.recipe}, {self.precision}, teachers {self.teacher_sharding}, {self.ranks} ranks, "
             f"{self.clips_per_step} clips a step, mean of {self.steps} steps\n{self.machine.title()}"
@@ -71,10 +71,11 @@ class StepReport(Report):
 
 
 class Stopwatch:
-    """Seconds by part; on a GPU each part ends with a synchronisation, so parts do not overlap while measured.
+    """Timer of parts in seconds; on a GPU each part ends with a synchronisation, so parts do not overlap.
 
-    Nor do teachers that are computed ahead: the step is as long as without `teachers.ahead`. `mvd-scale profile` times
-    steps as they are trained. Rows of the patch embedding that teachers share belong to no part.
+    Teachers do not overlap with the student either: the step takes as long as without `teachers.ahead`.
+    `mvd-scale profile` times steps without synchronisation. Rows of the patch embedding that several teachers share
+    belong to no part.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -83,7 +84,7 @@ class Stopwatch:
         self._started: dict[str, float] = {}
 
     def now(self) -> float:
-        """Seconds, after everything asked of the device is done."""
+        """Return the clock in seconds after all work of the device has finished."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
@@ -111,10 +112,10 @@ def measure_step(
 
     Args:
         name: recipe, as for `load_recipe`.
-        precision: of the student; fp16 on GPUs and float32 on CPUs if None.
+        precision: precision of the student; fp16 on GPUs and float32 on CPUs if None.
         overrides: dotted overrides; without `data.source` the clips of the `samples` extra are used.
-        batch: clips of a step over all ranks.
-        steps: timed steps, after two that are not.
+        batch: clips per step over all ranks.
+        steps: number of timed steps, after two warm-up steps.
     """
     recipe = rehearsed_recipe(name, overrides, precision, batch)
     ranks = join_ranks(recipe.device, recipe.training.collective_timeout_minutes)

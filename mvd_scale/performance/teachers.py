@@ -1,4 +1,4 @@
-"""`mvd-scale bench teachers`: speed of frozen teachers in each precision, beside how true their features are."""
+"""`mvd-scale bench teachers`: speed of frozen teachers and fidelity of their features in each precision."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ PRECISIONS: dict[str, tuple[FrozenPrecision, ...]] = {
     "cpu": ("fp32", "bf16", "int8"),
     "cuda": ("fp32", "fp16", "bf16", "fp8"),
 }
-"""What is tried on each kind of device; float32 is what the others are compared with."""
+"""Precisions that are measured on each kind of device; fp32 is the reference of the others."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """One teacher in one precision."""
+    """Speed and fidelity of one teacher in one precision."""
 
     target: str
     precision: str
     milliseconds: float
-    """Of the features of one clip."""
+    """Milliseconds per clip."""
 
     cosine: float
     relative_error: float
     loss_change: float
-    """Of the target's distance from the predictions of a fresh student, relative to float32."""
+    """Relative change, against fp32, of the target's distance from the predictions of a student with random weights."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,20 +58,20 @@ class TeachersReport(Report):
     weights: str
     figures: list[Figure]
     absent: dict[str, str]
-    """Precisions that are not computed here, and why."""
+    """Precisions that this device does not support, with the reason."""
 
     def setting(self) -> dict[str, Any]:
-        """The recipe and what was changed of it."""
+        """Return the recipe and its overrides."""
         return {"recipe": self.recipe, "overrides": self.overrides}
 
     def values(self) -> Iterator[tuple[str, Value]]:
-        """Time and fidelity of every teacher in every precision."""
+        """Yield time and fidelity of every teacher in every precision."""
         for figure in self.figures:
             yield f"{figure.target} {figure.precision}, ms", Value(figure.milliseconds)
             yield f"{figure.target} {figure.precision}, cosine", Value(figure.cosine, more_is_better=True)
 
     def to_text(self) -> str:
-        """A line for every teacher and precision."""
+        """Format as a table, one line per teacher and precision."""
         lines = [
             f"{self.recipe}, {self.weights} weights, one clip",
             self.machine.title(),
@@ -90,13 +90,13 @@ class TeachersReport(Report):
 
 
 def measure_teachers(name: str, overrides: list[str], *, steps: int) -> TeachersReport:
-    """Time the teachers of a recipe on one clip, each in every precision that the device computes.
+    """Time the teachers of a recipe on one clip, each in every precision that the device supports.
 
     Args:
         name: recipe, as for `load_recipe`.
         overrides: dotted overrides; teachers without a checkpoint have random weights, and without `data.source` the
             clip is one of the `samples` extra.
-        steps: timed calls, after one that is not; the fastest counts.
+        steps: number of timed calls, after one warm-up call; the fastest counts.
 
     Raises:
         UserError: the recipe has no frozen teacher.
@@ -107,7 +107,9 @@ def measure_teachers(name: str, overrides: list[str], *, steps: int) -> Teachers
     targets = build_targets(recipe, lambda target: named_teacher(recipe, target))
     teachers = {target: found for target, found in targets.items() if _frozen(found)}
     if not teachers:
-        raise UserError(f"recipe {name} has no teacher: expected one of distillation, such as distill/b_from_b")
+        raise UserError(
+            f"recipe {name} has no frozen teacher: expected a recipe of distillation, such as distill/b_from_b"
+        )
     student = build_student(recipe, targets).to(device).eval()
     with tempfile.TemporaryDirectory() as scratch:
         manifest = open_source(with_clips(recipe.data, Path(scratch)), Path(scratch))

@@ -1,4 +1,4 @@
-"""`mvd-scale bench eval`: videos per second of the multi-view test, beside the plain ways that people use today."""
+"""`mvd-scale bench eval`: videos/s of the multi-view evaluation, compared with baseline loaders in common use."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ FRAMES, SIDE, CLASSES = 16, 224, 400
 
 _TITLES: dict[str, str] = {"view": "view by view", "clip": "clip by clip", "whole": "view by view, all frames"}
 _WARM_UP, _AHEAD = 4, 4
-"""Videos loaded before any is timed, and left at the end: all ways work ahead, by no more than so many."""
+"""Videos loaded before the timing begins and left over when it ends: every loader prefetches at most so many."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One way, over the same videos."""
+    """Speed of one loader; all loaders have the same videos."""
 
     part: str
-    """`data`: the views are loaded; `test`: they are loaded and classified."""
+    """`data`: views are loaded; `test`: views are loaded and classified."""
 
     way: str
     videos_per_second: float
     cpu_seconds_per_video: float
     frames_decoded: float
-    """Of a video, the mean; of ours the most that it may be, as it leaves out frames that no other one refers to."""
+    """Mean number of decoded frames per video; for our loader an upper bound, as it skips unreferenced frames."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,34 +57,34 @@ class EvalReport(Report):
     kind: Literal["eval"] = "eval"
     figures: list[Figure]
     source: str | None
-    """The videos; None if they were made."""
+    """Source of the videos; None if they were generated."""
     size: str
     videos: int
     workers: int
     precision: str
-    """Of our classifier."""
+    """Precision of our classifier."""
     plain_precision: str
-    """Of the others'."""
+    """Precision of the classifier that the baselines use."""
     views: str
     reader: str
 
     def setting(self) -> dict[str, Any]:
-        """Videos, classifier, views and how they were loaded."""
+        """Return videos, classifier, views and conditions of loading."""
         keys = ("source", "size", "videos", "workers", "precision", "plain_precision", "views", "reader")
         return {key: getattr(self, key) for key in keys}
 
     def values(self) -> Iterator[tuple[str, Value]]:
-        """Speed and CPU time of every way; only ours is judged."""
+        """Yield speed and CPU time of every loader; only ours is judged."""
         for way in self.figures:
             name, ours = f"{way.part}, {way.way}", way.way == OURS
             yield f"{name}: videos/s", Value(way.videos_per_second, more_is_better=True, judged=ours)
             yield f"{name}: CPU s/video", Value(way.cpu_seconds_per_video, judged=ours)
 
     def to_text(self) -> str:
-        """A line for every way; the last column is how many times as fast ours is over the same videos."""
+        """Format as a table, one line per loader; the last column is the speed of ours divided by that loader's."""
         lines = [
             f"{self.views}, {FRAMES}x{SIDE}x{SIDE}, {self.videos} videos, {self.workers} workers; "
-            f"ours in {self.precision}, plain ways in {self.plain_precision}, read by {self.reader}",
+            f"ours in {self.precision}, baselines in {self.plain_precision}, read by {self.reader}",
             self.machine.title(),
             "",
             f"{'part':<14}{'way':<28}{'videos/s':>10}{'CPU s/video':>13}{'frames decoded':>16}{'ours':>9}",
@@ -104,23 +104,23 @@ class EvalReport(Report):
 def measure_testing(
     source: str | None, work: Path, *, videos: int, size: str | None, precision: FrozenPrecision | None, workers: int
 ) -> EvalReport:
-    """Time our loader of test views and the plain ones over the same videos, each in a process of its own.
+    """Time our loader of evaluation views and the baselines on the same videos, each in a separate process.
 
     Args:
-        source: a manifest or whatever can be indexed, of files; real pictures encoded anew into 10 s of H.264 if None.
-        work: folder for videos that are made; what is there is used again.
-        videos: how many are timed, after a few that are not; fewer files are gone through again.
-        size: also time the whole test, by a classifier of this size with random weights; None for the data alone.
-        precision: of our classifier; the usual one of the device, as that of the plain ways, if None.
-        workers: worker processes of each way.
+        source: a manifest or a source of files to index; if None, real pictures are encoded to 10 s of H.264.
+        work: folder for generated videos; existing ones are reused.
+        videos: number of timed videos, after a warm-up; the files are repeated if there are fewer.
+        size: also time the evaluation with a classifier of this size and random weights; None for loading only.
+        precision: precision of our classifier; if None the usual one of the device, which the baselines also have.
+        workers: worker processes of each loader.
 
     Raises:
-        UserError: no video of the source is a file by itself that can be used.
+        UserError: the source has no usable video that is a separate file.
     """
     manifest = made_videos(work / "h264", "libx264", (340, 256), videos) if source is None else given_videos(source)
     rows = manifest.usable[(manifest.offset[manifest.usable] == WHOLE_FILE)][:videos]
     if not len(rows):
-        raise UserError(f"{source} holds no usable video that is a file by itself, as the plain ways need it")
+        raise UserError(f"{source} has no usable video in a file of its own, which the baseline loaders need")
     totals = manifest.frames[rows]
     once = float(np.mean([clips_of(VIEWS, int(total), frames=FRAMES).max() + 1 for total in totals]))
     figures = []
@@ -178,19 +178,19 @@ def _time_plain(
     paths, frames = [manifest.path[row] for row in again], manifest.frames[again].tolist()
     views = iter(plain_views(way, paths, frames, VIEWS, length=FRAMES, side=SIDE, workers=workers))
     times = time_batches(_used(views, size, precision), _WARM_UP, videos)
-    # Workers that are stopped in the middle of a batch complain.
+    # Exhaust the loader, because worker processes that are stopped in the middle of a batch print errors.
     for _ in views:
         pass
     return times
 
 
 def _loaded(videos: int) -> int:
-    """Videos to load: a way that works ahead when the timing begins shall still do so when it ends."""
+    """Number of videos to load, so that a loader that prefetches when the timing begins still does when it ends."""
     return _WARM_UP + videos + _AHEAD
 
 
 def _used(videos: Iterator[Tensor], size: str | None, precision: FrozenPrecision) -> Iterator[Tensor]:
-    """Views as they come, or the scores of a classifier of random weights for them."""
+    """Yield the views of each video; or, with a size, the scores of a classifier with random weights for them."""
     device = _device()
     if size is None:
         for views in videos:

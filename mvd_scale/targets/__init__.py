@@ -1,4 +1,4 @@
-"""What the student predicts: one file per target, and the loss of Eq. 3 over them."""
+"""Targets that the student predicts, one file per kind of target, and the loss over them (Eq. 3)."""
 
 from mvd_scale.targets.objective import MaskedDistillation, build_targets
 from mvd_scale.targets.target import FrozenTeacher, Target

@@ -14,12 +14,23 @@ from mvd_scale.targets.target import EncoderTeacher
 
 
 class ImageTeacher(EncoderTeacher):
-    """The teacher sees the front frame of every tubelet as an image of its own."""
+    """Target whose teacher sees the front frame of every tubelet as a separate image."""
 
     def __init__(
         self, name: str, config: ImageTeacherTarget, teacher: Encoder, student: ModelConfig, *, tubes: bool
     ) -> None:
-        """`tubes`: whether every frame has the same number of chosen tokens."""
+        """Check that the teacher fits the student's token grid.
+
+        Args:
+            name: name of the target, for messages.
+            config: settings of the target.
+            teacher: encoder of single frames.
+            student: shape of the student's encoder.
+            tubes: whether every tubelet of a clip has the same number of target tokens (tube masking).
+
+        Raises:
+            UserError: the teacher takes clips, or its grid differs from the student's.
+        """
         super().__init__(config, teacher, student.tubelet)
         self.tubes = tubes
         self.patches = student.grid[1] * student.grid[2]
@@ -37,10 +48,11 @@ class ImageTeacher(EncoderTeacher):
             )
 
     def encode(self, batch: ClipBatch, tokens: Tensor | None, rows: Tensor | None = None) -> Tensor:
-        """Features of some tokens, or of all but the class token: (B, M, D).
+        """Features at the tokens int64 (B, M), or at all tokens but the class token if None: (B, M, D).
 
-        Where every frame has as many chosen tokens as the others, the last block computes no others. The front frame is
-        the beginning of a tube's row.
+        With tube masking, every frame has the same number of tokens, and the teacher's last block computes only those.
+        `rows` (B, N, t p p 3) are rows of the patch embedding of whole tubelets, whose first p p 3 values are the
+        front frame.
         """
         fronts, shape = front_frames(batch.at(self.input_size), self.tubelet)
         given = {}
@@ -48,7 +60,8 @@ class ImageTeacher(EncoderTeacher):
             front = rows[..., : rows.shape[-1] // self.tubelet]
             given["rows"] = front.unflatten(1, (shape[1], -1)).flatten(0, 1)
         if tokens is not None and self.tubes:
-            # Ascending and time-major: one frame's after the other's.
+            # Tokens are ascending and time-major, so they split into equal runs, one per frame. Subtracting the
+            # frame's first index turns indices in the clip into indices in the frame.
             slices = tokens.view(*shape, -1) - self.patches * torch.arange(shape[1], device=tokens.device).unsqueeze(1)
             features: Tensor = self.teacher(fronts, kept=slices.flatten(0, 1), **given)
             return features.unflatten(0, shape).flatten(1, 2)
@@ -57,14 +70,14 @@ class ImageTeacher(EncoderTeacher):
 
 
 def front_frames(pixels: Tensor, tubelet: int) -> tuple[Tensor, tuple[int, int]]:
-    """The front frame of every tubelet as a clip of its own.
+    """Extract the front frame of every tubelet as a clip of one frame.
 
     Args:
         pixels: (B, T, H, W, 3).
         tubelet: frames of a token.
 
     Returns:
-        (B * T / tubelet, 1, H, W, 3), and (B, T / tubelet).
+        frames (B * T / tubelet, 1, H, W, 3), and the shape (B, T / tubelet) to undo the flattening.
     """
     fronts = pixels[:, ::tubelet]
     return fronts.flatten(0, 1).unsqueeze(1), (fronts.shape[0], fronts.shape[1])

@@ -1,4 +1,4 @@
-"""Frozen teachers from checkpoints to targets."""
+"""Construction of targets with frozen teachers that are read from checkpoints."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ from mvd_scale.targets.target import FrozenTeacher, Target
 
 
 def load_targets(recipe: Recipe, averages: Path | None = None) -> dict[str, Target]:
-    """The targets of a recipe with their teachers' weights on the CPU, memory-mapped where the file allows it.
+    """Build the targets of a recipe with their teachers' weights on the CPU, memory-mapped if the file allows it.
 
     Args:
-        recipe: names the teachers' files.
-        averages: folder that holds the moving averages of momentum targets; these start at random without it.
+        recipe: states the targets and the files of their teachers.
+        averages: folder with the moving averages of momentum targets; None: they get random weights.
 
     Raises:
-        UserError: a checkpoint is missing, unreadable, of another shape than the recipe says, or does not fit
-            the student's token grid.
+        UserError: a checkpoint is missing or unreadable, has another shape than the recipe states, or does not fit the
+            student's token grid.
     """
     return build_targets(recipe, lambda name: _load_teacher(recipe, name, averages))
 
 
 def average_file(folder: Path, name: str) -> Path:
-    """Where a run or a checkpoint keeps the moving average of a momentum target."""
+    """Path of the moving average of a momentum target in the folder of a run or checkpoint."""
     return folder / f"momentum_{name}.safetensors"
 
 
 def empty_average(recipe: Recipe) -> Encoder:
-    """The encoder of a momentum target, with weights that are still to come: the student's own shape."""
+    """Build the encoder of a momentum target in the student's shape, without stochastic depth; its weights are random
+    until the caller loads some."""
     return Encoder(recipe.model.model_copy(update={"drop_path": 0.0}), final_norm=False)
 
 
@@ -74,9 +75,9 @@ def _load_timm(config: TimmTarget, student: ModelConfig) -> TimmViT:
 
 
 def weight_digests(recipe: Recipe) -> dict[str, str]:
-    """SHA-256 of the weights of each teacher, and of those that the encoder starts from.
+    """SHA-256 (first 16 hex digits) of the weights of each teacher and of the encoder's initial weights, by name.
 
-    So a run knows that it goes on with those it began with.
+    A resumed run compares them with the stored ones to be sure that it continues with the same weights.
     """
     digests = {}
     paths = {name: getattr(config, "checkpoint", None) for name, config in recipe.targets.items()}
@@ -87,6 +88,6 @@ def weight_digests(recipe: Recipe) -> dict[str, str]:
 
 
 def teacher_sides(recipe: Recipe, targets: dict[str, Target]) -> tuple[int, ...]:
-    """Input sides in pixels, other than the student's, at which teachers want the crops."""
+    """Input sides in pixels, other than the student's, that teachers need the crops at; ascending."""
     sides = {target.input_size for target in targets.values() if isinstance(target, FrozenTeacher)}
     return tuple(sorted(sides - {recipe.model.input_size}))

@@ -1,4 +1,4 @@
-"""Bootstrapped targets: features of a moving average of the student's own encoder (Table 8)."""
+"""Bootstrapped targets: features of an exponential moving average of the student's own encoder (Table 8)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from mvd_scale.targets.target import EncoderTeacher
 
 
 class Momentum(EncoderTeacher):
-    """The average sees the whole clip, unmasked. `training.momentum` moves it after every optimizer step."""
+    """Target whose teacher is the moving average; it sees the whole, unmasked clip.
+
+    `training.momentum` updates the average after every optimizer step.
+    """
 
     config: MomentumTarget
-    # The next step's average is not there yet.
+    # Its features depend on the average after the current step, so they cannot be computed in advance.
     ahead = False

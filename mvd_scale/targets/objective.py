@@ -1,4 +1,4 @@
-"""Eq. 3: the weighted sum of distances over targets."""
+"""The training objective: the weighted sum of distances over targets (Eq. 3)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ Predictions = dict[str, Tensor]
 
 
 def build_targets(recipe: Recipe, load_teacher: Callable[[str], Encoder | TimmViT]) -> dict[str, Target]:
-    """The targets of a recipe by name; `load_teacher` brings the frozen model of a target's name.
+    """Build the targets of a recipe by name.
+
+    Args:
+        recipe: states the targets, the student's shape and the masking.
+        load_teacher: returns the frozen model for the name of a target.
 
     Raises:
         UserError: a teacher does not fit the student's token grid.
@@ -51,26 +55,30 @@ def build_targets(recipe: Recipe, load_teacher: Callable[[str], Encoder | TimmVi
 
 
 class MaskedDistillation:
-    """The whole of the paper's Algorithm 1 between loading a batch and `backward`."""
+    """The paper's Algorithm 1 from the loaded batch to the loss, before `backward`."""
 
     def __init__(self, targets: Mapping[str, Target]) -> None:
         self.targets = targets
 
     @property
     def parts(self) -> list[str]:
-        """Names of the targets, each with its distance."""
+        """Names of the targets, in the order in which their distances are reported."""
         return list(self.targets)
 
     def ahead(self, batch: ClipBatch) -> ClipBatch:
-        """The batch with those features that may be computed before their turn."""
+        """Return the batch with the features of all targets that may be computed before the step that uses them."""
         early = [name for name, target in self.targets.items() if target.ahead]
         return replace(batch, features=self._raw(batch, early))
 
     def __call__(self, student: nn.Module, batch: ClipBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of one micro batch; features that it does not bring with it are computed here.
+        """Compute the loss of one micro batch; features that the batch does not contain are computed here.
+
+        Args:
+            student: maps pixels, visible and masked tokens to {target name: (B, M, D)}.
+            batch: clips, masks and any features that were computed in advance.
 
         Returns:
-            the weighted sum of Eq. 3, and each target's unweighted, detached distance; float32 scalars.
+            the weighted sum of Eq. 3, and the unweighted, detached distance of each target; float32 scalars.
         """
         predictions: Predictions = student(batch.pixels, batch.visible, batch.masked)
         missing = [name for name in self.targets if name not in batch.features]
@@ -81,7 +89,11 @@ class MaskedDistillation:
         return loss, {name: distance.detach() for name, distance in distances.items()}
 
     def _raw(self, batch: ClipBatch, names: Iterable[str]) -> dict[str, Tensor]:
-        """True features of some targets; rows of the patch embedding that several teachers take are made once."""
+        """Compute the features of some targets by name: (B, M, D) each.
+
+        Teachers with the same patches and input side need the same rows of the patch embedding. Rows that more than one
+        teacher needs are computed once.
+        """
         targets = {name: self.targets[name] for name in names}
         takers = {name: target for name, target in targets.items() if isinstance(target, EncoderTeacher)}
         wanted = Counter(taker.tube_rows for taker in takers.values())

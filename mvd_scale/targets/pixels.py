@@ -1,4 +1,4 @@
-"""The pixels of a token: what MAE and VideoMAE reconstruct, and the pixel branch of Table 7."""
+"""Pixel targets: the reconstruction target of MAE and VideoMAE, and the pixel branch of Table 7."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from mvd_scale.targets.target import Target
 
 
 class Pixels(Target):
-    """t p p 3 values per token in the order (frame, row, column, channel), normalised within the token."""
+    """Target of t p p 3 values per token in the order (frame, row, column, channel), normalised within the token if the
+    recipe states `normalize`."""
 
     config: PixelTarget
 
@@ -21,7 +22,7 @@ class Pixels(Target):
         self.channels = model.tubelet * model.patch_size**2 * 3
 
     def raw(self, batch: ClipBatch) -> Tensor:
-        """Pixels at the target's tokens: float32 (B, M, t p p 3)."""
+        """Return the pixels of the target's tokens: float32 (B, M, t p p 3)."""
         return tube_targets(
             batch.pixels,
             self.tokens(batch),

@@ -1,4 +1,4 @@
-"""h of Eq. 2: a function from clips to one feature per token.
+"""Targets: functions from clips to one feature vector per token (h of Eq. 2).
 
 Legend: B clips, N tokens, M tokens at which the target is predicted, D channels of the target.
 """
@@ -20,36 +20,36 @@ from mvd_scale.models.encoder import Patching
 
 
 class Target(ABC):
-    """A named term of Eq. 3."""
+    """One term of Eq. 3: the features to predict and their distance from the predictions."""
 
     channels: int
-    """D, what the decoder must put out."""
+    """D: output channels that the decoder needs."""
 
     ahead = False
-    """Whether features may be computed before their turn: they take their time, and no optimizer step changes them."""
+    """Whether features may be computed one step in advance: they are costly and no optimizer step changes them."""
 
     def __init__(self, config: AnyTarget) -> None:
         self.config = config
 
     @abstractmethod
     def raw(self, batch: ClipBatch) -> Tensor:
-        """True features at the target's tokens, as `distance` takes them, without gradient: (B, M, D)."""
+        """Compute the features at the target's tokens in the form that `distance` expects, no gradient: (B, M, D)."""
 
     def features(self, batch: ClipBatch) -> Tensor:
-        """True features at the target's tokens, as the predictions should be: float32 (B, M, D)."""
+        """Compute the features that the predictions should equal, at the target's tokens: float32 (B, M, D)."""
         return self.raw(batch)
 
     def tokens(self, batch: ClipBatch) -> Tensor | None:
-        """Where the target is predicted: int64 (B, M), or None for all tokens in order."""
+        """Return the tokens at which the target is predicted: int64 (B, M), or None for all tokens in order."""
         return batch.tokens(self.config.tokens)
 
     def distance(self, predictions: Tensor, raw: Tensor) -> Tensor:
-        """Eq. 2: float32 scalar for predictions and raw features (B, M, D)."""
+        """Compute the distance of Eq. 2 between predictions and raw features, both (B, M, D): float32 scalar."""
         return masked_distance(predictions, raw, None, distance=self.config.distance)
 
 
 class FrozenTeacher(Target):
-    """A target whose features come from a frozen model; it is never part of the student."""
+    """Target whose features a frozen model computes; the model is not a submodule of the student."""
 
     config: TeacherTarget
     ahead = True
@@ -62,68 +62,77 @@ class FrozenTeacher(Target):
 
     @abstractmethod
     def encode(self, batch: ClipBatch, tokens: Tensor | None) -> Tensor:
-        """Features of some tokens, int64 (B, M), or of all in order: (B, M, D)."""
+        """Compute features at the tokens int64 (B, M), or at all tokens in order if None: (B, M, D)."""
 
     @torch.no_grad()
     def raw(self, batch: ClipBatch) -> Tensor:
-        """True features at the target's tokens, in the teacher's precision: (B, M, D)."""
+        """Compute the features at the target's tokens, in the teacher's dtype: (B, M, D)."""
         return self.encode(batch, self.tokens(batch))
 
     def features(self, batch: ClipBatch) -> Tensor:
-        """The same, normalised if the recipe says so: float32 (B, M, D)."""
+        """Compute the features at the target's tokens, layer-normalised if the recipe says so: float32 (B, M, D)."""
         features = self.raw(batch).float()
         return F.layer_norm(features, features.shape[-1:], eps=1e-6) if self.config.norm else features
 
     def distance(self, predictions: Tensor, raw: Tensor) -> Tensor:
-        """Eq. 2: float32 scalar for predictions and raw features (B, M, D)."""
+        """Compute the distance of Eq. 2 between predictions and raw features, both (B, M, D): float32 scalar."""
         return masked_distance(predictions, raw, None, distance=self.config.distance, norm=self.config.norm)
 
 
 @dataclass(frozen=True)
 class TubeRows:
-    """Rows of the patch embedding of all tokens of the clips at one input side."""
+    """Key of the rows of a patch embedding: two teachers with equal keys can share the rows."""
 
     side: int
     patching: Patching
 
     def of(self, batch: ClipBatch) -> Tensor:
-        """(B, N, t p p 3)."""
+        """Compute the rows of all tokens of a batch at the input side `side`: (B, N, t p p 3)."""
         return self.patching.rows(batch.at(self.side))
 
 
 class EncoderTeacher(FrozenTeacher):
-    """A teacher that is an encoder of ours; what is said here is of those that see the whole clip, unmasked."""
+    """Teacher that is an `Encoder`. The methods here are for teachers that see the whole, unmasked clip."""
 
     takes_rows = True
-    """Whether what is called in place of the encoder takes rows in place of pixels."""
+    """Whether `teacher`, which may be a wrapper of the encoder, accepts the argument `rows` in place of pixels."""
 
     def __init__(self, config: TeacherTarget, encoder: Encoder, tubelet: int) -> None:
-        """`tubelet`: frames of a student's token."""
+        """Build the target.
+
+        Args:
+            config: settings of the target.
+            encoder: the frozen encoder.
+            tubelet: frames of one token of the student.
+        """
         super().__init__(config, encoder, encoder.width, encoder.config.input_size)
-        # `teacher` may become something else that calls it.
+        # `teacher` may be replaced by a wrapper, such as a CUDA graph; `encoder` stays the module itself.
         self.encoder = encoder
         self.tubelet = tubelet
         self.extra_tokens = int(encoder.config.class_token)
 
     @property
     def tube_rows(self) -> TubeRows | None:
-        """What it can take in place of pixels, and others perhaps too: rows of whole tubes, in its precision."""
+        """Key of the rows of whole tubelets that the teacher accepts in place of pixels; None if it accepts none."""
         if not self.takes_rows:
             return None
         return TubeRows(self.input_size, replace(self.encoder.patching, tubelet=self.tubelet))
 
     @torch.no_grad()
     def raw(self, batch: ClipBatch, rows: Tensor | None = None) -> Tensor:
-        """True features at the target's tokens, in the teacher's precision: (B, M, D).
+        """Compute the features at the target's tokens, in the teacher's dtype: (B, M, D).
 
         Args:
             batch: clips and tokens.
-            rows: (B, N, t p p 3), what `tube_rows` makes of the batch, if that was done before.
+            rows: (B, N, t p p 3), result of `tube_rows.of(batch)` if it was already computed.
         """
         return self.encode(batch, self.tokens(batch), rows)
 
     def encode(self, batch: ClipBatch, tokens: Tensor | None, rows: Tensor | None = None) -> Tensor:
-        """Features of some tokens, or of all but a class token: (B, M, D). The last block computes no others."""
+        """Compute features at the tokens int64 (B, M), or at all tokens but a class token if None: (B, M, D).
+
+        The teacher's last block computes only these tokens.
+        """
         given = {} if rows is None else {"rows": rows}
         features: Tensor = self.teacher(batch.at(self.input_size), kept=tokens, **given)
         return features if tokens is not None else features[:, self.extra_tokens :]

@@ -1,4 +1,4 @@
-"""Targets from any vision transformer of timm: DINOv2, SigLIP and the like beside or instead of MAE."""
+"""Targets from any vision transformer of timm, such as DINOv2 or SigLIP, beside or instead of MAE."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mvd_scale.targets.target import FrozenTeacher
 
 
 class TimmTeacher(FrozenTeacher):
-    """The teacher sees the front frame of every tubelet as an image of its own."""
+    """Target whose timm teacher sees the front frame of every tubelet as a separate image."""
 
     def __init__(self, name: str, config: TimmTarget, teacher: TimmViT, student: ModelConfig) -> None:
         super().__init__(config, teacher, teacher.width, teacher.input_size)
@@ -27,7 +27,7 @@ class TimmTeacher(FrozenTeacher):
             )
 
     def encode(self, batch: ClipBatch, tokens: Tensor | None) -> Tensor:
-        """Features of some tokens, or of all: (B, M, D)."""
+        """Compute features at the tokens int64 (B, M), or at all tokens if None: (B, M, D)."""
         fronts, shape = front_frames(batch.at(self.input_size), self.tubelet)
         features: Tensor = self.teacher(fronts)
         return keep(features.unflatten(0, shape).flatten(1, 2), tokens)

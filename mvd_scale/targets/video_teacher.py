@@ -9,7 +9,11 @@ from mvd_scale.targets.target import EncoderTeacher
 
 
 class VideoTeacher(EncoderTeacher):
-    """The teacher sees the whole clip, unmasked."""
+    """Target whose teacher sees the whole, unmasked clip.
+
+    Raises:
+        UserError: the teacher's frames or token grid differ from the student's.
+    """
 
     def __init__(self, name: str, config: VideoTeacherTarget, teacher: Encoder, student: ModelConfig) -> None:
         super().__init__(config, teacher, student.tubelet)

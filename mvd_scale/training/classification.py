@@ -1,4 +1,4 @@
-"""What fine-tuning minimises: cross entropy with smoothed and mixed labels.
+"""Training objective of classification: cross entropy with label smoothing and mixed labels.
 
 Legend: B clips, C classes.
 """
@@ -16,7 +16,7 @@ from mvd_scale.training.mixing import mix_clips, soft_labels
 
 
 class Classification:
-    """Cross entropy of the scores of whole clips."""
+    """Cross entropy of the class scores of clips."""
 
     parts = ("accuracy",)
 
@@ -26,7 +26,10 @@ class Classification:
         self.classes = classes
 
     def __call__(self, engine: Any, batch: ClipBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of a micro batch, and the share of clips whose (stronger) label has the highest score; float32."""
+        """Compute loss and accuracy of a micro batch, float32 scalars.
+
+        After mixing, the label of the larger weight counts for the accuracy.
+        """
         targets = soft_labels(batch.labels, self.classes, self.smoothing)
         pixels = batch.pixels
         if self.mix is not None:

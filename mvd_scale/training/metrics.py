@@ -1,6 +1,6 @@
-"""Numbers of a run: kept on the device, read together every few steps, written by rank 0.
+"""Metrics of a run: summed on the device, read together every few steps, written by rank 0.
 
-Reading is the only moment at which this program makes the host wait for the device.
+Reading is the only operation of the training loop that makes the host wait for the device.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ logger = logging.getLogger("mvd_scale")
 
 
 class Meter:
-    """Sums of one reading interval."""
+    """Accumulator of the metrics between two readings."""
 
     def __init__(self, targets: list[str], ranks: Ranks) -> None:
         self.targets = targets
@@ -47,18 +47,28 @@ class Meter:
         self.started = time.perf_counter()
 
     def add(self, loss: Tensor, distances: dict[str, Tensor], clips: int, waited: float) -> None:
-        """Count one micro batch of this rank: its loss and distances, float32 scalars; seconds waited for data."""
+        """Add one micro batch of this rank.
+
+        Args:
+            loss: float32 scalar.
+            distances: float32 scalar by target name.
+            clips: number of clips.
+            waited: seconds spent waiting for data.
+        """
         self.distances += torch.stack([loss.detach(), *(distances[name] for name in self.targets)])
         self.micro_batches += 1
         self.clips += clips
         self.waited += waited
 
     def read(self, overdue: bool, replaced: int) -> tuple[dict[str, float], bool]:
-        """Means over all ranks since the last reading, and whether a checkpoint is overdue on any. All call it.
+        """Average the metrics over all ranks since the last reading, and start anew. All ranks must call it.
 
         Args:
-            overdue: whether this rank's clock says that a checkpoint is due.
-            replaced: clips of this rank, so far, whose videos could not be decoded.
+            overdue: whether a checkpoint is overdue by this rank's clock.
+            replaced: number of this rank's clips so far whose videos could not be decoded.
+
+        Returns:
+            metrics by name, and whether a checkpoint is overdue on any rank.
         """
         elapsed = time.perf_counter() - self.started
         mine = [float(replaced), float(overdue), self.waited, peak_memory_gib(self.ranks.device)]
@@ -79,7 +89,7 @@ class Meter:
 
 
 class MetricWriter:
-    """Writes readings to `metrics.jsonl`, TensorBoard and the terminal. On other ranks than the first it is silent."""
+    """Writer of readings to `metrics.jsonl`, TensorBoard and the terminal; does nothing on ranks other than 0."""
 
     def __init__(
         self, path: Path, tensorboard: Path | None, ranks: Ranks, *, start_step: int, total_steps: int
@@ -115,7 +125,7 @@ class MetricWriter:
                 self.events.close()
 
     def show(self, step: int, name: str, value: float | NDArray[np.uint8]) -> None:
-        """Give a number or a picture, uint8 (H, W, 3), to TensorBoard. May be called from another thread."""
+        """Write a number or an image uint8 (H, W, 3) to TensorBoard; may be called from another thread."""
         if not self.active or self.events is None:
             return
         if isinstance(value, float):
@@ -124,10 +134,10 @@ class MetricWriter:
             self.events.add_image(name, value, step, dataformats="HWC")
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Write one reading, after `step` optimizer steps."""
+        """Write one reading after `step` optimizer steps."""
         if not self.active:
             return
-        # JSON knows no infinity, which is the gradient norm of a step that overflowed.
+        # JSON has no infinity, which is the gradient norm of a step that overflowed.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         json.dump({"step": step, **finite}, self.file)
         self.file.write("\n")
@@ -143,7 +153,7 @@ class MetricWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All readings in a `metrics.jsonl`, oldest first; a line cut by a kill is left out."""
+    """Read all readings of a `metrics.jsonl`, oldest first; skips a line that a killed process wrote partially."""
     readings = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -154,7 +164,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def drop_after(path: Path, step: int) -> None:
-    """Forget readings of steps that a killed run made after the checkpoint; they are made again."""
+    """Remove readings after a step: a resumed run repeats the steps after its checkpoint."""
     if path.is_file():
         kept = [json.dumps(reading) + "\n" for reading in read_metrics(path) if reading["step"] <= step]
         write_whole(path, "".join(kept))
@@ -187,9 +197,9 @@ def _duration(seconds: float) -> str:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory of this rank in GiB: on the GPU, or of the process."""
+    """Peak memory of this rank in GiB: of tensors on a GPU, otherwise of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    # Unlike getrusage's it starts anew with the program: what the parent process held does not count.
+    # VmHWM starts at 0 with the program, whereas getrusage's maximum includes the memory of the parent process.
     peak = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     return (int(peak[1]) if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**20

@@ -1,4 +1,4 @@
-"""Mixup and cutmix of whole clips in a micro batch, as published for fine-tuning ("batch mode").
+"""Mixup and cutmix of clips in a micro batch, as published for fine-tuning ("batch mode").
 
 Legend: B clips, C classes.
 """
@@ -14,23 +14,23 @@ from mvd_scale.config.finetune import MixConfig
 
 
 def soft_labels(labels: Tensor, classes: int, smoothing: float) -> Tensor:
-    """One for the label and nothing for the others, less the share that is spread over all: float32 (B, C)."""
+    """One-hot labels with label smoothing: int64 (B,) to float32 (B, C); `smoothing` is spread over all classes."""
     return F.one_hot(labels, classes).float() * (1 - smoothing) + smoothing / classes
 
 
 def mix_clips(pixels: Tensor, targets: Tensor, mix: MixConfig) -> tuple[Tensor, Tensor]:
-    """Mix each clip with the one at the other end of the batch, all by one draw of torch's generator of the host.
+    """Mix each clip with the clip at the mirrored position in the batch, all with the same random ratio.
 
-    Mixup adds the two in shares of lambda and 1 - lambda; cutmix pastes a box of the other one, the same in all frames,
-    and counts the share of its area.
+    Mixup adds the two clips with weights lambda and 1 - lambda. Cutmix pastes a box of the other clip, the same in all
+    frames, and sets 1 - lambda to the share of its area. Random numbers come from torch's generator on the host.
 
     Args:
         pixels: uint8 (B, T, H, W, 3).
-        targets: float32 (B, C), each row sums to 1.
-        mix: how strongly.
+        targets: float32 (B, C); each row sums to 1.
+        mix: probabilities and strengths.
 
     Returns:
-        uint8, or float32 in 0..1 where clips were added, (B, T, H, W, 3); and float32 (B, C).
+        clips (B, T, H, W, 3), uint8, or float32 in 0..1 after mixup; and mixed targets, float32 (B, C).
     """
     if float(torch.rand(())) >= mix.probability:
         return pixels, targets
@@ -50,7 +50,10 @@ def mix_clips(pixels: Tensor, targets: Tensor, mix: MixConfig) -> tuple[Tensor, 
 
 
 def _box(height: int, width: int, share: float) -> tuple[int, int, int, int]:
-    """Top, bottom, left, right of a box of the frame's shape and 1 - share of its area, cut off at the border."""
+    """Draw top, bottom, left, right of a box with 1 - share of the frame's area and the frame's aspect ratio.
+
+    The box is cut off at the border of the frame, so its area may be smaller.
+    """
     part = (1 - share) ** 0.5
     high, wide = int(height * part), int(width * part)
     row, column = int(torch.randint(height, ())), int(torch.randint(width, ()))

@@ -1,4 +1,4 @@
-"""Moving averages of weights: behind a momentum target (Table 8), and of a model that is fine-tuned."""
+"""Exponential moving averages of weights: for momentum targets (Table 8) and for fine-tuned models."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from mvd_scale.training.schedule import Schedule, cosine
 
 
 class MovingAverage:
-    """A float32 average of weights over the steps.
+    """Exponential moving average of weights in float32.
 
-    Each rank keeps the part of it that it keeps of the averaged module: its shard, or everything where that is
-    replicated. The module itself may have another precision and takes over the average after every step.
+    Each rank keeps the same part of the average as of the averaged module: its shard, or everything if the module is
+    replicated. The module may have another precision; it gets the average after every step.
 
     Args:
-        averaged: parameters of the module that takes the average, by name.
-        online: those of the trained model under the same names.
-        momentum: share of the average that stays at a step.
-        file: where a folder keeps it.
-        write: writes all of it into such a file.
-        ranks: all of them keep their parts.
+        averaged: parameters of the module that gets the average, by name.
+        online: parameters of the trained model by the same names.
+        momentum: function from the step to the weight of the old average.
+        file: function from a folder to the path of the average in it.
+        write: function that writes all tensors of the average to such a path.
+        ranks: this process among all.
     """
 
     def __init__(
@@ -56,12 +56,12 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move towards the weights that optimizer step `step` left. All ranks call it."""
+        """Update the average with the weights after optimizer step `step`. All ranks must call it."""
         torch._foreach_lerp_(self.shares, list(self._online_shares()), 1 - self.momentum(step))
         self._publish()
 
     def save(self, folder: Path) -> None:
-        """Write the whole average into its file. All ranks call it."""
+        """Write the whole average to its file in a folder. All ranks must call it."""
         whole = {}
         for (name, parameter), share in zip(self.averaged.items(), self.shares, strict=True):
             full = whole_of(share, parameter, self.ranks)
@@ -72,7 +72,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        """Go on from what `save` wrote.
+        """Load the average that `save` wrote.
 
         Raises:
             UserError: the file is missing or damaged.
@@ -80,7 +80,9 @@ class MovingAverage:
         path = self._file(folder)
         tensors = load_file(path) if path.is_file() else {}
         if tensors.keys() != self.averaged.keys():
-            raise UserError(f"{path} is not the average of this run: remove its folder to resume from the one before")
+            raise UserError(
+                f"{path} is not the average of this run: remove its folder to resume from the checkpoint before it"
+            )
         for (name, parameter), share in zip(self.averaged.items(), self.shares, strict=True):
             share.copy_(share_of(tensors[name].to(share), parameter, self.ranks))
         self._publish()
@@ -95,7 +97,7 @@ class MovingAverage:
 
 
 def start_averages(targets: Mapping[str, Target], student: Student) -> None:
-    """Let the encoders of momentum targets begin as the student's, before any of them is sharded."""
+    """Copy the student's encoder to the encoders of momentum targets; must be called before any of them is sharded."""
     weights = {name: weight for name, weight in student.encoder.state_dict().items() if not name.startswith("norm.")}
     for target in targets.values():
         if isinstance(target, Momentum):
@@ -105,7 +107,7 @@ def start_averages(targets: Mapping[str, Target], student: Student) -> None:
 def moving_averages(
     targets: Mapping[str, Target], engine: Any, schedule: Schedule, ranks: Ranks
 ) -> list[MovingAverage]:
-    """An average for each momentum target of a run, after student and targets came to their shards."""
+    """Make the average of each momentum target of a run; must be called after student and targets are sharded."""
     return [
         _average_of(name, target, engine.module.encoder, schedule, ranks)
         for name, target in targets.items()

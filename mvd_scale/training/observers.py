@@ -1,6 +1,6 @@
-"""What a person judges a run by, besides its losses: pictures of predictions, and a probe on labelled videos.
+"""Periodic callbacks of a run: pictures of predictions, and a probe on labelled videos.
 
-Neither changes the run: both look at the student between two steps and draw no random number.
+They do not change the run: they use the student between two steps, without gradients and without random numbers.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ logger = logging.getLogger("mvd_scale")
 
 
 class Observer(ABC):
-    """Looks at the student every few steps. All ranks take part."""
+    """Base class of callbacks that use the student every few steps, on all ranks."""
 
     def __init__(self, every_epochs: float, steps_per_epoch: int) -> None:
         self.interval = max(round(every_epochs * steps_per_epoch), 1)
 
     @abstractmethod
     def observe(self, engine: Any, step: int, writer: MetricWriter) -> None:
-        """Look at the student after `step` optimizer steps."""
+        """Use the student after `step` optimizer steps. All ranks must call it."""
 
     def close(self) -> None:  # noqa: B027 - most have nothing to wait for
-        """Finish what is still written."""
+        """Wait for output that is still being written."""
 
 
 class Observers:
-    """All observers of a run."""
+    """Context manager that runs the observers of a run and closes them at the end."""
 
     def __init__(self, observers: Sequence[Observer]) -> None:
         self.observers = observers
@@ -70,7 +70,7 @@ class Observers:
 
     @torch.no_grad()
     def observe(self, engine: Any, step: int, writer: MetricWriter) -> None:
-        """Let those look whose turn it is."""
+        """Run the observers whose interval ends with this step, with the model in evaluation mode."""
         due = [observer for observer in self.observers if step % observer.interval == 0]
         if due:
             engine.eval()
@@ -80,9 +80,9 @@ class Observers:
 
 
 class Pictures(Observer):
-    """Frames, mask, and each target beside its prediction, for the same clips every time.
+    """Observer that draws frames, mask, and each target beside its prediction, always for the same clips.
 
-    The device computes between two steps; another thread draws and writes.
+    The device computes between two steps; another thread draws and writes the picture.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Pictures(Observer):
         self._drawn: Future[None] | None = None
 
     def observe(self, engine: Any, step: int, writer: MetricWriter) -> None:
-        """Predict the clips on all ranks, and draw them on the first."""
+        """Predict the clips on all ranks, and draw them on rank 0."""
         if self._batch is None:
             assert self.recipe.logging.pictures is not None
             clips = self.recipe.logging.pictures.clips
@@ -127,18 +127,18 @@ class Pictures(Observer):
         writer.show(step, "predictions", picture)
 
     def close(self) -> None:
-        """Wait for the last picture."""
+        """Wait until the last picture is written."""
         if self._drawn is not None:
             try:
                 self._drawn.result()
             except (OSError, RuntimeError) as error:
-                # A full disk, or features that are not finite: no reason to end a run.
-                logger.warning("no picture could be drawn: %s", error)
+                # A full disk, or features that are not finite, must not end the run.
+                logger.warning("the picture of predictions could not be written: %s", error)
             self._drawn = None
 
 
 class Probe(Observer):
-    """Accuracy on labelled videos by the pooled features of the frozen encoder."""
+    """Observer that measures the accuracy of a small classifier on pooled features of labelled videos."""
 
     def __init__(self, recipe: Recipe, folder: RunFolder, ranks: Ranks, steps_per_epoch: int) -> None:
         config = recipe.logging.probe
@@ -153,7 +153,7 @@ class Probe(Observer):
         self.sweeps = [Sweep(manifest, recipe.data, recipe.model, ranks, config.batch) for manifest in manifests]
 
     def observe(self, engine: Any, step: int, writer: MetricWriter) -> None:
-        """Encode all videos, each on one rank, and classify them on the first."""
+        """Encode all videos, distributed over the ranks, and classify them on rank 0."""
 
         def encode(pixels: Tensor) -> Tensor:
             return pooled(engine.module.encoder(pixels), self.grid, "clip").float()
@@ -175,10 +175,10 @@ class Probe(Observer):
 
 
 def open_probe(config: ProbeConfig, folder: RunFolder) -> None:
-    """Index the videos of a probe into a run's folder. Rank 0's part.
+    """Index the videos of a probe in a run's folder. Only rank 0 calls it.
 
     Raises:
-        UserError: they have no labels, or classes to test on that are not learnt.
+        UserError: the videos have no labels, or training and test videos have different classes.
     """
     manifests = []
     for part, source in (("probe_train", config.train), ("probe_test", config.test)):
@@ -186,13 +186,13 @@ def open_probe(config: ProbeConfig, folder: RunFolder) -> None:
         cache.mkdir(exist_ok=True)
         manifest = open_source(DataConfig(source=source, root=config.root), cache)
         if not manifest.classes or not (manifest.label[manifest.usable] >= 0).any():
-            raise UserError(f"logging.probe: {source} has no labelled videos; class folders or a list give labels")
+            raise UserError(f"logging.probe: {source} has no labelled videos; give labels by class folders or a list")
         manifest.save(cache / "manifest.parquet")
         manifests.append(manifest)
     train, test = manifests
     if train.classes != test.classes:
         only = sorted(set(train.classes) ^ set(test.classes))
         raise UserError(
-            f"logging.probe: {config.train} and {config.test} have not the same classes in the same order"
-            + (f"; in one only are {', '.join(only[:5])}" if only else "")
+            f"logging.probe: {config.train} and {config.test} must have the same classes in the same order"
+            + (f"; only one of them has {', '.join(only[:5])}" if only else "")
         )

@@ -1,4 +1,4 @@
-"""AdamW over groups of parameters: with and without weight decay, and by layer in fine-tuning."""
+"""AdamW with parameter groups: with and without weight decay, and per layer in fine-tuning."""
 
 from __future__ import annotations
 
@@ -15,18 +15,22 @@ from mvd_scale.training.schedule import Schedule
 _TOKENS = ("mask_token", "class_token")
 
 LARGEST_GROUP = 2**25
-"""Parameters: at ZeRO stages 1 and 2 DeepSpeed copies the gradients of one group after the other to float32."""
+"""Largest number of parameters per group. At ZeRO stages 1 and 2 DeepSpeed converts the gradients of one group at a
+time to float32, so this limits the memory of the optimizer step."""
 
 
 def parameter_groups(
     model: nn.Module, weight_decay: float, lr_scale: Callable[[str], float] = lambda name: 1.0
 ) -> list[dict[str, Any]]:
-    """Trainable parameters in groups; biases, norms, tokens and other one-dimensional ones do not decay.
+    """Group the trainable parameters; biases, norms, tokens and other one-dimensional ones get no weight decay.
 
     Args:
-        model: the parameters' owner.
-        weight_decay: of those that decay.
-        lr_scale: factor on the learning rate of a parameter by name.
+        model: the model to train.
+        weight_decay: weight decay of all other parameters.
+        lr_scale: function from the name of a parameter to a factor on its learning rate.
+
+    Returns:
+        groups for an optimizer, with the additional keys `decays` and `lr_scale`.
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -41,7 +45,7 @@ def parameter_groups(
 
 
 def _cut(params: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Neighbours together, none of the lists larger than a group may be."""
+    """Cut a list of parameters, in order, into groups of at most `LARGEST_GROUP` parameters each."""
     part: list[nn.Parameter] = []
     for parameter in params:
         if part and sum(p.numel() for p in part) + parameter.numel() > LARGEST_GROUP:
@@ -52,9 +56,9 @@ def _cut(params: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
 
 
 def layer_index(name: str, depth: int) -> int:
-    """Layer of a parameter of `Classifier` for layer-wise decay of the learning rate.
+    """Layer index of a parameter of `Classifier` for layer-wise decay of the learning rate.
 
-    0 is the embedding with its tokens, 1 to `depth` are the blocks, `depth + 1` is what follows them.
+    0: patch embedding and class token; 1 to `depth`: blocks; `depth + 1`: norm and head.
     """
     inside = name.removeprefix("encoder.")
     if inside.startswith(("patch_embed.", "class_token")):
@@ -65,14 +69,14 @@ def layer_index(name: str, depth: int) -> int:
 
 
 def layer_scale(name: str, depth: int, decay: float) -> float:
-    """Factor on the learning rate of a parameter of `Classifier`: `decay` once per layer above its own."""
+    """Factor on the learning rate of a parameter of `Classifier`: `decay` to the power of the layers above its own."""
     return float(decay ** (depth + 1 - layer_index(name, depth)))
 
 
 def build_optimizer(
     groups: list[dict[str, Any]], training: TrainingConfig, device: torch.device, *, offload: bool
 ) -> torch.optim.Optimizer:
-    """AdamW: DeepSpeed's on the host when states are offloaded, apex's fused one where installed, else torch's."""
+    """Build AdamW: DeepSpeed's CPU version if states are offloaded, apex's fused one if installed, else torch's."""
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -91,7 +95,7 @@ def build_optimizer(
 
 
 def apply_schedule(optimizer: Any, schedule: Schedule, step: int) -> None:
-    """Set learning rate and weight decay of the coming step."""
+    """Set learning rate and weight decay of all groups for the next optimizer step, number `step`."""
     lr, weight_decay = schedule.lr(step), schedule.weight_decay(step)
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]

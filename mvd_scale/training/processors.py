@@ -1,8 +1,9 @@
-"""Which CPUs each rank computes on, where ranks compute on CPUs.
+"""Binding of ranks that compute on CPUs to cores and NUMA nodes.
 
-A CPU is a hardware thread, as Linux numbers them; a core has one or more of them, a NUMA node some cores. Ranks divide
-cores evenly, but are bound to NUMA nodes only: that keeps their memory near, while within a node the scheduler moves
-them away from what other programs do. Bound to its cores, a rank waits for those programs, and all others for it.
+A CPU is a hardware thread, as Linux numbers them; a core has one or more CPUs, and a NUMA node has several cores. Ranks
+divide the cores evenly, but are bound to NUMA nodes only. That keeps their memory local, while the scheduler can move
+them within the node away from cores that other programs use. If a rank were bound to its cores, it would have to wait
+for such programs, and all other ranks for it.
 """
 
 from __future__ import annotations
@@ -25,30 +26,30 @@ logger = logging.getLogger("mvd_scale")
 CPUs = frozenset[int]
 
 SYSTEM = Path("/sys/devices/system")
-"""Where Linux tells of CPUs and of NUMA nodes."""
+"""Folder in which Linux describes CPUs and NUMA nodes."""
 
 
 class Share(NamedTuple):
-    """Of a rank in its machine."""
+    """Share of one rank in its machine."""
 
     cpus: CPUs
-    """Its part of them, whole cores: so many are for it and its data workers."""
+    """CPUs of its part of the cores; their number is for the rank and its data workers together."""
     home: CPUs
-    """All CPUs of the NUMA nodes that they are of: where it runs, and its data workers."""
+    """All CPUs of the NUMA nodes of `cpus`, to which the rank and its data workers are bound."""
     threads: int
-    """Of torch."""
+    """Number of torch's threads."""
 
 
 @dataclass(frozen=True)
 class Pinned:
-    """A rank that keeps to its home among the CPUs that were given to it."""
+    """Binding of a rank: the CPUs that the process was started with, and its share of them."""
 
     given: CPUs
     share: Share
 
     @contextmanager
     def lifted(self) -> Iterator[None]:
-        """A `with` block whose thread, and whose child processes, may use all CPUs, as the other ranks wait."""
+        """Let this thread and its child processes use all CPUs in a `with` block, while other ranks wait."""
         os.sched_setaffinity(0, self.given)
         try:
             yield
@@ -57,14 +58,14 @@ class Pinned:
 
 
 def settle(rank: int, threads: int | None) -> Pinned:
-    """Give this rank its share of its machine. All ranks call it, once they have met.
+    """Bind this rank to its share of its machine. All ranks must call it, after the process group is initialised.
 
-    Every thread that there is already is moved; threads and processes that come later, such as torch's and the data
-    workers, inherit the place. Rank 0 logs the shares of its machine.
+    All existing threads are bound; threads and processes that are started later, such as torch's threads and data
+    workers, inherit the binding. Rank 0 logs the shares of its machine.
 
     Args:
-        rank: this one.
-        threads: of torch, if the user has chosen; if None, one for each core of the share.
+        rank: number of this rank.
+        threads: number of torch's threads that the user chose; None for one per core of the share.
     """
     given = frozenset(os.sched_getaffinity(0))
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
@@ -79,15 +80,15 @@ def settle(rank: int, threads: int | None) -> Pinned:
 
 
 def share_out(given: Mapping[int, CPUs], system: Path = SYSTEM) -> dict[int, Share]:
-    """The share of every rank of a machine, by rank.
+    """Compute the share of every rank of a machine, by rank.
 
-    Ranks that were given the very same CPUs divide them. A rank whose CPUs differ from those of all others keeps them:
-    somebody has chosen them (numactl, Slurm, `deepspeed --bind_cores_to_rank`). So no rank leaves what it was given,
-    and every CPU that was given to some rank stays in use.
+    Ranks that were started with the same set of CPUs divide it. A rank whose set differs from all others keeps it,
+    because it was chosen on purpose (numactl, Slurm, `deepspeed --bind_cores_to_rank`). So no rank leaves its set of
+    CPUs, and every CPU of these sets remains in use.
 
     Args:
-        given: the CPUs that each rank may use.
-        system: where the kernel tells of cores and nodes.
+        given: CPUs that each rank was started with, by rank.
+        system: folder in which Linux describes cores and NUMA nodes.
     """
     shares: dict[int, Share] = {}
     for cpus in set(given.values()):
@@ -97,14 +98,17 @@ def share_out(given: Mapping[int, CPUs], system: Path = SYSTEM) -> dict[int, Sha
 
 
 def divide(nodes: Sequence[Sequence[CPUs]], ranks: int) -> list[Share]:
-    """Neighbouring cores for every rank, whole ones, and a thread for each of them; one core more or less at most.
+    """Divide cores into contiguous shares, one per rank, whose sizes differ by at most one core.
 
-    The larger shares go where the fewest ranks straddle NUMA nodes, then to the first ranks. More ranks than cores
-    share them: each has one, with one thread.
+    Which ranks get the larger shares is chosen so that the fewest ranks span several NUMA nodes; among equal choices
+    the first ranks get them. If there are more ranks than cores, several ranks share a core, with one thread each.
 
     Args:
-        nodes: the cores of each node.
+        nodes: cores of each NUMA node.
         ranks: number of ranks.
+
+    Returns:
+        a share per rank.
     """
     cores = [core for node in nodes for core in node]
     if ranks > len(cores):
@@ -121,8 +125,19 @@ def _union(parts: Iterable[CPUs]) -> CPUs:
 
 
 def _sizes(cores: int, ranks: int, borders: Sequence[int]) -> tuple[int, ...]:
+    """Sizes of the ranks' shares, in cores.
+
+    Minimises the number of NUMA borders inside of shares; of equal solutions the lexicographically largest one
+    is taken, in which the first ranks have the larger shares.
+
+    Args:
+        cores: number of cores.
+        ranks: number of ranks, at most `cores`.
+        borders: cumulative number of cores at the end of each node.
+    """
     smaller, larger = divmod(cores, ranks)
-    # By the number of larger shares so far: minus the borders that were crossed, and the sizes.
+    # Dynamic programme over ranks. Where a share begins depends only on the number of larger shares before it, so the
+    # best solution for each such number is enough: (minus the borders inside of shares, sizes), compared as a tuple.
     best: dict[int, tuple[int, tuple[int, ...]]] = {0: (0, ())}
     for rank in range(ranks):
         grown: dict[int, tuple[int, tuple[int, ...]]] = {}
@@ -137,9 +152,16 @@ def _sizes(cores: int, ranks: int, borders: Sequence[int]) -> tuple[int, ...]:
 
 
 def cores_by_node(cpus: CPUs, system: Path = SYSTEM) -> list[list[CPUs]]:
-    """The cores of each NUMA node, as far as they are among some CPUs; all in ascending order.
+    """Group CPUs by core and NUMA node, in ascending order.
 
-    Where the kernel does not tell, as in some containers, every CPU is a core, and all are of one node.
+    Where Linux gives no topology, as in some containers, every CPU counts as a core, and all belong to one node.
+
+    Args:
+        cpus: CPUs to group; others are left out.
+        system: folder in which Linux describes cores and NUMA nodes.
+
+    Returns:
+        the cores of each node; a core is the set of its CPUs.
     """
     node_of = {
         cpu: int(file.parent.name.removeprefix("node"))
@@ -156,21 +178,21 @@ def cores_by_node(cpus: CPUs, system: Path = SYSTEM) -> list[list[CPUs]]:
 
 
 def pin(cpus: CPUs) -> None:
-    """Move all threads of this process to some CPUs."""
+    """Bind all threads of this process to some CPUs."""
     for thread in os.listdir("/proc/self/task"):
-        # One may have ended meanwhile.
+        # A thread of the list may have ended meanwhile.
         with suppress(ProcessLookupError):
             os.sched_setaffinity(int(thread), cpus)
 
 
 def parse_cpus(text: str) -> CPUs:
-    """The kernel's way to write CPUs: `0-3,8`."""
+    """Parse Linux's list format of CPUs, such as `0-3,8`."""
     ranges = [part.partition("-") for part in text.strip().split(",") if part]
     return frozenset(cpu for first, _, last in ranges for cpu in range(int(first), int(last or first) + 1))
 
 
 def format_cpus(cpus: CPUs) -> str:
-    """The inverse of `parse_cpus`."""
+    """Format CPUs as a list of ranges, such as `0-3,8`; the inverse of `parse_cpus`."""
     firsts = sorted(cpu for cpu in cpus if cpu - 1 not in cpus)
     lasts = sorted(cpu for cpu in cpus if cpu + 1 not in cpus)
     return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in zip(firsts, lasts, strict=True))
@@ -181,6 +203,6 @@ def _describe(share: Share) -> str:
 
 
 def machine() -> tuple[str, str]:
-    """Tells machines apart, even those of one name."""
+    """Identifier of this machine: host name and boot id, which differs between machines of the same name."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return socket.gethostname(), boot.read_text() if boot.is_file() else ""

@@ -1,7 +1,7 @@
-"""`mvd-scale propose`: a recipe of fine-tuning for videos of one's own, from their number, length and the encoder.
+"""`mvd-scale propose`: a fine-tuning recipe for the user's videos, derived from their number, length and the encoder.
 
-The published data sets (HMDB51 3 500 videos, UCF101 9 500, SSv2 169 000, K400 240 000) are the fixed points: fewer
-videos are seen more often, in smaller batches, with more dropout.
+The rules interpolate the published settings for HMDB51 (3 500 videos), UCF101 (9 500), SSv2 (169 000) and Kinetics-400
+(240 000): smaller sets get more epochs, smaller batches and more dropout.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ from mvd_scale.data.manifest import Manifest
 from mvd_scale.evaluation.labels import check_labels, class_count
 
 _STEPS_OF_AN_EPOCH = 20
-"""At least, where the batch can be made small enough."""
+"""Least number of optimizer steps per epoch, if the batch can be made small enough."""
 
 _STEPS = 2000
-"""At least, in all, unless that takes more than `_EPOCHS`."""
+"""Least number of optimizer steps in all, unless that needs more than `_EPOCHS` epochs."""
 
 _EPOCHS = 200
 
 _SMALL = 10_000
-"""Videos up to which a set is treated like UCF101 and HMDB51."""
+"""Number of videos up to which a set gets the settings of UCF101 and HMDB51."""
 
 _MICRO_BATCH = {384: 24, 768: 12, 1024: 4, 1280: 4}
-"""Clips of a GPU of 32 GB at 16 x 224 x 224, by the width of the encoder."""
+"""Clips of 16 x 224 x 224 that fit on a GPU of 32 GB, by the width of the encoder."""
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """Values of a recipe, each with the reason for it."""
+    """Proposed values of a recipe with their reasons."""
 
     values: dict[str, dict[str, Any]]
-    """By section and key."""
+    """Values by section and key."""
 
     reasons: dict[str, str]
-    """By dotted key."""
+    """Reasons by dotted key."""
 
     title: str
 
     def to_yaml(self, command: str) -> str:
-        """The recipe with its reasons as comments; `command` starts it."""
+        """Format as YAML with the reasons as comments; `command` is the command line that runs the recipe."""
         lines = [f"# {self.title}", "#", f"# command   {command}", "# hardware  any; the micro batch is that of 32 GB"]
         lines += ["# time      not measured", "# published none", "base: finetune/own_videos"]
         for section, values in self.values.items():
@@ -60,22 +60,22 @@ class Proposal:
 
 
 def _inline(value: Any) -> str:
-    # YAML folds what is longer than a line.
+    # An infinite width, because YAML would wrap long values.
     return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf).splitlines()[0]
 
 
 def propose(
     manifest: Manifest, model: ModelConfig, *, source: str, encoder: Path, validation: str | None, folder: Path
 ) -> Proposal:
-    """Settings for labelled videos.
+    """Propose settings for labelled videos.
 
     Args:
         manifest: the training videos.
         model: shape of the pre-trained encoder.
-        source: what was indexed.
-        encoder: the pre-trained weights.
-        validation: videos that are tested after every epoch.
-        folder: of the run.
+        source: source of the videos, for the recipe.
+        encoder: path of the pre-trained weights.
+        validation: source of videos that are evaluated after every epoch, or None.
+        folder: folder of the run.
 
     Raises:
         UserError: labels are missing, or a class has no video.
@@ -129,7 +129,7 @@ def propose(
 
 
 def _batch(videos: int) -> int:
-    """Videos of an optimizer step: a power of two from 8 to 256."""
+    """Videos per optimizer step: a power of two from 8 to 256, or fewer if there are fewer videos."""
     fitting = max(videos // _STEPS_OF_AN_EPOCH, 1)
     return min(max(2 ** int(math.log2(fitting)), min(8, videos)), 256)
 
@@ -140,7 +140,11 @@ def _epochs(videos: int, steps: int) -> int:
 
 
 def _clips(length: int, frames: int) -> tuple[dict[str, Any], dict[str, Any], str]:
-    """How clips are cut in training and in the test, and why, by the length of a video in frames."""
+    """Choose the sampling of clips by the length of a video in frames.
+
+    Returns:
+        values for training, values for the test, and the reason.
+    """
     for stride in (4, 2):
         if length >= frames * stride:
             return (

@@ -1,6 +1,7 @@
-"""The processes of a run: how they meet, wait for each other and part.
+"""Processes of a run: initialisation of the process group, waiting for each other, and its destruction.
 
-It reads what the launcher says; `config.launcher` only what is needed before torch is imported.
+This module reads the launcher's environment variables; `config.launcher` reads only those that are needed before torch
+is imported.
 """
 
 from __future__ import annotations
@@ -24,61 +25,61 @@ from mvd_scale.training.processors import Pinned, machine, settle
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the others, and the device it trains on."""
+    """This process among all processes of the job, and its device."""
 
     rank: int
     local_rank: int
     world_size: int
     device: torch.device
     timeout: timedelta = timedelta(minutes=10)
-    """Longest wait for another rank in a collective."""
+    """Longest wait for other ranks in a collective operation."""
     host: str = ""
-    """Tells its host from the others of the job."""
+    """Identifier of the host, different for each host of the job."""
     pinned: Pinned | None = None
-    """Where on its machine it runs; None on GPUs, where ranks stay where they were started."""
+    """CPUs that this rank is bound to; None if ranks use GPUs, where the binding is not changed."""
 
     @property
     def first(self) -> bool:
-        """Whether this is rank 0, the one that speaks and writes."""
+        """Whether this is rank 0, which logs and writes files."""
         return self.rank == 0
 
     @property
     def cpus(self) -> int | None:
-        """Number of CPUs that are this rank's; None on GPUs."""
+        """Number of CPUs of this rank's share; None if ranks use GPUs."""
         return len(self.pinned.share.cpus) if self.pinned else None
 
 
 def choose_device(device: str) -> torch.device:
-    """The kind of device that `auto`, `cuda` or `cpu` means here.
+    """Return the device that `auto`, `cuda` or `cpu` stands for on this machine.
 
     Raises:
-        UserError: no GPU where one was asked for, or another word.
+        UserError: `cuda` without a GPU, or another value.
     """
     if device not in ("auto", "cuda", "cpu"):
         raise UserError(f"device is {device!r}: expected auto, cuda or cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device is cuda, but torch sees no GPU here; use `--device cpu` or see `mvd-scale env`")
+        raise UserError("device is cuda, but torch finds no GPU here; use `--device cpu` or see `mvd-scale env`")
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         if device == "cuda":
-            raise UserError("device is cuda, but DS_ACCELERATOR=cpu asks to leave the GPUs alone; unset one of them")
+            raise UserError("device is cuda, but DS_ACCELERATOR=cpu forbids the use of GPUs; unset one of them")
         device = "cpu"
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def join_ranks(device: str, timeout_minutes: float) -> Ranks:
-    """Meet the other ranks of the job, or be the only one when no launcher started this process.
+    """Initialise the process group of the job; without a launcher this process is the only rank.
 
-    On CPUs each rank then takes its share of its machine (`processors.settle`), with as many threads as OMP_NUM_THREADS
-    says, or one for each core. On GPUs ranks stay where they were started: they compute little, and which CPUs are near
-    a GPU is for who starts them to say (`torchrun --numa-binding`).
+    Ranks that compute on CPUs are then bound to their share of the machine (`processors.settle`), with OMP_NUM_THREADS
+    threads, or one per core. The binding of ranks with GPUs is not changed: they compute little on CPUs, and the
+    launcher can bind them to the CPUs near their GPU (`torchrun --numa-binding`).
 
     Args:
         device: `auto`, `cuda` or `cpu`.
-        timeout_minutes: longest wait for another rank in a collective.
+        timeout_minutes: longest wait for other ranks in a collective operation, in minutes.
 
     Raises:
-        UserError: no GPU where one was asked for, the launcher's environment has gaps, the port is taken, or ranks did
-            not show up.
+        UserError: there is no GPU for this rank, the launcher's environment is incomplete, the port is in use, or ranks
+            did not connect in time.
     """
     kind = choose_device(device).type
     if "RANK" in os.environ:
@@ -86,7 +87,7 @@ def join_ranks(device: str, timeout_minutes: float) -> Ranks:
     else:
         alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
         os.environ.update({key: str(value) for key, value in alone.items()})
-    # DeepSpeed chooses its accelerator when it is first imported.
+    # DeepSpeed chooses its accelerator at its first import.
     os.environ["DS_ACCELERATOR"] = kind
     deepspeed = import_deepspeed()
 
@@ -94,12 +95,12 @@ def join_ranks(device: str, timeout_minutes: float) -> Ranks:
     if kind == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"rank {local_rank} of this host has no GPU, as torch sees {torch.cuda.device_count()}: start fewer "
+                f"rank {local_rank} of this host has no GPU: torch finds {torch.cuda.device_count()}. Start fewer "
                 "ranks, or set the device to cpu"
             )
         torch.cuda.set_device(local_rank)
     else:
-        # Its shared-memory reductions would be compiled at the first start; gloo needs no compiler.
+        # DeepSpeed's shared-memory reductions would be compiled at the first start; gloo needs no compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
         deepspeed.init_distributed(
@@ -111,13 +112,13 @@ def join_ranks(device: str, timeout_minutes: float) -> Ranks:
     except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
-            f"the ranks could not meet at {where}: {str(error).splitlines()[0]}. "
+            f"the ranks could not connect at {where}: {str(error).splitlines()[0]}. "
             "If the port is in use, choose another with `deepspeed --master_port`; "
-            "otherwise see that every host reaches it"
+            "otherwise check that every host can reach this address"
         ) from error
     device_index = local_rank if kind == "cuda" else None
     rank = torch.distributed.get_rank()
-    # torch has read it; what the launcher of the ranks set counts as the user's choice too.
+    # torch has read OMP_NUM_THREADS; a value that the launcher set counts as the user's choice too.
     threads = torch.get_num_threads() if os.environ.get("OMP_NUM_THREADS") else None
     return Ranks(
         rank=rank,
@@ -131,7 +132,7 @@ def join_ranks(device: str, timeout_minutes: float) -> Ranks:
 
 
 def _host() -> str:
-    # Local ranks do not tell: DeepSpeed's launcher begins those of a host anywhere, after a host of another size.
+    # Local ranks do not identify hosts: DeepSpeed's launcher allows hosts with different numbers of ranks.
     for number in ("CROSS_RANK", "GROUP_RANK"):
         if number in os.environ:
             return os.environ[number]
@@ -149,14 +150,14 @@ def _check_environment() -> None:
 
 
 def first_decides(ranks: Ranks, name: str, work: Callable[[], Any]) -> Any:
-    """Do something on rank 0, however long it takes; all ranks return its result or raise its `UserError`.
+    """Run a function on rank 0, however long it takes; all ranks return its result or raise its `UserError`.
 
-    Rank 0 may use the CPUs of the others, which wait.
+    Rank 0 may use the CPUs of the other ranks meanwhile, which wait.
 
     Args:
-        ranks: all of them call this.
-        name: tells this decision from the others of the job.
-        work: gives something that JSON can hold.
+        ranks: this process among all; all ranks must call this function.
+        name: name of the call, unique in the job.
+        work: function to run; its result must be serialisable as JSON.
     """
     key = f"mvd_scale/decision/{name}"
     store = torch.distributed.distributed_c10d._get_default_store()
@@ -167,11 +168,11 @@ def first_decides(ranks: Ranks, name: str, work: Callable[[], Any]) -> Any:
         except UserError as error:
             answer = {"error": str(error)}
         except BaseException:
-            # The others would wait for days.
-            store.set(key, json.dumps({"error": f"rank 0 failed at {name!r}: its own message says why"}))
+            # Without an answer the other ranks would wait for the timeout of 7 days.
+            store.set(key, json.dumps({"error": f"rank 0 failed in {name!r}; see its own message"}))
             raise
         store.set(key, json.dumps(answer))
-    # Not a collective: those end after the collective timeout, and indexing a data set takes longer.
+    # The store, not a collective operation: its timeout would be too short for the indexing of a data set.
     store.wait([key], timedelta(days=7))
     answer = json.loads(store.get(key))
     if "error" in answer:
@@ -180,14 +181,17 @@ def first_decides(ranks: Ranks, name: str, work: Callable[[], Any]) -> Any:
 
 
 def everybody_done(ranks: Ranks, name: str) -> None:
-    """Wait until all ranks have come here, however long the slowest takes."""
+    """Wait until all ranks have called this function with this name, however long the slowest takes."""
     store = torch.distributed.distributed_c10d._get_default_store()
     store.set(f"mvd_scale/done/{name}/{ranks.rank}", "1")
     store.wait([f"mvd_scale/done/{name}/{rank}" for rank in range(ranks.world_size)], timedelta(days=7))
 
 
 def gather_rows(mine: Tensor, ranks: Ranks) -> Tensor:
-    """The rows of all ranks, one rank after the other; they may have different numbers of them. All ranks call it."""
+    """Concatenate the rows (n, ...) of all ranks in the order of ranks. All ranks must call it.
+
+    Ranks may have different numbers of rows: they are padded to the largest number for the collective operation.
+    """
     count = torch.tensor([len(mine)], device=mine.device)
     counts = [torch.empty_like(count) for _ in range(ranks.world_size)]
     torch.distributed.all_gather(counts, count)
@@ -199,15 +203,15 @@ def gather_rows(mine: Tensor, ranks: Ranks) -> Tensor:
 
 
 def leave_ranks() -> None:
-    """Say goodbye to the other ranks at the end of a run that went well."""
+    """Wait for all ranks and destroy the process group, at the end of a successful run."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 
 def import_deepspeed() -> Any:
-    """DeepSpeed, without what it says while it is imported."""
-    # Its import prints and logs at INFO; only warnings concern the user of a run.
+    """Import DeepSpeed without the messages that it logs during the import."""
+    # The import sets the level to INFO and logs at it; only warnings matter to the user of a run.
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
 

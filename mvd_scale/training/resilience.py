@@ -1,4 +1,4 @@
-"""A run that is asked to stop saves first; a run whose numbers are no longer finite stops on all ranks."""
+"""Stop requests by signals, after which a run saves a checkpoint; and the end of a run with non-finite gradients."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _WISH, _LAST_STEP = "mvd_scale/stop", "mvd_scale/stop_after"
 
 
 class StopRequest:
-    """Remembers SIGTERM, SIGINT and SIGUSR1 while it is entered.
+    """Context manager that records SIGTERM, SIGINT and SIGUSR1, so that a run can save a checkpoint before it ends.
 
-    A second Ctrl-C ends the process at once.
+    A second Ctrl-C ends the process immediately.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -44,9 +44,10 @@ class StopRequest:
             signal.signal(number, handler)
 
     def agreed(self, ranks: Ranks, step: int) -> bool:
-        """Whether all ranks stop after this step. All ranks ask after every step; no device is waited for.
+        """Whether all ranks stop after this step. All ranks must call it after every step; does not synchronise.
 
-        Rank 0 names the next step. Every other rank learns of it in time: it cannot end that step without rank 0.
+        Rank 0 announces in the store that the run ends after the next step. Every other rank reads it in time, because
+        it cannot finish that step without rank 0.
         """
         store = torch.distributed.distributed_c10d._get_default_store()
         if self.received is not None:
@@ -58,29 +59,30 @@ class StopRequest:
         return self._last is not None and step >= self._last
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        # The launcher answers a Ctrl-C, which the terminal sends to everybody, with a SIGTERM to the ranks.
+        # Only a second SIGINT counts: after a Ctrl-C, which the terminal sends to all processes, the launcher sends
+        # SIGTERM to the ranks.
         if number == self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = self.received or number
 
     @property
     def exit_code(self) -> int:
-        """What a shell reports for a process that ended by the signal."""
+        """Exit code that a shell reports for a process that the signal ended: 128 + its number."""
         return 128 + (self.received or signal.SIGTERM)
 
 
 @contextmanager
 def exit_when_stopped() -> Iterator[None]:
-    """End the process with the exit code of a run that was asked to stop."""
+    """Convert `Stopped` in a `with` block to the end of the process with its exit code."""
     try:
         yield
     except Stopped as stop:
-        logger.info("stopped as asked, after saving; the same command goes on from here")
+        logger.info("stopped on request after saving a checkpoint; the same command resumes from it")
         sys.exit(stop.exit_code)
 
 
 class Stopped(Exception):
-    """The run ended before its last step because it was asked to; it was saved and can be resumed."""
+    """Exception: the run ended before its last step on request; a checkpoint was saved and it can be resumed."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__(exit_code)
@@ -88,16 +90,16 @@ class Stopped(Exception):
 
 
 def check_finite(engine: Any, precision: str, step: int) -> None:
-    """Stop when DeepSpeed skipped a step: it looks at the gradients of all ranks and skips on all or on none.
+    """Raise an error if DeepSpeed skipped a step; it checks the gradients of all ranks and skips on all or on none.
 
-    In fp16 skipped steps are how the loss scale is found; DeepSpeed itself stops at the smallest scale.
+    In fp16 skipped steps are normal, because DeepSpeed adjusts the loss scale by them; it fails at the smallest scale.
 
     Raises:
-        UserError: on every rank alike. No weight was touched by the step.
+        UserError: the gradients are not finite; raised on every rank. The step did not change any weight.
     """
     if precision != "fp16" and engine.skipped_steps:
         raise UserError(
-            f"the gradients of step {step} are not finite on at least one rank; the weights were left as they were. "
-            "Start the same command again to resume from the last checkpoint, with a smaller `--training.base_lr` "
-            "or `--training.clip_grad 1` in a new run if it happens again"
+            f"the gradients of step {step} are not finite on at least one rank; the weights were not changed. "
+            "Start the same command again to resume from the last checkpoint. If it happens again, start a new run "
+            "with a smaller `--training.base_lr` or with `--training.clip_grad 1`"
         )

@@ -1,4 +1,4 @@
-"""The folder of a run: its recipe, and the promise that nothing in it is overwritten by another run."""
+"""Folder of a run: paths of its files, and checks that no other run overwrites them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mvd_scale.errors import UserError
 
 
 class RunFolder:
-    """Paths of a run. Everything it writes lives here."""
+    """Paths of all files that a run writes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -39,16 +39,17 @@ class RunFolder:
         self.summary = path / "summary.json"
 
     def check(self, recipe: RunRecipe) -> None:
-        """See that the folder is free or holds this very run; a run that never took a step holds nothing.
+        """Check that the folder is free or holds this run; a run without any finished step counts as free.
 
         Raises:
-            UserError: it holds a run of another recipe (the differing keys are named) or something that is no run.
+            UserError: the folder holds a run of another recipe (the message lists the keys that differ), or files that
+                are no run.
         """
         if self._begun:
             stands = load_any(self.recipe).identity()
             wanted = recipe.identity()
             differing = [
-                f"  {key}: the run there has {stands.get(key, 'nothing')!r}, this one {wanted.get(key, 'nothing')!r}"
+                f"  {key}: that run has {stands.get(key, 'nothing')!r}, this one {wanted.get(key, 'nothing')!r}"
                 for key in sorted(stands.keys() | wanted.keys())
                 if stands.get(key) != wanted.get(key)
             ]
@@ -68,10 +69,10 @@ class RunFolder:
         return self.metrics.is_file() or self.checkpoints.is_dir()
 
     def claim(self) -> None:
-        """Make the folder and keep other processes out of it.
+        """Create the folder and lock it against other processes.
 
         Raises:
-            UserError: another process trains here, or the folder cannot be written.
+            UserError: another process trains in the folder, or it cannot be written.
         """
         try:
             self.index.mkdir(parents=True, exist_ok=True)
@@ -85,10 +86,10 @@ class RunFolder:
             raise UserError(f"run.folder {self.path} cannot be written: {error.strerror}") from error
 
     def record(self, recipe: RunRecipe, manifest: Manifest) -> None:
-        """Write the resolved recipe, the videos and what the machine is.
+        """Write the resolved recipe, the manifest of the videos and a description of the machine.
 
         Raises:
-            UserError: the run there was on other videos; nothing was overwritten.
+            UserError: the folder holds a run on other videos; nothing was overwritten.
         """
         if self._begun and self.manifest.is_file() and Manifest.load(self.manifest).digest != manifest.digest:
             raise UserError(
@@ -100,10 +101,10 @@ class RunFolder:
         manifest.save(self.manifest)
 
     def finished_at(self, step: int, origin: Mapping[str, Any]) -> bool:
-        """Whether the run has come to its end after `step` optimizer steps.
+        """Whether the run has finished, after `step` optimizer steps.
 
         Raises:
-            UserError: it has, but from other data or weights than `origin` says.
+            UserError: it has finished, but with other data or weights than those in `origin`.
         """
         summary = json.loads(self.summary.read_text()) if self.summary.is_file() else None
         if summary is None or summary["steps"] != step:
@@ -111,18 +112,18 @@ class RunFolder:
         differing = [key for key, value in origin.items() if summary["origin"][key] != value]
         if differing:
             raise UserError(
-                f"{self.path} holds a finished run with other {', '.join(differing)} than this start has: choose "
+                f"{self.path} holds a finished run with other {', '.join(differing)} than this command: choose "
                 "another folder with `--run.folder`, or move that one away"
             )
         return True
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Leave the mark and the figures of a run that has come to its end."""
+        """Write the summary, which marks the run as finished."""
         write_whole(self.summary, json.dumps(summary, indent=2) + "\n")
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file that appears whole or not at all."""
+    """Write a text file under another name, flush it to disk and rename it, so that it is never partial."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)

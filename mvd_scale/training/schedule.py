@@ -9,14 +9,14 @@ from mvd_scale.config import TrainingConfig
 
 
 def cosine(step: int, *, total: int, start: float, end: float, warmup: int = 0) -> float:
-    """Linear warm-up from 0, then half a cosine, as the published schedules.
+    """Compute a linear warm-up from 0 followed by half a cosine, as in the published schedules.
 
     Args:
         step: optimizer step, from 0.
-        total: steps of the whole schedule.
-        start: value after the warm-up.
-        end: value that the cosine tends to.
-        warmup: steps of the warm-up; its last one already has the value `start`.
+        total: number of steps of the schedule.
+        start: value at the end of the warm-up.
+        end: value at step `total`.
+        warmup: number of warm-up steps; the last one has the value `start`.
     """
     if step < warmup:
         return start * step / max(warmup - 1, 1)
@@ -26,25 +26,25 @@ def cosine(step: int, *, total: int, start: float, end: float, warmup: int = 0) 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What the optimizer uses at each step of a run."""
+    """Learning rate and weight decay at each optimizer step of a run."""
 
     training: TrainingConfig
     steps_per_epoch: int
     lr_batch: int
-    """Clips of a step by which the learning rate is scaled."""
+    """Number of clips per step that the learning rate is scaled with."""
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of all epochs."""
+        """Number of optimizer steps of all epochs."""
         return self.training.epochs * self.steps_per_epoch
 
     @property
     def last_step(self) -> int:
-        """The step at which the run ends."""
+        """Number of optimizer steps after which the run ends."""
         return min(self.total_steps, self.training.max_steps or self.total_steps)
 
     def lr(self, step: int) -> float:
-        """Learning rate, scaled by the batch / 256."""
+        """Learning rate at a step, scaled by `lr_batch` / 256."""
         scale = self.lr_batch / 256
         return cosine(
             step,
@@ -55,6 +55,6 @@ class Schedule:
         )
 
     def weight_decay(self, step: int) -> float:
-        """Weight decay of the groups that have any."""
+        """Weight decay at a step, for groups with weight decay."""
         first, last = self.training.weight_decay, self.training.weight_decay_end
         return first if last is None else cosine(step, total=self.total_steps, start=first, end=last)

@@ -1,4 +1,4 @@
-"""Checkpoints that a run resumes from: saved whole, the newest kept, found again by themselves."""
+"""Checkpoints of a run for resuming: complete or absent, only the newest are kept, found automatically."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _LAYOUT = "layout.json"
 
 
 class Snapshots:
-    """The checkpoints of one run. A folder `step_N` is whole; one that is still written is `step_N.partial`."""
+    """Checkpoints of one run: `step_N` is a complete one; `step_N.partial` is one that is still being written."""
 
     def __init__(
         self,
@@ -53,21 +53,21 @@ class Snapshots:
         self.saved_at = time.monotonic()
 
     def newest(self) -> int | None:
-        """Step of the newest whole checkpoint."""
+        """Step of the newest complete checkpoint; None without one."""
         steps = self._steps()
         return steps[-1] if steps else None
 
     def due(self, step: int) -> bool:
-        """Whether step `step` ends with a checkpoint by the count of steps; the same on all ranks."""
+        """Whether a checkpoint must be saved after this step by the count of steps; the same on all ranks."""
         return any(step % interval == 0 for interval in self.intervals)
 
     def overdue(self) -> bool:
-        """Whether so much time has passed that a checkpoint is wanted; by this rank's clock."""
+        """Whether a checkpoint must be saved by the time since the last one; by this rank's clock."""
         minutes = self.recipe.checkpoints.every_minutes
         return minutes is not None and time.monotonic() - self.saved_at > 60 * minutes
 
     def save(self, engine: Any, step: int) -> None:
-        """Save the engine after `step` optimizer steps. All ranks call it."""
+        """Save the engine after `step` optimizer steps. All ranks must call it."""
         name = f"{_PREFIX}{step:08d}"
         partial = self.path / (name + _PARTIAL)
         if self.ranks.first:
@@ -88,11 +88,14 @@ class Snapshots:
         logger.info("saved checkpoint %s", self.path / name)
 
     def resume(self, engine: Any) -> int:
-        """Load the newest whole checkpoint; the number of optimizer steps that are done, 0 without one.
+        """Load the newest complete checkpoint. All ranks must call it.
+
+        Returns:
+            the number of optimizer steps of the checkpoint; 0 without one.
 
         Raises:
-            UserError: it was written by another number of ranks, at another ZeRO stage or precision, on other
-                videos, or with other teachers.
+            UserError: the checkpoint was written with another number of ranks, ZeRO stage or precision, other videos or
+                other teachers, or it is incomplete.
         """
         step = first_decides(self.ranks, "resumed", self.newest)
         if step is None:
@@ -105,13 +108,13 @@ class Snapshots:
                 ", ".join(f"{key} {layout.get(key)}" for key in differing) for layout in (stands, self._layout())
             )
             raise UserError(
-                f"checkpoint {self.path / tag} was written with {there}; this start has {here}. "
-                "Resume with the same, or begin a new run in another `--run.folder`"
+                f"checkpoint {self.path / tag} was written with {there}; this command has {here}. "
+                "Resume with the same settings, or start a new run in another `--run.folder`"
             )
         loaded, _ = engine.load_checkpoint(str(self.path), tag=tag)
         if loaded is None:
             raise UserError(
-                f"checkpoint {self.path / tag} is incomplete; remove that folder to resume from the one before"
+                f"checkpoint {self.path / tag} is incomplete; remove that folder to resume from the one before it"
             )
         for average in self.averages:
             average.load(self.path / tag)
@@ -119,13 +122,13 @@ class Snapshots:
         return step
 
     def export(self, engine: Any, folder: Path) -> None:
-        """Write the weights of the model and of its moving averages into a folder, float32. All ranks call it."""
+        """Write the weights of the model and of its moving averages to a folder, float32. All ranks must call it."""
         self._export(engine, folder)
         for average in self.averages:
             average.save(folder)
 
     def clear_partial(self) -> None:
-        """Remove what a killed run left half-written."""
+        """Remove checkpoints that a killed run did not finish writing."""
         for partial in self.path.glob(f"{_PREFIX}*{_PARTIAL}"):
             shutil.rmtree(partial)
 
@@ -143,7 +146,7 @@ class Snapshots:
 
 
 def export_student(engine: Any, folder: Path, recipe: Recipe, ranks: Ranks) -> None:
-    """Write `student.safetensors` (all of it) and `encoder.safetensors`, float32. All ranks call it."""
+    """Write `student.safetensors` (all weights) and `encoder.safetensors`, float32. All ranks must call it."""
     tensors = {}
     for name, full in full_parameters(engine):
         if ranks.first:

@@ -1,4 +1,4 @@
-"""A figure on data that training does not see; the best weights are kept."""
+"""Validation: periodic measurement of a metric on held-out data, and storage of the best weights."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ logger = logging.getLogger("mvd_scale")
 
 
 class Validation(Observer):
-    """Measures the model now and then.
+    """Observer that measures a metric of the model every few epochs and stores the best weights.
 
     Args:
-        every_epochs: between two measurements.
-        steps_per_epoch: optimizer steps.
-        name: of the figure, a share of which more is better.
-        measure: takes a model; all ranks call it.
-        folder: gets `validation.jsonl`, and `best.safetensors`.
-        ranks: all take part.
-        averaged: the moving average of the weights, which is measured too and then is what is kept.
-        keep: writes what was judged into a folder and says where; all ranks call it.
+        every_epochs: epochs between two measurements.
+        steps_per_epoch: optimizer steps per epoch.
+        name: name of the metric, a share (0 to 1); higher is better.
+        measure: function from a model to the metric; all ranks call it.
+        folder: run folder for `validation.jsonl` and `best.safetensors`.
+        ranks: this process among all.
+        averaged: moving average of the weights, or None. It is measured too, and its metric decides what is best.
+        keep: function that writes the decisive weights to a folder and returns their path; all ranks call it.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Validation(Observer):
         self.keep = keep
 
     def observe(self, engine: Any, step: int, writer: MetricWriter) -> None:
-        """Measure the weights, and keep them if none were better."""
+        """Measure the model, and store its weights if they are the best so far."""
         values = {self.name: self.measure(engine)}
         if self.averaged is not None:
             values[f"{self.name}_average"] = self.measure(self.averaged)
@@ -71,12 +71,12 @@ class Validation(Observer):
             logger.info("step %d  validation: %s  (best so far %.1f %%)", step, words, 100 * max(best, judged))
 
     def _best(self, step: int) -> float:
-        """Best figure before a step; a killed run may have gone beyond its checkpoint."""
+        """Best value before a step; later lines are from a killed run that went beyond its checkpoint."""
         past = read_metrics(self.folder.validation) if self.folder.validation.is_file() else []
         return max((reading["judged"] for reading in past if reading["step"] < step), default=-1.0)
 
     def _keep(self, engine: Any) -> None:
-        """Write `best.safetensors`; it appears whole or not at all."""
+        """Write `best.safetensors`; the file is renamed into place, so it is never partial."""
         partial = self.folder.path / "best.partial"
         if self.ranks.first:
             partial.mkdir(exist_ok=True)

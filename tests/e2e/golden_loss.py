@@ -62,7 +62,7 @@ Curve = dict[str, list[float]]
 
 
 def kind() -> dict[str, str]:
-    """What two machines must share to give the same bits."""
+    """Properties that two machines must have in common to give the same bits."""
     return {
         "machine": platform.machine(),
         "torch": torch.__version__,

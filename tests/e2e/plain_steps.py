@@ -1,4 +1,4 @@
-"""Prints the losses of some steps of the quickstart's student that nothing watches.
+"""Prints the losses of some steps of the quickstart's student without profiler and timers.
 
 python -m tests.e2e.plain_steps STEPS SCRATCH RECIPE_WORDS...
 """
@@ -18,7 +18,7 @@ from mvd_scale.training.ranks import join_ranks, leave_ranks
 
 
 class Nobody:
-    """Who is told of parts and does nothing."""
+    """Timer that ignores all parts."""
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:

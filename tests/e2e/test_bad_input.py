@@ -1,4 +1,4 @@
-"""What a user may get wrong ends in one clear message and exit code 2, and overwrites nothing."""
+"""Errors of the user end in one clear message and exit code 2, and overwrite nothing."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "a folder that is not there": (lambda tmp: ["--data.source", str(tmp / "nowhere")], "nowhere"),
     "an empty folder": (lambda tmp: ["--data.source", str(_made(tmp / "empty"))], "empty"),
     "an annotation without label": (lambda tmp: ["--data.source", str(_annotations(tmp))], "list.csv:2"),
-    "a teacher that is not there": (lambda tmp: video_teacher(tmp / "none.safetensors"), "no checkpoint"),
+    "a teacher that is not there": (lambda tmp: video_teacher(tmp / "none.safetensors"), "none.safetensors does not"),
     "a teacher of another grid": (
         lambda tmp: video_teacher(teacher(tmp / "t.safetensors", frames=8)),
         "the teacher takes 8 frames",
@@ -43,7 +43,7 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         lambda tmp: video_teacher(_text(tmp / "t.safetensors")),
         "not a readable safetensors",
     ),
-    "a GPU where there is none": (lambda _: ["--device", "cuda"], "torch sees no GPU"),
+    "a GPU where there is none": (lambda _: ["--device", "cuda"], "torch finds no GPU"),
     "a batch that does not divide": (
         lambda _: ["--data.copies", "3", "--training.micro_batch", "null"],
         "cannot be split over 1 ranks in whole sets of 3 copies",
@@ -102,7 +102,7 @@ def test_a_port_in_use(jobs: Jobs, recipe: Path, clips: Path, tmp_path: Path) ->
         arguments = ["pretrain", "--recipe", recipe, "--run.folder", tmp_path / "run", "--data.source", clips]
         code, output = jobs.run(*arguments, env=place)
     assert code == 2, output
-    assert f"could not meet at 127.0.0.1:{port}" in output
+    assert f"could not connect at 127.0.0.1:{port}" in output
     assert "--master_port" in output
 
 

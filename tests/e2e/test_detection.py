@@ -143,7 +143,7 @@ def test_a_broken_video_costs_its_boxes_and_a_test_goes_on(
     code, output = jobs.run(*command)
     assert code == 0, output
     assert "2 key frames are left out: test0002 is not there (2)" in output
-    assert "not decoded          2, nobody found there" in output
+    assert "not decoded          2, counted as without any detection" in output
     results = (out / "results.csv").read_bytes()
     assert b"test0001" not in results
 
@@ -151,7 +151,7 @@ def test_a_broken_video_costs_its_boxes_and_a_test_goes_on(
         (out / name).unlink()
     code, output = jobs.run(*command)
     assert code == 0, output
-    assert "1 of 2 shards are there already" in output
+    assert "1 of 2 shards were written before" in output
     assert (out / "results.csv").read_bytes() == results
     code, output = jobs.run(*command, "--score", "0.9")
     assert code == 2

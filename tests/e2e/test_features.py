@@ -78,11 +78,11 @@ def test_they_are_those_of_the_encoder(jobs: Jobs, clips: Path, weights: Path, t
     lost.unlink()
     code, output = jobs.run(*arguments)
     assert code == 0, output
-    assert "3 of 4 shards are there already" in output
+    assert "3 of 4 shards were written before" in output
     assert {f for f in before if f.stat().st_mtime_ns != before[f]} == {lost}
     code, output = jobs.run(*arguments, "--no-norm")
     assert code == 2
-    assert "norm True; this start has norm False" in output
+    assert "norm True, but this command has norm False" in output
 
 
 def test_ranks_share_the_work(jobs: Jobs, clips: Path, weights: Path, tmp_path: Path) -> None:

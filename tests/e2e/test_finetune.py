@@ -163,7 +163,7 @@ def test_a_killed_test_goes_on(jobs: Jobs, classifier: Path, labelled: Path, tmp
     page = tmp_path / "page.html"
     code, output = jobs.run("evaluate", classifier, source, "--out", out, "--report", page)
     assert code == 0, output
-    assert "1 of 2 shards are there already" in output
+    assert "1 of 2 shards were written before" in output
     assert "data:image/jpeg" in page.read_text()
     assert pq.read_table(out / "scores.parquet").equals(whole)
 

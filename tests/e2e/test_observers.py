@@ -1,4 +1,4 @@
-"""Pictures and probes during a run: they are there, and the run goes on as if they were not."""
+"""Pictures and probes during a run: they are written, and the run is the same as without them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A pipeline killed in its second stage and started again ends where one ends that was left alone."""
+"""A pipeline that is killed in its second stage and restarted gives the same result as an uninterrupted one."""
 
 from __future__ import annotations
 

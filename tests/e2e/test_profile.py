@@ -1,4 +1,4 @@
-"""A profile of real steps: everything it promises is there, on any number of ranks, and it disturbs nothing."""
+"""A profile of real steps: all files are written on any number of ranks, and the training is not changed."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_every_rank_writes_its_trace_and_the_first_one_sees_the_collectives(
 
 
 def test_the_checkpoints_that_a_recipe_names_are_its_teachers(jobs: Jobs, clips: Path, tmp_path: Path) -> None:
-    """What is no checkpoint is refused, so it is read."""
+    """A file that is no checkpoint is refused, which shows that the file is read."""
     nothing = tmp_path / "nothing.safetensors"
     nothing.write_bytes(b"")
     arguments = ["--recipe", "quickstart/student", "--data.source", clips, "--targets.image.checkpoint", nothing]

@@ -1,4 +1,4 @@
-"""A run that was killed goes on as if nothing had happened."""
+"""A run that was killed and resumed gives the same losses as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_a_run_that_is_asked_to_stop_saves_first(jobs: Jobs, recipe: Path, clips
     assert process.returncode != 0
     # The launcher itself shows one; no rank does.
     assert "mvd_scale/training" not in output, output
-    assert output.count("stopped as asked") == 1
+    assert output.count("stopped on request") == 1
     newest = max(int(p.name.removeprefix("step_")) for p in (run / "checkpoints").glob("step_*"))
     assert newest == steps_done(run)
 

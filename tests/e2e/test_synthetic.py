@@ -1,4 +1,4 @@
-"""What can be learnt from synthetic videos, and what cannot: with the order of frames, and by it alone, in `motion`."""
+"""Learnability of synthetic videos: the classes of `motion` can be learnt from the order of frames and only from it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 RECIPE = load_finetuning("quickstart/synthetic", ["--data.source", "unused"])
 
 STEPS = 700
-"""Of a classifier that looks for a leak: as many as the recipe takes to learn the videos as they are."""
+"""Steps of a classifier that looks for a leak: as many as the recipe needs to learn the unchanged videos."""
 
 
 @pytest.fixture(scope="module")

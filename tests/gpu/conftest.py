@@ -1,4 +1,4 @@
-"""What the self-test of a machine with a GPU shares: the GPU, its reason to skip, the report."""
+"""Fixtures of the self-test of a machine with a GPU: the GPU, the reason to skip, the report."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def figure(record_property: Figure) -> Figure:
 
 
 def launch(device: str, ranks: int, out: Path) -> Seen:
-    """What every rank saw."""
+    """Run `tests.gpu.gpu_ranks` on every rank and return the results of all ranks."""
     out.mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     result = subprocess.run(

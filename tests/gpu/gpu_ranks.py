@@ -92,7 +92,7 @@ class Run:
         return float(total) / self.ranks.world_size
 
     def losses(self, *, ahead: bool = False) -> list[float]:
-        """Of some steps, with teachers at their place or ahead."""
+        """Losses of some steps, with teachers computed in the step or one step in advance."""
         batches = self.batches(range(STEPS))
         if ahead:
             begin = begin_ahead(self.objective, self.recipe, self.ranks.device)
@@ -101,7 +101,7 @@ class Run:
         return [self.step(step, batches) for step in range(STEPS)]
 
     def overflows(self) -> dict[str, Any]:
-        """What the loss scale and the weights do when gradients are not finite, and afterwards."""
+        """Loss scale and weights when gradients are not finite, and afterwards."""
         batches = self.batches(range(2))
         self.step(0, batches)
         self.step(1, batches)

@@ -1,4 +1,4 @@
-"""Where kernels run in tests: in Triton's interpreter, and on a GPU where there is one."""
+"""Fixtures that run kernels: in Triton's interpreter, and on a GPU if there is one."""
 
 from __future__ import annotations
 

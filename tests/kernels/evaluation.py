@@ -24,8 +24,8 @@ class Call:
 
     Attributes:
         operator: its name in `mvd_kernels`.
-        gradients: places of the arguments that want one.
-        used: places of the results that the loss depends on; all by default.
+        gradients: positions of the arguments that require a gradient.
+        used: positions of the results that the loss depends on; all by default.
         compiled: the kernel is called from a program of `torch.compile`.
     """
 

@@ -36,16 +36,16 @@ def test_results_and_gradients_follow_the_formula() -> None:
 
 
 def test_inputs_that_would_broadcast_are_refused() -> None:
-    with pytest.raises(ValueError, match="must be alike"):
+    with pytest.raises(ValueError, match="must have the same shape and dtype"):
         add_layer_norm(torch.ones(2, 3, 4), torch.ones(1, 3, 4), torch.ones(4), torch.ones(4))
-    with pytest.raises(ValueError, match="must be alike"):
+    with pytest.raises(ValueError, match="must have the same shape and dtype"):
         add_layer_norm(torch.ones(3, 4), torch.ones(3, 4).half(), torch.ones(4), torch.ones(4))
 
 
 def test_norms_that_do_not_divide_the_first_axis_are_refused() -> None:
     with pytest.raises(ValueError, match="2 norms for 3 entries"):
         add_layer_norm(torch.ones(3, 4), torch.ones(3, 4), torch.ones(2, 4), torch.ones(2, 4))
-    with pytest.raises(ValueError, match=r"weight \(2, 2\) and bias \(2,\) must be alike"):
+    with pytest.raises(ValueError, match=r"weight \(2, 2\) and bias \(2,\) must have the same shape"):
         add_layer_norm(torch.ones(2, 2), torch.ones(2, 2), torch.ones(2, 2), torch.ones(2))
 
 

@@ -1,4 +1,4 @@
-"""The benchmark of an operator runs where the tests run, and says on what."""
+"""The benchmark of an operator runs on the machine of the tests, and its table names the device."""
 
 from __future__ import annotations
 

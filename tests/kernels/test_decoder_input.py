@@ -41,13 +41,13 @@ def test_each_decoder_has_its_mask_token() -> None:
 
 def test_clips_that_are_not_of_every_decoder_are_refused() -> None:
     embedded, mask_tokens, *others = call(0, 5, torch.float32, decoders=2).arguments
-    with pytest.raises(ValueError, match="3 embedded clips for 2 mask tokens on 2 clips"):
+    with pytest.raises(ValueError, match=r"3 clips: expected 2 decoders \(`mask_token`\) x 2 clips \(`visible`\)"):
         decoder_input(embedded[:3], mask_tokens, *others)
 
 
 def test_missing_tokens_are_refused() -> None:
     embedded, *rest = call(0, 5, torch.float32).arguments
-    with pytest.raises(ValueError, match="2 embedded tokens for 3 visible"):
+    with pytest.raises(ValueError, match="2 tokens, fewer than the 3 of `visible`"):
         decoder_input(embedded[:, :2], *rest)
 
 

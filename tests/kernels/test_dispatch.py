@@ -1,4 +1,4 @@
-"""Each operator hands all it was given to its Triton kernel on a GPU, and to its twin elsewhere."""
+"""Each operator passes all its arguments to its Triton kernel on a GPU, and to its twin elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Promises of linear layers in 8 bits: near the float ones, for any leading shape, with GELU in the same pass."""
+"""Linear layers in 8 bits: close to the float ones, for any leading shape, with GELU in the same pass."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The operators in C++ against plain torch, and where they are taken."""
+"""The operators in C++ against plain torch, and the conditions under which they are used."""
 
 from __future__ import annotations
 

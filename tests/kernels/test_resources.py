@@ -1,4 +1,4 @@
-"""What the kernels take of a GPU stays what it was; compiled here, without a GPU."""
+"""Registers, shared memory and spills of the kernels do not grow; compiled here, without a GPU."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""`python -m tests.oracle.compare`: whole steps of the published arithmetic beside ours, on one machine.
+"""`python -m tests.oracle.compare`: speed of training steps with the published arithmetic and with ours.
 
-Each way runs in a process of its own and so has its own peak of memory. Ours is `mvd-scale bench step`, with DeepSpeed,
-loader and all; the published arithmetic gets its clips for nothing.
+Each variant runs in a separate process and so has its own peak of memory. Ours is `mvd-scale bench step`, including
+DeepSpeed and the loader; the published arithmetic gets random clips from memory, without any loading time.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""How fast the operators are: a file an operator, timed by `python -m mvd_kernels.bench`."""
+"""Benchmarks of the operators, one file each, run by `python -m mvd_kernels.bench`."""

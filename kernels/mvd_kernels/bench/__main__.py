@@ -1,4 +1,4 @@
-"""`python -m mvd_kernels.bench [OPERATOR]... [--csv FILE]`: the operators by kernel and by twin."""
+"""`python -m mvd_kernels.bench [OPERATOR]... [--csv FILE]`: times of the operators by kernel and by twin."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ OPERATORS = (
     "--csv",
     "file",
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
-    help="Write the table to a file, with device and versions.",
+    help="Also write the table to this CSV file, with device and versions.",
 )
 def main(operators: tuple[str, ...], file: Path | None) -> None:
-    """Time operators (all, if none is named) on the GPU, or where there is none on the CPU, by what runs there."""
+    """Time every implementation of the named operators (default: all) on the GPU, or on the CPU if there is no GPU."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     click.echo(machine(device)["device"] + ("" if device.type == "cuda" else ": Triton kernels need a GPU"))
     click.echo(f"{'operator':<18}{'shape':<38}{'way':<14}{'pass':<10}{'20 %':>9}{'50 %':>9}{'80 %':>9} ms  MiB")

@@ -1,4 +1,4 @@
-"""Times of `add_layer_norm`: the student's visible tokens and all tokens, widths of ViT-B and ViT-L."""
+"""Benchmark of `add_layer_norm`: the student's visible tokens and all tokens, widths of ViT-B and ViT-L."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mvd_kernels.bench.case import Case, clips, leaf, precision, ways
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """160 and 1568 tokens."""
+    """Yield cases of 160 and 1568 tokens."""
     count, dtype = clips(device), precision(device)
     for model, width in (("B", 768), ("L", 1024)):
         for tokens in (160, 1568):

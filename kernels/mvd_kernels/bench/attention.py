@@ -1,4 +1,4 @@
-"""Times of `attention`: flash-attn or C++ where it runs, beside torch's own; encoder and decoder of ViT-B and ViT-L."""
+"""Benchmark of `attention`: flash-attn or C++ if available, and torch's own; encoder and decoder of ViT-B and ViT-L."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mvd_kernels.twins.attention import attention
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """Visible tokens (160), all tokens (1568: decoder and teachers)."""
+    """Yield cases of 160 visible tokens (encoder) and of all 1568 tokens (decoder and teachers)."""
     count, dtype = clips(device), torch.bfloat16
     for model, heads in (("B", 12), ("L", 16)):
         for tokens in (160, 1568):

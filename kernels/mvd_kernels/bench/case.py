@@ -1,4 +1,4 @@
-"""What a benchmark of an operator is: one call, and the ways to compute it."""
+"""`Case`: one call of an operator, and the implementations to time."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Case:
     """One call of an operator.
 
     Attributes:
-        shape: its sizes, for people.
-        dtype: of the tensors it works on.
-        ways: the call without arguments, by the name of who computes it.
-        inputs: leaves that want a gradient; without any there is no backward pass to time.
+        shape: sizes of the inputs as text.
+        dtype: dtype of the inputs.
+        ways: the call as a function without arguments, by the name of the implementation.
+        inputs: leaves that require a gradient; if there are none, no backward pass is timed.
     """
 
     shape: str
@@ -32,17 +32,17 @@ class Case:
 
 
 def precision(device: torch.device) -> torch.dtype:
-    """bfloat16 on GPUs, float32 on CPUs: what runs use there."""
+    """Precision of training on the device: bfloat16 on GPUs, float32 on CPUs."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def clips(device: torch.device) -> int:
-    """A micro batch of the device."""
+    """Clips of a micro batch on the device."""
     return 32 if device.type == "cuda" else 2
 
 
 def ways(operator: str, device: torch.device, *arguments: Any, **keywords: Any) -> dict[str, Callable[[], Any]]:
-    """A call of an operator by its twin and, on GPUs, by its Triton kernel."""
+    """Make the calls of an operator by its twin and, on GPUs, by its Triton kernel; {implementation: call}."""
     rooms = {"twin": "twins"}
     if takes_kernel(torch.empty(0, device=device)):
         rooms["triton"] = "fused"
@@ -51,11 +51,11 @@ def ways(operator: str, device: torch.device, *arguments: Any, **keywords: Any) 
 
 
 def leaf(*shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Random values that want a gradient."""
+    """Make a tensor of random values that requires a gradient."""
     return torch.randn(*shape, device=device, dtype=dtype, requires_grad=True)
 
 
 def split_tokens(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Visible and masked tokens of 1568 under the published mask of 90 %: int64 (B, 160) and (B, 1408)."""
+    """Draw visible and masked tokens of 1568 at the published ratio of 90 %: int64 (B, 160) and (B, 1408)."""
     order = torch.rand(count, 1568, device=device).argsort(1)
     return order[:, :160].sort(1).values, order[:, 160:].sort(1).values

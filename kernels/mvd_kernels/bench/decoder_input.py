@@ -1,4 +1,4 @@
-"""Times of `decoder_input`: decoders of ViT-B and ViT-L."""
+"""Benchmark of `decoder_input`: decoders of ViT-B and ViT-L."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mvd_kernels.bench.case import Case, clips, leaf, precision, split_tokens, w
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """160 visible and 1408 masked tokens."""
+    """Yield cases of 160 visible and 1408 masked tokens."""
     count, dtype = clips(device), precision(device)
     visible, masked = split_tokens(count, device)
     for model, width in (("B", 384), ("L", 512)):

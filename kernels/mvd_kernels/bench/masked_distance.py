@@ -1,4 +1,4 @@
-"""Times of `masked_distance`: decoder outputs against the features of a teacher of ViT-B and ViT-L."""
+"""Benchmark of `masked_distance`: decoder outputs against features of a teacher, ViT-B and ViT-L."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mvd_kernels.bench.case import Case, clips, leaf, precision, split_tokens, w
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """Smooth L1, the published distance, with and without the target norm."""
+    """Yield cases of smooth L1, the published distance, with and without the target norm."""
     count, dtype = clips(device), precision(device)
     _, masked = split_tokens(count, device)
     for model, width in (("B", 768), ("L", 1024)):

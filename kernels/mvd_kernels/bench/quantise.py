@@ -1,4 +1,4 @@
-"""Times of `quantise` on CPUs: what the linear layers of teachers in 8 bits read; MLPs of ViT-B and ViT-L."""
+"""Benchmark of `quantise` on CPUs: inputs of the 8-bit linear layers of teachers; MLPs of ViT-B and ViT-L."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mvd_kernels.twins.quantise import quantise
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """The hidden tokens of whole clips; none on GPUs, which take fp8."""
+    """Yield cases of the MLP's hidden activations of whole clips; none on GPUs, which use fp8."""
     for model, channels in (("B", 3072), ("L", 4096)) if device.type == "cpu" else ():
         sequences = torch.randn(clips(device), 1568, channels, dtype=torch.bfloat16)
         ways: dict[str, Callable[[], Any]] = {"twin": partial(quantise, sequences, 255)}

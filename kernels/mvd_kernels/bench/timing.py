@@ -1,4 +1,4 @@
-"""Times and memory of the passes of a case."""
+"""Measurement of time and memory of the forward and backward passes of a case."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ PERCENTILES = (0.2, 0.5, 0.8)
 
 @dataclass(frozen=True)
 class Timing:
-    """One line of the table.
+    """One row of the table.
 
     Attributes:
-        milliseconds: 20th, 50th and 80th percentile.
-        peak: memory allocated on top of the inputs, bytes; None on CPUs, where torch does not count it.
+        way: name of the implementation.
+        passes: `forward`, `backward` or `full` (both).
+        milliseconds: 20th, 50th and 80th percentile of the time, ms.
+        peak: peak of memory allocated beside the inputs, bytes; None on CPUs, where torch does not count it.
     """
 
     way: str
@@ -34,7 +36,7 @@ class Timing:
 
 
 def time_case(case: Case, device: torch.device) -> Iterator[Timing]:
-    """Forward pass, backward pass and both, of every way."""
+    """Time the forward pass, the backward pass and both, for every implementation."""
     for way, call in case.ways.items():
         yield _timing(way, "forward", call, device)
         if not case.inputs:
@@ -83,7 +85,7 @@ def _host_times(run: Callable[[], Any], seconds: float = 0.5, least: int = 5) ->
 
 @cache
 def machine(device: torch.device) -> dict[str, str]:
-    """Device and versions, as the table records them."""
+    """Name of the device and versions of the packages, for the table."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:

@@ -1,4 +1,4 @@
-"""Times of `tube_rows`: visible tokens of the student, all tokens of a teacher."""
+"""Benchmark of `tube_rows`: visible tokens of the student, all tokens of a teacher."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mvd_kernels.tubes import IMAGENET_MEAN, IMAGENET_STD
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """Clips of 16x224x224 in tubes of 2x16x16: the same for B and L."""
+    """Yield cases of clips of 16x224x224 in tubes of 2x16x16, which are the same for ViT-B and ViT-L."""
     count, dtype = clips(device), precision(device)
     pixels = torch.randint(0, 256, (count, 16, 224, 224, 3), dtype=torch.uint8, device=device)
     visible, _ = split_tokens(count, device)

@@ -1,4 +1,4 @@
-"""Times of `tube_targets`: the masked tokens of a clip, by normalisation."""
+"""Benchmark of `tube_targets`: the masked tokens of a clip, for every normalisation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mvd_kernels.bench.case import Case, clips, split_tokens, ways
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """Clips of 16x224x224 in tubes of 2x16x16: the same for B and L."""
+    """Yield cases of clips of 16x224x224 in tubes of 2x16x16, which are the same for ViT-B and ViT-L."""
     count = clips(device)
     pixels = torch.randint(0, 256, (count, 16, 224, 224, 3), dtype=torch.uint8, device=device)
     _, masked = split_tokens(count, device)

@@ -1,4 +1,4 @@
-"""The operators as Triton kernels. Import them only where Triton is installed.
+"""Operators as Triton kernels. Import them only if Triton is installed.
 
-Each is an operator of torch's library too: to `torch.compile` it is one call whose result has a known shape.
+Each is registered as a custom operator of torch: `torch.compile` treats it as one call with a result of known shape.
 """

@@ -1,6 +1,6 @@
-"""`add_layer_norm` as Triton kernels: one program a row forward, one a piece of some rows backward.
+"""`add_layer_norm` as Triton kernels: one program per row forward, one program per piece of `PIECE` rows backward.
 
-Several norms are a launch each, on their rows of the same tensors.
+Several norms need one launch each, on their rows of the same tensors.
 
 Legend: R rows, D channels, P pieces of rows, G norms.
 """
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from mvd_kernels.fused.launch import Launch, block, warps
 
-# Rows whose gradients of weight and bias one program adds up: a part in 32 of the traffic, and an order that is the
-# same on every GPU.
+# Rows whose gradients of weight and bias one program adds up. The partial sums are 1/32 of the rows' traffic, and the
+# order of addition is the same on every GPU.
 PIECE = 32
 
 
@@ -42,7 +42,7 @@ def add_layer_norm_forward(
     inside = channel < width
     base = tl.load(residual + row * r_row + channel, mask=inside, other=0).to(tl.float32)
     step = tl.load(update + row * u_row + channel, mask=inside, other=0).to(tl.float32)
-    # What is normalised is the sum as it is stored, rounded.
+    # The norm is computed of the rounded sum, as it is stored: the backward pass reads that one.
     rounded = (base + step).to(total.dtype.element_ty)
     tl.store(total + row * width + channel, rounded, mask=inside)
     value = rounded.to(tl.float32)
@@ -64,7 +64,7 @@ def add_layer_norm_backward(
     scales,  # float32 (R,)
     d_total,  # (R, D)
     d_normed,  # (R, D)
-    d_input,  # (R, D), of residual and update alike
+    d_input,  # (R, D), gradient of both residual and update
     d_weight,  # float32 (P, D)
     d_bias,  # float32 (P, D)
     t_row,
@@ -98,7 +98,15 @@ def add_layer_norm_backward(
 def forward_launch(
     inputs: tuple[Tensor, Tensor, Tensor, Tensor], total: Tensor, normed: Tensor, statistics: Tensor, eps: float
 ) -> Launch:
-    """From (residual, update, weight, bias), the first two (R, D), to the results and (2, R) of mean and scale."""
+    """Make the launch of the forward kernel.
+
+    Args:
+        inputs: residual (R, D), update (R, D), weight (D,), bias (D,).
+        total: result (R, D), the sum.
+        normed: result (R, D), the normalised sum.
+        statistics: result float32 (2, R), mean and scale of every row.
+        eps: added to the variance.
+    """
     residual, update, weight, bias = inputs
     width = residual.shape[-1]
     arguments = {
@@ -125,7 +133,15 @@ def backward_launch(
     d_input: Tensor,
     d_affine: tuple[Tensor, Tensor],
 ) -> Launch:
-    """From what the forward pass saved (sum, weight, statistics) and the gradients above, to those below."""
+    """Make the launch of the backward kernel.
+
+    Args:
+        saved: sum (R, D), weight (D,) and statistics (2, R) of the forward pass.
+        d_total: gradient of the sum (R, D).
+        d_normed: gradient of the normalised sum (R, D).
+        d_input: result (R, D), gradient of residual and of update.
+        d_affine: results float32 (P, D), partial gradients of weight and of bias.
+    """
     total, weight, statistics = saved
     count, width = d_input.shape
     arguments = {
@@ -148,13 +164,13 @@ def backward_launch(
 
 
 def _as_rows(tensor: Tensor) -> Tensor:
-    """(..., D) as (R, D) with the values of a row side by side, without a copy where there is a way."""
+    """Reshape (..., D) to (R, D) with contiguous rows; copies only if necessary."""
     flat = tensor.reshape(-1, tensor.shape[-1])
     return flat if flat.stride(-1) == 1 else flat.contiguous()
 
 
 def _of_each(norms: int, statistics: Tensor, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """The rows of every norm in each tensor, and last their statistics."""
+    """Split the rows of each tensor, and last the statistics, by norm."""
     parts = [_as_rows(tensor).chunk(norms) for tensor in tensors]
     return list(zip(*parts, statistics.chunk(norms, dim=1), strict=True))
 
@@ -175,7 +191,7 @@ def _forward(
 def _allocate(
     residual: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum, its norm, and mean and scale of every row."""
+    """Allocate the sum, its norm, and the statistics float32 (2, R)."""
     count = residual.numel() // residual.shape[-1]
     statistics = residual.new_empty(2, count, dtype=torch.float32)
     return residual.new_empty(residual.shape), residual.new_empty(residual.shape), statistics

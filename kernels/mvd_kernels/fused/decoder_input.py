@@ -1,4 +1,4 @@
-"""`decoder_input` as a Triton kernel: one program a token of the result, one launch a decoder.
+"""`decoder_input` as a Triton kernel: one program per token of the result, one launch per decoder.
 
 Legend: B clips of a decoder, N tokens, P class tokens, V visible, M masked, D width.
 """
@@ -41,7 +41,7 @@ def decoder_input_kernel(
     clip, place = program // count, program % count
     channel = tl.arange(0, BLOCK)
     inside = channel < width
-    # Loads that are masked out touch no memory: a program reads one row and at most one position.
+    # Masked-out loads do not access memory: a program reads one row and at most one position.
     is_hidden = place >= class_tokens + seen
     is_seen = (place >= class_tokens) & (place < class_tokens + seen)
     known = tl.load(embedded + clip * e_clip + place * e_token + channel, mask=inside & (place < class_tokens + seen))
@@ -59,7 +59,7 @@ def decoder_input_kernel(
 def launch(
     embedded: Tensor, mask_token: Tensor, positions: Tensor, visible: Tensor, masked: Tensor, tokens: Tensor
 ) -> Launch:
-    """The whole input of one decoder into `tokens`."""
+    """Make the launch that writes the input of one decoder to `tokens` (B, P + V + M, D)."""
     width = embedded.shape[-1]
     arguments = {
         "embedded": embedded,
@@ -107,7 +107,7 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-    # Positions are added: the first rows of the gradient are that of `embedded` as they stand, without a kernel.
+    # Positions are added, so the gradient of `embedded` is the first P + V tokens of `upstream`; no kernel is needed.
     guesses = upstream[:, ctx.known :].unflatten(0, (ctx.decoders, -1))
     mask_token = guesses.sum((1, 2), dtype=torch.float32).to(ctx.dtype).unsqueeze(1)
     return upstream[:, : ctx.known], mask_token, None, None, None

@@ -1,4 +1,4 @@
-"""One launch of a Triton kernel as data: a GPU runs it, Triton's interpreter runs it, `resources` compiles it."""
+"""Launch of a Triton kernel as data, so that a GPU or Triton's interpreter can run it and `resources` compile it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel with everything it is called with.
+    """A kernel with all its arguments.
 
     Attributes:
-        kernel: the jitted function.
-        programs: how many programs run.
-        arguments: tensors, numbers and None, by the names of the kernel's parameters.
-        constants: its `tl.constexpr` parameters.
-        warps: of each program.
+        kernel: the function decorated by `triton.jit`.
+        programs: number of programs (size of the one-dimensional grid).
+        arguments: tensors, numbers and None by the names of the kernel's parameters.
+        constants: values of its `tl.constexpr` parameters.
+        warps: warps per program.
     """
 
     kernel: Any
@@ -29,22 +29,22 @@ class Launch:
     warps: int
 
     def run(self) -> None:
-        """Launch on the device of the tensors, which need not be the current one."""
+        """Launch the kernel on the device of its tensors, which need not be the current device."""
         tensor = next(value for value in self.arguments.values() if isinstance(value, Tensor))
         with torch.cuda.device_of(tensor):
             self.kernel[(self.programs,)](**self.arguments, **self.constants, num_warps=self.warps)
 
 
 def block(width: int) -> int:
-    """The power of two that holds a row."""
+    """Smallest power of two that is at least the width of a row."""
     return triton.next_power_of_2(width)
 
 
 def warps(width: int) -> int:
-    """Of a program that holds a row in registers: 8 values a thread, up to 16 warps."""
+    """Warps of a program that holds a row in registers: 8 values per thread, 1 to 16 warps."""
     return min(max(block(width) // 256, 1), 16)
 
 
 def rows(tensor: Tensor) -> Tensor:
-    """The tensor itself if the values of a row lie side by side, a copy otherwise."""
+    """Return the tensor itself if the values of its last axis are contiguous, otherwise a contiguous copy."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

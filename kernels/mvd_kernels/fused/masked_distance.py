@@ -1,4 +1,4 @@
-"""`masked_distance` as Triton kernels: one program a masked token, its row in registers.
+"""`masked_distance` as Triton kernels: one program per masked token, which holds its row in registers.
 
 Legend: B clips, N tokens, M masked tokens, D channels.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mvd_kernels.fused.launch import Launch, block, rows, warps
 
-# What torch's cosine similarity and the target norm of the published code add to a denominator.
+# Terms that torch's cosine similarity and the target norm of the published code add to a denominator.
 COSINE_EPS = tl.constexpr(1e-8)
 NORM_EPS = tl.constexpr(1e-6)
 
@@ -24,7 +24,7 @@ def _read(
     predictions, p_clip, p_token, features, f_clip, f_token, masked, m_clip, m_token, count, width,
     NORM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Both rows of this program in float32, zero beyond the width."""
+    """Read the prediction and the feature of this program's token in float32; zero beyond the width."""
     row = tl.program_id(0).to(tl.int64)
     clip, place = row // count, row % count
     token = place
@@ -101,7 +101,7 @@ def masked_distance_backward(
     if DISTANCE == "cosine":
         length = tl.sqrt(tl.sum(guess * guess, 0))
         scale = 1 / (tl.maximum(length, COSINE_EPS) * tl.maximum(tl.sqrt(tl.sum(truth * truth, 0)), COSINE_EPS))
-        # The clamped length of a vanishing prediction is a constant.
+        # Where the length of a prediction is clamped to COSINE_EPS, it is a constant without gradient.
         turn = tl.where(length > COSINE_EPS, tl.sum(guess * truth, 0) / (length * length), 0)
         slope = (turn * guess - truth) * scale
     else:
@@ -136,7 +136,7 @@ def _arguments(predictions: Tensor, features: Tensor, masked: Tensor | None) -> 
 def forward_launch(
     predictions: Tensor, features: Tensor, masked: Tensor | None, distance: str, norm: bool, sums: Tensor
 ) -> Launch:
-    """The distance of each token into `sums`, float32 (B M,)."""
+    """Make the launch that writes the sum of distances of each token to `sums`, float32 (B M,)."""
     width = predictions.shape[-1]
     arguments = {**_arguments(predictions, features, masked), "sums": sums}
     constants = {"DISTANCE": distance, "NORM": norm, "BLOCK": block(width)}
@@ -152,7 +152,8 @@ def backward_launch(
     upstream: Tensor,
     gradient: Tensor,
 ) -> Launch:
-    """From the gradient of the mean, a float32 scalar, to that of the predictions."""
+    """Make the launch that computes the gradient of the predictions (B, M, D) from `upstream`, the gradient of the mean
+    (float32 scalar)."""
     clips, count, width = predictions.shape
     arguments = {
         **_arguments(predictions, features, masked),
@@ -165,13 +166,13 @@ def backward_launch(
 
 
 def _terms(predictions: Tensor, distance: str) -> int:
-    """What the mean is taken over: tokens for the cosine, values for the others."""
+    """Number of terms of the mean: tokens for the cosine, values for the other distances."""
     return predictions[..., 0].numel() if distance == "cosine" else predictions.numel()
 
 
 @torch.library.custom_op("mvd_kernels::masked_distance", mutates_args=())
 def _forward(predictions: Tensor, features: Tensor, masked: Tensor | None, distance: str, norm: bool) -> Tensor:
-    # Partial sums and then their sum: atomics would add in another order each time.
+    # One sum per token, then their sum: atomic additions would have another order in each run.
     sums = predictions.new_empty(predictions.shape[0] * predictions.shape[1], dtype=torch.float32)
     forward_launch(rows(predictions), rows(features), masked, distance, norm, sums).run()
     return sums.sum() / _terms(predictions, distance)

@@ -1,4 +1,4 @@
-"""Every kernel as the widest published step launches it: ViT-H, clips of 16x224x224 in tubes of 2x16x16.
+"""Launches of every kernel with the shapes of the largest published step: ViT-H, clips 16x224x224, tubes 2x16x16.
 
 Legend: B clips, N tokens, V visible, M masked, D width.
 """
@@ -19,20 +19,22 @@ FLOATING = (torch.float32, torch.float16, torch.bfloat16)
 B, N, V, M, D = 2, 1568, 160, 1408, 1280
 DECODER = 640
 TUBE = 3 * 2 * 16 * 16
-INDEX = 8  # bytes of a token's number
+INDEX = 8  # bytes of a token's index, int64
 FLOAT32 = 4
 
-# Tensors without memory: a launch needs their shapes, strides and dtypes only.
+# Tensors without memory: compilation of a launch needs only their shapes, strides and dtypes.
 empty = partial(torch.empty, device="meta")
 
 
 @dataclass(frozen=True)
 class Specimen:
-    """A launch of a kernel, and the least memory traffic of one row (token) of it, in bytes.
+    """A launch of a kernel, and its least possible memory traffic per row (token).
 
     Attributes:
-        variant: what sets it apart from other launches of the kernel: a dtype, or a choice.
-        read: weights that every program shares are not counted: they stay in the cache.
+        variant: dtype or option that distinguishes it from other launches of the same kernel.
+        launch: the kernel and its arguments, on the meta device.
+        read: bytes read per row, without weights that all programs share, which stay in the cache.
+        written: bytes written per row.
     """
 
     variant: str
@@ -42,12 +44,12 @@ class Specimen:
 
     @property
     def name(self) -> str:
-        """Kernel and variant."""
+        """Name of kernel and variant."""
         return f"{self.launch.kernel.__name__} {self.variant}"
 
 
 def specimens() -> Iterator[Specimen]:
-    """All kernels in all dtypes; choices that do not depend on the dtype in one."""
+    """Yield all kernels in all dtypes; options that do not depend on the dtype in one dtype only."""
     makers: tuple[Callable[[torch.dtype], Iterator[Specimen]], ...] = (_rows, _distances, _add_layer_norm, _decoder)
     for make in makers:
         for dtype in FLOATING:
@@ -108,5 +110,5 @@ def _decoder(dtype: torch.dtype) -> Iterator[Specimen]:
         empty(B, V + M, DECODER, dtype=dtype),
     )
     row = DECODER * dtype.itemsize
-    # Only visible tokens, V of V + M, have a row of their own to read.
+    # Only visible tokens, V of V + M, read a row of `embedded`; all masked tokens read the same mask token.
     yield Specimen(_label(dtype), launch, row * V / (V + M) + DECODER * FLOAT32 + INDEX, row)

@@ -1,4 +1,4 @@
-"""`tube_rows` as a Triton kernel: one program a token, read and written in the order in which pixels lie.
+"""`tube_rows` as a Triton kernel: one program per token, which reads and writes in the memory order of the pixels.
 
 Legend: B clips, T frames, H W pixels, K chosen tokens, t frames of a tubelet, p side of a patch.
 """
@@ -68,7 +68,7 @@ def launch(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Launch:
-    """(x / white - mean) / std as one multiply-add a channel, into `rows`."""
+    """Make the launch that writes (x / white - mean) / std, one multiply-add per value, to `rows` (B, K, t p p 3)."""
     white = white_level(pixels)
     colours = ("red", "green", "blue")
     arguments = tube_arguments(pixels, tokens, tubelet, patch)

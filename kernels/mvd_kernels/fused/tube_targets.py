@@ -1,4 +1,4 @@
-"""`tube_targets` as a Triton kernel: one program a token, pixels by colours in registers.
+"""`tube_targets` as a Triton kernel: one program per token, which holds a tile (pixels, colours) in registers.
 
 Legend: B clips, T frames, H W pixels, K chosen tokens, t frames of a tubelet, p side of a patch.
 """
@@ -43,7 +43,7 @@ def tube_targets_kernel(
         pixels, tokens, t_clip, t_place, count, s_clip, s_frame, s_row, s_column, grid_h, grid_w, TUBELET, PATCH
     )
     count_pixels: tl.constexpr = TUBELET * PATCH * PATCH
-    # A fourth colour, masked, makes the tile a power of two.
+    # Triton needs tiles whose sides are powers of two: a fourth colour is masked out.
     pixel = tl.arange(0, BLOCK)[:, None]
     colour = tl.arange(0, 4)[None, :]
     inside = (pixel < count_pixels) & (colour < 3)
@@ -65,7 +65,7 @@ def tube_targets_kernel(
 
 
 def launch(pixels: Tensor, tokens: Tensor | None, targets: Tensor, tubelet: int, patch: int, normalize: str) -> Launch:
-    """The normalised tubes into `targets`."""
+    """Make the launch that writes the normalised tubes to `targets`, float32 (B, K, t p p 3)."""
     arguments = tube_arguments(pixels, tokens, tubelet, patch)
     arguments |= {"targets": targets, "white": white_level(pixels)}
     size = tubelet * patch * patch

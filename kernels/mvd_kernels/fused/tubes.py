@@ -1,4 +1,4 @@
-"""What the kernels on tubes share: where a token's tube lies in its clip."""
+"""Addressing of a token's tube within its clip, which the kernels on tubes share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def tube_of_program(
     pixels, tokens, t_clip, t_place, count, s_clip, s_frame, s_row, s_column, grid_h, grid_w,
     TUBELET: tl.constexpr, PATCH: tl.constexpr,
 ):  # fmt: skip
-    """Number of this program and address of the first value of its tube."""
+    """Return the index of this program (int64) and the address of the first value of its tube."""
     program = tl.program_id(0).to(tl.int64)
     clip, place = program // count, program % count
     token = place
@@ -29,13 +29,13 @@ def tube_of_program(
 
 
 def token_count(pixels: Tensor, tokens: Tensor | None, tubelet: int, patch: int) -> int:
-    """K: how many tokens of a clip are chosen."""
+    """Number of chosen tokens per clip, K."""
     time, height, width = token_grid(pixels, tubelet, patch)
     return time * height * width if tokens is None else tokens.shape[1]
 
 
 def tube_arguments(pixels: Tensor, tokens: Tensor | None, tubelet: int, patch: int) -> dict[str, Any]:
-    """What `tube_of_program` needs, and the stride of the colours."""
+    """Arguments of `tube_of_program` by name, and the stride of the colours."""
     _, height, width = token_grid(pixels, tubelet, patch)
     s_clip, s_frame, s_row, s_column, s_colour = pixels.stride()
     return {

@@ -1,1 +1,1 @@
-"""Operators in C++ for the CPU that runs them, compiled once by its own compiler."""
+"""Operators in C++ that are compiled once on the machine that uses them, for its CPU, by its compiler."""

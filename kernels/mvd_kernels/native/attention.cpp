@@ -1,10 +1,10 @@
 // Softmax(q k^T / sqrt(C)) v, forward and backward, by the bf16 instructions of AVX-512.
 //
-// One thread takes one head of one clip, and its scores never leave its cache: the forward pass keeps those of 12
-// queries, the backward pass makes them again for some queries and keys at a time. Products are of bf16, sums float32.
+// One thread computes one head of one clip, and the scores never leave its cache: the forward pass holds the scores of
+// 12 queries, the backward pass recomputes them in tiles of queries and keys. Products are of bf16, sums in float32.
 //
 // Legend: B clips, N tokens, Q queries (the last Q tokens), H heads, C channels of a head.
-// The gradient arrives full of zeros, which queries that are not asked keep.
+// The caller fills the gradient with zeros; the gradients of queries that are not computed stay zero.
 // qkv is (B, N, 3, H, C) and out (B, Q, H, C), bf16; sums (B, H, Q) float32: log2 of the sum of 2^(score * log2 e).
 
 #ifdef __AVX512BF16__
@@ -21,10 +21,10 @@ using bf16 = uint16_t;
 
 namespace {
 
-constexpr int ROWS = 12;     // queries whose scores are computed together
-constexpr int COLUMNS = 32;  // keys beside them: 12 x 32 float32 sums fill 24 of the 32 registers
-constexpr int QUERIES = 96;  // queries of a tile of the backward pass
-constexpr int BLOCKS = 7;    // most keys of such a tile, in columns of 32
+constexpr int ROWS = 12;     // queries whose scores are computed in one register block
+constexpr int COLUMNS = 32;  // keys of that block: 12 x 32 float32 sums fill 24 of the 32 registers
+constexpr int QUERIES = 96;  // queries per tile of the backward pass
+constexpr int BLOCKS = 7;    // largest number of keys per tile, in columns of 32
 constexpr float LOG2E = 1.44269504f;
 
 #define INLINE inline __attribute__((always_inline))
@@ -32,7 +32,7 @@ constexpr float LOG2E = 1.44269504f;
 
 constexpr int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-// Rows that a product into C channels takes together: as many as registers hold the sums of. All divide 12.
+// Rows per register block of a product into C channels: as many as the registers can hold sums for. All divide 12.
 constexpr int rows_together(int C) { return C == 32 ? 12 : C == 64 ? 6 : C == 128 ? 3 : 4; }
 
 template <typename T>
@@ -67,15 +67,16 @@ INLINE __m256i narrow(__m512 values) { return (__m256i)_mm512_cvtneps_pbh(values
 
 INLINE void store(bf16 *to, __m256i values) { _mm256_storeu_si256((__m256i *)to, values); }
 
-// Two rows side by side, value by value.
+// Interleave two rows, value by value.
 INLINE void store_pairs(bf16 *to, __m256i even, __m256i odd) {
     __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16);
     _mm512_storeu_si512(to, _mm512_or_si512(_mm512_cvtepu16_epi32(even), high));
 }
 
-// 2^min(x, 0), with an error far below a step of bf16.
+// 2^min(x, 0) by a polynomial whose error is far below the rounding of bf16.
 INLINE __m512 exp2_of(__m512 x) {
-    // Padded keys may have any score: their shares shall be finite. In this order what is not a number stays so.
+    // Padded keys may have any score, so the exponent is clamped to keep their shares finite. In this order of min and
+    // max a NaN stays NaN.
     x = _mm512_min_ps(_mm512_set1_ps(0.0f), _mm512_max_ps(_mm512_set1_ps(-150.0f), x));
     const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m512 rest = _mm512_sub_ps(x, whole);
@@ -87,7 +88,7 @@ INLINE __m512 exp2_of(__m512 x) {
     return _mm512_scalef_ps(sum, whole);
 }
 
-// To [N / 32][C / 2][32][2]: what scores read of 32 keys, in their order; zeros up to `padded` rows.
+// Pack (N, C) to [N / 32][C / 2][32][2], the order in which `scores` reads 32 keys; zeros up to `padded` rows.
 void pack_columns(bf16 *to, Rows from, int padded, int C) {
     std::memset(to, 0, sizeof(bf16) * padded * C);
     for (int n = 0; n < from.count; n++)
@@ -95,19 +96,19 @@ void pack_columns(bf16 *to, Rows from, int padded, int C) {
             std::memcpy(to + int64_t(n / COLUMNS) * C * COLUMNS + c * COLUMNS + n % COLUMNS * 2, from.row(n) + c, 4);
 }
 
-// To [N / 2][C][2]: two rows side by side, for products that sum over rows.
+// Pack (N, C) to [N / 2][C][2], two rows interleaved, for products that sum over rows.
 void pack_pairs(bf16 *to, Rows from, int padded, int C) {
     for (int n = 0; n < padded; n++)
         for (int c = 0; c < C; c++) to[int64_t(n / 2) * 2 * C + 2 * c + n % 2] = n < from.count ? from.row(n)[c] : 0;
 }
 
-// To (padded, C).
+// Copy (N, C) to contiguous rows (padded, C); the padding is zero.
 void pack_rows(bf16 *to, Rows from, int padded, int C) {
     for (int n = 0; n < from.count; n++) std::memcpy(to + int64_t(n) * C, from.row(n), sizeof(bf16) * C);
     std::memset(to + int64_t(from.count) * C, 0, sizeof(bf16) * (padded - from.count) * C);
 }
 
-// Products of 12 rows (12, C) and 32 packed columns.
+// Compute the products of 12 rows (12, C) and 32 packed columns.
 template <int C>
 INLINE void scores(__m512 sums[ROWS][2], const bf16 *rows, const bf16 *columns) {
     UNROLL for (int r = 0; r < ROWS; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
@@ -121,7 +122,7 @@ INLINE void scores(__m512 sums[ROWS][2], const bf16 *rows, const bf16 *columns) 
     }
 }
 
-// Where the pairs of a left factor are: that of row r and step s at `at + r * row + s * step`.
+// Address of the pairs of a left factor: the pair of row r and step s is at `at + r * row + s * step`.
 struct Pairs {
     const bf16 *at;
     int64_t row, step;
@@ -140,7 +141,7 @@ INLINE void multiply(__m512 sums[R][C / 16], Pairs left, const bf16 *right, int 
     }
 }
 
-// The same into float32 (rows, C) in memory, for a multiple of 12 rows.
+// The same sum into float32 (rows, C) in memory, for a multiple of 12 rows.
 template <int C, int R = rows_together(C)>
 INLINE void accumulate(float *to, int rows, Pairs left, const bf16 *right, int steps) {
     for (int first = 0; first < rows; first += R) {
@@ -154,7 +155,8 @@ INLINE void accumulate(float *to, int rows, Pairs left, const bf16 *right, int s
     }
 }
 
-// Scores of one query become shares of their sum, which comes back as a factor for them, and as a logarithm.
+// Softmax of the scores of one query, unnormalised: writes the exponentials, returns the factor that normalises them
+// and stores the logarithm of their sum.
 float soften(bf16 *shares, float *scores, int tokens, int padded, float scale, float *logarithm) {
     std::fill(scores + tokens, scores + padded, -INFINITY);
     __m512 most = _mm512_set1_ps(-INFINITY);
@@ -207,19 +209,19 @@ void forward(Rows query, Rows key, Rows value, bf16 *out, int64_t out_stride, fl
     }
 }
 
-// What the backward pass keeps of a tile of queries and keys: shares, and the gradients of the scores (slopes).
+// Buffers of the backward pass for one tile of queries and keys: softmax shares, and gradients of the scores (slopes).
 struct Tile {
     explicit Tile(int width) : stride(up(width, ROWS)), room(3 * QUERIES * stride) {
         std::memset(room.at, 0, sizeof(bf16) * 3 * QUERIES * stride);
     }
-    const int64_t stride;  // keys, padded to rows of twelve
+    const int64_t stride;  // keys, padded to a multiple of 12
     Room<bf16> room;
     bf16 *slopes() const { return room.at; }                                      // (queries, keys)
     bf16 *slope_pairs() const { return room.at + QUERIES * stride; }              // [queries / 2][keys][2]
     bf16 *share_pairs() const { return room.at + 2 * QUERIES * stride; }          // the same
 };
 
-// Fill 12 queries and 32 keys of a tile, from query `r` and key `n` on.
+// Compute 12 queries and 32 keys of a tile, from query `r` and key `n` on.
 template <int C>
 INLINE void fill(
     const Tile &tile, int r, int n, const bf16 *query, const bf16 *gradient, const bf16 *key, const bf16 *value,
@@ -251,7 +253,7 @@ INLINE void fill(
         }
 }
 
-// float32 (rows, C) to rows of bf16.
+// Convert float32 (rows, C) to rows of bf16.
 void hand_over(bf16 *to, int64_t stride, const float *from, int rows, int C) {
     for (int64_t n = 0; n < rows; n++)
         for (int c = 0; c < C; c += 16) store(to + n * stride + c, narrow(_mm512_loadu_ps(from + n * C + c)));
@@ -276,7 +278,8 @@ void backward(
     pack_pairs(row_pairs.at, query, asked, C);
     pack_pairs(gradient_pairs.at, gradient, asked, C);
 
-    // What every score of a query loses to the sum of its shares being 1. No gradient comes from the padding.
+    // The term of the softmax's gradient that is common to all scores of a query: the sum over out * gradient. It is 0
+    // for padding queries, which have no gradient.
     Room<float> logarithms(asked), losses(asked);
     for (int n = 0; n < asked; n++) {
         __m512 loss = _mm512_setzero_ps();
@@ -316,7 +319,7 @@ void backward(
 template <int C>
 void forward_all(const bf16 *qkv, bf16 *out, float *sums, int64_t B, int64_t N, int64_t Q, int64_t H, int64_t threads) {
     const int64_t stride = 3 * H * C;
-    // Few heads for many threads: a head is cut into ranges of queries.
+    // If there are few heads for many threads, each head is cut into ranges of queries.
     const int64_t parts = std::min(up(4 * threads, B * H) / (B * H), up(Q, QUERIES) / QUERIES);
     const int64_t range = up(up(Q, parts) / parts, ROWS);
 #pragma omp parallel for schedule(dynamic) num_threads(threads)

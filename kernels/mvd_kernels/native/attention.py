@@ -1,4 +1,4 @@
-"""Attention for CPUs with bf16 instructions, where the matrix products of torch's own kernel stay in float32.
+"""Attention for CPUs with AVX512-BF16 but without AMX, on which torch's own kernel multiplies in float32.
 
 Legend: B clips, N tokens, Q queries, H heads, C channels of a head.
 """
@@ -15,18 +15,18 @@ from torch.autograd.function import once_differentiable
 from mvd_kernels.native.library import call, library, why_not
 
 CHANNELS = (32, 64, 80, 96, 128)
-"""Of a head, that it is compiled for."""
+"""Numbers of channels per head for which the kernel is compiled."""
 
 
 @cache
 def bf16_instructions() -> bool:
-    """Whether this CPU multiplies matrices of bfloat16."""
+    """Whether this CPU has instructions for products of bfloat16 (AVX512-BF16 or AMX-BF16)."""
     abilities = torch.cpu.get_capabilities()
     return bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
 
 
 def refusal(device: torch.device, dtype: torch.dtype, channels: int) -> str:
-    """Why heads of C channels are not computed here; empty if they are."""
+    """Reason why this kernel cannot be used for heads of C channels; empty if it can."""
     if device.type != "cpu":
         return "needs a CPU"
     if dtype != torch.bfloat16:
@@ -37,7 +37,7 @@ def refusal(device: torch.device, dtype: torch.dtype, channels: int) -> str:
 
 
 def refusal_of_instructions() -> str:
-    """Why it is not for this CPU; empty if it is."""
+    """Reason why this kernel is not used on this CPU; empty if it is."""
     abilities = torch.cpu.get_capabilities()
     if not abilities.get("avx512_bf16"):
         return "needs a CPU with AVX512-BF16"
@@ -53,11 +53,11 @@ def _refusal_of_cpu() -> str:
 
 
 def attention(qkv: Tensor, queries: int) -> Tensor:
-    """Softmax(q k^T / sqrt(C)) v.
+    """Compute softmax(q k^T / sqrt(C)) v.
 
     Args:
         qkv: bfloat16 (B, N, 3, H, C).
-        queries: the last so many tokens ask (Q).
+        queries: compute the output for the last Q tokens only.
 
     Returns:
         bfloat16 (B, Q, H, C). Scores and softmax are in float32.

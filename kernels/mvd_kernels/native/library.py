@@ -1,4 +1,4 @@
-"""From the C++ files of this folder to a library for exactly this CPU, kept in the user's cache."""
+"""Compilation of the C++ files of this folder to a library for exactly this CPU, cached in the user's home."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fop
 
 
 def library() -> ctypes.CDLL | None:
-    """The compiled functions, or None where they cannot be compiled: `why_not` says why."""
+    """Return the library of compiled functions, or None if they cannot be compiled; `why_not` gives the reason."""
     return _build()[0]
 
 
 def why_not() -> str:
-    """Why there is no library; empty if there is one."""
+    """Reason why there is no library; empty if there is one."""
     return _build()[1]
 
 
@@ -38,19 +38,19 @@ def _build() -> tuple[ctypes.CDLL | None, str]:
         return None, "no C++ compiler (c++) on PATH: install g++"
     sources = sorted(Path(__file__).parent.glob("*.cpp"))
     try:
-        # Its own macros name the compiler's version and every instruction set of this CPU.
+        # The predefined macros identify the compiler's version and every instruction set of this CPU.
         macros = _run(compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull)
         key = hashlib.sha256(
             b"".join([" ".join(_FLAGS).encode(), macros.encode(), *(source.read_bytes() for source in sources)])
         ).hexdigest()
         file = Path.home() / ".cache" / "mvd_kernels" / f"{key[:32]}.so"
         if not file.exists():
-            logger.info("compiling the operators for this CPU, once: about 10 s")
+            logger.info("compiling the C++ operators for this CPU: about 10 s, once per machine")
             file.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
                 made = Path(scratch, file.name)
                 _run(compiler, *_FLAGS, "-w", "-shared", "-o", str(made), *map(str, sources))
-                # Ranks that start together each make one, and the first stays: others may run it by now.
+                # Ranks that start at the same time each compile one; the first is kept, as others may have loaded it.
                 with suppress(FileExistsError):
                     file.hardlink_to(made)
         return ctypes.CDLL(str(file)), ""
@@ -66,7 +66,13 @@ def _run(*command: str) -> str:
 
 
 def call(name: str, tensors: tuple[Tensor, ...], *numbers: int) -> None:
-    """Run a function on contiguous tensors of the CPU; its last argument is the number of threads."""
+    """Call a compiled function.
+
+    Args:
+        name: name of the function.
+        tensors: contiguous tensors on the CPU, passed as pointers.
+        numbers: integers, passed as int64; the number of threads is appended to them.
+    """
     function = getattr(library(), name)
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
     function(*pointers, *map(ctypes.c_int64, (*numbers, torch.get_num_threads())))

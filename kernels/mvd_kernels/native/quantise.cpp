@@ -1,6 +1,6 @@
-// Floating activations to 8 bits, sequence by sequence, each with a range of its own.
+// Quantisation of floating activations to 8 bits, with a separate range for each sequence.
 //
-// Legend: S sequences, L numbers of each.
+// Legend: S sequences, L values of each.
 
 #include <algorithm>
 #include <cmath>
@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int64_t CHUNK = 1 << 15;  // numbers that a thread takes at once
+constexpr int64_t CHUNK = 1 << 15;  // values per task of a thread
 constexpr float LEAST_STEP = 1e-30f;
 
 inline float value_of(float value) { return value; }
@@ -25,7 +25,7 @@ inline float value_of(uint16_t bf16) {
 
 struct Range {
     float low = 0, high = 0;
-    float faults = 0;  // not a number if a value is not finite
+    float faults = 0;  // NaN if any value is not finite
 };
 
 template <typename T>

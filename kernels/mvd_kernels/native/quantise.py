@@ -1,4 +1,4 @@
-"""Floating activations to 8 bits in two passes of memory, where torch's operators take eight."""
+"""Quantisation of activations to 8 bits in two passes over memory; torch's operators need eight."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mvd_kernels.native.library import call, library
 
 
 def takes(sequences: Tensor) -> bool:
-    """Whether they are quantised here."""
+    """Whether the C++ function can quantise these sequences (dtype, and a compiler is available)."""
     return sequences.dtype in (torch.bfloat16, torch.float32) and library() is not None
 
 

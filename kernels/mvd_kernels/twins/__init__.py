@@ -1,1 +1,1 @@
-"""The operators in plain torch: what CPUs run, and what the kernels of `mvd_kernels.fused` are judged by."""
+"""Operators in plain torch: CPUs run them, and tests compare the kernels of `mvd_kernels.fused` with them."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 _LEAST_STEP = 1e-30
-"""Between two levels, of activations that are all but zero."""
+"""Least step between two levels; avoids a division by zero for activations that are all close to zero."""
 
 
 def quantise(sequences: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:

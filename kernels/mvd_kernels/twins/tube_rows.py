@@ -16,7 +16,10 @@ from mvd_kernels.twins.tubes import gather_tubes
 def _affine(
     mean: tuple[float, ...], std: tuple[float, ...], white: float, pixels: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Factor and summand of each value of a row. Kept: copying them to a GPU at every call would make the host wait."""
+    """Factor and summand of each value of a row, both float32 (t p p 3,).
+
+    Cached, because a copy to the GPU at every call would make the host wait for the device.
+    """
     scale = [1 / (white * s) for s in std] * pixels
     shift = [-m / s for m, s in zip(mean, std, strict=True)] * pixels
     with torch.inference_mode(False):
@@ -35,8 +38,8 @@ def tube_rows(
 ) -> Tensor:
     """See `mvd_kernels.tube_rows`."""
     tubes = gather_tubes(pixels, tokens, tubelet, patch).flatten(2)
-    # (x / white - mean) / std as one multiply-add per channel.
-    # While a program is exported, new tensors are stand-ins without values: none of them may stay in the cache.
+    # (x / white - mean) / std is computed as one multiply-add per value.
+    # During torch.export new tensors are fake tensors without values, which must not enter the cache.
     affine = _affine.__wrapped__ if torch.compiler.is_exporting() else _affine
     values = (tuple(mean), tuple(std), white_level(pixels), tubes.shape[-1] // 3)
     scale, shift = affine(*values, pixels.device)

@@ -1,4 +1,4 @@
-"""The gather that the twins on tubes share."""
+"""Gather of tubes, which the twins of the operators on tubes share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mvd_kernels.tubes import token_grid
 
 
 def gather_tubes(pixels: Tensor, tokens: Tensor | None, tubelet: int, patch: int) -> Tensor:
-    """Tubes as (B, K, t, p, p, 3) in the dtype of `pixels`; only chosen pixels are touched."""
+    """Gather the tubes of chosen tokens as (B, K, t, p, p, 3) in the dtype of `pixels`; other pixels are not read."""
     clips, channels = pixels.shape[0], pixels.shape[-1]
     time, rows, columns = token_grid(pixels, tubelet, patch)
     tubes = pixels.view(clips, time, tubelet, rows, patch, columns, patch, channels)

@@ -1,4 +1,4 @@
-"""Published formats, each recognised by its keys."""
+"""Published checkpoint formats and their recognition by keys."""
 
 from __future__ import annotations
 
@@ -22,32 +22,42 @@ FAMILIES: dict[str, tuple[Format, ...]] = {
     "timm": (TIMM,),
     "hf": (HF_VIDEOMAE, HF_MAE),
 }
-"""What can be written, by the word of `mvd-scale export --to`."""
+"""Formats that can be written, by the value of `mvd-scale export --to`."""
 
 _ORDER = (HF_MAE, HF_VIDEOMAE, VIDEOMAE, MVD, MAE, MVD_CLASSIFIER, VIDEOMAE_FINETUNED, TIMM)
-"""The most telling keys first."""
+"""Order of recognition, the most specific keys first: later formats also match files of earlier ones."""
 
 _PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.", "encoder.")
 _PATCHES = ("patch_embed.proj.weight", "patch_embed.weight", "embeddings.patch_embeddings.projection.weight")
 
 
 def recognise(tensors: Mapping[str, Tensor], positions: Positions | None) -> Format | None:
-    """The published format of a state dict without wrappers.
+    """Recognise the published format of a state dict without wrapper prefixes.
 
-    Fine-tuned classifiers of VideoMAE and MVD have the same keys: they count as MVD's (sincos3d) unless `positions`
-    says sinusoid.
+    Fine-tuned classifiers of VideoMAE and MVD have the same keys: they are taken for MVD's (sincos3d) unless
+    `positions` is `sinusoid`.
+
+    Args:
+        tensors: tensors by the names of the file.
+        positions: position table that the user states, or None.
+
+    Returns:
+        the format, or None if no published format has these keys.
     """
     found = next((form for form in _ORDER if form.recognise(tensors)), None)
     return VIDEOMAE_FINETUNED if found is MVD_CLASSIFIER and positions == "sinusoid" else found
 
 
 def strip_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Take off the prefixes of engines and larger models where the encoder lies under them."""
+    """Remove prefixes that engines and larger models put before the names, if the encoder is below them.
+
+    The prefixes are tried twice, because they can be nested in any order.
+    """
     stripped = dict(tensors)
     for prefix in _PREFIXES * 2:
         inside = {name.removeprefix(prefix) for name in stripped if name.startswith(prefix)}
         outside = {name for name in stripped if not name.startswith(prefix)}
-        # `encoder.` belongs to the names of VideoMAE and of ours as soon as a decoder or head of theirs is there.
+        # `encoder.` is part of the names of VideoMAE and of this project if the file also has a decoder or a head.
         holds_decoder = any(name.startswith(("decoder", "encoder_to_decoder")) for name in outside)
         native = "patch_embed.weight" in inside
         whole = prefix != "encoder." or not (holds_decoder or (native and outside))

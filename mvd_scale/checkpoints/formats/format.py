@@ -1,4 +1,4 @@
-"""What a published format is: its names, how its attention is written, which positions its code adds."""
+"""`Format`: the names of a published format, the form of its attention and the positions that its code adds."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from mvd_scale.checkpoints.formats.names import AttentionForm, Table
 from mvd_scale.config.model import Positions
 
 SPLIT_LEAVES: Table = (("attn.q_bias", "attn.qkv.q_bias"), ("attn.v_bias", "attn.qkv.v_bias"), ("", ""))
-"""Names within a block of VideoMAE and MVD."""
+"""Names within a block, for VideoMAE and MVD."""
 
 FUSED_LEAVES: Table = (("", ""),)
-"""Names within a block of MAE and timm."""
+"""Names within a block, for MAE and timm."""
 
 HF_LEAVES: Table = (
     ("attention.attention.query.", "attn.q."),
@@ -28,7 +28,7 @@ HF_LEAVES: Table = (
     ("layernorm_before.", "norm1."),
     ("layernorm_after.", "norm2."),
 )
-"""Names within a block of the files on Hugging Face's hub."""
+"""Names within a block, for the files on Hugging Face's hub."""
 
 
 def _no_facts(config: Mapping[str, Any]) -> Hints:
@@ -40,51 +40,51 @@ class Format:
     """One published format, in both directions."""
 
     name: str
-    """As `inspect` shows it."""
+    """Name that `mvd-scale inspect` shows."""
 
     recognise: Callable[[Mapping[str, Tensor]], bool]
-    """Whether a file is of this format, by its keys and the axes of its patch embedding."""
+    """Predicate: whether a file is of this format, judged by its keys and the axes of its patch embedding."""
 
     modules: Table
-    """Names outside blocks, and where blocks lie."""
+    """Names outside blocks, and the prefix of the blocks."""
 
     leaves: Table
     """Names within a block."""
 
     attention: AttentionForm
-    """How attention is written."""
+    """Form of the attention's weights and biases."""
 
     positions: Positions
-    """The table that its code adds, and the one assumed where a file holds none."""
+    """Position table that the format's code adds; assumed if a file contains none."""
 
     kinds: tuple[Kind, ...]
-    """What it can hold."""
+    """Kinds of model that the format can represent."""
 
     image: bool = False
-    """Images with a class token; clips without one otherwise."""
+    """True: models of images with a class token; False: models of clips without one."""
 
     stores_positions: bool = False
-    """The position tables are part of the file."""
+    """Whether files contain the position tables."""
 
     key_bias: bool = False
-    """Keys have a bias of their own (`separate` attention only)."""
+    """Whether the keys have a bias (`separate` attention only)."""
 
     ignored: tuple[str, ...] = ()
-    """Beginnings of names that are known and have no counterpart here."""
+    """Prefixes of names that are known and deliberately not loaded."""
 
     facts: Callable[[Mapping[str, Any]], Hints] = _no_facts
-    """What the `config.json` beside the weights tells."""
+    """Function that reads hints from the `config.json` beside the weights."""
 
     config: Callable[[Checkpoint], dict[str, Any]] | None = None
-    """The `config.json` to write beside the weights."""
+    """Function that makes the `config.json` to write beside the weights; None if the format has none."""
 
 
 def patch_axes(tensors: Mapping[str, Tensor], *names: str) -> int:
-    """Axes of the first patch embedding found: 5 for tubelets, 4 for images, 2 for ours, 0 without one."""
+    """Number of axes of the first patch embedding found: 5 tubelets, 4 images, 2 this project, 0 none found."""
     return next((tensors[name].ndim for name in names if name in tensors), 0)
 
 
 def whole(config: Mapping[str, Any], key: str) -> int | None:
-    """A whole number of a foreign `config.json`, or None."""
+    """Read an integer from the `config.json` of another library; None if it is absent or no integer."""
     value = config.get(key)
     return value if type(value) is int else None

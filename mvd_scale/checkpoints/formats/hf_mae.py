@@ -1,4 +1,7 @@
-"""Hugging Face `ViTMAEModel` and `ViTMAEForPreTraining`. Their LayerNorms default to eps 1e-12, MAE's have 1e-6."""
+"""Hugging Face `ViTMAEModel` and `ViTMAEForPreTraining`.
+
+Their LayerNorms default to eps 1e-12, whereas MAE uses 1e-6: the exported `config.json` sets 1e-6.
+"""
 
 from __future__ import annotations
 
@@ -67,14 +70,14 @@ HF_MAE = Format(
         ("decoder.mask_token", "decoders.pixels.mask_token"),
         ("decoder.decoder_pos_embed", "decoders.pixels.positions"),
         ("decoder.decoder_layers.", "decoders.pixels.blocks."),
-        # What save_pretrained of transformers 5 writes.
+        # Name that `save_pretrained` of transformers 5 writes.
         ("decoder.decoder_encoder.layer.", "decoders.pixels.blocks."),
         ("decoder.decoder_norm.", "decoders.pixels.norm."),
         ("decoder.decoder_pred.", "decoders.pixels.head."),
     ),
     leaves=(
         *HF_LEAVES,
-        # Names of the modules of transformers 5.
+        # Module names of transformers 5.
         ("attention.q_proj.", "attn.q."),
         ("attention.k_proj.", "attn.k."),
         ("attention.v_proj.", "attn.v."),

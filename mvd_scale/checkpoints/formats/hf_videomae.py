@@ -1,6 +1,6 @@
 """Hugging Face `VideoMAEModel`, `VideoMAEForPreTraining` and `VideoMAEForVideoClassification`.
 
-Their LayerNorms default to eps 1e-12 (1e-5 at the decoder's end); VideoMAE itself and this project have 1e-6.
+Their LayerNorms default to eps 1e-12 (1e-5 after the decoder); VideoMAE itself and this project use 1e-6.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ HF_VIDEOMAE = Format(
         ("classifier.", "head."),
     ),
     leaves=(
-        # Files have biases of this form; the modules of transformers 5 name them like those of a linear layer.
+        # Published files have these names; the modules of transformers 5 name them like the biases of a linear layer.
         ("attention.attention.q_bias", "attn.q.bias"),
         ("attention.attention.v_bias", "attn.v.bias"),
         *HF_LEAVES,

@@ -1,7 +1,7 @@
-"""Two-way renaming between a published format and ours, and the forms that packed attention is written in.
+"""Renaming between a published format and ours in both directions, and conversion between forms of attention weights.
 
-A table is a sequence of pairs (theirs, ours) of name beginnings; the first that fits counts. Where several of theirs
-stand for one of ours, the first is the one that is written.
+A table is a sequence of pairs (theirs, ours) of name prefixes; the first prefix that matches is replaced. If several
+of theirs map to one of ours, the first of them is written on export.
 """
 
 from __future__ import annotations
@@ -14,27 +14,29 @@ from torch import Tensor
 
 Table = tuple[tuple[str, str], ...]
 AttentionForm = Literal["split", "fused", "separate"]
-"""`split`: q_bias and v_bias (VideoMAE, MVD); `fused`: one bias of q, k, v (MAE, timm); `separate`: three layers."""
+"""`split`: q_bias and v_bias (VideoMAE, MVD); `fused`: one bias for q, k and v (MAE, timm); `separate`: three layers
+(Hugging Face)."""
 
 _BLOCKS = "blocks."
 
 
 def to_ours(name: str, modules: Table, leaves: Table) -> str | None:
-    """Our name of a published tensor, or None if the table does not know it."""
+    """Return our name of a published tensor, or None if the tables do not contain it."""
     ours = _rename(name, modules)
     return _rename_leaf(ours, leaves) if ours is not None else None
 
 
 def from_ours(name: str, modules: Table, leaves: Table) -> str | None:
-    """The published name of a tensor of ours, or None if the format has no place for it."""
+    """Return the published name of one of our tensors, or None if the format has no such tensor."""
     leaf_renamed = _rename_leaf(name, _flip(leaves))
     return _rename(leaf_renamed, _flip(modules)) if leaf_renamed is not None else None
 
 
 def pack_attention(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Bring any form of attention to ours: one weight, biases of query and value.
+    """Convert any form of attention to ours: one packed weight, and biases for query and value only.
 
-    A bias of the keys adds the same number to all scores of a query, which the softmax cancels: it is dropped.
+    A bias of the keys adds the same number to all scores of a query, which the softmax cancels: it is dropped without
+    any change of the output.
     """
     packed = dict(tensors)
     for name in tensors:
@@ -55,7 +57,13 @@ def pack_attention(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def unpack_attention(tensors: Mapping[str, Tensor], form: AttentionForm, *, key_bias: bool) -> dict[str, Tensor]:
-    """From our form of attention to another; `key_bias` writes zeros where `separate` has a bias of the keys."""
+    """Convert our form of attention to another.
+
+    Args:
+        tensors: tensors by our names.
+        form: the form to convert to.
+        key_bias: with `separate`, add a bias of zeros for the keys.
+    """
     if form == "split":
         return dict(tensors)
     unpacked: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""timm's plain vision transformers (`vit_*`), among them MAE's encoder-only files, which have the same names."""
+"""timm's plain vision transformers (`vit_*`); the encoder-only files of MAE have the same names."""
 
 from __future__ import annotations
 
@@ -29,6 +29,6 @@ TIMM = Format(
     kinds=("encoder",),
     image=True,
     stores_positions=True,
-    # Image classes: no head of ours reads a class token.
+    # Heads of image classification: no head of this project reads the class token.
     ignored=("head.", "fc_norm."),
 )

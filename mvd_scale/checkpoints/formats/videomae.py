@@ -1,6 +1,6 @@
-"""VideoMAE (MCG-NJU/VideoMAE): pre-training with encoder and pixel decoder; encoders and fine-tuned classifiers.
+"""VideoMAE (MCG-NJU/VideoMAE): pre-training files with encoder and pixel decoder; encoders and fine-tuned classifiers.
 
-Neither form holds a position table: the code adds the sinusoid over the token index.
+Neither kind of file contains a position table: VideoMAE's code adds a sinusoid over the token index.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FINETUNED_MODULES: Table = (
     ("fc_norm.", "norm."),
     ("head.", "head."),
 )
-"""Names of fine-tuned classifiers, which VideoMAE and MVD share to the letter."""
+"""Names of fine-tuned classifiers, which are identical in VideoMAE and MVD."""
 
 
 def _recognise(tensors: Mapping[str, Tensor]) -> bool:

@@ -1,4 +1,4 @@
-"""Other clips than a model was trained on: positions follow, images become video, tubelets stay."""
+"""Adaptation to other clips: positions are resized, image models are inflated, tubelets of video models are kept."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_decoders_without_a_place_are_named(tmp_path: Path) -> None:
     decoder = DecoderConfig(width=32, depth=1, heads=2)
     student = Student(VIDEO, {"image": (decoder, 16), "dino": (decoder, 16)})
     save_weights(tmp_path / "s.safetensors", student.state_dict(), VIDEO, {"image": decoder, "dino": decoder})
-    with pytest.raises(UserError, match=r"no place for decoders\.dino"):
+    with pytest.raises(UserError, match=r"no tensors for decoders\.dino"):
         to_published(read_checkpoint(tmp_path / "s.safetensors"), "mvd")
 
 

@@ -1,4 +1,4 @@
-"""transformers and timm judge: the same outputs from the same weights, on the way in and on the way back.
+"""Import and export against transformers and timm: the same weights give the same outputs.
 
 Tolerance of outputs in float32: 2e-5 absolute. Their LayerNorms are set to eps 1e-6, that of the published models.
 """

@@ -1,4 +1,4 @@
-"""Weights go out and come back exactly, or every reason why not is named and nothing was loaded."""
+"""Weights survive saving and loading exactly; otherwise every misfit is named and nothing is loaded."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_all_faults_are_named_and_nothing_is_loaded() -> None:
 def test_a_file_of_unknown_origin_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "encoder.safetensors"
     save_file({"x": torch.zeros(1)}, path)
-    with pytest.raises(UserError, match="does not say which model"):
+    with pytest.raises(UserError, match="does not state the shape of its model"):
         load_encoder(path, final_norm=True)
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(UserError, match="not a readable safetensors file"):

@@ -1,4 +1,4 @@
-"""The files of AVA: what is right is read, and what is wrong is named with its line."""
+"""Files of AVA: valid files are read, and errors name the invalid line."""
 
 from __future__ import annotations
 
@@ -74,10 +74,10 @@ def test_results_come_back_as_they_were_written(write, tmp_path: Path) -> None:
         ("a,902,0,0,1,1,81,1", "line 2: action '81' is unknown: expected a number from 1 to 80"),
         ("a,902,0,0,1,1,stand,1", "line 2: action 'stand' is unknown"),
         ("a,902,0,0,1,1,,1", "line 2: action '' is unknown"),
-        ("a,902,0,0,1.01,1,3,1", "line 2: 0, 0, 1.01, 1 is no box"),
-        ("a,902,0.5,0,0.4,1,3,1", "line 2: 0.5, 0, 0.4, 1 is no box"),
-        ("a,902,12,30,200,300,3,1", "as shares of the frame"),
-        ("a,noon,0,0,1,1,3,1", "line 2: second 'noon' is no number"),
+        ("a,902,0,0,1.01,1,3,1", "line 2: 0, 0, 1.01, 1 is not a box"),
+        ("a,902,0.5,0,0.4,1,3,1", "line 2: 0.5, 0, 0.4, 1 is not a box"),
+        ("a,902,12,30,200,300,3,1", "as fractions of the frame"),
+        ("a,noon,0,0,1,1,3,1", "line 2: second 'noon' is not a number"),
         ("a,-1,0,0,1,1,3,1", "before the start"),
         ("a,902,nan,0,1,1,3,1", "line 2: coordinate 'nan' is not finite"),
     ],
@@ -92,7 +92,7 @@ def test_a_bad_line_is_named(write, line: str, said: str) -> None:
     ("text", "said"),
     [
         ("", "lists no actions"),
-        ('label { name: "run" }', "is no action"),
+        ('label { name: "run" }', "is not an action"),
         ('label { name: "run" label_id: 81 }', "action 81"),
         ('label { name: "run" label_id: 1 } label { name: "go" label_id: 1 }', "listed twice, as 'run' and 'go'"),
     ],

@@ -1,4 +1,4 @@
-"""The detector, its loss, its checkpoints, and what a test makes of its scores."""
+"""The detector, its loss, its checkpoints, and the evaluation of its scores."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_a_detector_comes_back_as_it_was_and_is_no_classifier(detector: Detector
     start_encoder(encoder, file)
     assert torch.equal(encoder(clips()), detector.encoder(clips()))
     save_weights(file, encoder.state_dict(), MODEL)
-    with pytest.raises(UserError, match="holds no detector but encoder weights"):
+    with pytest.raises(UserError, match="holds encoder weights, not a detector"):
         build_detector(read_checkpoint(file))
 
 

@@ -1,4 +1,4 @@
-"""Seconds become frames by the real rate of a file, and what cannot be used is named."""
+"""Seconds are converted to frames by the rate of the file, and key frames that cannot be used are named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clips come around their key frames, each box over what it was drawn around."""
+"""Clips are cut around their key frames, and each box covers the object that it was drawn around."""
 
 from __future__ import annotations
 

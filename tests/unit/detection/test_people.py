@@ -1,4 +1,4 @@
-"""Boxes go the way of their pixels."""
+"""Boxes are transformed in the same way as the pixels."""
 
 from __future__ import annotations
 

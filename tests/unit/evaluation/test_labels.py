@@ -1,4 +1,4 @@
-"""Labels that cannot be learnt or tested are refused, with the video that shows it."""
+"""Invalid labels are refused, and the message names a video that has one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The picture shows the truth, and a perfect prediction looks like it."""
+"""The picture shows the target, and a perfect prediction looks the same."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ def test_frames_in_memory_are_a_video(tmp_path, weights):
         (frames[0], r"\(32, 48, 3\)"),
         (frames[:0], r"\(0, 32, 48, 3\)"),
         (np.moveaxis(frames, 3, 1), r"\(30, 3, 32, 48\)"),
-        ([1, 2], "a list is no video"),
+        ([1, 2], "a list is not a video"),
     ):
         with pytest.raises(UserError, match=f"{said}.*expected"):
             classifier(wrong)

@@ -59,4 +59,4 @@ def test_only_masked_patches_are_hidden():
 def test_a_wrong_suffix_is_said(tmp_path, clips):
     arguments = ["data", "preview", str(clips), "--out", str(tmp_path / "a.png"), "--moving", str(tmp_path / "a.avi")]
     result = CliRunner().invoke(cli, arguments)
-    assert "neither a .gif nor an .mp4" in str(result.exception)
+    assert "expected .gif or .mp4" in str(result.exception)

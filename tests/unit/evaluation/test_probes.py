@@ -1,4 +1,4 @@
-"""Probes find classes that are there, and none where there are none."""
+"""Probes recognise classes whose features differ, and are at chance if they do not differ."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report of a test stands alone, says what the test says, and trusts no name."""
+"""The report of an evaluation is self-contained, shows the same figures, and escapes all names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EVIL = '<script>alert("x")</script>'
 
 
 class Page(HTMLParser):
-    """What a browser would see: tags, what they point to, and the text of some of them."""
+    """Parser that collects what a browser would see: tags, their links, and the text of some of them."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -249,7 +249,7 @@ def test_the_same_test_gives_the_same_page(make: Make, tmp_path: Path) -> None:
 def test_a_folder_without_a_test_is_one_message(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, ["report", str(tmp_path)])
     assert result.exit_code != 0
-    assert "holds no finished test" in str(result.exception)
+    assert "holds no finished evaluation" in str(result.exception)
 
 
 def test_videos_of_one_name_keep_their_own_pictures_and_reasons(make: Make) -> None:

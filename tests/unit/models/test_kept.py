@@ -1,4 +1,4 @@
-"""Promises of blocks that compute only what is asked for: the same numbers as for everything."""
+"""Blocks that compute only some output tokens give the same values for them as for all tokens."""
 
 from typing import get_args
 

@@ -1,4 +1,4 @@
-"""What encoder, decoder and student promise, against computations written out by hand."""
+"""Encoder, decoder and student against computations written out by hand."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_targets_have_decoders_of_their_own(clip: torch.Tensor, tokens: tuple[to
 def test_gradient_checkpointing_changes_no_gradient(
     clip: torch.Tensor, tokens: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
-    """Not the last bit, and no random drop."""
+    """Gradients are equal to the last bit, also with stochastic depth."""
     gradients, states = [], []
     for checkpointing in get_args(Checkpointing):
         torch.manual_seed(0)

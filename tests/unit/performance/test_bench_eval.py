@@ -147,4 +147,4 @@ def test_a_source_of_shards_is_refused(tmp_path: Path, manifest: Manifest) -> No
     packed.save(tmp_path / "packed.parquet")
     result = CliRunner().invoke(cli, ["bench", "eval", str(tmp_path / "packed.parquet")])
     assert result.exit_code != 0
-    assert "a file by itself" in str(result.exception)
+    assert "in a file of its own" in str(result.exception)

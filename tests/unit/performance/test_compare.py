@@ -1,4 +1,4 @@
-"""`bench compare` sees what became worse, and refuses to compare what cannot be compared."""
+"""`bench compare` finds figures that became worse, and refuses reports that are not comparable."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ def test_other_videos_are_another_measurement(tmp_path, report):
         ("not json", "is not JSON"),
         ("[1]", "kind is None"),
         (json.dumps({"kind": "race"}), "kind is 'race', expected step, methods"),
-        (json.dumps({"kind": "load", "size": "S"}), "is no whole report of `bench load`: machine"),
+        (json.dumps({"kind": "load", "size": "S"}), "is not a complete report of `bench load`: machine"),
     ],
 )
 def test_what_is_no_report_is_refused(tmp_path, text, said):

@@ -1,4 +1,4 @@
-"""FLOPs by part are those that torch counts on the modules themselves, not nearly, but exactly.
+"""FLOPs by part are exactly those that torch counts on the modules.
 
 The counts are read by module. What torch's counter does not know, SDPA's kernel for CPUs, is given the formula that it
 has for the same kernel of GPUs.

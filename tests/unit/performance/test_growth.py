@@ -1,4 +1,4 @@
-"""The growth of a step's cost: the power is that of the points, and every point is the recipe but for one quantity."""
+"""Growth of a step's cost: the power is fitted to the points, and each point changes one quantity of the recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`bench step --checkpointing`: every choice is measured, beside none."""
+"""`bench step --checkpointing`: every choice is measured and compared with `none`."""
 
 from __future__ import annotations
 

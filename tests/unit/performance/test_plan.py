@@ -230,7 +230,7 @@ def test_text_and_json_say_the_same() -> None:
     assert f"{told['clips_per_second']:.0f} clips/s" in text
     assert f"run {told['run_hours']:.1f} h" in text
     assert f"the limit is {told['limit']}" in text
-    assert "assumed" in text
+    assert "assumptions" in text
     assert {part["part"] for part in told["flops"]} == {
         "patch embedding", "encoder", "image decoder", "video decoder", "image teacher", "video teacher"
     }  # fmt: skip
@@ -247,17 +247,17 @@ def test_an_efficiency_of_ones_own_replaces_the_assumed_one() -> None:
     [
         (["--gpu", "P100"], "one of V100, A100, H100, H200, B200"),
         (["--gpus", "0"], "0 is not in the range"),
-        (["--gpus", "12"], "take 8 or 16 GPUs"),
+        (["--gpus", "12"], "use 8 or 16 GPUs"),
         (["--gpus", "24"], "Start 16 or 32 ranks"),
         (["--gpu", "V100", "--training.precision", "bf16"], "V100 has no bf16"),
         (["--gpu", "V100", "--attention", "flash-attn"], "V100 has sdpa only"),
         (["--gpu", "A100", "--teachers.precision", "fp8"], "A100: precision fp8 needs a GPU of the kind Ada"),
         (["--teachers.precision", "int8"], "H100: precision int8 is for CPUs"),
-        (["--stage", "2", "--training.deepspeed=zero3"], "--stage does not go with --training.deepspeed"),
+        (["--stage", "2", "--training.deepspeed=zero3"], "--stage cannot be combined with --training.deepspeed"),
         (["--videos", "9"], "no whole global batch of 1024"),
         (["--targets.image.model", "null"], "targets.image.model is missing"),
         (["--training.typo", "3"], "training.typo: unknown key"),
-        (["--recipe", "detection/b_ava"], "detects actions"),
+        (["--recipe", "detection/b_ava"], "is a recipe of action detection"),
         (["--recipe", "finetune/own_videos"], "--classifier.classes N"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What a profile says of a trace, and how arithmetic is counted."""
+"""Reading of a trace for a profile, and counting of FLOPs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The teachers that measured steps have."""
+"""Teachers of measured steps."""
 
 from __future__ import annotations
 

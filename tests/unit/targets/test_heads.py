@@ -1,4 +1,4 @@
-"""Targets at visible and at all tokens: predicted from the encoder's own tokens, compared at the same places."""
+"""Targets at visible and at all tokens: predicted from the encoder's tokens, compared at the same tokens."""
 
 from __future__ import annotations
 

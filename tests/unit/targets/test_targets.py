@@ -1,4 +1,4 @@
-"""Targets: what the student is asked for, computed by hand."""
+"""Targets of the student against computations by hand."""
 
 from __future__ import annotations
 

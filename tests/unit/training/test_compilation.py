@@ -1,4 +1,4 @@
-"""Compiled blocks compute what they did, all alike by one program; who asks for more than there is is told why."""
+"""Compiled blocks give the same results and share one program; impossible requests are refused with a reason."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ CAN_COMPILE = capabilities.torch_compile("cpu")
 
 @pytest.fixture(autouse=True)
 def programs() -> Iterator[dict[str, int]]:
-    """What torch.compile counts: `unique_graphs` is the number of programs."""
+    """Counters of torch.compile: `unique_graphs` is the number of programs."""
     torch.compiler.reset()
     counters.clear()
     yield counters["stats"]

@@ -1,4 +1,4 @@
-"""What a launcher must tell a rank."""
+"""Environment variables that a launcher must set for a rank."""
 
 from __future__ import annotations
 

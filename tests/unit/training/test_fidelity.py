@@ -1,4 +1,4 @@
-"""Promises of teachers in 8 bits: near the float32 ones, refused where they are not, and where they make no sense."""
+"""Teachers in 8 bits: close to the float32 ones; refused if they are not close, or if the recipe makes no sense."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What a run says before it begins."""
+"""Log lines of a run before its first step."""
 
 import torch
 

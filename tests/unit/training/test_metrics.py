@@ -1,4 +1,4 @@
-"""Readings on disk survive a kill."""
+"""Readings on disk remain readable after the process was killed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mixed clips and mixed labels are mixed alike."""
+"""Clips and labels are mixed with the same weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Promises of the groups of parameters: who decays, at which rate each learns, and that no group is too large."""
+"""Parameter groups: weight decay, factor on the learning rate, and the largest size of a group."""
 
 import pytest
 from torch import nn

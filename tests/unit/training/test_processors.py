@@ -1,4 +1,4 @@
-"""Which CPUs and how many threads each rank of a machine gets."""
+"""CPUs and number of threads of each rank of a machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Proposed recipes: valid, close to the published ones at their sizes, and gentle with few videos."""
+"""Proposed recipes: valid, close to the published ones at their sizes, and with longer schedules for few videos."""
 
 from __future__ import annotations
 

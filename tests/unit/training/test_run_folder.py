@@ -36,7 +36,7 @@ def test_the_same_run_may_go_on(recipe: Recipe) -> None:
 def test_another_run_is_refused_and_the_differences_are_named(recipe: Recipe) -> None:
     folder = begun(recipe)
     wider = load_recipe("quickstart/video_teacher", ["--run.folder", str(folder.path), "--model.width", "256"])
-    with pytest.raises(UserError, match=r"model\.width: the run there has 128, this one 256"):
+    with pytest.raises(UserError, match=r"model\.width: that run has 128, this one 256"):
         folder.check(wider)
 
 
