@@ -17,9 +17,18 @@ from mvd_kernels.quantise import quantise
 
 @cache
 def _levels() -> int:
-    """Of activations, above zero. Without VNNI two products are summed in 16 bits, which 7 bits do not overflow."""
-    abilities = torch.cpu.get_capabilities()
-    return 255 if any(abilities.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8")) else 127
+    """Of activations, above zero: 255, or 127 where oneDNN sums two products in 16 bits, which 7 bits do not overflow.
+
+    It does so without VNNI or AMX. A product tells more than the CPU: ONEDNN_MAX_CPU_ISA may withhold instructions.
+    """
+    inner, outputs = 64, 16
+    packed = torch.ops.onednn.qlinear_prepack(torch.full((outputs, inner), 127, dtype=torch.int8), None)
+    product = torch.ops.onednn.qlinear_pointwise(
+        torch.full((1, inner), 255, dtype=torch.uint8), 1.0, 0, packed, torch.ones(outputs),
+        torch.zeros(outputs, dtype=torch.int32), None, 1.0, 0, torch.float32, "none", [], "",
+    )  # fmt: skip
+    # Float32 holds the whole sum.
+    return 255 if product[0, 0].item() == inner * 255 * 127 else 127
 
 
 class Int8Linear(nn.Module):
