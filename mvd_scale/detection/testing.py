@@ -1,7 +1,8 @@
 """The test of a detector: which boxes on which key frames are scored, how, and what the scores are worth.
 
 A frame is seen whole, its short side resized. One clip goes through the model at a time: frames differ in size, and
-so scores depend neither on batches nor on ranks.
+so scores depend neither on batches nor on ranks. They depend on the threads of a rank in their last digits, because
+threads divide sums: bit for bit the same are those of ranks with as many threads each (OMP_NUM_THREADS).
 
 Legend: P people of a key frame, X people of all key frames, C actions.
 """
