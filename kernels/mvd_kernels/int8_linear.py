@@ -17,12 +17,19 @@ from mvd_kernels.quantise import quantise
 
 @cache
 def _levels() -> int:
-    """Highest level of quantised activations; the lowest is 0.
+    """Highest level of quantised activations, 255 or 127; the lowest is 0.
 
-    Without VNNI the CPU adds two products of 8 bits in 16 bits, with saturation: 7 bits of activations avoid it.
+    Without VNNI or AMX oneDNN adds two products of 8 bits in 16 bits, with saturation, which 7 bits of activations do
+    not reach. A trial product decides, not the CPU's flags: ONEDNN_MAX_CPU_ISA may withhold instructions.
     """
-    abilities = torch.cpu.get_capabilities()
-    return 255 if any(abilities.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8")) else 127
+    inner, outputs = 64, 16
+    packed = torch.ops.onednn.qlinear_prepack(torch.full((outputs, inner), 127, dtype=torch.int8), None)
+    product = torch.ops.onednn.qlinear_pointwise(
+        torch.full((1, inner), 255, dtype=torch.uint8), 1.0, 0, packed, torch.ones(outputs),
+        torch.zeros(outputs, dtype=torch.int32), None, 1.0, 0, torch.float32, "none", [], "",
+    )  # fmt: skip
+    # Float32 holds the whole sum exactly.
+    return 255 if product[0, 0].item() == inner * 255 * 127 else 127
 
 
 class Int8Linear(nn.Module):

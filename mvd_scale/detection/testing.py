@@ -1,7 +1,8 @@
 """Evaluation of a detector: the boxes and key frames that are scored, the scoring, and the frame mAP of the scores.
 
 Whole frames are used, resized by their short side. The model gets one clip at a time, because frames differ in size;
-therefore scores depend neither on the batch size nor on the number of ranks.
+therefore scores depend neither on the batch size nor on the number of ranks. Their last digits depend on the number of
+threads of a rank, because threads divide sums: runs with equal OMP_NUM_THREADS give equal bits.
 
 Legend: P people of a key frame, X people of all key frames, C actions.
 """

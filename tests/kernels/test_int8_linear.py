@@ -1,5 +1,9 @@
 """Linear layers in 8 bits: close to the float ones, for any leading shape, with GELU in the same pass."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -30,6 +34,22 @@ def test_without_a_bias_and_with_tokens_of_one_sign() -> None:
         expected = linear(tokens).detach()
         result = Int8Linear(linear.weight, None)(tokens)
         assert (result - expected).norm() / expected.norm() < 0.03
+
+
+LARGEST = """
+import torch
+from mvd_kernels import Int8Linear
+weight = torch.ones(8, 64)
+print((Int8Linear(weight, None)(torch.ones(2, 64)) / 64 - 1).abs().max().item())
+"""
+
+
+@pytest.mark.parametrize("instructions", ["AVX2", "DEFAULT"])
+def test_the_largest_products_do_not_overflow_whatever_instructions_onednn_may_use(instructions: str) -> None:
+    """Without VNNI it sums two products in 16 bits; two of 8 bits lose half of the sum."""
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": instructions}
+    done = subprocess.run([sys.executable, "-c", LARGEST], env=environment, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 1e-6
 
 
 def test_zeros_give_the_bias() -> None:

@@ -45,7 +45,9 @@ def test_a_mapped_encoder_stays_in_its_file_until_it_is_read(saved: tuple[Path, 
     path, encoder = saved
     clip = torch.randint(0, 256, (1, 4, 32, 32, 3), dtype=torch.uint8)
     mapped = load_encoder(path, final_norm=True, mapped=True)
-    assert torch.equal(mapped(clip), encoder(clip))
+    assert all(torch.equal(tensor, encoder.state_dict()[name]) for name, tensor in mapped.state_dict().items())
+    # In a file they do not lie where vector instructions want them, so that products may sum in another order.
+    torch.testing.assert_close(mapped(clip), encoder(clip))
     maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(path.name)]
     ranges = [[int(end, 16) for end in line[0].split("-")] for line in maps]
     assert all(any(low <= p.data_ptr() < high for low, high in ranges) for p in mapped.parameters())
