@@ -23,7 +23,7 @@ from nvidia.dali.pipeline import Pipeline, do_not_convert
 from mvd_scale.config.data import DataConfig
 from mvd_scale.data.augment import count_operations
 from mvd_scale.data.augment_graph import erase, operate
-from mvd_scale.data.geometry import Sample, resize, upright
+from mvd_scale.data.geometry import Resampling, Sample, resize, upright
 from mvd_scale.data.manifest import IMAGE_CODECS, Row
 from mvd_scale.data.source import Decoder, VideoSource
 
@@ -160,23 +160,14 @@ def clip_body(
         on_gpu: whether the device is a GPU.
     """
     operations = count_operations(data.augment)
+    # Antialiased where they shrink, as the published code's filters (PIL) are.
+    resampling = Resampling(data.crop.interpolation, antialias=True)
 
     def body(sample: Sample, frames: DataNode) -> tuple[DataNode, ...]:
         copies = []
         for copy in range(data.copies):
-            # Both filters are antialiased where they shrink, as the published code's (PIL) are.
             cut = [
-                upright(
-                    sample,
-                    frames,
-                    (side, side),
-                    copy=copy,
-                    cut=True,
-                    filter=data.crop.interpolation,
-                    antialias=True,
-                    turned=turned,
-                    on_gpu=on_gpu,
-                )
+                upright(sample, frames, (side, side), resampling, copy=copy, cut=True, turned=turned, on_gpu=on_gpu)
                 for side in sides
             ]
             if operations or data.augment.erasing is not None:

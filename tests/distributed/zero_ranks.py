@@ -95,7 +95,7 @@ def held_at_rest(module: nn.Module) -> int:
 def train(ranks: Ranks, made: Recipe, *, poison_last: bool = False, out: Path | None = None) -> dict[str, Any]:
     targets = build_targets(made, teacher)
     torch.manual_seed(0)
-    student = Student(made.model, {name: (made.targets[name].head_config, t.channels) for name, t in targets.items()})
+    student = Student.from_recipe(made, targets)
     start_averages(targets, student)
     host_teachers(targets, made, ranks)
     engine = train_engine(student, parameter_groups(student, made.training.weight_decay), made, ranks)

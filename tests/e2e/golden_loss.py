@@ -117,7 +117,8 @@ def _vendor() -> str:
 def _steps() -> Curve:
     from mvd_scale.config import Recipe
     from mvd_scale.data.batch import ClipBatch
-    from mvd_scale.performance.rehearsal import build_student, random_teacher
+    from mvd_scale.models import Student
+    from mvd_scale.targets.build import init_teacher
     from mvd_scale.targets import MaskedDistillation, build_targets
     from mvd_scale.training.engine import host_teachers, train_engine
     from mvd_scale.training.loop import reseed
@@ -137,8 +138,8 @@ def _steps() -> Curve:
     torch.set_num_threads(1)
     micro, accumulation = recipe.batch_split(ranks.world_size)
     torch.manual_seed(recipe.seed)
-    targets = build_targets(recipe, lambda name: random_teacher(recipe, name))
-    student = build_student(recipe, targets)
+    targets = build_targets(recipe, lambda name: init_teacher(recipe, name))
+    student = Student.from_recipe(recipe, targets)
     host_teachers(targets, recipe, ranks)
     engine = train_engine(student, parameter_groups(student, 0.05), recipe, ranks)
     objective, schedule = MaskedDistillation(targets), Schedule(recipe.training, 1, recipe.lr_batch)

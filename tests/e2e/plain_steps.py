@@ -13,7 +13,8 @@ from pathlib import Path
 
 from torch import nn
 
-from mvd_scale.performance.rehearsal import Rehearsal, named_teacher, rehearsed_recipe
+from mvd_scale.performance.bench_setup import bench_trainer, bench_recipe
+from mvd_scale.targets.build import load_or_init_teacher
 from mvd_scale.training.ranks import join_ranks, leave_ranks
 
 
@@ -29,7 +30,7 @@ class Nobody:
 
 
 def main(steps: str, scratch: str, *words: str) -> None:
-    recipe = rehearsed_recipe("quickstart/student", list(words), "fp32", batch=2)
+    recipe = bench_recipe("quickstart/student", list(words), "fp32", batch=2)
     ranks = join_ranks("cpu", timeout_minutes=1)
     with Rehearsal(recipe, ranks, Nobody(), named_teacher, steps=int(steps), scratch=Path(scratch)) as rehearsal:
         losses = [float(rehearsal.step()) for _ in range(int(steps))]

@@ -15,7 +15,7 @@ import torch
 
 from mvd_scale.config import Recipe
 from mvd_scale.data.batch import ClipBatch
-from mvd_scale.performance.rehearsal import build_student
+from mvd_scale.models import Student
 from mvd_scale.targets import FrozenTeacher, MaskedDistillation, build_targets
 from mvd_scale.training.ahead import Ahead, begin_ahead
 from mvd_scale.training.engine import full_parameters, host_teachers, train_engine
@@ -63,7 +63,7 @@ class Run:
         self.recipe = placed(recipe(stage, precision, "zero3", GLOBAL_BATCH // 2), precision)
         self.targets = build_targets(self.recipe, teacher)
         torch.manual_seed(0)
-        student = build_student(self.recipe, self.targets)
+        student = Student.from_recipe(self.recipe, self.targets)
         host_teachers(self.targets, self.recipe, ranks)
         groups = parameter_groups(student, self.recipe.training.weight_decay)
         self.engine = train_engine(student, groups, self.recipe, ranks)

@@ -18,7 +18,7 @@ from mvd_scale.config import Recipe
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.data.sampling import draw_mask
 from mvd_scale.models import Student
-from mvd_scale.performance.rehearsal import random_teacher
+from mvd_scale.targets.build import init_teacher
 from mvd_scale.targets import MaskedDistillation, build_targets
 from mvd_scale.training.engine import host_teachers, train_engine
 from mvd_scale.training.optim import parameter_groups
@@ -65,8 +65,8 @@ def clips(made: Recipe, micro: int) -> ClipBatch:
 
 
 def train(made: Recipe, ranks: Ranks) -> Any:
-    targets = build_targets(made, lambda name: random_teacher(made, name))
-    student = Student(made.model, {n: (made.targets[n].head_config, t.channels) for n, t in targets.items()})
+    targets = build_targets(made, lambda name: init_teacher(made, name))
+    student = Student.from_recipe(made, targets)
     host_teachers(targets, made, ranks)
     engine = train_engine(student, parameter_groups(student, 0.05), made, ranks)
     objective, (micro, accumulation) = MaskedDistillation(targets), made.batch_split(ranks.world_size)

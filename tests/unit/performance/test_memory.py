@@ -21,7 +21,7 @@ from mvd_scale.config import load_recipe
 from mvd_scale.performance import memory as memory_model
 from mvd_scale.performance.memory import predict_memory
 from mvd_scale.performance.parts import describe
-from mvd_scale.performance.rehearsal import random_teacher
+from mvd_scale.targets.build import init_teacher
 from mvd_scale.performance.setting import setting_of
 from mvd_scale.targets import FrozenTeacher, build_targets
 from mvd_scale.training.engine import lower_teacher
@@ -82,7 +82,7 @@ def test_traced_int8_teachers_hold_what_was_predicted() -> None:
     made = made.model_copy(update={"teachers": made.teachers.model_copy(update={"precision": "int8"})})
     micro = 4
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        targets = build_targets(made, lambda name: random_teacher(made, name))
+        targets = build_targets(made, lambda name: init_teacher(made, name))
         for target in targets.values():
             assert isinstance(target, FrozenTeacher)
             target.teacher = lower_teacher(target.teacher, made, torch.device("cpu"))
