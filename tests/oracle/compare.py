@@ -20,8 +20,8 @@ import torch
 
 from mvd_scale.config import Recipe, load_recipe
 from mvd_scale.models import Student
-from mvd_scale.targets.build import init_teacher
 from mvd_scale.targets import FrozenTeacher, build_targets
+from mvd_scale.targets.build import init_teacher
 from tests.oracle.published import Published
 
 PAIRS = {"b": "distill/b_from_b", "l": "distill/l_from_l"}

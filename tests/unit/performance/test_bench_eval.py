@@ -20,8 +20,8 @@ from mvd_scale.data.index import build_manifest
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.samples import make_samples
 from mvd_scale.data.view_loader import ViewLoader, ViewShape, view_items
-from mvd_scale.distributed.data_rank import DataRank
 from mvd_scale.data.views import clips_of
+from mvd_scale.distributed.data_rank import DataRank
 from mvd_scale.performance import plain_loaders
 from mvd_scale.performance.plain_views import WAYS, Way, frames_decoded, plain_views
 from mvd_scale.performance.reports import Machine

@@ -12,8 +12,8 @@ from PIL import Image
 from mvd_scale.cli import cli
 from mvd_scale.errors import UserError
 from mvd_scale.performance import growth
-from mvd_scale.performance.growth import Power
 from mvd_scale.performance.bench_setup import bench_recipe
+from mvd_scale.performance.growth import Power
 
 from .test_compare import STEP
 

@@ -13,14 +13,14 @@ import torch
 
 from mvd_scale.config import Recipe, load_recipe
 from mvd_scale.data.batch import ClipBatch
+from mvd_scale.models import Student
 from mvd_scale.performance.profile_flops import count_flops, module_table, peak_of
 from mvd_scale.performance.profile_picture import draw_memory
 from mvd_scale.performance.profile_report import Operator, PartFigures, ProfileReport
 from mvd_scale.performance.profile_trace import Span, Trace, covered_seconds, read_trace
-from mvd_scale.models import Student
-from mvd_scale.targets.build import init_teacher
 from mvd_scale.performance.reports import Machine
 from mvd_scale.targets import build_targets
+from mvd_scale.targets.build import init_teacher
 
 PARTS = ["data wait", "student forward", "backward"]
 

@@ -1,4 +1,4 @@
-"""The teachers that measured steps have."""
+"""Teachers are what their checkpoints say, or of random weights."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from mvd_scale.checkpoints.native import save_weights
 from mvd_scale.config import load_recipe
 from mvd_scale.errors import UserError
 from mvd_scale.models import Encoder
-from mvd_scale.performance.bench_setup import bench_recipe
-from mvd_scale.targets.build import load_or_init_teacher, init_teacher
+from mvd_scale.targets.build import init_teacher, load_or_init_teacher
 
 
 def test_a_teacher_is_what_its_checkpoint_says_and_random_without_one(tmp_path: Path) -> None:
@@ -31,11 +30,3 @@ def test_a_teacher_without_shape_and_checkpoint_is_refused() -> None:
     recipe = load_recipe("quickstart/student", ["--targets.video.model", "null"])
     with pytest.raises(UserError, match=r"targets\.video\.model is missing"):
         load_or_init_teacher(recipe, "video")
-
-
-def test_the_batch_is_the_measurement_s_and_the_rest_the_user_s() -> None:
-    recipe = bench_recipe("quickstart/student", ["--training.micro_batch", "2"], "bf16", batch=6)
-    assert recipe.training.global_batch == 6
-    assert recipe.batch_split(1) == (2, 3)
-    assert recipe.training.precision == "bf16"
-    assert bench_recipe("quickstart/student", [], "fp32", batch=6).batch_split(1) == (6, 1)
