@@ -55,7 +55,7 @@ def knn(neighbours: int, **options: Any) -> None:
     """Classify by a vote of the nearest training videos, by the cosine similarity of the mean of all tokens."""
     from mvd_scale.evaluation.probing import by_neighbours
 
-    _probe("knn", lambda _: by_neighbours(neighbours), **options)
+    _probe(lambda _: by_neighbours(neighbours), **options)
 
 
 @probe.command()
@@ -65,7 +65,7 @@ def linear(decay: float, **options: Any) -> None:
     """Classify by a linear layer on the mean of all tokens."""
     from mvd_scale.evaluation.probing import by_linear_layer
 
-    _probe("linear", lambda _: by_linear_layer(decay), **options)
+    _probe(lambda _: by_linear_layer(decay), **options)
 
 
 @probe.command()
@@ -81,11 +81,10 @@ def attentive(epochs: int, lr: float, **options: Any) -> None:
     """
     from mvd_scale.evaluation.probing import by_attention
 
-    _probe("attentive", lambda where: by_attention(epochs, lr, where), **options)
+    _probe(lambda where: by_attention(epochs, lr, where), **options)
 
 
 def _probe(
-    kind: Any,
     judge: Any,
     *,
     checkpoint: Path,
@@ -101,22 +100,20 @@ def _probe(
 ) -> None:
     from mvd_scale.config.data import DataConfig, ViewsConfig
     from mvd_scale.evaluation.features import FeatureOptions
+    from mvd_scale.evaluation.probing import ProbedEncoder
     from mvd_scale.evaluation.probing import probe as judge_encoder
     from mvd_scale.training.engine import usual_precision
     from mvd_scale.training.ranks import join_ranks, leave_ranks
 
     ranks = join_ranks(device, timeout_minutes=10)
     tested = judge_encoder(
-        checkpoint,
-        kind,
+        ProbedEncoder(checkpoint, precision or usual_precision(ranks.device), batch),
         judge(ranks.device),
         DataConfig(source=train, root=root),
         DataConfig(source=test, root=root),
         FeatureOptions(ViewsConfig(sampling=sampling, stride=stride, clips=1, crops=1)),
         out,
         ranks,
-        batch=batch,
-        precision=precision or usual_precision(ranks.device),
         command=command_line(),
     )
     leave_ranks()

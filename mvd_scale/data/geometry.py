@@ -9,6 +9,7 @@ Legend: T frames, H W pixels.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -26,6 +27,17 @@ Filter = Literal["bilinear", "bicubic"]
 Sample = dict[str, DataNode]
 """Arrays of one sample in the graph, by the names of `source.FIELDS`."""
 
+
+@dataclass(frozen=True)
+class Resampling:
+    """How frames are resized."""
+
+    filter: Filter
+
+    antialias: bool
+    """Whether the filter widens where it shrinks."""
+
+
 _DALI_FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
 
@@ -33,11 +45,10 @@ def upright(
     sample: Sample,
     frames: DataNode,
     size: DataNode | tuple[int, int],
+    resampling: Resampling,
     *,
     copy: int,
     cut: bool,
-    filter: Filter,
-    antialias: bool,
     turned: bool,
     on_gpu: bool,
 ) -> DataNode:
@@ -46,12 +57,11 @@ def upright(
     Args:
         sample: arrays of the sample: `mirror`; `anchor` and `shape` of the box if `cut`; `transpose` if `turned`.
         frames: uint8 (T, H, W, 3), layout FHWC, as coded.
-        size: height and width in pixels to resize to, before rotation; float32 (2,) on the host where samples differ.
-        copy: index of the copy of the clip, the first axis of those arrays.
-        cut: whether to crop to the copy's box first.
-        filter: interpolation of the resizing.
-        antialias: whether the filter widens when it shrinks frames.
-        turned: whether some videos are rotated by 90 or 270 degrees.
+        size: height and width in pixels to resize to, before turning; float32 (2,) on the host where samples differ.
+        resampling: how to resize.
+        copy: which copy of the sample.
+        cut: whether to cut the copy's box out first.
+        turned: whether clips may lie on their side.
         on_gpu: whether the frames are on a GPU.
 
     Returns:
@@ -60,8 +70,8 @@ def upright(
     box = [sample["anchor"][copy], sample["shape"][copy]] if cut else None
     if not on_gpu:
         transpose = sample["transpose"] if turned else types.Constant(np.int32(0))
-        return _on_host(frames, size, filter, antialias, box, sample["mirror"][copy], transpose)
-    clip = _resize_by_dali(frames, size, filter, antialias, box)
+        return _on_host(frames, size, resampling, box, sample["mirror"][copy], transpose)
+    clip = _resize_by_dali(frames, size, resampling, box)
     if turned:
         clip = _stand_up(sample, clip)
     return fn.flip(clip, horizontal=sample["mirror"][copy, 0], vertical=sample["mirror"][copy, 1])
@@ -69,18 +79,19 @@ def upright(
 
 @do_not_convert  # type: ignore[untyped-decorator]
 def resize(clip: DataNode, size: tuple[int, int], *, filter: Filter, on_gpu: bool) -> DataNode:
-    """Resize a clip to `size` (height and width in pixels), antialiased where it shrinks."""
+    """A clip at another size, antialiased where it shrinks."""
+    resampling = Resampling(filter, antialias=True)
     if on_gpu:
-        return _resize_by_dali(clip, size, filter, True, None)
-    return _on_host(clip, size, filter, True, None, types.Constant(np.zeros(2, np.int32)), types.Constant(np.int32(0)))
+        return _resize_by_dali(clip, size, resampling, None)
+    return _on_host(clip, size, resampling, None, types.Constant(np.zeros(2, np.int32)), types.Constant(np.int32(0)))
 
 
 @do_not_convert  # type: ignore[untyped-decorator]
 def _resize_by_dali(
-    frames: DataNode, size: DataNode | tuple[int, int], filter: Filter, antialias: bool, box: list[DataNode] | None
+    frames: DataNode, size: DataNode | tuple[int, int], resampling: Resampling, box: list[DataNode] | None
 ) -> DataNode:
     cut = frames if box is None else fn.slice(frames, start=box[0], shape=box[1], axes=(1, 2))
-    return fn.resize(cut, size=size, interp_type=_DALI_FILTERS[filter], antialias=antialias)
+    return fn.resize(cut, size=size, interp_type=_DALI_FILTERS[resampling.filter], antialias=resampling.antialias)
 
 
 def _stand_up(sample: Sample, clip: DataNode) -> DataNode:
@@ -96,8 +107,7 @@ def _stand_up(sample: Sample, clip: DataNode) -> DataNode:
 def _on_host(
     frames: DataNode,
     size: DataNode | tuple[int, int],
-    filter: Filter,
-    antialias: bool,
+    resampling: Resampling,
     box: list[DataNode] | None,
     mirror: DataNode,
     transpose: DataNode,
@@ -110,7 +120,7 @@ def _on_host(
         mirror,
         transpose,
         *(box or []),
-        function=partial(resample, filter=filter, antialias=antialias),
+        function=partial(resample, filter=resampling.filter, antialias=resampling.antialias),
         num_outputs=1,
         output_layouts="FHWC",
     )

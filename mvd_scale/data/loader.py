@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TypedDict
@@ -26,13 +26,14 @@ from torch.utils.dlpack import from_dlpack
 from typing_extensions import Self
 
 from mvd_scale.config.data import DataConfig
-from mvd_scale.config.launcher import ranks_on_this_host
 from mvd_scale.config.model import ModelConfig
+from mvd_scale.config.recipe import RunRecipe
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.pipeline import build_pipeline, clip_body, dali_decodes
 from mvd_scale.data.sampling import Sampler, Share, steps_per_epoch
 from mvd_scale.data.source import GIVEN_UP, Backend, ClipSource, VideoSource
+from mvd_scale.distributed.data_rank import DataRank
 from mvd_scale.errors import UserError
 
 JUDGED_FROM = 100
@@ -57,43 +58,29 @@ class Feed(ABC):
 
     Args:
         manifest: the videos.
-        data: numbers of workers and threads, time limit, largest share of broken videos.
-        batch: samples per run of the graph.
-        first: number of the first sample.
-        end: number after the last sample.
-        world_size: number of ranks.
-        device: device of the batches; a GPU also decodes them.
-        report: file to which a JSON line (row, path, error, step) is appended for each video that cannot be decoded.
-        cpus: number of CPUs for workers and threads; if None, the CPUs that this process may use, divided by the
-            number of ranks of this host.
+        data: workers, threads and limits.
+        batch: samples of one run of the graph.
+        samples: numbers of the samples to give, in steps of one.
+        rank: where batches live, and the CPUs of workers and threads.
+        report: file to append a JSON line (row, path, error, step) to for each video that could not be decoded.
     """
 
     def __init__(
-        self,
-        manifest: Manifest,
-        data: DataConfig,
-        *,
-        batch: int,
-        first: int,
-        end: int,
-        world_size: int,
-        device: torch.device,
-        report: Path | None,
-        cpus: int | None,
+        self, manifest: Manifest, data: DataConfig, *, batch: int, samples: range, rank: DataRank, report: Path | None
     ) -> None:
         self.clips = 0
         self.substituted = 0
         self._manifest = manifest
         self._data = data
         self._batch = batch
-        self._next = first
-        self._end = end
-        self._device = device
+        self._next = samples.start
+        self._end = samples.stop
+        self._device = rank.device
         self._report = report
         self._reported: set[Hashable] = set()
         self._by_host: frozenset[int] = frozenset()
-        self._workers = worker_count(data, world_size, cpus)
-        self._threads = thread_count(data, world_size, cpus)
+        self._workers = worker_count(data, rank)
+        self._threads = thread_count(data, rank)
         self._graph: Pipeline | None = self._build()
 
     @abstractmethod
@@ -234,6 +221,34 @@ class Feed(ABC):
         return f"{listed}Restore the files, or index the videos again, or raise data.max_broken"
 
 
+@dataclass(frozen=True)
+class BatchPlan:
+    """The optimizer steps of a run and the batches that they are made of. Sizes count every copy of a clip."""
+
+    global_batch: int
+    """Clips of one optimizer step over all ranks."""
+
+    micro_batch: int
+    """Clips of one batch of a rank (B); divides its share of the global batch."""
+
+    steps: range
+    """Optimizer steps to load, in steps of one."""
+
+    @classmethod
+    def for_run(cls, recipe: RunRecipe, world_size: int, steps: range) -> BatchPlan:
+        """The batches of a recipe on a number of ranks.
+
+        Raises:
+            UserError: the global batch cannot be split over the ranks.
+        """
+        return cls(recipe.training.global_batch, recipe.batch_split(world_size)[0], steps)
+
+    @classmethod
+    def one_batch(cls, clips: int) -> BatchPlan:
+        """A single batch of the first optimizer step."""
+        return cls(clips, clips, range(1))
+
+
 class ClipLoader(Feed):
     """Iterator over the micro batches of one rank, from the start of an optimizer step to the end of training.
 
@@ -246,18 +261,11 @@ class ClipLoader(Feed):
         manifest: the videos.
         data: sampling, crop, augmentation and mask of clips.
         model: shape of a clip.
-        seed: seed of the order, frames, crops, augmentation and masks.
-        global_batch: clips of one optimizer step over all ranks.
-        micro_batch: clips of one batch of this rank (B); divides the rank's share of the global batch.
-        rank: number of this rank.
-        world_size: number of ranks; divides the global batch.
-        device: device of the batches; a GPU also decodes them.
-        start_step: number of optimizer steps that are done.
-        total_steps: number of optimizer steps at which training ends.
-        sides: further input sides, in pixels, to which each crop is resized (`ClipBatch.at`).
-        report: file to which a JSON line (row, path, error, step) is appended for each video that cannot be decoded.
-        cpus: number of CPUs for workers and threads; if None, the CPUs that this process may use, divided by the
-            number of ranks of this host.
+        seed: of order, frames, crops and masks.
+        plan: sizes of batches, and the optimizer steps to load.
+        rank: which part of each global batch to load, where to, and the CPUs of workers and threads.
+        sides: further input sides, in pixels, to resize each crop to (`ClipBatch.at`).
+        report: file to append a JSON line (row, path, error, step) to for each video that could not be decoded.
 
     Raises:
         UserError: an epoch has fewer clips than one global batch. During iteration: more than `data.max_broken` of the
@@ -271,37 +279,53 @@ class ClipLoader(Feed):
         model: ModelConfig,
         seed: int,
         *,
-        global_batch: int,
-        micro_batch: int,
-        rank: int,
-        world_size: int,
-        device: torch.device,
-        start_step: int,
-        total_steps: int,
+        plan: BatchPlan,
+        rank: DataRank,
         sides: tuple[int, ...] = (),
         report: Path | None = None,
-        cpus: int | None = None,
     ) -> None:
-        if global_batch % (world_size * micro_batch) or micro_batch % data.copies:
+        total, micro = plan.global_batch, plan.micro_batch
+        if total % (rank.world_size * micro) or micro % data.copies:
             raise ValueError(
-                f"global batch {global_batch} is not a multiple of micro batch {micro_batch} x {world_size} ranks, or "
+                f"global batch {total} is not a multiple of micro batch {micro} x {rank.world_size} ranks, or "
                 f"the micro batch is not a multiple of {data.copies} copies"
             )
-        steps_per_epoch(manifest, data, global_batch)
+        steps_per_epoch(manifest, data, total)
         self.sides = (model.input_size, *(side for side in sides if side != model.input_size))
         self._model = model
         self._sampler = self._make_sampler(manifest, data, model, seed)
-        self._share = Share(self._sampler.clips, global_batch // data.copies, rank, world_size)
-        super().__init__(
-            manifest,
-            data,
-            batch=micro_batch // data.copies,
-            first=start_step * self._share.clips_per_step,
-            end=total_steps * self._share.clips_per_step,
-            world_size=world_size,
-            device=device,
-            report=report,
-            cpus=cpus,
+        self._share = Share(self._sampler.clips, total // data.copies, rank.rank, rank.world_size)
+        each = self._share.clips_per_step
+        samples = range(plan.steps.start * each, plan.steps.stop * each)
+        super().__init__(manifest, data, batch=micro // data.copies, samples=samples, rank=rank, report=report)
+
+    @classmethod
+    def for_run(
+        cls,
+        manifest: Manifest,
+        recipe: RunRecipe,
+        rank: DataRank,
+        steps: range,
+        *,
+        sides: tuple[int, ...] = (),
+        report: Path | None = None,
+    ) -> ClipLoader:
+        """The loader of a training run.
+
+        Args:
+            manifest: its videos.
+            recipe: says how clips are cut, masked and batched.
+            rank: as of `ClipLoader`.
+            steps: optimizer steps from those that are done to the last.
+            sides: as of `ClipLoader`.
+            report: as of `ClipLoader`.
+
+        Raises:
+            UserError: as `ClipLoader`, or the global batch cannot be split over the ranks.
+        """
+        plan = BatchPlan.for_run(recipe, rank.world_size, steps)
+        return ClipLoader(
+            manifest, recipe.data, recipe.model, recipe.seed, plan=plan, rank=rank, sides=sides, report=report
         )
 
     @property
@@ -357,30 +381,14 @@ class ClipLoader(Feed):
         return self._share.position(n)
 
 
-def worker_count(data: DataConfig, world_size: int, cpus: int | None = None) -> int:
-    """Number of worker processes of one rank: `data.workers`, or for `auto` its CPUs minus one for the rank itself.
-
-    Args:
-        data: the section `data` of the recipe.
-        world_size: number of ranks.
-        cpus: number of CPUs of the rank; if None, the CPUs of this process divided by the ranks of this host.
-    """
-    return max(_cpus(world_size, cpus) - 1, 0) if data.workers == "auto" else data.workers
+def worker_count(data: DataConfig, rank: DataRank) -> int:
+    """Worker processes of one rank: `data.workers`, or its CPUs, less one for itself."""
+    return max(rank.cpu_count - 1, 0) if data.workers == "auto" else data.workers
 
 
-def thread_count(data: DataConfig, world_size: int, cpus: int | None = None) -> int:
-    """Number of CPU threads of one rank's DALI graph: `data.threads`, or for `auto` its CPUs.
-
-    Args:
-        data: the section `data` of the recipe.
-        world_size: number of ranks.
-        cpus: number of CPUs of the rank; if None, the CPUs of this process divided by the ranks of this host.
-    """
-    return max(_cpus(world_size, cpus), 1) if data.threads == "auto" else data.threads
-
-
-def _cpus(world_size: int, cpus: int | None) -> int:
-    return len(os.sched_getaffinity(0)) // ranks_on_this_host(world_size) if cpus is None else cpus
+def thread_count(data: DataConfig, rank: DataRank) -> int:
+    """Threads of one rank's graph: `data.threads`, or its CPUs."""
+    return max(rank.cpu_count, 1) if data.threads == "auto" else data.threads
 
 
 def as_tensor(batch: TensorListCPU | TensorListGPU) -> Tensor:

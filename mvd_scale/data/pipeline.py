@@ -23,7 +23,7 @@ from nvidia.dali.pipeline import Pipeline, do_not_convert
 from mvd_scale.config.data import DataConfig
 from mvd_scale.data.augment import count_operations
 from mvd_scale.data.augment_graph import erase, operate
-from mvd_scale.data.geometry import Sample, resize, upright
+from mvd_scale.data.geometry import Resampling, Sample, resize, upright
 from mvd_scale.data.manifest import IMAGE_CODECS, Row
 from mvd_scale.data.source import Decoder, VideoSource
 
@@ -167,23 +167,15 @@ def clip_body(
         there are several copies; then visible, int64 (C, V), and masked, int64 (C, M).
     """
     operations = count_operations(data.augment)
+    # Antialiased where they shrink, as the published code's filters (PIL) are.
+    resampling = Resampling(data.crop.interpolation, antialias=True)
 
     def body(sample: Sample, frames: DataNode) -> tuple[DataNode, ...]:
         copies = []
         for copy in range(data.copies):
             # Both filters antialias when they shrink frames, as PIL does in the published code.
             cut = [
-                upright(
-                    sample,
-                    frames,
-                    (side, side),
-                    copy=copy,
-                    cut=True,
-                    filter=data.crop.interpolation,
-                    antialias=True,
-                    turned=turned,
-                    on_gpu=on_gpu,
-                )
+                upright(sample, frames, (side, side), resampling, copy=copy, cut=True, turned=turned, on_gpu=on_gpu)
                 for side in sides
             ]
             if operations or data.augment.erasing is not None:

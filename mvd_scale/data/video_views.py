@@ -5,6 +5,7 @@ Legend: F frames of a video, H W pixels, V views, T frames of a clip, S side of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,8 @@ from mvd_scale.data.probe import probe
 from mvd_scale.data.sampling import Box
 from mvd_scale.data.source import Decoder, Media
 from mvd_scale.data.storage import DecodeError, absolute
-from mvd_scale.data.view_loader import ViewLoader, ViewSource, view_items
+from mvd_scale.data.view_loader import ViewLoader, ViewShape, ViewSource, view_items
+from mvd_scale.distributed.data_rank import DataRank
 
 _DATA = DataConfig(workers=0, prefetch=1)
 
@@ -35,14 +37,14 @@ def views_of_file(path: str, views: ViewsConfig, model: ModelConfig, device: tor
     video = probe(Row(name=path, path=absolute(path)), timeout=_DATA.read_timeout)
     if video.left_out is not None:
         raise DecodeError(path, video.left_out)
-    return _cut(video, views, model, device)
+    return _cut(_OneVideo, video, views, model, device)
 
 
 def views_of_frames(frames: NDArray[np.uint8], views: ViewsConfig, model: ModelConfig, device: torch.device) -> Tensor:
     """Test views of RGB frames in display orientation, uint8 (F, H, W, 3): uint8 (V, T, S, S, 3) on the device."""
     count, height, width, _ = frames.shape
     video = Row("frames", "frames", frames=count, height=height, width=width, codec="rawvideo", pixel_format="rgb24")
-    return _cut(video, views, model, device, source=partial(_FramesSource, frames))
+    return _cut(partial(_FramesLoader, frames), video, views, model, device)
 
 
 class _FramesSource(ViewSource):
@@ -63,19 +65,22 @@ class _OneVideo(ViewLoader):
         raise DecodeError(failure["path"], failure["error"])
 
 
-def _cut(video: Row, views: ViewsConfig, model: ModelConfig, device: torch.device, **others: Any) -> Tensor:
+class _FramesLoader(_OneVideo):
+    """Takes frames from memory instead of a file."""
+
+    def __init__(self, pictures: NDArray[np.uint8], *arguments: Any, **others: Any) -> None:
+        # The graph is built over the source, so that its frames come first.
+        self._pictures = pictures
+        super().__init__(*arguments, **others)
+
+    def _source(self) -> _FramesSource:
+        return _FramesSource(self._pictures, self._manifest, self.items, self._views, self._shape, **self._reading)
+
+
+def _cut(
+    load: Callable[..., ViewLoader], video: Row, views: ViewsConfig, model: ModelConfig, device: torch.device
+) -> Tensor:
     manifest = Manifest.of([video])
-    loader = _OneVideo(
-        manifest,
-        _DATA,
-        views,
-        view_items(manifest, views, frames=model.frames),
-        frames=model.frames,
-        side=model.input_size,
-        batch=1,
-        world_size=1,
-        device=device,
-        **others,
-    )
-    with loader:
+    items = view_items(manifest, views, frames=model.frames)
+    with load(manifest, _DATA, views, items, shape=ViewShape.of(model), batch=1, rank=DataRank(device)) as loader:
         return next(loader).pixels[0].flatten(0, 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -22,14 +23,19 @@ from torch import Tensor
 from typing_extensions import Self
 
 from mvd_scale.config.data import DataConfig, ViewsConfig
+from mvd_scale.config.model import ModelConfig
 from mvd_scale.data.batch import ViewBatch
-from mvd_scale.data.geometry import Sample, upright
+from mvd_scale.data.geometry import Resampling, Sample, upright
 from mvd_scale.data.loader import Failure, Feed, Outputs, as_tensor
 from mvd_scale.data.manifest import Manifest, Row
 from mvd_scale.data.pipeline import build_pipeline
 from mvd_scale.data.source import Arrays, Decoder, Media, VideoSource, mirrors
 from mvd_scale.data.storage import DecodeError
 from mvd_scale.data.views import clips_of, crop_corners, resized_size
+from mvd_scale.distributed.data_rank import DataRank
+
+_AS_OPENCV = Resampling("bilinear", antialias=False)
+"""The published evaluation resizes by OpenCV, which does not antialias."""
 
 _PADDING = -1
 """Value of `row` for samples that pad the last batch."""
@@ -53,18 +59,34 @@ def view_items(manifest: Manifest, views: ViewsConfig, *, frames: int) -> NDArra
     return np.array(items, dtype=np.int64).reshape(-1, 2)
 
 
+@dataclass(frozen=True)
+class ViewShape:
+    """Size of a view."""
+
+    frames: int
+    """T."""
+
+    side: int
+    """S in pixels; of views that are not cropped, the length of the short side."""
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> ViewShape:
+        """The size that a model takes."""
+        return cls(model.frames, model.input_size)
+
+
 class ViewSource(VideoSource):
     """Source of test views: sample n is item n; samples after the last item are black and pad the last batch."""
 
     def __init__(
-        self, manifest: Manifest, items: NDArray[np.int64], views: ViewsConfig, frames: int, side: int, **others: Any
+        self, manifest: Manifest, items: NDArray[np.int64], views: ViewsConfig, shape: ViewShape, **others: Any
     ) -> None:
         super().__init__(manifest, **others)
         self.items = items
         self.frames = manifest.frames
         self.views = views
-        self.length = frames
-        self.side = side
+        self.length = shape.frames
+        self.side = shape.side
 
     @property
     def uses(self) -> set[str]:
@@ -136,15 +158,12 @@ class ItemLoader(Feed, Generic[Batch]):
 
     Args:
         manifest: the videos.
-        data: numbers of workers and threads, and time limit of decoding.
-        items: items of this rank: row of the manifest and index of the first clip, int64 (items, 2).
-        frames: number of frames of one item.
-        batch: items per batch; the last batch may have fewer.
-        world_size: number of ranks.
-        device: device of the batches; a GPU also decodes them.
-        report: file to which a JSON line (row, path, error, step) is appended for each video that cannot be decoded.
-        cpus: number of CPUs for workers and threads; if None, the CPUs that this process may use, divided by the
-            number of ranks of this host.
+        data: workers, threads and time limit of the decoding.
+        items: this rank's; row of the manifest and first clip, int64 (items, 2).
+        frames: of one item.
+        batch: items of a batch; the last one may have fewer.
+        rank: where batches live, and the CPUs of workers and threads.
+        report: file to append a JSON line to for each video that could not be decoded.
     """
 
     _remedy = ""
@@ -157,24 +176,13 @@ class ItemLoader(Feed, Generic[Batch]):
         *,
         frames: int,
         batch: int,
-        world_size: int,
-        device: torch.device,
+        rank: DataRank,
         report: Path | None = None,
-        cpus: int | None = None,
     ) -> None:
         self.items = items
         self._frames = frames
-        super().__init__(
-            manifest,
-            data,
-            batch=batch,
-            first=0,
-            end=math.ceil(len(items) / batch) * batch,
-            world_size=world_size,
-            device=device,
-            report=report,
-            cpus=cpus,
-        )
+        samples = range(math.ceil(len(items) / batch) * batch)
+        super().__init__(manifest, data, batch=batch, samples=samples, rank=rank, report=report)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -250,13 +258,13 @@ class ViewLoader(ItemLoader[ViewBatch]):
 
     Args:
         manifest: the videos.
-        data: numbers of workers and threads, and time limit of decoding.
-        views: clips and crops of each video.
-        items: items of this rank, a part of `view_items`: int64 (items, 2).
-        frames: frames of a clip (T).
-        side: side of a crop in pixels (S).
-        source: class or function that builds the sample source, with the arguments of `ViewSource`.
-        others: other arguments of `ItemLoader`.
+        data: workers, threads and time limit of the decoding.
+        views: which views.
+        items: this rank's part of `view_items`.
+        shape: T and S.
+        batch: as of `ItemLoader`.
+        rank: as of `ItemLoader`.
+        report: as of `ItemLoader`.
     """
 
     def __init__(
@@ -266,16 +274,16 @@ class ViewLoader(ItemLoader[ViewBatch]):
         views: ViewsConfig,
         items: NDArray[np.int64],
         *,
-        frames: int,
-        side: int,
-        source: Callable[..., ViewSource] = ViewSource,
-        **others: Any,
+        shape: ViewShape,
+        batch: int,
+        rank: DataRank,
+        report: Path | None = None,
     ) -> None:
-        self._prepared_by = source
         self._views = views
-        self._length = frames
-        self._side = side
-        super().__init__(manifest, data, items, frames=views.clips * frames, **others)
+        self._shape = shape
+        super().__init__(
+            manifest, data, items, frames=views.clips * shape.frames, batch=batch, rank=rank, report=report
+        )
 
     def _collect(self, outputs: Outputs, kept: Tensor, items: NDArray[np.int64], decoded: Tensor) -> ViewBatch:
         (views,) = outputs
@@ -288,10 +296,10 @@ class ViewLoader(ItemLoader[ViewBatch]):
         )
 
     def _source(self) -> ViewSource:
-        return self._prepared_by(self._manifest, self.items, self._views, self._length, self._side, **self._reading)
+        return ViewSource(self._manifest, self.items, self._views, self._shape, **self._reading)
 
     def _body(self, turned: bool) -> Callable[[Sample, DataNode], tuple[DataNode, ...]]:
-        length, side, on_gpu = self._length, self._side, self._device_id is not None
+        length, side, on_gpu = self._shape.frames, self._shape.side, self._device_id is not None
         views = self._views.clips * self._views.crops
 
         def body(sample: Sample, frames: DataNode) -> tuple[DataNode, ...]:
@@ -302,19 +310,8 @@ class ViewLoader(ItemLoader[ViewBatch]):
 
 
 def whole_frames(sample: Sample, frames: DataNode, *, turned: bool, on_gpu: bool) -> DataNode:
-    """Resize whole frames to `sample["size"]` and rotate them to display orientation: uint8 (T, height, width, 3)."""
-    # Without antialiasing: the published evaluation resizes frames by OpenCV.
-    return upright(
-        sample,
-        frames,
-        sample["size"],
-        copy=0,
-        cut=False,
-        filter="bilinear",
-        antialias=False,
-        turned=turned,
-        on_gpu=on_gpu,
-    )
+    """Whole frames, resized and as shown."""
+    return upright(sample, frames, sample["size"], _AS_OPENCV, copy=0, cut=False, turned=turned, on_gpu=on_gpu)
 
 
 @do_not_convert  # type: ignore[untyped-decorator]

@@ -19,6 +19,7 @@ from mvd_scale.config.data import DataConfig, ViewsConfig
 from mvd_scale.config.detection import DetectionTest
 from mvd_scale.config.training import Precision
 from mvd_scale.data.manifest import Manifest
+from mvd_scale.data.view_loader import ViewShape
 from mvd_scale.detection.annotations import (
     ANY,
     read_actions,
@@ -119,18 +120,8 @@ def evaluate(
     score = Scorer(detector, config, read.model.patch_size)
 
     def load(items: NDArray[np.int64]) -> WholeFrameLoader:
-        return load_frames(
-            told,
-            items,
-            data,
-            read.model,
-            test.short_side,
-            batch=batch,
-            world_size=ranks.world_size,
-            device=ranks.device,
-            cpus=ranks.cpus,
-            report=shards.quarantine,
-        )
+        shape = ViewShape(read.model.frames, test.short_side)
+        return load_frames(told, items, data, shape, batch=batch, rank=ranks.data_rank, report=shards.quarantine)
 
     rows = np.arange(len(told.key_frames))
     parts = shards.fill(rows, ranks, load=load, results=lambda frames: score.frames(frames, told), write=_write)

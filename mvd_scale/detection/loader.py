@@ -6,6 +6,7 @@ Legend: B clips, P people of all clips, C actions.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,14 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mvd_scale.config import DataConfig, ModelConfig
+from mvd_scale.config import DataConfig, DetectionRecipe, ModelConfig
 from mvd_scale.data.batch import ClipBatch
-from mvd_scale.data.loader import ClipLoader, Failure
+from mvd_scale.data.loader import BatchPlan, ClipLoader, Failure
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.sampling import Sampler, random_of_boxes
 from mvd_scale.detection.key_frames import KeyFrames, frames_around
 from mvd_scale.detection.people import People, has_area, jitter_boxes, place_boxes
+from mvd_scale.distributed.data_rank import DataRank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,32 @@ class KeyFrameLoader(ClipLoader):
         self._jitter = jitter
         self._attempts: list[int] = []
         super().__init__(key_frames.manifest, data, model, seed, **others)
+
+    @classmethod
+    def for_training(
+        cls,
+        key_frames: KeyFrames,
+        people: People,
+        recipe: DetectionRecipe,
+        rank: DataRank,
+        steps: range,
+        *,
+        report: Path | None = None,
+    ) -> KeyFrameLoader:
+        """The loader of a run that trains a detector; as `ClipLoader.for_run`.
+
+        Args:
+            key_frames: as of `KeyFrameLoader`.
+            people: as of `KeyFrameLoader`.
+            recipe: says how clips are cut and batched, and how boxes are jittered.
+            rank: as of `ClipLoader`.
+            steps: optimizer steps from those that are done to the last.
+            report: as of `ClipLoader`.
+        """
+        plan, jitter = BatchPlan.for_run(recipe, rank.world_size, steps), recipe.key_frames.jitter
+        return cls(
+            key_frames, people, jitter, recipe.data, recipe.model, recipe.seed, plan=plan, rank=rank, report=report
+        )
 
     def _make_sampler(self, manifest: Manifest, data: DataConfig, model: ModelConfig, seed: int) -> Sampler:
         return KeyFrameSampler(self._key_frames, data, model, seed)

@@ -5,9 +5,11 @@ Legend: B clips, P people, C actions.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mvd_scale.data.batch import ClipBatch
@@ -22,6 +24,7 @@ class Detection:
     """
 
     parts = ("true_score",)
+    teachers: Mapping[str, nn.Module] = MappingProxyType({})
 
     def __call__(self, engine: Any, batch: ClipBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of a micro batch, and the mean score of the true actions; float32 scalars."""

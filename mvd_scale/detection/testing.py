@@ -11,23 +11,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mvd_scale.config import DataConfig, DetectorConfig, ModelConfig
+from mvd_scale.config import DataConfig, DetectorConfig
 from mvd_scale.config.detection import DetectionTest
 from mvd_scale.data.augment import IMAGENET_MEAN
 from mvd_scale.data.manifest import Manifest
+from mvd_scale.data.view_loader import ViewShape
 from mvd_scale.detection.annotations import read_actions, read_excluded, read_ground_truth, read_people
 from mvd_scale.detection.boxes import Boxes, KeyFrame
 from mvd_scale.detection.key_frames import KeyFrames, find_key_frames
 from mvd_scale.detection.metrics import FrameScore, frame_score
 from mvd_scale.detection.people import widen_boxes
 from mvd_scale.detection.whole_frames import FrameBatch, WholeFrameLoader
+from mvd_scale.distributed.data_rank import DataRank
 
 GREY = tuple(round(255 * level) for level in IMAGENET_MEAN)
 """Colour of the padding up to a multiple of the patch size: about 0 after normalisation."""
@@ -155,18 +158,14 @@ def to_patches(clip: Tensor, patch: int) -> Tensor:
 
 
 def load_frames(
-    test: KeyFrameTest, rows: NDArray[np.int64], data: DataConfig, model: ModelConfig, short_side: int, **others: Any
+    test: KeyFrameTest,
+    rows: NDArray[np.int64],
+    data: DataConfig,
+    shape: ViewShape,
+    *,
+    batch: int,
+    rank: DataRank,
+    report: Path | None = None,
 ) -> WholeFrameLoader:
-    """Make the loader of the clips around some key frames.
-
-    Args:
-        test: data of the evaluation.
-        rows: rows of `test.key_frames` to load.
-        data: stride, workers and limits.
-        model: frames of a clip.
-        short_side: shorter side of the resized frames in pixels.
-        others: further arguments of `ItemLoader`.
-    """
-    return WholeFrameLoader(
-        test.key_frames, rows, data, frames=model.frames, stride=data.stride, short_side=short_side, **others
-    )
+    """The clips of some key frames; arguments as of `WholeFrameLoader`."""
+    return WholeFrameLoader(test.key_frames, rows, data, shape=shape, batch=batch, rank=rank, report=report)

@@ -17,6 +17,7 @@ from mvd_scale.config import DetectionRecipe
 from mvd_scale.config.data import DataConfig, ViewsConfig
 from mvd_scale.data.index import open_source
 from mvd_scale.data.manifest import Manifest
+from mvd_scale.data.view_loader import ViewShape
 from mvd_scale.detection.annotations import read_excluded, read_ground_truth
 from mvd_scale.detection.boxes import Boxes
 from mvd_scale.detection.key_frames import find_key_frames
@@ -42,8 +43,8 @@ class DetectingActions(Task[DetectionRecipe]):
     figure = "frame_map"
     weights = "detector.safetensors"
 
-    def prepare(self) -> Manifest:
-        """Index the videos and check that all annotations fit them."""
+    def index(self) -> Manifest:
+        """Index the videos, and see that all annotations fit them."""
         recipe = self.recipe
         videos = open_source(recipe.data, self.folder.index)
         find_key_frames(self._truth(), videos, recipe.key_frames.starts_at, "key_frames")
@@ -55,15 +56,15 @@ class DetectingActions(Task[DetectionRecipe]):
             KeyFrameTest.open(recipe.validation, tested, recipe.detector.classes, "validation")
         return videos
 
-    def open(self) -> Manifest:
-        """Return a manifest with one row per key frame."""
+    def read(self) -> Manifest:
+        """A row for each key frame."""
         truth, videos = self._truth(), Manifest.load(self.folder.manifest)
         self.key_frames = find_key_frames(truth, videos, self.recipe.key_frames.starts_at, "key_frames")
         self.people = People.of(truth, self.recipe.detector.classes)
         return self.key_frames.manifest
 
-    def build(self) -> Detector:
-        """Build the detector with random weights."""
+    def create_model(self) -> Detector:
+        """The detector."""
         return Detector(self.recipe.model, self.recipe.detector)
 
     def write(self, path: Path, tensors: dict[str, Tensor]) -> None:
@@ -71,8 +72,8 @@ class DetectingActions(Task[DetectionRecipe]):
         views = ViewsConfig(stride=self.recipe.data.stride, clips=1, crops=1)
         save_weights(path, tensors, self.recipe.model, views=views, detector=self.recipe.detector)
 
-    def origin(self) -> dict[str, Any]:
-        """Return digests of videos and boxes, by which a resumed run recognises its data."""
+    def data_digests(self) -> dict[str, Any]:
+        """Videos and boxes."""
         digest = hashlib.sha256(self.key_frames.centres.tobytes())
         for column in (self.people.frame, self.people.corners, self.people.actions):
             digest.update(column.tobytes())
@@ -82,11 +83,11 @@ class DetectingActions(Task[DetectionRecipe]):
         """Return the binary cross entropy over actions."""
         return Detection()
 
-    def loader(self, **places: Any) -> KeyFrameLoader:
-        """Make the loader of clips around the key frames."""
-        recipe = self.recipe
-        jitter = recipe.key_frames.jitter
-        return KeyFrameLoader(self.key_frames, self.people, jitter, recipe.data, recipe.model, recipe.seed, **places)
+    def load(self, ranks: Ranks, steps: range) -> KeyFrameLoader:
+        """Clips around the key frames."""
+        return KeyFrameLoader.for_training(
+            self.key_frames, self.people, self.recipe, ranks.data_rank, steps, report=self.folder.quarantine
+        )
 
     def measure(self, ranks: Ranks) -> Callable[[Any], float]:
         """Return a function that computes the frame mAP of a model; each key frame is scored by one rank."""
@@ -99,17 +100,8 @@ class DetectingActions(Task[DetectionRecipe]):
         def frame_map(model: Any) -> float:
             score = Scorer(model, recipe.detector, recipe.model.patch_size)
             places, scores = [np.zeros(0, np.int64)], [np.zeros((0, recipe.detector.classes), np.float32)]
-            loader = load_frames(
-                test,
-                mine,
-                data,
-                recipe.model,
-                validation.short_side,
-                batch=validation.batch,
-                world_size=ranks.world_size,
-                device=ranks.device,
-                cpus=ranks.cpus,
-            )
+            shape = ViewShape(recipe.model.frames, validation.short_side)
+            loader = load_frames(test, mine, data, shape, batch=validation.batch, rank=ranks.data_rank)
             with loader:
                 for frame in (frame for batch in loader for frame in score.frames(batch, test)):
                     places.append(np.arange(len(test.people))[test.on(frame.row)])

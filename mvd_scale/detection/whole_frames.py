@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,9 @@ from torch.utils.dlpack import from_dlpack
 from mvd_scale.config.data import DataConfig, ViewsConfig
 from mvd_scale.data.geometry import Sample
 from mvd_scale.data.loader import Outputs
-from mvd_scale.data.view_loader import ItemLoader, ViewSource, whole_frames
+from mvd_scale.data.view_loader import ItemLoader, ViewShape, ViewSource, whole_frames
 from mvd_scale.detection.key_frames import KeyFrames, frames_around
+from mvd_scale.distributed.data_rank import DataRank
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,13 @@ class WholeFrameLoader(ItemLoader[FrameBatch]):
     """Iterator over the clips around key frames, each exactly once.
 
     Args:
-        key_frames: all key frames of the evaluation.
-        rows: rows of the key frames that this rank loads.
-        data: workers and limits.
-        frames: T.
-        stride: distance between two frames of a clip, in frames of the video.
-        short_side: the smaller one of H and W.
-        others: further arguments of `ItemLoader`.
+        key_frames: all of the test.
+        rows: those of this rank.
+        data: workers, limits and the frames between two frames of a clip.
+        shape: T, and the smaller one of H and W.
+        batch: as of `ItemLoader`.
+        rank: as of `ItemLoader`.
+        report: as of `ItemLoader`.
     """
 
     def __init__(
@@ -73,24 +75,22 @@ class WholeFrameLoader(ItemLoader[FrameBatch]):
         rows: NDArray[np.int64],
         data: DataConfig,
         *,
-        frames: int,
-        stride: int,
-        short_side: int,
-        **others: Any,
+        shape: ViewShape,
+        batch: int,
+        rank: DataRank,
+        report: Path | None = None,
     ) -> None:
         self._key_frames = key_frames
-        self._views = ViewsConfig(stride=stride, clips=1, crops=1)
-        self._short_side = short_side
+        self._views = ViewsConfig(stride=data.stride, clips=1, crops=1)
+        self._shape = shape
         items = np.stack([rows, np.zeros_like(rows)], axis=1)
-        super().__init__(key_frames.manifest, data, items, frames=frames, **others)
+        super().__init__(key_frames.manifest, data, items, frames=shape.frames, batch=batch, rank=rank, report=report)
 
     def _video(self, row: int) -> str:
         return self._manifest.name[row]
 
     def _source(self) -> WholeFrameSource:
-        return WholeFrameSource(
-            self._key_frames, self.items, self._views, frames=self._frames, side=self._short_side, **self._reading
-        )
+        return WholeFrameSource(self._key_frames, self.items, self._views, shape=self._shape, **self._reading)
 
     def _body(self, turned: bool) -> Callable[[Sample, DataNode], tuple[DataNode, ...]]:
         on_gpu = self._device_id is not None

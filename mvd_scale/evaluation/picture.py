@@ -19,12 +19,14 @@ from mvd_scale.checkpoints.weights import load_student
 from mvd_scale.config import ModelConfig, PixelTarget, Recipe, load_recipe
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.data.index import open_source
-from mvd_scale.data.loader import ClipLoader
+from mvd_scale.data.loader import BatchPlan, ClipLoader
 from mvd_scale.data.manifest import Manifest
+from mvd_scale.distributed.data_rank import DataRank
 from mvd_scale.errors import UserError
 from mvd_scale.models import Student
 from mvd_scale.targets import FrozenTeacher, Target
-from mvd_scale.targets.load import load_targets, teacher_sides
+from mvd_scale.targets.build import load_targets
+from mvd_scale.targets.load import teacher_sides
 from mvd_scale.training.run_folder import RunFolder
 
 Images = NDArray[np.float32]
@@ -68,9 +70,7 @@ def draw_run(run: Path, *, clips: int = 4) -> Path:
     for target in targets.values():
         if isinstance(target, FrozenTeacher):
             target.teacher.float()
-    student = Student(
-        recipe.model, {name: (recipe.targets[name].head_config, target.channels) for name, target in targets.items()}
-    ).eval()
+    student = Student.from_recipe(recipe, targets).eval()
     load_student(student, folder.student)
     batch = fresh_batch(recipe, manifest, targets, clips, torch.device("cpu"))
     picture = run / "predictions.png"
@@ -81,33 +81,19 @@ def draw_run(run: Path, *, clips: int = 4) -> Path:
 def fresh_batch(
     recipe: Recipe, manifest: Manifest, targets: dict[str, Target], clips: int, device: torch.device
 ) -> ClipBatch:
-    """Load a few clips of a recipe's videos that are always the same and that no training step uses.
-
-    They are drawn with another seed than the run's.
-
-    Args:
-        recipe: recipe of the run.
-        manifest: its videos.
-        targets: its targets, whose teachers may need other input sizes.
-        clips: number of clips, B.
-        device: device of the batch.
-    """
+    """The same few clips for a recipe at any time, none of which a step of its run has seen."""
+    data = recipe.data.model_copy(
+        update={"workers": 0, "copies": 1, "clips_per_video": max(clips, recipe.data.clips_per_video)}
+    )
+    sides = teacher_sides(recipe, targets)
     loader = ClipLoader(
         manifest,
-        recipe.data.model_copy(
-            update={"workers": 0, "copies": 1, "clips_per_video": max(clips, recipe.data.clips_per_video)}
-        ),
+        data,
         recipe.model,
         recipe.seed + 1,
-        global_batch=clips,
-        micro_batch=clips,
-        rank=0,
-        world_size=1,
-        device=device,
-        start_step=0,
-        total_steps=1,
-        sides=teacher_sides(recipe, targets),
-        report=None,
+        plan=BatchPlan.one_batch(clips),
+        rank=DataRank(device),
+        sides=sides,
     )
     with loader:
         return next(iter(loader))

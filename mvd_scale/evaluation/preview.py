@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from mvd_scale.config import ModelConfig, Recipe
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.data.index import open_source
-from mvd_scale.data.loader import ClipLoader
+from mvd_scale.data.loader import BatchPlan, ClipLoader
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.sampling import ClipPlan, Sampler
+from mvd_scale.distributed.data_rank import DataRank
 from mvd_scale.errors import UserError
 
 _SHOWN = 8
@@ -54,19 +55,8 @@ def preview(recipe: Recipe, out: Path, *, clips: int, moving: Path | None, scrat
     manifest = open_source(recipe.data, scratch)
     repeats = -(-clips // (len(manifest.usable) * copies))
     data = recipe.data.model_copy(update={"clips_per_video": max(recipe.data.clips_per_video, repeats), "workers": 0})
-    loader = ClipLoader(
-        manifest,
-        data,
-        recipe.model,
-        recipe.seed,
-        global_batch=clips,
-        micro_batch=clips,
-        rank=0,
-        world_size=1,
-        device=torch.device("cpu"),
-        start_step=0,
-        total_steps=1,
-    )
+    rank = DataRank(torch.device("cpu"))
+    loader = ClipLoader(manifest, data, recipe.model, recipe.seed, plan=BatchPlan.one_batch(clips), rank=rank)
     with loader:
         batch = next(loader)
     sampler = Sampler(manifest, data, recipe.model, recipe.seed)

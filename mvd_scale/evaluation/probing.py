@@ -67,13 +67,32 @@ class FeatureFolder:
             yield load_file(file)
 
 
-Judge = Callable[[FeatureFolder, FeatureFolder, int], Tensor]
-"""Function from training features, test features and the number of classes C to scores (Y, C) that sum to 1."""
+@dataclass(frozen=True)
+class Judge:
+    """A way to classify videos by their features."""
+
+    kind: Kind
+    """Also the folder of its results."""
+
+    scores: Callable[[FeatureFolder, FeatureFolder, int], Tensor]
+    """From training and test features and C to scores (Y, C) that sum to 1."""
+
+
+@dataclass(frozen=True)
+class ProbedEncoder:
+    """An encoder as it is run for its features."""
+
+    checkpoint: Path
+    """Weights in any known format."""
+
+    precision: Precision
+
+    batch: int
+    """Videos that a rank decodes together."""
 
 
 def probe(
-    checkpoint: Path,
-    kind: Kind,
+    encoder: ProbedEncoder,
     judge: Judge,
     train: DataConfig,
     test: DataConfig,
@@ -81,41 +100,36 @@ def probe(
     out: Path,
     ranks: Ranks,
     *,
-    batch: int,
-    precision: Precision,
     command: str,
 ) -> Tested:
     """Evaluate an encoder by a classifier on its features; reuses features already written. All ranks must call it.
 
     Args:
-        checkpoint: weights in any known format.
-        kind: kind of the classifier; also the name of the folder of results in `out`.
-        judge: the classifier, made by `by_neighbours`, `by_linear_layer` or `by_attention`.
-        train: labelled videos to train the classifier on.
-        test: labelled videos to evaluate it on.
-        options: clip of each video, layer and norm.
-        out: folder for features and results.
-        ranks: this process among all; each encodes its share.
-        batch: videos that a rank decodes in one batch.
-        precision: precision of the encoder.
-        command: the command line, which is stored with the results.
-
-    Returns:
-        the finished evaluation.
+        encoder: what is judged.
+        judge: one of `by_neighbours`, `by_linear_layer`, `by_attention`.
+        train: labelled videos to learn from.
+        test: labelled videos to be judged by.
+        options: which clip of each video.
+        out: folder of features and results.
+        ranks: each encodes its share.
+        command: the command line, which is kept with the results.
 
     Raises:
         UserError: weights or videos cannot be read, or the labels of the two sets do not fit each other.
     """
-    pool: Literal["none", "clip"] = "none" if kind == "attentive" else "clip"
+    pool: Literal["none", "clip"] = "none" if judge.kind == "attentive" else "clip"
     pooled, folders = replace(options, pool=pool), []
     for part, data in (("train", train), ("test", test)):
         folder = out / f"{part}_{'tokens' if pool == 'none' else 'features'}"
-        write_features(checkpoint, data, pooled, folder, ranks, batch=batch, precision=precision)
+        write_features(
+            encoder.checkpoint, data, pooled, folder, ranks, batch=encoder.batch, precision=encoder.precision
+        )
         folders.append(FeatureFolder(folder))
-    described = f"{kind} probe of one clip in the middle, learnt from {train.source}"
-    origin = Origin(command, [str(checkpoint)], str(test.source), precision, described, ["middle"])
-    first_decides(ranks, f"probe {kind}", lambda: _judged(folders[0], folders[1], judge, out / kind, origin).write())
-    return Tested.load(out / kind)
+    described = f"{judge.kind} probe of one clip in the middle, learnt from {train.source}"
+    origin = Origin(command, [str(encoder.checkpoint)], str(test.source), encoder.precision, described, ["middle"])
+    results = out / judge.kind
+    first_decides(ranks, f"probe {judge.kind}", lambda: _judged(folders[0], folders[1], judge, results, origin).write())
+    return Tested.load(results)
 
 
 def _judged(train: FeatureFolder, test: FeatureFolder, judge: Judge, out: Path, origin: Origin) -> Tested:
@@ -130,7 +144,7 @@ def _judged(train: FeatureFolder, test: FeatureFolder, judge: Judge, out: Path, 
     views = np.zeros((len(rows), 1, classes), dtype=np.float32)
     found = np.isin(rows, decoded)
     places = {row: place for place, row in enumerate(rows.tolist())}
-    views[[places[row] for row in decoded], 0] = judge(train, test, classes).numpy()
+    views[[places[row] for row in decoded], 0] = judge.scores(train, test, classes).numpy()
     out.mkdir(exist_ok=True)
     test.manifest.save(out / "manifest.parquet")
     names = test.manifest.classes or [str(c) for c in range(classes)]
@@ -142,28 +156,28 @@ def _judged(train: FeatureFolder, test: FeatureFolder, judge: Judge, out: Path, 
 def by_neighbours(neighbours: int) -> Judge:
     """Make a classifier by the vote of the nearest training videos."""
 
-    def judge(train: FeatureFolder, test: FeatureFolder, classes: int) -> Tensor:
+    def scores(train: FeatureFolder, test: FeatureFolder, classes: int) -> Tensor:
         features, labels = train.whole()
         votes = nearest_neighbours(features, labels, test.whole()[0], classes=classes, neighbours=neighbours)
         return votes / votes.sum(1, keepdim=True)
 
-    return judge
+    return Judge("knn", scores)
 
 
 def by_linear_layer(decay: float) -> Judge:
     """Make a linear classifier on pooled features."""
 
-    def judge(train: FeatureFolder, test: FeatureFolder, classes: int) -> Tensor:
+    def scores(train: FeatureFolder, test: FeatureFolder, classes: int) -> Tensor:
         features, labels = train.whole()
         return linear_classifier(features, labels, test.whole()[0], classes=classes, decay=decay).softmax(1)
 
-    return judge
+    return Judge("linear", scores)
 
 
 def by_attention(epochs: int, lr: float, device: torch.device) -> Judge:
     """Make a classifier by an attentive head on all tokens, trained on `device`."""
 
-    def judge(train: FeatureFolder, test: FeatureFolder, classes: int) -> Tensor:
+    def scores(train: FeatureFolder, test: FeatureFolder, classes: int) -> Tensor:
         width = next(train.parts())[0].shape[-1]
         torch.manual_seed(0)
         heads = next(count for count in range(max(width // _HEAD, 1), 0, -1) if width % count == 0)
@@ -171,4 +185,4 @@ def by_attention(epochs: int, lr: float, device: torch.device) -> Judge:
         tested = (features for features, _ in test.parts())
         return attentive_classifier(train.parts, tested, head, epochs=epochs, lr=lr).softmax(1)
 
-    return judge
+    return Judge("attentive", scores)

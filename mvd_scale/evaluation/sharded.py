@@ -24,7 +24,7 @@ from mvd_scale.config.model import ModelConfig
 from mvd_scale.data.batch import ViewBatch
 from mvd_scale.data.index import open_source
 from mvd_scale.data.manifest import Manifest
-from mvd_scale.data.view_loader import ItemLoader, ViewLoader, view_items
+from mvd_scale.data.view_loader import ItemLoader, ViewLoader, ViewShape, view_items
 from mvd_scale.errors import UserError
 from mvd_scale.training.metrics import read_metrics
 from mvd_scale.training.ranks import Ranks, everybody_done, first_decides
@@ -175,12 +175,9 @@ class Shards:
                 data,
                 views,
                 items,
-                frames=model.frames,
-                side=model.input_size,
+                shape=ViewShape.of(model),
                 batch=batch,
-                world_size=ranks.world_size,
-                device=ranks.device,
-                cpus=ranks.cpus,
+                rank=ranks.data_rank,
                 report=self.quarantine,
             )
 

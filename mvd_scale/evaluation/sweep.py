@@ -16,7 +16,7 @@ from torch import Tensor
 from mvd_scale.config import DataConfig, ModelConfig
 from mvd_scale.config.data import ViewsConfig
 from mvd_scale.data.manifest import Manifest
-from mvd_scale.data.view_loader import ViewLoader, view_items
+from mvd_scale.data.view_loader import ViewLoader, ViewShape, view_items
 from mvd_scale.training.ranks import Ranks, gather_rows
 
 
@@ -63,12 +63,9 @@ class Sweep:
             self.data,
             self.views,
             mine,
-            frames=self.model.frames,
-            side=self.model.input_size,
+            shape=ViewShape.of(self.model),
             batch=self.batch,
-            world_size=self.ranks.world_size,
-            device=self.ranks.device,
-            cpus=self.ranks.cpus,
+            rank=self.ranks.data_rank,
         )
         with loader:
             for batch in loader:

@@ -6,13 +6,22 @@ Legend: B clips, T frames, H W pixels, N tokens, V visible, M masked, K channels
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 from torch import Tensor, nn
+from typing_extensions import Self
 
-from mvd_scale.config import DecoderConfig, HeadConfig, ModelConfig
+from mvd_scale.config import DecoderConfig, HeadConfig, ModelConfig, Recipe
 from mvd_scale.models.decoder import Decoder, DecodersTogether
 from mvd_scale.models.encoder import Encoder
 from mvd_scale.models.heads import TokenHead
+
+
+class PredictedTarget(Protocol):
+    """A target as far as its head must know it."""
+
+    channels: int
+    """K."""
 
 
 class Student(nn.Module):
@@ -33,6 +42,12 @@ class Student(nn.Module):
                 self.decoders[name] = Decoder(head, config, channels)
             else:
                 self.heads[name] = TokenHead(head, config, channels)
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, targets: Mapping[str, PredictedTarget]) -> Self:
+        """The student of a recipe with random weights and a head for every target, in the order of `targets`."""
+        heads = {name: (recipe.targets[name].head_config, target.channels) for name, target in targets.items()}
+        return cls(recipe.model, heads)
 
     def alike(self) -> list[dict[str, Decoder]]:
         """Group decoders that have the same shape: one {target name: decoder} per group of at least two."""

@@ -12,10 +12,11 @@ import psutil
 import torch
 
 from mvd_scale.config import DataConfig, ModelConfig
-from mvd_scale.data.loader import ClipLoader
+from mvd_scale.data.loader import BatchPlan, ClipLoader
 from mvd_scale.data.manifest import WHOLE_FILE, Manifest
 from mvd_scale.data.reencode import Encoding
 from mvd_scale.data.shards import save_manifest, shard_videos
+from mvd_scale.distributed.data_rank import DataRank
 from mvd_scale.performance.plain_loaders import WAYS, missing, plain_loader
 from mvd_scale.performance.reports import Report, Value, this_machine
 from mvd_scale.performance.timing import apart, time_batches
@@ -148,19 +149,8 @@ def _time(batches: Iterator[Any], warm_up: int, steps: int) -> tuple[float, floa
 
 
 def _loader(manifest: Manifest, data: DataConfig, model: ModelConfig, steps: int) -> ClipLoader:
-    return ClipLoader(
-        manifest,
-        data,
-        model,
-        0,
-        global_batch=BATCH,
-        micro_batch=BATCH,
-        rank=0,
-        world_size=1,
-        device=_device(),
-        start_step=0,
-        total_steps=steps,
-    )
+    plan = BatchPlan(BATCH, BATCH, range(steps))
+    return ClipLoader(manifest, data, model, 0, plan=plan, rank=DataRank(_device()))
 
 
 def _device() -> torch.device:

@@ -14,7 +14,7 @@ from mvd_scale.config import Recipe
 from mvd_scale.config.target import TrainedTeacherTarget
 from mvd_scale.config.training import Precision
 from mvd_scale.errors import UserError
-from mvd_scale.performance.rehearsal import rehearsed_recipe
+from mvd_scale.performance.bench_setup import bench_recipe
 from mvd_scale.performance.reports import Report, Value
 from mvd_scale.performance.step import StepReport, measure_step
 from mvd_scale.performance.timing import apart
@@ -136,14 +136,14 @@ def measure_growth(
     Raises:
         UserError: no quantity varies or one has a single value, or a value does not fit the models.
     """
-    recipe = rehearsed_recipe(name, overrides, precision, batch)
+    recipe = bench_recipe(name, overrides, precision, batch)
     base = _counts(recipe)
     cases: dict[Quantity, dict[int, _Case]] = {}
     # All points are checked before the first is measured.
     for quantity, given in numbers.items():
         for number in sorted(given):
             case = _case(recipe, quantity, number)
-            changed = rehearsed_recipe(name, [*overrides, *case.words], precision, case.batch)
+            changed = bench_recipe(name, [*overrides, *case.words], precision, case.batch)
             count = _counts(changed)[quantity]
             cases.setdefault(quantity, {})[count] = _Case((), batch) if count == base[quantity] else case
     if not cases:
@@ -217,8 +217,8 @@ def _case(recipe: Recipe, quantity: Quantity, number: int) -> _Case:
 def _cost(
     name: str, overrides: list[str], precision: Precision | None, batch: int, steps: int
 ) -> tuple[StepReport, float]:
-    """Measure a step in this process; also returns the memory that the process used before, in GiB."""
-    recipe = rehearsed_recipe(name, overrides, precision, batch)
+    """A step of this process, and what the process held before, in GiB."""
+    recipe = bench_recipe(name, overrides, precision, batch)
     ranks = join_ranks(recipe.device, recipe.training.collective_timeout_minutes)
     held = peak_memory_gib(ranks.device)
     return measure_step(name, overrides, precision=precision, batch=batch, steps=steps), held

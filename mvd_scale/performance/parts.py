@@ -20,8 +20,8 @@ from mvd_scale.models import Classifier, Encoder, Student
 from mvd_scale.models.eight_bit import eight_bit_weights
 from mvd_scale.models.timm_vit import TimmViT
 from mvd_scale.performance.layers import Block, Elementwise, Layer, Linear
-from mvd_scale.performance.rehearsal import random_teacher
 from mvd_scale.targets import FrozenTeacher, Target, build_targets
+from mvd_scale.targets.build import init_teacher
 from mvd_scale.targets.image_teacher import ImageTeacher
 
 
@@ -104,9 +104,8 @@ def describe(recipe: Recipe | FinetuneRecipe) -> Workload:
     if isinstance(recipe, FinetuneRecipe):
         return _finetuning(recipe)
     with torch.device("meta"):
-        targets = build_targets(recipe, lambda name: random_teacher(recipe, name))
-        heads = {name: (recipe.targets[name].head_config, target.channels) for name, target in targets.items()}
-        student = Student(recipe.model, heads)
+        targets = build_targets(recipe, lambda name: init_teacher(recipe, name))
+        student = Student.from_recipe(recipe, targets)
     sides = {recipe.model.input_size}
     sides |= {target.input_size for target in targets.values() if isinstance(target, FrozenTeacher)}
     return Workload(

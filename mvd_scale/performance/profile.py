@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mvd_scale.config.training import Precision
+from mvd_scale.performance.bench_setup import bench_recipe, bench_trainer
 from mvd_scale.performance.profile_flops import count_flops, module_table, peak_of
 from mvd_scale.performance.profile_picture import draw_memory
 from mvd_scale.performance.profile_report import Operator, PartFigures, ProfileReport
 from mvd_scale.performance.profile_trace import STEP, Span, Trace, covered_seconds, read_trace
-from mvd_scale.performance.rehearsal import Rehearsal, named_teacher, rehearsed_recipe
 from mvd_scale.performance.reports import this_machine
-from mvd_scale.training.metrics import peak_memory_gib
+from mvd_scale.targets.build import load_or_init_teacher
+from mvd_scale.training.metrics import MicroBatchMetrics, peak_memory_gib
 from mvd_scale.training.ranks import Ranks, join_ranks, leave_ranks
+from mvd_scale.training.trainer import Trainer
 
 _WARM_UP = 2
 _OPERATORS = 15
@@ -72,30 +74,29 @@ def profile_recipe(
         steps: number of profiled steps.
 
     Raises:
-        UserError: see `Rehearsal`.
+        UserError: as `bench_trainer`.
     """
-    recipe = rehearsed_recipe(name, overrides, precision, batch)
+    recipe = bench_recipe(name, overrides, precision, batch)
     ranks = join_ranks(recipe.device, recipe.training.collective_timeout_minutes)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        rehearsal = Rehearsal(
-            recipe, ranks, Annotations(), named_teacher, steps=_WARM_UP + 2 * steps, scratch=Path(scratch)
-        )
-        with rehearsal:
-            losses = [rehearsal.step() for _ in range(_WARM_UP)]
-            plain = _timed(rehearsal, steps, losses)
+        made = _WARM_UP + 2 * steps
+        with bench_trainer(recipe, ranks, load_or_init_teacher, steps=made, scratch=Path(scratch)) as trainer:
+            trainer.attach(Annotations())
+            losses = [_mean_loss(trainer.train_step()) for _ in range(_WARM_UP)]
+            plain = _timed(trainer, steps, losses)
             with _profiler(ranks) as profiler:
-                profiled = _timed(rehearsal, steps, losses)
+                profiled = _timed(trainer, steps, losses)
             peak_memory = peak_memory_gib(ranks.device)
-            # Last, because DeepSpeed's profiler patches functions of torch; without compilation, because it cannot see
-            # into compiled blocks.
-            table = module_table(rehearsal.engine.module, out / "modules.txt", write=ranks.first)
+            clips = next(trainer.batches)
+            # Last: it exchanges functions of torch for a while. Into compiled blocks it could not look.
+            table = module_table(trainer.engine.module, out / "modules.txt", write=ranks.first)
             with torch.compiler.set_stance("force_eager"), table, torch.no_grad():
-                rehearsal.objective(rehearsal.engine, rehearsal.clips)
+                trainer.objective(trainer.engine, clips)
     path = out / ("trace.json.gz" if ranks.first else f"trace_rank{ranks.rank}.json.gz")
     profiler.export_chrome_trace(str(path))
-    trace = read_trace(path, rehearsal.part_names)
-    flops = {part: count * rehearsal.accumulation for part, count in count_flops(recipe, rehearsal.clips).items()}
+    trace = read_trace(path, trainer.part_names)
+    flops = {part: count * trainer.accumulation for part, count in count_flops(recipe, clips).items()}
     torch.distributed.barrier()
     peak = peak_of(ranks.device, recipe.training.precision)
     highest = max(trace.memory, key=lambda sample: sample[1], default=(0.0, 0))
@@ -111,7 +112,7 @@ def profile_recipe(
         milliseconds_per_step=1000 * plain / steps,
         profiled_milliseconds_per_step=1000 * profiled / steps,
         clips_per_second=batch * steps / plain,
-        parts=_parts(trace, rehearsal.part_names, flops, profiled, steps),
+        parts=_parts(trace, trainer.part_names, flops, profiled, steps),
         flops_per_step=sum(flops.values()),
         peak_flops_per_second=peak.flops_per_second,
         peak_source=peak.source,
@@ -119,7 +120,7 @@ def profile_recipe(
         data_wait_share=trace.seconds_of("data wait") / profiled,
         communication_milliseconds=1000 * covered_seconds(trace.communication) / steps,
         collectives=_collectives(trace.communication, steps),
-        operators=_operators(profiler, {STEP, *rehearsal.part_names}, steps),
+        operators=_operators(profiler, {STEP, *trainer.part_names}, steps),
         peak_memory_gib=peak_memory,
         highest_tensors_gib=highest[1] / 2**30,
         highest_in=trace.part_at(highest[0]),
@@ -136,13 +137,18 @@ def _profiler(ranks: Ranks) -> profile:
     return profile(activities=activities, profile_memory=True, record_shapes=True)
 
 
-def _timed(rehearsal: Rehearsal, steps: int, losses: list[Tensor]) -> float:
-    """Measure the seconds of some steps, with synchronisation of the device before and after them."""
-    started = _now(rehearsal.ranks)
+def _timed(trainer: Trainer, steps: int, losses: list[Tensor]) -> float:
+    """Seconds of some steps, from the end of all earlier work to the end of theirs."""
+    started = _now(trainer.ranks)
     for _ in range(steps):
         with record_function(STEP):
-            losses.append(rehearsal.step())
-    return _now(rehearsal.ranks) - started
+            losses.append(_mean_loss(trainer.train_step()))
+    return _now(trainer.ranks) - started
+
+
+def _mean_loss(step: list[MicroBatchMetrics]) -> Tensor:
+    """Mean loss of this rank's micro batches in a step, a float32 scalar on the device."""
+    return torch.stack([micro.loss for micro in step]).mean()
 
 
 def _now(ranks: Ranks) -> float:

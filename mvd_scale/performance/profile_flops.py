@@ -22,9 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from mvd_scale.config import Recipe
 from mvd_scale.config.training import Precision
 from mvd_scale.data.batch import ClipBatch
+from mvd_scale.models import Student
 from mvd_scale.performance.hardware import GPUS
-from mvd_scale.performance.rehearsal import build_student, random_teacher
 from mvd_scale.targets import FrozenTeacher, MaskedDistillation, build_targets
+from mvd_scale.targets.build import init_teacher
 from mvd_scale.training.engine import dtype_of
 
 _OTHER_FORMS = {"PCIE", "NVL"}
@@ -76,8 +77,8 @@ def count_flops(recipe: Recipe, clips: ClipBatch) -> dict[str, int]:
     """
     parts = FlopParts()
     with torch.device("meta"):
-        targets = build_targets(recipe, lambda name: random_teacher(recipe, name))
-        student = build_student(recipe, targets)
+        targets = build_targets(recipe, lambda name: init_teacher(recipe, name))
+        student = Student.from_recipe(recipe, targets)
     for name, target in targets.items():
         if isinstance(target, FrozenTeacher):
             parts.watch(f"{name} teacher", target.teacher.to("meta"))

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from mvd_scale.config.training import Precision
-from mvd_scale.performance.rehearsal import Rehearsal, random_teacher, rehearsed_recipe
+from mvd_scale.performance.bench_setup import bench_recipe, bench_trainer
 from mvd_scale.performance.reports import SHORT, Report, Value, this_machine
+from mvd_scale.targets.build import init_teacher
 from mvd_scale.training.metrics import peak_memory_gib
 from mvd_scale.training.ranks import join_ranks, leave_ranks
 
@@ -117,20 +118,22 @@ def measure_step(
         batch: clips per step over all ranks.
         steps: number of timed steps, after two warm-up steps.
     """
-    recipe = rehearsed_recipe(name, overrides, precision, batch)
+    recipe = bench_recipe(name, overrides, precision, batch)
     ranks = join_ranks(recipe.device, recipe.training.collective_timeout_minutes)
     watch = Stopwatch(ranks.device)
-    with tempfile.TemporaryDirectory() as scratch:
-        rehearsal = Rehearsal(recipe, ranks, watch, random_teacher, steps=_WARM_UP + steps, scratch=Path(scratch))
-        with rehearsal:
-            for _ in range(_WARM_UP):
-                rehearsal.step()
-            watch.seconds.clear()
-            started = watch.now()
-            for _ in range(steps):
-                rehearsal.step()
-            elapsed = watch.now() - started
-    parts = {part: watch.seconds[part] for part in rehearsal.part_names if part in watch.seconds}
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        bench_trainer(recipe, ranks, init_teacher, steps=_WARM_UP + steps, scratch=Path(scratch)) as trainer,
+    ):
+        trainer.attach(watch)
+        for _ in range(_WARM_UP):
+            trainer.train_step()
+        watch.seconds.clear()
+        started = watch.now()
+        for _ in range(steps):
+            trainer.train_step()
+        elapsed = watch.now() - started
+    parts = {part: watch.seconds[part] for part in trainer.part_names if part in watch.seconds}
     parts["loss and rest"] = elapsed - sum(parts.values())
     report = StepReport(
         machine=this_machine(ranks.device),

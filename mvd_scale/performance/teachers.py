@@ -18,9 +18,11 @@ from mvd_scale.config.training import FrozenPrecision
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.data.index import open_source
 from mvd_scale.errors import UserError
-from mvd_scale.performance.rehearsal import build_student, named_teacher, with_clips
+from mvd_scale.models import Student
+from mvd_scale.performance.bench_setup import with_clips
 from mvd_scale.performance.reports import Report, Value, this_machine
 from mvd_scale.targets import FrozenTeacher, MaskedDistillation, Target, build_targets
+from mvd_scale.targets.build import load_or_init_teacher
 from mvd_scale.targets.momentum import Momentum
 from mvd_scale.training.engine import lower_teacher
 from mvd_scale.training.fidelity import LEAST_COSINE, Fidelity, first_clip
@@ -104,13 +106,13 @@ def measure_teachers(name: str, overrides: list[str], *, steps: int) -> Teachers
     recipe = load_recipe(name, ["--training.precision", "fp32", *overrides])
     device = choose_device(recipe.device)
     torch.manual_seed(recipe.seed)
-    targets = build_targets(recipe, lambda target: named_teacher(recipe, target))
+    targets = build_targets(recipe, lambda target: load_or_init_teacher(recipe, target))
     teachers = {target: found for target, found in targets.items() if _frozen(found)}
     if not teachers:
         raise UserError(
             f"recipe {name} has no frozen teacher: expected a recipe of distillation, such as distill/b_from_b"
         )
-    student = build_student(recipe, targets).to(device).eval()
+    student = Student.from_recipe(recipe, targets).to(device).eval()
     with tempfile.TemporaryDirectory() as scratch:
         manifest = open_source(with_clips(recipe.data, Path(scratch)), Path(scratch))
         clips = first_clip(targets, recipe, manifest, device)

@@ -16,8 +16,9 @@ from mvd_scale.config import DataConfig, ModelConfig
 from mvd_scale.config.data import ViewsConfig
 from mvd_scale.config.training import FrozenPrecision
 from mvd_scale.data.manifest import WHOLE_FILE, Manifest
-from mvd_scale.data.view_loader import ViewLoader, view_items
+from mvd_scale.data.view_loader import ViewLoader, ViewShape, view_items
 from mvd_scale.data.views import clips_of
+from mvd_scale.distributed.data_rank import DataRank
 from mvd_scale.errors import UserError
 from mvd_scale.evaluation.scorer import Scorer
 from mvd_scale.models import Classifier
@@ -157,9 +158,8 @@ def _time_ours(
     data = DataConfig(workers=workers)
     items = view_items(manifest, VIEWS, frames=FRAMES)
     chosen = np.resize(items[np.isin(items[:, 0], rows)], (_loaded(videos), 2))
-    loader = ViewLoader(
-        manifest, data, VIEWS, chosen, frames=FRAMES, side=SIDE, batch=1, world_size=1, device=_device()
-    )
+    shape, rank = ViewShape(FRAMES, SIDE), DataRank(_device())
+    loader = ViewLoader(manifest, data, VIEWS, chosen, shape=shape, batch=1, rank=rank)
     with loader:
         views = (clips.flatten(0, 1) for batch in loader for clips in batch.pixels)
         return time_batches(_used(views, size, precision), _WARM_UP, videos)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from mvd_scale.checkpoints.checkpoint import Hints
@@ -12,22 +13,7 @@ from mvd_scale.config.target import TrainedTeacherTarget
 from mvd_scale.errors import UserError
 from mvd_scale.models import Encoder
 from mvd_scale.models.timm_vit import TimmViT
-from mvd_scale.targets.objective import build_targets
 from mvd_scale.targets.target import FrozenTeacher, Target
-
-
-def load_targets(recipe: Recipe, averages: Path | None = None) -> dict[str, Target]:
-    """Build the targets of a recipe with their teachers' weights on the CPU, memory-mapped if the file allows it.
-
-    Args:
-        recipe: states the targets and the files of their teachers.
-        averages: folder with the moving averages of momentum targets; None: they get random weights.
-
-    Raises:
-        UserError: a checkpoint is missing or unreadable, has another shape than the recipe states, or does not fit the
-            student's token grid.
-    """
-    return build_targets(recipe, lambda name: _load_teacher(recipe, name, averages))
 
 
 def average_file(folder: Path, name: str) -> Path:
@@ -41,7 +27,17 @@ def empty_average(recipe: Recipe) -> Encoder:
     return Encoder(recipe.model.model_copy(update={"drop_path": 0.0}), final_norm=False)
 
 
-def _load_teacher(recipe: Recipe, name: str, averages: Path | None) -> Encoder | TimmViT:
+def load_teacher(recipe: Recipe, name: str, averages: Path | None = None) -> Encoder | TimmViT:
+    """The frozen model of a target on the CPU, memory-mapped where its file allows it.
+
+    Args:
+        recipe: names the teacher's file; pretrained weights of timm come without one.
+        name: of the target.
+        averages: folder that holds the moving averages of momentum targets; these start at random without it.
+
+    Raises:
+        UserError: the checkpoint is missing, unreadable or of another shape than the recipe says.
+    """
     config = recipe.targets[name]
     if isinstance(config, MomentumTarget):
         return (
@@ -87,7 +83,7 @@ def weight_digests(recipe: Recipe) -> dict[str, str]:
     return digests
 
 
-def teacher_sides(recipe: Recipe, targets: dict[str, Target]) -> tuple[int, ...]:
-    """Input sides in pixels, other than the student's, that teachers need the crops at; ascending."""
+def teacher_sides(recipe: Recipe, targets: Mapping[str, Target]) -> tuple[int, ...]:
+    """Input sides in pixels, other than the student's, at which teachers want the crops."""
     sides = {target.input_size for target in targets.values() if isinstance(target, FrozenTeacher)}
     return tuple(sorted(sides - {recipe.model.input_size}))

@@ -3,55 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from torch import Tensor, nn
 
-from mvd_scale.config import ImageTeacherTarget, MomentumTarget, PixelTarget, Recipe, TimmTarget
 from mvd_scale.data.batch import ClipBatch
-from mvd_scale.models import Encoder
-from mvd_scale.models.timm_vit import TimmViT
-from mvd_scale.targets.image_teacher import ImageTeacher
-from mvd_scale.targets.momentum import Momentum
-from mvd_scale.targets.pixels import Pixels
-from mvd_scale.targets.target import EncoderTeacher, Target, TubeRows
-from mvd_scale.targets.timm_teacher import TimmTeacher
-from mvd_scale.targets.video_teacher import VideoTeacher
+from mvd_scale.targets.target import EncoderTeacher, FrozenTeacher, Target, TubeRows
 
 Predictions = dict[str, Tensor]
-
-
-def build_targets(recipe: Recipe, load_teacher: Callable[[str], Encoder | TimmViT]) -> dict[str, Target]:
-    """Build the targets of a recipe by name.
-
-    Args:
-        recipe: states the targets, the student's shape and the masking.
-        load_teacher: returns the frozen model for the name of a target.
-
-    Raises:
-        UserError: a teacher does not fit the student's token grid.
-    """
-    targets: dict[str, Target] = {}
-    mask = recipe.data.mask
-    tubes = mask is not None and mask.kind == "tube" and mask.decode == 1
-    for name, config in recipe.targets.items():
-        if isinstance(config, PixelTarget):
-            targets[name] = Pixels(config, recipe.model)
-            continue
-        teacher = load_teacher(name)
-        if isinstance(config, TimmTarget):
-            assert isinstance(teacher, TimmViT)
-            targets[name] = TimmTeacher(name, config, teacher, recipe.model)
-            continue
-        assert isinstance(teacher, Encoder)
-        if isinstance(config, MomentumTarget):
-            targets[name] = Momentum(config, teacher, recipe.model.tubelet)
-        elif isinstance(config, ImageTeacherTarget):
-            targets[name] = ImageTeacher(name, config, teacher, recipe.model, tubes=tubes)
-        else:
-            targets[name] = VideoTeacher(name, config, teacher, recipe.model)
-    return targets
 
 
 class MaskedDistillation:
@@ -64,6 +24,11 @@ class MaskedDistillation:
     def parts(self) -> list[str]:
         """Names of the targets, in the order in which their distances are reported."""
         return list(self.targets)
+
+    @property
+    def teachers(self) -> dict[str, nn.Module]:
+        """The frozen models that it calls, by the name of their target."""
+        return {name: target.teacher for name, target in self.targets.items() if isinstance(target, FrozenTeacher)}
 
     def ahead(self, batch: ClipBatch) -> ClipBatch:
         """Return the batch with the features of all targets that may be computed before the step that uses them."""

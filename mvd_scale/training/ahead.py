@@ -58,7 +58,7 @@ class Ahead:
         self._loader = loader
         self._begin = begin or _fetched
         self._depth = 0 if begin is None else 1
-        self._waiting = waiting
+        self.waiting = waiting
         self._begun: deque[tuple[Callable[[], ClipBatch], int]] = deque()
 
     def __iter__(self) -> Self:
@@ -83,7 +83,7 @@ class Ahead:
 
     def _fetch(self) -> ClipBatch:
         asked = time.perf_counter()
-        with self._waiting():
+        with self.waiting():
             batch = next(self._loader)
         self.waited += time.perf_counter() - asked
         return batch

@@ -5,9 +5,11 @@ Legend: B clips, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mvd_scale.config import FinetuneRecipe
@@ -19,6 +21,7 @@ class Classification:
     """Cross entropy of the class scores of clips."""
 
     parts = ("accuracy",)
+    teachers: Mapping[str, nn.Module] = MappingProxyType({})
 
     def __init__(self, recipe: FinetuneRecipe, classes: int) -> None:
         self.mix = recipe.mix

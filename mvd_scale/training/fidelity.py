@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from mvd_scale.config import Recipe
 from mvd_scale.data.batch import ClipBatch
-from mvd_scale.data.loader import ClipLoader
+from mvd_scale.data.loader import BatchPlan, ClipLoader
 from mvd_scale.data.manifest import Manifest
+from mvd_scale.distributed.data_rank import DataRank
 from mvd_scale.errors import UserError
 from mvd_scale.targets import FrozenTeacher, Target
 from mvd_scale.targets.load import teacher_sides
@@ -84,18 +85,6 @@ def lowered(target: FrozenTeacher, recipe: Recipe, clips: ClipBatch, device: tor
 def first_clip(targets: Mapping[str, Target], recipe: Recipe, manifest: Manifest, device: torch.device) -> ClipBatch:
     """A batch of one clip as the run sees them."""
     data = recipe.data.model_copy(update={"workers": 0})
-    with ClipLoader(
-        manifest,
-        data,
-        recipe.model,
-        recipe.seed,
-        global_batch=data.copies,
-        micro_batch=data.copies,
-        rank=0,
-        world_size=1,
-        device=device,
-        start_step=0,
-        total_steps=1,
-        sides=teacher_sides(recipe, dict(targets)),
-    ) as loader:
+    plan, sides = BatchPlan.one_batch(data.copies), teacher_sides(recipe, targets)
+    with ClipLoader(manifest, data, recipe.model, recipe.seed, plan=plan, rank=DataRank(device), sides=sides) as loader:
         return next(loader)

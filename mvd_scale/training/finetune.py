@@ -35,7 +35,7 @@ class NamingClasses(Task[FinetuneRecipe]):
     figure = "top1"
     weights = "classifier.safetensors"
 
-    def prepare(self) -> Manifest:
+    def index(self) -> Manifest:
         """Index the videos and check their labels."""
         recipe = self.recipe
         manifest = open_source(recipe.data, self.folder.index)
@@ -50,13 +50,13 @@ class NamingClasses(Task[FinetuneRecipe]):
             tested.save(self.folder.tested)
         return manifest
 
-    def open(self) -> Manifest:
+    def read(self) -> Manifest:
         """A row for each video."""
         self.manifest = Manifest.load(self.folder.manifest)
         self.classes = class_count(self.manifest, self.recipe.classifier.classes)
         return self.manifest
 
-    def build(self) -> Classifier:
+    def create_model(self) -> Classifier:
         """The classifier."""
         head = self.recipe.classifier
         return Classifier(self.recipe.model, self.classes, dropout=head.dropout, init_scale=head.init_scale)
@@ -65,7 +65,7 @@ class NamingClasses(Task[FinetuneRecipe]):
         """With classes and views."""
         save_weights(path, tensors, self.recipe.model, classes=self.manifest.classes, views=self.recipe.test)
 
-    def origin(self) -> dict[str, Any]:
+    def data_digests(self) -> dict[str, Any]:
         """Videos and labels."""
         labels = self.manifest.label[self.manifest.usable]
         return {"videos": self.manifest.digest, "labels": hashlib.sha256(labels.tobytes()).hexdigest()[:16]}
@@ -74,9 +74,9 @@ class NamingClasses(Task[FinetuneRecipe]):
         """Cross entropy."""
         return Classification(self.recipe, self.classes)
 
-    def loader(self, **places: Any) -> ClipLoader:
+    def load(self, ranks: Ranks, steps: range) -> ClipLoader:
         """Clips of the videos."""
-        return ClipLoader(self.manifest, self.recipe.data, self.recipe.model, self.recipe.seed, **places)
+        return ClipLoader.for_run(self.manifest, self.recipe, ranks.data_rank, steps, report=self.folder.quarantine)
 
     def measure(self, ranks: Ranks) -> Callable[[Any], float]:
         """Share of videos that are named right by the clip in their middle; one that cannot be decoded is wrong."""

@@ -12,9 +12,10 @@ import re
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +29,21 @@ from mvd_scale.training.ranks import Ranks
 from mvd_scale.training.run_folder import write_whole
 
 logger = logging.getLogger("mvd_scale")
+
+
+class MicroBatchMetrics(NamedTuple):
+    """Figures of one micro batch of this rank. Tensors stay on the device: nothing waits for them."""
+
+    loss: Tensor
+    """Float32 scalar, detached."""
+
+    parts: dict[str, Tensor]
+    """The objective's parts, float32 scalars, detached."""
+
+    clips: int
+
+    waited: float
+    """Seconds that the host waited for data."""
 
 
 class Meter:
@@ -46,19 +62,14 @@ class Meter:
         self.waited = 0.0
         self.started = time.perf_counter()
 
-    def add(self, loss: Tensor, distances: dict[str, Tensor], clips: int, waited: float) -> None:
-        """Add one micro batch of this rank.
-
-        Args:
-            loss: float32 scalar.
-            distances: float32 scalar by target name.
-            clips: number of clips.
-            waited: seconds spent waiting for data.
-        """
-        self.distances += torch.stack([loss.detach(), *(distances[name] for name in self.targets)])
-        self.micro_batches += 1
-        self.clips += clips
-        self.waited += waited
+    def add_step(self, micro_batches: Sequence[MicroBatchMetrics]) -> None:
+        """Count the micro batches of an optimizer step."""
+        for micro in micro_batches:
+            self.distances += torch.stack([micro.loss, *(micro.parts[name] for name in self.targets)])
+            self.clips += micro.clips
+            self.waited += micro.waited
+        self.micro_batches += len(micro_batches)
+        self.steps += 1
 
     def read(self, overdue: bool, replaced: int) -> tuple[dict[str, float], bool]:
         """Average the metrics over all ranks since the last reading, and start anew. All ranks must call it.

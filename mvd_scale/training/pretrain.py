@@ -2,125 +2,93 @@
 
 from __future__ import annotations
 
-import logging
-
-import torch
+from pathlib import Path
+from typing import Any
 
 from mvd_scale.checkpoints.weights import start_encoder
 from mvd_scale.config import Recipe
-from mvd_scale.config.deepspeed import student_deepspeed
 from mvd_scale.data.index import open_source
 from mvd_scale.data.loader import ClipLoader
 from mvd_scale.data.manifest import Manifest
-from mvd_scale.data.sampling import steps_per_epoch
 from mvd_scale.models import Student
-from mvd_scale.targets import MaskedDistillation, Target
-from mvd_scale.targets.load import load_targets, teacher_sides, weight_digests
-from mvd_scale.training.ahead import Ahead, begin_ahead
-from mvd_scale.training.engine import host_teachers, teacher_precision, train_engine
+from mvd_scale.targets import MaskedDistillation
+from mvd_scale.targets.build import load_targets
+from mvd_scale.targets.load import teacher_sides, weight_digests
+from mvd_scale.training.ahead import Begin, begin_ahead
+from mvd_scale.training.distillation import distillation_model
+from mvd_scale.training.engine import teacher_precision
 from mvd_scale.training.fidelity import check_fidelity
-from mvd_scale.training.loop import describe, finish, fit, resume
-from mvd_scale.training.momentum import moving_averages, start_averages
-from mvd_scale.training.observers import Observer, Observers, Pictures, Probe, open_probe
-from mvd_scale.training.optim import parameter_groups
-from mvd_scale.training.ranks import Ranks, first_decides, join_ranks, leave_ranks
+from mvd_scale.training.observers import Observer, Pictures, Probe, open_probe
+from mvd_scale.training.ranks import Ranks, first_decides
+from mvd_scale.training.run import TrainingJob, run_training
 from mvd_scale.training.run_folder import RunFolder
 from mvd_scale.training.schedule import Schedule
-from mvd_scale.training.snapshots import Snapshots, export_student
-
-logger = logging.getLogger("mvd_scale")
+from mvd_scale.training.snapshots import export_student
+from mvd_scale.training.trainer import TrainedModel
 
 
 def pretrain(recipe: Recipe) -> None:
-    """Run a recipe from its start, or from its newest checkpoint, to its end.
-
-    Raises:
-        UserError: something that the user can mend; nothing was overwritten.
-        Stopped: the run was asked to stop; it was saved.
-    """
-    folder = RunFolder(recipe.run.folder)
-    ranks = join_ranks(recipe.device, recipe.training.collective_timeout_minutes)
-    student_deepspeed(recipe, ranks.world_size)
-    first_decides(ranks, "prepared", lambda: prepare(recipe, folder))
-    manifest = Manifest.load(folder.manifest)
-    schedule = Schedule(
-        recipe.training, steps_per_epoch(manifest, recipe.data, recipe.training.global_batch), recipe.lr_batch
-    )
-    origin = {
-        "videos": manifest.digest,
-        "teachers": first_decides(ranks, "teachers", lambda: weight_digests(recipe)),
-        "teacher precision": teacher_precision(recipe, ranks.device),
-    }
-    if first_decides(ranks, "finished", lambda: folder.finished_at(schedule.last_step, origin)):
-        logger.info("%s is finished already: see %s", folder.path, folder.summary)
-        return leave_ranks()
-
-    torch.manual_seed(recipe.seed)
-    targets = load_targets(recipe)
-    student = Student(
-        recipe.model, {name: (recipe.targets[name].head_config, target.channels) for name, target in targets.items()}
-    )
-    if recipe.training.initial_encoder is not None:
-        start_encoder(student.encoder, recipe.training.initial_encoder)
-    start_averages(targets, student)
-    first_decides(ranks, "fidelity", lambda: check_fidelity(targets, recipe, manifest, ranks.device))
-    host_teachers(targets, recipe, ranks)
-    groups = parameter_groups(student, recipe.training.weight_decay)
-    engine = train_engine(student, groups, recipe, ranks)
-    averages = moving_averages(targets, engine, schedule, ranks)
-    snapshots = Snapshots(
-        folder, recipe, ranks, origin, schedule.steps_per_epoch, averages,
-        lambda engine, where: export_student(engine, where, recipe, ranks),
-    )  # fmt: skip
-    start = resume(engine, snapshots, schedule, folder, ranks)
-    describe(recipe, manifest, schedule, ranks)
-
-    loader = ClipLoader(
-        manifest,
-        recipe.data,
-        recipe.model,
-        recipe.seed,
-        global_batch=recipe.training.global_batch,
-        micro_batch=recipe.batch_split(ranks.world_size)[0],
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        device=ranks.device,
-        cpus=ranks.cpus,
-        start_step=start,
-        total_steps=schedule.last_step,
-        sides=teacher_sides(recipe, targets),
-        report=folder.quarantine,
-    )
-    observers = observers_of(recipe, manifest, targets, folder, ranks, schedule)
-    objective = MaskedDistillation(targets)
-    batches = Ahead(loader, begin_ahead(objective, recipe, ranks.device))
-    with loader:
-        fit(engine, objective, batches, schedule, snapshots, observers, recipe, folder, ranks, start)
-    finish(engine, snapshots, folder, ranks, schedule.last_step)
-    leave_ranks()
+    """Run a recipe of pre-training; as `run_training`."""
+    run_training(Pretraining(recipe, RunFolder(recipe.run.folder)))
 
 
-def prepare(recipe: Recipe, folder: RunFolder) -> None:
-    """Rank 0's part: see that the folder is free for this run, claim it, and index the videos if need be."""
-    folder.check(recipe)
-    folder.claim()
-    folder.record(recipe, open_source(recipe.data, folder.index))
-    if recipe.logging.probe is not None:
-        open_probe(recipe.logging.probe, folder)
+class Pretraining(TrainingJob[Recipe]):
+    """A student that predicts targets of masked clips."""
 
+    def prepare(self) -> None:
+        """As of every job; the videos of a probe are indexed too."""
+        super().prepare()
+        if self.recipe.logging.probe is not None:
+            open_probe(self.recipe.logging.probe, self.folder)
 
-def observers_of(
-    recipe: Recipe,
-    manifest: Manifest,
-    targets: dict[str, Target],
-    folder: RunFolder,
-    ranks: Ranks,
-    schedule: Schedule,
-) -> Observers:
-    """The observers that a recipe asks for."""
-    observers: list[Observer] = []
-    if recipe.logging.pictures is not None:
-        observers.append(Pictures(recipe, manifest, targets, folder, ranks, schedule.steps_per_epoch))
-    if recipe.logging.probe is not None:
-        observers.append(Probe(recipe, folder, ranks, schedule.steps_per_epoch))
-    return Observers(observers)
+    def index(self) -> Manifest:
+        """Index the videos."""
+        return open_source(self.recipe.data, self.folder.index)
+
+    def open(self, ranks: Ranks) -> Manifest:
+        """A row for each video."""
+        self.manifest = Manifest.load(self.folder.manifest)
+        return self.manifest
+
+    def origin(self, ranks: Ranks) -> dict[str, Any]:
+        """Videos, and teachers with their precision."""
+        return {
+            "videos": self.manifest.digest,
+            "teachers": first_decides(ranks, "teachers", lambda: weight_digests(self.recipe)),
+            "teacher precision": teacher_precision(self.recipe, ranks.device),
+        }
+
+    def build(self, ranks: Ranks, schedule: Schedule) -> TrainedModel:
+        """The student and its teachers."""
+        recipe = self.recipe
+        self.targets = load_targets(recipe)
+        student = Student.from_recipe(recipe, self.targets)
+        if recipe.training.initial_encoder is not None:
+            start_encoder(student.encoder, recipe.training.initial_encoder)
+        first_decides(ranks, "fidelity", lambda: check_fidelity(self.targets, recipe, self.manifest, ranks.device))
+        return distillation_model(student, self.targets, recipe, ranks, schedule)
+
+    def export(self, engine: Any, folder: Path, ranks: Ranks) -> None:
+        """Write the student, and its encoder alone."""
+        export_student(engine, folder, self.recipe, ranks)
+
+    def load(self, ranks: Ranks, steps: range) -> ClipLoader:
+        """Masked clips at the input sides of student and teachers."""
+        sides = teacher_sides(self.recipe, self.targets)
+        return ClipLoader.for_run(
+            self.manifest, self.recipe, ranks.data_rank, steps, sides=sides, report=self.folder.quarantine
+        )
+
+    def prefetch(self, ranks: Ranks) -> Begin | None:
+        """Teachers work one batch ahead where that pays."""
+        return begin_ahead(MaskedDistillation(self.targets), self.recipe, ranks.device)
+
+    def observers(self, ranks: Ranks, schedule: Schedule) -> list[Observer]:
+        """The observers that the recipe asks for."""
+        recipe, folder, logging = self.recipe, self.folder, self.recipe.logging
+        observers: list[Observer] = []
+        if logging.pictures is not None:
+            observers.append(Pictures(recipe, self.manifest, self.targets, folder, ranks, schedule.steps_per_epoch))
+        if logging.probe is not None:
+            observers.append(Probe(recipe, folder, ranks, schedule.steps_per_epoch))
+        return observers

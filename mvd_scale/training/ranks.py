@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mvd_scale.distributed.data_rank import DataRank
 from mvd_scale.errors import UserError
 from mvd_scale.training.processors import Pinned, machine, settle
 
@@ -47,6 +48,11 @@ class Ranks:
     def cpus(self) -> int | None:
         """Number of CPUs of this rank's share; None if ranks use GPUs."""
         return len(self.pinned.share.cpus) if self.pinned else None
+
+    @property
+    def data_rank(self) -> DataRank:
+        """This rank as data loaders see it."""
+        return DataRank(self.device, self.rank, self.world_size, self.cpus)
 
 
 def choose_device(device: str) -> torch.device:

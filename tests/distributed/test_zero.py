@@ -21,6 +21,8 @@ from .zero_ranks import teacher
 
 pytestmark = pytest.mark.distributed
 
+ROOT = Path(__file__).parents[2]
+
 SAME_NUMBERS = [
     "zero1",
     "zero2",
@@ -40,7 +42,6 @@ def launch(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    script = Path(__file__).with_name("zero_ranks.py")
     out.mkdir()
     ambient = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     chosen = {} if threads is None else {"OMP_NUM_THREADS": threads}
@@ -53,8 +54,10 @@ def launch(
         place = {"RANK": rank, "WORLD_SIZE": world_size, **local}
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} | chosen
         env = ambient | {k: str(v) for k, v in (place | meeting).items()}
-        command = [sys.executable, str(script), str(out)]
-        ranks.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        command = [sys.executable, "-m", "tests.distributed.zero_ranks", str(out)]
+        ranks.append(
+            subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
     for rank, process in enumerate(ranks):
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, f"rank {rank}:\n{output[-3000:]}"

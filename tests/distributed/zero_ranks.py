@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -14,14 +16,19 @@ from torch import Tensor, nn
 from mvd_scale.config import ModelConfig, Recipe
 from mvd_scale.config.training import Checkpointing
 from mvd_scale.data.batch import ClipBatch
+from mvd_scale.errors import UserError
 from mvd_scale.models import Encoder, Student
-from mvd_scale.targets import FrozenTeacher, MaskedDistillation, build_targets
+from mvd_scale.targets import FrozenTeacher, build_targets
 from mvd_scale.targets.load import average_file
-from mvd_scale.training.engine import full_parameters, host_teachers, train_engine
-from mvd_scale.training.momentum import MovingAverage, moving_averages, start_averages
-from mvd_scale.training.optim import apply_schedule, parameter_groups
+from mvd_scale.training.ahead import Ahead
+from mvd_scale.training.distillation import distillation_model
+from mvd_scale.training.engine import full_parameters
+from mvd_scale.training.momentum import MovingAverage
 from mvd_scale.training.ranks import Ranks, join_ranks, leave_ranks
 from mvd_scale.training.schedule import Schedule
+from mvd_scale.training.trainer import Trainer
+
+from ..batches import BatchLoader
 
 VIDEO = {"width": 320, "depth": 1, "heads": 5, "frames": 4, "input_size": 32}
 IMAGE = {**VIDEO, "frames": 1, "tubelet": 1, "positions": "sincos2d", "class_token": True}
@@ -92,37 +99,33 @@ def held_at_rest(module: nn.Module) -> int:
     return sum(p.numel() + (p.ds_tensor.numel() if hasattr(p, "ds_tensor") else 0) for p in module.parameters())
 
 
+def micro_batches(ranks: Ranks, made: Recipe, *, poison_last: bool) -> Iterator[ClipBatch]:
+    """This rank's part of the global batches."""
+    micro, accumulation = made.batch_split(ranks.world_size)
+    for step in range(STEPS):
+        whole = global_batch(step, poisoned=poison_last and step == STEPS - 1)
+        for turn in range(accumulation):
+            first = (ranks.rank * accumulation + turn) * micro
+            yield whole.map(lambda tensor, first=first: tensor[first : first + micro])
+
+
 def train(ranks: Ranks, made: Recipe, *, poison_last: bool = False, out: Path | None = None) -> dict[str, Any]:
     targets = build_targets(made, teacher)
     torch.manual_seed(0)
-    student = Student(made.model, {name: (made.targets[name].head_config, t.channels) for name, t in targets.items()})
-    start_averages(targets, student)
-    host_teachers(targets, made, ranks)
-    engine = train_engine(student, parameter_groups(student, made.training.weight_decay), made, ranks)
-    objective, schedule = MaskedDistillation(targets), Schedule(made.training, 1, made.lr_batch)
-    averages = moving_averages(targets, engine, schedule, ranks)
+    schedule = Schedule(made.training, 1, made.lr_batch)
+    model = distillation_model(Student.from_recipe(made, targets), targets, made, ranks, schedule)
+    batches = Ahead(BatchLoader(micro_batches(ranks, made, poison_last=poison_last)))
+    trainer, engine, averages = Trainer(model, batches, schedule, made, ranks), model.engine, model.averages
     expected = encoder_weights(engine) if averages else {}
-    micro, accumulation = made.batch_split(ranks.world_size)
     losses, before = [], 0.0
     for step in range(STEPS):
-        poisoned = poison_last and step == STEPS - 1
-        if poisoned:
+        if poison_last and step == STEPS - 1:
             before = weight_sum(engine)
-        whole = global_batch(step, poisoned=poisoned)
-        apply_schedule(engine.optimizer, schedule, step)
-        total = torch.zeros(())
-        for turn in range(accumulation):
-            first = (ranks.rank * accumulation + turn) * micro
-            mine = slice(first, first + micro)
-            batch = ClipBatch(
-                *(getattr(whole, f)[mine] for f in ("pixels", "visible", "masked", "labels", "video_ids"))
-            )
-            loss, _ = objective(engine, batch)
-            engine.backward(loss)
-            engine.step()
-            total += loss.detach() / accumulation
+            with pytest.raises(UserError, match=f"gradients of step {step} are not finite"):
+                trainer.train_step()
+            break
+        total = torch.stack([micro.loss for micro in trainer.train_step()]).mean()
         for average in averages:
-            average.update(step)
             kept = average.momentum(step)
             now = encoder_weights(engine)
             expected = {name: kept * old + (1 - kept) * now[name] for name, old in expected.items()}
@@ -144,7 +147,7 @@ def encoder_weights(engine: Any) -> dict[str, Tensor]:
 
 
 def average_values(
-    averages: list[MovingAverage], expected: dict[str, Tensor], out: Path | None, ranks: Ranks
+    averages: Sequence[MovingAverage], expected: dict[str, Tensor], out: Path | None, ranks: Ranks
 ) -> dict[str, Any]:
     """How far an average is from the true one, whether it comes back from its file, and how much of it lies here."""
     if not averages:

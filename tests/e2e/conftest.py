@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -81,6 +83,16 @@ class Jobs:
         """SIGKILL for the whole job."""
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+
+
+def plain_steps(steps: int, scratch: Path, *words: str | Path, env: dict[str, str] | None = None) -> dict[str, Any]:
+    """What `plain_steps.py` prints."""
+    command = [sys.executable, "-m", "tests.e2e.plain_steps", str(steps), str(scratch), *map(str, words)]
+    result = subprocess.run(
+        command, cwd=Path(__file__).parents[2], env={**os.environ, **(env or {})}, stdout=subprocess.PIPE, text=True,
+        check=True, timeout=300,
+    )  # fmt: skip
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def free_port() -> int:

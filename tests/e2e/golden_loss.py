@@ -117,13 +117,16 @@ def _vendor() -> str:
 def _steps() -> Curve:
     from mvd_scale.config import Recipe
     from mvd_scale.data.batch import ClipBatch
-    from mvd_scale.performance.rehearsal import build_student, random_teacher
-    from mvd_scale.targets import MaskedDistillation, build_targets
-    from mvd_scale.training.engine import host_teachers, train_engine
-    from mvd_scale.training.loop import reseed
-    from mvd_scale.training.optim import apply_schedule, parameter_groups
+    from mvd_scale.models import Student
+    from mvd_scale.targets import build_targets
+    from mvd_scale.targets.build import init_teacher
+    from mvd_scale.training.ahead import Ahead
+    from mvd_scale.training.distillation import distillation_model
     from mvd_scale.training.ranks import join_ranks, leave_ranks
     from mvd_scale.training.schedule import Schedule
+    from mvd_scale.training.trainer import Trainer
+
+    from ..batches import BatchLoader
 
     def micro_batch(number: int) -> ClipBatch:
         generator = torch.Generator().manual_seed(number)
@@ -137,21 +140,17 @@ def _steps() -> Curve:
     torch.set_num_threads(1)
     micro, accumulation = recipe.batch_split(ranks.world_size)
     torch.manual_seed(recipe.seed)
-    targets = build_targets(recipe, lambda name: random_teacher(recipe, name))
-    student = build_student(recipe, targets)
-    host_teachers(targets, recipe, ranks)
-    engine = train_engine(student, parameter_groups(student, 0.05), recipe, ranks)
-    objective, schedule = MaskedDistillation(targets), Schedule(recipe.training, 1, recipe.lr_batch)
+    targets = build_targets(recipe, lambda name: init_teacher(recipe, name))
+    schedule = Schedule(recipe.training, 1, recipe.lr_batch)
+    model = distillation_model(Student.from_recipe(recipe, targets), targets, recipe, ranks, schedule)
+    # The same two micro batches again and again, so that the loss falls.
+    clips = (micro_batch(turn) for _ in range(STEPS) for turn in range(accumulation))
+    trainer = Trainer(model, Ahead(BatchLoader(clips)), schedule, recipe, ranks)
     curve: Curve = {name: [] for name in ("loss", *targets, "gradient norm")}
-    for step in range(STEPS):
-        apply_schedule(engine.optimizer, schedule, step)
-        for turn in range(accumulation):
-            reseed(recipe, step, turn, ranks)
-            # The same two micro batches again and again, so that the loss falls.
-            loss, distances = objective(engine, micro_batch(turn))
-            engine.backward(loss)
-            engine.step()
-        for name, value in {"loss": loss.detach(), **distances, "gradient norm": engine.get_global_grad_norm()}.items():
+    for _ in range(STEPS):
+        last = trainer.train_step()[-1]
+        norm = trainer.engine.get_global_grad_norm()
+        for name, value in {"loss": last.loss, **last.parts, "gradient norm": norm}.items():
             curve[name].append(float(value))
     leave_ranks()
     return curve

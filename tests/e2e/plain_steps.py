@@ -1,6 +1,6 @@
-"""Prints the losses of some steps of the quickstart's student without profiler and timers.
+"""Prints the losses of some steps of a recipe, and the parts that a timer was told of if there is one.
 
-python -m tests.e2e.plain_steps STEPS SCRATCH RECIPE_WORDS...
+python -m tests.e2e.plain_steps STEPS SCRATCH [--timer] RECIPE RECIPE_WORDS...
 """
 
 from __future__ import annotations
@@ -13,28 +13,38 @@ from pathlib import Path
 
 from torch import nn
 
-from mvd_scale.performance.rehearsal import Rehearsal, named_teacher, rehearsed_recipe
+from mvd_scale.performance.bench_setup import bench_recipe, bench_trainer
+from mvd_scale.targets.build import load_or_init_teacher
 from mvd_scale.training.ranks import join_ranks, leave_ranks
 
 
-class Nobody:
-    """Timer that ignores all parts."""
+class Recorder:
+    """A timer that writes down which parts begin."""
+
+    def __init__(self) -> None:
+        self.parts: list[str] = []
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
+        self.parts.append(name)
         yield
 
     def watch(self, name: str, module: nn.Module) -> None:
-        return
+        module.register_forward_pre_hook(lambda *_: self.parts.append(name))
 
 
 def main(steps: str, scratch: str, *words: str) -> None:
-    recipe = rehearsed_recipe("quickstart/student", list(words), "fp32", batch=2)
+    recorder = Recorder() if words[0] == "--timer" else None
+    name, *overrides = words[recorder is not None :]
+    recipe = bench_recipe(name, overrides, "fp32", batch=2)
     ranks = join_ranks("cpu", timeout_minutes=1)
-    with Rehearsal(recipe, ranks, Nobody(), named_teacher, steps=int(steps), scratch=Path(scratch)) as rehearsal:
-        losses = [float(rehearsal.step()) for _ in range(int(steps))]
+    with bench_trainer(recipe, ranks, load_or_init_teacher, steps=int(steps), scratch=Path(scratch)) as trainer:
+        if recorder is not None:
+            trainer.attach(recorder)
+        made = [trainer.train_step() for _ in range(int(steps))]
+    losses = [[float(micro.loss) for micro in step] for step in made]
     leave_ranks()
-    print(json.dumps(losses))
+    print(json.dumps({"losses": losses, "parts": recorder and recorder.parts, "names": trainer.part_names}))
 
 
 if __name__ == "__main__":

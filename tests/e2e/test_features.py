@@ -14,7 +14,8 @@ from mvd_scale.checkpoints.weights import load_encoder, save_weights
 from mvd_scale.config import ModelConfig
 from mvd_scale.config.data import DataConfig, ViewsConfig
 from mvd_scale.data.index import build_manifest
-from mvd_scale.data.view_loader import ViewLoader, view_items
+from mvd_scale.data.view_loader import ViewLoader, ViewShape, view_items
+from mvd_scale.distributed.data_rank import DataRank
 from mvd_scale.models import Encoder
 
 from .conftest import Jobs
@@ -57,10 +58,8 @@ def test_they_are_those_of_the_encoder(jobs: Jobs, clips: Path, weights: Path, t
     encoder = load_encoder(weights, final_norm=False).eval()
     del encoder.blocks[2:]
     items = view_items(manifest, views, frames=4)
-    loader = ViewLoader(
-        manifest, DataConfig(workers=0), views, items, frames=4, side=48, batch=20, world_size=1,
-        device=torch.device("cpu"),
-    )  # fmt: skip
+    shape, rank = ViewShape(4, 48), DataRank(torch.device("cpu"))
+    loader = ViewLoader(manifest, DataConfig(workers=0), views, items, shape=shape, batch=20, rank=rank)
     with loader, torch.no_grad():
         pixels = next(loader).pixels.flatten(0, 2)
         expected = encoder(pixels).unflatten(1, (2, 9)).mean(2)

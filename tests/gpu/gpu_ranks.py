@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,16 @@ import torch
 
 from mvd_scale.config import Recipe
 from mvd_scale.data.batch import ClipBatch
-from mvd_scale.performance.rehearsal import build_student
+from mvd_scale.models import Student
 from mvd_scale.targets import FrozenTeacher, MaskedDistillation, build_targets
-from mvd_scale.training.ahead import Ahead, begin_ahead
-from mvd_scale.training.engine import full_parameters, host_teachers, train_engine
-from mvd_scale.training.optim import apply_schedule, parameter_groups
+from mvd_scale.training.ahead import Ahead, Begin, begin_ahead
+from mvd_scale.training.distillation import distillation_model
+from mvd_scale.training.engine import full_parameters, host_teachers
 from mvd_scale.training.ranks import Ranks, join_ranks, leave_ranks
 from mvd_scale.training.schedule import Schedule
+from mvd_scale.training.trainer import Trainer
 
+from ..batches import BatchLoader
 from ..distributed.zero_ranks import GLOBAL_BATCH, global_batch, held_at_rest, recipe, teacher
 
 STEPS, POISONED = 6, 3
@@ -43,18 +46,6 @@ def main(device: str, out: str) -> None:
     leave_ranks()
 
 
-class Loader:
-    """Batches from elsewhere in the place of a `ClipLoader`."""
-
-    substituted = 0
-
-    def __init__(self, batches: Iterator[ClipBatch]) -> None:
-        self.batches = batches
-
-    def __next__(self) -> ClipBatch:
-        return next(self.batches)
-
-
 class Run:
     """A tiny student with two teachers and a pixel branch."""
 
@@ -63,12 +54,10 @@ class Run:
         self.recipe = placed(recipe(stage, precision, "zero3", GLOBAL_BATCH // 2), precision)
         self.targets = build_targets(self.recipe, teacher)
         torch.manual_seed(0)
-        student = build_student(self.recipe, self.targets)
-        host_teachers(self.targets, self.recipe, ranks)
-        groups = parameter_groups(student, self.recipe.training.weight_decay)
-        self.engine = train_engine(student, groups, self.recipe, ranks)
-        self.objective = MaskedDistillation(self.targets)
+        student = Student.from_recipe(self.recipe, self.targets)
         self.schedule = Schedule(self.recipe.training, 1, self.recipe.lr_batch)
+        self.model = distillation_model(student, self.targets, self.recipe, ranks, self.schedule)
+        self.engine = self.model.engine
 
     def batches(self, steps: Iterable[int], *, poisoned: bool = False) -> Iterator[ClipBatch]:
         """The micro batches of this rank."""
@@ -78,39 +67,39 @@ class Run:
                 first = (self.ranks.rank * accumulation + turn) * micro
                 yield clips(step, first, micro, self.ranks.device, poisoned=poisoned)
 
-    def step(self, step: int, batches: Iterator[ClipBatch]) -> float:
+    def trainer(self, batches: Iterator[ClipBatch], begin: Begin | None = None) -> Trainer:
+        """Makes steps of some micro batches."""
+        return Trainer(self.model, Ahead(BatchLoader(batches), begin), self.schedule, self.recipe, self.ranks)
+
+    def step(self, trainer: Trainer) -> float:
         """The loss of one optimizer step, mean over all ranks."""
-        apply_schedule(self.engine.optimizer, self.schedule, step)
-        _, accumulation = self.recipe.batch_split(self.ranks.world_size)
-        total = torch.zeros((), device=self.ranks.device)
-        for _ in range(accumulation):
-            loss, _ = self.objective(self.engine, next(batches))
-            self.engine.backward(loss)
-            self.engine.step()
-            total += loss.detach() / accumulation
+        total = torch.stack([micro.loss for micro in trainer.train_step()]).mean()
         torch.distributed.all_reduce(total)
         return float(total) / self.ranks.world_size
 
     def losses(self, *, ahead: bool = False) -> list[float]:
-        """Losses of some steps, with teachers computed in the step or one step in advance."""
-        batches = self.batches(range(STEPS))
+        """Of some steps, with teachers at their place or ahead."""
+        begin = None
         if ahead:
-            begin = begin_ahead(self.objective, self.recipe, self.ranks.device)
+            begin = begin_ahead(MaskedDistillation(self.targets), self.recipe, self.ranks.device)
             assert begin is not None
-            batches = Ahead(Loader(batches), begin)
-        return [self.step(step, batches) for step in range(STEPS)]
+        trainer = self.trainer(self.batches(range(STEPS)), begin)
+        return [self.step(trainer) for _ in range(STEPS)]
 
     def overflows(self) -> dict[str, Any]:
-        """Loss scale and weights when gradients are not finite, and afterwards."""
-        batches = self.batches(range(2))
-        self.step(0, batches)
-        self.step(1, batches)
+        """What the loss scale and the weights do when gradients are not finite, and afterwards."""
+        poisoned = range(2, 2 + POISONED)
+        trainer = self.trainer(
+            chain(self.batches(range(2)), self.batches(poisoned, poisoned=True), self.batches([poisoned.stop]))
+        )
+        self.step(trainer)
+        self.step(trainer)
         scales, before = [float(self.engine.optimizer.loss_scale)], self.weights()
-        for step in range(POISONED):
-            self.step(2 + step, self.batches([2 + step], poisoned=True))
+        for _ in poisoned:
+            self.step(trainer)
             scales.append(float(self.engine.optimizer.loss_scale))
         skipped, during = self.engine.skipped_steps, self.weights()
-        loss = self.step(2 + POISONED, self.batches([2 + POISONED]))
+        loss = self.step(trainer)
         return {
             "scales": scales,
             "skipped": skipped,

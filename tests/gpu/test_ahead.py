@@ -12,8 +12,8 @@ from torch import Tensor
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.training.ahead import Ahead, SideStream
 
+from ..batches import BatchLoader
 from .conftest import Figure, Seen
-from .gpu_ranks import Loader
 
 pytestmark = pytest.mark.gpu
 
@@ -45,7 +45,7 @@ def test_the_student_reads_what_the_side_stream_wrote_for_it(
     gpu: torch.device, teach: Callable[[ClipBatch], ClipBatch], sleep: int
 ) -> None:
     read: list[Tensor] = []
-    for batch in Ahead(Loader(_batches(gpu)), SideStream(gpu, teach)):
+    for batch in Ahead(BatchLoader(_batches(gpu)), SideStream(gpu, teach)):
         if sleep:
             torch.cuda._sleep(sleep)
         read.append(torch.stack([batch.pixels.amin(), batch.pixels.amax()]))
@@ -58,7 +58,7 @@ def test_both_streams_work_at_once_and_the_host_waits_for_neither(gpu: torch.dev
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         start.record()
-        for batch in Ahead(Loader(_batches(gpu)), begin):
+        for batch in Ahead(BatchLoader(_batches(gpu)), begin):
             if begin is None:
                 _late(batch)
             torch.cuda._sleep(LONG)

@@ -21,11 +21,12 @@ from mvd_scale.config import DataConfig, ModelConfig
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.data.decode import decode_frames
 from mvd_scale.data.index import build_manifest
-from mvd_scale.data.loader import ClipLoader, as_tensor
+from mvd_scale.data.loader import BatchPlan, ClipLoader, as_tensor
 from mvd_scale.data.manifest import Manifest, Row
 from mvd_scale.data.pipeline import decode_video
 from mvd_scale.data.samples import make_samples
 from mvd_scale.data.storage import read_bytes
+from mvd_scale.distributed.data_rank import DataRank
 
 from .conftest import Figure
 
@@ -111,10 +112,8 @@ def by_dali(video: Row, frames: NDArray[np.int64]) -> NDArray[np.uint8]:
 
 def one_batch(manifest: Manifest, device: torch.device) -> ClipBatch:
     model = ModelConfig.model_validate({"size": "S", "input_size": 112, "frames": 8})
-    with ClipLoader(
-        manifest, DataConfig(workers=0), model, 0, global_batch=16, micro_batch=16, rank=0, world_size=1,
-        device=device, start_step=0, total_steps=1,
-    ) as loader:  # fmt: skip
+    plan, rank = BatchPlan.one_batch(16), DataRank(device)
+    with ClipLoader(manifest, DataConfig(workers=0), model, 0, plan=plan, rank=rank) as loader:
         return next(loader)
 
 

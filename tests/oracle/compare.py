@@ -20,8 +20,8 @@ import torch
 
 from mvd_scale.config import Recipe, load_recipe
 from mvd_scale.models import Student
-from mvd_scale.performance.rehearsal import build_student, random_teacher
 from mvd_scale.targets import FrozenTeacher, build_targets
+from mvd_scale.targets.build import init_teacher
 from tests.oracle.published import Published
 
 PAIRS = {"b": "distill/b_from_b", "l": "distill/l_from_l"}
@@ -51,8 +51,8 @@ def build(name: str, overrides: list[str]) -> tuple[Student, dict[str, Any]]:
     )
     assert isinstance(recipe, Recipe)
     torch.manual_seed(0)
-    targets = build_targets(recipe, lambda target: random_teacher(recipe, target))
-    return build_student(recipe, targets), dict(targets)
+    targets = build_targets(recipe, lambda target: init_teacher(recipe, target))
+    return Student.from_recipe(recipe, targets), dict(targets)
 
 
 def time_published(name: str, batch: int, steps: int, autocast: bool) -> dict[str, float]:

@@ -27,8 +27,8 @@ from mvd_scale.config.deepspeed import student_deepspeed
 from mvd_scale.config.finetune import MixConfig
 from mvd_scale.models import Classifier, Student
 from mvd_scale.models.detector import Detector
-from mvd_scale.performance.rehearsal import random_teacher
 from mvd_scale.targets import build_targets
+from mvd_scale.targets.build import init_teacher
 
 FINETUNED = [name for name in list_recipes() if isinstance(load_any(name), FinetuneRecipe)]
 DETECTING = [name for name in list_recipes() if isinstance(load_any(name), DetectionRecipe)]
@@ -64,9 +64,8 @@ def test_it_resolves_for_any_usual_number_of_ranks(name: str) -> None:
 def test_its_models_fit_each_other(name: str) -> None:
     recipe = load_recipe(name)
     with torch.device("meta"):
-        targets = build_targets(recipe, lambda target: random_teacher(recipe, target))
-        heads = {target: (recipe.targets[target].head_config, made.channels) for target, made in targets.items()}
-        student = Student(recipe.model, heads)
+        targets = build_targets(recipe, lambda target: init_teacher(recipe, target))
+        student = Student.from_recipe(recipe, targets)
         batch = 2
         model = recipe.model
         pixels = torch.zeros(batch, model.frames, model.input_size, model.input_size, 3)

@@ -18,9 +18,10 @@ import torch
 from mvd_scale.config.data import CenterCrop, DataConfig
 from mvd_scale.config.model import ModelConfig
 from mvd_scale.data.index import build_manifest
-from mvd_scale.data.loader import ClipLoader
+from mvd_scale.data.loader import BatchPlan, ClipLoader
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.sampling import Sampler
+from mvd_scale.distributed.data_rank import DataRank
 from mvd_scale.errors import UserError
 
 MODEL = ModelConfig(width=16, depth=1, heads=1, frames=4, input_size=32, patch_size=8)
@@ -80,8 +81,9 @@ def odd(folder: Path) -> dict[str, Path]:
 
 
 def load(manifest: Manifest, clips: int, data: DataConfig = DATA, **changes: object) -> ClipLoader:
-    shape = {"global_batch": clips, "micro_batch": clips, "rank": 0, "world_size": 1, "start_step": 0, "total_steps": 1}
-    return ClipLoader(manifest, data, MODEL, 1, device=torch.device("cpu"), **(shape | changes))
+    plan = BatchPlan(clips, changes.pop("micro_batch", clips), range(changes.pop("total_steps", 1)))
+    rank = DataRank(torch.device("cpu"), changes.pop("rank", 0), changes.pop("world_size", 1))
+    return ClipLoader(manifest, data, MODEL, 1, plan=plan, rank=rank, **changes)
 
 
 def test_odd_videos_are_shown_as_players_show_them(tmp_path):

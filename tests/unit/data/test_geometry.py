@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
-from mvd_scale.data.geometry import resample, resize, upright
+from mvd_scale.data.geometry import Resampling, resample, resize, upright
 
 RNG = np.random.default_rng(0)
 SMOOTH = np.array(
@@ -19,8 +19,10 @@ SMOOTH = np.array(
 STILL = (np.zeros(2, np.int32), np.zeros((), np.int32))
 
 
-def run(on_gpu: bool, anchor: list[int], shape: list[int], mirror: list[int], transpose: int, **how: object) -> NDArray:
-    """Result of `upright` for the frames above, by DALI's operators, which also run on the host, or by torch."""
+def run(
+    on_gpu: bool, anchor: list[int], shape: list[int], mirror: list[int], transpose: int, *, cut: bool, how: Resampling
+) -> NDArray:
+    """`upright` of these frames; DALI's operators take frames on the host too."""
 
     @pipeline_def(batch_size=1, num_threads=1, device_id=None, enable_conditionals=True)
     def graph() -> object:
@@ -31,7 +33,7 @@ def run(on_gpu: bool, anchor: list[int], shape: list[int], mirror: list[int], tr
             "mirror": types.Constant(np.array([mirror], np.int32)),
             "transpose": fn.external_source(lambda: [np.array(transpose, np.int32)], dtype=types.INT32, ndim=0),
         }
-        return upright(sample, frames, (32, 48), copy=0, turned=True, on_gpu=on_gpu, **how)
+        return upright(sample, frames, (32, 48), how, copy=0, cut=cut, turned=True, on_gpu=on_gpu)
 
     (clips,) = graph().run()
     return np.array(clips.at(0)).astype(int)
@@ -49,17 +51,17 @@ def assert_close(host: NDArray, dali: NDArray) -> None:
 @pytest.mark.parametrize(("filter", "antialias"), [("bilinear", True), ("bilinear", False), ("bicubic", True)])
 def test_torch_and_dali_give_the_same_pixels(filter: str, antialias: bool, mirror: list[int], transpose: int) -> None:
     where = ([5, 7], [50, 80], mirror, transpose)
-    how = {"cut": True, "filter": filter, "antialias": antialias}
-    host, dali = run(False, *where, **how), run(True, *where, **how)
+    how = Resampling(filter, antialias)  # type: ignore[arg-type]
+    host, dali = (run(on_gpu, *where, cut=True, how=how) for on_gpu in (False, True))
     assert host.shape == dali.shape == (2, *((48, 32) if transpose else (32, 48)), 3)
     assert_close(host, dali)
 
 
 def test_whole_frames_where_nothing_is_cut() -> None:
-    how = {"cut": False, "filter": "bilinear", "antialias": True}
-    whole = run(False, [5, 7], [50, 80], [0, 0], 0, **how)
-    np.testing.assert_array_equal(whole, run(False, [0, 0], [60, 100], [0, 0], 0, **{**how, "cut": True}))
-    assert_close(whole, run(True, [5, 7], [50, 80], [0, 0], 0, **how))
+    how = Resampling("bilinear", antialias=True)
+    whole = run(False, [5, 7], [50, 80], [0, 0], 0, cut=False, how=how)
+    np.testing.assert_array_equal(whole, run(False, [0, 0], [60, 100], [0, 0], 0, cut=True, how=how))
+    assert_close(whole, run(True, [5, 7], [50, 80], [0, 0], 0, cut=False, how=how))
 
 
 @pytest.mark.parametrize("filter", ["bilinear", "bicubic"])

@@ -22,10 +22,11 @@ from mvd_scale.config.data import CenterCrop, DataConfig
 from mvd_scale.config.model import ModelConfig
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.data.index import build_manifest
-from mvd_scale.data.loader import ClipLoader, thread_count, worker_count
+from mvd_scale.data.loader import BatchPlan, ClipLoader, thread_count, worker_count
 from mvd_scale.data.manifest import Manifest, Row
 from mvd_scale.data.pipeline import dali_decodes
 from mvd_scale.data.sampling import Sampler
+from mvd_scale.distributed.data_rank import DataRank
 from mvd_scale.errors import UserError
 
 MODEL = ModelConfig(width=16, depth=1, heads=1, frames=4, input_size=32, patch_size=8)
@@ -35,8 +36,11 @@ CPU = torch.device("cpu")
 
 
 def load(manifest: Manifest, data: DataConfig = DATA, **changes: object) -> ClipLoader:
-    shape = {"global_batch": 4, "micro_batch": 4, "rank": 0, "world_size": 1, "start_step": 0, "total_steps": 5}
-    return ClipLoader(manifest, data, MODEL, 1, device=CPU, **(shape | changes))
+    """Of five steps on the only rank, unless `changes` of `BatchPlan`, `DataRank` and `ClipLoader` say otherwise."""
+    steps = range(changes.pop("start_step", 0), changes.pop("total_steps", 5))
+    plan = BatchPlan(changes.pop("global_batch", 4), changes.pop("micro_batch", 4), steps)
+    rank = DataRank(CPU, changes.pop("rank", 0), changes.pop("world_size", 1))
+    return ClipLoader(manifest, data, MODEL, 1, plan=plan, rank=rank, **changes)
 
 
 def collect(manifest: Manifest, data: DataConfig = DATA, **changes: object) -> list[ClipBatch]:
@@ -90,10 +94,7 @@ def test_both_codecs_in_one_batch_give_the_frames_that_were_planned(manifest, fl
     data = DATA.model_copy(update={"crop": CenterCrop(), "flip": flip})
     model = MODEL.model_copy(update={"input_size": 48})
     sampler = Sampler(manifest, data, model, 1)
-    with ClipLoader(
-        manifest, data, model, 1, global_batch=10, micro_batch=10, rank=0, world_size=1, device=CPU, start_step=0,
-        total_steps=1,
-    ) as loader:  # fmt: skip
+    with ClipLoader(manifest, data, model, 1, plan=BatchPlan.one_batch(10), rank=DataRank(CPU)) as loader:
         batch = next(loader)
     assert {manifest.codec[row] for row in batch.video_ids} == {"h264", "vp9"}
     for k in range(10):
@@ -294,17 +295,18 @@ def test_a_clip_without_any_substitute_ends_the_run(tmp_path, videos):
 def test_workers_follow_the_machine(monkeypatch):
     monkeypatch.delenv("LOCAL_SIZE", raising=False)
     cores = len(os.sched_getaffinity(0))
-    auto = DataConfig()
-    assert worker_count(auto, 1) == cores - 1
-    assert worker_count(auto, cores) == 0
-    assert worker_count(DataConfig(workers=5), cores) == 5
+    auto, alone, many = DataConfig(), DataRank(CPU), DataRank(CPU, world_size=64)
+    assert worker_count(auto, alone) == cores - 1
+    assert worker_count(auto, DataRank(CPU, world_size=cores)) == 0
+    assert worker_count(DataConfig(workers=5), DataRank(CPU, world_size=cores)) == 5
     monkeypatch.setenv("LOCAL_SIZE", "1")  # as the deepspeed launcher says where every host runs one rank
-    assert worker_count(auto, 64) == cores - 1
-    assert thread_count(auto, 64) == cores
-    assert thread_count(DataConfig(threads=3), 64) == 3
+    assert worker_count(auto, many) == cores - 1
+    assert thread_count(auto, many) == cores
+    assert thread_count(DataConfig(threads=3), many) == 3
     monkeypatch.setenv("LOCAL_SIZE", str(cores * 2))
-    assert (worker_count(auto, 64), thread_count(auto, 64)) == (0, 1)
-    assert (worker_count(auto, 64, cpus=6), thread_count(auto, 64, cpus=6)) == (5, 6)
+    assert (worker_count(auto, many), thread_count(auto, many)) == (0, 1)
+    bound = DataRank(CPU, world_size=64, cpus=6)
+    assert (worker_count(auto, bound), thread_count(auto, bound)) == (5, 6)
 
 
 SCRIPT = """
@@ -315,12 +317,11 @@ if __name__ == "__main__":
     from mvd_scale.config.data import DataConfig
     from mvd_scale.config.model import ModelConfig
     from mvd_scale.data.index import build_manifest
-    from mvd_scale.data.loader import ClipLoader
+    from mvd_scale.data.loader import BatchPlan, ClipLoader
+    from mvd_scale.distributed.data_rank import DataRank
     model = ModelConfig(width=16, depth=1, heads=1, frames=4, input_size=32, patch_size=8)
-    loader = ClipLoader(
-        build_manifest(Path(sys.argv[1]), workers=1), DataConfig(workers=2), model, 1, global_batch=4, micro_batch=4,
-        rank=0, world_size=1, device=torch.device("cpu"), start_step=0, total_steps=1000,
-    )
+    manifest, plan = build_manifest(Path(sys.argv[1]), workers=1), BatchPlan(4, 4, range(1000))
+    loader = ClipLoader(manifest, DataConfig(workers=2), model, 1, plan=plan, rank=DataRank(torch.device("cpu")))
     next(loader)
     print("ready", flush=True)
     time.sleep(60)

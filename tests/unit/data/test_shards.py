@@ -17,10 +17,11 @@ from mvd_scale.config.data import DataConfig
 from mvd_scale.config.model import ModelConfig
 from mvd_scale.data.decode import decode_frames
 from mvd_scale.data.index import build_manifest
-from mvd_scale.data.loader import ClipLoader
+from mvd_scale.data.loader import BatchPlan, ClipLoader
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.reencode import Encoding
 from mvd_scale.data.shards import save_manifest, shard_videos
+from mvd_scale.distributed.data_rank import DataRank
 from mvd_scale.errors import UserError
 
 MODEL = ModelConfig(width=16, depth=1, heads=1, frames=4, input_size=32, patch_size=8)
@@ -37,10 +38,8 @@ def pack(manifest: Manifest, out: object, size: int = 10_000, **options: object)
 
 
 def stream(manifest: Manifest) -> list[torch.Tensor]:
-    loader = ClipLoader(
-        manifest, DATA, MODEL, 1, global_batch=5, micro_batch=5, rank=0, world_size=1, device=torch.device("cpu"),
-        start_step=0, total_steps=4,
-    )  # fmt: skip
+    plan, rank = BatchPlan(5, 5, range(4)), DataRank(torch.device("cpu"))
+    loader = ClipLoader(manifest, DATA, MODEL, 1, plan=plan, rank=rank)
     with loader:
         return [part for batch in loader for part in (batch.pixels, batch.visible, batch.video_ids)]
 

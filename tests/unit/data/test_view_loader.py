@@ -13,8 +13,9 @@ from mvd_scale.config.data import DataConfig, ViewsConfig
 from mvd_scale.data.batch import ViewBatch
 from mvd_scale.data.index import build_manifest
 from mvd_scale.data.manifest import Manifest
-from mvd_scale.data.view_loader import ViewLoader, view_items
+from mvd_scale.data.view_loader import ViewLoader, ViewShape, view_items
 from mvd_scale.data.views import clips_of, crop_corners, resized_size, sliding_views
+from mvd_scale.distributed.data_rank import DataRank
 
 DATA = DataConfig(workers=0)
 DENSE = ViewsConfig(stride=2, clips=3)
@@ -29,9 +30,10 @@ def manifest(videos: Path) -> Manifest:
 
 
 def load(manifest: Manifest, views: ViewsConfig = DENSE, data: DataConfig = DATA, **changes: object) -> ViewLoader:
-    shape = {"frames": T, "side": SIDE, "batch": 4, "world_size": 1} | changes
-    items = view_items(manifest, views, frames=T)[shape.pop("rank", 0) :: shape["world_size"]][shape.pop("start", 0) :]
-    return ViewLoader(manifest, data, views, items, device=CPU, **shape)
+    rank = DataRank(CPU, changes.pop("rank", 0), changes.pop("world_size", 1))
+    items = view_items(manifest, views, frames=T)[rank.rank :: rank.world_size][changes.pop("start", 0) :]
+    options = {"shape": ViewShape(T, SIDE), "batch": 4, "rank": rank} | changes
+    return ViewLoader(manifest, data, views, items, **options)
 
 
 def collect(manifest: Manifest, views: ViewsConfig = DENSE, **changes: object) -> list[ViewBatch]:

@@ -10,12 +10,15 @@ import pytest
 import torch
 
 from mvd_scale.config import DataConfig, ModelConfig, ShortSideCrop
+from mvd_scale.data.loader import BatchPlan
 from mvd_scale.data.manifest import Manifest
+from mvd_scale.data.view_loader import ViewShape
 from mvd_scale.detection.key_frames import find_key_frames
 from mvd_scale.detection.loader import DetectionBatch, KeyFrameLoader
 from mvd_scale.detection.people import People
 from mvd_scale.detection.testing import to_patches
 from mvd_scale.detection.whole_frames import WholeFrameLoader
+from mvd_scale.distributed.data_rank import DataRank
 
 from .conftest import START, Scene
 
@@ -27,10 +30,11 @@ CPU = torch.device("cpu")
 
 
 def collect(scene: Scene, data: DataConfig = DATA, jitter=(0, 0, 0, 0), **changes: object) -> list[DetectionBatch]:
-    places = {"global_batch": 12, "micro_batch": 12, "rank": 0, "world_size": 1, "start_step": 0, "total_steps": 4}
+    plan = BatchPlan(12, changes.pop("micro_batch", 12), changes.pop("steps", range(4)))
+    rank = DataRank(CPU, changes.pop("rank", 0), changes.pop("world_size", 1))
     key_frames = find_key_frames(scene.truth, scene.videos, START, "key_frames")
     people = People.of(scene.truth, 2)
-    loader = KeyFrameLoader(key_frames, people, jitter, data, MODEL, 5, device=CPU, **(places | changes))
+    loader = KeyFrameLoader(key_frames, people, jitter, data, MODEL, 5, plan=plan, rank=rank, **changes)
     with loader:
         return list(loader)
 
@@ -62,7 +66,7 @@ def test_rectangles_stay_under_their_boxes_in_training(scene: Scene, copies: int
 def test_the_stream_depends_neither_on_ranks_nor_on_where_it_starts(scene: Scene) -> None:
     jitter = (0.2, 0.1, 0.1, 0.05)
     whole = collect(scene, jitter=jitter)
-    later = collect(scene, jitter=jitter, start_step=2)
+    later = collect(scene, jitter=jitter, steps=range(2, 4))
     ranks = [collect(scene, jitter=jitter, world_size=2, rank=rank, micro_batch=3) for rank in range(2)]
     for step in (2, 3):
         assert torch.equal(whole[step].boxes, later[step - 2].boxes)
@@ -92,9 +96,7 @@ def test_a_substitute_brings_its_own_boxes(scene: Scene, tmp_path: Path, caplog:
 def test_whole_frames_of_the_test_come_once_and_as_they_are_shown(scene: Scene) -> None:
     key_frames = find_key_frames(scene.truth, scene.videos, START, "the test")
     rows = np.arange(len(key_frames))
-    loader = WholeFrameLoader(
-        key_frames, rows, DATA, frames=4, stride=1, short_side=48, batch=3, world_size=1, device=CPU
-    )
+    loader = WholeFrameLoader(key_frames, rows, DATA, shape=ViewShape(4, 48), batch=3, rank=DataRank(CPU))
     with loader:
         batches = list(loader)
     assert [row for batch in batches for row in batch.rows] == rows.tolist()

@@ -22,7 +22,8 @@ from mvd_scale.config import ModelConfig
 from mvd_scale.config.data import DataConfig, ViewsConfig
 from mvd_scale.data.index import build_manifest
 from mvd_scale.data.video_views import views_of_file, views_of_frames
-from mvd_scale.data.view_loader import ViewLoader, view_items
+from mvd_scale.data.view_loader import ViewLoader, ViewShape, view_items
+from mvd_scale.distributed.data_rank import DataRank
 from mvd_scale.errors import UserError
 from mvd_scale.models import Classifier, Encoder
 
@@ -86,8 +87,8 @@ def test_scores_are_the_mean_softmax_of_the_views_that_are_tested(tmp_path, weig
         encode(folder / name, codec, size=(48, 32) if name == "c.mp4" else (32, 48))
     manifest = build_manifest(folder, workers=1)
     items = view_items(manifest, VIEWS, frames=4)
-    shape = {"frames": 4, "side": 32, "batch": 3, "world_size": 1, "device": torch.device("cpu")}
-    with ViewLoader(manifest, DataConfig(workers=0), VIEWS, items, **shape) as loader:
+    options = {"shape": ViewShape(4, 32), "batch": 3, "rank": DataRank(torch.device("cpu"))}
+    with ViewLoader(manifest, DataConfig(workers=0), VIEWS, items, **options) as loader:
         batch = next(loader)
     plain, classifier = save_classifier(tmp_path / "again.safetensors"), mvd_scale.load_classifier(weights)
     with torch.no_grad():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from itertools import accumulate
+from itertools import accumulate, count
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,14 @@ from mvd_scale.config import Recipe
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.data.sampling import draw_mask
 from mvd_scale.models import Student
-from mvd_scale.performance.rehearsal import random_teacher
-from mvd_scale.targets import MaskedDistillation, build_targets
-from mvd_scale.training.engine import host_teachers, train_engine
-from mvd_scale.training.optim import parameter_groups
+from mvd_scale.targets import build_targets
+from mvd_scale.targets.build import init_teacher
+from mvd_scale.training.ahead import Ahead
+from mvd_scale.training.distillation import distillation_model
 from mvd_scale.training.ranks import Ranks, join_ranks, leave_ranks
+from mvd_scale.training.schedule import Schedule
+from mvd_scale.training.trainer import Trainer
+from tests.batches import BatchLoader
 
 VIDEO: dict[str, Any] = {"size": "S", "frames": 8, "input_size": 96}
 IMAGE = {**VIDEO, "frames": 1, "tubelet": 1, "positions": "sincos2d", "class_token": True}
@@ -65,18 +68,16 @@ def clips(made: Recipe, micro: int) -> ClipBatch:
 
 
 def train(made: Recipe, ranks: Ranks) -> Any:
-    targets = build_targets(made, lambda name: random_teacher(made, name))
-    student = Student(made.model, {n: (made.targets[n].head_config, t.channels) for n, t in targets.items()})
-    host_teachers(targets, made, ranks)
-    engine = train_engine(student, parameter_groups(student, 0.05), made, ranks)
-    objective, (micro, accumulation) = MaskedDistillation(targets), made.batch_split(ranks.world_size)
+    targets = build_targets(made, lambda name: init_teacher(made, name))
+    schedule = Schedule(made.training, 1, made.lr_batch)
+    model = distillation_model(Student.from_recipe(made, targets), targets, made, ranks, schedule)
+    micro, _ = made.batch_split(ranks.world_size)
+    batches = Ahead(BatchLoader(clips(made, micro) for _ in count()))
+    trainer = Trainer(model, batches, schedule, made, ranks)
     for step in range(STEPS):
         with record_function(f"step {step}"):
-            for _ in range(accumulation):
-                loss, _ = objective(engine, clips(made, micro))
-                engine.backward(loss)
-                engine.step()
-    return engine, targets
+            trainer.train_step()
+    return trainer
 
 
 def held_from(profiler: profile, mark: str) -> tuple[int, int]:

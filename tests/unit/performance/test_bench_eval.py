@@ -19,8 +19,9 @@ from mvd_scale.data import decode
 from mvd_scale.data.index import build_manifest
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.samples import make_samples
-from mvd_scale.data.view_loader import ViewLoader, view_items
+from mvd_scale.data.view_loader import ViewLoader, ViewShape, view_items
 from mvd_scale.data.views import clips_of
+from mvd_scale.distributed.data_rank import DataRank
 from mvd_scale.performance import plain_loaders
 from mvd_scale.performance.plain_views import WAYS, Way, frames_decoded, plain_views
 from mvd_scale.performance.reports import Machine
@@ -41,8 +42,8 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 def test_every_plain_way_gives_the_views_that_ours_gives(manifest: Manifest, way: Way) -> None:
     plain = iter(plain_views(way, manifest.path, manifest.frames.tolist(), VIEWS, length=T, side=SIDE, workers=0))
     items = view_items(manifest, VIEWS, frames=T)
-    shape = {"frames": T, "side": SIDE, "batch": 2, "world_size": 1, "device": torch.device("cpu")}
-    with ViewLoader(manifest, DataConfig(workers=0), VIEWS, items, **shape) as loader:
+    options = {"shape": ViewShape(T, SIDE), "batch": 2, "rank": DataRank(torch.device("cpu"))}
+    with ViewLoader(manifest, DataConfig(workers=0), VIEWS, items, **options) as loader:
         (ours,) = list(loader)
     for pixels in ours.pixels:
         views = next(plain)

@@ -117,7 +117,7 @@ def by_module(counter: FlopCounterMode) -> Counter[str]:
 def test_every_part_counts_what_torch_counts(method: str, checkpointing: Checkpointing, attention: Backward) -> None:
     made = recipe(**METHODS[method])
     targets = build_targets(made, lambda name: random_teacher(made, name))
-    student = Student(made.model, {n: (made.targets[n].head_config, t.channels) for n, t in targets.items()}).train()
+    student = Student.from_recipe(made, targets).train()
     checkpoint_gradients(student, checkpointing)
     work = describe(made)
     said = {part.part: part for part in part_flops(work, checkpointing=checkpointing, attention=attention)}
@@ -168,7 +168,7 @@ def test_the_published_sizes_count_what_torch_counts() -> None:
     said = {part.part: part.forward for part in part_flops(describe(made), checkpointing="block")}
     with torch.device("meta"):
         targets = build_targets(made, lambda name: random_teacher(made, name))
-        student = Student(made.model, {n: (made.targets[n].head_config, t.channels) for n, t in targets.items()})
+        student = Student.from_recipe(made, targets)
         clip = torch.empty(1, 16, 224, 224, 3, dtype=torch.uint8)
         visible, masked = (torch.zeros(1, count, dtype=torch.int64) for count in (160, 1408))
         with FlopCounterMode(display=False) as counter:

@@ -12,8 +12,8 @@ from PIL import Image
 from mvd_scale.cli import cli
 from mvd_scale.errors import UserError
 from mvd_scale.performance import growth
+from mvd_scale.performance.bench_setup import bench_recipe
 from mvd_scale.performance.growth import Power
-from mvd_scale.performance.rehearsal import rehearsed_recipe
 
 from .test_compare import STEP
 
@@ -36,7 +36,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     recipes = []
 
     def cost(work: Any, name: str, overrides: list[str], precision: Any, batch: int, steps: int) -> Any:
-        recipe = rehearsed_recipe(name, overrides, precision, batch)
+        recipe = bench_recipe(name, overrides, precision, batch)
         recipes.append(recipe)
         milliseconds = recipe.tokens**2 * batch
         step = STEP.__class__(**vars(STEP) | {"milliseconds_per_step": milliseconds, "peak_memory_gib": 3.0})

@@ -21,12 +21,14 @@ from mvd_scale.config import load_recipe
 from mvd_scale.performance import memory as memory_model
 from mvd_scale.performance.memory import predict_memory
 from mvd_scale.performance.parts import describe
-from mvd_scale.performance.rehearsal import random_teacher
 from mvd_scale.performance.setting import setting_of
 from mvd_scale.targets import FrozenTeacher, build_targets
+from mvd_scale.targets.build import init_teacher
 from mvd_scale.training.engine import lower_teacher
 
 from .memory_ranks import clips, held_from, recipe
+
+ROOT = Path(__file__).parents[3]
 
 CASE: dict[str, Any] = {
     "world": 1, "micro": 16, "accumulation": 1, "deepspeed": "zero2", "teachers": "replicated", "checkpointing": "none",
@@ -50,9 +52,9 @@ def measure(case: dict[str, Any], folder: Path) -> int:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case["world"], "LOCAL_SIZE": case["world"]}
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         env = os.environ | {key: str(value) for key, value in (place | meeting).items()}
-        command = [sys.executable, str(Path(__file__).with_name("memory_ranks.py")), json.dumps(case)]
+        command = [sys.executable, "-m", "tests.unit.performance.memory_ranks", json.dumps(case)]
         with (folder / f"rank{rank}.log").open("w") as log:
-            ranks.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=log, text=True))
+            ranks.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=log, text=True))
     peaks = []
     for rank, process in enumerate(ranks):
         output, _ = process.communicate(timeout=300)
@@ -82,7 +84,7 @@ def test_traced_int8_teachers_hold_what_was_predicted() -> None:
     made = made.model_copy(update={"teachers": made.teachers.model_copy(update={"precision": "int8"})})
     micro = 4
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        targets = build_targets(made, lambda name: random_teacher(made, name))
+        targets = build_targets(made, lambda name: init_teacher(made, name))
         for target in targets.values():
             assert isinstance(target, FrozenTeacher)
             target.teacher = lower_teacher(target.teacher, made, torch.device("cpu"))

@@ -13,13 +13,14 @@ import torch
 
 from mvd_scale.config import Recipe, load_recipe
 from mvd_scale.data.batch import ClipBatch
+from mvd_scale.models import Student
 from mvd_scale.performance.profile_flops import count_flops, module_table, peak_of
 from mvd_scale.performance.profile_picture import draw_memory
 from mvd_scale.performance.profile_report import Operator, PartFigures, ProfileReport
 from mvd_scale.performance.profile_trace import Span, Trace, covered_seconds, read_trace
-from mvd_scale.performance.rehearsal import build_student, random_teacher
 from mvd_scale.performance.reports import Machine
 from mvd_scale.targets import build_targets
+from mvd_scale.targets.build import init_teacher
 
 PARTS = ["data wait", "student forward", "backward"]
 
@@ -143,8 +144,8 @@ def test_arithmetic_of_teachers_of_timm_is_counted():
 
 def test_deepspeed_and_torch_agree_on_the_forward_pass_and_torch_is_left_as_it_was(tmp_path):
     recipe = load_recipe("quickstart/student", [])
-    targets = build_targets(recipe, lambda name: random_teacher(recipe, name))
-    student, clips = build_student(recipe, targets), clips_of(recipe, clips=2, visible=48)
+    targets = build_targets(recipe, lambda name: init_teacher(recipe, name))
+    student, clips = Student.from_recipe(recipe, targets), clips_of(recipe, clips=2, visible=48)
     before = torch.nn.functional.linear, torch.nn.functional.scaled_dot_product_attention
     with module_table(student, tmp_path / "modules.txt", write=True):
         student(clips.pixels, clips.visible, clips.masked)

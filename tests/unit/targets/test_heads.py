@@ -46,8 +46,7 @@ def batch(masked: bool) -> ClipBatch:
 
 def build(made: Recipe) -> tuple[Student, dict[str, Any]]:
     targets = build_targets(made, teacher)
-    heads = {name: (made.targets[name].head_config, target.channels) for name, target in targets.items()}
-    return Student(made.model, heads), targets
+    return Student.from_recipe(made, targets), targets
 
 
 def test_two_teachers_of_different_widths_at_visible_tokens() -> None:

@@ -93,7 +93,7 @@ def test_the_loss_is_the_weighted_sum_of_mean_distances(batch: ClipBatch, distan
     )
     teachers = {"image": teacher(**IMAGE), "video": teacher(**VIDEO)}
     targets = build_targets(made, teachers.__getitem__)
-    student = Student(made.model, {n: (made.targets[n].head_config, t.channels) for n, t in targets.items()})
+    student = Student.from_recipe(made, targets)
     loss, distances = MaskedDistillation(targets)(student, batch)
     measure = {"smooth_l1": F.smooth_l1_loss, "l1": F.l1_loss, "l2": F.mse_loss}[distance]
     expected = 0.0
@@ -186,7 +186,7 @@ def test_features_of_frozen_teachers_may_be_computed_ahead_in_their_precision(ba
     )
     teachers = {"video": teacher(**VIDEO).bfloat16(), "average": teacher(**VIDEO)}
     targets = build_targets(made, teachers.__getitem__)
-    student = Student(made.model, {n: (made.targets[n].head_config, t.channels) for n, t in targets.items()})
+    student = Student.from_recipe(made, targets)
     objective = MaskedDistillation(targets)
     ahead = objective.ahead(batch)
     assert {name: features.dtype for name, features in ahead.features.items()} == {"video": torch.bfloat16}

@@ -13,7 +13,8 @@ from mvd_scale.config import Recipe
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.errors import UserError
 from mvd_scale.models.timm_vit import TimmViT
-from mvd_scale.targets.load import load_targets, teacher_sides
+from mvd_scale.targets.build import load_targets
+from mvd_scale.targets.load import teacher_sides
 
 
 def recipe(tmp_path: Path, vit: str, **target: Any) -> Recipe:

@@ -3,8 +3,8 @@
 import torch
 
 from mvd_scale.config import load_recipe
-from mvd_scale.training.loop import _attention
 from mvd_scale.training.ranks import Ranks
+from mvd_scale.training.run import _attention
 
 
 def test_every_attention_that_is_not_taken_is_named_with_its_reason() -> None:

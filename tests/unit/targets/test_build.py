@@ -11,30 +11,22 @@ from mvd_scale.checkpoints.native import save_weights
 from mvd_scale.config import load_recipe
 from mvd_scale.errors import UserError
 from mvd_scale.models import Encoder
-from mvd_scale.performance.rehearsal import named_teacher, random_teacher, rehearsed_recipe
+from mvd_scale.targets.build import init_teacher, load_or_init_teacher
 
 
 def test_a_teacher_is_what_its_checkpoint_says_and_random_without_one(tmp_path: Path) -> None:
     bare = load_recipe("quickstart/student", [])
-    teacher = random_teacher(bare, "video")
+    teacher = init_teacher(bare, "video")
     assert isinstance(teacher, Encoder)
     save_weights(tmp_path / "encoder.safetensors", teacher.state_dict(), teacher.config)
     recipe = load_recipe("quickstart/student", ["--targets.video.checkpoint", str(tmp_path / "encoder.safetensors")])
     weight = teacher.patch_embed.weight
-    assert torch.equal(named_teacher(recipe, "video").patch_embed.weight, weight)
-    assert not torch.equal(named_teacher(bare, "video").patch_embed.weight, weight)
-    assert not torch.equal(random_teacher(recipe, "video").patch_embed.weight, weight)
+    assert torch.equal(load_or_init_teacher(recipe, "video").patch_embed.weight, weight)
+    assert not torch.equal(load_or_init_teacher(bare, "video").patch_embed.weight, weight)
+    assert not torch.equal(init_teacher(recipe, "video").patch_embed.weight, weight)
 
 
 def test_a_teacher_without_shape_and_checkpoint_is_refused() -> None:
     recipe = load_recipe("quickstart/student", ["--targets.video.model", "null"])
     with pytest.raises(UserError, match=r"targets\.video\.model is missing"):
-        named_teacher(recipe, "video")
-
-
-def test_the_batch_is_the_measurement_s_and_the_rest_the_user_s() -> None:
-    recipe = rehearsed_recipe("quickstart/student", ["--training.micro_batch", "2"], "bf16", batch=6)
-    assert recipe.training.global_batch == 6
-    assert recipe.batch_split(1) == (2, 3)
-    assert recipe.training.precision == "bf16"
-    assert rehearsed_recipe("quickstart/student", [], "fp32", batch=6).batch_split(1) == (6, 1)
+        load_or_init_teacher(recipe, "video")

@@ -1,0 +1,78 @@
+"""The training step of a recipe for benchmarks and profiles: the trainer that a run has, without a run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from mvd_scale.config import DataConfig, Recipe, load_recipe
+from mvd_scale.config.training import Precision
+from mvd_scale.data.index import open_source
+from mvd_scale.data.loader import ClipLoader
+from mvd_scale.data.samples import make_samples
+from mvd_scale.models import Encoder, Student
+from mvd_scale.models.timm_vit import TimmViT
+from mvd_scale.targets import MaskedDistillation, build_targets
+from mvd_scale.targets.load import teacher_sides
+from mvd_scale.training.ahead import Ahead, begin_ahead
+from mvd_scale.training.distillation import distillation_model
+from mvd_scale.training.ranks import Ranks
+from mvd_scale.training.schedule import Schedule
+from mvd_scale.training.trainer import Trainer
+
+BuildTeacher = Callable[[Recipe, str], Encoder | TimmViT]
+"""Gives the frozen model of a recipe's target by its name: `init_teacher` or `load_or_init_teacher`."""
+
+
+def bench_recipe(name: str, overrides: list[str], precision: Precision | None, batch: int) -> Recipe:
+    """The recipe with a batch that fits a measurement, in one micro batch unless the overrides say otherwise.
+
+    Args:
+        name: as for `load_recipe`.
+        overrides: dotted overrides.
+        precision: of the student; fp16 on GPUs and float32 on CPUs if None.
+        batch: clips of a step over all ranks.
+    """
+    precision = precision or ("fp16" if torch.cuda.is_available() else "fp32")
+    first = ["--training.precision", precision, "--training.micro_batch", "null"]
+    return load_recipe(name, [*first, *overrides, "--training.global_batch", str(batch)])
+
+
+@contextmanager
+def bench_trainer(
+    recipe: Recipe, ranks: Ranks, build_teacher: BuildTeacher, *, steps: int, scratch: Path
+) -> Iterator[Trainer]:
+    """A trainer of a recipe, its clips loading while the `with` block runs. All ranks make one.
+
+    Args:
+        recipe: its global batch is the clips of a step; without `data.source` those of the `samples` extra are used.
+        ranks: all of them.
+        build_teacher: gives the frozen models.
+        steps: steps that can be made; after them there is one more batch.
+        scratch: folder for videos and manifest.
+
+    Raises:
+        UserError: as `build_teacher`, or there are no videos.
+    """
+    torch.manual_seed(recipe.seed)
+    targets = build_targets(recipe, lambda name: build_teacher(recipe, name))
+    schedule = Schedule(recipe.training, 1, recipe.lr_batch)
+    model = distillation_model(Student.from_recipe(recipe, targets), targets, recipe, ranks, schedule)
+    manifest = open_source(with_clips(recipe.data, scratch), scratch)
+    repeats = max(recipe.training.global_batch, recipe.data.clips_per_video)
+    repeated = recipe.model_copy(update={"data": recipe.data.model_copy(update={"clips_per_video": repeats})})
+    sides = teacher_sides(recipe, targets)
+    # After the last step too there is a batch to begin ahead.
+    with ClipLoader.for_run(manifest, repeated, ranks.data_rank, range(steps + 1), sides=sides) as loader:
+        batches = Ahead(loader, begin_ahead(MaskedDistillation(targets), recipe, ranks.device))
+        yield Trainer(model, batches, schedule, recipe, ranks)
+
+
+def with_clips(data: DataConfig, scratch: Path) -> DataConfig:
+    """The recipe's videos; without any, the clips of the `samples` extra."""
+    if data.source is not None or data.mixture is not None:
+        return data
+    return data.model_copy(update={"source": str(make_samples(scratch / "clips"))})

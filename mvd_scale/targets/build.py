@@ -1,0 +1,94 @@
+"""The targets of a recipe, with teachers from checkpoints or of random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from mvd_scale.config import ImageTeacherTarget, MomentumTarget, PixelTarget, Recipe, TimmTarget
+from mvd_scale.config.target import TrainedTeacherTarget
+from mvd_scale.errors import UserError
+from mvd_scale.models import Encoder
+from mvd_scale.models.timm_vit import TimmViT
+from mvd_scale.targets.image_teacher import ImageTeacher
+from mvd_scale.targets.load import empty_average, load_teacher
+from mvd_scale.targets.momentum import Momentum
+from mvd_scale.targets.pixels import Pixels
+from mvd_scale.targets.target import Target
+from mvd_scale.targets.timm_teacher import TimmTeacher
+from mvd_scale.targets.video_teacher import VideoTeacher
+
+
+def build_targets(recipe: Recipe, load_teacher: Callable[[str], Encoder | TimmViT]) -> dict[str, Target]:
+    """The targets of a recipe by name.
+
+    Args:
+        recipe: names them.
+        load_teacher: gives the frozen model of a target by its name, on the CPU.
+
+    Raises:
+        UserError: a teacher does not fit the student's token grid.
+    """
+    targets: dict[str, Target] = {}
+    mask = recipe.data.mask
+    tubes = mask is not None and mask.kind == "tube" and mask.decode == 1
+    for name, config in recipe.targets.items():
+        if isinstance(config, PixelTarget):
+            targets[name] = Pixels(config, recipe.model)
+            continue
+        teacher = load_teacher(name)
+        if isinstance(config, TimmTarget):
+            assert isinstance(teacher, TimmViT)
+            targets[name] = TimmTeacher(name, config, teacher, recipe.model)
+            continue
+        assert isinstance(teacher, Encoder)
+        if isinstance(config, MomentumTarget):
+            targets[name] = Momentum(config, teacher, recipe.model.tubelet)
+        elif isinstance(config, ImageTeacherTarget):
+            targets[name] = ImageTeacher(name, config, teacher, recipe.model, tubes=tubes)
+        else:
+            targets[name] = VideoTeacher(name, config, teacher, recipe.model)
+    return targets
+
+
+def load_targets(recipe: Recipe, averages: Path | None = None) -> dict[str, Target]:
+    """The targets of a recipe with their teachers' weights on the CPU, memory-mapped where the file allows it.
+
+    Args:
+        recipe: names the teachers' files.
+        averages: folder that holds the moving averages of momentum targets; these start at random without it.
+
+    Raises:
+        UserError: a checkpoint is missing, unreadable, of another shape than the recipe says, or does not fit
+            the student's token grid.
+    """
+    return build_targets(recipe, lambda name: load_teacher(recipe, name, averages))
+
+
+def init_teacher(recipe: Recipe, name: str) -> Encoder | TimmViT:
+    """The frozen model of a target with random weights, built from its shape alone.
+
+    Raises:
+        UserError: the recipe does not say its shape.
+    """
+    config = recipe.targets[name]
+    if isinstance(config, TimmTarget):
+        return TimmViT(config.vit, recipe.model.grid[1], final_norm=config.final_norm, pretrained=False)
+    if isinstance(config, MomentumTarget):
+        return empty_average(recipe)
+    assert isinstance(config, TrainedTeacherTarget)
+    if config.model is None:
+        raise UserError(f"targets.{name}.model is missing: a benchmark builds its teachers from their shape")
+    return Encoder(config.model, final_norm=False)
+
+
+def load_or_init_teacher(recipe: Recipe, name: str) -> Encoder | TimmViT:
+    """The frozen model of a target from the checkpoint that the recipe names, or with random weights if it names none.
+
+    Raises:
+        UserError: as `load_teacher` and `init_teacher`.
+    """
+    config = recipe.targets[name]
+    if isinstance(config, TimmTarget | TrainedTeacherTarget) and config.checkpoint is not None:
+        return load_teacher(recipe, name)
+    return init_teacher(recipe, name)
