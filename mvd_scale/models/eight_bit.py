@@ -22,23 +22,26 @@ REFUSED: dict[EightBit, str] = {
 """Why, where a device does not compute it."""
 
 
-def to_eight_bits(model: nn.Module, kind: EightBit, device: torch.device) -> nn.Module:
+def to_eight_bits(model: nn.Module, kind: EightBit, device: torch.device, rest: torch.dtype | None = None) -> nn.Module:
     """Replace the linear layers of a frozen model's blocks; what remains is in 16 bits where the device computes them.
 
     Args:
         model: an encoder, or one of timm, on the CPU.
         kind: `int8` for CPUs, by oneDNN; `fp8` for GPUs from Ada and Hopper on, by torchao.
         device: where it will run.
+        rest: dtype of what remains; as `rest_of` says of this machine if None.
 
     Raises:
         UserError: the device does not compute this kind, or torchao is missing.
     """
+    if rest is None:
+        rest = torch.bfloat16 if rest_of(kind, bf16=bf16_instructions()) == "bf16" else torch.float32
     if kind == "int8":
         if device.type != "cpu":
             raise UserError(REFUSED["int8"])
         _to_int8(model)
-        return model.to(torch.bfloat16 if rest_of("int8") == "bf16" else torch.float32)
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        return model.to(rest)
+    if device.type != "cuda" or not has_fp8(device):
         raise UserError(REFUSED["fp8"])
     try:
         from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
@@ -48,15 +51,25 @@ def to_eight_bits(model: nn.Module, kind: EightBit, device: torch.device) -> nn.
         if isinstance(block, Block):
             block.attn.qkv = _as_linear(block.attn.qkv)
     names = set(_linear_layers(model))
-    model = model.to(device, torch.bfloat16)
+    model = model.to(device, rest)
     granular = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
     quantize_(model, granular, filter_fn=lambda _, name: name in names)
     return model
 
 
-def rest_of(kind: EightBit) -> Literal["bf16", "fp32"]:
-    """The precision of what is not in 8 bits: 16 bits, unless this is a CPU without bf16 instructions."""
-    return "bf16" if kind == "fp8" or bf16_instructions() else "fp32"
+def has_fp8(gpu: torch.device) -> bool:
+    """Whether a GPU has tensor cores for fp8: those of Ada, Hopper and later."""
+    return torch.cuda.get_device_capability(gpu) >= (8, 9)
+
+
+def rest_of(kind: EightBit, *, bf16: bool) -> Literal["bf16", "fp32"]:
+    """The precision of the layers that are not in 8 bits.
+
+    Args:
+        kind: of the others.
+        bf16: whether the CPU has instructions for bf16; without them int8 stands beside fp32.
+    """
+    return "bf16" if kind == "fp8" or bf16 else "fp32"
 
 
 def eight_bit_weights(model: nn.Module) -> list[nn.Parameter]:

@@ -24,12 +24,14 @@ from mvd_scale.models.timm_vit import TimmViT
 from mvd_scale.targets import FrozenTeacher, MaskedDistillation, Target, build_targets
 from mvd_scale.targets.load import empty_average, load_targets, teacher_sides
 from mvd_scale.training.ahead import Ahead, begin_ahead
-from mvd_scale.training.engine import host_teachers, train_engine
+from mvd_scale.training.device import placement_of
+from mvd_scale.training.engine import train_engine
 from mvd_scale.training.loop import reseed
 from mvd_scale.training.momentum import moving_averages, start_averages
 from mvd_scale.training.optim import apply_schedule, parameter_groups
 from mvd_scale.training.ranks import Ranks
 from mvd_scale.training.schedule import Schedule
+from mvd_scale.training.teachers import host_teachers
 
 LoadTeacher = Callable[[Recipe, str], Encoder | TimmViT]
 """Gives the frozen model of a recipe's target by its name."""
@@ -67,10 +69,11 @@ class Rehearsal:
         torch.manual_seed(recipe.seed)
         self.targets: dict[str, Target] = build_targets(recipe, lambda name: load_teacher(recipe, name))
         self.objective = MaskedDistillation(self.targets)
+        self.placement = placement_of(recipe, self.targets, ranks)
         self.engine = self._build_engine()
         self.schedule = Schedule(recipe.training, 1, recipe.lr_batch)
         self.averages = moving_averages(self.targets, self.engine, self.schedule, ranks)
-        micro, self.accumulation = recipe.batch_split(ranks.world_size)
+        micro, self.accumulation = self.placement.micro_batch.value, self.placement.accumulation.value
         batch = recipe.training.global_batch
         self.loader = ClipLoader(
             open_source(with_clips(recipe.data, scratch), scratch),
@@ -89,7 +92,7 @@ class Rehearsal:
             sides=teacher_sides(recipe, self.targets),
             report=None,
         )
-        begin = begin_ahead(self.objective, recipe, ranks.device)
+        begin = begin_ahead(self.objective, self.placement, ranks.device)
         self.batches = Ahead(self.loader, begin, lambda: parts.part("data wait"))
         self.done = 0
 
@@ -97,12 +100,12 @@ class Rehearsal:
         recipe = self.recipe
         student = build_student(recipe, self.targets)
         start_averages(self.targets, student)
-        host_teachers(self.targets, recipe, self.ranks)
+        host_teachers(self.targets, self.placement, self.ranks)
         for name, target in self.targets.items():
             if isinstance(target, FrozenTeacher):
                 self.parts.watch(f"{name} teacher", target.teacher)
         groups = parameter_groups(student, recipe.training.weight_decay)
-        engine = train_engine(student, groups, recipe, self.ranks)
+        engine = train_engine(student, groups, recipe, self.placement, self.ranks)
         self.parts.watch("student forward", engine)
         return engine
 

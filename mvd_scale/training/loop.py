@@ -16,8 +16,8 @@ from mvd_scale.data.batch import ClipBatch
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.sampling import mixture_parts
 from mvd_scale.errors import UserError
+from mvd_scale.models.precision import dtype_of
 from mvd_scale.training.ahead import Ahead
-from mvd_scale.training.engine import dtype_of
 from mvd_scale.training.metrics import Meter, MetricWriter, drop_after, read_metrics
 from mvd_scale.training.observers import Observers
 from mvd_scale.training.optim import apply_schedule

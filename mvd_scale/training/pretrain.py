@@ -17,16 +17,19 @@ from mvd_scale.models import Student
 from mvd_scale.targets import MaskedDistillation, Target
 from mvd_scale.targets.load import load_targets, teacher_sides, weight_digests
 from mvd_scale.training.ahead import Ahead, begin_ahead
-from mvd_scale.training.engine import host_teachers, teacher_precision, train_engine
+from mvd_scale.training.device import kind_of, placement_of
+from mvd_scale.training.engine import train_engine
 from mvd_scale.training.fidelity import check_fidelity
 from mvd_scale.training.loop import describe, finish, fit, resume
 from mvd_scale.training.momentum import moving_averages, start_averages
 from mvd_scale.training.observers import Observer, Observers, Pictures, Probe, open_probe
 from mvd_scale.training.optim import parameter_groups
+from mvd_scale.training.placement import teacher_precision
 from mvd_scale.training.ranks import Ranks, first_decides, join_ranks, leave_ranks
 from mvd_scale.training.run_folder import RunFolder
 from mvd_scale.training.schedule import Schedule
 from mvd_scale.training.snapshots import Snapshots, export_student
+from mvd_scale.training.teachers import host_teachers
 
 logger = logging.getLogger("mvd_scale")
 
@@ -49,7 +52,7 @@ def pretrain(recipe: Recipe) -> None:
     origin = {
         "videos": manifest.digest,
         "teachers": first_decides(ranks, "teachers", lambda: weight_digests(recipe)),
-        "teacher precision": teacher_precision(recipe, ranks.device),
+        "teacher precision": teacher_precision(recipe, kind_of(ranks.device)).value,
     }
     if first_decides(ranks, "finished", lambda: folder.finished_at(schedule.last_step, origin)):
         logger.info("%s is finished already: see %s", folder.path, folder.summary)
@@ -57,16 +60,17 @@ def pretrain(recipe: Recipe) -> None:
 
     torch.manual_seed(recipe.seed)
     targets = load_targets(recipe)
+    placement = placement_of(recipe, targets, ranks)
     student = Student(
         recipe.model, {name: (recipe.targets[name].head_config, target.channels) for name, target in targets.items()}
     )
     if recipe.training.initial_encoder is not None:
         start_encoder(student.encoder, recipe.training.initial_encoder)
     start_averages(targets, student)
-    first_decides(ranks, "fidelity", lambda: check_fidelity(targets, recipe, manifest, ranks.device))
-    host_teachers(targets, recipe, ranks)
+    first_decides(ranks, "fidelity", lambda: check_fidelity(targets, recipe, placement, manifest, ranks.device))
+    host_teachers(targets, placement, ranks)
     groups = parameter_groups(student, recipe.training.weight_decay)
-    engine = train_engine(student, groups, recipe, ranks)
+    engine = train_engine(student, groups, recipe, placement, ranks)
     averages = moving_averages(targets, engine, schedule, ranks)
     snapshots = Snapshots(
         folder, recipe, ranks, origin, schedule.steps_per_epoch, averages,
@@ -81,7 +85,7 @@ def pretrain(recipe: Recipe) -> None:
         recipe.model,
         recipe.seed,
         global_batch=recipe.training.global_batch,
-        micro_batch=recipe.batch_split(ranks.world_size)[0],
+        micro_batch=placement.micro_batch.value,
         rank=ranks.rank,
         world_size=ranks.world_size,
         device=ranks.device,
@@ -93,7 +97,7 @@ def pretrain(recipe: Recipe) -> None:
     )
     observers = observers_of(recipe, manifest, targets, folder, ranks, schedule)
     objective = MaskedDistillation(targets)
-    batches = Ahead(loader, begin_ahead(objective, recipe, ranks.device))
+    batches = Ahead(loader, begin_ahead(objective, placement, ranks.device))
     with loader:
         fit(engine, objective, batches, schedule, snapshots, observers, recipe, folder, ranks, start)
     finish(engine, snapshots, folder, ranks, schedule.last_step)

@@ -24,6 +24,7 @@ from mvd_scale.errors import UserError
 from mvd_scale.models import Classifier
 from mvd_scale.models.detector import Detector
 from mvd_scale.training.ahead import Ahead
+from mvd_scale.training.device import placement_of
 from mvd_scale.training.engine import full_parameters, train_engine
 from mvd_scale.training.loop import Objective, describe, finish, fit, resume
 from mvd_scale.training.momentum import MovingAverage
@@ -130,7 +131,8 @@ def teach(task: Task[Any]) -> None:
     averaged = copy.deepcopy(model).to(ranks.device) if recipe.training.ema_decay else None
     depth, decay = len(model.encoder.blocks), recipe.training.layer_decay
     groups = parameter_groups(model, recipe.training.weight_decay, lambda name: layer_scale(name, depth, decay))
-    engine = train_engine(model, groups, recipe, ranks)
+    placement = placement_of(recipe, {}, ranks)
+    engine = train_engine(model, groups, recipe, placement, ranks)
     averages = [] if averaged is None else [_average(averaged, engine, task, ranks)]
 
     def export(engine: Any, where: Path) -> None:
@@ -148,7 +150,7 @@ def teach(task: Task[Any]) -> None:
         observers.append(Validation(every, steps, task.figure, measure, folder, ranks, averaged, keep))
     loader = task.loader(
         global_batch=recipe.training.global_batch,
-        micro_batch=recipe.batch_split(ranks.world_size)[0],
+        micro_batch=placement.micro_batch.value,
         rank=ranks.rank,
         world_size=ranks.world_size,
         device=ranks.device,
