@@ -141,10 +141,8 @@ def make_plan(name: str, overrides: list[str], cluster: Cluster) -> Plan:
     of_teachers = [usual.eight_bit or usual.teacher_precision] if work.teachers else []
     for precision in (*of_teachers, usual.precision):
         sustained(cluster.gpu, precision, cluster.kernel, 1, cluster.efficiency)
-    settings = [
-        _setting(with_training(recipe, micro_batch=micro), work, cluster)
-        for micro in micro_batches(recipe, cluster.gpus)
-    ]
+    recipes = [with_training(recipe, micro_batch=micro) for micro in micro_batches(recipe, cluster.gpus)]
+    settings = [_setting(changed, work, cluster) for changed in recipes]
     candidates = [_candidate(recipe, work, setting, cluster) for setting in settings]
     if not candidates[0].fits:
         raise UserError(_what_fits(recipe, work, settings[0], cluster))
@@ -349,7 +347,9 @@ def _changes(recipe: Recipe | FinetuneRecipe, setting: Setting) -> dict[str, Rec
     """Changes of a recipe that save memory, by the words that ask for them."""
     again, shard = "--training.gradient_checkpointing", "--teachers.sharding zero3"
     # Asked for by name, they would be refused at stage 3.
-    whole: dict[str, object] = {"compile": "auto"} | ({"batch_decoders": "auto"} if isinstance(recipe, Recipe) else {})
+    whole: dict[str, object] = {"compile": "auto"}
+    if isinstance(recipe, Recipe):
+        whole["batch_decoders"] = "auto"
     zero3 = with_training(recipe, deepspeed="zero3", **whole)
     changes: dict[str, Recipe | FinetuneRecipe] = {
         f"{again} attention": with_training(recipe, gradient_checkpointing="attention"),

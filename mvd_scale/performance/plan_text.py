@@ -26,7 +26,8 @@ def to_json(plan: Plan) -> str:
 def to_text(plan: Plan) -> str:
     """Tables, one for each resource, and the assumptions behind them."""
     sections = (
-        _head, _placement, _flops, _memory, _communication, _decoding, _time, _micro_batches, _policies, _published, _assumptions,
+        _head, _placement, _flops, _memory, _communication, _decoding, _time, _micro_batches, _policies, _published,
+        _assumptions,
     )  # fmt: skip
     return "\n".join(line for section in sections for line in section(plan))
 

@@ -53,7 +53,7 @@ def teacher_facts(targets: Mapping[str, Target]) -> list[Teacher]:
 def teacher_of(name: str, target: FrozenTeacher) -> Teacher:
     """The facts of a target's frozen teacher, which is whole."""
     parameters = sum(parameter.numel() for parameter in target.teacher.parameters())
-    return Teacher(name, target.config.kind, parameters, moves=not target.ahead)
+    return Teacher(name, parameters, moves=not target.ahead)
 
 
 def probe_capabilities(device: torch.device, *, compiler: bool) -> Capabilities:

@@ -7,7 +7,7 @@ hand (`training.device`); the planner reads the same of devices that are not at 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 from mvd_scale.config import Recipe, RunRecipe, TeacherConfig
@@ -22,6 +22,28 @@ DeviceKind = Literal["cuda", "cpu"]
 GATHERED = "ZeRO-3 gathers parameters inside of every block, which torch.compile cannot follow"
 LAYERWISE = "ZeRO-3 gathers the weights of one layer at a time"
 CALIBRATED = "int8 layers choose their range while they run"
+
+_LABELS = {
+    "precision": "precision",
+    "zero_stage": "ZeRO stage",
+    "micro_batch": "micro batch",
+    "accumulation": "accumulation",
+    "gradient_checkpointing": "gradient checkpointing",
+    "compile": "compile",
+    "batch_decoders": "batched decoders",
+    "data_prefetch": "data prefetch",
+}
+"""Names of the decisions of a run, in the order in which they are shown."""
+
+_TEACHER_LABELS = {
+    "precision": "precision",
+    "rest": "precision outside of blocks' linear layers",
+    "shards": "ZeRO-3 shards",
+    "compile": "compile",
+    "cuda_graph": "CUDA graph",
+    "prefetch": "prefetch",
+}
+"""Names of the decisions of a teacher."""
 
 Value = TypeVar("Value")
 
@@ -38,7 +60,7 @@ class Decision(Generic[Value]):
     @property
     def shown(self) -> str:
         """The value in words."""
-        if isinstance(self.value, bool):
+        if self.value is None or isinstance(self.value, bool):
             return "on" if self.value else "off"
         return str(self.value)
 
@@ -85,9 +107,6 @@ class Teacher:
     """The facts of a frozen teacher that its placement depends on."""
 
     name: str
-    """Of its target."""
-
-    kind: str
     """Of its target."""
 
     parameters: int
@@ -162,25 +181,21 @@ class Placement:
         return next(teacher for teacher in self.teachers if teacher.name == name)
 
     def decisions(self) -> Iterator[tuple[str, Decision[Any]]]:
-        """Every decision by its name; one row where all teachers agree, else one for each teacher."""
-        for field in fields(self):
-            decision = getattr(self, field.name)
-            if isinstance(decision, Decision):
-                yield field.name.replace("_", " "), decision
-        for field in fields(TeacherPlacement)[1:]:
-            found = {teacher.name: getattr(teacher, field.name) for teacher in self.teachers}
-            if field.name == "rest" and all(teacher.rest.value == teacher.precision.value for teacher in self.teachers):
+        """Every decision by its name; one for all teachers where they agree, else one for each teacher."""
+        for name, label in _LABELS.items():
+            yield label, getattr(self, name)
+        for name, label in _TEACHER_LABELS.items():
+            if name == "rest" and all(teacher.rest == teacher.precision for teacher in self.teachers):
                 continue
-            of_teacher = "other layers" if field.name == "rest" else field.name.replace("_", " ")
+            found = {f"{teacher.name} teacher": getattr(teacher, name) for teacher in self.teachers}
             if len(set(found.values())) == 1:
                 found = {"teachers": next(iter(found.values()))}
-            for name, decision in found.items():
-                yield f"{name}: {of_teacher}", decision
+            for whose, decision in found.items():
+                yield f"{whose}: {label}", decision
 
     def to_lines(self) -> list[str]:
         """A table: decision, value and reason."""
-        rows = [(name, "whole" if decision.value is None else decision.shown, decision.reason)
-                for name, decision in self.decisions()]  # fmt: skip
+        rows = [(name, decision.shown, decision.reason) for name, decision in self.decisions()]
         widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
         return [
             f"placement on {self.devices}",
@@ -204,14 +219,14 @@ def place(recipe: RunRecipe, teachers: Sequence[Teacher], devices: Devices) -> P
     check_stage(recipe)
     training, stage = recipe.training, zero_stage(recipe)
     _refuse(training.precision, devices)
-    share = f"the global batch of {training.global_batch} gives each of {devices.ranks} ranks {micro * accumulation}"
+    share = f"a rank's share of training.global_batch is {micro * accumulation} clips"
     limit = f"training.micro_batch is {training.micro_batch or 'not set'}"
     return Placement(
         devices=devices,
         precision=_named("training.precision", training.precision),
         zero_stage=Decision(stage, f"training.deepspeed is {training.deepspeed}"),
-        micro_batch=Decision(micro, f"{share} clips, and {limit}"),
-        accumulation=Decision(accumulation, f"{share} clips, in micro batches of {micro}"),
+        micro_batch=Decision(micro, f"{share} and {limit}"),
+        accumulation=Decision(accumulation, f"{share}, in micro batches of {micro}"),
         gradient_checkpointing=_named("training.gradient_checkpointing", training.gradient_checkpointing),
         compile=_switch(
             "training.compile",
@@ -312,8 +327,8 @@ def _shards(
             return Decision(None, f"{reason} and there is one rank")
         above = teacher.parameters > config.auto_shard_above
         reason += (
-            f" and its {teacher.parameters:,} parameters are {'more than' if above else 'at most'} the "
-            f"{config.auto_shard_above:,} of teachers.auto_shard_above"
+            f" and {teacher.parameters:,} parameters are {'more than' if above else 'at most'} "
+            f"teachers.auto_shard_above, {config.auto_shard_above:,}"
         )
         if not above:
             return Decision(None, reason)

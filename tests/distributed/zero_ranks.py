@@ -17,11 +17,13 @@ from mvd_scale.data.batch import ClipBatch
 from mvd_scale.models import Encoder, Student
 from mvd_scale.targets import FrozenTeacher, MaskedDistillation, build_targets
 from mvd_scale.targets.load import average_file
-from mvd_scale.training.engine import full_parameters, host_teachers, train_engine
+from mvd_scale.training.device import placement_of
+from mvd_scale.training.engine import full_parameters, train_engine
 from mvd_scale.training.momentum import MovingAverage, moving_averages, start_averages
 from mvd_scale.training.optim import apply_schedule, parameter_groups
 from mvd_scale.training.ranks import Ranks, join_ranks, leave_ranks
 from mvd_scale.training.schedule import Schedule
+from mvd_scale.training.teachers import host_teachers
 
 VIDEO = {"width": 320, "depth": 1, "heads": 5, "frames": 4, "input_size": 32}
 IMAGE = {**VIDEO, "frames": 1, "tubelet": 1, "positions": "sincos2d", "class_token": True}
@@ -97,8 +99,9 @@ def train(ranks: Ranks, made: Recipe, *, poison_last: bool = False, out: Path | 
     torch.manual_seed(0)
     student = Student(made.model, {name: (made.targets[name].head_config, t.channels) for name, t in targets.items()})
     start_averages(targets, student)
-    host_teachers(targets, made, ranks)
-    engine = train_engine(student, parameter_groups(student, made.training.weight_decay), made, ranks)
+    placement = placement_of(made, targets, ranks)
+    host_teachers(targets, placement, ranks)
+    engine = train_engine(student, parameter_groups(student, made.training.weight_decay), made, placement, ranks)
     objective, schedule = MaskedDistillation(targets), Schedule(made.training, 1, made.lr_batch)
     averages = moving_averages(targets, engine, schedule, ranks)
     expected = encoder_weights(engine) if averages else {}

@@ -119,11 +119,13 @@ def _steps() -> Curve:
     from mvd_scale.data.batch import ClipBatch
     from mvd_scale.performance.rehearsal import build_student, random_teacher
     from mvd_scale.targets import MaskedDistillation, build_targets
-    from mvd_scale.training.engine import host_teachers, train_engine
+    from mvd_scale.training.device import placement_of
+    from mvd_scale.training.engine import train_engine
     from mvd_scale.training.loop import reseed
     from mvd_scale.training.optim import apply_schedule, parameter_groups
     from mvd_scale.training.ranks import join_ranks, leave_ranks
     from mvd_scale.training.schedule import Schedule
+    from mvd_scale.training.teachers import host_teachers
 
     def micro_batch(number: int) -> ClipBatch:
         generator = torch.Generator().manual_seed(number)
@@ -139,8 +141,9 @@ def _steps() -> Curve:
     torch.manual_seed(recipe.seed)
     targets = build_targets(recipe, lambda name: random_teacher(recipe, name))
     student = build_student(recipe, targets)
-    host_teachers(targets, recipe, ranks)
-    engine = train_engine(student, parameter_groups(student, 0.05), recipe, ranks)
+    placement = placement_of(recipe, targets, ranks)
+    host_teachers(targets, placement, ranks)
+    engine = train_engine(student, parameter_groups(student, 0.05), recipe, placement, ranks)
     objective, schedule = MaskedDistillation(targets), Schedule(recipe.training, 1, recipe.lr_batch)
     curve: Curve = {name: [] for name in ("loss", *targets, "gradient norm")}
     for step in range(STEPS):

@@ -18,10 +18,12 @@ from mvd_scale.data.batch import ClipBatch
 from mvd_scale.performance.rehearsal import build_student
 from mvd_scale.targets import FrozenTeacher, MaskedDistillation, build_targets
 from mvd_scale.training.ahead import Ahead, begin_ahead
-from mvd_scale.training.engine import full_parameters, host_teachers, train_engine
+from mvd_scale.training.device import placement_of
+from mvd_scale.training.engine import full_parameters, train_engine
 from mvd_scale.training.optim import apply_schedule, parameter_groups
 from mvd_scale.training.ranks import Ranks, join_ranks, leave_ranks
 from mvd_scale.training.schedule import Schedule
+from mvd_scale.training.teachers import host_teachers
 
 from ..distributed.zero_ranks import GLOBAL_BATCH, global_batch, held_at_rest, recipe, teacher
 
@@ -64,9 +66,10 @@ class Run:
         self.targets = build_targets(self.recipe, teacher)
         torch.manual_seed(0)
         student = build_student(self.recipe, self.targets)
-        host_teachers(self.targets, self.recipe, ranks)
+        self.placement = placement_of(self.recipe, self.targets, ranks)
+        host_teachers(self.targets, self.placement, ranks)
         groups = parameter_groups(student, self.recipe.training.weight_decay)
-        self.engine = train_engine(student, groups, self.recipe, ranks)
+        self.engine = train_engine(student, groups, self.recipe, self.placement, ranks)
         self.objective = MaskedDistillation(self.targets)
         self.schedule = Schedule(self.recipe.training, 1, self.recipe.lr_batch)
 
@@ -95,7 +98,7 @@ class Run:
         """Of some steps, with teachers at their place or ahead."""
         batches = self.batches(range(STEPS))
         if ahead:
-            begin = begin_ahead(self.objective, self.recipe, self.ranks.device)
+            begin = begin_ahead(self.objective, self.placement, self.ranks.device)
             assert begin is not None
             batches = Ahead(Loader(batches), begin)
         return [self.step(step, batches) for step in range(STEPS)]
@@ -128,7 +131,7 @@ def sharded_teachers(ranks: Ranks, precision: str) -> dict[str, dict[str, float]
     """Features of sharded teachers beside those of the same ones whole and in float32 on the CPU."""
     made = placed(recipe("zero2", precision, "zero3", GLOBAL_BATCH), precision)
     here = build_targets(made, teacher)
-    host_teachers(here, made, ranks)
+    host_teachers(here, placement_of(made, here, ranks), ranks)
     seen = {}
     for name, whole in build_targets(made, teacher).items():
         sharded = here[name]

@@ -20,9 +20,11 @@ from mvd_scale.data.sampling import draw_mask
 from mvd_scale.models import Student
 from mvd_scale.performance.rehearsal import random_teacher
 from mvd_scale.targets import MaskedDistillation, build_targets
-from mvd_scale.training.engine import host_teachers, train_engine
+from mvd_scale.training.device import placement_of
+from mvd_scale.training.engine import train_engine
 from mvd_scale.training.optim import parameter_groups
 from mvd_scale.training.ranks import Ranks, join_ranks, leave_ranks
+from mvd_scale.training.teachers import host_teachers
 
 VIDEO: dict[str, Any] = {"size": "S", "frames": 8, "input_size": 96}
 IMAGE = {**VIDEO, "frames": 1, "tubelet": 1, "positions": "sincos2d", "class_token": True}
@@ -67,8 +69,9 @@ def clips(made: Recipe, micro: int) -> ClipBatch:
 def train(made: Recipe, ranks: Ranks) -> Any:
     targets = build_targets(made, lambda name: random_teacher(made, name))
     student = Student(made.model, {n: (made.targets[n].head_config, t.channels) for n, t in targets.items()})
-    host_teachers(targets, made, ranks)
-    engine = train_engine(student, parameter_groups(student, 0.05), made, ranks)
+    placement = placement_of(made, targets, ranks)
+    host_teachers(targets, placement, ranks)
+    engine = train_engine(student, parameter_groups(student, 0.05), made, placement, ranks)
     objective, (micro, accumulation) = MaskedDistillation(targets), made.batch_split(ranks.world_size)
     for step in range(STEPS):
         with record_function(f"step {step}"):
