@@ -461,9 +461,8 @@ def rules_in(source: str) -> list[str]:
             section = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
             if node.attr in OWNED.get(section, ()):
                 found.append(f"{section}.{node.attr}, line {node.lineno}")
-        if isinstance(node, ast.Compare):
-            if any(isinstance(part, ast.Constant) and part.value == "auto" for part in ast.walk(node)):
-                found.append(f"auto, line {node.lineno}")
+        if isinstance(node, ast.Compare) and "auto" in {getattr(part, "value", None) for part in ast.walk(node)}:
+            found.append(f"auto, line {node.lineno}")
         if isinstance(node, ast.ImportFrom):
             names = {alias.name for alias in node.names}
             found += [f"{name}, line {node.lineno}" for name in names & {"TeacherConfig", "TrainingConfig"}]
