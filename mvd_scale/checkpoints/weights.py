@@ -119,7 +119,7 @@ def load_encoder(
         final_norm: keep the norm after the last block; teachers have none.
         hints: facts that the file does not state, see `read_checkpoint`.
         mapped: leave the weights memory-mapped in the file, in its dtype, if its format allows it. They are not read
-            here, so whether they are finite is checked later by `engine.shard_teacher`, which reads them first.
+            here, so whether they are finite is checked later by `teachers.shard_teacher`, which reads them first.
 
     Raises:
         UserError: see `read_checkpoint`; or tensors do not fit, and the message names each of them.

@@ -99,7 +99,7 @@ def evaluate(
     from mvd_scale.config.data import DataConfig
     from mvd_scale.config.detection import DetectionTest
     from mvd_scale.detection.evaluate import evaluate as judge
-    from mvd_scale.training.engine import usual_precision
+    from mvd_scale.models.precision import usual_precision
     from mvd_scale.training.ranks import join_ranks, leave_ranks
 
     ranks = join_ranks(device, timeout_minutes=10)

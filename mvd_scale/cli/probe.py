@@ -102,7 +102,7 @@ def _probe(
     from mvd_scale.evaluation.features import FeatureOptions
     from mvd_scale.evaluation.probing import ProbedEncoder
     from mvd_scale.evaluation.probing import probe as judge_encoder
-    from mvd_scale.training.engine import usual_precision
+    from mvd_scale.models.precision import usual_precision
     from mvd_scale.training.ranks import join_ranks, leave_ranks
 
     ranks = join_ranks(device, timeout_minutes=10)

@@ -45,7 +45,7 @@ def evaluate(
     """
     from mvd_scale.config.data import DataConfig
     from mvd_scale.evaluation.evaluate import evaluate as test
-    from mvd_scale.training.engine import usual_precision
+    from mvd_scale.models.precision import usual_precision
     from mvd_scale.training.ranks import join_ranks, leave_ranks
 
     ranks = join_ranks(device, timeout_minutes=10)
@@ -191,7 +191,7 @@ def features(
     """
     from mvd_scale.config.data import DataConfig, ViewsConfig
     from mvd_scale.evaluation.features import FeatureOptions, write_features
-    from mvd_scale.training.engine import usual_precision
+    from mvd_scale.models.precision import usual_precision
     from mvd_scale.training.ranks import join_ranks, leave_ranks
 
     if (every is not None) != (sampling == "sliding"):

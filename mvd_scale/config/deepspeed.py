@@ -26,12 +26,7 @@ def student_deepspeed(recipe: RunRecipe, world_size: int) -> dict[str, Any]:
     """
     micro, accumulation = recipe.batch_split(world_size)
     training = recipe.training
-    for key in ("compile", "batch_decoders"):
-        if zero_stage(recipe) == 3 and getattr(training, key, False) is True:
-            raise UserError(
-                f"training.{key} is true, but training.deepspeed {training.deepspeed} is ZeRO stage 3, which gathers "
-                f"parameters layer by layer: use stage 1 or 2, or set training.{key} to auto"
-            )
+    check_stage(recipe)
     return _resolve(
         training.deepspeed,
         {
@@ -42,6 +37,21 @@ def student_deepspeed(recipe: RunRecipe, world_size: int) -> dict[str, Any]:
             **_precision(training.precision),
         },
     )
+
+
+def check_stage(recipe: RunRecipe) -> None:
+    """Refuse at ZeRO stage 3, which gathers weights layer by layer, a choice that needs whole weights.
+
+    Raises:
+        UserError: `training.compile` or `training.batch_decoders` is true at stage 3.
+    """
+    training = recipe.training
+    for key in ("compile", "batch_decoders"):
+        if zero_stage(recipe) == 3 and getattr(training, key, False) is True:
+            raise UserError(
+                f"training.{key} is true, but training.deepspeed {training.deepspeed} is ZeRO stage 3, which gathers "
+                f"parameters layer by layer: use stage 1 or 2, or set training.{key} at auto"
+            )
 
 
 def teacher_deepspeed(precision: Precision, world_size: int) -> dict[str, Any]:

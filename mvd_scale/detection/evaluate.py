@@ -33,7 +33,7 @@ from mvd_scale.detection.testing import KeyFrameTest, Scored, Scorer, load_frame
 from mvd_scale.detection.whole_frames import WholeFrameLoader
 from mvd_scale.errors import UserError
 from mvd_scale.evaluation.sharded import Shards
-from mvd_scale.training.engine import check_precision, dtype_of
+from mvd_scale.models.precision import check_precision, dtype_of
 from mvd_scale.training.ranks import Ranks, first_decides
 from mvd_scale.training.run_folder import write_whole
 

@@ -32,7 +32,7 @@ from mvd_scale.data.views import clips_of
 from mvd_scale.errors import UserError
 from mvd_scale.evaluation.sharded import Shards
 from mvd_scale.models import Encoder
-from mvd_scale.training.engine import check_precision, dtype_of
+from mvd_scale.models.precision import check_precision, dtype_of
 from mvd_scale.training.ranks import Ranks, first_decides
 
 Pool = Literal["clip", "time", "none"]

@@ -24,7 +24,7 @@ from mvd_scale.data.storage import DecodeError
 from mvd_scale.data.video_views import views_of_file, views_of_frames
 from mvd_scale.errors import UserError
 from mvd_scale.evaluation.scorer import Scorer, views_of
-from mvd_scale.training.engine import usual_precision
+from mvd_scale.models.precision import usual_precision
 from mvd_scale.training.ranks import choose_device
 
 Video = str | os.PathLike[str] | NDArray[np.uint8] | Tensor

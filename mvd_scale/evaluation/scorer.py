@@ -18,7 +18,7 @@ from mvd_scale.config.reading import describe
 from mvd_scale.config.training import FrozenPrecision
 from mvd_scale.errors import UserError
 from mvd_scale.models import Classifier
-from mvd_scale.training.engine import lower
+from mvd_scale.models.precision import lower
 
 _VIEWS: TypeAdapter[ViewsConfig] = TypeAdapter(TestViews)
 

@@ -22,25 +22,26 @@ REFUSED: dict[EightBit, str] = {
 """Reason, by precision, for messages when the device does not support it."""
 
 
-def to_eight_bits(model: nn.Module, kind: EightBit, device: torch.device) -> nn.Module:
+def to_eight_bits(model: nn.Module, kind: EightBit, device: torch.device, rest: torch.dtype | None = None) -> nn.Module:
     """Replace the linear layers of a frozen model's blocks by 8-bit ones.
-
-    All other weights become bf16, or float32 on CPUs without bf16 instructions (see `rest_of`).
 
     Args:
         model: an encoder of this project or of timm, on the CPU; it is modified in place.
         kind: `int8` for CPUs (by oneDNN), or `fp8` for GPUs from Ada and Hopper on (by torchao).
         device: the device that the model will run on.
+        rest: dtype of all other weights; None: bf16, or float32 on CPUs without bf16 instructions (see `rest_of`).
 
     Raises:
         UserError: the device does not support this precision, or torchao is not installed.
     """
+    if rest is None:
+        rest = torch.bfloat16 if rest_of(kind, bf16=bf16_instructions()) == "bf16" else torch.float32
     if kind == "int8":
         if device.type != "cpu":
             raise UserError(REFUSED["int8"])
         _to_int8(model)
-        return model.to(torch.bfloat16 if rest_of("int8") == "bf16" else torch.float32)
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        return model.to(rest)
+    if device.type != "cuda" or not has_fp8(device):
         raise UserError(REFUSED["fp8"])
     try:
         from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
@@ -50,15 +51,25 @@ def to_eight_bits(model: nn.Module, kind: EightBit, device: torch.device) -> nn.
         if isinstance(block, Block):
             block.attn.qkv = _as_linear(block.attn.qkv)
     names = set(_linear_layers(model))
-    model = model.to(device, torch.bfloat16)
+    model = model.to(device, rest)
     granular = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
     quantize_(model, granular, filter_fn=lambda _, name: name in names)
     return model
 
 
-def rest_of(kind: EightBit) -> Literal["bf16", "fp32"]:
-    """Precision of the weights that are not in 8 bits: bf16, or fp32 on a CPU without bf16 instructions."""
-    return "bf16" if kind == "fp8" or bf16_instructions() else "fp32"
+def has_fp8(gpu: torch.device) -> bool:
+    """Whether a GPU has tensor cores for fp8 (Ada, Hopper and later)."""
+    return torch.cuda.get_device_capability(gpu) >= (8, 9)
+
+
+def rest_of(kind: EightBit, *, bf16: bool) -> Literal["bf16", "fp32"]:
+    """Precision of the weights that are not in 8 bits: bf16, or fp32 beside int8 on a CPU without bf16 instructions.
+
+    Args:
+        kind: precision of the linear layers.
+        bf16: whether the CPU has instructions for bf16.
+    """
+    return "bf16" if kind == "fp8" or bf16 else "fp32"
 
 
 def eight_bit_weights(model: nn.Module) -> list[nn.Parameter]:

@@ -18,6 +18,7 @@ from mvd_scale.models.timm_vit import TimmViT
 from mvd_scale.targets import MaskedDistillation, build_targets
 from mvd_scale.targets.load import teacher_sides
 from mvd_scale.training.ahead import Ahead, begin_ahead
+from mvd_scale.training.device import placement_of
 from mvd_scale.training.distillation import distillation_model
 from mvd_scale.training.ranks import Ranks
 from mvd_scale.training.schedule import Schedule
@@ -60,14 +61,15 @@ def bench_trainer(
     torch.manual_seed(recipe.seed)
     targets = build_targets(recipe, lambda name: build_teacher(recipe, name))
     schedule = Schedule(recipe.training, 1, recipe.lr_batch)
-    model = distillation_model(Student.from_recipe(recipe, targets), targets, recipe, ranks, schedule)
+    placement = placement_of(recipe, targets, ranks)
+    model = distillation_model(Student.from_recipe(recipe, targets), targets, recipe, placement, ranks, schedule)
     manifest = open_source(with_clips(recipe.data, scratch), scratch)
     repeats = max(recipe.training.global_batch, recipe.data.clips_per_video)
     repeated = recipe.model_copy(update={"data": recipe.data.model_copy(update={"clips_per_video": repeats})})
     sides = teacher_sides(recipe, targets)
     # After the last step too there is a batch to begin ahead.
     with ClipLoader.for_run(manifest, repeated, ranks.data_rank, range(steps + 1), sides=sides) as loader:
-        batches = Ahead(loader, begin_ahead(MaskedDistillation(targets), recipe, ranks.device))
+        batches = Ahead(loader, begin_ahead(MaskedDistillation(targets), placement, ranks.device))
         yield Trainer(model, batches, schedule, recipe, ranks)
 
 

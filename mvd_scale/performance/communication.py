@@ -60,10 +60,11 @@ def collectives(work: Workload, setting: Setting, gpu: Gpu, per_node: int) -> li
         seconds = times * seconds_of(kind, payload, ranks, min(per_node, ranks), gpu)
         found.append(Collective(name, phase, kind, payload, times, sent * times, seconds))
 
-    for part, sharded in zip(work.teachers, setting.sharded, strict=True):
-        if sharded:
-            payload = (part.parameters - part.vectors) * SIZES[setting.teacher_precision]
-            add(f"{part.name}'s weights", "teachers", "all-gather", payload, often, setting.teacher_shards)
+    for part, shards in zip(work.teachers, setting.shards, strict=True):
+        if shards is not None:
+            whole = part.vectors if shards.whole_vectors else 0
+            payload = (part.parameters - whole) * SIZES[setting.teacher_precision]
+            add(f"{part.name}'s weights", "teachers", "all-gather", payload, often, shards.ranks)
     if setting.stage == 3:
         weights = (work.parameters - work.vectors) * size
         add("weights, forward", "forward", "all-gather", weights, often)

@@ -17,6 +17,7 @@ from typing import Literal
 from mvd_scale.config.training import FrozenPrecision
 from mvd_scale.errors import UserError
 from mvd_scale.models.eight_bit import REFUSED
+from mvd_scale.training.placement import Capabilities
 
 AttentionKernel = Literal["flash-attn", "sdpa"]
 
@@ -155,6 +156,11 @@ def find_kernel(gpu: Gpu, name: str | None) -> AttentionKernel:
         if name in (None, kernel):
             return kernel
     raise UserError(f"--attention {name}: {gpu.name} supports {' and '.join(gpu.efficiency)} only")
+
+
+def capabilities_of(gpu: Gpu) -> Capabilities:
+    """What a type of GPU can do, with a compiler on its machines."""
+    return Capabilities(gpu=gpu.name, bf16="bf16" in gpu.peak, fp8="fp8" in gpu.peak)
 
 
 def usable_memory(gpu: Gpu) -> float:

@@ -22,8 +22,8 @@ from mvd_scale.config import ModelConfig
 from mvd_scale.config.training import Precision
 from mvd_scale.models import Encoder
 from mvd_scale.performance.reports import Report, Value, this_machine
-from mvd_scale.training.engine import shard_teacher
 from mvd_scale.training.ranks import Ranks, join_ranks, leave_ranks
+from mvd_scale.training.teachers import shard_teacher
 
 _MIB = 2**20
 

@@ -15,6 +15,7 @@ from mvd_scale.performance.layers import Block, Linear
 from mvd_scale.performance.parts import Part, Workload
 from mvd_scale.performance.setting import SIZES, Setting
 from mvd_scale.training.optim import LARGEST_GROUP
+from mvd_scale.training.placement import Shards
 
 CHANNEL: dict[EightBit, int] = {"int8": 12, "fp8": 4}
 """Bytes per output channel beside 8-bit weights: a 32-bit scale; for int8 also a 32-bit zero point and bias."""
@@ -172,8 +173,7 @@ def _at_rest(work: Workload, setting: Setting) -> Bytes:
         # Stage 1 keeps all gradients until the last micro batch; stage 2 reduces after each and keeps a share.
         gradients = size * (work.parameters if setting.stage == 1 else share)
     teachers = sum(
-        _teacher_at_rest(part, setting, sharded=sharded)
-        for part, sharded in zip(work.teachers, setting.sharded, strict=True)
+        _teacher_at_rest(part, setting, shards) for part, shards in zip(work.teachers, setting.shards, strict=True)
     )
     return {
         "weights": weights,
@@ -185,12 +185,14 @@ def _at_rest(work: Workload, setting: Setting) -> Bytes:
     }
 
 
-def _teacher_at_rest(part: Part, setting: Setting, *, sharded: bool) -> int:
+def _teacher_at_rest(part: Part, setting: Setting, shards: Shards | None) -> int:
     size = SIZES[setting.teacher_precision]
     if setting.eight_bit is not None:
         eighths = part.linear + CHANNEL[setting.eight_bit] * part.channels
         return eighths + size * (part.parameters - part.linear)
-    return size * (-(-part.parameters // setting.teacher_shards) + part.vectors if sharded else part.parameters)
+    if shards is None:
+        return size * part.parameters
+    return size * (-(-part.parameters // shards.ranks) + (part.vectors if shards.whole_vectors else 0))
 
 
 def _at_work(part: Part, sharded: bool, setting: Setting) -> Bytes:

@@ -23,6 +23,8 @@ from mvd_scale.performance.layers import Block, Elementwise, Layer, Linear
 from mvd_scale.targets import FrozenTeacher, Target, build_targets
 from mvd_scale.targets.build import init_teacher
 from mvd_scale.targets.image_teacher import ImageTeacher
+from mvd_scale.training.device import teacher_of
+from mvd_scale.training.placement import Teacher
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ class Part:
     products: int = 0
     """FLOPs in these layers."""
 
-    ahead: bool = False
-    """Whether a teacher may compute its features one step in advance."""
+    teacher: Teacher | None = None
+    """The facts that the placement of a teacher depends on."""
 
     @property
     def blocks(self) -> list[Block]:
@@ -111,9 +113,7 @@ def describe(recipe: Recipe | FinetuneRecipe) -> Workload:
     return Workload(
         trained=(encoder_part(recipe.model, recipe.visible_tokens), *_head_parts(recipe, targets)),
         teachers=tuple(
-            _teacher_part(f"{name} teacher", target, recipe)
-            for name, target in targets.items()
-            if isinstance(target, FrozenTeacher)
+            _teacher_part(name, target, recipe) for name, target in targets.items() if isinstance(target, FrozenTeacher)
         ),
         parameters=_count(student),
         vectors=_count(student, below=PERSISTENT),
@@ -218,8 +218,8 @@ def _keeping_input(part: Part) -> Part:
     return Part(part.name, part.width, (kept, *part.layers[1:]), part.predicted)
 
 
-def _teacher_part(name: str, target: FrozenTeacher, recipe: Recipe) -> Part:
-    teacher = target.teacher
+def _teacher_part(target_name: str, target: FrozenTeacher, recipe: Recipe) -> Part:
+    name, teacher = f"{target_name} teacher", target.teacher
     largest = max(
         _count(block) for path, block in teacher.named_modules() if path.rpartition(".")[0].endswith("blocks")
     )
@@ -238,7 +238,7 @@ def _teacher_part(name: str, target: FrozenTeacher, recipe: Recipe) -> Part:
         counts |= {"products": 2 * seen * counts["linear"], "counted": _counted(teacher, recipe.model)}
         # The peak of a block with an MLP ratio of 4; timm's models have about that ratio.
         opaque = 12 * seen * teacher.width
-        return Part(name, teacher.width, (), given, opaque=opaque, ahead=target.ahead, **counts)
+        return Part(name, teacher.width, (), given, opaque=opaque, teacher=teacher_of(target_name, target), **counts)
     assert isinstance(teacher, Encoder)
     model = teacher.config
     sequences = recipe.model.grid[0] if isinstance(target, ImageTeacher) else 1
@@ -250,7 +250,7 @@ def _teacher_part(name: str, target: FrozenTeacher, recipe: Recipe) -> Part:
     embedding = Linear(sequences * tokens, 3 * model.tubelet * model.patch_size**2, _width(model))
     blocks = encoder_blocks(model, seen, outputs=outputs, sequences=sequences)
     counts["products"] = sum(block.products for block in blocks)
-    return Part(name, _width(model), (embedding, *blocks), given, ahead=target.ahead, **counts)
+    return Part(name, _width(model), (embedding, *blocks), given, teacher=teacher_of(target_name, target), **counts)
 
 
 def _counted(teacher: TimmViT, model: ModelConfig) -> int:

@@ -25,8 +25,15 @@ from mvd_scale.performance.hardware import (
 from mvd_scale.performance.memory import Memory, predict_memory
 from mvd_scale.performance.parts import Workload, describe
 from mvd_scale.performance.published import Comparison, compare
-from mvd_scale.performance.setting import Setting, setting_of
+from mvd_scale.performance.setting import (
+    Setting,
+    placement_on,
+    setting_from,
+    with_teachers,
+    with_training,
+)
 from mvd_scale.performance.timeline import PhaseTime, phase_times
+from mvd_scale.training.placement import Placement
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,7 @@ class Plan:
 
     recipe: str
     cluster: Cluster
+    placement: Placement
     setting: Setting
     recipe_micro: int
     parameters: int
@@ -128,21 +136,22 @@ def make_plan(name: str, overrides: list[str], cluster: Cluster) -> Plan:
     """
     recipe = load(name, overrides)
     work = describe(recipe)
-    usual = setting_of(recipe, work, cluster.gpus, per_node=cluster.per_node)
+    placement = _placement(recipe, work, cluster)
+    usual = setting_from(placement, recipe)
     of_teachers = [usual.eight_bit or usual.teacher_precision] if work.teachers else []
     for precision in (*of_teachers, usual.precision):
         sustained(cluster.gpu, precision, cluster.kernel, 1, cluster.efficiency)
-    settings = [
-        setting_of(recipe, work, cluster.gpus, per_node=cluster.per_node, micro=micro)
-        for micro in micro_batches(recipe, cluster.gpus)
-    ]
+    recipes = [with_training(recipe, micro_batch=micro) for micro in micro_batches(recipe, cluster.gpus)]
+    settings = [_setting(changed, work, cluster) for changed in recipes]
     candidates = [_candidate(recipe, work, setting, cluster) for setting in settings]
     if not candidates[0].fits:
         raise UserError(_what_fits(recipe, work, settings[0], cluster))
     fitting = [setting for setting, candidate in zip(settings, candidates, strict=True) if candidate.fits]
     # The micro batch that the run would use; if it does not fit, the largest smaller one that does.
     setting = max((s for s in fitting if s.micro <= usual.micro), key=lambda s: s.micro)
-    return _plan(name, recipe, work, setting, cluster, candidates, usual.micro)
+    if setting.micro != usual.micro:
+        placement = _placement(with_training(recipe, micro_batch=setting.micro), work, cluster)
+    return _plan(name, recipe, work, placement, cluster, candidates, usual.micro)
 
 
 def make_cluster(
@@ -204,6 +213,14 @@ def micro_batches(recipe: Recipe | FinetuneRecipe, world: int) -> list[int]:
     micro, accumulation = recipe.batch_split(world)
     share, copies = micro * accumulation, recipe.data.copies
     return [count for count in range(copies, share + 1, copies) if share % count == 0]
+
+
+def _placement(recipe: Recipe | FinetuneRecipe, work: Workload, cluster: Cluster) -> Placement:
+    return placement_on(recipe, work, cluster.gpus, per_node=cluster.per_node, gpu=cluster.gpu)
+
+
+def _setting(recipe: Recipe | FinetuneRecipe, work: Workload, cluster: Cluster) -> Setting:
+    return setting_from(_placement(recipe, work, cluster), recipe)
 
 
 def _candidate(recipe: Recipe | FinetuneRecipe, work: Workload, setting: Setting, cluster: Cluster) -> Candidate:
@@ -270,11 +287,12 @@ def _plan(
     name: str,
     recipe: Recipe | FinetuneRecipe,
     work: Workload,
-    setting: Setting,
+    placement: Placement,
     cluster: Cluster,
     candidates: list[Candidate],
     recipe_micro: int,
 ) -> Plan:
+    setting = setting_from(placement, recipe)
     batch, phases = recipe.training.global_batch, _phases(work, setting, cluster)
     flops = part_flops(work, checkpointing=setting.checkpointing)
     seconds = _step_seconds(recipe, phases, cluster)
@@ -289,6 +307,7 @@ def _plan(
     return Plan(
         recipe=name,
         cluster=cluster,
+        placement=placement,
         setting=setting,
         recipe_micro=recipe_micro,
         parameters=work.parameters,
@@ -315,28 +334,9 @@ def _plan(
 def _what_fits(recipe: Recipe | FinetuneRecipe, work: Workload, setting: Setting, cluster: Cluster) -> str:
     """Compose the message for a smallest micro batch that does not fit, with the changes that would fit."""
     needed, usable = predict_memory(work, setting).peak, usable_memory(cluster.gpu)
-    whole = {"compile": "auto"} | ({"batch_decoders": "auto"} if isinstance(recipe, Recipe) else {})
-    gathered = _with(recipe, deepspeed="zero3", **whole)
-    zero3 = setting_of(gathered, work, cluster.gpus, per_node=cluster.per_node, micro=setting.micro)
-    again, shard = "--training.gradient_checkpointing", "--teachers.sharding zero3"
-    sharded = (True,) * len(setting.sharded)
-    changes = {
-        f"{again} attention": replace(setting, checkpointing="attention"),
-        f"{again} block": replace(setting, checkpointing="block"),
-        "--stage 3": zero3,
-        f"--stage 3 {again} block": replace(zero3, checkpointing="block"),
-    }
-    none = (False,) * len(sharded)
-    if any(setting.ahead):
-        changes["--teachers.ahead false"] = replace(setting, ahead=none)
-    if any(setting.graphed):
-        changes["--teachers.cuda_graphs false"] = replace(setting, graphed=none)
-    if sharded and setting.eight_bit is None:
-        changes[shard] = replace(setting, sharded=sharded, graphed=none)
-        changes[f"--stage 3 {shard} {again} block"] = replace(
-            zero3, checkpointing="block", sharded=sharded, graphed=none
-        )
-    helps = [words for words, changed in changes.items() if predict_memory(work, changed).peak <= usable]
+    recipe = with_training(recipe, micro_batch=setting.micro)
+    settings = {words: _setting(changed, work, cluster) for words, changed in _changes(recipe, setting).items()}
+    helps = [words for words, changed in settings.items() if predict_memory(work, changed).peak <= usable]
     helps += [f"--gpu {gpu.name}" for gpu in GPUS.values() if needed <= usable_memory(gpu)]
     return (
         f"a rank needs {needed / GIB:.1f} GiB even with a micro batch of {setting.micro}, and {cluster.gpu.name} has "
@@ -345,5 +345,29 @@ def _what_fits(recipe: Recipe | FinetuneRecipe, work: Workload, setting: Setting
     )
 
 
-def _with(recipe: Recipe | FinetuneRecipe, **training: str) -> Recipe | FinetuneRecipe:
-    return recipe.model_copy(update={"training": recipe.training.model_copy(update=training)})
+def _changes(recipe: Recipe | FinetuneRecipe, setting: Setting) -> dict[str, Recipe | FinetuneRecipe]:
+    """Changes of a recipe that save memory, by the words that ask for them."""
+    again, shard = "--training.gradient_checkpointing", "--teachers.sharding zero3"
+    # Asked for by name, they would be refused at stage 3.
+    whole: dict[str, object] = {"compile": "auto"}
+    if isinstance(recipe, Recipe):
+        whole["batch_decoders"] = "auto"
+    zero3 = with_training(recipe, deepspeed="zero3", **whole)
+    changes: dict[str, Recipe | FinetuneRecipe] = {
+        f"{again} attention": with_training(recipe, gradient_checkpointing="attention"),
+        f"{again} block": with_training(recipe, gradient_checkpointing="block"),
+        "--stage 3": zero3,
+        f"--stage 3 {again} block": with_training(zero3, gradient_checkpointing="block"),
+    }
+    if isinstance(recipe, Recipe):
+        if any(setting.ahead):
+            changes["--teachers.ahead false"] = with_teachers(recipe, ahead=False)
+        if any(setting.graphed):
+            changes["--teachers.cuda_graphs false"] = with_teachers(recipe, cuda_graphs=False)
+        if setting.shards and setting.eight_bit is None:
+            sharded: dict[str, object] = {"sharding": "zero3", "compile": "auto", "cuda_graphs": "auto"}
+            changes[shard] = with_teachers(recipe, **sharded)
+            changes[f"--stage 3 {shard} {again} block"] = with_training(
+                with_teachers(recipe, **sharded), deepspeed="zero3", gradient_checkpointing="block", **whole
+            )
+    return changes

@@ -26,7 +26,8 @@ def to_json(plan: Plan) -> str:
 def to_text(plan: Plan) -> str:
     """Format as tables, one per resource, followed by the assumptions."""
     sections = (
-        _head, _flops, _memory, _communication, _decoding, _time, _micro_batches, _policies, _published, _assumptions,
+        _head, _placement, _flops, _memory, _communication, _decoding, _time, _micro_batches, _policies, _published,
+        _assumptions,
     )  # fmt: skip
     return "\n".join(line for section in sections for line in section(plan))
 
@@ -44,6 +45,11 @@ def _head(plan: Plan) -> Iterator[str]:
     )
     if setting.micro != plan.recipe_micro:
         yield f"  the recipe's micro batch of {plan.recipe_micro} does not fit"
+
+
+def _placement(plan: Plan) -> Iterator[str]:
+    yield ""
+    yield from (f"  {line}" for line in plan.placement.to_lines())
 
 
 def _flops(plan: Plan) -> Iterator[str]:

@@ -23,10 +23,10 @@ from mvd_scale.config import Recipe
 from mvd_scale.config.training import Precision
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.models import Student
+from mvd_scale.models.precision import dtype_of
 from mvd_scale.performance.hardware import GPUS
 from mvd_scale.targets import FrozenTeacher, MaskedDistillation, build_targets
 from mvd_scale.targets.build import init_teacher
-from mvd_scale.training.engine import dtype_of
 
 _OTHER_FORMS = {"PCIE", "NVL"}
 """Words in the names of GPUs that are slower than the SXM form in the table."""

@@ -1,18 +1,24 @@
-"""How a recipe is spread over ranks: micro batch, ZeRO stage, precision, which teachers are sharded."""
+"""A recipe's placement on GPUs that are not at hand, as the numbers that time and memory depend on."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from mvd_scale.config import FinetuneRecipe, Recipe
-from mvd_scale.config.deepspeed import student_deepspeed, teacher_deepspeed, zero_stage
+from mvd_kernels import bf16_instructions
+from mvd_scale.config import FinetuneRecipe, Recipe, RunRecipe
+from mvd_scale.config.deepspeed import student_deepspeed, teacher_deepspeed
 from mvd_scale.config.training import Checkpointing, Precision
-from mvd_scale.models.eight_bit import EightBit, rest_of
+from mvd_scale.models.eight_bit import EightBit
+from mvd_scale.performance.hardware import Gpu, capabilities_of
 from mvd_scale.performance.parts import Workload
+from mvd_scale.training.placement import Capabilities, Devices, Placement, Shards, place
 
 SIZES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Bytes of an element."""
+
+
+AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)
 
 
 @dataclass(frozen=True)
@@ -38,11 +44,8 @@ class Setting:
     eight_bit: EightBit | None
     """Of the linear layers in the teachers' blocks; None where they are as the rest, in `teacher_precision`."""
 
-    teacher_shards: int
-    """Ranks that a sharded teacher is cut over."""
-
-    sharded: tuple[bool, ...]
-    """Of each teacher, whether ranks keep shards of it."""
+    shards: tuple[Shards | None, ...]
+    """Of each teacher, how ranks share its weights; None where each holds all of them."""
 
     ahead: tuple[bool, ...]
     """Of each teacher, whether it works on the next micro batch beside the student."""
@@ -58,6 +61,34 @@ class Setting:
     prefetch: int
     """Batches that are decoded ahead."""
 
+    @property
+    def sharded(self) -> tuple[bool, ...]:
+        """Of each teacher, whether ranks keep shards of it."""
+        return tuple(shards is not None for shards in self.shards)
+
+
+def placement_on(
+    recipe: Recipe | FinetuneRecipe, work: Workload, world: int, *, per_node: int | None = None, gpu: Gpu | None = None
+) -> Placement:
+    """The placement of a recipe on some GPUs, or on CPUs if that is its device.
+
+    Args:
+        recipe: what is trained.
+        work: its parts.
+        world: ranks.
+        per_node: ranks of a machine; all of them if None.
+        gpu: the type; one with every precision if None.
+
+    Raises:
+        UserError: as `place`.
+    """
+    if recipe.device == "cpu":
+        devices = Devices("cpu", world, min(per_node or world, world), Capabilities(bf16=bf16_instructions()))
+    else:
+        capabilities = Capabilities("GPU", bf16=True, fp8=True) if gpu is None else capabilities_of(gpu)
+        devices = Devices("cuda", world, min(per_node or world, world), capabilities)
+    return place(recipe, [part.teacher for part in work.teachers if part.teacher is not None], devices)
+
 
 def setting_of(
     recipe: Recipe | FinetuneRecipe,
@@ -66,6 +97,7 @@ def setting_of(
     *,
     per_node: int | None = None,
     micro: int | None = None,
+    gpu: Gpu | None = None,
 ) -> Setting:
     """The setting of a recipe on some GPUs.
 
@@ -75,70 +107,47 @@ def setting_of(
         world: ranks.
         per_node: ranks of a machine; all of them if None.
         micro: micro batch, a divisor of a rank's share of the global batch; the recipe's if None.
+        gpu: as for `placement_on`.
 
     Raises:
-        UserError: the global batch cannot be split so, or the DeepSpeed file contradicts the recipe.
+        UserError: the global batch cannot be split so, the DeepSpeed file contradicts the recipe, or the GPU cannot do
+            something that the recipe asks for by name.
     """
-    usual, accumulation = recipe.batch_split(world)
-    precision, eight_bit = _teacher_precision(recipe)
+    if micro is not None:
+        recipe = with_training(recipe, micro_batch=micro)
+    return setting_from(placement_on(recipe, work, world, per_node=per_node, gpu=gpu), recipe)
+
+
+def setting_from(placement: Placement, recipe: Recipe | FinetuneRecipe) -> Setting:
+    """The numbers of a placement, and those that the DeepSpeed files add."""
+    world, teachers = placement.devices.ranks, placement.teachers
+    # All teachers of a recipe have one precision.
+    precision = teachers[0].rest.value if teachers else placement.precision.value
+    linear = teachers[0].precision.value if teachers else precision
     return Setting(
         world=world,
-        micro=micro or usual,
-        accumulation=usual * accumulation // (micro or usual),
-        stage=zero_stage(recipe),
+        micro=placement.micro_batch.value,
+        accumulation=placement.accumulation.value,
+        stage=placement.zero_stage.value,
         zero=student_deepspeed(recipe, world)["zero_optimization"],
         teacher_zero=teacher_deepspeed(precision, world)["zero_optimization"],
-        precision=recipe.training.precision,
+        precision=placement.precision.value,
         teacher_precision=precision,
-        eight_bit=eight_bit,
-        teacher_shards=_teacher_shards(recipe, world, per_node or world),
-        sharded=tuple(_sharded(recipe, part.parameters, world) for part in work.teachers),
-        ahead=tuple(part.ahead and _ahead(recipe) for part in work.teachers),
-        graphed=tuple(_graphed(recipe, part.parameters, world) for part in work.teachers),
-        batched=_batched(recipe),
-        checkpointing=recipe.training.gradient_checkpointing,
-        prefetch=recipe.data.prefetch,
+        eight_bit=linear if linear == "int8" or linear == "fp8" else None,
+        shards=tuple(teacher.shards.value for teacher in teachers),
+        ahead=tuple(teacher.prefetch.value for teacher in teachers),
+        graphed=tuple(teacher.cuda_graph.value for teacher in teachers),
+        batched=placement.batch_decoders.value,
+        checkpointing=placement.gradient_checkpointing.value,
+        prefetch=placement.data_prefetch.value,
     )
 
 
-def _teacher_precision(recipe: Recipe | FinetuneRecipe) -> tuple[Precision, EightBit | None]:
-    """Of teachers, and of their linear layers in 8 bits."""
-    if isinstance(recipe, FinetuneRecipe):
-        return recipe.training.precision, None
-    precision = recipe.teachers.precision
-    if precision == "int8" or precision == "fp8":
-        return rest_of(precision), precision
-    if precision != "auto":
-        return precision, None
-    return recipe.training.precision if recipe.device == "cpu" else "fp16", None
+def with_training(recipe: AnyRecipe, **values: object) -> AnyRecipe:
+    """A recipe with other values in its section `training`."""
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update=values)})
 
 
-def _teacher_shards(recipe: Recipe | FinetuneRecipe, world: int, per_node: int) -> int:
-    within = isinstance(recipe, Recipe) and recipe.teachers.shard_over == "node"
-    return min(per_node, world) if within else world
-
-
-def _ahead(recipe: Recipe | FinetuneRecipe) -> bool:
-    return isinstance(recipe, Recipe) and recipe.teachers.ahead and recipe.device != "cpu"
-
-
-def _batched(recipe: Recipe | FinetuneRecipe) -> bool:
-    if isinstance(recipe, FinetuneRecipe) or zero_stage(recipe) == 3:
-        return False
-    asked = recipe.training.batch_decoders
-    return recipe.device != "cpu" if asked == "auto" else asked
-
-
-def _graphed(recipe: Recipe | FinetuneRecipe, parameters: int, world: int) -> bool:
-    assert isinstance(recipe, Recipe)
-    wanted = recipe.teachers.cuda_graphs is not False and recipe.device != "cpu"
-    return wanted and not _sharded(recipe, parameters, world)
-
-
-def _sharded(recipe: Recipe | FinetuneRecipe, parameters: int, world: int) -> bool:
-    assert isinstance(recipe, Recipe)
-    if recipe.teachers.precision in ("int8", "fp8"):
-        return False
-    if recipe.teachers.sharding == "auto":
-        return world > 1 and parameters > recipe.teachers.auto_shard_above
-    return recipe.teachers.sharding == "zero3"
+def with_teachers(recipe: Recipe, **values: object) -> Recipe:
+    """A recipe with other values in its section `teachers`."""
+    return recipe.model_copy(update={"teachers": recipe.teachers.model_copy(update=values)})

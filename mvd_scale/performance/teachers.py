@@ -19,12 +19,12 @@ from mvd_scale.data.batch import ClipBatch
 from mvd_scale.data.index import open_source
 from mvd_scale.errors import UserError
 from mvd_scale.models import Student
+from mvd_scale.models.precision import lower
 from mvd_scale.performance.bench_setup import with_clips
 from mvd_scale.performance.reports import Report, Value, this_machine
 from mvd_scale.targets import FrozenTeacher, MaskedDistillation, Target, build_targets
 from mvd_scale.targets.build import load_or_init_teacher
 from mvd_scale.targets.momentum import Momentum
-from mvd_scale.training.engine import lower_teacher
 from mvd_scale.training.fidelity import LEAST_COSINE, Fidelity, first_clip
 from mvd_scale.training.ranks import choose_device
 
@@ -121,11 +121,8 @@ def measure_teachers(name: str, overrides: list[str], *, steps: int) -> Teachers
     for target, found in teachers.items():
         whole = found.teacher
         for precision in PRECISIONS[device.type]:
-            config = recipe.teachers.model_copy(update={"precision": precision})
             try:
-                found.teacher = lower_teacher(
-                    copy.deepcopy(whole), recipe.model_copy(update={"teachers": config}), device
-                )
+                found.teacher = lower(copy.deepcopy(whole), precision, device)
             except UserError as error:
                 absent[precision] = str(error)
                 continue

@@ -22,11 +22,11 @@ from mvd_scale.distributed.data_rank import DataRank
 from mvd_scale.errors import UserError
 from mvd_scale.evaluation.scorer import Scorer
 from mvd_scale.models import Classifier
+from mvd_scale.models.precision import usual_precision
 from mvd_scale.performance.plain_views import WAYS, Way, frames_decoded, plain_views, reader_name
 from mvd_scale.performance.reports import Report, Value, this_machine
 from mvd_scale.performance.timing import apart, time_batches
 from mvd_scale.performance.videos import given_videos, made_videos
-from mvd_scale.training.engine import usual_precision
 
 OURS = "mvd-scale"
 VIEWS = ViewsConfig()

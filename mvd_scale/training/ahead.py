@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from mvd_scale.config import Recipe
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.data.loader import ClipLoader
 from mvd_scale.targets import MaskedDistillation
+from mvd_scale.training.placement import Placement
 
 Begin = Callable[[Callable[[], ClipBatch]], Callable[[], ClipBatch]]
 """Takes what fetches a batch, begins work on it, and gives what hands it over to the student."""
@@ -124,10 +124,10 @@ class SideStream:
         return hand_over
 
 
-def begin_ahead(objective: MaskedDistillation, recipe: Recipe, device: torch.device) -> Begin | None:
-    """How batches of a distillation are begun ahead; None where that gains nothing or is not wanted."""
-    slow = any(target.ahead for target in objective.targets.values())
-    return SideStream(device, objective.ahead) if slow and recipe.teachers.ahead and device.type == "cuda" else None
+def begin_ahead(objective: MaskedDistillation, placement: Placement, device: torch.device) -> Begin | None:
+    """The way in which batches of a distillation are begun ahead; None where no teacher computes its features ahead."""
+    early = any(teacher.prefetch.value for teacher in placement.teachers)
+    return SideStream(device, objective.ahead) if early else None
 
 
 def _fetched(fetch: Callable[[], ClipBatch]) -> Callable[[], ClipBatch]:

@@ -7,31 +7,39 @@ from collections.abc import Mapping
 from mvd_scale.config import Recipe
 from mvd_scale.models import Student
 from mvd_scale.targets import MaskedDistillation, Target
-from mvd_scale.training.engine import host_teachers, train_engine
+from mvd_scale.training.engine import train_engine
 from mvd_scale.training.momentum import moving_averages, start_averages
 from mvd_scale.training.optim import parameter_groups
+from mvd_scale.training.placement import Placement
 from mvd_scale.training.ranks import Ranks
 from mvd_scale.training.schedule import Schedule
+from mvd_scale.training.teachers import host_teachers
 from mvd_scale.training.trainer import TrainedModel
 
 
 def distillation_model(
-    student: Student, targets: Mapping[str, Target], recipe: Recipe, ranks: Ranks, schedule: Schedule
+    student: Student,
+    targets: Mapping[str, Target],
+    recipe: Recipe,
+    placement: Placement,
+    ranks: Ranks,
+    schedule: Schedule,
 ) -> TrainedModel:
     """Bring a student and its teachers to their device, precision and shards. All ranks call it.
 
     Args:
         student: on the CPU; momentum targets start from its encoder.
         targets: with whole teachers on the CPU.
-        recipe: of the run.
+        recipe: recipe of the run.
+        placement: decisions for this recipe on these ranks.
         ranks: all of them.
-        schedule: of the run.
+        schedule: schedule of the run.
 
     Raises:
         UserError: as `train_engine` and `host_teachers`.
     """
     start_averages(targets, student)
-    host_teachers(targets, recipe, ranks)
+    host_teachers(targets, placement, ranks)
     groups = parameter_groups(student, recipe.training.weight_decay)
-    engine = train_engine(student, groups, recipe, ranks)
+    engine = train_engine(student, groups, recipe, placement, ranks)
     return TrainedModel(engine, MaskedDistillation(targets), moving_averages(targets, engine, schedule, ranks))

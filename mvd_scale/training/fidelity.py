@@ -18,8 +18,8 @@ from mvd_scale.distributed.data_rank import DataRank
 from mvd_scale.errors import UserError
 from mvd_scale.targets import FrozenTeacher, Target
 from mvd_scale.targets.load import teacher_sides
-from mvd_scale.targets.momentum import Momentum
-from mvd_scale.training.engine import lower_teacher, teacher_precision
+from mvd_scale.training.placement import Placement, TeacherPlacement
+from mvd_scale.training.teachers import lower_teacher
 
 LEAST_COSINE = 0.999
 """Mean over tokens, under which a precision is not accepted without being asked for (`teachers.accept_inexact`)."""
@@ -43,40 +43,44 @@ class Fidelity:
         return cls(float(cosine), float((features - true).norm() / true.norm()))
 
 
-def check_fidelity(targets: Mapping[str, Target], recipe: Recipe, manifest: Manifest, device: torch.device) -> None:
+def check_fidelity(
+    targets: Mapping[str, Target], recipe: Recipe, placement: Placement, manifest: Manifest, device: torch.device
+) -> None:
     """Try every teacher that is to be in 8 bits on a clip of the run, before it is.
 
     Args:
         targets: with whole teachers on the CPU.
         recipe: the run's.
+        placement: of the recipe.
         manifest: its videos.
         device: where teachers will run.
 
     Raises:
         UserError: features of a teacher have a mean cosine under `LEAST_COSINE` with the true ones.
     """
-    precision = teacher_precision(recipe, device)
-    if precision not in ("int8", "fp8") or recipe.teachers.accept_inexact:
+    eight_bit = {placed.name: placed for placed in placement.teachers if placed.precision.value in ("int8", "fp8")}
+    if not eight_bit or recipe.teachers.accept_inexact:
         return
     clips = first_clip(targets, recipe, manifest, device)
-    for name, target in targets.items():
-        if isinstance(target, FrozenTeacher) and not isinstance(target, Momentum):
-            fidelity = lowered(target, recipe, clips, device)
-            if not fidelity.cosine >= LEAST_COSINE:
-                raise UserError(
-                    f"teachers.precision {precision}: features of targets.{name} have a mean cosine of "
-                    f"{fidelity.cosine:.5f} with those in float32, less than {LEAST_COSINE}. Choose bf16 or fp16, or "
-                    "accept it with `--teachers.accept_inexact true`"
-                )
+    for name, placed in eight_bit.items():
+        target = targets[name]
+        assert isinstance(target, FrozenTeacher)
+        fidelity = lowered(target, placed, clips, device)
+        if not fidelity.cosine >= LEAST_COSINE:
+            raise UserError(
+                f"teachers.precision {placed.precision.value}: features of targets.{name} have a mean cosine of "
+                f"{fidelity.cosine:.5f} with those in float32, less than {LEAST_COSINE}. Choose bf16 or fp16, or "
+                "accept it with `--teachers.accept_inexact true`"
+            )
 
 
-def lowered(target: FrozenTeacher, recipe: Recipe, clips: ClipBatch, device: torch.device) -> Fidelity:
-    """Fidelity of a copy of a teacher in the recipe's precision; the teacher itself stays in float32 on the CPU."""
+def lowered(target: FrozenTeacher, placed: TeacherPlacement, clips: ClipBatch, device: torch.device) -> Fidelity:
+    """Fidelity of a copy of a teacher in its placement's precision; the teacher itself stays in float32 on the CPU."""
     teacher = target.teacher
     try:
         target.teacher = copy.deepcopy(teacher).to(device, torch.float32)
         true = target.features(clips)
-        target.teacher = lower_teacher(copy.deepcopy(teacher), recipe, device)
+        target.teacher = lower_teacher(copy.deepcopy(teacher), placed, device)
         return Fidelity.of(target.features(clips), true)
     finally:
         target.teacher = teacher

@@ -15,10 +15,11 @@ from mvd_scale.targets import MaskedDistillation
 from mvd_scale.targets.build import load_targets
 from mvd_scale.targets.load import teacher_sides, weight_digests
 from mvd_scale.training.ahead import Begin, begin_ahead
+from mvd_scale.training.device import kind_of, placement_of
 from mvd_scale.training.distillation import distillation_model
-from mvd_scale.training.engine import teacher_precision
 from mvd_scale.training.fidelity import check_fidelity
 from mvd_scale.training.observers import Observer, Pictures, Probe, open_probe
+from mvd_scale.training.placement import teacher_precision
 from mvd_scale.training.ranks import Ranks, first_decides
 from mvd_scale.training.run import TrainingJob, run_training
 from mvd_scale.training.run_folder import RunFolder
@@ -55,18 +56,23 @@ class Pretraining(TrainingJob[Recipe]):
         return {
             "videos": self.manifest.digest,
             "teachers": first_decides(ranks, "teachers", lambda: weight_digests(self.recipe)),
-            "teacher precision": teacher_precision(self.recipe, ranks.device),
+            "teacher precision": teacher_precision(self.recipe, kind_of(ranks.device)).value,
         }
 
     def build(self, ranks: Ranks, schedule: Schedule) -> TrainedModel:
         """The student and its teachers."""
         recipe = self.recipe
         self.targets = load_targets(recipe)
+        self.placement = placement_of(recipe, self.targets, ranks)
         student = Student.from_recipe(recipe, self.targets)
         if recipe.training.initial_encoder is not None:
             start_encoder(student.encoder, recipe.training.initial_encoder)
-        first_decides(ranks, "fidelity", lambda: check_fidelity(self.targets, recipe, self.manifest, ranks.device))
-        return distillation_model(student, self.targets, recipe, ranks, schedule)
+        first_decides(
+            ranks,
+            "fidelity",
+            lambda: check_fidelity(self.targets, recipe, self.placement, self.manifest, ranks.device),
+        )
+        return distillation_model(student, self.targets, recipe, self.placement, ranks, schedule)
 
     def export(self, engine: Any, folder: Path, ranks: Ranks) -> None:
         """Write the student, and its encoder alone."""
@@ -81,7 +87,7 @@ class Pretraining(TrainingJob[Recipe]):
 
     def prefetch(self, ranks: Ranks) -> Begin | None:
         """Teachers work one batch ahead where that pays."""
-        return begin_ahead(MaskedDistillation(self.targets), self.recipe, ranks.device)
+        return begin_ahead(MaskedDistillation(self.targets), self.placement, ranks.device)
 
     def observers(self, ranks: Ranks, schedule: Schedule) -> list[Observer]:
         """The observers that the recipe asks for."""

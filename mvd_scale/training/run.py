@@ -17,8 +17,8 @@ from mvd_scale.data.loader import ClipLoader
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.sampling import mixture_parts, steps_per_epoch
 from mvd_scale.errors import UserError
+from mvd_scale.models.precision import dtype_of
 from mvd_scale.training.ahead import Ahead, Begin
-from mvd_scale.training.engine import dtype_of
 from mvd_scale.training.metrics import drop_after, read_metrics
 from mvd_scale.training.observers import Observer, Observers
 from mvd_scale.training.ranks import Ranks, first_decides, join_ranks, leave_ranks

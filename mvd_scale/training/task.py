@@ -19,6 +19,7 @@ from mvd_scale.data.manifest import Manifest
 from mvd_scale.errors import UserError
 from mvd_scale.models import Classifier
 from mvd_scale.models.detector import Detector
+from mvd_scale.training.device import placement_of
 from mvd_scale.training.engine import full_parameters, train_engine
 from mvd_scale.training.momentum import MovingAverage
 from mvd_scale.training.observers import Observer
@@ -92,7 +93,7 @@ class Task(TrainingJob[AnyRecipe]):
         self.averaged = copy.deepcopy(model).to(ranks.device) if training.ema_decay else None
         depth, decay = len(model.encoder.blocks), training.layer_decay
         groups = parameter_groups(model, training.weight_decay, lambda name: layer_scale(name, depth, decay))
-        engine = train_engine(model, groups, self.recipe, ranks)
+        engine = train_engine(model, groups, self.recipe, placement_of(self.recipe, {}, ranks), ranks)
         averages = [] if self.averaged is None else [_average(self.averaged, engine, self, ranks)]
         return TrainedModel(engine, self.objective(), averages)
 

@@ -21,6 +21,7 @@ from mvd_scale.models import Encoder, Student
 from mvd_scale.targets import FrozenTeacher, build_targets
 from mvd_scale.targets.load import average_file
 from mvd_scale.training.ahead import Ahead
+from mvd_scale.training.device import placement_of
 from mvd_scale.training.distillation import distillation_model
 from mvd_scale.training.engine import full_parameters
 from mvd_scale.training.momentum import MovingAverage
@@ -113,7 +114,9 @@ def train(ranks: Ranks, made: Recipe, *, poison_last: bool = False, out: Path | 
     targets = build_targets(made, teacher)
     torch.manual_seed(0)
     schedule = Schedule(made.training, 1, made.lr_batch)
-    model = distillation_model(Student.from_recipe(made, targets), targets, made, ranks, schedule)
+    model = distillation_model(
+        Student.from_recipe(made, targets), targets, made, placement_of(made, targets, ranks), ranks, schedule
+    )
     batches = Ahead(BatchLoader(micro_batches(ranks, made, poison_last=poison_last)))
     trainer, engine, averages = Trainer(model, batches, schedule, made, ranks), model.engine, model.averages
     expected = encoder_weights(engine) if averages else {}

@@ -121,6 +121,7 @@ def _steps() -> Curve:
     from mvd_scale.targets import build_targets
     from mvd_scale.targets.build import init_teacher
     from mvd_scale.training.ahead import Ahead
+    from mvd_scale.training.device import placement_of
     from mvd_scale.training.distillation import distillation_model
     from mvd_scale.training.ranks import join_ranks, leave_ranks
     from mvd_scale.training.schedule import Schedule
@@ -142,7 +143,9 @@ def _steps() -> Curve:
     torch.manual_seed(recipe.seed)
     targets = build_targets(recipe, lambda name: init_teacher(recipe, name))
     schedule = Schedule(recipe.training, 1, recipe.lr_batch)
-    model = distillation_model(Student.from_recipe(recipe, targets), targets, recipe, ranks, schedule)
+    model = distillation_model(
+        Student.from_recipe(recipe, targets), targets, recipe, placement_of(recipe, targets, ranks), ranks, schedule
+    )
     # The same two micro batches again and again, so that the loss falls.
     clips = (micro_batch(turn) for _ in range(STEPS) for turn in range(accumulation))
     trainer = Trainer(model, Ahead(BatchLoader(clips)), schedule, recipe, ranks)

@@ -19,10 +19,12 @@ from mvd_scale.data.batch import ClipBatch
 from mvd_scale.models import Student
 from mvd_scale.targets import FrozenTeacher, MaskedDistillation, build_targets
 from mvd_scale.training.ahead import Ahead, Begin, begin_ahead
+from mvd_scale.training.device import placement_of
 from mvd_scale.training.distillation import distillation_model
-from mvd_scale.training.engine import full_parameters, host_teachers
+from mvd_scale.training.engine import full_parameters
 from mvd_scale.training.ranks import Ranks, join_ranks, leave_ranks
 from mvd_scale.training.schedule import Schedule
+from mvd_scale.training.teachers import host_teachers
 from mvd_scale.training.trainer import Trainer
 
 from ..batches import BatchLoader
@@ -56,7 +58,8 @@ class Run:
         torch.manual_seed(0)
         student = Student.from_recipe(self.recipe, self.targets)
         self.schedule = Schedule(self.recipe.training, 1, self.recipe.lr_batch)
-        self.model = distillation_model(student, self.targets, self.recipe, ranks, self.schedule)
+        self.placement = placement_of(self.recipe, self.targets, ranks)
+        self.model = distillation_model(student, self.targets, self.recipe, self.placement, ranks, self.schedule)
         self.engine = self.model.engine
 
     def batches(self, steps: Iterable[int], *, poisoned: bool = False) -> Iterator[ClipBatch]:
@@ -81,7 +84,7 @@ class Run:
         """Of some steps, with teachers at their place or ahead."""
         begin = None
         if ahead:
-            begin = begin_ahead(MaskedDistillation(self.targets), self.recipe, self.ranks.device)
+            begin = begin_ahead(MaskedDistillation(self.targets), self.placement, self.ranks.device)
             assert begin is not None
         trainer = self.trainer(self.batches(range(STEPS)), begin)
         return [self.step(trainer) for _ in range(STEPS)]
@@ -117,7 +120,7 @@ def sharded_teachers(ranks: Ranks, precision: str) -> dict[str, dict[str, float]
     """Features of sharded teachers beside those of the same ones whole and in float32 on the CPU."""
     made = placed(recipe("zero2", precision, "zero3", GLOBAL_BATCH), precision)
     here = build_targets(made, teacher)
-    host_teachers(here, made, ranks)
+    host_teachers(here, placement_of(made, here, ranks), ranks)
     seen = {}
     for name, whole in build_targets(made, teacher).items():
         sharded = here[name]

@@ -12,7 +12,8 @@ from mvd_scale.config import DecoderConfig, ModelConfig
 from mvd_scale.config.training import Checkpointing
 from mvd_scale.models import Encoder, Student
 from mvd_scale.models.blocks import checkpoint_gradients
-from mvd_scale.training.compilation import GraphedTeacher, compile_blocks
+from mvd_scale.training.compilation import compile_blocks
+from mvd_scale.training.cuda_graph import GraphedTeacher
 
 pytestmark = pytest.mark.gpu
 

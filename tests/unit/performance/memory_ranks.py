@@ -21,6 +21,7 @@ from mvd_scale.models import Student
 from mvd_scale.targets import build_targets
 from mvd_scale.targets.build import init_teacher
 from mvd_scale.training.ahead import Ahead
+from mvd_scale.training.device import placement_of
 from mvd_scale.training.distillation import distillation_model
 from mvd_scale.training.ranks import Ranks, join_ranks, leave_ranks
 from mvd_scale.training.schedule import Schedule
@@ -70,7 +71,9 @@ def clips(made: Recipe, micro: int) -> ClipBatch:
 def train(made: Recipe, ranks: Ranks) -> Any:
     targets = build_targets(made, lambda name: init_teacher(made, name))
     schedule = Schedule(made.training, 1, made.lr_batch)
-    model = distillation_model(Student.from_recipe(made, targets), targets, made, ranks, schedule)
+    model = distillation_model(
+        Student.from_recipe(made, targets), targets, made, placement_of(made, targets, ranks), ranks, schedule
+    )
     micro, _ = made.batch_split(ranks.world_size)
     batches = Ahead(BatchLoader(clips(made, micro) for _ in count()))
     trainer = Trainer(model, batches, schedule, made, ranks)

@@ -24,7 +24,9 @@ from mvd_scale.performance.parts import describe
 from mvd_scale.performance.setting import setting_of
 from mvd_scale.targets import FrozenTeacher, build_targets
 from mvd_scale.targets.build import init_teacher
-from mvd_scale.training.engine import lower_teacher
+from mvd_scale.training.device import placement_of
+from mvd_scale.training.ranks import Ranks
+from mvd_scale.training.teachers import lower_teacher
 
 from .memory_ranks import clips, held_from, recipe
 
@@ -85,9 +87,10 @@ def test_traced_int8_teachers_hold_what_was_predicted() -> None:
     micro = 4
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         targets = build_targets(made, lambda name: init_teacher(made, name))
-        for target in targets.values():
+        placement = placement_of(made, targets, Ranks(0, 0, 1, torch.device("cpu")))
+        for name, target in targets.items():
             assert isinstance(target, FrozenTeacher)
-            target.teacher = lower_teacher(target.teacher, made, torch.device("cpu"))
+            target.teacher = lower_teacher(target.teacher, placement.teacher(name), torch.device("cpu"))
         drawn = clips(made, micro)
         with record_function("at rest"):
             pass

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mvd_scale.config import load_recipe
 from mvd_scale.config.target import DecoderConfig, PixelTarget
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.targets import MaskedDistillation, Target
+from mvd_scale.training import ahead as ahead_module
 from mvd_scale.training.ahead import Ahead, Begin, begin_ahead
+from mvd_scale.training.placement import Decision
 
 STEPS = 4
 PLAIN = PixelTarget(decoder=DecoderConfig(width=1, depth=1, heads=1), distance="l1")
@@ -144,13 +145,18 @@ def test_waiting_is_for_the_loader_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     assert waited == [10, 5, 5, 0]
 
 
-def test_nothing_is_begun_ahead_where_that_gains_nothing() -> None:
-    gpu, recipe = torch.device("cuda", 0), load_recipe("quickstart/student", [])
-    fixed = MaskedDistillation({"fixed": Teacher("fixed", [], moves=False)})
-    moving = MaskedDistillation({"moving": Teacher("moving", [], moves=True)})
-    assert begin_ahead(fixed, recipe, torch.device("cpu")) is None
-    assert begin_ahead(moving, recipe, gpu) is None
-    assert begin_ahead(fixed, load_recipe("quickstart/student", ["--teachers.ahead", "false"]), gpu) is None
+def test_batches_are_begun_ahead_if_any_teacher_is_placed_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead_module, "SideStream", lambda device, teach: (device, teach))
+    gpu = torch.device("cuda", 0)
+    objective = MaskedDistillation({"fixed": Teacher("fixed", [], moves=False)})
+
+    def begun(*prefetched: bool) -> Any:
+        teachers = [SimpleNamespace(prefetch=Decision(early, "")) for early in prefetched]
+        return begin_ahead(objective, SimpleNamespace(teachers=teachers), gpu)  # type: ignore[arg-type]
+
+    assert begun() is None
+    assert begun(False, False) is None
+    assert begun(False, True) == (gpu, objective.ahead)
 
 
 def test_every_tensor_of_a_batch_crosses() -> None:

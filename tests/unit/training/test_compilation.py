@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -15,27 +15,24 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from mvd_scale import capabilities
-from mvd_scale.config import DecoderConfig, Recipe, TeacherConfig
+from mvd_scale.config import DecoderConfig, Recipe
 from mvd_scale.config.deepspeed import student_deepspeed
 from mvd_scale.errors import UserError
 from mvd_scale.models import Encoder, Student
 from mvd_scale.models.blocks import Blocks
 from mvd_scale.models.drop_path import DropPath
 from mvd_scale.targets import build_targets
-from mvd_scale.training import compilation, engine
-from mvd_scale.training.compilation import (
-    LAYERWISE,
-    GraphedTeacher,
-    batches_decoders,
-    compile_blocks,
-    compiles,
-    speed_up_teacher,
-)
-from mvd_scale.training.engine import host_teachers, train_engine
+from mvd_scale.training import cuda_graph, device, engine
+from mvd_scale.training.compilation import compile_blocks
+from mvd_scale.training.cuda_graph import GraphedTeacher
+from mvd_scale.training.device import placement_of, teacher_facts
+from mvd_scale.training.engine import train_engine
 from mvd_scale.training.optim import parameter_groups
+from mvd_scale.training.placement import Capabilities, Decision, Devices, place
 from mvd_scale.training.ranks import Ranks
+from mvd_scale.training.teachers import host_teachers
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
+CPU = torch.device("cpu")
 CAN_COMPILE = capabilities.torch_compile("cpu")
 
 
@@ -113,23 +110,6 @@ def two_decoders(made: Recipe, depth: int = 1) -> Student:
     return Student(made.model, {"image": (shape, 8), "video": (shape, 32)})
 
 
-def test_decoders_run_together_on_gpus_that_have_their_weights(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(logging.getLogger("mvd_scale"), "propagate", True)
-    made = recipe()
-    two, one = two_decoders(made), Student(made.model, {"video": (DecoderConfig(width=16, depth=1, heads=2), 32)})
-    with caplog.at_level("INFO"):
-        assert batches_decoders(two, "auto", GPU, "")
-        assert batches_decoders(two, True, CPU, "")
-        assert not batches_decoders(two, "auto", CPU, "")
-        assert not batches_decoders(two, False, GPU, "")
-        assert not batches_decoders(one, "auto", GPU, LAYERWISE)
-        assert caplog.messages == []
-        assert not batches_decoders(two, "auto", GPU, LAYERWISE)
-    assert caplog.messages == [f"training.batch_decoders is off: {LAYERWISE}"]
-
-
 def recipe(**training: Any) -> Recipe:
     shape = {"width": 32, "depth": 2, "heads": 2, "frames": 4, "input_size": 32}
     decoder = {"width": 16, "depth": 1, "heads": 2}
@@ -149,11 +129,12 @@ def recipe(**training: Any) -> Recipe:
 def test_what_the_recipe_asks_for_is_compiled(
     traced_only: None, programs: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compilation, "torch_compile", lambda kind: capabilities.Capability("compiler", True))
+    monkeypatch.setattr(device, "torch_compile", lambda kind: capabilities.Capability("compiler", True))
     made, ranks = recipe(compile=True), Ranks(0, 0, 1, CPU)
     targets = build_targets(made, lambda name: Encoder(made.model, final_norm=False))
     student = Student(made.model, {"video": (made.targets["video"].head_config, 32)})
-    host_teachers(targets, made, ranks)
+    placement = placement_of(made, targets, ranks)
+    host_teachers(targets, placement, ranks)
     pixels = torch.randint(0, 256, (2, 4, 32, 32, 3), dtype=torch.uint8)
     with torch.no_grad():
         targets["video"].teacher(pixels)  # type: ignore[attr-defined]
@@ -164,7 +145,7 @@ def test_what_the_recipe_asks_for_is_compiled(
         return (SimpleNamespace(module=model, optimizer=SimpleNamespace()),)
 
     monkeypatch.setattr(engine, "import_deepspeed", lambda: SimpleNamespace(initialize=initialize))
-    trained = train_engine(student, parameter_groups(student, 0.05), made, ranks)
+    trained = train_engine(student, parameter_groups(student, 0.05), made, placement, ranks)
     tokens = torch.arange(4).expand(2, 4)
     trained.module(pixels, tokens, tokens + 4)["video"].sum().backward()
     # The encoder's blocks, and the decoder's.
@@ -183,27 +164,6 @@ def test_weights_that_move_in_place_are_seen(traced_only: None) -> None:
     torch.testing.assert_close(after, copy.deepcopy(teacher)["blocks"](tokens))
 
 
-def test_auto_leaves_cpus_alone_and_says_what_a_gpu_lacks(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(logging.getLogger("mvd_scale"), "propagate", True)
-    monkeypatch.setattr(capabilities, "_triton", lambda: capabilities.Capability("Triton", False, reason="gone"))
-    with caplog.at_level("INFO"):
-        assert not compiles("training.compile", "auto", CPU)
-        assert caplog.messages == []
-        assert not compiles("training.compile", "auto", GPU)
-    assert caplog.messages == ["training.compile is off: Triton is off: gone"]
-
-
-def test_asked_for_without_a_compiler_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse() -> str:
-        raise RuntimeError("no compiler")
-
-    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", refuse)
-    with pytest.raises(UserError, match=r"training\.compile is true, but .* install g\+\+"):
-        compiles("training.compile", True, CPU)
-
-
 def test_what_gathers_its_parameters_is_not_compiled() -> None:
     with pytest.raises(UserError, match=r"training\.compile is true, .* ZeRO stage 3"):
         student_deepspeed(recipe(compile=True, deepspeed="zero3"), 1)
@@ -211,11 +171,6 @@ def test_what_gathers_its_parameters_is_not_compiled() -> None:
     together = made.model_copy(update={"training": made.training.model_copy(update={"batch_decoders": True})})
     with pytest.raises(UserError, match=r"training\.batch_decoders is true, .* ZeRO stage 3"):
         student_deepspeed(together, 1)
-    # A teacher that `sharding: auto` has cut.
-    for key in ("compile", "cuda_graphs"):
-        config = TeacherConfig(**{"compile": False, key: True})  # type: ignore[arg-type]
-        with pytest.raises(UserError, match=rf"teachers\.{key} is true, but ZeRO-3"):
-            speed_up_teacher(nn.Identity(), config, "fp16", GPU, sharded=True)
 
 
 class Recorded:
@@ -237,7 +192,7 @@ class Recorded:
 
 
 def test_a_teacher_is_recorded_once_and_runs_other_shapes_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compilation, "Recording", Recorded)
+    monkeypatch.setattr(cuda_graph, "Recording", Recorded)
     monkeypatch.setattr(Recorded, "made", 0)
     made = recipe()
     teacher = Encoder(made.model, final_norm=False).eval()
@@ -255,14 +210,14 @@ def test_a_teacher_is_recorded_once_and_runs_other_shapes_as_before(monkeypatch:
 
 
 @pytest.mark.parametrize("recorded", [False, True])
-def test_a_recorded_teacher_is_given_pixels(monkeypatch: pytest.MonkeyPatch, recorded: bool) -> None:
+def test_a_recorded_teacher_is_given_pixels(recorded: bool) -> None:
     made = recipe()
-    monkeypatch.setattr(
-        engine, "speed_up_teacher", lambda teacher, *_, **__: GraphedTeacher(teacher) if recorded else teacher
-    )
     targets = build_targets(made, lambda name: Encoder(made.model, final_norm=False))
     assert targets["video"].tube_rows is not None  # type: ignore[attr-defined]
-    host_teachers(targets, made, Ranks(0, 0, 1, CPU))
+    placement = place(made, teacher_facts(targets), Devices("cpu", 1, 1, Capabilities()))
+    placed = replace(placement.teacher("video"), compile=Decision(False, ""), cuda_graph=Decision(recorded, ""))
+    host_teachers(targets, replace(placement, teachers=(placed,)), Ranks(0, 0, 1, CPU))
+    assert isinstance(targets["video"].teacher, GraphedTeacher) == recorded  # type: ignore[attr-defined]
     assert (targets["video"].tube_rows is None) == recorded  # type: ignore[attr-defined]
 
 

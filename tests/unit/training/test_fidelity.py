@@ -13,8 +13,11 @@ from mvd_scale.models.eight_bit import to_eight_bits
 from mvd_scale.models.timm_vit import TimmViT
 from mvd_scale.targets import FrozenTeacher, build_targets
 from mvd_scale.training import fidelity
-from mvd_scale.training.engine import lower_teacher
+from mvd_scale.training.device import placement_of
 from mvd_scale.training.fidelity import Fidelity, check_fidelity
+from mvd_scale.training.placement import Placement
+from mvd_scale.training.ranks import Ranks
+from mvd_scale.training.teachers import lower_teacher
 
 CPU = torch.device("cpu")
 SHAPE = '"size": null, "width": 64, "depth": 2, "heads": 2, "input_size": 32'
@@ -37,6 +40,10 @@ def teachers(made: Recipe) -> dict[str, Any]:
     return build_targets(made, lambda name: Encoder(made.targets[name].model, final_norm=False))  # type: ignore[union-attr]
 
 
+def placed(made: Recipe) -> Placement:
+    return placement_of(made, teachers(made), Ranks(0, 0, 1, CPU))
+
+
 def clip() -> ClipBatch:
     tokens = torch.arange(8)[None]
     pixels = torch.randint(0, 256, (1, 4, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -48,12 +55,13 @@ def clip() -> ClipBatch:
 
 def test_8_bits_are_near_and_replace_every_linear_layer_of_the_blocks() -> None:
     made = recipe("--teachers.precision", "int8")
-    for target in teachers(made).values():
+    for name, target in teachers(made).items():
         assert isinstance(target, FrozenTeacher)
-        found = fidelity.lowered(target, made, clip(), CPU)
+        teacher = placed(made).teacher(name)
+        found = fidelity.lowered(target, teacher, clip(), CPU)
         assert 0.999 < found.cosine < 1
         assert 0 < found.relative_error < 0.05
-        low = lower_teacher(target.teacher, made, CPU)
+        low = lower_teacher(target.teacher, teacher, CPU)
         linear = [name for name, module in low.named_modules() if isinstance(module, torch.nn.Linear)]
         assert linear == ["patch_embed"]
 
@@ -63,11 +71,11 @@ def test_what_is_not_near_is_refused_unless_asked_for(monkeypatch: pytest.Monkey
     monkeypatch.setattr(fidelity, "lowered", lambda *_: Fidelity(0.99, 0.1))
     made = recipe("--teachers.precision", "int8")
     with pytest.raises(UserError, match=r"targets.image have a mean cosine of 0.99000 .* less than 0.999"):
-        check_fidelity(teachers(made), made, None, CPU)  # type: ignore[arg-type]
+        check_fidelity(teachers(made), made, placed(made), None, CPU)  # type: ignore[arg-type]
     accepted = recipe("--teachers.precision", "int8", "--teachers.accept_inexact", "true")
-    check_fidelity(teachers(accepted), accepted, None, CPU)  # type: ignore[arg-type]
+    check_fidelity(teachers(accepted), accepted, placed(accepted), None, CPU)  # type: ignore[arg-type]
     plain = recipe()
-    check_fidelity(teachers(plain), plain, None, CPU)  # type: ignore[arg-type]
+    check_fidelity(teachers(plain), plain, placed(plain), None, CPU)  # type: ignore[arg-type]
 
 
 def test_features_that_are_no_numbers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,14 +83,14 @@ def test_features_that_are_no_numbers_are_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(fidelity, "lowered", lambda *_: Fidelity(float("nan"), float("nan")))
     made = recipe("--teachers.precision", "int8")
     with pytest.raises(UserError, match="mean cosine of nan"):
-        check_fidelity(teachers(made), made, None, CPU)  # type: ignore[arg-type]
+        check_fidelity(teachers(made), made, placed(made), None, CPU)  # type: ignore[arg-type]
 
 
 def test_weights_in_half_precision_are_compared_with_float32() -> None:
     made = recipe("--teachers.precision", "int8")
     target = teachers(made)["video"]
     target.teacher.half()
-    assert fidelity.lowered(target, made, clip(), CPU).cosine > 0.999
+    assert fidelity.lowered(target, placed(made).teacher("video"), clip(), CPU).cosine > 0.999
     assert target.teacher.patch_embed.weight.dtype == torch.float16
 
 
@@ -102,7 +110,9 @@ def test_fp8_on_a_cpu_is_one_message() -> None:
         recipe("--teachers.precision", "fp8")
     made = recipe("--teachers.precision", "fp8", "--device", "auto")
     with pytest.raises(UserError, match="fp8 needs a GPU"):
-        lower_teacher(teachers(made)["video"].teacher, made, CPU)
+        placed(made)
+    with pytest.raises(UserError, match="fp8 needs a GPU"):
+        to_eight_bits(teachers(made)["video"].teacher, "fp8", CPU)
 
 
 @pytest.mark.parametrize(
