@@ -26,8 +26,8 @@ from mvd_scale.models.blocks import checkpoint_gradients
 from mvd_scale.performance.flops import part_flops
 from mvd_scale.performance.layers import Backward, Block, Linear
 from mvd_scale.performance.parts import describe, masked_tokens
-from mvd_scale.performance.step import random_teacher
 from mvd_scale.targets import FrozenTeacher, build_targets
+from mvd_scale.targets.build import init_teacher
 
 CLIPS = 2
 VIDEO: dict[str, Any] = {"width": 64, "depth": 3, "heads": 4, "frames": 8, "input_size": 64, "patch_size": 8}
@@ -116,7 +116,7 @@ def by_module(counter: FlopCounterMode) -> Counter[str]:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_part_counts_what_torch_counts(method: str, checkpointing: Checkpointing, attention: Backward) -> None:
     made = recipe(**METHODS[method])
-    targets = build_targets(made, lambda name: random_teacher(made, name))
+    targets = build_targets(made, lambda name: init_teacher(made, name))
     student = Student.from_recipe(made, targets).train()
     checkpoint_gradients(student, checkpointing)
     work = describe(made)
@@ -167,7 +167,7 @@ def test_the_published_sizes_count_what_torch_counts() -> None:
     made = load_recipe("distill/h_from_h")
     said = {part.part: part.forward for part in part_flops(describe(made), checkpointing="block")}
     with torch.device("meta"):
-        targets = build_targets(made, lambda name: random_teacher(made, name))
+        targets = build_targets(made, lambda name: init_teacher(made, name))
         student = Student.from_recipe(made, targets)
         clip = torch.empty(1, 16, 224, 224, 3, dtype=torch.uint8)
         visible, masked = (torch.zeros(1, count, dtype=torch.int64) for count in (160, 1408))
