@@ -208,7 +208,7 @@ def test_several_sources_unite_their_classes_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("list.json", "{}", "no list of Something-Something"),
+        ("list.json", "{}", "is not a list of Something-Something"),
         ("list.json", "{", "is not valid JSON"),
         ("list.xyz", "a 1", "cannot be indexed: expected a folder"),
         ("list.txt", "", "is empty"),
