@@ -207,6 +207,6 @@ def compose(panels: list[Panel]) -> Picture:
             sheet.paste(Image.fromarray(pixels), (left, _TOP + row * (high + _GAP)))
     for row, (clip, at) in enumerate(rows):
         draw.text((4, _TOP + row * (high + _GAP)), f"clip {clip + 1}\nslice {at + 1}/{time}", "black", font)
-    note = "grey: hidden from the student in the second column; not predicted in those to the right"
+    note = "grey: masked in the second column; not predicted in the columns to the right"
     draw.text((_LEFT, sheet.height - _TOP + 2), note, "black", font)
     return np.asarray(sheet)

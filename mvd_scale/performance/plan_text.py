@@ -129,7 +129,7 @@ def _policies(plan: Plan) -> Iterator[str]:
 
 def _published(plan: Plan) -> Iterator[str]:
     if plan.comparison is not None:
-        yield "\n  beside the paper"
+        yield "\n  compared with the paper"
         yield from plan.comparison.to_lines()
 
 

@@ -199,19 +199,19 @@ def test_without_a_wrong_video(make: Make) -> None:
     text = render(*make([0, 1, 0, 1], names(2), right=1), hardest=2)
     assert text.count("No decoded video was taken for another class.") == 2
     assert "Every video was decoded." in text
-    assert "Least of the true class" in text
+    assert "Lowest score of the true class" in text
 
 
 def test_without_a_decoded_video(make: Make) -> None:
     text = render(*make([0, 1], names(2), decoded=[False, False]), hardest=2)
     assert text.count("moov atom not found") == 2
-    assert "Least of the true class" not in text
+    assert "Lowest score of the true class" not in text
 
 
 def test_a_video_that_is_gone_is_told(make: Make) -> None:
     tested, manifest = make([0, 1, 0, 1], names(2), path=f"/nowhere/{EVIL}.mp4")
     text = render(tested, manifest, hardest=9)
-    assert text.count("Cannot be decoded any more") == 4
+    assert text.count("the video cannot be decoded any more") == 4
     assert "No such file" in text
     assert "<img" not in text
     assert "<script" not in text
