@@ -52,7 +52,7 @@ def bench_trainer(
         recipe: its global batch is the clips of a step; without `data.source` those of the `samples` extra are used.
         ranks: all of them.
         build_teacher: gives the frozen models.
-        steps: steps that can be made; after them there is one more batch.
+        steps: steps that can be made.
         scratch: folder for videos and manifest.
 
     Raises:

@@ -88,15 +88,14 @@ def profile_recipe(
             with _profiler(ranks) as profiler:
                 profiled = _timed(trainer, steps, losses)
             peak_memory = peak_memory_gib(ranks.device)
-            clips = next(trainer.batches)
             # Last: it exchanges functions of torch for a while. Into compiled blocks it could not look.
             table = module_table(trainer.engine.module, out / "modules.txt", write=ranks.first)
             with torch.compiler.set_stance("force_eager"), table, torch.no_grad():
-                trainer.objective(trainer.engine, clips)
+                trainer.objective(trainer.engine, trainer.batch)
     path = out / ("trace.json.gz" if ranks.first else f"trace_rank{ranks.rank}.json.gz")
     profiler.export_chrome_trace(str(path))
     trace = read_trace(path, trainer.part_names)
-    flops = {part: count * trainer.accumulation for part, count in count_flops(recipe, clips).items()}
+    flops = {part: count * trainer.accumulation for part, count in count_flops(recipe, trainer.batch).items()}
     torch.distributed.barrier()
     peak = peak_of(ranks.device, recipe.training.precision)
     highest = max(trace.memory, key=lambda sample: sample[1], default=(0.0, 0))

@@ -93,6 +93,9 @@ class Trainer:
     step: int
     """Optimizer steps that are done."""
 
+    batch: ClipBatch
+    """The micro batch that was last taken; there is none before the first step."""
+
     def __init__(
         self, model: TrainedModel, batches: Ahead, schedule: Schedule, recipe: RunRecipe, ranks: Ranks, step: int = 0
     ) -> None:
@@ -141,13 +144,13 @@ class Trainer:
     def _micro_step(self, micro: int) -> MicroBatchMetrics:
         """Forward and backward pass of one micro batch; DeepSpeed steps its optimizer at the last one."""
         reseed(self.recipe, self.step, micro, self.ranks)
-        batch = next(self.batches)
-        loss, parts = self.objective(self.engine, batch)
+        self.batch = next(self.batches)
+        loss, parts = self.objective(self.engine, self.batch)
         with self._timer.part("backward"):
             self.engine.backward(loss)
         with self._timer.part("optimizer"):
             self.engine.step()
-        return MicroBatchMetrics(loss.detach(), parts, len(batch.pixels), self.batches.waited)
+        return MicroBatchMetrics(loss.detach(), parts, len(self.batch.pixels), self.batches.waited)
 
     def train(self, folder: RunFolder, snapshots: Snapshots, observers: Observers) -> None:
         """Make the steps that are left.
