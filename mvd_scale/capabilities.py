@@ -34,7 +34,7 @@ class Capability:
     """Reason why the capability is off or limited, and how to get it."""
 
 
-def probe() -> list[Capability]:
+def collect_capabilities() -> list[Capability]:
     """Check all capabilities once. This takes a few seconds, mainly to import torch, DALI and DeepSpeed."""
     return [
         Capability("Python", True, platform.python_version()),
@@ -54,7 +54,7 @@ def probe() -> list[Capability]:
     ]
 
 
-def table(capabilities: list[Capability]) -> str:
+def format_capabilities(capabilities: list[Capability]) -> str:
     """Format capabilities as plain text, one per line: name, on or off, detail, reason."""
     width = max(len(capability.name) for capability in capabilities)
     lines = []

@@ -6,12 +6,12 @@ import logging
 import sys
 import warnings
 
-from mvd_scale.config.launcher import launched_rank
+from mvd_scale.config.launcher import env_rank
 
 
-def configure() -> None:
+def configure_logging() -> None:
     """Log messages of level INFO from rank 0, and warnings from every rank, to standard error."""
-    rank = launched_rank()
+    rank = env_rank()
     handler = logging.StreamHandler(sys.stderr)
     prefix = "" if rank == 0 else f"rank {rank}: "
     handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mvd_scale.config import RunRecipe, finetuning_of, recipe_of
+from mvd_scale.config import RunRecipe, finetune_recipe_from_dict, recipe_from_dict
 from mvd_scale.config.pipeline import (
     DrawStage,
     EvaluateStage,
@@ -34,7 +34,7 @@ from mvd_scale.errors import UserError
 
 logger = logging.getLogger("mvd_scale")
 
-_PATIENCE = 120
+_MAX_WAIT_SECONDS = 120
 """Seconds that a start waits for the ranks of an earlier start, which save a checkpoint before they end."""
 
 
@@ -52,8 +52,8 @@ def run_pipeline(pipeline: Pipeline) -> None:
     ranks = pipeline.ranks or _usual_ranks()
     if pipeline.hostfile is None:
         for recipe in recipes.values():
-            recipe.batch_split(ranks)
-    with _alone(pipeline.folder) as lock:
+            recipe.micro_batch_and_accumulation(ranks)
+    with _exclusive_lock(pipeline.folder) as lock:
         for number, name in enumerate(pipeline.stages, start=1):
             stage, mark = pipeline.stages[name], pipeline.folder / f".{name}.done"
             label = f"stage {number}/{len(pipeline.stages)}, {name}"
@@ -67,9 +67,9 @@ def run_pipeline(pipeline: Pipeline) -> None:
             elif isinstance(stage, EvaluateStage):
                 _evaluate(pipeline, name, ranks, lock)
             else:
-                _work(pipeline, name)
+                _run_local_stage(pipeline, name)
             mark.write_text(wanted)
-    _sum_up(pipeline, list(recipes), ranks, time.monotonic() - started)
+    _print_summary(pipeline, list(recipes), ranks, time.monotonic() - started)
 
 
 def _trains(pipeline: Pipeline, name: str) -> bool:
@@ -83,7 +83,7 @@ def stage_recipe(pipeline: Pipeline, name: str) -> RunRecipe:
         UserError: the recipe is invalid.
     """
     values = pipeline.resolved(name)["recipe"] | {"run": {"folder": str(pipeline.place(name))}}
-    read = finetuning_of if isinstance(pipeline.stages[name], FinetuneStage) else recipe_of
+    read = finetune_recipe_from_dict if isinstance(pipeline.stages[name], FinetuneStage) else recipe_from_dict
     return read(values, f"stages.{name}.recipe")
 
 
@@ -113,25 +113,25 @@ def _output(pipeline: Pipeline, name: str) -> Path:
     return place / made[type(stage)]
 
 
-def _work(pipeline: Pipeline, name: str) -> None:
+def _run_local_stage(pipeline: Pipeline, name: str) -> None:
     """Run a stage that needs only one process, in this process."""
     place = pipeline.place(name)
     stage = type(pipeline.stages[name]).model_validate(pipeline.resolved(name))
     if isinstance(stage, SamplesStage):
-        from mvd_scale.data.samples import make_samples
+        from mvd_scale.data.samples import write_sample_clips
 
-        make_samples(place)
+        write_sample_clips(place)
     elif isinstance(stage, SynthStage):
-        from mvd_scale.data.synth import make_synthetic
+        from mvd_scale.data.synth import write_synthetic_videos
 
-        make_synthetic(stage.label, place, train=stage.train, test=stage.test)
+        write_synthetic_videos(stage.label, place, train=stage.train, test=stage.test)
     elif isinstance(stage, IndexStage):
         _index(stage, place)
     else:
         assert isinstance(stage, DrawStage)
-        from mvd_scale.evaluation.picture import draw_run
+        from mvd_scale.evaluation.picture import draw_predictions
 
-        logger.info("%s", draw_run(Path(stage.run), clips=stage.clips))
+        logger.info("%s", draw_predictions(Path(stage.run), clips=stage.clips))
 
 
 def _index(stage: IndexStage, place: Path) -> None:
@@ -192,7 +192,7 @@ def _launch(pipeline: Pipeline, name: str, arguments: list[str], ranks: int, loc
 def _wait_for_group(job: subprocess.Popen[bytes]) -> None:
     """Wait until the launcher and its ranks, which may still save a checkpoint, have ended."""
     job.wait()
-    for _ in range(10 * _PATIENCE):
+    for _ in range(10 * _MAX_WAIT_SECONDS):
         try:
             os.killpg(job.pid, 0)
         except ProcessLookupError:
@@ -201,7 +201,7 @@ def _wait_for_group(job: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[int]:
+def _exclusive_lock(folder: Path) -> Iterator[int]:
     """Lock the folder of a pipeline against other starts; yields the file descriptor of the lock.
 
     Raises:
@@ -213,7 +213,7 @@ def _alone(folder: Path) -> Iterator[int]:
     except OSError as error:
         raise UserError(f"folder {folder} cannot be written: {error.strerror}") from error
     with file:
-        for second in range(_PATIENCE):
+        for second in range(_MAX_WAIT_SECONDS):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
@@ -243,7 +243,7 @@ def _free_port() -> int:
         return port
 
 
-def _sum_up(pipeline: Pipeline, trained: list[str], ranks: int, seconds: float) -> None:
+def _print_summary(pipeline: Pipeline, trained: list[str], ranks: int, seconds: float) -> None:
     """Print a table of the training stages, and the results of the others."""
     from rich.console import Console
     from rich.table import Table

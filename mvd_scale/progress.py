@@ -17,7 +17,7 @@ _LINE_SECONDS = 10.0
 log = logging.getLogger("mvd_scale")
 
 
-class Advance:
+class ProgressReporter:
     """Progress display of a job of `total` items.
 
     Args:
@@ -29,7 +29,7 @@ class Advance:
         self.what = what
         self.total = total
         self.done = 0
-        self._started = self._told = time.monotonic()
+        self._started = self._last_logged = time.monotonic()
         self._bar: Progress | None = None
         if sys.stderr.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -42,8 +42,8 @@ class Advance:
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done)
-        elif now - self._told > _LINE_SECONDS:
-            self._told = now
+        elif now - self._last_logged > _LINE_SECONDS:
+            self._last_logged = now
             rate = self.done / (now - self._started)
             log.info("%d of %d %s, %.0f per second", self.done, self.total, self.what, rate)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mvd_kernels.dispatch import takes_kernel
+from mvd_kernels.dispatch import uses_triton
 from mvd_kernels.twins.add_layer_norm import add_layer_norm as twin
 
 
@@ -41,7 +41,7 @@ def add_layer_norm(
         raise ValueError(f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must have the same shape")
     if weight.dim() == 2 and len(residual) % len(weight):
         raise ValueError(f"{len(weight)} norms for {len(residual)} entries of the first axis: expected a multiple")
-    if takes_kernel(residual):
+    if uses_triton(residual):
         from mvd_kernels.fused.add_layer_norm import add_layer_norm as fused
 
         return fused(residual, update, weight, bias, eps)

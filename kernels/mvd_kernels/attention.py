@@ -18,13 +18,13 @@ from mvd_kernels.twins.attention import attention as twin
 
 
 # The functions import with plain statements, which torch.compile can trace; no machine needs all three packages.
-def _release_4(qkv: Tensor, queries: int | None = None) -> Tensor:
+def _flash_attn_4(qkv: Tensor, queries: int | None = None) -> Tensor:
     from flash_attn.cute import flash_attn_func
 
     return _first(flash_attn_func(*_parts(qkv, queries)))
 
 
-def _release_3(qkv: Tensor, queries: int | None = None) -> Tensor:
+def _flash_attn_3(qkv: Tensor, queries: int | None = None) -> Tensor:
     if queries is None:
         from flash_attn_interface import flash_attn_qkvpacked_func
 
@@ -34,7 +34,7 @@ def _release_3(qkv: Tensor, queries: int | None = None) -> Tensor:
     return _first(flash_attn_func(*_parts(qkv, queries)))
 
 
-def _release_2(qkv: Tensor, queries: int | None = None) -> Tensor:
+def _flash_attn_2(qkv: Tensor, queries: int | None = None) -> Tensor:
     if queries is None:
         from flash_attn import flash_attn_qkvpacked_func
 
@@ -56,7 +56,7 @@ def _first(attended: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Backend:
+class FlashAttentionRelease:
     """A release of flash-attn, and the devices and shapes that it supports.
 
     Attributes:
@@ -77,15 +77,19 @@ class Backend:
 
 
 # Newest first. All need float16 or bfloat16, and a multiple of 8 channels per head.
-BACKENDS = (
-    Backend("flash-attn-4", "flash_attn.cute", "flash_attn_func", _release_4, (9, 10, 11), 128),
-    Backend("flash-attn-3", "flash_attn_interface", "flash_attn_qkvpacked_func", _release_3, (9,), 256),
-    Backend("flash-attn-2", "flash_attn", "flash_attn_qkvpacked_func", _release_2, (8, 9, 10, 11, 12), 256),
+FLASH_ATTENTION_RELEASES = (
+    FlashAttentionRelease("flash-attn-4", "flash_attn.cute", "flash_attn_func", _flash_attn_4, (9, 10, 11), 128),
+    FlashAttentionRelease(
+        "flash-attn-3", "flash_attn_interface", "flash_attn_qkvpacked_func", _flash_attn_3, (9,), 256
+    ),
+    FlashAttentionRelease(
+        "flash-attn-2", "flash_attn", "flash_attn_qkvpacked_func", _flash_attn_2, (8, 9, 10, 11, 12), 256
+    ),
 )
 
 
 @cache
-def _refusal(backend: Backend, major: int) -> str | None:
+def _refusal(backend: FlashAttentionRelease, major: int) -> str | None:
     """Reason why a backend cannot run on GPUs of this major compute capability; None if it can."""
     if major not in backend.majors:
         return f"not for compute capability {major}.x"
@@ -108,10 +112,10 @@ def attention_backends(device: torch.device, dtype: torch.dtype, channels: int =
         {name: reason}; the reason of the implementation that is used is empty.
     """
     if device.type != "cuda":
-        refused = native.refusal(device, dtype, channels)
+        refused = native.unsupported_reason(device, dtype, channels)
         return {"native": refused, "sdpa": ""} if refused else {"native": ""}
     reasons = {}
-    for backend in BACKENDS:
+    for backend in FLASH_ATTENTION_RELEASES:
         reason: str | None
         if dtype not in (torch.float16, torch.bfloat16):
             reason = f"not for {dtype}"
@@ -152,7 +156,7 @@ def attention(qkv: Tensor, queries: int | None = None) -> Tensor:
         (B, Q, H * K), same dtype.
     """
     name = attention_backend(qkv.device, qkv.dtype, qkv.shape[-1])
-    for backend in BACKENDS:
+    for backend in FLASH_ATTENTION_RELEASES:
         if backend.name == name:
             return backend.attend(qkv, queries).flatten(2)
     # torch.compile cannot trace the C++ function; torch's own attention can be traced.

@@ -21,7 +21,7 @@ def _runs_triton(device: torch.device) -> bool:
     return _installed() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def takes_kernel(tensor: Tensor) -> bool:
+def uses_triton(tensor: Tensor) -> bool:
     """Whether the Triton kernel is used for this tensor.
 
     `torch.export` gets torch's own operators only, so that the exported program runs without this package.

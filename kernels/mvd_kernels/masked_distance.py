@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from mvd_kernels.dispatch import takes_kernel
+from mvd_kernels.dispatch import uses_triton
 from mvd_kernels.twins.masked_distance import masked_distance as twin
 
 Distance = Literal["smooth_l1", "l1", "l2", "cosine"]
@@ -33,7 +33,7 @@ def masked_distance(
     Returns:
         float32 scalar.
     """
-    if takes_kernel(predictions):
+    if uses_triton(predictions):
         from mvd_kernels.fused.masked_distance import masked_distance as fused
 
         return fused(predictions, features, masked, distance=distance, norm=norm)

@@ -22,6 +22,6 @@ def quantise(sequences: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
         uint8 levels (S, ...), float32 step between two levels (S,), int32 level that represents 0 (S,). A sequence with
         a value that is not finite gets the step NaN, and its levels are undefined.
     """
-    if native.takes(sequences):
+    if native.supports(sequences):
         return native.quantise(sequences, levels)
     return twin(sequences, levels)

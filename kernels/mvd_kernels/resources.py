@@ -21,13 +21,13 @@ from triton.backends.compiler import BaseBackend, GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from mvd_kernels.fused.launch import Launch
-from mvd_kernels.fused.specimens import Specimen, specimens
+from mvd_kernels.fused.specimens import ExampleLaunch, specimens
 
 ARCHITECTURES = (80, 90, 100)
 
 
 @dataclass(frozen=True)
-class Resources:
+class KernelResources:
     """Resources of one compiled kernel.
 
     Attributes:
@@ -38,7 +38,7 @@ class Resources:
         spilled: memory per thread for values that do not fit in registers, bytes.
     """
 
-    specimen: Specimen
+    specimen: ExampleLaunch
     architecture: int
     registers: int
     shared: int
@@ -71,7 +71,7 @@ def compile_launch(launch: Launch, architecture: int) -> CompiledKernel:
     return triton.compile(source, GPUTarget("cuda", architecture, 32), {"num_warps": launch.warps})
 
 
-def measure(specimen: Specimen, architecture: int) -> Resources:
+def measure(specimen: ExampleLaunch, architecture: int) -> KernelResources:
     """Compile a kernel and read its resources from the binary."""
     kernel = compile_launch(specimen.launch, architecture)
     with TemporaryDirectory() as folder:
@@ -81,10 +81,10 @@ def measure(specimen: Specimen, architecture: int) -> Resources:
         listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     used = {name: int(number) for name, number in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", listing)}
     shared = used["SHARED"] + kernel.metadata.shared
-    return Resources(specimen, architecture, used["REG"], shared, used["STACK"] + used["LOCAL"])
+    return KernelResources(specimen, architecture, used["REG"], shared, used["STACK"] + used["LOCAL"])
 
 
-def measure_all(architectures: Iterable[int] = ARCHITECTURES) -> Iterator[Resources]:
+def measure_all(architectures: Iterable[int] = ARCHITECTURES) -> Iterator[KernelResources]:
     """Measure every kernel on every architecture; about 0.5 s per kernel without Triton's cache."""
     architectures = tuple(architectures)
     for specimen in specimens():
@@ -92,7 +92,7 @@ def measure_all(architectures: Iterable[int] = ARCHITECTURES) -> Iterator[Resour
             yield measure(specimen, architecture)
 
 
-def as_json(resources: Iterable[Resources]) -> str:
+def as_json(resources: Iterable[KernelResources]) -> str:
     """Format resources as JSON, with Triton's version, for the comparison with later versions of the kernels.
 
     Another version of Triton compiles to other resources, so they are comparable for one version only.

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mvd_kernels.dispatch import takes_kernel
+from mvd_kernels.dispatch import uses_triton
 from mvd_kernels.tubes import token_grid
 from mvd_kernels.twins.tube_rows import tube_rows as twin
 
@@ -45,7 +45,7 @@ def tube_rows(
         ValueError: the size of the clips is no multiple of the size of the tubes.
     """
     token_grid(pixels, tubelet, patch)
-    if takes_kernel(pixels):
+    if uses_triton(pixels):
         from mvd_kernels.fused.tube_rows import tube_rows as fused
 
         return fused(pixels, tokens, tubelet=tubelet, patch=patch, mean=mean, std=std, dtype=dtype)

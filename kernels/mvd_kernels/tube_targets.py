@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from mvd_kernels.dispatch import takes_kernel
+from mvd_kernels.dispatch import uses_triton
 from mvd_kernels.tubes import token_grid
 from mvd_kernels.twins.tube_targets import tube_targets as twin
 
@@ -40,7 +40,7 @@ def tube_targets(
         ValueError: the size of the clips is no multiple of the size of the tubes.
     """
     token_grid(pixels, tubelet, patch)
-    if takes_kernel(pixels):
+    if uses_triton(pixels):
         from mvd_kernels.fused.tube_targets import tube_targets as fused
 
         return fused(pixels, tokens, tubelet=tubelet, patch=patch, normalize=normalize)

@@ -27,6 +27,6 @@ def token_grid(pixels: Tensor, tubelet: int, patch: int) -> tuple[int, int, int]
     return frames // tubelet, height // patch, width // patch
 
 
-def white_level(pixels: Tensor) -> float:
+def max_pixel_value(pixels: Tensor) -> float:
     """Value of full brightness: 255 for integer pixels, 1 for floating pixels."""
     return 1.0 if pixels.is_floating_point() else 255.0

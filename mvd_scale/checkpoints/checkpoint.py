@@ -78,7 +78,7 @@ class Checkpoint:
     head: Mapping[str, Tensor] = field(default_factory=dict)
     """Tensors of `norm` and `head` of `Classifier` or of `head` of `Detector`; empty for other models."""
 
-    leftovers: Mapping[str, Tensor] = field(default_factory=dict)
+    unexpected: Mapping[str, Tensor] = field(default_factory=dict)
     """Tensors without a counterpart in `mvd_scale.models`, by the names of the file."""
 
     unused: tuple[str, ...] = ()

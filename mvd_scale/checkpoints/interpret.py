@@ -13,17 +13,17 @@ from torch import Tensor
 
 from mvd_scale.checkpoints import native
 from mvd_scale.checkpoints.checkpoint import Checkpoint, Hints
-from mvd_scale.checkpoints.formats import recognise, strip_wrappers
+from mvd_scale.checkpoints.formats import recognise, strip_prefixes
 from mvd_scale.checkpoints.formats.format import Format
-from mvd_scale.checkpoints.formats.names import pack_attention, to_ours
-from mvd_scale.checkpoints.reading import Source
+from mvd_scale.checkpoints.formats.names import pack_attention, to_native_name
+from mvd_scale.checkpoints.reading import RawCheckpoint
 from mvd_scale.checkpoints.shapes import (
     decoder_parts,
-    decoder_weights,
-    depth_of,
     encoder_heads,
-    mlp_ratio_of,
-    under,
+    infer_decoder,
+    infer_depth,
+    infer_mlp_ratio,
+    select_prefix,
 )
 from mvd_scale.config import ModelConfig
 from mvd_scale.config.model import Positions
@@ -37,7 +37,7 @@ _PUBLISHED_FRAMES = 16
 """Frames per clip of every published video model; used if neither the file nor the hints state them."""
 
 
-def interpret(source: Source, hints: Hints) -> Checkpoint:
+def interpret(source: RawCheckpoint, hints: Hints) -> Checkpoint:
     """Recognise the format of a source and convert it to our names, at the shape it was trained with.
 
     Raises:
@@ -46,13 +46,13 @@ def interpret(source: Source, hints: Hints) -> Checkpoint:
     """
     if native.is_native(source):
         return native.interpret(source, hints)
-    tensors = strip_wrappers(source.tensors)
+    tensors = strip_prefixes(source.tensors)
     form = recognise(tensors, hints.positions)
     if form is None:
         return native.interpret(replace(source, tensors=tensors), hints)
-    ours, leftovers, unused = _rename(tensors, form)
+    ours, unexpected, unused = _rename(tensors, form)
     try:
-        return _assemble(source, form, _merge(hints, form.facts(source.config)), ours, leftovers, unused)
+        return _assemble(source, form, _merge(hints, form.facts(source.config)), ours, unexpected, unused)
     except ValidationError as error:
         raise UserError(f"{source.path} ({form.name}) has shapes that describe no valid model: {error}") from error
 
@@ -69,31 +69,31 @@ def _rename(tensors: Mapping[str, Tensor], form: Format) -> tuple[dict[str, Tens
         tensors by our names, tensors without a counterpart by their names, names deliberately not loaded.
     """
     ours: dict[str, Tensor] = {}
-    leftovers: dict[str, Tensor] = {}
+    unexpected: dict[str, Tensor] = {}
     unused: list[str] = []
     for name, tensor in tensors.items():
-        renamed = to_ours(name, form.modules, form.leaves)
+        renamed = to_native_name(name, form.modules, form.leaves)
         if renamed is not None and renamed not in ours:
             ours[renamed] = tensor
         elif name.startswith(form.ignored):
             unused.append(name)
         else:
-            leftovers[name] = tensor
-    return pack_attention(ours), leftovers, unused
+            unexpected[name] = tensor
+    return pack_attention(ours), unexpected, unused
 
 
 def _assemble(
-    source: Source,
+    source: RawCheckpoint,
     form: Format,
     hints: Hints,
     tensors: dict[str, Tensor],
-    leftovers: dict[str, Tensor],
+    unexpected: dict[str, Tensor],
     unused: list[str],
 ) -> Checkpoint:
     patches = tensors["encoder.patch_embed.weight"]
     tubelet, side = (patches.shape[2] if patches.ndim == 5 else 1), patches.shape[-1]
     tensors["encoder.patch_embed.weight"] = patches.movedim(1, -1).flatten(1)
-    encoder = under(tensors, "encoder.")
+    encoder = select_prefix(tensors, "encoder.")
     table, class_position = encoder.pop("positions", None), None
     if table is not None:
         table = table.flatten(0, -2)
@@ -102,9 +102,9 @@ def _assemble(
     width = patches.shape[0]
     values: dict[str, Any] = {
         "width": width,
-        "depth": depth_of(encoder, str(source.path)),
+        "depth": infer_depth(encoder, str(source.path)),
         "heads": hints.heads or encoder_heads(width, str(source.path)),
-        "mlp_ratio": mlp_ratio_of(encoder, width),
+        "mlp_ratio": infer_mlp_ratio(encoder, width),
         "patch_size": side,
         "tubelet": tubelet,
         "class_token": "class_token" in encoder,
@@ -123,16 +123,16 @@ def _assemble(
     decoders = {}
     for target, weights in decoder_parts(tensors).items():
         positions = weights.pop("positions", None)
-        part = decoder_weights(weights, hints, f"{source.path}: decoder {target}", image=form.image)
+        part = infer_decoder(weights, hints, f"{source.path}: decoder {target}", image=form.image)
         decoders[target] = part
         if positions is not None and not _is_decoder_table(positions, model, part.config.width):
-            leftovers[f"positions of decoder {target} that are not the fixed table {model.positions}"] = positions
+            unexpected[f"positions of decoder {target} that are not the fixed table {model.positions}"] = positions
     head = {name: tensor for name, tensor in tensors.items() if name.startswith(("norm.", "head."))}
-    return Checkpoint(str(source.path), form.name, model, encoder, decoders, {}, head, leftovers, tuple(unused))
+    return Checkpoint(str(source.path), form.name, model, encoder, decoders, {}, head, unexpected, tuple(unused))
 
 
 def _place(
-    source: Source, form: Format, hints: Hints, values: dict[str, Any], table: Tensor
+    source: RawCheckpoint, form: Format, hints: Hints, values: dict[str, Any], table: Tensor
 ) -> tuple[ModelConfig, Tensor | None]:
     """Find the token grid and the kind of a position table (N, D) by comparing it with every fixed table of N tokens.
 

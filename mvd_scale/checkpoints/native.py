@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mvd_scale.checkpoints.checkpoint import Checkpoint, DecoderWeights, Hints
-from mvd_scale.checkpoints.reading import Source
-from mvd_scale.checkpoints.shapes import decoder_parts, decoder_weights, token_heads, under
-from mvd_scale.config import DecoderConfig, DetectionRecipe, DetectorConfig, ModelConfig, Recipe, load_any
+from mvd_scale.checkpoints.reading import RawCheckpoint
+from mvd_scale.checkpoints.shapes import decoder_parts, infer_decoder, select_prefix, token_heads
+from mvd_scale.config import DecoderConfig, DetectionRecipe, DetectorConfig, ModelConfig, Recipe, load_any_recipe
 from mvd_scale.config.data import ViewsConfig
 from mvd_scale.errors import UserError
 
@@ -68,12 +68,12 @@ def describe_model(model: ModelConfig, classes: Sequence[str], views: ViewsConfi
     return told
 
 
-def is_native(source: Source) -> bool:
+def is_native(source: RawCheckpoint) -> bool:
     """Whether the file's own metadata state the shape of the model."""
     return _MODEL_KEY in source.metadata
 
 
-def interpret(source: Source, hints: Hints) -> Checkpoint:
+def interpret(source: RawCheckpoint, hints: Hints) -> Checkpoint:
     """Convert a file of this project to a `Checkpoint`.
 
     The number of attention heads of decoders comes from the file, from the recipe of its run or from the hints.
@@ -86,7 +86,7 @@ def interpret(source: Source, hints: Hints) -> Checkpoint:
         names, views, detector = _test(source)
         if not is_native(source) and source.recipe is not None:
             # A DeepSpeed checkpoint has no metadata: the recipe of its run states the shape of the detection head.
-            recipe = load_any(source.recipe)
+            recipe = load_any_recipe(source.recipe)
             detector = recipe.detector if isinstance(recipe, DetectionRecipe) else None
     except (ValidationError, json.JSONDecodeError, AttributeError) as error:
         raise UserError(f"{source.path} describes a model that this version cannot build: {error}") from error
@@ -98,14 +98,14 @@ def interpret(source: Source, hints: Hints) -> Checkpoint:
         if name in shapes and "head.weight" in weights:
             decoders[name] = DecoderWeights(shapes[name], len(weights["head.weight"]), weights)
         else:
-            decoders[name] = decoder_weights(weights, hints, f"{source.path}: decoder {name}", image=model.class_token)
+            decoders[name] = infer_decoder(weights, hints, f"{source.path}: decoder {name}", image=model.class_token)
     head = {name: tensor for name, tensor in tensors.items() if name.startswith(("norm.", "head."))}
     if names and "head.weight" in head and len(names) != len(head["head.weight"]):
         raise UserError(f"{source.path} names {len(names)} classes, but its head has {len(head['head.weight'])}")
     heads = token_heads(tensors)
     known = ("encoder.", "decoders.", *(f"heads.{name}." for name in heads), *head)
-    leftovers = {name: tensor for name, tensor in tensors.items() if not name.startswith(known)}
-    encoder = under(tensors, "encoder.")
+    unexpected = {name: tensor for name, tensor in tensors.items() if not name.startswith(known)}
+    encoder = select_prefix(tensors, "encoder.")
     return Checkpoint(
         str(source.path),
         "mvd-scale",
@@ -114,14 +114,14 @@ def interpret(source: Source, hints: Hints) -> Checkpoint:
         decoders,
         heads,
         head,
-        leftovers,
+        unexpected,
         class_names=names,
         views=views,
         detector=detector,
     )
 
 
-def _test(source: Source) -> tuple[tuple[str, ...], ViewsConfig | None, DetectorConfig | None]:
+def _test(source: RawCheckpoint) -> tuple[tuple[str, ...], ViewsConfig | None, DetectorConfig | None]:
     """Read class names, evaluation views and detection head from the metadata; empty or None if absent."""
     names = _NAMES.validate_json(source.metadata.get(_CLASSES_KEY, "[]"))
     views, detector = source.metadata.get(_VIEWS_KEY), source.metadata.get(_DETECTOR_KEY)
@@ -132,13 +132,13 @@ def _test(source: Source) -> tuple[tuple[str, ...], ViewsConfig | None, Detector
     )
 
 
-def _described(source: Source) -> tuple[ModelConfig, Mapping[str, DecoderConfig]]:
+def _described(source: RawCheckpoint) -> tuple[ModelConfig, Mapping[str, DecoderConfig]]:
     if is_native(source):
         model = ModelConfig.model_validate_json(source.metadata[_MODEL_KEY])
         if _DECODERS_KEY in source.metadata:
             written = json.loads(source.metadata[_DECODERS_KEY])
             return model, {name: DecoderConfig.model_validate(shape) for name, shape in written.items()}
-        recipe = load_any(source.recipe) if source.recipe is not None else None
+        recipe = load_any_recipe(source.recipe) if source.recipe is not None else None
     else:
         ours = {"patch_embed.weight", "encoder.patch_embed.weight"} & source.tensors.keys()
         if source.recipe is None or not ours:
@@ -147,7 +147,7 @@ def _described(source: Source) -> tuple[ModelConfig, Mapping[str, DecoderConfig]
                 f"VideoMAE, MVD, timm, Hugging Face, mvd-scale); its first keys are "
                 f"{', '.join(sorted(source.tensors)[:3])}"
             )
-        recipe = load_any(source.recipe)
+        recipe = load_any_recipe(source.recipe)
         model = recipe.model
     targets = recipe.targets if isinstance(recipe, Recipe) else {}
     return model, {name: target.decoder for name, target in targets.items() if target.decoder is not None}

@@ -14,7 +14,7 @@ from typing_extensions import Self
 from mvd_scale.errors import UserError
 
 
-class _Inert:
+class _Placeholder:
     """Placeholder for an object in a file that is not needed: accepts any arguments and state, and discards them."""
 
     def __new__(cls, *arguments: object) -> Self:
@@ -45,7 +45,7 @@ _HARMLESS = (
     # Python 3.11.0 to 3.11.3 pickle the members of enums by this function.
     "builtins.getattr",
 )
-"""Names that a file may refer to. None of them is imported or called: `_Inert` replaces each of them."""
+"""Names that a file may refer to. None of them is imported or called: `_Placeholder` replaces each of them."""
 
 
 _FAILURES = (
@@ -71,7 +71,7 @@ def load_pickle(path: Path) -> Any:
         UserError: the file contains code, is damaged, or was not written by `torch.save`.
     """
     mapped = zipfile.is_zipfile(path)
-    with torch.serialization.safe_globals([(_Inert, name) for name in _HARMLESS]):
+    with torch.serialization.safe_globals([(_Placeholder, name) for name in _HARMLESS]):
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except pickle.UnpicklingError as error:

@@ -14,9 +14,9 @@ from torch import Tensor
 from mvd_scale.checkpoints.checkpoint import Checkpoint
 from mvd_scale.checkpoints.formats import FAMILIES
 from mvd_scale.checkpoints.formats.format import Format
-from mvd_scale.checkpoints.formats.names import from_ours, unpack_attention
+from mvd_scale.checkpoints.formats.names import to_published_name, unpack_attention
 from mvd_scale.checkpoints.programs import PROGRAMS, export_program
-from mvd_scale.checkpoints.weights import misfits
+from mvd_scale.checkpoints.weights import find_mismatches
 from mvd_scale.errors import UserError
 from mvd_scale.models.positions import position_table
 
@@ -38,7 +38,7 @@ def export_checkpoint(checkpoint: Checkpoint, family: str, out: Path) -> None:
     if family in PROGRAMS:
         export_program(checkpoint, family, out)
         return
-    faults = misfits(checkpoint)
+    faults = find_mismatches(checkpoint)
     if faults:
         raise UserError(f"{checkpoint.source} is incomplete and was not exported:\n  " + "\n  ".join(faults))
     form, tensors = _published(checkpoint, family)
@@ -81,7 +81,7 @@ def _published(checkpoint: Checkpoint, family: str) -> tuple[Format, dict[str, T
         tensors |= _position_tables(checkpoint)
     published, homeless = {}, []
     for name, tensor in tensors.items():
-        theirs = from_ours(name, form.modules, form.leaves)
+        theirs = to_published_name(name, form.modules, form.leaves)
         if theirs is None:
             homeless.append(name)
         else:

@@ -56,7 +56,7 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 @dataclass(frozen=True)
-class Source:
+class RawCheckpoint:
     """Content of a file or folder of weights."""
 
     path: Path
@@ -75,7 +75,7 @@ class Source:
     """Path of the recipe of the run that wrote the file; None if there is none nearby."""
 
 
-def read_source(path: Path) -> Source:
+def read_raw_checkpoint(path: Path) -> RawCheckpoint:
     """Read safetensors (single or sharded), files of `torch.save`, folders of Hugging Face, DeepSpeed and our runs.
 
     Raises:
@@ -93,17 +93,17 @@ def read_source(path: Path) -> Source:
     return source
 
 
-def _read_folder(path: Path) -> Source:
+def _read_folder(path: Path) -> RawCheckpoint:
     for name in _WEIGHTS:
         if (path / name).is_file():
             source = _read_file(path / name)
-            return Source(path, source.tensors, source.metadata, source.config, source.recipe)
+            return RawCheckpoint(path, source.tensors, source.metadata, source.config, source.recipe)
     for name in _INDICES:
         if (path / name).is_file():
             return _read_file(path / name)
     deepspeed = find_deepspeed(path)
     if deepspeed is not None:
-        return Source(path, load_deepspeed(deepspeed), recipe=_recipe_near(deepspeed))
+        return RawCheckpoint(path, load_deepspeed(deepspeed), recipe=_recipe_near(deepspeed))
     steps = sorted(step for step in path.glob("checkpoints/step_*") if step.suffix != ".partial")
     if steps:
         return _read_folder(steps[-1])
@@ -112,22 +112,22 @@ def _read_folder(path: Path) -> Source:
     )
 
 
-def _read_file(path: Path) -> Source:
+def _read_file(path: Path) -> RawCheckpoint:
     if path.name.endswith(".index.json"):
         tensors = _read_shards(path)
-        return Source(path, tensors, config=_read_json(path.with_name("config.json")))
+        return RawCheckpoint(path, tensors, config=_read_json(path.with_name("config.json")))
     with path.open("rb") as file:
         head = file.read(9)
     config = _read_json(path.with_name("config.json"))
     if head[8:9] == b"{" or path.suffix == ".safetensors":
         tensors, metadata = _read_safetensors(path)
-        return Source(path, tensors, metadata, config, _recipe_near(path.parent))
+        return RawCheckpoint(path, tensors, metadata, config, _recipe_near(path.parent))
     if head[:2] not in (b"PK", b"\x80\x02"):
         raise UserError(
             f"{path} holds no weights: it is neither a safetensors file nor a file of `torch.save` "
             f"({'empty' if not head else f'it begins with {head!r}'})"
         )
-    return Source(path, _unwrap(load_pickle(path)), config=config)
+    return RawCheckpoint(path, _unwrap(load_pickle(path)), config=config)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

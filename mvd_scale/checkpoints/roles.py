@@ -9,7 +9,7 @@ from torch import nn
 
 from mvd_scale.checkpoints.checkpoint import Checkpoint
 from mvd_scale.checkpoints.native import save_weights
-from mvd_scale.checkpoints.weights import build_classifier, build_encoder, build_student, misfits
+from mvd_scale.checkpoints.weights import build_classifier, build_encoder, build_student, find_mismatches
 from mvd_scale.config import SIZES
 from mvd_scale.errors import UserError
 
@@ -75,7 +75,7 @@ def describe(checkpoint: Checkpoint) -> str:
     lines["parameters"] = f"{count / 1e6:.2f} M"
     if checkpoint.unused:
         lines["left out"] = ", ".join(checkpoint.unused)
-    faults = misfits(checkpoint)
+    faults = find_mismatches(checkpoint)
     lines["faults"] = "none" if not faults else ""
     width = max(map(len, lines))
     text = "\n".join(f"{key:{width}}  {value}".rstrip() for key, value in lines.items())

@@ -18,12 +18,12 @@ _IMAGE_DECODER_HEADS = {512: 16}
 """Attention heads of the decoder of MAE by width."""
 
 
-def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def select_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Return the tensors whose names begin with a prefix, by their names without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def depth_of(tensors: Mapping[str, Tensor], where: str) -> int:
+def infer_depth(tensors: Mapping[str, Tensor], where: str) -> int:
     """Number of blocks of a stack: one more than the highest block index among its names.
 
     Raises:
@@ -35,7 +35,7 @@ def depth_of(tensors: Mapping[str, Tensor], where: str) -> int:
     return max(numbers) + 1
 
 
-def mlp_ratio_of(tensors: Mapping[str, Tensor], width: int) -> float:
+def infer_mlp_ratio(tensors: Mapping[str, Tensor], width: int) -> float:
     """Hidden width of the first block's MLP divided by the width; 4, as published, if there is no such tensor."""
     weight = tensors.get("blocks.0.mlp.fc1.weight")
     return len(weight) / width if weight is not None else 4.0
@@ -59,10 +59,10 @@ def encoder_heads(width: int, where: str) -> int:
 def decoder_parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Group the tensors `decoders.NAME.*` by target name; their names lose that prefix."""
     names = dict.fromkeys(name.split(".")[1] for name in tensors if re.match(r"decoders\.[^.]+\.", name))
-    return {name: under(tensors, f"decoders.{name}.") for name in names}
+    return {name: select_prefix(tensors, f"decoders.{name}.") for name in names}
 
 
-def decoder_weights(tensors: Mapping[str, Tensor], hints: Hints, where: str, *, image: bool) -> DecoderWeights:
+def infer_decoder(tensors: Mapping[str, Tensor], hints: Hints, where: str, *, image: bool) -> DecoderWeights:
     """Infer the shape of one decoder from its tensors.
 
     Args:
@@ -85,7 +85,9 @@ def decoder_weights(tensors: Mapping[str, Tensor], hints: Hints, where: str, *, 
             f"{where} has width {width}, which is none of the published ones, so its attention heads are unknown: "
             "give them with `--decoder-heads`"
         )
-    config = DecoderConfig(width=width, depth=depth_of(tensors, where), heads=heads, embed_bias="embed.bias" in tensors)
+    config = DecoderConfig(
+        width=width, depth=infer_depth(tensors, where), heads=heads, embed_bias="embed.bias" in tensors
+    )
     return DecoderWeights(config, len(head), tensors)
 
 
@@ -93,7 +95,7 @@ def token_heads(tensors: Mapping[str, Tensor]) -> dict[str, TokenHeadWeights]:
     """Collect the heads on the encoder's tokens among the tensors of a student of this project, by target name."""
     found = {}
     for name in sorted({name.split(".")[1] for name in tensors if name.startswith("heads.")}):
-        weights = under(tensors, f"heads.{name}.")
+        weights = select_prefix(tensors, f"heads.{name}.")
         if "layers.weight" in weights:
             found[name] = TokenHeadWeights(TokenHeadConfig(kind="linear"), len(weights["layers.weight"]), weights)
         elif {"layers.0.weight", "layers.2.weight"} <= weights.keys():

@@ -14,7 +14,7 @@ from mvd_scale.checkpoints.adapt import adapt
 from mvd_scale.checkpoints.checkpoint import Checkpoint, Hints
 from mvd_scale.checkpoints.interpret import interpret
 from mvd_scale.checkpoints.native import save_weights
-from mvd_scale.checkpoints.reading import read_source
+from mvd_scale.checkpoints.reading import read_raw_checkpoint
 from mvd_scale.config import DetectorConfig, HeadConfig, ModelConfig
 from mvd_scale.errors import UserError
 from mvd_scale.models import Classifier, Encoder, Student
@@ -26,13 +26,13 @@ __all__ = [
     "build_detector",
     "build_encoder",
     "build_student",
+    "find_mismatches",
     "load_encoder",
-    "load_exactly",
+    "load_initial_encoder",
+    "load_strict",
     "load_student",
-    "misfits",
     "read_checkpoint",
     "save_weights",
-    "start_encoder",
 ]
 
 
@@ -47,7 +47,7 @@ def read_checkpoint(path: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: 
         UserError: the file is unreadable, contains code or has no known format, or the model cannot be adapted to the
             wanted clips.
     """
-    checkpoint = interpret(read_source(path), hints)
+    checkpoint = interpret(read_raw_checkpoint(path), hints)
     return adapt(checkpoint, frames=hints.frames, input_size=hints.input_size)
 
 
@@ -58,7 +58,7 @@ def build_encoder(checkpoint: Checkpoint, *, final_norm: bool) -> Encoder:
         UserError: tensors do not fit; the message names each of them.
     """
     encoder = _empty_encoder(checkpoint, final_norm=final_norm)
-    load_exactly(encoder, _encoder_tensors(checkpoint, final_norm=final_norm), checkpoint.source)
+    load_strict(encoder, _encoder_tensors(checkpoint, final_norm=final_norm), checkpoint.source)
     return encoder
 
 
@@ -71,7 +71,7 @@ def build_student(checkpoint: Checkpoint) -> Student:
     if checkpoint.kind != "student":
         raise UserError(f"{checkpoint.source} has no decoders: expected a pre-training checkpoint with its decoders")
     student = _empty_student(checkpoint)
-    load_exactly(student, checkpoint.tensors() | dict(checkpoint.leftovers), checkpoint.source)
+    load_strict(student, checkpoint.tensors() | dict(checkpoint.unexpected), checkpoint.source)
     return student
 
 
@@ -84,7 +84,7 @@ def build_classifier(checkpoint: Checkpoint) -> Classifier:
     if checkpoint.classes is None or checkpoint.detector is not None:
         raise UserError(f"{checkpoint.source} has no classification head: expected a fine-tuned checkpoint")
     classifier = _empty_classifier(checkpoint, checkpoint.classes)
-    load_exactly(classifier, checkpoint.tensors() | dict(checkpoint.leftovers), checkpoint.source)
+    load_strict(classifier, checkpoint.tensors() | dict(checkpoint.unexpected), checkpoint.source)
     return classifier
 
 
@@ -101,7 +101,7 @@ def build_detector(checkpoint: Checkpoint) -> Detector:
             "best.safetensors of a run of `mvd-scale detect train`"
         )
     detector = _empty_detector(checkpoint, checkpoint.detector)
-    load_exactly(detector, checkpoint.tensors() | dict(checkpoint.leftovers), checkpoint.source)
+    load_strict(detector, checkpoint.tensors() | dict(checkpoint.unexpected), checkpoint.source)
     return detector
 
 
@@ -141,7 +141,7 @@ def load_encoder(
     return encoder
 
 
-def start_encoder(encoder: Encoder, path: Path) -> None:
+def load_initial_encoder(encoder: Encoder, path: Path) -> None:
     """Load the weights from which the training of an encoder starts; an image model is inflated to clips.
 
     The encoder keeps its own positions and, if the checkpoint has no final norm, its own final norm. A class token or
@@ -161,7 +161,7 @@ def start_encoder(encoder: Encoder, path: Path) -> None:
         tensors.pop("class_token", None)
     if encoder.norm is not None and not checkpoint.final_norm:
         tensors |= {f"norm.{name}": tensor for name, tensor in encoder.norm.state_dict().items()}
-    load_exactly(encoder, tensors, str(path))
+    load_strict(encoder, tensors, str(path))
 
 
 def _check_arithmetic(checkpoint: Checkpoint, model: ModelConfig, *, inflated: bool) -> None:
@@ -184,10 +184,10 @@ def load_student(student: Student, path: Path) -> None:
         UserError: see `read_checkpoint`; or tensors do not fit the student, and the message names each of them.
     """
     checkpoint = read_checkpoint(path)
-    load_exactly(student, checkpoint.tensors() | dict(checkpoint.leftovers), str(path))
+    load_strict(student, checkpoint.tensors() | dict(checkpoint.unexpected), str(path))
 
 
-def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     """Copy tensors into a module after checking all names, shapes and values.
 
     Raises:
@@ -200,7 +200,7 @@ def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], source: str) 
     module.load_state_dict(dict(tensors))
 
 
-def misfits(checkpoint: Checkpoint) -> list[str]:
+def find_mismatches(checkpoint: Checkpoint) -> list[str]:
     """List every tensor that is missing, surplus, misshapen or not finite for a model of the checkpoint's kind."""
     with torch.device("meta"):
         module: nn.Module
@@ -212,9 +212,9 @@ def misfits(checkpoint: Checkpoint) -> list[str]:
             module = _empty_classifier(checkpoint, checkpoint.classes)
         else:
             # Without the head's weight the number of classes is unknown: all its tensors count as surplus.
-            checkpoint = replace(checkpoint, head={}, leftovers={**checkpoint.leftovers, **checkpoint.head})
+            checkpoint = replace(checkpoint, head={}, unexpected={**checkpoint.unexpected, **checkpoint.head})
             module = _empty_encoder(checkpoint, final_norm=checkpoint.final_norm)
-    return _faults(module, checkpoint.tensors() | dict(checkpoint.leftovers))
+    return _faults(module, checkpoint.tensors() | dict(checkpoint.unexpected))
 
 
 def _empty_encoder(checkpoint: Checkpoint, *, final_norm: bool) -> Encoder:
@@ -253,7 +253,7 @@ def _make_room_for_positions(encoder: Encoder, checkpoint: Checkpoint) -> None:
 
 def _encoder_tensors(checkpoint: Checkpoint, *, final_norm: bool) -> dict[str, Tensor]:
     tensors = {name: t for name, t in checkpoint.encoder.items() if final_norm or not name.startswith("norm.")}
-    return tensors | dict(checkpoint.leftovers)
+    return tensors | dict(checkpoint.unexpected)
 
 
 def _faults(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:

@@ -9,9 +9,9 @@ import click
 
 from mvd_scale import __version__
 from mvd_scale.cli import about, bench, data, detection, plan, probe, profile, testing, training, weights
-from mvd_scale.config.launcher import launched_rank
+from mvd_scale.config.launcher import env_rank
 from mvd_scale.errors import UserError
-from mvd_scale.logs import configure
+from mvd_scale.logs import configure_logging
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -55,18 +55,18 @@ def main() -> None:
     if debug:
         # click accepts options of a group before the subcommand only; --debug may stand anywhere.
         sys.argv = [sys.argv[0], "--debug", *(word for word in sys.argv[1:] if word != "--debug")]
-    configure()
+    configure_logging()
     try:
         cli(prog_name="mvd-scale")
     except (UserError, OSError) as error:
         if debug:
             raise
-        _speak_once()
+        _delay_message_of_other_ranks()
         click.echo(f"mvd-scale: {error}", err=True)
         sys.exit(2)
 
 
-def _speak_once() -> None:
+def _delay_message_of_other_ranks() -> None:
     """Delay the message on all ranks but 0: the exit of rank 0 makes the launcher end them before they print it too."""
-    if launched_rank():
+    if env_rank():
         time.sleep(5)

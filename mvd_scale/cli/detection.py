@@ -39,12 +39,12 @@ def train(recipe: str, overrides: tuple[str, ...]) -> None:
 
     OVERRIDES are dotted keys of the recipe, such as --key_frames.annotations ava_train_v2.2.csv
     """
-    from mvd_scale.config import load_detection
-    from mvd_scale.detection.train import train_detector
-    from mvd_scale.training.resilience import exit_when_stopped
+    from mvd_scale.config import load_detection_recipe
+    from mvd_scale.detection.train import run_detection
+    from mvd_scale.training.resilience import exit_on_preemption
 
-    with exit_when_stopped():
-        train_detector(load_detection(recipe, list(overrides)))
+    with exit_on_preemption():
+        run_detection(load_detection_recipe(recipe, list(overrides)))
 
 
 @detect.command()
@@ -98,12 +98,12 @@ def evaluate(
     """
     from mvd_scale.config.data import DataConfig
     from mvd_scale.config.detection import DetectionTest
-    from mvd_scale.detection.evaluate import evaluate as judge
+    from mvd_scale.detection.evaluate import run_detection_evaluation
     from mvd_scale.models.precision import usual_precision
     from mvd_scale.training.ranks import join_ranks, leave_ranks
 
     ranks = join_ranks(device, timeout_minutes=10)
-    figures = judge(
+    figures = run_detection_evaluation(
         checkpoint,
         DataConfig(source=source, root=root),
         DetectionTest.model_validate(test),

@@ -21,7 +21,7 @@ def overrides_argument(command: Decorated) -> Decorated:
     return click.argument("overrides", nargs=-1, type=click.UNPROCESSED)(command)
 
 
-class Fraction(click.ParamType):
+class PartType(click.ParamType):
     """Parameter type of a part `K/N`, such as `3/64`, the third of 64 parts."""
 
     name = "K/N"
@@ -34,7 +34,7 @@ class Fraction(click.ParamType):
         self.fail(f"{value!r} is not K/N with 1 <= K <= N, such as 3/64", param, ctx)
 
 
-class Numbers(click.ParamType):
+class IntListType(click.ParamType):
     """Parameter type of a list of numbers, such as `8,16,32`; with `or_none`, also `none` for an empty list."""
 
     name = "N,N,.."
@@ -51,7 +51,7 @@ class Numbers(click.ParamType):
         self.fail(f"{value!r} is not a list of numbers such as 1,2,4", param, ctx)
 
 
-class Bytes(click.ParamType):
+class SizeType(click.ParamType):
     """Parameter type of a size in bytes, such as `500MB` or `1GB`; units are powers of 1000."""
 
     name = "SIZE"
@@ -64,7 +64,7 @@ class Bytes(click.ParamType):
         return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
 
 
-def test_views(command: Any) -> Any:
+def view_options(command: Any) -> Any:
     """Add the options of the test views of a classifier."""
     count = click.IntRange(min=1)
     for option in (
@@ -85,7 +85,7 @@ def test_views(command: Any) -> Any:
     return command
 
 
-def frozen_precision(command: Decorated) -> Decorated:
+def precision_option(command: Decorated) -> Decorated:
     """Add the option `--precision` of a model that is not trained."""
     return click.option(
         "--precision", type=click.Choice(["fp32", "bf16", "fp16", "int8", "fp8"]),
@@ -94,7 +94,7 @@ def frozen_precision(command: Decorated) -> Decorated:
     )(command)  # fmt: skip
 
 
-def shape_hints(command: Any) -> Any:
+def shape_options(command: Any) -> Any:
     """Add options for properties that a checkpoint may not state itself."""
     count = click.IntRange(min=1)
     tables = click.Choice(["sincos3d", "sinusoid", "sincos2d"])

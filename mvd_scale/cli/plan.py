@@ -49,12 +49,13 @@ def plan(
 
     OVERRIDES are dotted keys of the recipe, such as --teachers.sharding zero3
     """
-    from mvd_scale.performance.decoding import Video
+    from mvd_scale.performance.decoding import VideoFormat
     from mvd_scale.performance.plan import make_cluster, make_plan, with_stage
     from mvd_scale.performance.plan_text import to_json, to_text
 
+    video = VideoFormat(height, keyframes)
     cluster = make_cluster(
-        gpu, gpus, per_node, attention=attention, efficiency=efficiency, video=Video(height, keyframes), videos=videos
+        gpu, gpus, per_node, attention=attention, efficiency=efficiency, video=video, videos=videos
     )  # fmt: skip
     made = make_plan(recipe, with_stage(list(overrides), stage), cluster)
     click.echo(to_json(made) if as_json else to_text(made))

@@ -53,9 +53,9 @@ def _probing(command: Any) -> Any:
 )
 def knn(neighbours: int, **options: Any) -> None:
     """Classify by a vote of the nearest training videos, by the cosine similarity of the mean of all tokens."""
-    from mvd_scale.evaluation.probing import by_neighbours
+    from mvd_scale.evaluation.probing import knn_probe
 
-    _probe(lambda _: by_neighbours(neighbours), **options)
+    _probe(lambda _: knn_probe(neighbours), **options)
 
 
 @probe.command()
@@ -63,9 +63,9 @@ def knn(neighbours: int, **options: Any) -> None:
 @click.option("--decay", type=click.FloatRange(min=0), default=1e-3, show_default=True, help="L2 penalty.")
 def linear(decay: float, **options: Any) -> None:
     """Classify by a linear layer on the mean of all tokens."""
-    from mvd_scale.evaluation.probing import by_linear_layer
+    from mvd_scale.evaluation.probing import linear_probe
 
-    _probe(lambda _: by_linear_layer(decay), **options)
+    _probe(lambda _: linear_probe(decay), **options)
 
 
 @probe.command()
@@ -79,13 +79,13 @@ def attentive(epochs: int, lr: float, **options: Any) -> None:
 
     The tokens are stored in OUT: D x N values of 2 or 4 bytes per video.
     """
-    from mvd_scale.evaluation.probing import by_attention
+    from mvd_scale.evaluation.probing import attentive_probe
 
-    _probe(lambda where: by_attention(epochs, lr, where), **options)
+    _probe(lambda where: attentive_probe(epochs, lr, where), **options)
 
 
 def _probe(
-    judge: Any,
+    classify: Any,
     *,
     checkpoint: Path,
     train: str,
@@ -100,15 +100,14 @@ def _probe(
 ) -> None:
     from mvd_scale.config.data import DataConfig, ViewsConfig
     from mvd_scale.evaluation.features import FeatureOptions
-    from mvd_scale.evaluation.probing import ProbedEncoder
-    from mvd_scale.evaluation.probing import probe as judge_encoder
+    from mvd_scale.evaluation.probing import ProbedEncoder, run_probe
     from mvd_scale.models.precision import usual_precision
     from mvd_scale.training.ranks import join_ranks, leave_ranks
 
     ranks = join_ranks(device, timeout_minutes=10)
-    tested = judge_encoder(
+    tested = run_probe(
         ProbedEncoder(checkpoint, precision or usual_precision(ranks.device), batch),
-        judge(ranks.device),
+        classify(ranks.device),
         DataConfig(source=train, root=root),
         DataConfig(source=test, root=root),
         FeatureOptions(ViewsConfig(sampling=sampling, stride=stride, clips=1, crops=1)),

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from mvd_scale.cli.options import WITH_OVERRIDES, overrides_argument
-from mvd_scale.config.launcher import launched_rank
+from mvd_scale.config.launcher import env_rank
 from mvd_scale.config.training import Precision
 
 
@@ -31,6 +31,6 @@ def profile(
     from mvd_scale.performance.profile import profile_recipe
 
     report = profile_recipe(recipe, list(overrides), out, precision=precision, batch=batch, steps=steps)
-    if launched_rank() == 0:
+    if env_rank() == 0:
         click.echo(report.to_text())
         click.echo(f"\nwritten to {out}: summary, traces, memory.png, modules.txt")

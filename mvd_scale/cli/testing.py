@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mvd_scale.cli.options import command_line, frozen_precision, test_views
+from mvd_scale.cli.options import command_line, precision_option, view_options
 from mvd_scale.config.training import FrozenPrecision, Precision
 
 
@@ -15,9 +15,9 @@ from mvd_scale.config.training import FrozenPrecision, Precision
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("source")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for scores and figures.")
-@test_views
+@view_options
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Videos per batch.")
-@frozen_precision
+@precision_option
 @click.option("--root", help="Folder or URL to which the paths of a list are relative.")
 @click.option(
     "--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True,
@@ -70,8 +70,8 @@ def evaluate(
 @click.argument("videos", nargs=-1, required=True, metavar="VIDEO...")
 @click.option("--checkpoint", type=click.Path(path_type=Path), required=True, help="Fine-tuned weights, or run folder.")
 @click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Number of classes to print.")
-@test_views
-@frozen_precision
+@view_options
+@precision_option
 @click.option(
     "--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True,
     help="Device; auto takes the GPU if there is one.",
@@ -97,9 +97,9 @@ def ensemble(tests: tuple[Path, ...], out: Path) -> None:
 
     Each TEST is a folder that `evaluate` wrote, all of them for the same videos.
     """
-    from mvd_scale.evaluation.evaluate import merge_tests
+    from mvd_scale.evaluation.evaluate import ensemble_results
 
-    click.echo(f"{merge_tests(tests, out, command_line()).to_text()}\n{out}")
+    click.echo(f"{ensemble_results(tests, out, command_line()).to_text()}\n{out}")
 
 
 @click.command()

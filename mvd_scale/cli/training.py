@@ -19,9 +19,9 @@ def pretrain(recipe: str, overrides: tuple[str, ...]) -> None:
     """
     from mvd_scale.config import load_recipe
     from mvd_scale.training.pretrain import pretrain as run
-    from mvd_scale.training.resilience import exit_when_stopped
+    from mvd_scale.training.resilience import exit_on_preemption
 
-    with exit_when_stopped():
+    with exit_on_preemption():
         run(load_recipe(recipe, list(overrides)))
 
 
@@ -33,12 +33,12 @@ def finetune(recipe: str, overrides: tuple[str, ...]) -> None:
 
     OVERRIDES are dotted keys of the recipe, such as --training.initial_encoder runs/mine/encoder.safetensors
     """
-    from mvd_scale.config import load_finetuning
+    from mvd_scale.config import load_finetune_recipe
     from mvd_scale.training.finetune import finetune as run
-    from mvd_scale.training.resilience import exit_when_stopped
+    from mvd_scale.training.resilience import exit_on_preemption
 
-    with exit_when_stopped():
-        run(load_finetuning(recipe, list(overrides)))
+    with exit_on_preemption():
+        run(load_finetune_recipe(recipe, list(overrides)))
 
 
 @click.command()
@@ -59,13 +59,13 @@ def propose(source: str, encoder: Path, out: Path, validation: str | None, folde
 
     from mvd_scale.checkpoints import read_checkpoint
     from mvd_scale.config.data import DataConfig
-    from mvd_scale.data.index import open_source
+    from mvd_scale.data.index import load_source
     from mvd_scale.training.proposal import propose as settings
     from mvd_scale.training.run_folder import write_whole
 
     model = read_checkpoint(encoder).model
     with tempfile.TemporaryDirectory() as scratch:
-        manifest = open_source(DataConfig(source=source), Path(scratch))
+        manifest = load_source(DataConfig(source=source), Path(scratch))
     proposal = settings(manifest, model, source=source, encoder=encoder, validation=validation, folder=folder)
     command = f"launch/single_node.sh finetune --recipe {out}"
     write_whole(out, proposal.to_yaml(command))
@@ -114,6 +114,6 @@ def quickstart(out: Path, ranks: int, steps: int | None) -> None:
 @click.option("--clips", type=click.IntRange(min=1), default=4, show_default=True, help="Number of clips to show.")
 def draw(run: Path, clips: int) -> None:
     """Draw predictions of a finished RUN beside the ground truth, into RUN/predictions.png."""
-    from mvd_scale.evaluation.picture import draw_run
+    from mvd_scale.evaluation.picture import draw_predictions
 
-    click.echo(draw_run(run, clips=clips))
+    click.echo(draw_predictions(run, clips=clips))

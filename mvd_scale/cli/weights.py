@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mvd_scale.cli.options import shape_hints
+from mvd_scale.cli.options import shape_options
 
 
 @click.command("import")
@@ -25,7 +25,7 @@ from mvd_scale.cli.options import shape_hints
     type=click.IntRange(min=1),
     help="Inflate an image model to a video model with this many frames per token.",
 )
-@shape_hints
+@shape_options
 def import_weights(source: Path, role: Any, out: Path, tubelet: int | None, **hints: Any) -> None:
     """Convert published weights (MAE, VideoMAE, MVD, timm, Hugging Face) or a run of this package into one file.
 
@@ -58,7 +58,7 @@ def import_weights(source: Path, role: Any, out: Path, tubelet: int | None, **hi
     required=True,
     help="File to write: .pth or .safetensors; a folder for hf; .pt2 for torch; .onnx for onnx.",
 )
-@shape_hints
+@shape_options
 def export_weights(source: Path, family: str, out: Path, **hints: Any) -> None:
     """Write the weights of SOURCE, a run folder or a file, in the format of another tool.
 
@@ -74,7 +74,7 @@ def export_weights(source: Path, family: str, out: Path, **hints: Any) -> None:
 
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@shape_hints
+@shape_options
 def inspect(file: Path, **hints: Any) -> None:
     """Print the properties of a checkpoint FILE: format, shape, decoders, classes, and faults."""
     from mvd_scale.checkpoints import Hints, describe, read_checkpoint

@@ -4,13 +4,13 @@ from mvd_scale.config.data import CenterCrop, CornerCrop, DataConfig, MaskConfig
 from mvd_scale.config.detection import DetectionRecipe, DetectorConfig
 from mvd_scale.config.finetune import FinetuneRecipe, TaskRecipe
 from mvd_scale.config.loading import (
-    finetuning_of,
+    finetune_recipe_from_dict,
     list_recipes,
-    load_any,
-    load_detection,
-    load_finetuning,
+    load_any_recipe,
+    load_detection_recipe,
+    load_finetune_recipe,
     load_recipe,
-    recipe_of,
+    recipe_from_dict,
 )
 from mvd_scale.config.model import SIZES, ModelConfig
 from mvd_scale.config.recipe import Recipe, RunRecipe
@@ -53,11 +53,11 @@ __all__ = [
     "TokenHeadConfig",
     "TrainingConfig",
     "VideoTeacherTarget",
-    "finetuning_of",
+    "finetune_recipe_from_dict",
     "list_recipes",
-    "load_any",
-    "load_detection",
-    "load_finetuning",
+    "load_any_recipe",
+    "load_detection_recipe",
+    "load_finetune_recipe",
     "load_recipe",
-    "recipe_of",
+    "recipe_from_dict",
 ]

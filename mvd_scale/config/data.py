@@ -92,11 +92,11 @@ class MaskConfig(Section):
     ratio: float = Field(default=0.9, gt=0, lt=1)
     """Share of the tokens that are masked; every clip has the same number of masked tokens."""
 
-    decode: float = 1.0
+    decode_ratio: float = 1.0
     """Share of the masked tokens that decoders predict and the loss includes: 0.25, 0.5, 0.75 or 1. Below 1, it is a
     share of each cell of 2 x 2 patches, which advances through the cell with each time slice (VideoMAE V2)."""
 
-    @field_validator("decode")
+    @field_validator("decode_ratio")
     @classmethod
     def _check_decode(cls, share: float) -> float:
         if share not in (0.25, 0.5, 0.75, 1.0):

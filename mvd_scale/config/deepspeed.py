@@ -24,7 +24,7 @@ def student_deepspeed(recipe: RunRecipe, world_size: int) -> dict[str, Any]:
         UserError: the file does not exist or is not valid JSON, a value contradicts the recipe, the global batch cannot
             be split over the ranks, or the recipe asks for an option that ZeRO stage 3 does not support.
     """
-    micro, accumulation = recipe.batch_split(world_size)
+    micro, accumulation = recipe.micro_batch_and_accumulation(world_size)
     training = recipe.training
     check_stage(recipe)
     return _resolve(
@@ -54,7 +54,7 @@ def check_stage(recipe: RunRecipe) -> None:
             )
 
 
-def teacher_deepspeed(precision: Precision, world_size: int) -> dict[str, Any]:
+def teacher_deepspeed_config(precision: Precision, world_size: int) -> dict[str, Any]:
     """Build the DeepSpeed configuration of a frozen teacher that ZeRO-3 shards over `world_size` ranks."""
     batch = {"train_batch_size": world_size, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
     return _resolve(_TEACHER, {**batch, **_precision(precision)})
@@ -103,7 +103,7 @@ def _read(name_or_path: str) -> dict[str, Any]:
     return values
 
 
-def _resolve(name_or_path: str, decided: dict[str, Any]) -> dict[str, Any]:
+def _resolve(name_or_path: str, resolved: dict[str, Any]) -> dict[str, Any]:
     """Read a DeepSpeed file, and set the recipe's values, given by dotted key, where it has "auto" or no value."""
     values = _read(name_or_path)
     for foreign in ("optimizer", "scheduler"):
@@ -112,15 +112,15 @@ def _resolve(name_or_path: str, decided: dict[str, Any]) -> dict[str, Any]:
                 f"training.deepspeed {name_or_path}: the recipe configures the {foreign}; remove `{foreign}` from the "
                 "file"
             )
-    for key, value in decided.items():
+    for key, value in resolved.items():
         *parents, last = key.split(".")
         section = values
         for parent in parents:
             section = _section(section, parent, name_or_path)
-        stands = section.get(last, "auto")
-        if stands not in ("auto", value):
+        current = section.get(last, "auto")
+        if current not in ("auto", value):
             raise UserError(
-                f"training.deepspeed {name_or_path}: {key} is {stands!r}, but the recipe requires {value!r}; "
+                f"training.deepspeed {name_or_path}: {key} is {current!r}, but the recipe requires {value!r}; "
                 'write "auto"'
             )
         section[last] = value

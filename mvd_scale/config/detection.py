@@ -12,11 +12,11 @@ from pydantic import Field, NonNegativeFloat, model_validator
 from typing_extensions import Self
 
 from mvd_scale.config.data import Probability
-from mvd_scale.config.finetune import HeadConfig, TaskRecipe, ValidationConfig
+from mvd_scale.config.finetune import TaskHeadConfig, TaskRecipe, ValidationConfig
 from mvd_scale.config.section import Section
 
 
-class DetectorConfig(HeadConfig):
+class DetectorConfig(TaskHeadConfig):
     """Detection head: RoIAlign on the last feature map, averaged over time, and a linear layer."""
 
     classes: int = Field(default=80, gt=0)

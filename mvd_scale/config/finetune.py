@@ -36,7 +36,7 @@ class FinetuneTraining(TrainingConfig):
     average."""
 
 
-class HeadConfig(Section):
+class TaskHeadConfig(Section):
     """Linear layer that a task adds to the encoder."""
 
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -49,7 +49,7 @@ class HeadConfig(Section):
     """Train without pre-trained weights; if false, `training.initial_encoder` must name them."""
 
 
-class ClassifierConfig(HeadConfig):
+class ClassifierConfig(TaskHeadConfig):
     """Classification head: a linear layer on the mean of all tokens."""
 
     classes: int | None = Field(default=None, gt=0)
@@ -110,9 +110,9 @@ class TaskRecipe(RunRecipe):
     """Videos to test during training; null for none."""
 
     @property
-    def head(self) -> HeadConfig:
+    def head(self) -> TaskHeadConfig:
         """Section of the recipe that describes the head."""
-        section: HeadConfig = getattr(self, self.head_section)
+        section: TaskHeadConfig = getattr(self, self.head_section)
         return section
 
     @model_validator(mode="after")

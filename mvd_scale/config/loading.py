@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from mvd_scale.config.detection import DetectionRecipe
 from mvd_scale.config.finetune import FinetuneRecipe
-from mvd_scale.config.reading import describe, parse_overrides, read_mapping, set_value
+from mvd_scale.config.reading import describe, parse_overrides, parse_yaml_mapping, set_by_path
 from mvd_scale.config.recipe import Recipe, RunRecipe
 from mvd_scale.errors import UserError
 
@@ -44,23 +44,23 @@ def load_recipe(name_or_path: str | Path, overrides: list[str] | None = None) ->
     return _load(Recipe, name_or_path, overrides)
 
 
-def load_finetuning(name_or_path: str | Path, overrides: list[str] | None = None) -> FinetuneRecipe:
+def load_finetune_recipe(name_or_path: str | Path, overrides: list[str] | None = None) -> FinetuneRecipe:
     """Read a fine-tuning recipe; arguments and exceptions as `load_recipe`."""
     return _load(FinetuneRecipe, name_or_path, overrides)
 
 
-def load_detection(name_or_path: str | Path, overrides: list[str] | None = None) -> DetectionRecipe:
+def load_detection_recipe(name_or_path: str | Path, overrides: list[str] | None = None) -> DetectionRecipe:
     """Read a recipe of action detection; arguments and exceptions as `load_recipe`."""
     return _load(DetectionRecipe, name_or_path, overrides)
 
 
-def load_any(name_or_path: str | Path) -> RunRecipe:
+def load_any_recipe(name_or_path: str | Path) -> RunRecipe:
     """Read a recipe of any kind, without overrides; exceptions as `load_recipe`."""
     source, values = _read(name_or_path, ())
     return _validated(_kind_of(values), values, source)
 
 
-def recipe_of(values: dict[str, Any], source: str) -> Recipe:
+def recipe_from_dict(values: dict[str, Any], source: str) -> Recipe:
     """Build a pre-training recipe from the mapping that a YAML file would hold; `source` names it in messages.
 
     Raises:
@@ -69,8 +69,8 @@ def recipe_of(values: dict[str, Any], source: str) -> Recipe:
     return _of(Recipe, values, source)
 
 
-def finetuning_of(values: dict[str, Any], source: str) -> FinetuneRecipe:
-    """Build a fine-tuning recipe from a mapping; arguments and exceptions as `recipe_of`."""
+def finetune_recipe_from_dict(values: dict[str, Any], source: str) -> FinetuneRecipe:
+    """Build a fine-tuning recipe from a mapping; arguments and exceptions as `recipe_from_dict`."""
     return _of(FinetuneRecipe, values, source)
 
 
@@ -88,7 +88,7 @@ def _load(kind: type[Kind], name_or_path: str | Path, overrides: list[str] | Non
     # The kind is that of the file: a key on the command line must not change it.
     _check_kind(kind, values, source)
     for key, value in parse_overrides(overrides or []):
-        set_value(values, key, value)
+        set_by_path(values, key, value)
     return _validated(kind, values, source)
 
 
@@ -125,12 +125,12 @@ def _read(name_or_path: str | Path, above: tuple[str, ...]) -> tuple[str, dict[s
         raise UserError(f"{' -> '.join([*above, source])}: a recipe cannot be its own base")
     expected = "sections such as `model:` and `training:`"
     if path.is_file():
-        return source, _with_base(read_mapping(path.read_bytes(), source, expected), source, path.parent, above)
+        return source, _with_base(parse_yaml_mapping(path.read_bytes(), source, expected), source, path.parent, above)
     known = list_recipes()
     if source not in known:
         raise UserError(f"no recipe {source!r}: give the path of a YAML file or one of {', '.join(known)}")
     shipped = resources.files("mvd_scale") / "recipes" / f"{source}.yaml"
-    return source, _with_base(read_mapping(shipped.read_bytes(), source, expected), source, None, above)
+    return source, _with_base(parse_yaml_mapping(shipped.read_bytes(), source, expected), source, None, above)
 
 
 def _with_base(values: dict[str, Any], source: str, folder: Path | None, above: tuple[str, ...]) -> dict[str, Any]:
@@ -145,5 +145,5 @@ def _with_base(values: dict[str, Any], source: str, folder: Path | None, above: 
     beside = folder / base if folder is not None else None
     _, merged = _read(beside if beside is not None and beside.is_file() else base, (*above, source))
     for key, value in own.items():
-        set_value(merged, [str(key)], value)
+        set_by_path(merged, [str(key)], value)
     return merged

@@ -12,25 +12,25 @@ from pydantic import Field, ValidationError, model_validator
 from typing_extensions import Self
 
 from mvd_scale.config.data import TestViews
-from mvd_scale.config.reading import describe, parse_overrides, read_mapping, set_value
+from mvd_scale.config.reading import describe, parse_overrides, parse_yaml_mapping, set_by_path
 from mvd_scale.config.section import Section
 from mvd_scale.errors import UserError
 
 
-class AnyStage(Section):
+class BaseStage(Section):
     """Base of all stages. `{name}` in any text value is replaced by the folder of the earlier stage `name`."""
 
     title: str = ""
     """Description of the stage, for the log."""
 
 
-class SamplesStage(AnyStage):
+class SamplesStage(BaseStage):
     """Stage that writes the sample clips of the `samples` extra into its folder."""
 
     kind: Literal["samples"]
 
 
-class IndexStage(AnyStage):
+class IndexStage(BaseStage):
     """Stage that probes videos and writes `manifest.parquet`."""
 
     kind: Literal["index"]
@@ -51,7 +51,7 @@ class IndexStage(AnyStage):
     """File with the names of the classes."""
 
 
-class SynthStage(AnyStage):
+class SynthStage(BaseStage):
     """Stage that makes labelled synthetic videos in the folders `train/` and `test/` of its folder."""
 
     kind: Literal["synth"]
@@ -66,7 +66,7 @@ class SynthStage(AnyStage):
     """Number of test videos per class."""
 
 
-class TrainStage(AnyStage):
+class TrainStage(BaseStage):
     """Base of stages that train under the `deepspeed` launcher; the folder of the stage is the folder of the run."""
 
     recipe: dict[str, Any]
@@ -91,7 +91,7 @@ class FinetuneStage(TrainStage):
     kind: Literal["finetune"]
 
 
-class EvaluateStage(AnyStage):
+class EvaluateStage(BaseStage):
     """Stage that runs the multi-view test of a classifier and writes scores, figures and `summary.json`."""
 
     kind: Literal["evaluate"]
@@ -115,7 +115,7 @@ class EvaluateStage(AnyStage):
     """Device of the test. `auto`: a GPU if there is one, else the CPU."""
 
 
-class DrawStage(AnyStage):
+class DrawStage(BaseStage):
     """Stage that draws the predictions of a finished run beside the ground truth, into the folder of that run."""
 
     kind: Literal["draw"]
@@ -186,7 +186,7 @@ class Pipeline(Section):
 _REFERENCE = re.compile(r"\{(\w+)\}")
 
 
-def references(stage: AnyStage) -> list[str]:
+def references(stage: BaseStage) -> list[str]:
     """Names of the stages to whose folders a stage refers."""
     return [name for text in _texts(stage.model_dump(mode="json")) for name in _REFERENCE.findall(text)]
 
@@ -209,9 +209,9 @@ def load_pipeline(name_or_path: str | Path, overrides: list[str] | None = None) 
         known = ", ".join(list_pipelines())
         raise UserError(f"no pipeline {str(name_or_path)!r}: give the path of a YAML file or one of {known}")
     raw = path.read_bytes() if path.is_file() else shipped.read_bytes()
-    values = read_mapping(raw, str(name_or_path), "`folder:` and `stages:`")
+    values = parse_yaml_mapping(raw, str(name_or_path), "`folder:` and `stages:`")
     for key, value in parse_overrides(overrides or []):
-        set_value(values, key, value)
+        set_by_path(values, key, value)
     try:
         return Pipeline.model_validate(values)
     except ValidationError as error:

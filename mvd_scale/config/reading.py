@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from mvd_scale.errors import UserError
 
 
-def read_mapping(raw: bytes, source: str, expected: str) -> dict[str, Any]:
+def parse_yaml_mapping(raw: bytes, source: str, expected: str) -> dict[str, Any]:
     """Parse a YAML file that holds a mapping.
 
     Args:
@@ -56,7 +56,7 @@ def parse_overrides(words: list[str]) -> list[tuple[list[str], Any]]:
     return pairs
 
 
-def set_value(values: dict[str, Any], key: list[str], value: Any) -> None:
+def set_by_path(values: dict[str, Any], key: list[str], value: Any) -> None:
     """Set the value at a dotted key: a mapping is merged into an existing mapping, any other value replaces it.
 
     Raises:
@@ -72,7 +72,7 @@ def set_value(values: dict[str, Any], key: list[str], value: Any) -> None:
         values = child
     if isinstance(value, dict) and isinstance(values.get(last), dict):
         for name, inner in value.items():
-            set_value(values[last], [str(name)], inner)
+            set_by_path(values[last], [str(name)], inner)
     else:
         values[last] = value
 

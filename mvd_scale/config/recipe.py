@@ -80,7 +80,7 @@ class RunRecipe(Section):
         """Number of clips per optimizer step by which the learning rate is scaled."""
         return self.training.global_batch
 
-    def batch_split(self, world_size: int) -> tuple[int, int]:
+    def micro_batch_and_accumulation(self, world_size: int) -> tuple[int, int]:
         """Micro batch and gradient accumulation steps for `world_size` ranks: the largest micro batch that is allowed.
 
         Raises:
@@ -267,17 +267,17 @@ class Recipe(RunRecipe):
                 f"data.mask.ratio {mask.ratio} leaves {visible} of {total} tokens visible; "
                 "expected at least one visible and one masked token"
             )
-        if mask.decode < 1:
+        if mask.decode_ratio < 1:
             if mask.kind != "tube" or self.model.grid[0] % 4:
                 raise ValueError(
-                    f"data.mask.decode {mask.decode:g} requires a tube mask over a multiple of 4 time slices, so that "
-                    f"every clip has the same number of tokens; this is a {mask.kind} mask over {self.model.grid[0]} "
+                    f"data.mask.decode_ratio {mask.decode_ratio:g} requires a tube mask over a multiple of 4 time slices, so "
+                    f"that every clip has the same number of tokens; this is a {mask.kind} mask over {self.model.grid[0]} "
                     "slices"
                 )
             if not any(target.tokens == "masked" for target in self.targets.values()):
                 raise ValueError(
-                    f"data.mask.decode {mask.decode:g} has no effect: no target is predicted at masked tokens. Set it "
-                    "to 1"
+                    f"data.mask.decode_ratio {mask.decode_ratio:g} has no effect: no target is predicted at masked tokens. "
+                    "Set it to 1"
                 )
 
     @property

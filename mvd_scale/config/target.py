@@ -46,7 +46,7 @@ Distance = Literal["smooth_l1", "l1", "l2", "cosine"]
 Tokens = Literal["masked", "visible", "all"]
 
 
-class AnyTarget(Section):
+class BaseTarget(Section):
     """Base of all targets."""
 
     head: Literal["decoder", "mlp", "linear"] = "decoder"
@@ -102,7 +102,7 @@ class AnyTarget(Section):
         return self
 
 
-class PixelTarget(AnyTarget):
+class PixelTarget(BaseTarget):
     """Target: the pixels of a token (MAE, VideoMAE)."""
 
     kind: Literal["pixels"] = "pixels"
@@ -115,7 +115,7 @@ class PixelTarget(AnyTarget):
     `patch`, over all values of the token (MAE); `none`."""
 
 
-class TeacherTarget(AnyTarget):
+class TeacherTarget(BaseTarget):
     """Base of the targets that are features of a teacher."""
 
     norm: bool = False

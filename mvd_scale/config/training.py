@@ -120,7 +120,7 @@ class TeacherConfig(Section):
     time of its kernels. `auto`: capture wherever it is possible. `false` saves the memory that a graph reserves: the
     activations of one forward pass of each teacher."""
 
-    ahead: bool = True
+    prefetch: bool = True
     """On GPUs, compute teacher features of the next micro batch on a separate CUDA stream while the student trains on
     the current one. This takes the memory of one more batch, of its features, and of the activations of a teacher; the
     losses are the same. The features of momentum targets, whose weights change with every step, and all features on

@@ -86,7 +86,7 @@ def draw_augmentation(rng: Generator, augment: AugmentConfig, frames: int, side:
     values = np.zeros((len(drawn), 6), np.float32)
     for number, (_, value) in enumerate(drawn):
         values[number, : len(value)] = value
-    box = (0, 0, 0, 0) if augment.erasing is None else draw_box(rng, augment.erasing, side)
+    box = (0, 0, 0, 0) if augment.erasing is None else draw_erase_box(rng, augment.erasing, side)
     return Augmentation(
         operations=np.array([operation for operation, _ in drawn], np.int32),
         values=values,
@@ -102,7 +102,7 @@ def count_operations(augment: AugmentConfig) -> int:
     return drawn + (0 if jitter is None else 3 + bool(jitter.hue))
 
 
-def draw_box(rng: Generator, erasing: RandomErasing, side: int) -> tuple[int, int, int, int]:
+def draw_erase_box(rng: Generator, erasing: RandomErasing, side: int) -> tuple[int, int, int, int]:
     """Draw the box to erase: top, left, height and width in pixels.
 
     All four are 0 where no box is erased: with probability 1 - `erasing.probability`, or where ten draws do not fit.
@@ -132,7 +132,7 @@ def _draw_operation(rng: Generator, augment: RandAugment, side: int) -> tuple[Op
     sign = 1.0 if rng.random() < 0.5 else -1.0
     if rng.random() >= augment.probability:
         return Operation.NONE, ()
-    return operation_at(name, share, sign, side)
+    return make_operation(name, share, sign, side)
 
 
 _NAMES = (
@@ -161,7 +161,7 @@ _FACTORS = {
 }
 
 
-def operation_at(name: str, share: float, sign: float, side: int) -> tuple[Operation, Value]:
+def make_operation(name: str, share: float, sign: float, side: int) -> tuple[Operation, Value]:
     """Operation of timm's "increasing" set, and its value, at a given strength.
 
     Args:

@@ -24,7 +24,7 @@ _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
 """PIL's smoothing filter: sharpness blends between the smoothed frame and the frame, and beyond."""
 
 
-def operate(clip: DataNode, operation: DataNode, value: DataNode, on_gpu: bool) -> DataNode:
+def apply_operation(clip: DataNode, operation: DataNode, value: DataNode, on_gpu: bool) -> DataNode:
     """Apply to each clip of a batch the operation that was drawn for it.
 
     Args:

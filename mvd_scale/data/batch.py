@@ -53,8 +53,8 @@ class ClipBatch:
     """Indices of the visible tokens, int64 (B, V)."""
 
     masked: Tensor
-    """Indices of the masked tokens that decoders predict, int64 (B, M): all masked tokens unless `data.mask.decode`
-    is below 1."""
+    """Indices of the masked tokens that decoders predict, int64 (B, M): all masked tokens, unless
+    `data.mask.decode_ratio` is below 1."""
 
     labels: Tensor
     """Classes, int64 (B,); -1 where the manifest has none."""

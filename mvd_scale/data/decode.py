@@ -17,13 +17,13 @@ from mvd_scale.data.manifest import WHOLE_FILE, Row
 from mvd_scale.data.sampling import Box
 from mvd_scale.data.storage import DecodeError, is_url, read_bytes
 
-REORDER = 32
+MAX_REORDER = 32
 """Upper bound, in packets, on the distance between a frame's decoding order and its display order; H.264 allows 16."""
 
 _BUFFER = 2**18
 """Bytes that FFmpeg reads from memory by one call into Python."""
 
-Pictures = dict[int, NDArray[np.uint8]]
+DecodedFrames = dict[int, NDArray[np.uint8]]
 """Decoded frames by their index in display order: uint8 (H, W, 3) each."""
 
 
@@ -45,14 +45,14 @@ def decode_frames(video: Row, frames: NDArray[np.int64], box: Box | None = None)
         DecodeError: the file is missing or broken, has fewer frames than requested, or has frames of another size than
             the manifest says.
     """
-    wanted = set(frames.tolist())
+    requested = set(frames.tolist())
     try:
-        pictures = _seek_and_decode(video, wanted) if video.pts_step else None
+        pictures = _seek_and_decode(video, requested) if video.pts_step else None
         if pictures is None:
-            pictures = _decode_from_start(video, wanted)
+            pictures = _decode_from_start(video, requested)
     except (av.FFmpegError, OSError) as error:
         raise DecodeError(video.path, str(error)) from error
-    absent = wanted - pictures.keys()
+    absent = requested - pictures.keys()
     if absent:
         raise DecodeError(video.path, f"frame {min(absent)} cannot be decoded")
     top, left, height, width = box or (0, 0, *video.coded_size)
@@ -92,13 +92,13 @@ def video_stream(container: av.container.InputContainer, path: str) -> av.VideoS
     return stream
 
 
-def _seek_and_decode(video: Row, wanted: set[int]) -> Pictures | None:
+def _seek_and_decode(video: Row, requested: set[int]) -> DecodedFrames | None:
     """Seek to the last keyframe before the first requested frame, by the times in the manifest, and decode from there.
 
     Returns None if seeking does not lead to such a keyframe; `_decode_from_start` then finds the frames.
     """
-    place_of = {video.first_pts + place * video.pts_step: place for place in wanted}
-    first = min(place_of)
+    index_by_pts = {video.first_pts + place * video.pts_step: place for place in requested}
+    first = min(index_by_pts)
     with open_video(video) as container:
         stream = video_stream(container, video.path)
         target = first
@@ -109,29 +109,31 @@ def _seek_and_decode(video: Row, wanted: set[int]) -> Pictures | None:
             if head is None or not head.is_keyframe or head.pts is None or head.dts is None:
                 return None
             if head.pts <= first:
-                return _decode(stream, chain([head], packets), place_of)
-            if head.dts > target or target <= video.first_pts - REORDER * video.pts_step:
+                return _decode(stream, chain([head], packets), index_by_pts)
+            if head.dts > target or target <= video.first_pts - MAX_REORDER * video.pts_step:
                 return None
             # Containers seek by decoding time (dts), so that the keyframe found may be displayed (pts) after the first
             # requested frame. A seek to just before the dts of this keyframe leads to an earlier one.
             target = head.dts - 1
 
 
-def _decode_from_start(video: Row, wanted: set[int]) -> Pictures:
+def _decode_from_start(video: Row, requested: set[int]) -> DecodedFrames:
     """Read packets from the start of the file, count frames in display order, and decode from the nearest keyframe."""
     with open_video(video) as container:
         stream = video_stream(container, video.path)
         # Frames may be stored up to REORDER packets after frames that are displayed later.
-        packets = _demux(container, stream, max(wanted) + 1 + REORDER)
+        packets = _demux(container, stream, max(requested) + 1 + MAX_REORDER)
         if any(packet.pts is None for packet in packets):
-            return _decode_counting(stream, packets, wanted)
+            return _decode_by_count(stream, packets, requested)
         times = sorted(packet.pts for packet in packets if not packet.is_discard and packet.pts is not None)
-        if max(wanted) >= len(times):
-            raise DecodeError(video.path, f"frame {max(wanted)} was requested, but the video has {len(times)} frames")
-        place_of = {times[place]: place for place in wanted}
-        first = min(place_of)
+        if max(requested) >= len(times):
+            raise DecodeError(
+                video.path, f"frame {max(requested)} was requested, but the video has {len(times)} frames"
+            )
+        index_by_pts = {times[place]: place for place in requested}
+        first = min(index_by_pts)
         keyframes = (n for n, packet in enumerate(packets) if packet.is_keyframe and (packet.pts or 0) <= first)
-        return _decode(stream, iter(packets[max(keyframes, default=0) :]), place_of)
+        return _decode(stream, iter(packets[max(keyframes, default=0) :]), index_by_pts)
 
 
 def _demux(container: av.container.InputContainer, stream: av.VideoStream, limit: int) -> list[av.Packet]:
@@ -148,8 +150,8 @@ def _demux(container: av.container.InputContainer, stream: av.VideoStream, limit
     return packets
 
 
-def _decode(stream: av.VideoStream, packets: Iterator[av.Packet], place_of: dict[int, int]) -> Pictures:
-    """Decode packets from a keyframe on, until the frames of all times in `place_of` are decoded.
+def _decode(stream: av.VideoStream, packets: Iterator[av.Packet], index_by_pts: dict[int, int]) -> DecodedFrames:
+    """Decode packets from a keyframe on, until the frames of all times in `index_by_pts` are decoded.
 
     Args:
         stream: the stream of the packets.
@@ -157,34 +159,34 @@ def _decode(stream: av.VideoStream, packets: Iterator[av.Packet], place_of: dict
         place_of: index in display order, by presentation time in ticks of the stream.
     """
     context, convert = stream.codec_context, _Converter()
-    pictures: Pictures = {}
+    pictures: DecodedFrames = {}
     for packet in chain(packets, [None]):
         if packet is not None:
-            if not packet.size or (packet.is_disposable and packet.pts not in place_of):
+            if not packet.size or (packet.is_disposable and packet.pts not in index_by_pts):
                 continue
             # A packet without the disposable mark may still hold a frame to which no other frame refers: NONREF lets
             # the decoder skip such a frame unless it is requested.
-            context.skip_frame = "DEFAULT" if packet.pts in place_of else "NONREF"
+            context.skip_frame = "DEFAULT" if packet.pts in index_by_pts else "NONREF"
         for frame in context.decode(packet):
-            place = place_of.get(frame.pts)
+            place = index_by_pts.get(frame.pts)
             if place is not None and not frame.is_corrupt:
                 pictures[place] = convert(frame)
-        if len(pictures) == len(place_of):
+        if len(pictures) == len(index_by_pts):
             break
     return pictures
 
 
-def _decode_counting(stream: av.VideoStream, packets: list[av.Packet], wanted: set[int]) -> Pictures:
+def _decode_by_count(stream: av.VideoStream, packets: list[av.Packet], requested: set[int]) -> DecodedFrames:
     """Decode all packets and count frames in decoder output order, for containers without presentation times (AVI)."""
     context, convert = stream.codec_context, _Converter()
-    pictures: Pictures = {}
+    pictures: DecodedFrames = {}
     count = 0
     for packet in [*packets, None]:
         for frame in context.decode(packet):
-            if count in wanted and not frame.is_corrupt:
+            if count in requested and not frame.is_corrupt:
                 pictures[count] = convert(frame)
             count += 1
-        if len(pictures) == len(wanted):
+        if len(pictures) == len(requested):
             break
     return pictures
 

@@ -73,7 +73,7 @@ def upright(
         return _on_host(frames, size, resampling, box, sample["mirror"][copy], transpose)
     clip = _resize_by_dali(frames, size, resampling, box)
     if turned:
-        clip = _stand_up(sample, clip)
+        clip = _transpose_rotated(sample, clip)
     return fn.flip(clip, horizontal=sample["mirror"][copy, 0], vertical=sample["mirror"][copy, 1])
 
 
@@ -94,7 +94,7 @@ def _resize_by_dali(
     return fn.resize(cut, size=size, interp_type=_DALI_FILTERS[resampling.filter], antialias=resampling.antialias)
 
 
-def _stand_up(sample: Sample, clip: DataNode) -> DataNode:
+def _transpose_rotated(sample: Sample, clip: DataNode) -> DataNode:
     """Transpose the clips of videos rotated by 90 or 270 degrees; the flip that follows completes the rotation."""
     if sample["transpose"] != 0:
         standing = fn.transpose(clip, perm=[0, 2, 1, 3], transpose_layout=False, output_layout="FHWC")

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import IO
 
 from mvd_scale.config.data import DataConfig
-from mvd_scale.data.listing import Listing, ListOptions, find_files, list_videos, unite
+from mvd_scale.data.listing import Listing, ListOptions, find_files, list_videos, merge_listings
 from mvd_scale.data.manifest import WHOLE_FILE, Manifest, Row
-from mvd_scale.data.probe import probe
+from mvd_scale.data.probe import probe_video
 from mvd_scale.data.processes import run_chunks
 from mvd_scale.data.storage import absolute, is_url
 from mvd_scale.errors import UserError
-from mvd_scale.progress import Advance
+from mvd_scale.progress import ProgressReporter
 
 CHUNK = 32
 """Videos that a worker process takes from the queue at a time."""
@@ -31,7 +31,7 @@ log = logging.getLogger("mvd_scale")
 
 
 @dataclass(frozen=True)
-class Probing:
+class VideoProber:
     """Function that worker processes apply to chunks of videos, with its options. Picklable."""
 
     timeout: float = 60.0
@@ -41,10 +41,10 @@ class Probing:
     """Also decode the first, the middle and the last frame of each video."""
 
     def __call__(self, videos: Sequence[Row]) -> list[Row]:
-        return [probe(video, timeout=self.timeout, verify=self.verify) for video in videos]
+        return [probe_video(video, timeout=self.timeout, verify=self.verify) for video in videos]
 
 
-def open_source(data: DataConfig, cache_folder: Path) -> Manifest:
+def load_source(data: DataConfig, cache_folder: Path) -> Manifest:
     """Read or build the manifest of a recipe's `data.source` or `data.mixture`.
 
     A `.parquet` file is read. Any other source is indexed, and the manifest is cached in `cache_folder`. A cached
@@ -65,10 +65,10 @@ def open_source(data: DataConfig, cache_folder: Path) -> Manifest:
         _open_one(part.source, part.root, cache_folder / f"manifest_{name}.parquet")
         for name, part in data.mixture.items()
     ]
-    return mix(manifests)
+    return concat_manifests(manifests)
 
 
-def mix(manifests: Sequence[Manifest]) -> Manifest:
+def concat_manifests(manifests: Sequence[Manifest]) -> Manifest:
     """Concatenate manifests into one, in which the column `dataset` is the index of the manifest a row comes from.
 
     If one manifest has labels but no class names, its labels cannot be matched with those of the others: then all
@@ -82,8 +82,10 @@ def mix(manifests: Sequence[Manifest]) -> Manifest:
     if nameless:
         log.info("all labels of the mixture are dropped: one of its data sets has labels but no class names")
         listings = [Listing([replace(row, label=-1) for row in part.rows]) for part in listings]
-    united = unite(listings)
-    return Manifest.of(united.rows, source="; ".join(manifest.source for manifest in manifests), classes=united.classes)
+    united = merge_listings(listings)
+    return Manifest.from_rows(
+        united.rows, source="; ".join(manifest.source for manifest in manifests), classes=united.classes
+    )
 
 
 def build_manifest(
@@ -92,14 +94,14 @@ def build_manifest(
     *,
     workers: int,
     options: ListOptions | None = None,
-    probing: Probing | None = None,
+    prober: VideoProber | None = None,
     part: tuple[int, int] | None = None,
     journal: Path | None = None,
 ) -> Manifest:
     """Probe every video of some sources.
 
     Args:
-        source: one or several sources, each of a form that `listing.FORMS` names.
+        source: one or several sources, each of a form that `listing.SOURCE_FORMS` names.
         root: as `ListOptions.root`.
         workers: number of worker processes; a small number of videos is probed in this process.
         options: properties that lists do not state themselves.
@@ -119,9 +121,9 @@ def build_manifest(
     if part is not None:
         number, count = part
         videos = videos[len(videos) * (number - 1) // count : len(videos) * number // count]
-    rows = _probe_all(videos, workers, probing or Probing(), journal)
-    manifest = Manifest.of(rows, source=_origin(sources, options), classes=listing.classes, part=part)
-    _tell(manifest, ", ".join(sources))
+    rows = _probe_all(videos, workers, prober or VideoProber(), journal)
+    manifest = Manifest.from_rows(rows, source=_origin(sources, options), classes=listing.classes, part=part)
+    _log_summary(manifest, ", ".join(sources))
     if len(manifest) or part is None:
         _require_usable(manifest, ", ".join(sources))
     return manifest
@@ -155,7 +157,7 @@ def merge(manifests: Sequence[Manifest]) -> Manifest:
         lack = f", missing are {', '.join(missing)}" if missing else ""
         raise UserError(f"expected each of {count} parts once: given are {have}{lack}")
     rows = [row for manifest in parts for row in manifest.rows]
-    return Manifest.of(rows, source=parts[0].source, classes=parts[0].classes)
+    return Manifest.from_rows(rows, source=parts[0].source, classes=parts[0].classes)
 
 
 def _open_one(source: str, root: str | None, cache: Path) -> Manifest:
@@ -180,17 +182,17 @@ def _open_one(source: str, root: str | None, cache: Path) -> Manifest:
     return manifest
 
 
-def _probe_all(videos: Sequence[Row], workers: int, probing: Probing, journal: Path | None) -> list[Row]:
+def _probe_all(videos: Sequence[Row], workers: int, prober: VideoProber, journal: Path | None) -> list[Row]:
     """Probe the videos that the journal does not know, and return the rows of all videos in their order."""
     done = {}
-    with _Journal(journal, probing) as book, Advance("videos probed", len(videos)) as progress:
+    with _Journal(journal, prober) as book, ProgressReporter("videos probed", len(videos)) as progress:
         keys = [_key(video) for video in videos]
         done = {n: book.known[key] for n, key in enumerate(keys) if key in book.known}
         progress.add(len(done))
         todo = [n for n in range(len(videos)) if n not in done]
         chunks = [todo[start : start + CHUNK] for start in range(0, len(todo), CHUNK)]
         work = [[videos[n] for n in chunk] for chunk in chunks]
-        for chunk, rows in run_chunks(probing, work, workers, _crashed):
+        for chunk, rows in run_chunks(prober, work, workers, _crashed):
             for n, row in zip(chunks[chunk], rows, strict=True):
                 done[n] = row
                 book.add(keys[n], row)
@@ -210,10 +212,10 @@ class _Journal:
     because the process was killed while writing it, is skipped.
     """
 
-    def __init__(self, path: Path | None, probing: Probing) -> None:
+    def __init__(self, path: Path | None, prober: VideoProber) -> None:
         self.path = path
         self.known: dict[str, Row] = {}
-        self._head = json.dumps({"verify": probing.verify, "version": 1})
+        self._head = json.dumps({"verify": prober.verify, "version": 1})
         self._file: IO[str] | None = None
 
     def __enter__(self) -> _Journal:
@@ -263,7 +265,7 @@ def _key(video: Row) -> str:
     return f"{video.path} {place} {changed}"
 
 
-def _tell(manifest: Manifest, source: str) -> None:
+def _log_summary(manifest: Manifest, source: str) -> None:
     log.info("%d usable videos of %d in %s", len(manifest.usable), len(manifest), source)
     bad = [(path, why) for path, why in zip(manifest.name, manifest.left_out, strict=True) if why is not None]
     if bad:

@@ -27,7 +27,7 @@ VIDEO_SUFFIXES = frozenset(
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
 LIST_SUFFIXES = frozenset({".txt", ".csv", ".tsv", ".json", ".list"})
 
-FORMS = (
+SOURCE_FORMS = (
     "a folder, a glob, a video, a list (`path label` lines; a csv with a header; the lists of Kinetics, "
     "Something-Something, UCF101 and HMDB51), a tar file, or an fsspec URL of one of these"
 )
@@ -70,18 +70,18 @@ def list_videos(sources: Sequence[str], options: ListOptions) -> Listing:
         return listings[0]
     named = [bool(listing.classes) for listing in listings]
     if all(named):
-        return unite(listings)
+        return merge_listings(listings)
     if any(named) and any(row.label >= 0 for listing in listings if not listing.classes for row in listing.rows):
         raise UserError(
             f"{sources[named.index(True)]} has class names, but {sources[named.index(False)]} has class numbers only: "
             "their labels cannot be combined in one manifest. Index each source into a manifest of its own"
         )
     if any(named):
-        return unite(listings)
+        return merge_listings(listings)
     return Listing([row for listing in listings for row in listing.rows])
 
 
-def unite(listings: Sequence[Listing]) -> Listing:
+def merge_listings(listings: Sequence[Listing]) -> Listing:
     """Concatenate listings; classes of the same name become one class, and labels are renumbered accordingly."""
     classes = tuple(dict.fromkeys(name for listing in listings for name in listing.classes))
     number = {name: label for label, name in enumerate(classes)}
@@ -97,7 +97,7 @@ def _list_one(source: str, options: ListOptions) -> Listing:
     from mvd_scale.data.lists import list_folds, read_list
 
     suffix = posixpath.splitext(source)[1].lower()
-    if is_folder(source):
+    if is_dir(source):
         folds = find_files(source, _is_fold)
         return list_folds(folds, source, options) if folds else _list_folder(source)
     if has_magic(source) and not exists(source):
@@ -108,7 +108,7 @@ def _list_one(source: str, options: ListOptions) -> Listing:
             return list_folds(paths, posixpath.dirname(source), options)
         return list_videos(paths, options)
     if not exists(source):
-        raise UserError(f"data.source {source} does not exist: expected a manifest (.parquet), or {FORMS}")
+        raise UserError(f"data.source {source} does not exist: expected a manifest (.parquet), or {SOURCE_FORMS}")
     if suffix == ".tar":
         return _list_tar(source)
     if suffix in LIST_SUFFIXES:
@@ -117,7 +117,7 @@ def _list_one(source: str, options: ListOptions) -> Listing:
         return read_list(source, options)
     if suffix in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
         return Listing([Row(name=posixpath.basename(source), path=absolute(source))])
-    raise UserError(f"{source} cannot be indexed: expected {FORMS}")
+    raise UserError(f"{source} cannot be indexed: expected {SOURCE_FORMS}")
 
 
 def _list_folder(folder: str) -> Listing:
@@ -130,7 +130,7 @@ def _list_folder(folder: str) -> Listing:
             "holds the videos"
         )
     names = [relative(path, folder) for path in paths]
-    rows = [_named(Row(name=name, path=absolute(path))) for name, path in zip(names, paths, strict=True)]
+    rows = [_with_valid_name(Row(name=name, path=absolute(path))) for name, path in zip(names, paths, strict=True)]
     names = [row.name for row in rows]
     if not all("/" in name for name in names):
         return Listing(rows)
@@ -172,7 +172,7 @@ def _list_tar(path: str) -> Listing:
     return Listing([replace(row, label=int(labels.get(stem, -1))) for row, stem in zip(rows, stems, strict=True)])
 
 
-def is_folder(path: str) -> bool:
+def is_dir(path: str) -> bool:
     """Whether a path or URL is a folder."""
     if is_url(path):
         filesystem, inner = filesystem_of(path)
@@ -193,19 +193,19 @@ def open_file(path: str) -> BinaryIO:
     return cast(BinaryIO, fsspec.open(path, "rb").open() if is_url(path) else open(path, "rb"))
 
 
-def find_files(folder: str, wanted: Callable[[str], bool]) -> list[str]:
-    """Paths below a folder or URL for which `wanted(path)` is true, sorted.
+def find_files(folder: str, predicate: Callable[[str], bool]) -> list[str]:
+    """Paths below a folder or URL for which `predicate(path)` is true, sorted.
 
     Symbolic links are followed; each folder is visited once, even if several links lead to it.
     """
     if is_url(folder):
         filesystem, inner = filesystem_of(folder)
-        return sorted(filesystem.unstrip_protocol(path) for path in filesystem.find(inner) if wanted(path))
+        return sorted(filesystem.unstrip_protocol(path) for path in filesystem.find(inner) if predicate(path))
     seen = {os.path.realpath(folder)}
     found: list[str] = []
     for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not _again(os.path.join(parent, name), seen))
-        found += [os.path.join(parent, name) for name in names if wanted(name)]
+        folders[:] = sorted(name for name in folders if not _visited(os.path.join(parent, name), seen))
+        found += [os.path.join(parent, name) for name in names if predicate(name)]
     return sorted(found)
 
 
@@ -228,7 +228,7 @@ def join(root: str, path: str) -> str:
     return f"{root.rstrip('/')}/{path}" if is_url(root) else os.path.join(root, path)
 
 
-def _named(row: Row) -> Row:
+def _with_valid_name(row: Row) -> Row:
     """Row that Parquet can store: a file name that is not UTF-8 is replaced by a readable one, and left out."""
     try:
         f"{row.name}{row.path}".encode()
@@ -238,7 +238,7 @@ def _named(row: Row) -> Row:
     return row
 
 
-def _again(folder: str, seen: set[str]) -> bool:
+def _visited(folder: str, seen: set[str]) -> bool:
     real = os.path.realpath(folder)
     known = real in seen
     seen.add(real)

@@ -27,7 +27,7 @@ from mvd_scale.data.listing import (
     ListOptions,
     exists,
     find_files,
-    is_folder,
+    is_dir,
     join,
     open_file,
     relative,
@@ -80,7 +80,7 @@ def list_folds(files: Sequence[str], folder: str, options: ListOptions) -> Listi
     if not chosen:
         raise UserError(f"{folder} holds no files *{ending}: expected one such file for every class")
     names = [posixpath.basename(file).removesuffix(ending) for file in chosen]
-    found = _Files(options.root or folder)
+    found = _VideoFinder(options.root or folder)
     rows = []
     for label, file in enumerate(chosen):
         for number, line in _lines(file):
@@ -134,7 +134,7 @@ def _kinetics(file: str, header: list[str], lines: list[tuple[int, str]], option
             )
     named = [entry["label"].strip() for entry in entries] if "label" in header else [""] * len(entries)
     classes = _named_classes(options.classes) or tuple(sorted(set(named) - {""}))
-    found = _Files(options.root or _folder_of(file))
+    found = _VideoFinder(options.root or _folder_of(file))
     rows = []
     for entry, name in zip(entries, named, strict=True):
         stem = f"{entry['youtube_id']}_{int(entry['time_start']):06d}_{int(entry['time_end']):06d}"
@@ -156,7 +156,7 @@ def _something(file: str, options: ListOptions) -> Listing:
     templates = [re.sub(r"[\[\]]", "", entry.get("template", "")) for entry in entries]
     if any(templates) and not classes:
         classes = tuple(sorted(set(templates) - {""}))
-    found = _Files(options.root or _folder_of(file))
+    found = _VideoFinder(options.root or _folder_of(file))
     return Listing(
         [
             found.row(f"{entry['id']}.webm", _number(file, template, classes) if template else -1)
@@ -171,7 +171,7 @@ def _ucf(file: str, lines: list[tuple[int, str]], options: ListOptions) -> Listi
     videos = [line.split()[0] for _, line in lines]
     folders = [posixpath.dirname(video) for video in videos]
     classes = classes or tuple(sorted(set(folders)))
-    found = _Files(options.root or _folder_of(file))
+    found = _VideoFinder(options.root or _folder_of(file))
     return Listing(
         [
             found.row(video, _number(file, folder, classes), video)
@@ -181,7 +181,7 @@ def _ucf(file: str, lines: list[tuple[int, str]], options: ListOptions) -> Listi
     )
 
 
-class _Files:
+class _VideoFinder:
     """Video files below a folder, by stem: official lists give file names, and folders differ between installations.
 
     Raises:
@@ -189,7 +189,7 @@ class _Files:
     """
 
     def __init__(self, root: str) -> None:
-        if not is_folder(root):
+        if not is_dir(root):
             raise UserError(f"data.root {root} is not a folder: expected the folder that holds the videos of the list")
         self.root = root
         suffixes = VIDEO_SUFFIXES | IMAGE_SUFFIXES

@@ -30,13 +30,13 @@ from mvd_scale.config.model import ModelConfig
 from mvd_scale.config.recipe import RunRecipe
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.data.manifest import Manifest
-from mvd_scale.data.pipeline import build_pipeline, clip_body, dali_decodes
+from mvd_scale.data.pipeline import build_pipeline, dali_decodes, training_graph_body
 from mvd_scale.data.sampling import Sampler, Share, steps_per_epoch
-from mvd_scale.data.source import GIVEN_UP, Backend, ClipSource, VideoSource
+from mvd_scale.data.source import GIVEN_UP, ClipSource, DaliDevice, VideoSource
 from mvd_scale.distributed.data_rank import DataRank
 from mvd_scale.errors import UserError
 
-JUDGED_FROM = 100
+MIN_CLIPS_FOR_BROKEN_LIMIT = 100
 """Number of clips of a rank from which on the share of replaced clips is compared with `data.max_broken`."""
 
 log = logging.getLogger("mvd_scale")
@@ -95,7 +95,7 @@ class Feed(ABC):
     def _key(self, n: int) -> int:
         """Key of sample n in `by_host`."""
 
-    _remedy = " and is replaced"
+    _failure_suffix = " and is replaced"
 
     @property
     def step(self) -> int:
@@ -122,7 +122,7 @@ class Feed(ABC):
         *outputs, rows, labels, failures = outputs
         self.rows, self.labels = as_tensor(rows), as_tensor(labels)
         failed = [json.loads(bytes(failures.at(k))) for k in range(self._batch)]
-        self._account(self.rows.tolist(), failed)
+        self._count_failures(self.rows.tolist(), failed)
         self._next += self._batch
         return outputs
 
@@ -144,7 +144,7 @@ class Feed(ABC):
         return (self._device.index or 0) if self._device.type == "cuda" else None
 
     @property
-    def _backend(self) -> Backend:
+    def _dali_device(self) -> DaliDevice:
         return "cpu" if self._device_id is None else "mixed"
 
     @property
@@ -164,19 +164,19 @@ class Feed(ABC):
         """
         self._graph = None
         source = self._source()
-        ahead = range(self._next, min(self._next + (self._data.prefetch + 1) * self._batch, self._end))
-        failed = frozenset(self._key(n) for n in ahead if not self._dali_decodes(source, n))
+        candidates = range(self._next, min(self._next + (self._data.prefetch + 1) * self._batch, self._end))
+        failed = frozenset(self._key(n) for n in candidates if not self._dali_decodes(source, n))
         if not failed:
             raise error
         self._by_host = frozenset(key for key in self._by_host if key >= self._key(self._next)) | failed
-        log.info("DALI cannot decode %d of the next %d clips: PyAV decodes them instead", len(failed), len(ahead))
+        log.info("DALI cannot decode %d of the next %d clips: PyAV decodes them instead", len(failed), len(candidates))
         self._graph = self._build()
 
     def _dali_decodes(self, source: VideoSource, n: int) -> bool:
-        task = source.to_dali(n)
+        task = source.dali_input(n)
         return task is None or dali_decodes(*task, self._device_id)
 
-    def _account(self, rows: list[int], failures: list[list[Failure]]) -> None:
+    def _count_failures(self, rows: list[int], failures: list[list[Failure]]) -> None:
         """Count the samples of one run, and report the videos that were replaced.
 
         Raises:
@@ -186,27 +186,27 @@ class Feed(ABC):
         for row, failed in zip(rows, failures, strict=True):
             self.substituted += bool(failed)
             for failure in failed:
-                self._tell(failure)
+                self._report_failure(failure)
             if row == GIVEN_UP:
-                self._give_up(failed)
-        if self.clips >= JUDGED_FROM and self.substituted > self._data.max_broken * self.clips:
+                self._raise_no_substitute(failed)
+        if self.clips >= MIN_CLIPS_FOR_BROKEN_LIMIT and self.substituted > self._data.max_broken * self.clips:
             raise UserError(
                 f"{self.substituted} of {self.clips} clips were replaced because their videos cannot be decoded, more "
                 f"than data.max_broken {self._data.max_broken:g} allows. {self._advice}"
             )
 
-    def _give_up(self, failed: list[Failure]) -> None:
+    def _raise_no_substitute(self, failed: list[Failure]) -> None:
         raise UserError(
             f"{len(failed)} videos in a row cannot be decoded, the last one {failed[-1]['path']}: "
             f"{failed[-1]['error']}. {self._advice}"
         )
 
-    def _tell(self, failure: Failure) -> None:
+    def _report_failure(self, failure: Failure) -> None:
         video = self._video(failure["row"])
         if video in self._reported:
             return
         self._reported.add(video)
-        log.warning("video %s cannot be decoded%s: %s", failure["path"], self._remedy, failure["error"])
+        log.warning("video %s cannot be decoded%s: %s", failure["path"], self._failure_suffix, failure["error"])
         if self._report is not None:
             with self._report.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({**failure, "step": self.step}) + "\n")
@@ -241,7 +241,7 @@ class BatchPlan:
         Raises:
             UserError: the global batch cannot be split over the ranks.
         """
-        return cls(recipe.training.global_batch, recipe.batch_split(world_size)[0], steps)
+        return cls(recipe.training.global_batch, recipe.micro_batch_and_accumulation(world_size)[0], steps)
 
     @classmethod
     def one_batch(cls, clips: int) -> BatchPlan:
@@ -356,7 +356,7 @@ class ClipLoader(Feed):
         source = self._source()
         return build_pipeline(
             source,
-            clip_body(self._data, self.sides, turned=source.turned, on_gpu=self._device_id is not None),
+            training_graph_body(self._data, self.sides, turned=source.turned, on_gpu=self._device_id is not None),
             frames=self._model.frames,
             batch=self._batch,
             device_id=self._device_id,
@@ -372,7 +372,7 @@ class ClipLoader(Feed):
             self._share,
             first=self._next,
             end=self._end,
-            backend=self._backend,
+            dali_device=self._dali_device,
             by_host=self._by_host,
             timeout=self._data.read_timeout,
         )

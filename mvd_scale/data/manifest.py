@@ -156,7 +156,7 @@ class Manifest:
     """(3, 64) if the manifest holds the third of 64 equal parts of the source; None if it holds the whole source."""
 
     @classmethod
-    def of(cls, rows: Sequence[Row], **about: Any) -> Self:
+    def from_rows(cls, rows: Sequence[Row], **about: Any) -> Self:
         """Build a manifest from rows; `about` gives the fields `source`, `classes` and `part`."""
         columns: dict[str, Any] = {}
         for field in SCHEMA:

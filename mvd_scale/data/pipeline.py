@@ -22,7 +22,7 @@ from nvidia.dali.pipeline import Pipeline, do_not_convert
 
 from mvd_scale.config.data import DataConfig
 from mvd_scale.data.augment import count_operations
-from mvd_scale.data.augment_graph import erase, operate
+from mvd_scale.data.augment_graph import apply_operation, erase
 from mvd_scale.data.geometry import Resampling, Sample, resize, upright
 from mvd_scale.data.manifest import IMAGE_CODECS, Row
 from mvd_scale.data.source import Decoder, VideoSource
@@ -67,7 +67,7 @@ def build_pipeline(
         length=frames,
         on_gpu=device_id is not None,
         parallel=workers > 0,
-        ahead=prefetch,
+        queue_depth=prefetch,
         batch_size=batch,
         num_threads=threads,
         device_id=device_id,
@@ -87,9 +87,9 @@ def _graph(
     length: int,
     on_gpu: bool,
     parallel: bool,
-    ahead: int,
+    queue_depth: int,
 ) -> tuple[Any, ...]:
-    sample = _read(source, parallel, ahead)
+    sample = _read(source, parallel, queue_depth)
     # Only decoders that the videos need become part of the graph.
     if len(decoders) == 1:
         frames = _decode(sample, decoders[0], length, on_gpu)
@@ -103,20 +103,20 @@ def _graph(
     elif sample["decoder"] == int(Decoder.DALI_VIDEO):
         frames = _decode(sample, Decoder.DALI_VIDEO, length, on_gpu)
     else:
-        frames = _decode(sample, Decoder.HOST, length, on_gpu)
+        frames = _decode(sample, Decoder.PYAV, length, on_gpu)
     return (*body(sample, frames), sample["row"], sample["label"], sample["failures"])
 
 
 # `enable_conditionals` makes DALI rewrite the Python code of a graph; functions without conditionals opt out of that.
 @do_not_convert  # type: ignore[untyped-decorator]
-def _read(source: VideoSource, parallel: bool, ahead: int) -> Sample:
+def _read(source: VideoSource, parallel: bool, queue_depth: int) -> Sample:
     fields = source.fields
     arrays = fn.external_source(
         source,
         num_outputs=len(fields),
         batch=False,
         parallel=parallel,
-        prefetch_queue_depth=ahead if parallel else None,
+        prefetch_queue_depth=queue_depth if parallel else None,
         dtype=[_TYPES[field.dtype] for field in fields],
         ndim=[field.ndim for field in fields],
         layout=[field.layout for field in fields],
@@ -151,7 +151,7 @@ def decode_image(encoded: DataNode, length: int, on_gpu: bool) -> DataNode:
     return frame if length == 1 else fn.cat(*[frame] * length, axis=0)
 
 
-def clip_body(
+def training_graph_body(
     data: DataConfig, sides: Sequence[int], *, turned: bool, on_gpu: bool
 ) -> Callable[[Sample, DataNode], tuple[DataNode, ...]]:
     """Body of the graph of a training loader: from a sample and its frames to pixels, visible and masked tokens.
@@ -181,7 +181,9 @@ def clip_body(
             if operations or data.augment.erasing is not None:
                 clip = cut[0]
                 for number in range(operations):
-                    clip = operate(clip, sample["operations"][copy, number], sample["values"][copy, number], on_gpu)
+                    clip = apply_operation(
+                        clip, sample["operations"][copy, number], sample["values"][copy, number], on_gpu
+                    )
                 if data.augment.erasing is not None:
                     clip = erase(clip, sample["erase"][copy], sample["noise"][copy], sides[0], on_gpu)
                 # Boxes and warps are in pixels of the first side: the other sides are resized from the augmented clip.

@@ -12,13 +12,13 @@ import numpy as np
 
 from mvd_scale.data.decode import decode_frames, open_video, video_stream
 from mvd_scale.data.manifest import WHOLE_FILE, Row
-from mvd_scale.data.storage import DecodeError, filesystem_of, is_url, within
+from mvd_scale.data.storage import DecodeError, filesystem_of, is_url, run_with_timeout
 
 STILL_CODECS = {"mjpeg": "jpeg", "png": "png", "bmp": "bmp", "webp": "webp", "tiff": "tiff"}
 """Names of still image codecs in a manifest, by FFmpeg's name."""
 
 
-def probe(video: Row, *, timeout: float, verify: bool = False) -> Row:
+def probe_video(video: Row, *, timeout: float, verify: bool = False) -> Row:
     """Complete a row of which only name, path and label are known.
 
     Every packet is read, because the headers of a truncated file may still state its full length. The first keyframe
@@ -36,7 +36,7 @@ def probe(video: Row, *, timeout: float, verify: bool = False) -> Row:
     if video.left_out is not None:
         return video
     try:
-        return within(timeout, video.path, _probe, video, verify)
+        return run_with_timeout(timeout, video.path, _probe, video, verify)
     except DecodeError as error:
         return replace(video, left_out=error.reason)
     except OSError as error:

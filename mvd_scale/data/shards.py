@@ -21,12 +21,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from mvd_scale.data.manifest import IMAGE_CODECS, Manifest, Row
-from mvd_scale.data.probe import probe
+from mvd_scale.data.probe import probe_video
 from mvd_scale.data.processes import run_chunks
-from mvd_scale.data.reencode import Encoding, reencode
-from mvd_scale.data.storage import DecodeError, absolute, filesystem_of, is_url, read_bytes, within
+from mvd_scale.data.reencode import TranscodeOptions, transcode
+from mvd_scale.data.storage import DecodeError, absolute, filesystem_of, is_url, read_bytes, run_with_timeout
 from mvd_scale.errors import UserError
-from mvd_scale.progress import Advance
+from mvd_scale.progress import ProgressReporter
 
 SETTINGS = "shards.json"
 """File in the output folder that records the videos and options from which the shards are made."""
@@ -58,7 +58,7 @@ class _Writer:
     """Function that worker processes apply to shards, with its options. Picklable."""
 
     folder: str
-    encoding: Encoding | None
+    encoding: TranscodeOptions | None
     timeout: float
 
     def __call__(self, tasks: Sequence[_Task]) -> list[list[Row]]:
@@ -67,7 +67,10 @@ class _Writer:
     def _write(self, task: _Task) -> list[Row]:
         rows = []
         path = shard_path(self.folder, task.number)
-        with _Target(path) as target, tarfile.open(fileobj=target.file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        with (
+            _AtomicFile(path) as target,
+            tarfile.open(fileobj=target.file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+        ):
             for number, video in enumerate(task.videos, start=task.first_row):
                 try:
                     row, data = self._read(video)
@@ -86,17 +89,17 @@ class _Writer:
         return rows
 
     def _read(self, video: Row) -> tuple[Row, bytes]:
-        read = within(self.timeout, video.path, read_bytes, video.path, video.offset, video.size)
+        read = run_with_timeout(self.timeout, video.path, read_bytes, video.path, video.offset, video.size)
         data = read.tobytes()
         if self.encoding is None or video.codec in IMAGE_CODECS:
             return video, data
         with tempfile.TemporaryDirectory() as scratch:
             file = Path(scratch) / f"video{self.encoding.suffix}"
             try:
-                reencode(video, data, self.encoding, file)
+                transcode(video, data, self.encoding, file)
             except (OSError, ValueError) as error:
                 raise DecodeError(video.path, f"cannot be transcoded: {error}") from error
-            row = probe(
+            row = probe_video(
                 Row(name=video.name, path=str(file), label=video.label, dataset=video.dataset), timeout=self.timeout
             )
             if row.left_out is not None:
@@ -112,7 +115,7 @@ def shard_videos(
     *,
     size: int,
     workers: int,
-    encoding: Encoding | None = None,
+    encoding: TranscodeOptions | None = None,
     timeout: float = 60.0,
 ) -> Manifest:
     """Pack the usable videos of a manifest into tar files.
@@ -133,24 +136,26 @@ def shard_videos(
     """
     out = absolute(out)
     tasks = _divide(manifest, size)
-    _claim(out, manifest, size, encoding)
-    stand = {task.number: _finished(out, task) for task in tasks}
-    done = {number: rows for number, rows in stand.items() if rows is not None}
+    _check_folder(out, manifest, size, encoding)
+    finished = {task.number: _finished(out, task) for task in tasks}
+    done = {number: rows for number, rows in finished.items() if rows is not None}
     if done:
         log.info("%d of %d shards are complete already", len(done), len(tasks))
     todo = [task for task in tasks if task.number not in done]
     writer = _Writer(out, encoding, timeout)
-    with Advance("shards written", len(tasks)) as progress:
+    with ProgressReporter("shards written", len(tasks)) as progress:
         progress.add(len(done))
-        few = 0 if workers > 1 else len(todo)
-        for number, (rows,) in run_chunks(writer, [[task] for task in todo], workers, _crashed, few=few):
+        inline_limit = 0 if workers > 1 else len(todo)
+        for number, (rows,) in run_chunks(
+            writer, [[task] for task in todo], workers, _crashed, inline_limit=inline_limit
+        ):
             done[todo[number].number] = rows
             progress.add(1)
     everything = manifest.rows
     packed_rows = [row for task in tasks for row in done[task.number]]
     for place, row in zip(manifest.usable.tolist(), packed_rows, strict=True):
         everything[place] = row
-    packed = Manifest.of(everything, source=manifest.source, classes=manifest.classes)
+    packed = Manifest.from_rows(everything, source=manifest.source, classes=manifest.classes)
     lost = len(manifest.usable) - len(packed.usable)
     if lost:
         log.warning("%d videos could not be packed and are left out: see `mvd-scale data stats`", lost)
@@ -202,7 +207,7 @@ def _crashed(task: _Task) -> list[Row]:
     )
 
 
-def _claim(out: str, manifest: Manifest, size: int, encoding: Encoding | None) -> None:
+def _check_folder(out: str, manifest: Manifest, size: int, encoding: TranscodeOptions | None) -> None:
     """Check that the folder has no shards yet, or shards made from the same videos with the same options."""
     places = hashlib.sha256("\n".join(manifest.path).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     wanted = json.dumps(
@@ -214,14 +219,14 @@ def _claim(out: str, manifest: Manifest, size: int, encoding: Encoding | None) -
     )
     settings = f"{out.rstrip('/')}/{SETTINGS}"
     try:
-        stands = _read_text(settings)
-        if stands is None:
+        existing = _read_text(settings)
+        if existing is None:
             _write_text(settings, wanted)
     except OSError as error:
         raise UserError(f"the shards cannot be written to {out}: {error.strerror or error}") from error
-    if stands is not None and stands != wanted:
+    if existing is not None and existing != wanted:
         raise UserError(
-            f"{out} holds shards of other videos, or made with other options ({stands}), expected {wanted}. Choose "
+            f"{out} holds shards of other videos, or made with other options ({existing}), expected {wanted}. Choose "
             "another folder with --out"
         )
 
@@ -231,13 +236,13 @@ def _finished(out: str, task: _Task) -> list[Row] | None:
     return None if text is None else [Row(**row) for row in json.loads(text)]
 
 
-class _Target:
+class _AtomicFile:
     """Context manager that writes a file atomically: the file appears complete, or not at all."""
 
     def __init__(self, path: str) -> None:
         self.path = path
 
-    def __enter__(self) -> _Target:
+    def __enter__(self) -> _AtomicFile:
         if is_url(self.path):
             filesystem, inner = filesystem_of(self.path)
             # Object stores make a file visible only when it is closed.
@@ -261,18 +266,18 @@ class _Target:
 
 
 def _write_text(path: str, text: str) -> None:
-    with _Target(path) as target:
+    with _AtomicFile(path) as target:
         target.file.write(text.encode())
 
 
 def _read_text(path: str) -> str | None:
     try:
-        return bytes(read_bytes(path)).decode() if _there(path) else None
+        return bytes(read_bytes(path)).decode() if _exists(path) else None
     except DecodeError as error:
         raise UserError(f"{error}. Remove this file, and start the command again") from error
 
 
-def _there(path: str) -> bool:
+def _exists(path: str) -> bool:
     if is_url(path):
         filesystem, inner = filesystem_of(path)
         return bool(filesystem.exists(inner))

@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 
 from mvd_scale.data.decode import decode_frames
 from mvd_scale.data.manifest import IMAGE_CODECS, Manifest, Row
-from mvd_scale.data.processes import follow_parent
+from mvd_scale.data.processes import exit_with_parent
 from mvd_scale.data.sampling import Box, ClipPlan, Sampler, Share
-from mvd_scale.data.storage import DecodeError, read_bytes, within
+from mvd_scale.data.storage import DecodeError, read_bytes, run_with_timeout
 
-ATTEMPTS = 8
+MAX_ATTEMPTS = 8
 """Videos that are tried for one clip: the video of the clip, then substitutes."""
 
 GIVEN_UP = -1
@@ -38,10 +38,10 @@ GRACE_SECONDS = 20.0
 Arrays = dict[str, NDArray[Any]]
 """Arrays of one sample, by the names of `FIELDS`."""
 
-Backend = Literal["cpu", "mixed"]
+DaliDevice = Literal["cpu", "mixed"]
 """Device on which DALI decodes: the CPU, or NVDEC of a GPU ("mixed" in DALI's terms)."""
 
-DALI_CODECS: dict[Backend, frozenset[str]] = {
+DALI_CODECS: dict[DaliDevice, frozenset[str]] = {
     "cpu": frozenset({"vp8", "vp9", "mjpeg"}),
     "mixed": frozenset({"h264", "hevc", "vp8", "vp9", "av1", "mpeg4"}),
 }
@@ -54,7 +54,7 @@ DALI_PIXEL_FORMATS = frozenset({"yuv420p", "yuvj420p"})
 class Decoder(IntEnum):
     """Implementation that decodes a clip: PyAV or DALI."""
 
-    HOST = 0
+    PYAV = 0
     """PyAV, in a worker process."""
 
     DALI_VIDEO = 1
@@ -64,7 +64,7 @@ class Decoder(IntEnum):
     """DALI's image decoder, in the graph."""
 
 
-class Media(NamedTuple):
+class DecoderInput(NamedTuple):
     """Input of the graph for one clip: encoded bytes for DALI, or decoded frames cropped to a box."""
 
     decoder: Decoder
@@ -124,14 +124,21 @@ class VideoSource(ABC):
     """
 
     def __init__(
-        self, manifest: Manifest, *, first: int, end: int, backend: Backend, by_host: frozenset[int], timeout: float
+        self,
+        manifest: Manifest,
+        *,
+        first: int,
+        end: int,
+        dali_device: DaliDevice,
+        by_host: frozenset[int],
+        timeout: float,
     ) -> None:
-        self.videos = Videos(manifest)
-        self.decoders = decoders_of(manifest, backend)
+        self.videos = VideoTable(manifest)
+        self.decoders = decode_backends(manifest, dali_device)
         self.turned = bool((manifest.rotation[manifest.usable] % 180).any())
         self.first = first
         self.end = end
-        self.backend: Backend = backend
+        self.dali_device: DaliDevice = dali_device
         self.by_host = by_host
         self.timeout = timeout
 
@@ -139,9 +146,9 @@ class VideoSource(ABC):
         self.__dict__.update(state)
         if parent_process() is not None:
             # This process is a worker. DALI's workers wait on shared memory and would outlive a parent that was killed.
-            follow_parent()
+            exit_with_parent()
             # SIGTERM reaches the workers as well as their rank, which needs batches until it has saved a checkpoint.
-            signal.signal(signal.SIGTERM, _exit_later)
+            signal.signal(signal.SIGTERM, _exit_after_grace_period)
 
     def __call__(self, sample: Any) -> tuple[NDArray[Any], ...]:
         """Arrays of one sample, in the order of `fields`, for a `nvidia.dali.types.SampleInfo`.
@@ -165,11 +172,11 @@ class VideoSource(ABC):
             used.add("frames")
         if self.turned:
             used.add("transpose")
-        return [field for name, field in FIELDS.items() if name in used | self.uses]
+        return [field for name, field in FIELDS.items() if name in used | self.extra_fields]
 
     @property
     @abstractmethod
-    def uses(self) -> set[str]:
+    def extra_fields(self) -> set[str]:
         """Names of the fields that the graph of this source needs in addition to those of decoding."""
 
     @abstractmethod
@@ -177,14 +184,14 @@ class VideoSource(ABC):
         """Arrays of sample `n`, by the names of `FIELDS`."""
 
     @abstractmethod
-    def to_dali(self, n: int) -> tuple[NDArray[np.uint8], NDArray[np.int64], Row] | None:
+    def dali_input(self, n: int) -> tuple[NDArray[np.uint8], NDArray[np.int64], Row] | None:
         """Encoded bytes, frame numbers and video of sample `n` if DALI decodes it, else None.
 
         Returns:
             uint8 (bytes,), int64 (T,), and the row of the video.
         """
 
-    def prepare(self, row: int, frames: NDArray[np.int64], box: Box | None, *, by_host: bool) -> Media:
+    def prepare(self, row: int, frames: NDArray[np.int64], box: Box | None, *, by_host: bool) -> DecoderInput:
         """Read the bytes of a video for DALI, or decode its frames by PyAV and crop them to a box.
 
         Args:
@@ -197,9 +204,11 @@ class VideoSource(ABC):
             DecodeError: the video cannot be read or decoded, or its frames are not of the size in the manifest.
         """
         video = self.videos[row]
-        return within(self.timeout, video.path, _prepare, video, frames, box, self.backend, by_host)
+        return run_with_timeout(self.timeout, video.path, _prepare, video, frames, box, self.dali_device, by_host)
 
-    def decoding(self, media: Media, frames: NDArray[np.int64], row: int, failures: list[dict[str, object]]) -> Arrays:
+    def decoding(
+        self, media: DecoderInput, frames: NDArray[np.int64], row: int, failures: list[dict[str, object]]
+    ) -> Arrays:
         """Arrays of the fields that all sources share: the input of the decoders, and row, label and failures.
 
         Args:
@@ -208,7 +217,7 @@ class VideoSource(ABC):
             row: row of the manifest, or `GIVEN_UP`.
             failures: a record for each video that failed to decode for this sample.
         """
-        host = media.decoder is Decoder.HOST
+        host = media.decoder is Decoder.PYAV
         return {
             "decoder": np.array(media.decoder, dtype=np.int32),
             "encoded": np.zeros(1, np.uint8) if host else media.data,
@@ -237,7 +246,7 @@ class ClipSource(VideoSource):
         self.share = share
 
     @property
-    def uses(self) -> set[str]:
+    def extra_fields(self) -> set[str]:
         augment = self.sampler.data.augment
         used = {"anchor", "shape", "mirror", "visible", "masked"}
         if augment.rand_augment is not None or augment.color_jitter is not None:
@@ -249,33 +258,33 @@ class ClipSource(VideoSource):
     def sample(self, n: int) -> Arrays:
         position = self.share.position(n)
         failures: list[dict[str, object]] = []
-        for attempt in range(ATTEMPTS):
+        for attempt in range(MAX_ATTEMPTS):
             plan = self.sampler.plan(*self.share.locate(position), attempt)
             try:
                 return self._arrays(plan, self._media(plan, position), plan.row, failures)
             except DecodeError as error:
                 failures.append(self.videos.failure(plan.row, error))
         black = np.zeros((len(plan.frames), *self.videos[plan.row].coded_size, 3), dtype=np.uint8)
-        return self._arrays(plan, Media(Decoder.HOST, black), GIVEN_UP, failures)
+        return self._arrays(plan, DecoderInput(Decoder.PYAV, black), GIVEN_UP, failures)
 
-    def to_dali(self, n: int) -> tuple[NDArray[np.uint8], NDArray[np.int64], Row] | None:
+    def dali_input(self, n: int) -> tuple[NDArray[np.uint8], NDArray[np.int64], Row] | None:
         position = self.share.position(n)
-        for attempt in range(ATTEMPTS):
+        for attempt in range(MAX_ATTEMPTS):
             plan = self.sampler.plan(*self.share.locate(position), attempt)
             try:
                 media = self._media(plan, position)
             except DecodeError:
                 continue  # this video never reached DALI: the worker continued with the next substitute
-            return (media.data, plan.frames, self.videos[plan.row]) if media.decoder is not Decoder.HOST else None
+            return (media.data, plan.frames, self.videos[plan.row]) if media.decoder is not Decoder.PYAV else None
         return None
 
-    def _media(self, plan: ClipPlan, position: int) -> Media:
+    def _media(self, plan: ClipPlan, position: int) -> DecoderInput:
         # Frames decoded by PyAV are cropped to the smallest box that contains the crops of all copies: copying whole
         # frames through shared memory would take longer.
         box = _hull([coded_box(copy.crop, self.videos[plan.row]) for copy in plan.copies])
         return self.prepare(plan.row, plan.frames, box, by_host=position in self.by_host)
 
-    def _arrays(self, plan: ClipPlan, media: Media, row: int, failures: list[dict[str, object]]) -> Arrays:
+    def _arrays(self, plan: ClipPlan, media: DecoderInput, row: int, failures: list[dict[str, object]]) -> Arrays:
         video, copies = self.videos[plan.row], plan.copies
         boxes = np.array([coded_box(copy.crop, video) for copy in copies], dtype=np.int32)
         augments = [copy.augment for copy in copies]
@@ -283,7 +292,7 @@ class ClipSource(VideoSource):
             "transpose": np.array(video.rotation % 180 != 0, dtype=np.int32),
             "anchor": boxes[:, :2] - np.array([media.top, media.left], dtype=np.int32),
             "shape": boxes[:, 2:],
-            "mirror": np.array([mirrors(copy.flip, video) for copy in copies], dtype=np.int32),
+            "mirror": np.array([flip_axes(copy.flip, video) for copy in copies], dtype=np.int32),
             "visible": np.stack([copy.visible for copy in copies]),
             "masked": np.stack([copy.masked for copy in copies]),
             "operations": np.stack([augment.operations for augment in augments]),
@@ -293,7 +302,7 @@ class ClipSource(VideoSource):
         }
 
 
-class Videos:
+class VideoTable:
     """Properties of the videos that decoding needs, in compact arrays that are cheap to pickle for many processes."""
 
     def __init__(self, manifest: Manifest) -> None:
@@ -338,7 +347,7 @@ def coded_box(box: Box, video: Row) -> Box:
     return box
 
 
-def mirrors(flip: bool, video: Row) -> tuple[bool, bool]:
+def flip_axes(flip: bool, video: Row) -> tuple[bool, bool]:
     """Whether to mirror a frame left-right and up-down, after transposing it, to get the displayed frame, flipped.
 
     Rotations by 90 and 270 degrees are a transposition followed by one mirroring, by 180 degrees both mirrorings.
@@ -346,27 +355,29 @@ def mirrors(flip: bool, video: Row) -> tuple[bool, bool]:
     return flip ^ (video.rotation in (180, 270)), video.rotation in (90, 180)
 
 
-def decoder_of(codec: str, pixel_format: str, backend: Backend) -> Decoder:
+def decode_backend(codec: str, pixel_format: str, dali_device: DaliDevice) -> Decoder:
     """Implementation that decodes a video. It follows from codec and pixel format only, so that pixels do so too."""
     if codec in IMAGE_CODECS:
         return Decoder.DALI_IMAGE
-    if codec in DALI_CODECS[backend] and pixel_format in DALI_PIXEL_FORMATS:
+    if codec in DALI_CODECS[dali_device] and pixel_format in DALI_PIXEL_FORMATS:
         return Decoder.DALI_VIDEO
-    return Decoder.HOST
+    return Decoder.PYAV
 
 
-def decoders_of(manifest: Manifest, backend: Backend) -> list[Decoder]:
+def decode_backends(manifest: Manifest, dali_device: DaliDevice) -> list[Decoder]:
     """Implementations that the usable videos need: by their codecs, and PyAV for videos that DALI fails to decode."""
     kinds = {(manifest.codec[row], manifest.pixel_format[row]) for row in manifest.usable}
-    return sorted({decoder_of(*kind, backend) for kind in kinds} | {Decoder.HOST})
+    return sorted({decode_backend(*kind, dali_device) for kind in kinds} | {Decoder.PYAV})
 
 
-def _prepare(video: Row, frames: NDArray[np.int64], box: Box | None, backend: Backend, by_host: bool) -> Media:
-    decoder = Decoder.HOST if by_host else decoder_of(video.codec, video.pixel_format, backend)
-    if decoder is not Decoder.HOST:
-        return Media(decoder, read_bytes(video.path, video.offset, video.size))
+def _prepare(
+    video: Row, frames: NDArray[np.int64], box: Box | None, dali_device: DaliDevice, by_host: bool
+) -> DecoderInput:
+    decoder = Decoder.PYAV if by_host else decode_backend(video.codec, video.pixel_format, dali_device)
+    if decoder is not Decoder.PYAV:
+        return DecoderInput(decoder, read_bytes(video.path, video.offset, video.size))
     top, left = box[:2] if box is not None else (0, 0)
-    return Media(decoder, decode_frames(video, frames, box), top, left)
+    return DecoderInput(decoder, decode_frames(video, frames, box), top, left)
 
 
 def _stack_noise(noises: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
@@ -385,7 +396,7 @@ def _hull(boxes: list[Box]) -> Box:
     return top, left, bottom - top, right - left
 
 
-def _exit_later(number: int, frame: object) -> None:
+def _exit_after_grace_period(number: int, frame: object) -> None:
     """Handle a signal: exit after `GRACE_SECONDS` with the exit code of that signal."""
     timer = threading.Timer(GRACE_SECONDS, os._exit, (128 + number,))
     timer.daemon = True

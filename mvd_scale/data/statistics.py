@@ -59,7 +59,7 @@ class Statistics:
     """Reason, number of videos and name of one of them, for the videos that cannot be used; most frequent first."""
 
     @classmethod
-    def of(cls, manifest: Manifest) -> Statistics:
+    def from_manifest(cls, manifest: Manifest) -> Statistics:
         """Compute the statistics of a manifest."""
         rows = manifest.usable
         labels = manifest.label[rows]

@@ -87,7 +87,7 @@ def read_bytes(path: str, offset: int = WHOLE_FILE, size: int = 0) -> NDArray[np
     return np.frombuffer(data, dtype=np.uint8)
 
 
-def within(seconds: float, path: str, work: Callable[..., T], *arguments: Any) -> T:
+def run_with_timeout(seconds: float, path: str, work: Callable[..., T], *arguments: Any) -> T:
     """Call `work(*arguments)` with a time limit in seconds; return its result, or raise its exception.
 
     The call runs in a thread of its own. A read from a dead network mount cannot be interrupted: after the time limit,

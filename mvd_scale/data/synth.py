@@ -44,7 +44,7 @@ _QUALITY = "10"
 """Constant rate factor of H.264: so low that compression artefacts do not show the motion in a single frame."""
 
 
-def make_synthetic(kind: Kind, out: Path, *, train: int, test: int, seed: int = 0) -> Path:
+def write_synthetic_videos(kind: Kind, out: Path, *, train: int, test: int, seed: int = 0) -> Path:
     """Write `out/train/CLASS/*.mp4` and `out/test/CLASS/*.mp4`, and return `out`; existing files are kept.
 
     Args:

@@ -18,9 +18,9 @@ from mvd_scale.config.data import DataConfig, ViewsConfig
 from mvd_scale.config.model import ModelConfig
 from mvd_scale.data.loader import Failure
 from mvd_scale.data.manifest import Manifest, Row
-from mvd_scale.data.probe import probe
+from mvd_scale.data.probe import probe_video
 from mvd_scale.data.sampling import Box
-from mvd_scale.data.source import Decoder, Media
+from mvd_scale.data.source import Decoder, DecoderInput
 from mvd_scale.data.storage import DecodeError, absolute
 from mvd_scale.data.view_loader import ViewLoader, ViewShape, ViewSource, view_items
 from mvd_scale.distributed.data_rank import DataRank
@@ -34,7 +34,7 @@ def views_of_file(path: str, views: ViewsConfig, model: ModelConfig, device: tor
     Raises:
         DecodeError: the file is missing, or cannot be decoded.
     """
-    video = probe(Row(name=path, path=absolute(path)), timeout=_DATA.read_timeout)
+    video = probe_video(Row(name=path, path=absolute(path)), timeout=_DATA.read_timeout)
     if video.left_out is not None:
         raise DecodeError(path, video.left_out)
     return _cut(_OneVideo, video, views, model, device)
@@ -54,14 +54,14 @@ class _FramesSource(ViewSource):
         super().__init__(*arguments, **others)
         self.pictures = pictures
 
-    def prepare(self, row: int, frames: NDArray[np.int64], box: Box | None, *, by_host: bool) -> Media:
-        return Media(Decoder.HOST, self.pictures[frames])
+    def prepare(self, row: int, frames: NDArray[np.int64], box: Box | None, *, by_host: bool) -> DecoderInput:
+        return DecoderInput(Decoder.PYAV, self.pictures[frames])
 
 
 class _OneVideo(ViewLoader):
     """View loader that raises an error for a video that cannot be decoded, instead of logging it."""
 
-    def _tell(self, failure: Failure) -> None:
+    def _report_failure(self, failure: Failure) -> None:
         raise DecodeError(failure["path"], failure["error"])
 
 
@@ -74,13 +74,15 @@ class _FramesLoader(_OneVideo):
         super().__init__(*arguments, **others)
 
     def _source(self) -> _FramesSource:
-        return _FramesSource(self._pictures, self._manifest, self.items, self._views, self._shape, **self._reading)
+        return _FramesSource(
+            self._pictures, self._manifest, self.items, self._views, self._shape, **self._source_options
+        )
 
 
 def _cut(
     load: Callable[..., ViewLoader], video: Row, views: ViewsConfig, model: ModelConfig, device: torch.device
 ) -> Tensor:
-    manifest = Manifest.of([video])
+    manifest = Manifest.from_rows([video])
     items = view_items(manifest, views, frames=model.frames)
     with load(manifest, _DATA, views, items, shape=ViewShape.of(model), batch=1, rank=DataRank(device)) as loader:
         return next(loader).pixels[0].flatten(0, 1)

@@ -29,9 +29,9 @@ from mvd_scale.data.geometry import Resampling, Sample, upright
 from mvd_scale.data.loader import Failure, Feed, Outputs, as_tensor
 from mvd_scale.data.manifest import Manifest, Row
 from mvd_scale.data.pipeline import build_pipeline
-from mvd_scale.data.source import Arrays, Decoder, Media, VideoSource, mirrors
+from mvd_scale.data.source import Arrays, Decoder, DecoderInput, VideoSource, flip_axes
 from mvd_scale.data.storage import DecodeError
-from mvd_scale.data.views import clips_of, crop_corners, resized_size
+from mvd_scale.data.views import crop_corners, resized_size, view_frame_indices
 from mvd_scale.distributed.data_rank import DataRank
 
 _AS_OPENCV = Resampling("bilinear", antialias=False)
@@ -54,7 +54,7 @@ def view_items(manifest: Manifest, views: ViewsConfig, *, frames: int) -> NDArra
     """
     if views.sampling != "sliding":
         return np.stack([manifest.usable, np.zeros_like(manifest.usable)], axis=1)
-    counts = [len(clips_of(views, int(manifest.frames[row]), frames=frames)) for row in manifest.usable]
+    counts = [len(view_frame_indices(views, int(manifest.frames[row]), frames=frames)) for row in manifest.usable]
     items = [(row, k) for row, n in zip(manifest.usable, counts, strict=True) for k in range(0, n, views.clips)]
     return np.array(items, dtype=np.int64).reshape(-1, 2)
 
@@ -89,7 +89,7 @@ class ViewSource(VideoSource):
         self.side = shape.side
 
     @property
-    def uses(self) -> set[str]:
+    def extra_fields(self) -> set[str]:
         return {"anchor", "size", "mirror", "inverse"}
 
     def sample(self, n: int) -> Arrays:
@@ -103,7 +103,7 @@ class ViewSource(VideoSource):
             return self._arrays(video, order, None, row, [self.videos.failure(row, error)])
         return self._arrays(video, order, media, row, [])
 
-    def to_dali(self, n: int) -> tuple[NDArray[np.uint8], NDArray[np.int64], Row] | None:
+    def dali_input(self, n: int) -> tuple[NDArray[np.uint8], NDArray[np.int64], Row] | None:
         if n >= len(self.items):
             return None
         row = int(self.items[n, 0])
@@ -111,28 +111,28 @@ class ViewSource(VideoSource):
             media = self._media(row, n)
         except DecodeError:
             return None
-        return (media.data, np.sort(self._frames(n)), self.videos[row]) if media.decoder is not Decoder.HOST else None
+        return (media.data, np.sort(self._frames(n)), self.videos[row]) if media.decoder is not Decoder.PYAV else None
 
     def _frames(self, n: int) -> NDArray[np.int64]:
         """Frame numbers of all clips of an item, one clip after the other: int64 (K T,)."""
         row, first = self.items[n]
-        clips = clips_of(self.views, int(self.frames[row]), frames=self.length)
+        clips = view_frame_indices(self.views, int(self.frames[row]), frames=self.length)
         # The last group of sliding clips of a video may be incomplete: its last clip is repeated.
         return clips[np.minimum(first + np.arange(self.views.clips), len(clips) - 1)].ravel()
 
-    def _media(self, row: int, n: int) -> Media:
+    def _media(self, row: int, n: int) -> DecoderInput:
         return self.prepare(row, np.sort(self._frames(n)), None, by_host=n in self.by_host)
 
     def _arrays(
         self,
         video: Row,
         frames: NDArray[np.int64],
-        media: Media | None,
+        media: DecoderInput | None,
         row: int,
         failures: list[dict[str, object]],
     ) -> Arrays:
         if media is None:
-            media = Media(Decoder.HOST, np.zeros((len(frames), *video.coded_size, 3), np.uint8))
+            media = DecoderInput(Decoder.PYAV, np.zeros((len(frames), *video.coded_size, 3), np.uint8))
         height, width = resized_size(video.height, video.width, side=self.side)
         corners = crop_corners(height, width, side=self.side, crops=self.views.crops)
         views = product(range(self.views.clips), corners)
@@ -140,7 +140,7 @@ class ViewSource(VideoSource):
         order = np.argsort(frames, kind="stable")
         return self.decoding(media, frames[order], row, failures) | {
             "transpose": np.array(video.rotation % 180 != 0, dtype=np.int32),
-            "mirror": np.array([mirrors(False, video)], dtype=np.int32),
+            "mirror": np.array([flip_axes(False, video)], dtype=np.int32),
             "size": np.array((width, height) if video.rotation % 180 else (height, width), dtype=np.float32),
             "anchor": np.array([(clip * self.length, *corner) for clip, corner in views], dtype=np.int32),
             "inverse": np.argsort(order, kind="stable").astype(np.int32),
@@ -166,7 +166,7 @@ class ItemLoader(Feed, Generic[Batch]):
         report: file to append a JSON line to for each video that could not be decoded.
     """
 
-    _remedy = ""
+    _failure_suffix = ""
 
     def __init__(
         self,
@@ -194,12 +194,12 @@ class ItemLoader(Feed, Generic[Batch]):
         first = self.step
         outputs = self.run()
         # Samples that pad the last batch come last.
-        kept = (self.rows != _PADDING).nonzero().squeeze(1)
-        decoded = ~torch.tensor(self._failed)[kept]
-        return self._collect(outputs, kept, self.items[first : first + len(kept)], decoded)
+        valid = (self.rows != _PADDING).nonzero().squeeze(1)
+        decoded = ~torch.tensor(self._failed)[valid]
+        return self._collect(outputs, valid, self.items[first : first + len(valid)], decoded)
 
     @abstractmethod
-    def _collect(self, outputs: Outputs, kept: Tensor, items: NDArray[np.int64], decoded: Tensor) -> Batch:
+    def _collect(self, outputs: Outputs, valid: Tensor, items: NDArray[np.int64], decoded: Tensor) -> Batch:
         """Build a batch from the outputs of the graph.
 
         Args:
@@ -217,24 +217,24 @@ class ItemLoader(Feed, Generic[Batch]):
             turned: whether some videos are rotated by 90 or 270 degrees.
         """
 
-    def _account(self, rows: list[int], failures: list[list[Failure]]) -> None:
+    def _count_failures(self, rows: list[int], failures: list[list[Failure]]) -> None:
         self.clips += len(rows) - rows.count(_PADDING)
         self._failed = [bool(failed) for failed in failures]
         self.substituted += sum(self._failed)
         for failed in failures:
             for failure in failed:
-                self._tell(failure)
+                self._report_failure(failure)
 
     def _key(self, n: int) -> int:
         return n
 
     @property
-    def _reading(self) -> dict[str, Any]:
+    def _source_options(self) -> dict[str, Any]:
         """Arguments that the loader passes to every sample source."""
         return {
             "first": self._next,
             "end": self._end,
-            "backend": self._backend,
+            "backend": self._dali_device,
             "by_host": self._by_host,
             "timeout": self._data.read_timeout,
         }
@@ -285,18 +285,18 @@ class ViewLoader(ItemLoader[ViewBatch]):
             manifest, data, items, frames=views.clips * shape.frames, batch=batch, rank=rank, report=report
         )
 
-    def _collect(self, outputs: Outputs, kept: Tensor, items: NDArray[np.int64], decoded: Tensor) -> ViewBatch:
+    def _collect(self, outputs: Outputs, valid: Tensor, items: NDArray[np.int64], decoded: Tensor) -> ViewBatch:
         (views,) = outputs
         return ViewBatch(
-            pixels=as_tensor(views)[: len(kept)].unflatten(1, (self._views.clips, self._views.crops)),
-            labels=self.labels[kept].to(self._device, non_blocking=True),
-            video_ids=self.rows[kept],
+            pixels=as_tensor(views)[: len(valid)].unflatten(1, (self._views.clips, self._views.crops)),
+            labels=self.labels[valid].to(self._device, non_blocking=True),
+            video_ids=self.rows[valid],
             first_clips=torch.from_numpy(items[:, 1]),
             decoded=decoded,
         )
 
     def _source(self) -> ViewSource:
-        return ViewSource(self._manifest, self.items, self._views, self._shape, **self._reading)
+        return ViewSource(self._manifest, self.items, self._views, self._shape, **self._source_options)
 
     def _body(self, turned: bool) -> Callable[[Sample, DataNode], tuple[DataNode, ...]]:
         length, side, on_gpu = self._shape.frames, self._shape.side, self._device_id is not None

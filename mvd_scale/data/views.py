@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from mvd_scale.config.data import ViewsConfig
 
 
-def clips_of(views: ViewsConfig, total: int, *, frames: int) -> NDArray[np.int64]:
+def view_frame_indices(views: ViewsConfig, total: int, *, frames: int) -> NDArray[np.int64]:
     """Frame numbers of all test clips of a video of `total` frames (F): int64 (clips, T)."""
     if views.sampling == "dense":
         return dense_views(total, frames=frames, stride=views.stride, views=views.clips)

@@ -21,7 +21,7 @@ from pathlib import Path
 from mvd_scale.detection.boxes import Boxes, KeyFrame
 from mvd_scale.errors import UserError
 
-ANY = 1 << 31
+ANY_NUMBER_OF_CLASSES = 1 << 31
 """Number of classes for files whose number of actions is unknown: accepts any action number."""
 
 _BLOCK = re.compile(r"\{([^{}]*)\}")
@@ -55,7 +55,7 @@ def read_results(path: Path, classes: int) -> Boxes:
     return _read(path, (8,), classes, scored=True)
 
 
-def read_people(path: Path, score: float) -> Boxes:
+def read_person_boxes(path: Path, score: float) -> Boxes:
     """Read the boxes of a person detector whose score is high enough.
 
     Args:

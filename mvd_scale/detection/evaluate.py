@@ -21,18 +21,18 @@ from mvd_scale.config.training import Precision
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.view_loader import ViewShape
 from mvd_scale.detection.annotations import (
-    ANY,
+    ANY_NUMBER_OF_CLASSES,
     read_actions,
     read_excluded,
     read_ground_truth,
     read_results,
     write_results,
 )
-from mvd_scale.detection.metrics import FrameScore, frame_score
-from mvd_scale.detection.testing import KeyFrameTest, Scored, Scorer, load_frames
+from mvd_scale.detection.metrics import FrameMap, compute_frame_map
+from mvd_scale.detection.testing import BoxScorer, DetectionTestData, ScoredKeyFrame, make_frame_loader
 from mvd_scale.detection.whole_frames import WholeFrameLoader
 from mvd_scale.errors import UserError
-from mvd_scale.evaluation.sharded import Shards
+from mvd_scale.evaluation.sharded import ResultShards
 from mvd_scale.models.precision import check_precision, dtype_of
 from mvd_scale.training.ranks import Ranks, first_decides
 from mvd_scale.training.run_folder import write_whole
@@ -55,7 +55,7 @@ class DetectionFigures:
     not_decoded: int
 
     @classmethod
-    def of(cls, score: FrameScore, key_frames: int, not_decoded: int) -> DetectionFigures:
+    def of(cls, score: FrameMap, key_frames: int, not_decoded: int) -> DetectionFigures:
         """Build from a score and the number of key frames, in all and not decoded."""
         return cls(score.mean, score.tested, key_frames, not_decoded)
 
@@ -70,7 +70,7 @@ class DetectionFigures:
         )
 
 
-def evaluate(
+def run_detection_evaluation(
     checkpoint: Path,
     data: DataConfig,
     test: DetectionTest,
@@ -100,7 +100,7 @@ def evaluate(
     read = read_checkpoint(checkpoint)
     detector = build_detector(read).eval().requires_grad_(False).to(ranks.device, dtype_of(precision))
     data = data.model_copy(update={"stride": (read.views or ViewsConfig()).stride})
-    shards = Shards(out, "scores", "parquet", _SHARD)
+    shards = ResultShards(out, "scores", "parquet", _SHARD)
     config, files = detector.config, (test.annotations, test.boxes, test.excluded)
 
     def prepare() -> None:
@@ -112,25 +112,27 @@ def evaluate(
         }  # fmt: skip
         shards.claim(settings)
         manifest = shards.open(data)
-        KeyFrameTest.open(test, manifest, config.classes, "the test")
+        DetectionTestData.open(test, manifest, config.classes, "the test")
         manifest.save(shards.manifest)
 
     first_decides(ranks, f"test {out}", prepare)
-    told = KeyFrameTest.open(test, Manifest.load(shards.manifest), config.classes, "the test")
-    score = Scorer(detector, config, read.model.patch_size)
+    told = DetectionTestData.open(test, Manifest.load(shards.manifest), config.classes, "the test")
+    score = BoxScorer(detector, config, read.model.patch_size)
 
     def load(items: NDArray[np.int64]) -> WholeFrameLoader:
         shape = ViewShape(read.model.frames, test.short_side)
-        return load_frames(told, items, data, shape, batch=batch, rank=ranks.data_rank, report=shards.quarantine)
+        return make_frame_loader(told, items, data, shape, batch=batch, rank=ranks.data_rank, report=shards.quarantine)
 
     rows = np.arange(len(told.key_frames))
-    parts = shards.fill(rows, ranks, load=load, results=lambda frames: score.frames(frames, told), write=_write)
+    parts = shards.write_missing(
+        rows, ranks, load=load, results=lambda frames: score.frames(frames, told), write=_write
+    )
 
     def finish() -> Mapping[str, Any]:
         scores, not_decoded = _read(parts, told, config.classes)
         found = told.found(scores)
         write_results(out / "results.csv", found)
-        judged = told.judge(found, per_frame)
+        judged = told.compute_map(found, per_frame)
         judged.write(out / "actions.csv")
         figures = vars(DetectionFigures.of(judged, len(told.key_frames), not_decoded))
         write_whole(out / "summary.json", json.dumps(figures, indent=2) + "\n")
@@ -141,16 +143,16 @@ def evaluate(
 
 def score_results(
     results: Path, annotations: Path, actions: Path, excluded: Path | None, per_frame: int | None
-) -> FrameScore:
+) -> FrameMap:
     """Compute the frame mAP of results in the official format, from any program.
 
     Raises:
         UserError: a file is invalid, or the files do not fit each other.
     """
-    return frame_score(
-        read_ground_truth(annotations, ANY),
-        read_results(results, ANY),
-        read_actions(actions, ANY),
+    return compute_frame_map(
+        read_ground_truth(annotations, ANY_NUMBER_OF_CLASSES),
+        read_results(results, ANY_NUMBER_OF_CLASSES),
+        read_actions(actions, ANY_NUMBER_OF_CLASSES),
         frozenset() if excluded is None else read_excluded(excluded),
         per_frame=per_frame,
     )
@@ -163,7 +165,7 @@ def _digest(file: Path) -> str:
         raise UserError(f"{file} cannot be read: {error.strerror}") from error
 
 
-def _write(file: Path, results: list[Scored]) -> None:
+def _write(file: Path, results: list[ScoredKeyFrame]) -> None:
     columns = {
         "key_frame": [result.row for result in results],
         "decoded": [result.decoded for result in results],
@@ -172,7 +174,7 @@ def _write(file: Path, results: list[Scored]) -> None:
     pq.write_table(pa.table(columns), file)
 
 
-def _read(files: list[Path], test: KeyFrameTest, classes: int) -> tuple[NDArray[np.float32], int]:
+def _read(files: list[Path], test: DetectionTestData, classes: int) -> tuple[NDArray[np.float32], int]:
     """Read the scores of all people, (X, C), and count the key frames that could not be decoded."""
     scores, not_decoded = np.full((len(test.people), classes), np.nan, np.float32), 0
     for file in files:

@@ -19,9 +19,9 @@ from mvd_scale.config import DataConfig, DetectionRecipe, ModelConfig
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.data.loader import BatchPlan, ClipLoader, Failure
 from mvd_scale.data.manifest import Manifest
-from mvd_scale.data.sampling import Sampler, random_of_boxes
+from mvd_scale.data.sampling import Sampler, box_generator
 from mvd_scale.detection.key_frames import KeyFrames, frames_around
-from mvd_scale.detection.people import People, has_area, jitter_boxes, place_boxes
+from mvd_scale.detection.people import PersonBoxes, has_area, jitter_boxes, transform_boxes
 from mvd_scale.distributed.data_rank import DataRank
 
 
@@ -67,7 +67,7 @@ class KeyFrameLoader(ClipLoader):
     def __init__(
         self,
         key_frames: KeyFrames,
-        people: People,
+        people: PersonBoxes,
         jitter: tuple[float, float, float, float],
         data: DataConfig,
         model: ModelConfig,
@@ -84,7 +84,7 @@ class KeyFrameLoader(ClipLoader):
     def for_training(
         cls,
         key_frames: KeyFrames,
-        people: People,
+        people: PersonBoxes,
         recipe: DetectionRecipe,
         rank: DataRank,
         steps: range,
@@ -109,8 +109,8 @@ class KeyFrameLoader(ClipLoader):
     def _make_sampler(self, manifest: Manifest, data: DataConfig, model: ModelConfig, seed: int) -> Sampler:
         return KeyFrameSampler(self._key_frames, data, model, seed)
 
-    def _account(self, rows: list[int], failures: list[list[Failure]]) -> None:
-        super()._account(rows, failures)
+    def _count_failures(self, rows: list[int], failures: list[list[Failure]]) -> None:
+        super()._count_failures(rows, failures)
         self._attempts = [len(failed) for failed in failures]
 
     def _video(self, row: int) -> str:
@@ -144,8 +144,8 @@ class KeyFrameLoader(ClipLoader):
         people = self._people.on(int(self._key_frames.numbers[plan.row]))
         corners, manifest = self._people.corners[people], self._manifest
         size, side = (int(manifest.height[plan.row]), int(manifest.width[plan.row])), self._model.input_size
-        placed = [place_boxes(corners, copy, size, side) for copy in plan.copies]
-        rng = random_of_boxes(self._sampler.seed, epoch, i, attempt)
+        placed = [transform_boxes(corners, copy, size, side) for copy in plan.copies]
+        rng = box_generator(self._sampler.seed, epoch, i, attempt)
         return [jitter_boxes(rng, boxes, self._jitter, side) for boxes in placed], self._people.actions[people]
 
     def _on_device(self, rows: NDArray[Any]) -> Tensor:

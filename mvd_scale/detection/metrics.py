@@ -40,7 +40,7 @@ class ActionScore:
 
 
 @dataclass(frozen=True)
-class FrameScore:
+class FrameMap:
     """Average precision of every action, and their mean."""
 
     actions: Mapping[int, ActionScore]
@@ -67,14 +67,14 @@ class FrameScore:
         os.replace(partial, path)
 
 
-def frame_score(
+def compute_frame_map(
     truth: Boxes,
     found: Boxes,
     actions: Mapping[int, str],
     excluded: Collection[KeyFrame] = frozenset(),
     *,
     per_frame: int | None = None,
-) -> FrameScore:
+) -> FrameMap:
     """Compute the average precision of each action.
 
     Args:
@@ -107,7 +107,7 @@ def frame_score(
         right = _right(truth.corners[wanted], truth.frame[wanted], found.corners[given][order], place[given][order])
         count = int(wanted.sum())
         scores[action] = ActionScore(name, count, len(order), average_precision(right, count))
-    return FrameScore(scores)
+    return FrameMap(scores)
 
 
 def average_precision(right: NDArray[np.bool_], truth: int) -> float:

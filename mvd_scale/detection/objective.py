@@ -16,7 +16,7 @@ from mvd_scale.data.batch import ClipBatch
 from mvd_scale.detection.loader import DetectionBatch
 
 
-class Detection:
+class DetectionLoss:
     """Binary cross entropy: mean over actions, sum over the people of a clip, mean over clips.
 
     The published code takes the sum over the people of a rank's batch instead, so its loss grows with that batch. AdamW

@@ -20,7 +20,7 @@ Corners = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class People:
+class PersonBoxes:
     """People of ground truth: one box per person, with all its actions."""
 
     frame: NDArray[np.int64]
@@ -33,7 +33,7 @@ class People:
     """Whether each person performs each action, (P, C); column c is action c + 1."""
 
     @classmethod
-    def of(cls, truth: Boxes, classes: int) -> People:
+    def of(cls, truth: Boxes, classes: int) -> PersonBoxes:
         """Group ground truth by person: lines with the same key frame and the same box are one person."""
         lines = np.column_stack([truth.frame, truth.corners])
         persons, person = np.unique(lines, axis=0, return_inverse=True)
@@ -47,7 +47,7 @@ class People:
         return slice(first, end)
 
 
-def place_boxes(corners: Corners, plan: CopyPlan, size: tuple[int, int], side: int) -> Corners:
+def transform_boxes(corners: Corners, plan: CopyPlan, size: tuple[int, int], side: int) -> Corners:
     """Transform boxes of a frame into a training clip of it; parts outside of the clip are cut off.
 
     Args:

@@ -24,20 +24,20 @@ from mvd_scale.config.detection import DetectionTest
 from mvd_scale.data.augment import IMAGENET_MEAN
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.view_loader import ViewShape
-from mvd_scale.detection.annotations import read_actions, read_excluded, read_ground_truth, read_people
+from mvd_scale.detection.annotations import read_actions, read_excluded, read_ground_truth, read_person_boxes
 from mvd_scale.detection.boxes import Boxes, KeyFrame
 from mvd_scale.detection.key_frames import KeyFrames, find_key_frames
-from mvd_scale.detection.metrics import FrameScore, frame_score
+from mvd_scale.detection.metrics import FrameMap, compute_frame_map
 from mvd_scale.detection.people import widen_boxes
 from mvd_scale.detection.whole_frames import FrameBatch, WholeFrameLoader
 from mvd_scale.distributed.data_rank import DataRank
 
-GREY = tuple(round(255 * level) for level in IMAGENET_MEAN)
+PADDING_COLOR = tuple(round(255 * level) for level in IMAGENET_MEAN)
 """Colour of the padding up to a multiple of the patch size: about 0 after normalisation."""
 
 
 @dataclass(frozen=True)
-class KeyFrameTest:
+class DetectionTestData:
     """Data of an evaluation: ground truth, and the boxes of people that are scored."""
 
     truth: Boxes
@@ -49,7 +49,7 @@ class KeyFrameTest:
     excluded: frozenset[KeyFrame]
 
     @classmethod
-    def open(cls, test: DetectionTest, videos: Manifest, classes: int, key: str) -> KeyFrameTest:
+    def open(cls, test: DetectionTest, videos: Manifest, classes: int, key: str) -> DetectionTestData:
         """Read the files of an evaluation.
 
         Args:
@@ -63,7 +63,7 @@ class KeyFrameTest:
         """
         excluded = frozenset() if test.excluded is None else read_excluded(test.excluded)
         truth = read_ground_truth(test.annotations, classes).without(excluded)
-        people = read_people(test.boxes, test.score).without(excluded)
+        people = read_person_boxes(test.boxes, test.score).without(excluded)
         people = people.take(np.argsort(people.frame, kind="stable"))
         key_frames = find_key_frames(people, videos, test.starts_at, key)
         return cls(truth, people, key_frames, read_actions(test.actions, classes), excluded)
@@ -94,23 +94,23 @@ class KeyFrameTest:
             product.ravel(),
         )
 
-    def judge(self, found: Boxes, per_frame: int | None = None) -> FrameScore:
+    def compute_map(self, found: Boxes, per_frame: int | None = None) -> FrameMap:
         """Compute the frame mAP; ground truth on key frames that were not scored counts as missed."""
-        return frame_score(self.truth, found, self.actions, self.excluded, per_frame=per_frame)
+        return compute_frame_map(self.truth, found, self.actions, self.excluded, per_frame=per_frame)
 
 
-class Scored(NamedTuple):
+class ScoredKeyFrame(NamedTuple):
     """Scores of one key frame."""
 
     row: int
-    """Row of the key frame in `KeyFrameTest.key_frames`."""
+    """Row of the key frame in `DetectionTestData.key_frames`."""
 
     decoded: bool
     scores: NDArray[np.float32]
     """Scores of its people, (P, C); nan if the video could not be decoded."""
 
 
-class Scorer:
+class BoxScorer:
     """Callable that scores people on whole frames with a detector, which may be frozen or in training."""
 
     def __init__(self, model: Callable[[Tensor, Tensor], Tensor], config: DetectorConfig, patch: int) -> None:
@@ -134,31 +134,31 @@ class Scorer:
         rows = np.column_stack([np.zeros(len(boxes)), boxes]).astype(np.float32)
         # Not compiled: frames differ in size, and torch.compile would compile a program for each size.
         with torch.compiler.set_stance("force_eager"):
-            scores = self.model(to_patches(clip, self.patch).unsqueeze(0), torch.from_numpy(rows).to(clip.device))
+            scores = self.model(pad_to_patches(clip, self.patch).unsqueeze(0), torch.from_numpy(rows).to(clip.device))
         return scores.float().sigmoid()
 
-    def frames(self, batch: FrameBatch, test: KeyFrameTest) -> Iterator[Scored]:
+    def frames(self, batch: FrameBatch, test: DetectionTestData) -> Iterator[ScoredKeyFrame]:
         """Score every key frame of a batch."""
         for clip, row, decoded in zip(batch.pixels, batch.rows, batch.decoded, strict=True):
             corners = test.people.corners[test.on(row)]
             # Clips that were not decoded are passed too: at ZeRO stage 3 all ranks must run the same number of passes.
             scores = self(clip, corners).cpu().numpy()
-            yield Scored(row, decoded, scores if decoded else np.full_like(scores, np.nan))
+            yield ScoredKeyFrame(row, decoded, scores if decoded else np.full_like(scores, np.nan))
 
 
-def to_patches(clip: Tensor, patch: int) -> Tensor:
+def pad_to_patches(clip: Tensor, patch: int) -> Tensor:
     """Pad a clip with grey on the right and at the bottom to multiples of the patch size: uint8 (T, H, W, 3)."""
     frames, height, width, _ = clip.shape
     rows, columns = -(-height // patch) * patch, -(-width // patch) * patch
     if (rows, columns) == (height, width):
         return clip
-    filled = clip.new_tensor(GREY).expand(frames, rows, columns, 3).clone()
+    filled = clip.new_tensor(PADDING_COLOR).expand(frames, rows, columns, 3).clone()
     filled[:, :height, :width] = clip
     return filled
 
 
-def load_frames(
-    test: KeyFrameTest,
+def make_frame_loader(
+    test: DetectionTestData,
     rows: NDArray[np.int64],
     data: DataConfig,
     shape: ViewShape,

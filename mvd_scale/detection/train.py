@@ -15,23 +15,23 @@ from torch import Tensor
 from mvd_scale.checkpoints.weights import save_weights
 from mvd_scale.config import DetectionRecipe
 from mvd_scale.config.data import DataConfig, ViewsConfig
-from mvd_scale.data.index import open_source
+from mvd_scale.data.index import load_source
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.view_loader import ViewShape
 from mvd_scale.detection.annotations import read_excluded, read_ground_truth
 from mvd_scale.detection.boxes import Boxes
 from mvd_scale.detection.key_frames import find_key_frames
 from mvd_scale.detection.loader import KeyFrameLoader
-from mvd_scale.detection.objective import Detection
-from mvd_scale.detection.people import People
-from mvd_scale.detection.testing import KeyFrameTest, Scorer, load_frames
+from mvd_scale.detection.objective import DetectionLoss
+from mvd_scale.detection.people import PersonBoxes
+from mvd_scale.detection.testing import BoxScorer, DetectionTestData, make_frame_loader
 from mvd_scale.models.detector import Detector
 from mvd_scale.training.ranks import Ranks, gather_rows
 from mvd_scale.training.run_folder import RunFolder
 from mvd_scale.training.task import Task, teach
 
 
-def train_detector(recipe: DetectionRecipe) -> None:
+def run_detection(recipe: DetectionRecipe) -> None:
     """Run a recipe of action detection; see `teach`."""
     teach(DetectingActions(recipe, RunFolder(recipe.run.folder)))
 
@@ -46,21 +46,21 @@ class DetectingActions(Task[DetectionRecipe]):
     def index(self) -> Manifest:
         """Index the videos, and see that all annotations fit them."""
         recipe = self.recipe
-        videos = open_source(recipe.data, self.folder.index)
+        videos = load_source(recipe.data, self.folder.index)
         find_key_frames(self._truth(), videos, recipe.key_frames.starts_at, "key_frames")
         if recipe.validation is not None:
             cache = self.folder.tested.parent
             cache.mkdir(exist_ok=True)
-            tested = open_source(DataConfig(source=recipe.validation.source, root=recipe.validation.root), cache)
+            tested = load_source(DataConfig(source=recipe.validation.source, root=recipe.validation.root), cache)
             tested.save(self.folder.tested)
-            KeyFrameTest.open(recipe.validation, tested, recipe.detector.classes, "validation")
+            DetectionTestData.open(recipe.validation, tested, recipe.detector.classes, "validation")
         return videos
 
     def read(self) -> Manifest:
         """A row for each key frame."""
         truth, videos = self._truth(), Manifest.load(self.folder.manifest)
         self.key_frames = find_key_frames(truth, videos, self.recipe.key_frames.starts_at, "key_frames")
-        self.people = People.of(truth, self.recipe.detector.classes)
+        self.people = PersonBoxes.of(truth, self.recipe.detector.classes)
         return self.key_frames.manifest
 
     def create_model(self) -> Detector:
@@ -79,9 +79,9 @@ class DetectingActions(Task[DetectionRecipe]):
             digest.update(column.tobytes())
         return {"videos": self.key_frames.manifest.digest, "people": digest.hexdigest()[:16]}
 
-    def objective(self) -> Detection:
+    def objective(self) -> DetectionLoss:
         """Return the binary cross entropy over actions."""
-        return Detection()
+        return DetectionLoss()
 
     def load(self, ranks: Ranks, steps: range) -> KeyFrameLoader:
         """Clips around the key frames."""
@@ -93,32 +93,34 @@ class DetectingActions(Task[DetectionRecipe]):
         """Return a function that computes the frame mAP of a model; each key frame is scored by one rank."""
         recipe, validation = self.recipe, self.recipe.validation
         assert validation is not None
-        test = KeyFrameTest.open(validation, Manifest.load(self.folder.tested), recipe.detector.classes, "validation")
+        test = DetectionTestData.open(
+            validation, Manifest.load(self.folder.tested), recipe.detector.classes, "validation"
+        )
         mine = np.arange(len(test.key_frames))[ranks.rank :: ranks.world_size]
         data = recipe.data.model_copy(update={"workers": 0})
 
         def frame_map(model: Any) -> float:
-            score = Scorer(model, recipe.detector, recipe.model.patch_size)
+            score = BoxScorer(model, recipe.detector, recipe.model.patch_size)
             places, scores = [np.zeros(0, np.int64)], [np.zeros((0, recipe.detector.classes), np.float32)]
             shape = ViewShape(recipe.model.frames, validation.short_side)
-            loader = load_frames(test, mine, data, shape, batch=validation.batch, rank=ranks.data_rank)
+            loader = make_frame_loader(test, mine, data, shape, batch=validation.batch, rank=ranks.data_rank)
             with loader:
                 for frame in (frame for batch in loader for frame in score.frames(batch, test)):
                     places.append(np.arange(len(test.people))[test.on(frame.row)])
                     scores.append(frame.scores)
             if len(mine) < math.ceil(len(test.key_frames) / ranks.world_size):
-                self._pass_along(score, ranks)
+                self._dummy_forward(score, ranks)
             gathered = [
                 gather_rows(torch.from_numpy(np.concatenate(part)).to(ranks.device), ranks).cpu().numpy()
                 for part in (places, scores)
             ]
             whole = np.full((len(test.people), recipe.detector.classes), np.nan, np.float32)
             whole[gathered[0]] = gathered[1]
-            return test.judge(test.found(whole)).mean
+            return test.compute_map(test.found(whole)).mean
 
         return frame_map
 
-    def _pass_along(self, score: Scorer, ranks: Ranks) -> None:
+    def _dummy_forward(self, score: BoxScorer, ranks: Ranks) -> None:
         """Run a forward pass whose result is not used: at ZeRO stage 3 all ranks must run the same number of passes."""
         side = self.recipe.model.input_size
         clip = torch.zeros(self.recipe.model.frames, side, side, 3, dtype=torch.uint8, device=ranks.device)

@@ -46,7 +46,7 @@ class WholeFrameSource(ViewSource):
         self.centres = key_frames.centres
 
     @property
-    def uses(self) -> set[str]:
+    def extra_fields(self) -> set[str]:
         return {"size", "mirror"}
 
     def _frames(self, n: int) -> NDArray[np.int64]:
@@ -90,7 +90,7 @@ class WholeFrameLoader(ItemLoader[FrameBatch]):
         return self._manifest.name[row]
 
     def _source(self) -> WholeFrameSource:
-        return WholeFrameSource(self._key_frames, self.items, self._views, shape=self._shape, **self._reading)
+        return WholeFrameSource(self._key_frames, self.items, self._views, shape=self._shape, **self._source_options)
 
     def _body(self, turned: bool) -> Callable[[Sample, DataNode], tuple[DataNode, ...]]:
         on_gpu = self._device_id is not None
@@ -100,6 +100,6 @@ class WholeFrameLoader(ItemLoader[FrameBatch]):
 
         return body
 
-    def _collect(self, outputs: Outputs, kept: Tensor, items: NDArray[np.int64], decoded: Tensor) -> FrameBatch:
+    def _collect(self, outputs: Outputs, valid: Tensor, items: NDArray[np.int64], decoded: Tensor) -> FrameBatch:
         clips = outputs[0]
-        return FrameBatch([from_dlpack(clips[k]) for k in kept.tolist()], items[:, 0].tolist(), decoded.tolist())
+        return FrameBatch([from_dlpack(clips[k]) for k in valid.tolist()], items[:, 0].tolist(), decoded.tolist())

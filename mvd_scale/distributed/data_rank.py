@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mvd_scale.config.launcher import ranks_on_this_host
+from mvd_scale.config.launcher import local_world_size
 
 
 @dataclass(frozen=True)
@@ -28,4 +28,4 @@ class DataRank:
         """Number of CPUs for data workers and threads."""
         if self.cpus is not None:
             return self.cpus
-        return len(os.sched_getaffinity(0)) // ranks_on_this_host(self.world_size)
+        return len(os.sched_getaffinity(0)) // local_world_size(self.world_size)

@@ -23,8 +23,8 @@ from mvd_scale.data.manifest import Manifest
 from mvd_scale.errors import UserError
 from mvd_scale.evaluation.labels import check_labels
 from mvd_scale.evaluation.metrics import Outcome
-from mvd_scale.evaluation.scorer import Scorer, views_of
-from mvd_scale.evaluation.sharded import Shards, failures
+from mvd_scale.evaluation.scorer import ClipScorer, views_from_checkpoint
+from mvd_scale.evaluation.sharded import ResultShards, failures
 from mvd_scale.evaluation.tested import Origin, Tested, as_lists
 from mvd_scale.training.ranks import Ranks, first_decides
 
@@ -62,11 +62,11 @@ def evaluate(
         UserError: weights, videos or labels do not fit each other, or `out` holds another evaluation.
     """
     read = read_checkpoint(checkpoint)
-    score = Scorer(build_classifier(read), ranks.device, precision)
+    score = ClipScorer(build_classifier(read), ranks.device, precision)
     classes = read.classes
     assert classes is not None
-    chosen = views_of(read, views)
-    shards = Shards(out, "scores", "parquet", _SHARD)
+    chosen = views_from_checkpoint(read, views)
+    shards = ResultShards(out, "scores", "parquet", _SHARD)
     settings: dict[str, Any] = {
         "checkpoint": str(checkpoint), "source": data.source, "root": data.root, "views": chosen.model_dump(),
         "precision": precision,
@@ -81,7 +81,7 @@ def evaluate(
 
     first_decides(ranks, f"test {out}", prepare)
     manifest = Manifest.load(shards.manifest)
-    files = shards.fill_views(
+    files = shards.write_missing_views(
         manifest,
         data,
         chosen,
@@ -107,7 +107,7 @@ def _words(views: ViewsConfig) -> tuple[str, list[str]]:
     return f"{views.clips} clips x {views.crops} crops, {frames}", names
 
 
-def merge_tests(folders: Sequence[Path], out: Path, command: str) -> Tested:
+def ensemble_results(folders: Sequence[Path], out: Path, command: str) -> Tested:
     """Average the scores of several models that were evaluated on the same videos.
 
     Args:
@@ -171,7 +171,7 @@ def _outcome(manifest: Manifest, files: Sequence[Path], shape: tuple[int, int]) 
     return Outcome(manifest.label[rows], decoded, views), [manifest.name[row] for row in rows.tolist()]
 
 
-def _results(batch: ViewBatch, score: Scorer, manifest: Manifest, classes: int) -> Iterator[Result]:
+def _results(batch: ViewBatch, score: ClipScorer, manifest: Manifest, classes: int) -> Iterator[Result]:
     for k, row in enumerate(batch.video_ids.tolist()):
         clips = batch.pixels[k].flatten(0, 1)
         decoded = bool(batch.decoded[k])

@@ -28,9 +28,9 @@ from mvd_scale.config.data import DataConfig, ViewsConfig
 from mvd_scale.config.training import Precision
 from mvd_scale.data.batch import ViewBatch
 from mvd_scale.data.manifest import Manifest
-from mvd_scale.data.views import clips_of
+from mvd_scale.data.views import view_frame_indices
 from mvd_scale.errors import UserError
-from mvd_scale.evaluation.sharded import Shards
+from mvd_scale.evaluation.sharded import ResultShards
 from mvd_scale.models import Encoder
 from mvd_scale.models.precision import check_precision, dtype_of
 from mvd_scale.training.ranks import Ranks, first_decides
@@ -80,10 +80,10 @@ class FeatureExtractor:
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> Tensor:
         """Compute the features of clips: uint8 (V, T, S, S, 3) to (V, D), (V, t, D) or (V, N, D)."""
-        return pooled(self.encoder(pixels), self.encoder.config.grid, self.pool)
+        return pool_tokens(self.encoder(pixels), self.encoder.config.grid, self.pool)
 
 
-def pooled(tokens: Tensor, grid: tuple[int, int, int], pool: Pool) -> Tensor:
+def pool_tokens(tokens: Tensor, grid: tuple[int, int, int], pool: Pool) -> Tensor:
     """Average tokens (V, N, D), without a class token in front: (V, D), (V, t, D), or (V, N, D) unchanged."""
     time, rows, columns = grid
     tokens = tokens[:, tokens.shape[1] - time * rows * columns :]
@@ -124,7 +124,7 @@ def write_features(
     extract = FeatureExtractor(
         build_encoder(read, final_norm=read.final_norm), options, ranks.device, dtype_of(precision)
     )
-    model, shards = read.model, Shards(out, "features", options.format, options.shard)
+    model, shards = read.model, ResultShards(out, "features", options.format, options.shard)
     settings = {
         "checkpoint": str(checkpoint), "source": data.source, "root": data.root, "precision": precision,
         "frames": model.frames, "input_size": model.input_size, **asdict(options),
@@ -137,7 +137,7 @@ def write_features(
 
     first_decides(ranks, f"features {out}", prepare)
     manifest = Manifest.load(shards.manifest)
-    files = shards.fill_views(
+    files = shards.write_missing_views(
         manifest,
         data,
         options.views,
@@ -161,7 +161,7 @@ def _rows(
     features, crops = _features(extract, batch), options.views.crops
     for k in range(len(batch.video_ids)):
         row, first = int(batch.video_ids[k]), int(batch.first_clips[k])
-        starts = clips_of(options.views, int(manifest.frames[row]), frames=frames)[:, 0]
+        starts = view_frame_indices(options.views, int(manifest.frames[row]), frames=frames)[:, 0]
         clips = min(options.views.clips, len(starts) - first) if bool(batch.decoded[k]) else 0
         clip = np.repeat(np.arange(first, first + clips), crops)
         yield {

@@ -18,7 +18,7 @@ from torch import Tensor
 from mvd_scale.checkpoints.weights import load_student
 from mvd_scale.config import ModelConfig, PixelTarget, Recipe, load_recipe
 from mvd_scale.data.batch import ClipBatch
-from mvd_scale.data.index import open_source
+from mvd_scale.data.index import load_source
 from mvd_scale.data.loader import BatchPlan, ClipLoader
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.distributed.data_rank import DataRank
@@ -26,7 +26,7 @@ from mvd_scale.errors import UserError
 from mvd_scale.models import Student
 from mvd_scale.targets import FrozenTeacher, Target
 from mvd_scale.targets.build import load_targets
-from mvd_scale.targets.load import teacher_sides
+from mvd_scale.targets.load import teacher_input_sizes
 from mvd_scale.training.run_folder import RunFolder
 
 Images = NDArray[np.float32]
@@ -48,7 +48,7 @@ class Panel:
     images: Images
 
 
-def draw_run(run: Path, *, clips: int = 4) -> Path:
+def draw_predictions(run: Path, *, clips: int = 4) -> Path:
     """Draw a finished run's predictions for clips that it was not trained on, in float32 on the CPU.
 
     Args:
@@ -65,27 +65,27 @@ def draw_run(run: Path, *, clips: int = 4) -> Path:
     if not folder.student.is_file():
         raise UserError(f"{run} holds no finished run: expected {folder.student}")
     recipe = load_recipe(folder.recipe)
-    manifest = open_source(recipe.data, run)
+    manifest = load_source(recipe.data, run)
     targets = load_targets(recipe, run)
     for target in targets.values():
         if isinstance(target, FrozenTeacher):
             target.teacher.float()
     student = Student.from_recipe(recipe, targets).eval()
     load_student(student, folder.student)
-    batch = fresh_batch(recipe, manifest, targets, clips, torch.device("cpu"))
+    batch = visualization_batch(recipe, manifest, targets, clips, torch.device("cpu"))
     picture = run / "predictions.png"
-    Image.fromarray(compose(panels_of(student, targets, batch, recipe))).save(picture)
+    Image.fromarray(compose(predict_panels(student, targets, batch, recipe))).save(picture)
     return picture
 
 
-def fresh_batch(
+def visualization_batch(
     recipe: Recipe, manifest: Manifest, targets: dict[str, Target], clips: int, device: torch.device
 ) -> ClipBatch:
     """The same few clips for a recipe at any time, none of which a step of its run has seen."""
     data = recipe.data.model_copy(
         update={"workers": 0, "copies": 1, "clips_per_video": max(clips, recipe.data.clips_per_video)}
     )
-    sides = teacher_sides(recipe, targets)
+    sides = teacher_input_sizes(recipe, targets)
     loader = ClipLoader(
         manifest,
         data,
@@ -100,14 +100,16 @@ def fresh_batch(
 
 
 @torch.no_grad()
-def panels_of(student: torch.nn.Module, targets: dict[str, Target], batch: ClipBatch, recipe: Recipe) -> list[Panel]:
+def predict_panels(
+    student: torch.nn.Module, targets: dict[str, Target], batch: ClipBatch, recipe: Recipe
+) -> list[Panel]:
     """Compute the panels of a batch: frames, their visible part, and features and prediction of each target."""
     predictions = student(batch.pixels, batch.visible, batch.masked)
     pairs = {name: (target.features(batch), predictions[name]) for name, target in targets.items()}
-    return panels_from(pairs, targets, batch, recipe)
+    return make_panels(pairs, targets, batch, recipe)
 
 
-def panels_from(
+def make_panels(
     pairs: Mapping[str, tuple[Tensor, Tensor]], targets: Mapping[str, Target], batch: ClipBatch, recipe: Recipe
 ) -> list[Panel]:
     """Make the panels of a batch from given features and predictions.
@@ -133,13 +135,13 @@ def panels_from(
         if isinstance(recipe.targets[name], PixelTarget):
             images = [_front_pixels(values, places, model) for values in (truth, guess)]
         else:
-            colours = principal_colours(truth, guess)
+            colours = pca_colors(truth, guess)
             images = [_enlarge(_tokens_to_images(colour, places, model), model) for colour in colours]
         panels += [Panel(f"{name}: target", images[0]), Panel(f"{name}: predicted", images[1])]
     return panels
 
 
-def principal_colours(truth: Tensor, guess: Tensor) -> tuple[Tensor, Tensor]:
+def pca_colors(truth: Tensor, guess: Tensor) -> tuple[Tensor, Tensor]:
     """Map features to colours by the first three principal components of the true features.
 
     Args:

@@ -23,11 +23,11 @@ from mvd_scale.config.training import FrozenPrecision
 from mvd_scale.data.storage import DecodeError
 from mvd_scale.data.video_views import views_of_file, views_of_frames
 from mvd_scale.errors import UserError
-from mvd_scale.evaluation.scorer import Scorer, views_of
+from mvd_scale.evaluation.scorer import ClipScorer, views_from_checkpoint
 from mvd_scale.models.precision import usual_precision
 from mvd_scale.training.ranks import choose_device
 
-Video = str | os.PathLike[str] | NDArray[np.uint8] | Tensor
+VideoInput = str | os.PathLike[str] | NDArray[np.uint8] | Tensor
 """A path or URL, or RGB frames: uint8 (F, H, W, 3)."""
 
 
@@ -37,14 +37,14 @@ class VideoClassifier:
     def __init__(
         self, checkpoint: Checkpoint, views: ViewsConfig, device: torch.device, precision: FrozenPrecision
     ) -> None:
-        self.score = Scorer(build_classifier(checkpoint), device, precision)
+        self.score = ClipScorer(build_classifier(checkpoint), device, precision)
         self.model = checkpoint.model
         self.views = views
         self.device = device
         self.classes = checkpoint.class_names or tuple(map(str, range(checkpoint.classes or 0)))
         """Class names in the order of the scores; numbers as text if the weights contain no names."""
 
-    def __call__(self, video: Video) -> Tensor:
+    def __call__(self, video: VideoInput) -> Tensor:
         """Score a video as `mvd-scale evaluate` does.
 
         Args:
@@ -58,7 +58,7 @@ class VideoClassifier:
         """
         return self.score(self._cut(video)).mean(0).cpu()
 
-    def top(self, video: Video, count: int = 5) -> list[tuple[str, float]]:
+    def top(self, video: VideoInput, count: int = 5) -> list[tuple[str, float]]:
         """Return the `count` most likely classes of a video with their probabilities, the likeliest first.
 
         Raises:
@@ -67,7 +67,7 @@ class VideoClassifier:
         values, places = self(video).topk(min(count, len(self.classes)))
         return [(self.classes[c], p) for c, p in zip(places.tolist(), values.tolist(), strict=True)]
 
-    def _cut(self, video: Video) -> Tensor:
+    def _cut(self, video: VideoInput) -> Tensor:
         if isinstance(video, (str, os.PathLike)):
             try:
                 return views_of_file(os.fspath(video), self.views, self.model, self.device)
@@ -111,7 +111,7 @@ def load_classifier(
     place = choose_device(device)
     checkpoint = read_checkpoint(Path(path))
     changes = {"sampling": sampling, "stride": stride, "clips": clips, "crops": crops}
-    views = views_of(checkpoint, {name: value for name, value in changes.items() if value is not None})
+    views = views_from_checkpoint(checkpoint, {name: value for name, value in changes.items() if value is not None})
     return VideoClassifier(checkpoint, views, place, precision or usual_precision(place))
 
 

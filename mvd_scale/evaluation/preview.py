@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mvd_scale.config import ModelConfig, Recipe
 from mvd_scale.data.batch import ClipBatch
-from mvd_scale.data.index import open_source
+from mvd_scale.data.index import load_source
 from mvd_scale.data.loader import BatchPlan, ClipLoader
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.sampling import ClipPlan, Sampler
@@ -29,7 +29,7 @@ _SHOWN = 8
 _HIDDEN = 110
 """Grey level of hidden patches."""
 
-Pictures = NDArray[np.uint8]
+Frames = NDArray[np.uint8]
 
 
 def preview(recipe: Recipe, out: Path, *, clips: int, moving: Path | None, scratch: Path) -> int:
@@ -52,7 +52,7 @@ def preview(recipe: Recipe, out: Path, *, clips: int, moving: Path | None, scrat
         raise UserError(f"{moving} has the wrong suffix: expected .gif or .mp4")
     copies = recipe.data.copies
     clips = -(-clips // copies) * copies
-    manifest = open_source(recipe.data, scratch)
+    manifest = load_source(recipe.data, scratch)
     repeats = -(-clips // (len(manifest.usable) * copies))
     data = recipe.data.model_copy(update={"clips_per_video": max(recipe.data.clips_per_video, repeats), "workers": 0})
     rank = DataRank(torch.device("cpu"))
@@ -67,7 +67,7 @@ def preview(recipe: Recipe, out: Path, *, clips: int, moving: Path | None, scrat
     return loader.substituted
 
 
-def hide(pixels: Pictures, visible: NDArray[np.int64], model: ModelConfig) -> Pictures:
+def mask_clip(pixels: Frames, visible: NDArray[np.int64], model: ModelConfig) -> Frames:
     """Paint the hidden patches of a clip grey.
 
     Args:
@@ -101,7 +101,7 @@ def _draw_sheet(batch: ClipBatch, manifest: Manifest, plans: list[ClipPlan], rec
     )  # fmt: skip
     for clip in range(clips):
         pixels = batch.pixels[clip].numpy()
-        seen = hide(pixels, batch.visible[clip].numpy(), recipe.model)
+        seen = mask_clip(pixels, batch.visible[clip].numpy(), recipe.model)
         axis = figure.add_subplot(grid[clip, 1])
         # A thin white line separates frames, and the row of full frames from the row of masked frames.
         rows = [np.concatenate([_framed(row[frame]) for frame in frames], axis=1) for row in (pixels, seen)]
@@ -123,7 +123,7 @@ def _draw_sheet(batch: ClipBatch, manifest: Manifest, plans: list[ClipPlan], rec
     figure.savefig(out, dpi=110)
 
 
-def _framed(picture: Pictures) -> Pictures:
+def _framed(picture: Frames) -> Frames:
     edge = max(picture.shape[0] // 60, 1)
     return np.pad(picture, ((0, edge), (0, edge), (0, 0)), constant_values=255)
 
@@ -162,7 +162,7 @@ def _shorten(text: str, length: int) -> str:
 
 def _write_moving(batch: ClipBatch, model: ModelConfig, out: Path) -> None:
     pixels = batch.pixels[0].numpy()
-    seen = hide(pixels, batch.visible[0].numpy(), model)
+    seen = mask_clip(pixels, batch.visible[0].numpy(), model)
     gap = np.full((*pixels.shape[:2], 4, 3), 255, np.uint8)
     both = np.concatenate([pixels, gap, seen], axis=2)
     if out.suffix == ".gif":
@@ -174,7 +174,7 @@ def _write_moving(batch: ClipBatch, model: ModelConfig, out: Path) -> None:
         _write_mp4(both, out)
 
 
-def _write_mp4(frames: Iterable[Pictures], out: Path) -> None:
+def _write_mp4(frames: Iterable[Frames], out: Path) -> None:
     import av
 
     with av.open(str(out), "w") as container:

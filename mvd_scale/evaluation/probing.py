@@ -68,7 +68,7 @@ class FeatureFolder:
 
 
 @dataclass(frozen=True)
-class Judge:
+class FeatureClassifier:
     """A way to classify videos by their features."""
 
     kind: Kind
@@ -91,9 +91,9 @@ class ProbedEncoder:
     """Videos that a rank decodes together."""
 
 
-def probe(
+def run_probe(
     encoder: ProbedEncoder,
-    judge: Judge,
+    classify: FeatureClassifier,
     train: DataConfig,
     test: DataConfig,
     options: FeatureOptions,
@@ -106,7 +106,7 @@ def probe(
 
     Args:
         encoder: what is judged.
-        judge: one of `by_neighbours`, `by_linear_layer`, `by_attention`.
+        judge: one of `knn_probe`, `linear_probe`, `attentive_probe`.
         train: labelled videos to learn from.
         test: labelled videos to be judged by.
         options: which clip of each video.
@@ -117,22 +117,26 @@ def probe(
     Raises:
         UserError: weights or videos cannot be read, or the labels of the two sets do not fit each other.
     """
-    pool: Literal["none", "clip"] = "none" if judge.kind == "attentive" else "clip"
-    pooled, folders = replace(options, pool=pool), []
+    pool: Literal["none", "clip"] = "none" if classify.kind == "attentive" else "clip"
+    pool_tokens, folders = replace(options, pool=pool), []
     for part, data in (("train", train), ("test", test)):
         folder = out / f"{part}_{'tokens' if pool == 'none' else 'features'}"
         write_features(
-            encoder.checkpoint, data, pooled, folder, ranks, batch=encoder.batch, precision=encoder.precision
+            encoder.checkpoint, data, pool_tokens, folder, ranks, batch=encoder.batch, precision=encoder.precision
         )
         folders.append(FeatureFolder(folder))
-    described = f"{judge.kind} probe of one clip in the middle, learnt from {train.source}"
+    described = f"{classify.kind} probe of one clip in the middle, learnt from {train.source}"
     origin = Origin(command, [str(encoder.checkpoint)], str(test.source), encoder.precision, described, ["middle"])
-    results = out / judge.kind
-    first_decides(ranks, f"probe {judge.kind}", lambda: _judged(folders[0], folders[1], judge, results, origin).write())
+    results = out / classify.kind
+    first_decides(
+        ranks, f"probe {classify.kind}", lambda: _judged(folders[0], folders[1], classify, results, origin).write()
+    )
     return Tested.load(results)
 
 
-def _judged(train: FeatureFolder, test: FeatureFolder, judge: Judge, out: Path, origin: Origin) -> Tested:
+def _judged(
+    train: FeatureFolder, test: FeatureFolder, classify: FeatureClassifier, out: Path, origin: Origin
+) -> Tested:
     classes = class_count(train.manifest)
     check_labels(train.manifest, classes, "the training set of the probe", every_class=True)
     check_labels(test.manifest, classes, "the test set of the probe", like=train.manifest)
@@ -144,7 +148,7 @@ def _judged(train: FeatureFolder, test: FeatureFolder, judge: Judge, out: Path, 
     views = np.zeros((len(rows), 1, classes), dtype=np.float32)
     found = np.isin(rows, decoded)
     places = {row: place for place, row in enumerate(rows.tolist())}
-    views[[places[row] for row in decoded], 0] = judge.scores(train, test, classes).numpy()
+    views[[places[row] for row in decoded], 0] = classify.scores(train, test, classes).numpy()
     out.mkdir(exist_ok=True)
     test.manifest.save(out / "manifest.parquet")
     names = test.manifest.classes or [str(c) for c in range(classes)]
@@ -153,7 +157,7 @@ def _judged(train: FeatureFolder, test: FeatureFolder, judge: Judge, out: Path, 
     return Tested(out, outcome, [test.manifest.name[row] for row in rows.tolist()], list(names), origin, reasons)
 
 
-def by_neighbours(neighbours: int) -> Judge:
+def knn_probe(neighbours: int) -> FeatureClassifier:
     """Make a classifier by the vote of the nearest training videos."""
 
     def scores(train: FeatureFolder, test: FeatureFolder, classes: int) -> Tensor:
@@ -161,20 +165,20 @@ def by_neighbours(neighbours: int) -> Judge:
         votes = nearest_neighbours(features, labels, test.whole()[0], classes=classes, neighbours=neighbours)
         return votes / votes.sum(1, keepdim=True)
 
-    return Judge("knn", scores)
+    return FeatureClassifier("knn", scores)
 
 
-def by_linear_layer(decay: float) -> Judge:
+def linear_probe(decay: float) -> FeatureClassifier:
     """Make a linear classifier on pooled features."""
 
     def scores(train: FeatureFolder, test: FeatureFolder, classes: int) -> Tensor:
         features, labels = train.whole()
         return linear_classifier(features, labels, test.whole()[0], classes=classes, decay=decay).softmax(1)
 
-    return Judge("linear", scores)
+    return FeatureClassifier("linear", scores)
 
 
-def by_attention(epochs: int, lr: float, device: torch.device) -> Judge:
+def attentive_probe(epochs: int, lr: float, device: torch.device) -> FeatureClassifier:
     """Make a classifier by an attentive head on all tokens, trained on `device`."""
 
     def scores(train: FeatureFolder, test: FeatureFolder, classes: int) -> Tensor:
@@ -185,4 +189,4 @@ def by_attention(epochs: int, lr: float, device: torch.device) -> Judge:
         tested = (features for features, _ in test.parts())
         return attentive_classifier(train.parts, tested, head, epochs=epochs, lr=lr).softmax(1)
 
-    return Judge("attentive", scores)
+    return FeatureClassifier("attentive", scores)

@@ -23,7 +23,7 @@ from mvd_scale.models.precision import lower
 _VIEWS: TypeAdapter[ViewsConfig] = TypeAdapter(TestViews)
 
 
-class Scorer:
+class ClipScorer:
     """Frozen classifier on a device and in a precision.
 
     Raises:
@@ -40,7 +40,7 @@ class Scorer:
         return scores
 
 
-def views_of(checkpoint: Checkpoint, changes: Mapping[str, Any]) -> ViewsConfig:
+def views_from_checkpoint(checkpoint: Checkpoint, changes: Mapping[str, Any]) -> ViewsConfig:
     """Return the views stored in a checkpoint, or those published for Kinetics-400 if it contains none.
 
     Args:

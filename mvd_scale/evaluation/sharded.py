@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from mvd_scale.config.data import DataConfig, ViewsConfig
 from mvd_scale.config.model import ModelConfig
 from mvd_scale.data.batch import ViewBatch
-from mvd_scale.data.index import open_source
+from mvd_scale.data.index import load_source
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.view_loader import ItemLoader, ViewLoader, ViewShape, view_items
 from mvd_scale.errors import UserError
@@ -37,7 +37,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Shards:
+class ResultShards:
     """Folder of a pass: `NAME.json` with its settings, and the shards `NAME_000000.SUFFIX` and so on."""
 
     out: Path
@@ -76,11 +76,11 @@ class Shards:
         """Index the videos of a pass after `claim`. Only rank 0 calls it; the caller checks and saves the manifest.
 
         Raises:
-            UserError: see `open_source`; or the existing shards are of other videos.
+            UserError: see `load_source`; or the existing shards are of other videos.
         """
         cache = self.out / "index"
         cache.mkdir(exist_ok=True)
-        manifest = open_source(data, cache)
+        manifest = load_source(data, cache)
         if self.manifest.is_file() and Manifest.load(self.manifest).digest != manifest.digest:
             raise UserError(
                 f"{self.out} holds {self.name} of other videos than {manifest.source} contains now: "
@@ -102,7 +102,7 @@ class Shards:
         """Path of the list of videos that cannot be decoded."""
         return self.out / "quarantine.jsonl"
 
-    def fill(
+    def write_missing(
         self,
         items: NDArray[np.int64],
         ranks: Ranks,
@@ -141,7 +141,7 @@ class Shards:
         everybody_done(ranks, str(self.out))
         return files
 
-    def fill_views(
+    def write_missing_views(
         self,
         manifest: Manifest,
         data: DataConfig,
@@ -153,7 +153,7 @@ class Shards:
         results: Callable[[ViewBatch], Iterator[Result]],
         write: Callable[[Path, list[Result]], None],
     ) -> list[Path]:
-        """Write the missing shards of a pass over the test views of videos; see `fill`.
+        """Write the missing shards of a pass over the test views of videos; see `write_missing`.
 
         Args:
             manifest: the videos.
@@ -182,7 +182,7 @@ class Shards:
             )
 
         items = view_items(manifest, views, frames=model.frames)
-        return self.fill(items, ranks, load=load, results=results, write=write)
+        return self.write_missing(items, ranks, load=load, results=results, write=write)
 
 
 def failures(out: Path, manifest: Manifest) -> dict[int, str]:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mvd_scale.data.decode import decode_frames
 from mvd_scale.data.manifest import Row
-from mvd_scale.data.storage import within
+from mvd_scale.data.storage import run_with_timeout
 
 HEIGHT = 112
 """Height of a thumbnail in pixels; the width follows from the aspect ratio."""
@@ -27,7 +27,7 @@ def thumbnails(video: Row) -> list[str]:
         DecodeError: the video cannot be read or decoded, or not within 30 s.
     """
     places = np.unique((2 * np.arange(_FRAMES) + 1) * video.frames // (2 * _FRAMES))
-    frames = within(_SECONDS, video.path, decode_frames, video, places)
+    frames = run_with_timeout(_SECONDS, video.path, decode_frames, video, places)
     return [_data_url(Image.fromarray(np.rot90(frame, video.rotation // 90))) for frame in frames]
 
 

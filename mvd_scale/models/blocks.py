@@ -84,7 +84,7 @@ class Block(nn.Module):
         self.mlp: nn.Module = Mlp(width, int(width * mlp_ratio), act_layer=nn.GELU)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, tokens: Tensor, kept: Kept = None, *, attend_again: bool = False) -> Tensor:
+    def forward(self, tokens: Tensor, kept: Kept = None, *, recompute_attention: bool = False) -> Tensor:
         """Apply the block: (B, N, D) to (B, K, D).
 
         Args:
@@ -92,7 +92,7 @@ class Block(nn.Module):
             kept: tokens to return, all if None. They attend to all tokens; the MLP computes only them.
             attend_again: recompute the attention half in the backward pass instead of storing its activations.
         """
-        if attend_again:
+        if recompute_attention:
             update = self.drop_path(checkpoint(self._attend, tokens, kept, use_reentrant=False))
         else:
             update = self.drop_path(self._attend(tokens, kept))
@@ -111,7 +111,7 @@ class Blocks(nn.ModuleList):
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         super().__init__(Block(width, heads, mlp_ratio, rate) for rate in rates)
         self.gradient_checkpointing: Checkpointing = "none"
-        self.whole = False
+        self.needs_whole_batch = False
         """Whether a block must get the whole batch at once, since its sequences belong to different weights."""
 
     def forward(self, tokens: Tensor, kept: Kept = None) -> Tensor:
@@ -121,10 +121,15 @@ class Blocks(nn.ModuleList):
             arguments = (tokens, kept if number == len(self) else None)
             if again == "block":
                 tokens = checkpoint(block, *arguments, use_reentrant=False)
-            elif tokens.device.type == "cpu" and not torch.is_grad_enabled() and not self.whole and not _gathers(block):
-                tokens = _in_parts(block, *arguments)
+            elif (
+                tokens.device.type == "cpu"
+                and not torch.is_grad_enabled()
+                and not self.needs_whole_batch
+                and not _gathers(block)
+            ):
+                tokens = _in_chunks(block, *arguments)
             else:
-                tokens = block(*arguments, attend_again=again == "attention")
+                tokens = block(*arguments, recompute_attention=again == "attention")
         return tokens
 
 
@@ -136,7 +141,7 @@ def _gathers(block: nn.Module) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in block.parameters())
 
 
-def _in_parts(block: nn.Module, tokens: Tensor, kept: Kept) -> Tensor:
+def _in_chunks(block: nn.Module, tokens: Tensor, kept: Kept) -> Tensor:
     """Apply a block to a few sequences at a time, so that activations between its layers stay in the CPU's cache."""
     size = max(_CACHED_TOKENS // tokens.shape[1], 1)
     if len(tokens) <= size:
@@ -147,14 +152,14 @@ def _in_parts(block: nn.Module, tokens: Tensor, kept: Kept) -> Tensor:
     return torch.cat([block(*part) for part in zip(parts, keeps, strict=True)])
 
 
-def checkpoint_gradients(model: nn.Module, checkpointing: Checkpointing) -> None:
+def set_gradient_checkpointing(model: nn.Module, checkpointing: Checkpointing) -> None:
     """Set which activations the backward pass of a model's blocks recomputes: none, attention or whole blocks."""
     for module in model.modules():
         if isinstance(module, Blocks):
             module.gradient_checkpointing = checkpointing
 
 
-def initialise(module: nn.Module) -> None:
+def init_pretrain_weights(module: nn.Module) -> None:
     """Initialise one module for pre-training as published (linear layers Xavier uniform, biases 0).
 
     Meant for `Module.apply`.

@@ -31,7 +31,7 @@ class Classifier(nn.Module):
         self.norm = LayerNorm(self.encoder.width)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(self.encoder.width, classes)
-        self.apply(initialise_head)
+        self.apply(init_finetune_weights)
         with torch.no_grad():
             self.head.weight *= init_scale
 
@@ -42,7 +42,7 @@ class Classifier(nn.Module):
         return scores
 
 
-def initialise_head(module: nn.Module) -> None:
+def init_finetune_weights(module: nn.Module) -> None:
     """Initialise one module for fine-tuning as published, before an encoder is loaded; meant for `Module.apply`."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mvd_kernels import LayerNorm, decoder_input
 from mvd_scale.config import DecoderConfig, ModelConfig
-from mvd_scale.models.blocks import Blocks, initialise
+from mvd_scale.models.blocks import Blocks, init_pretrain_weights
 from mvd_scale.models.positions import position_table
 from mvd_scale.models.together import LinearTogether, blocks_together
 
@@ -33,7 +33,7 @@ class Decoder(nn.Module):
         self.blocks = Blocks(config.width, config.depth, config.heads, encoder.mlp_ratio)
         self.norm = LayerNorm(config.width)
         self.head = nn.Linear(config.width, out_channels)
-        self.apply(initialise)
+        self.apply(init_pretrain_weights)
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, encoded: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class DecodersTogether(nn.Module):
     def forward(self, encoded: Tensor, visible: Tensor, masked: Tensor) -> dict[str, Tensor]:
         """Predict with every decoder, with the arguments of `Decoder.forward`: {target name: (B, M, K)}."""
         count, positions = len(self.decoders), self.decoders[0][1].positions
-        embedded = self.embed.of_each(encoded.expand(count, -1, -1, -1)).flatten(0, 1)
+        embedded = self.embed.forward_grouped(encoded.expand(count, -1, -1, -1)).flatten(0, 1)
         mask_tokens = torch.cat([decoder.mask_token for _, decoder in self.decoders])
         tokens = decoder_input(embedded, mask_tokens, positions, visible, masked)
         parts = self.blocks(tokens, masked.shape[1]).chunk(count)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mvd_scale.config import DetectorConfig, ModelConfig
 from mvd_scale.errors import UserError
-from mvd_scale.models.classifier import initialise_head
+from mvd_scale.models.classifier import init_finetune_weights
 from mvd_scale.models.encoder import Encoder
 
 
@@ -35,7 +35,7 @@ class Detector(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(self.encoder.width, config.classes)
         self._align = _roi_align()
-        self.apply(initialise_head)
+        self.apply(init_finetune_weights)
         with torch.no_grad():
             self.head.weight *= config.init_scale
 

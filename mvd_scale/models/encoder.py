@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mvd_kernels import LayerNorm, tube_rows
 from mvd_scale.config import ModelConfig
-from mvd_scale.models.blocks import Blocks, initialise
+from mvd_scale.models.blocks import Blocks, init_pretrain_weights
 from mvd_scale.models.positions import position_table, resize_positions
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -20,7 +20,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
-class Patching:
+class Patchify:
     """Parameters of the conversion of clips to rows of a patch embedding."""
 
     tubelet: int
@@ -64,7 +64,7 @@ class Encoder(nn.Module):
         self.register_buffer("positions", table, persistent=False)
         self.blocks = Blocks(config.width, config.depth, config.heads, config.mlp_ratio, config.drop_path)
         self.norm = LayerNorm(config.width) if final_norm else None
-        self.apply(initialise)
+        self.apply(init_pretrain_weights)
         if self.class_token is not None:
             nn.init.normal_(self.class_token, std=0.02)
 
@@ -87,10 +87,10 @@ class Encoder(nn.Module):
         return self.positions if grid == self.config.grid else resize_positions(self.positions, self.config.grid, grid)
 
     @property
-    def patching(self) -> Patching:
+    def patchify(self) -> Patchify:
         """Parameters of the conversion of this encoder's clips to rows, in the dtype of its weights."""
         shape, dtype = self.config, self.patch_embed.weight.dtype
-        return Patching(shape.tubelet, shape.patch_size, self.mean, self.std, dtype)
+        return Patchify(shape.tubelet, shape.patch_size, self.mean, self.std, dtype)
 
     def forward(
         self, pixels: Tensor, tokens: Tensor | None = None, kept: Tensor | None = None, rows: Tensor | None = None
@@ -104,14 +104,14 @@ class Encoder(nn.Module):
             tokens: int64 (B, K) indices of the tokens to encode, or None for all.
             kept: int64 (B, M) positions among the encoded tokens whose features are returned, or None for all of them
                 and the class token.
-            rows: (B, K, t p p 3), result of `patching.rows` if it was already computed.
+            rows: (B, K, t p p 3), result of `patchify.rows` if it was already computed.
 
         Returns:
             (B, K, D) in the dtype of the weights, preceded by the class token if the model has one; (B, M, D) with
             `kept`.
         """
         if rows is None:
-            rows = self.patching.rows(pixels, tokens)
+            rows = self.patchify.rows(pixels, tokens)
         # As one matrix (B K, t p p 3): `rows` may be a strided view, which a 2-D product reads without a copy.
         embedded = self.patch_embed(rows.flatten(0, 1)).unflatten(0, rows.shape[:2])
         positions = self._positions_of(pixels).to(embedded.dtype)

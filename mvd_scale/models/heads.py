@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from mvd_scale.config import ModelConfig, TokenHeadConfig
-from mvd_scale.models.blocks import initialise
+from mvd_scale.models.blocks import init_pretrain_weights
 
 
 class TokenHead(nn.Module):
@@ -23,7 +23,7 @@ class TokenHead(nn.Module):
         else:
             hidden = config.hidden or encoder.width
             self.layers = nn.Sequential(nn.Linear(encoder.width, hidden), nn.GELU(), nn.Linear(hidden, out_channels))
-        self.apply(initialise)
+        self.apply(init_pretrain_weights)
 
     def forward(self, encoded: Tensor, visible: Tensor) -> Tensor:
         """Predict the target at visible tokens.

@@ -9,7 +9,7 @@ from torch import nn
 
 from mvd_scale.config.training import FrozenPrecision, Precision
 from mvd_scale.errors import UserError
-from mvd_scale.models.eight_bit import to_eight_bits
+from mvd_scale.models.quantization import quantize_linear_layers
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -70,7 +70,7 @@ def lower(
     if precision == "int8" or precision == "fp8":
         refuse_not_finite(cast_parameters(model, "fp32", torch.device("cpu")))
         dtype = None if rest is None else dtype_of(rest)
-        return to_eight_bits(model, precision, device, dtype).requires_grad_(False)
+        return quantize_linear_layers(model, precision, device, dtype).requires_grad_(False)
     check_precision(precision, device)
     refuse_not_finite(cast_parameters(model, precision, device))
     return model.to(device)

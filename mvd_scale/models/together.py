@@ -32,9 +32,9 @@ class LinearTogether(_Together):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Apply each layer to its part of the batch: (G B, N, D) to (G B, N, E)."""
-        return self.of_each(tokens.unflatten(0, (len(self.layers), -1))).flatten(0, 1)
+        return self.forward_grouped(tokens.unflatten(0, (len(self.layers), -1))).flatten(0, 1)
 
-    def of_each(self, tokens: Tensor) -> Tensor:
+    def forward_grouped(self, tokens: Tensor) -> Tensor:
         """Apply each layer to its part of the batch: (G, B, N, D) to (G, B, N, E)."""
         rows, weights = tokens.flatten(1, -2), torch.stack([layer.weight for layer in self.layers]).mT
         biases = [layer.bias() if isinstance(layer, QKV) else layer.bias for layer in self.layers]
@@ -81,6 +81,6 @@ class BlockTogether(Block):
 def blocks_together(stacks: Iterable[Blocks]) -> Blocks:
     """Group stacks of one shape into one stack over (G B, N, D), ordered by stack; it owns no parameters."""
     blocks = Blocks(0, 0, 1)
-    blocks.whole = True
+    blocks.needs_whole_batch = True
     blocks.extend(BlockTogether(level) for level in zip(*stacks, strict=True))
     return blocks

@@ -10,13 +10,13 @@ import torch
 
 from mvd_scale.config import DataConfig, Recipe, load_recipe
 from mvd_scale.config.training import Precision
-from mvd_scale.data.index import open_source
+from mvd_scale.data.index import load_source
 from mvd_scale.data.loader import ClipLoader
-from mvd_scale.data.samples import make_samples
+from mvd_scale.data.samples import write_sample_clips
 from mvd_scale.models import Encoder, Student
 from mvd_scale.models.timm_vit import TimmViT
 from mvd_scale.targets import MaskedDistillation, build_targets
-from mvd_scale.targets.load import teacher_sides
+from mvd_scale.targets.load import teacher_input_sizes
 from mvd_scale.training.ahead import Ahead, begin_ahead
 from mvd_scale.training.device import placement_of
 from mvd_scale.training.distillation import distillation_model
@@ -63,10 +63,10 @@ def bench_trainer(
     schedule = Schedule(recipe.training, 1, recipe.lr_batch)
     placement = placement_of(recipe, targets, ranks)
     model = distillation_model(Student.from_recipe(recipe, targets), targets, recipe, placement, ranks, schedule)
-    manifest = open_source(with_clips(recipe.data, scratch), scratch)
+    manifest = load_source(with_clips(recipe.data, scratch), scratch)
     repeats = max(recipe.training.global_batch, recipe.data.clips_per_video)
     repeated = recipe.model_copy(update={"data": recipe.data.model_copy(update={"clips_per_video": repeats})})
-    sides = teacher_sides(recipe, targets)
+    sides = teacher_input_sizes(recipe, targets)
     # After the last step too there is a batch to begin ahead.
     with ClipLoader.for_run(manifest, repeated, ranks.data_rank, range(steps + 1), sides=sides) as loader:
         batches = Ahead(loader, begin_ahead(MaskedDistillation(targets), placement, ranks.device))
@@ -77,4 +77,4 @@ def with_clips(data: DataConfig, scratch: Path) -> DataConfig:
     """The recipe's videos; without any, the clips of the `samples` extra."""
     if data.source is not None or data.mixture is not None:
         return data
-    return data.model_copy(update={"source": str(make_samples(scratch / "clips"))})
+    return data.model_copy(update={"source": str(write_sample_clips(scratch / "clips"))})

@@ -62,11 +62,11 @@ def collectives(work: Workload, setting: Setting, gpu: Gpu, per_node: int) -> li
 
     for part, shards in zip(work.teachers, setting.shards, strict=True):
         if shards is not None:
-            whole = part.vectors if shards.whole_vectors else 0
+            whole = part.unsharded if shards.whole_vectors else 0
             payload = (part.parameters - whole) * SIZES[setting.teacher_precision]
             add(f"{part.name}'s weights", "teachers", "all-gather", payload, often, shards.ranks)
     if setting.stage == 3:
-        weights = (work.parameters - work.vectors) * size
+        weights = (work.parameters - work.unsharded) * size
         add("weights, forward", "forward", "all-gather", weights, often)
         # Weights beyond the limit of live parameters are released after the forward pass and gathered again.
         again = max(weights - size * setting.zero["stage3_max_live_parameters"], 0)

@@ -15,7 +15,7 @@ from mvd_scale.performance.growth import GrowthReport
 from mvd_scale.performance.load import LoadReport
 from mvd_scale.performance.methods import MethodsReport
 from mvd_scale.performance.profile_report import ProfileReport
-from mvd_scale.performance.reports import Machine, Report, Value
+from mvd_scale.performance.reports import Machine, Metric, Report
 from mvd_scale.performance.step import StepReport
 from mvd_scale.performance.teachers import TeachersReport
 from mvd_scale.performance.testing import EvalReport
@@ -54,7 +54,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ReportComparison:
     """All figures of both reports, and differences of versions."""
 
     kind: str
@@ -80,7 +80,7 @@ class Comparison:
         return "\n".join(lines)
 
 
-def compare_reports(old: Path, new: Path, tolerance: float) -> Comparison:
+def compare_reports(old: Path, new: Path, tolerance: float) -> ReportComparison:
     """Compare two files that `mvd-scale bench ... --json` printed, or `mvd-scale profile` wrote.
 
     Args:
@@ -114,7 +114,7 @@ def compare_reports(old: Path, new: Path, tolerance: float) -> Comparison:
     if only:
         raise UserError(f"{old} and {new} have different figures: {only[0]} is in only one of them. Measure both again")
     changes = [_change(name, value, second[name], tolerance) for name, value in first.items()]
-    return Comparison(before.kind, tolerance, changes, versions)
+    return ReportComparison(before.kind, tolerance, changes, versions)
 
 
 def read_report(path: Path) -> Report:
@@ -151,7 +151,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [f"{name} {before} and {after}" for name, before, after in both if before != after]
 
 
-def _change(name: str, old: Value, new: Value, tolerance: float) -> Change:
+def _change(name: str, old: Metric, new: Metric, tolerance: float) -> Change:
     """Compare one figure; it is judged if either report judges it, because a short part may have grown."""
     low, high = (new.value, old.value) if old.more_is_better else (old.value, new.value)
     judged = old.judged or new.judged

@@ -14,13 +14,13 @@ import torch
 from mvd_scale.config import DataConfig, ModelConfig
 from mvd_scale.data.loader import BatchPlan, ClipLoader
 from mvd_scale.data.manifest import WHOLE_FILE, Manifest
-from mvd_scale.data.reencode import Encoding
+from mvd_scale.data.reencode import TranscodeOptions
 from mvd_scale.data.shards import save_manifest, shard_videos
 from mvd_scale.distributed.data_rank import DataRank
-from mvd_scale.performance.plain_loaders import WAYS, missing, plain_loader
-from mvd_scale.performance.reports import Report, Value, this_machine
-from mvd_scale.performance.timing import apart, time_batches
-from mvd_scale.performance.videos import given_videos, made_videos
+from mvd_scale.performance.plain_loaders import BASELINES, plain_loader, unavailable_reason
+from mvd_scale.performance.reports import Metric, Report, this_machine
+from mvd_scale.performance.timing import run_in_subprocess, time_batches
+from mvd_scale.performance.videos import generate_videos, load_or_index_videos
 
 BATCH = 8
 
@@ -31,7 +31,7 @@ _PACKAGES = ("nvidia-dali-cuda130", "av", "decord", "torchcodec", "torchvision")
 
 
 @dataclass(frozen=True)
-class Figure:
+class LoaderSpeed:
     """Speed of one loader on one set of videos."""
 
     videos: str
@@ -47,7 +47,7 @@ class DataReport(Report):
     """All figures of one run on one machine."""
 
     kind: Literal["data"] = "data"
-    figures: list[Figure]
+    figures: list[LoaderSpeed]
     absent: dict[str, str]
     """Loaders that cannot run here, with the reason."""
     clips: int
@@ -58,12 +58,12 @@ class DataReport(Report):
         """Return the source of the videos and the number of timed clips."""
         return {"source": self.source, "clips": self.clips}
 
-    def values(self) -> Iterator[tuple[str, Value]]:
+    def values(self) -> Iterator[tuple[str, Metric]]:
         """Yield speed and CPU time of every loader; only ours is judged."""
         for way in self.figures:
             name, ours = f"{way.videos}, {way.source}, {way.workers} workers, {way.way}", way.way == OURS
-            yield f"{name}: clips/s", Value(way.clips_per_second, more_is_better=True, judged=ours)
-            yield f"{name}: CPU s/clip", Value(way.cpu_seconds_per_clip, judged=ours)
+            yield f"{name}: clips/s", Metric(way.clips_per_second, more_is_better=True, judged=ours)
+            yield f"{name}: CPU s/clip", Metric(way.cpu_seconds_per_clip, judged=ours)
 
     def to_text(self) -> str:
         """Format as a table, one line per loader; the last column is the speed of ours divided by that loader's."""
@@ -93,16 +93,18 @@ def measure_data(source: str | None, work: Path, *, workers: Sequence[int], clip
         clips: number of timed clips, after a warm-up of a quarter as many.
         large: without a source, also measure videos of 1280x720.
     """
-    sets = _made_sets(work, large) if source is None else {"given": given_videos(source)}
+    sets = _made_sets(work, large) if source is None else {"given": load_or_index_videos(source)}
     first = next(iter(sets.values()))
-    absent = {way: reason for way in WAYS if (reason := missing(way, first.path[first.usable[0]])) is not None}
+    absent = {
+        way: reason for way in BASELINES if (reason := unavailable_reason(way, first.path[first.usable[0]])) is not None
+    }
     figures = []
     for name, manifest in sets.items():
         videos, _, kind = name.partition(" / ")
         for count in workers:
             figures.append(_figure(videos, kind or "files", count, OURS, _time_ours, manifest, count, clips))
             if not kind and manifest.offset[0] == WHOLE_FILE:
-                for way in WAYS:
+                for way in BASELINES:
                     if way not in absent:
                         figures.append(_figure(videos, "files", count, way, _time_plain, way, manifest, count, clips))
     machine = this_machine(_device(), _PACKAGES)
@@ -111,7 +113,9 @@ def measure_data(source: str | None, work: Path, *, workers: Sequence[int], clip
 
 def measure_memory(source: str | None, work: Path, clips: int) -> Iterator[tuple[int, float]]:
     """Load many small clips; yields ten times the number so far and the memory of all processes (USS), MiB."""
-    manifest = given_videos(source) if source is not None else made_videos(work / "small", "libx264", (64, 48), 20)
+    manifest = (
+        load_or_index_videos(source) if source is not None else generate_videos(work / "small", "libx264", (64, 48), 20)
+    )
     data = DataConfig(clips_per_video=-(-clips // len(manifest.usable)), workers=1)
     model = ModelConfig(size="S", input_size=32)
     steps = clips // BATCH
@@ -122,9 +126,11 @@ def measure_memory(source: str | None, work: Path, clips: int) -> Iterator[tuple
                 yield number * BATCH, _resident_mib()
 
 
-def _figure(videos: str, source: str, workers: int, way: str, time_it: Callable[..., Any], *arguments: Any) -> Figure:
-    rate, cpu = apart(time_it, *arguments)
-    return Figure(videos, source, workers, way, rate, cpu)
+def _figure(
+    videos: str, source: str, workers: int, way: str, time_it: Callable[..., Any], *arguments: Any
+) -> LoaderSpeed:
+    rate, cpu = run_in_subprocess(time_it, *arguments)
+    return LoaderSpeed(videos, source, workers, way, rate, cpu)
 
 
 def _time_ours(manifest: Manifest, workers: int, clips: int) -> tuple[float, float]:
@@ -165,12 +171,12 @@ def _resident_mib() -> float:
 def _made_sets(work: Path, large: bool) -> dict[str, Manifest]:
     """Generate sets of videos of 10 s, by name; the part of a name after a slash is the kind of shards."""
     sets = {
-        "h264 340x256": made_videos(work / "h264", "libx264", (340, 256), 12),
-        "vp9 340x256": made_videos(work / "vp9", "libvpx-vp9", (340, 256), 12),
+        "h264 340x256": generate_videos(work / "h264", "libx264", (340, 256), 12),
+        "vp9 340x256": generate_videos(work / "vp9", "libvpx-vp9", (340, 256), 12),
     }
     if large:
-        sets["h264 1280x720"] = made_videos(work / "large", "libx264", (1280, 720), 4)
-    for kind, encoding in (("shards", None), ("shards, keyframes 16", Encoding(keyframes=16))):
+        sets["h264 1280x720"] = generate_videos(work / "large", "libx264", (1280, 720), 4)
+    for kind, encoding in (("shards", None), ("shards, keyframes 16", TranscodeOptions(keyframes=16))):
         out = str(work / kind.replace(", ", "_").replace(" ", "_"))
         packed = shard_videos(sets["h264 340x256"], out, size=2_000_000, workers=1, encoding=encoding)
         save_manifest(packed, out)

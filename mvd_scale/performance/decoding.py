@@ -15,7 +15,7 @@ SMALL_FRAMES = 4.0
 
 
 @dataclass(frozen=True)
-class Video:
+class VideoFormat:
     """Properties of the videos that decoding depends on."""
 
     height: int = 320
@@ -30,12 +30,12 @@ class Video:
         return self.height**2 * 4 // 3
 
 
-def decoded_frames(data: DataConfig, model: ModelConfig, video: Video) -> float:
+def decoded_frames(data: DataConfig, model: ModelConfig, video: VideoFormat) -> float:
     """Mean number of frames decoded per clip: its span, plus half of the distance between key frames."""
     return (model.frames - 1) * data.stride + 1 + (video.keyframes - 1) / 2
 
 
-def decoded_clips(gpu: Gpu, data: DataConfig, model: ModelConfig, video: Video) -> float:
+def decoded_clips(gpu: Gpu, data: DataConfig, model: ModelConfig, video: VideoFormat) -> float:
     """Clips/s that the NVDEC engines of one GPU decode; copies of a clip count separately."""
     frames = gpu.decoded * min(FULL_HD / video.pixels, SMALL_FRAMES)
     return frames / decoded_frames(data, model, video) * data.copies

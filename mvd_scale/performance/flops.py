@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mvd_scale.config.training import Checkpointing
-from mvd_scale.performance.layers import Backward, Linear
-from mvd_scale.performance.parts import Part, Workload
+from mvd_scale.performance.layers import Backward, LinearCost
+from mvd_scale.performance.parts import ModelPart, Workload
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,15 @@ def part_flops(workload: Workload, *, checkpointing: Checkpointing, attention: B
     ]
 
 
-def _with_embedding_apart(trained: tuple[Part, ...]) -> list[Part]:
+def _with_embedding_apart(trained: tuple[ModelPart, ...]) -> list[ModelPart]:
     encoder, *heads = trained
     first, *blocks = encoder.layers
-    assert isinstance(first, Linear)
-    embedding = Part("patch embedding", encoder.width, (first,))
-    return [embedding, Part(encoder.name, encoder.width, tuple(blocks)), *heads]
+    assert isinstance(first, LinearCost)
+    embedding = ModelPart("patch embedding", encoder.width, (first,))
+    return [embedding, ModelPart(encoder.name, encoder.width, tuple(blocks)), *heads]
 
 
-def _trained(part: Part, checkpointing: Checkpointing, attention: Backward) -> PartFlops:
+def _trained(part: ModelPart, checkpointing: Checkpointing, attention: Backward) -> PartFlops:
     backward = sum(layer.backward(attention) for layer in part.layers)
     recomputed = sum(block.recomputed(checkpointing) for block in part.blocks)
     return PartFlops(part.name, part.width, part.forward, backward, recomputed)

@@ -15,9 +15,9 @@ from mvd_scale.config.target import TrainedTeacherTarget
 from mvd_scale.config.training import Precision
 from mvd_scale.errors import UserError
 from mvd_scale.performance.bench_setup import bench_recipe
-from mvd_scale.performance.reports import Report, Value
+from mvd_scale.performance.reports import Metric, Report
 from mvd_scale.performance.step import StepReport, measure_step
-from mvd_scale.performance.timing import apart
+from mvd_scale.performance.timing import run_in_subprocess
 from mvd_scale.training.metrics import peak_memory_gib
 from mvd_scale.training.ranks import join_ranks
 
@@ -41,14 +41,14 @@ class Point:
 
 
 @dataclasses.dataclass(frozen=True)
-class Power:
+class PowerLaw:
     """Power law: cost = factor * count ** power."""
 
     power: float
     factor: float
 
     @classmethod
-    def of(cls, counts: Sequence[float], costs: Sequence[float]) -> Power:
+    def of(cls, counts: Sequence[float], costs: Sequence[float]) -> PowerLaw:
         """Fit by least squares on the logarithms."""
         power, offset = np.polyfit(np.log(counts), np.log(costs), 1)
         return cls(float(power), math.exp(offset))
@@ -72,29 +72,29 @@ class GrowthReport(Report):
 
     points: dict[Quantity, list[Point]]
 
-    def time(self, quantity: Quantity) -> Power:
+    def time(self, quantity: Quantity) -> PowerLaw:
         """Fit the growth of the seconds per step."""
         points = self.points[quantity]
-        return Power.of([point.count for point in points], [point.seconds for point in points])
+        return PowerLaw.of([point.count for point in points], [point.seconds for point in points])
 
-    def memory(self, quantity: Quantity) -> Power:
+    def memory(self, quantity: Quantity) -> PowerLaw:
         """Fit the growth of peak memory in GiB."""
         points = self.points[quantity]
-        return Power.of([point.count for point in points], [point.gib for point in points])
+        return PowerLaw.of([point.count for point in points], [point.gib for point in points])
 
     def setting(self) -> dict[str, Any]:
         """Return the recipe, its overrides, and the values that were measured."""
         counts = {quantity: [point.count for point in points] for quantity, points in self.points.items()}
         return {key: getattr(self, key) for key in ("recipe", "overrides", "precision", "base")} | counts
 
-    def values(self) -> Iterator[tuple[str, Value]]:
+    def values(self) -> Iterator[tuple[str, Metric]]:
         """Yield time and memory of every point; and the powers, which are not judged."""
         for quantity, points in self.points.items():
             for point in points:
-                yield f"{quantity} {point.count}: step, s", Value(point.seconds)
-                yield f"{quantity} {point.count}: peak memory, GiB", Value(point.gib)
-            yield f"{quantity}: power of time", Value(self.time(quantity).power, judged=False)
-            yield f"{quantity}: power of memory", Value(self.memory(quantity).power, judged=False)
+                yield f"{quantity} {point.count}: step, s", Metric(point.seconds)
+                yield f"{quantity} {point.count}: peak memory, GiB", Metric(point.gib)
+            yield f"{quantity}: power of time", Metric(self.time(quantity).power, judged=False)
+            yield f"{quantity}: power of memory", Metric(self.memory(quantity).power, judged=False)
 
     def to_text(self) -> str:
         """Format as a table, one line per point, with the powers below each quantity."""
@@ -157,7 +157,7 @@ def measure_growth(
         for count, case in found.items():
             if case not in costs:
                 logger.info("%s %d", UNITS[quantity], count)
-                costs[case] = apart(_cost, name, [*overrides, *case.words], precision, case.batch, steps)
+                costs[case] = run_in_subprocess(_cost, name, [*overrides, *case.words], precision, case.batch, steps)
     return GrowthReport(
         machine=next(iter(costs.values()))[0].machine,
         recipe=name,

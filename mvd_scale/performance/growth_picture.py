@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mvd_scale.performance.growth import UNITS, GrowthReport, Power, Quantity
+from mvd_scale.performance.growth import UNITS, GrowthReport, PowerLaw, Quantity
 
 _STYLES: dict[Quantity, tuple[str, str]] = {
     "tokens": ("#4c78a8", "o"),
@@ -17,7 +17,7 @@ _STYLES: dict[Quantity, tuple[str, str]] = {
 """Colour and marker of each quantity."""
 
 
-def draw_growth(report: GrowthReport, out: Path) -> None:
+def plot_growth(report: GrowthReport, out: Path) -> None:
     """Plot time and memory over each quantity, relative to the recipe's value, on logarithmic axes (PNG).
 
     Args:
@@ -43,7 +43,7 @@ def draw_growth(report: GrowthReport, out: Path) -> None:
     figure.savefig(out, dpi=110)
 
 
-def _draw(axis: Any, report: GrowthReport, powers: dict[Quantity, Power], cost: str) -> None:
+def _draw(axis: Any, report: GrowthReport, powers: dict[Quantity, PowerLaw], cost: str) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     for quantity, points in report.points.items():

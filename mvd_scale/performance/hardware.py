@@ -16,7 +16,7 @@ from typing import Literal
 
 from mvd_scale.config.training import FrozenPrecision
 from mvd_scale.errors import UserError
-from mvd_scale.models.eight_bit import REFUSED
+from mvd_scale.models.quantization import REFUSED
 from mvd_scale.training.placement import Capabilities
 
 AttentionKernel = Literal["flash-attn", "sdpa"]
@@ -177,7 +177,7 @@ def width_factor(width: int) -> float:
     return min(1.0, 2 * width / (width + 1280))
 
 
-def sustained(
+def sustained_flops(
     gpu: Gpu, precision: FrozenPrecision, kernel: AttentionKernel, width: int, efficiency: float | None
 ) -> float:
     """FLOP/s that a transformer of some width is assumed to reach.

@@ -17,7 +17,7 @@ Backward = Literal["fused", "unfused"]
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearCost:
     """Linear layer that is applied to `rows` rows of every clip."""
 
     rows: int
@@ -45,7 +45,7 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Elementwise:
+class ElementwiseCost:
     """Norm or activation: counts no FLOPs, but saves its input."""
 
     rows: int
@@ -66,7 +66,7 @@ class Elementwise:
 
 
 @dataclass(frozen=True)
-class Block:
+class BlockCost:
     """Transformer block over sequences of tokens.
 
     All tokens are projected to queries, keys and values. Attention is computed for `queries` tokens, the output
@@ -170,4 +170,4 @@ class Block:
         return self.sequences * size * self.outputs * (2 * self.width + self.hidden)
 
 
-Layer = Linear | Elementwise | Block
+LayerCost = LinearCost | ElementwiseCost | BlockCost

@@ -21,7 +21,7 @@ from mvd_scale.checkpoints.weights import load_encoder, save_weights
 from mvd_scale.config import ModelConfig
 from mvd_scale.config.training import Precision
 from mvd_scale.models import Encoder
-from mvd_scale.performance.reports import Report, Value, this_machine
+from mvd_scale.performance.reports import Metric, Report, this_machine
 from mvd_scale.training.ranks import Ranks, join_ranks, leave_ranks
 from mvd_scale.training.teachers import shard_teacher
 
@@ -54,13 +54,13 @@ class LoadReport(Report):
         """Return size, precision and number of ranks."""
         return {key: getattr(self, key) for key in ("size", "precision", "ranks")}
 
-    def values(self) -> Iterator[tuple[str, Value]]:
+    def values(self) -> Iterator[tuple[str, Metric]]:
         """Yield time, and memory of every rank and of all ranks."""
-        yield "load time, s", Value(self.seconds)
+        yield "load time, s", Metric(self.seconds)
         for rank, (held, peak) in enumerate(zip(self.held_after_loading, self.peak_per_rank, strict=True)):
-            yield f"rank {rank}: held, MiB", Value(held)
-            yield f"rank {rank}: peak, MiB", Value(peak)
-        yield "peak of all ranks, MiB", Value(self.peak_of_all_ranks)
+            yield f"rank {rank}: held, MiB", Metric(held)
+            yield f"rank {rank}: peak, MiB", Metric(peak)
+        yield "peak of all ranks, MiB", Metric(self.peak_of_all_ranks)
 
     def to_text(self) -> str:
         """Format as text, one line per figure."""

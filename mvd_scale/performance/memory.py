@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from mvd_scale.config.training import Checkpointing
-from mvd_scale.models.eight_bit import EightBit
-from mvd_scale.performance.layers import Block, Linear
-from mvd_scale.performance.parts import Part, Workload
+from mvd_scale.models.quantization import QuantizedPrecision
+from mvd_scale.performance.layers import BlockCost, LinearCost
+from mvd_scale.performance.parts import ModelPart, Workload
 from mvd_scale.performance.setting import SIZES, Setting
 from mvd_scale.training.optim import LARGEST_GROUP
-from mvd_scale.training.placement import Shards
+from mvd_scale.training.placement import ResultShards
 
-CHANNEL: dict[EightBit, int] = {"int8": 12, "fp8": 4}
+CHANNEL: dict[QuantizedPrecision, int] = {"int8": 12, "fp8": 4}
 """Bytes per output channel beside 8-bit weights: a 32-bit scale; for int8 also a 32-bit zero point and bias."""
 
 Bytes = dict[str, int]
@@ -58,19 +58,19 @@ def predict_memory(work: Workload, setting: Setting) -> Memory:
         setting: ranks, micro batch, ZeRO settings and precision.
     """
     size, clips = SIZES[setting.precision], setting.micro
-    teachers = list(zip(work.teachers, setting.sharded, setting.ahead, setting.graphed, strict=True))
-    rest = _at_rest(work, setting)
+    teachers = list(zip(work.teachers, setting.sharded, setting.prefetched, setting.graphed, strict=True))
+    rest = _persistent_bytes(work, setting)
     for part, sharded, _, graphed in teachers:
         if graphed:
-            recorded = sum(_at_work(part, sharded, setting).values()) + clips * work.pixels
+            recorded = sum(_teacher_forward_bytes(part, sharded, setting).values()) + clips * work.pixels
             rest = _sum(rest, {"CUDA graphs": recorded})
     ahead = [(part, sharded, graphed) for part, sharded, early, graphed in teachers if early]
     if ahead:
         features = clips * SIZES[setting.teacher_precision] * sum(part.predicted for part, *_ in ahead)
-        rest = _sum(rest, {"features ahead": features, "batches": clips * work.pixels})
+        rest = _sum(rest, {"prefetched features": features, "batches": clips * work.pixels})
     # A teacher that computes the next micro batch beside the student can have its peak at any time of the step; of
     # several, which run one after the other, the largest counts.
-    working = [_at_work(part, sharded, setting) for part, sharded, graphed in ahead if not graphed]
+    working = [_teacher_forward_bytes(part, sharded, setting) for part, sharded, graphed in ahead if not graphed]
     if working:
         rest = _sum(rest, max(working, key=lambda needs: sum(needs.values())))
     kept = clips * sum(activations(part, size, checkpointing=setting.checkpointing) for part in work.trained)
@@ -85,13 +85,13 @@ def predict_memory(work: Workload, setting: Setting) -> Memory:
     # Start of the backward pass: all activations still exist, and the heads' last blocks need their workspace first.
     # End: the activations are gone, but the gradients exist.
     first = max(
-        sum(differentiation(part, size, checkpointing=setting.checkpointing) for part in group) for group in groups
+        sum(backward_workspace(part, size, checkpointing=setting.checkpointing) for part in group) for group in groups
     )
 
     phases = {}
     for part, sharded, early, graphed in teachers:
         if not early:
-            phases[part.name] = student if graphed else _sum(student, _at_work(part, sharded, setting))
+            phases[part.name] = student if graphed else _sum(student, _teacher_forward_bytes(part, sharded, setting))
     gradients = work.parameters * size
     buckets = _buckets(setting, size)
     phases["start of the backward pass"] = student | {
@@ -100,30 +100,30 @@ def predict_memory(work: Workload, setting: Setting) -> Memory:
     }
     phases["end of the backward pass"] = {
         "gathered weights": live,
-        "gradients": buckets + _at_the_end(gradients, setting, size),
-        "workspace": clips * differentiation(work.trained[0], size, checkpointing=setting.checkpointing),
+        "gradients": buckets + _gradients_after_backward(gradients, setting, size),
+        "workspace": clips * backward_workspace(work.trained[0], size, checkpointing=setting.checkpointing),
     }
-    phases["optimizer step"] = {"gradients": _at_the_step(gradients, setting, size)}
+    phases["optimizer step"] = {"gradients": _gradients_in_optimizer_step(gradients, setting, size)}
     return Memory({name: _sum(rest, phase) for name, phase in phases.items()})
 
 
-def activations(part: Part, size: int, *, checkpointing: Checkpointing) -> int:
+def activations(part: ModelPart, size: int, *, checkpointing: Checkpointing) -> int:
     """Bytes that a trained part saves per clip for its backward pass."""
     blocks = part.blocks
     others = sum(layer.saved(size) for layer in part.layers if layer not in blocks)
     return others + sum(block.saved(size, checkpointing) for block in blocks)
 
 
-def inference(part: Part, size: int) -> int:
+def inference(part: ModelPart, size: int) -> int:
     """Bytes that a teacher's forward pass needs per clip: rows of its patch embedding, input, and largest block."""
-    rows = [layer.rows * layer.inputs * size for layer in part.layers if isinstance(layer, Linear)]
+    rows = [layer.rows * layer.inputs * size for layer in part.layers if isinstance(layer, LinearCost)]
     blocks = part.blocks
     if not blocks:
         return part.opaque * size
     return sum(rows) + max(block.entry(size) + block.inference(size) for block in blocks)
 
 
-def differentiation(part: Part, size: int, *, checkpointing: Checkpointing) -> int:
+def backward_workspace(part: ModelPart, size: int, *, checkpointing: Checkpointing) -> int:
     """Bytes per clip that the backward pass of a part needs beside the saved activations.
 
     A checkpointed block is recomputed first, so its activations exist once more. A checkpointed attention half is
@@ -133,7 +133,7 @@ def differentiation(part: Part, size: int, *, checkpointing: Checkpointing) -> i
     return block.gradients(size) + (block.saved(size) if checkpointing == "block" else 0)
 
 
-def _groups(work: Workload, *, batched: bool) -> list[list[Part]]:
+def _groups(work: Workload, *, batched: bool) -> list[list[ModelPart]]:
     """Group the parts that run at the same time at the start of the backward pass.
 
     These are decoders: those of one shape form a group if they are batched; otherwise the last decoder alone. Without
@@ -145,20 +145,20 @@ def _groups(work: Workload, *, batched: bool) -> list[list[Part]]:
         return [[encoder]]
     if not batched:
         return [decoders[-1:]]
-    groups: dict[tuple[Block, ...], list[Part]] = {}
+    groups: dict[tuple[BlockCost, ...], list[ModelPart]] = {}
     for part in decoders:
         groups.setdefault(tuple(part.blocks), []).append(part)
     return list(groups.values())
 
 
-def _stacked(part: Part, checkpointing: Checkpointing) -> int:
+def _stacked(part: ModelPart, checkpointing: Checkpointing) -> int:
     """Number of a decoder's weights that are stacked for the batched pass and saved for the backward pass."""
     embed = part.layers[0]
-    assert isinstance(embed, Linear)
+    assert isinstance(embed, LinearCost)
     return embed.inputs * embed.outputs + sum(block.weights(checkpointing) for block in part.blocks)
 
 
-def _at_rest(work: Workload, setting: Setting) -> Bytes:
+def _persistent_bytes(work: Workload, setting: Setting) -> Bytes:
     """Bytes that exist during the whole step, by part."""
     size, share = SIZES[setting.precision], -(-work.parameters // setting.world)
     offloaded = setting.zero.get("offload_optimizer", {}).get("device") in ("cpu", "nvme")
@@ -167,13 +167,14 @@ def _at_rest(work: Workload, setting: Setting) -> Bytes:
     gradients = 0
     if setting.stage == 3:
         weights = 0 if weights_offloaded else share * size
-        weights += work.vectors * size
+        weights += work.unsharded * size
         gradients = size * setting.zero["reduce_bucket_size"] + (0 if offloaded else share * size)
     elif setting.accumulation > 1:
         # Stage 1 keeps all gradients until the last micro batch; stage 2 reduces after each and keeps a share.
         gradients = size * (work.parameters if setting.stage == 1 else share)
     teachers = sum(
-        _teacher_at_rest(part, setting, shards) for part, shards in zip(work.teachers, setting.shards, strict=True)
+        _persistent_teacher_bytes(part, setting, shards)
+        for part, shards in zip(work.teachers, setting.shards, strict=True)
     )
     return {
         "weights": weights,
@@ -185,17 +186,17 @@ def _at_rest(work: Workload, setting: Setting) -> Bytes:
     }
 
 
-def _teacher_at_rest(part: Part, setting: Setting, shards: Shards | None) -> int:
+def _persistent_teacher_bytes(part: ModelPart, setting: Setting, shards: ResultShards | None) -> int:
     size = SIZES[setting.teacher_precision]
-    if setting.eight_bit is not None:
-        eighths = part.linear + CHANNEL[setting.eight_bit] * part.channels
+    if setting.quantized is not None:
+        eighths = part.linear + CHANNEL[setting.quantized] * part.channels
         return eighths + size * (part.parameters - part.linear)
     if shards is None:
         return size * part.parameters
-    return size * (-(-part.parameters // shards.ranks) + (part.vectors if shards.whole_vectors else 0))
+    return size * (-(-part.parameters // shards.ranks) + (part.unsharded if shards.whole_vectors else 0))
 
 
-def _at_work(part: Part, sharded: bool, setting: Setting) -> Bytes:
+def _teacher_forward_bytes(part: ModelPart, sharded: bool, setting: Setting) -> Bytes:
     """Bytes that a forward pass of a teacher adds, by part."""
     size = SIZES[setting.teacher_precision]
     gathered = _teacher_gathered(part, setting.teacher_zero, size) if sharded and setting.world > 1 else 0
@@ -209,7 +210,7 @@ def _gathered(parameters: int, zero: dict[str, Any], size: int) -> int:
     )
 
 
-def _teacher_gathered(part: Part, zero: dict[str, Any], size: int) -> int:
+def _teacher_gathered(part: ModelPart, zero: dict[str, Any], size: int) -> int:
     """Bytes of a teacher's gathered weights: its largest block, prefetched blocks, and the bucket they arrive in."""
     ahead = min(part.parameters, zero["stage3_prefetch_bucket_size"])
     return size * (min(part.parameters, part.largest + ahead) + ahead)
@@ -222,15 +223,15 @@ def _buckets(setting: Setting, size: int) -> int:
     return size * setting.zero["reduce_bucket_size"] * (2 if setting.zero["overlap_comm"] else 1)
 
 
-def _at_the_end(gradients: int, setting: Setting, size: int) -> int:
+def _gradients_after_backward(gradients: int, setting: Setting, size: int) -> int:
     """Bytes of gradients at the end of the backward pass: this rank's share, or at stage 3 two copies of a bucket."""
     if setting.stage == 3:
         return 2 * min(gradients, size * setting.zero["reduce_bucket_size"])
-    # With accumulation they are part of `_at_rest`.
+    # With accumulation they are part of `_persistent_bytes`.
     return 0 if setting.accumulation > 1 else -(-gradients // setting.world)
 
 
-def _at_the_step(gradients: int, setting: Setting, size: int) -> int:
+def _gradients_in_optimizer_step(gradients: int, setting: Setting, size: int) -> int:
     """Bytes of gradients in the optimizer step: this rank's share.
 
     Stages 1 and 2 handle one group of parameters after the other, each flattened and converted to float32.

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from mvd_scale.config.training import Checkpointing
 from mvd_scale.errors import UserError
-from mvd_scale.performance.reports import Report, Value
+from mvd_scale.performance.reports import Metric, Report
 from mvd_scale.performance.step import StepReport
 
 logger = logging.getLogger("mvd_scale")
@@ -51,11 +51,11 @@ class MethodsReport(Report):
         """Return the settings of all steps."""
         return {name: step.setting() for name, step in self.steps.items()}
 
-    def values(self) -> Iterator[tuple[str, Value]]:
+    def values(self) -> Iterator[tuple[str, Metric]]:
         """Yield time and memory of every step, without the times of its parts."""
         for name, step in self.steps.items():
-            yield f"{name}: step, ms", Value(step.milliseconds_per_step)
-            yield f"{name}: peak memory, GiB", Value(step.peak_memory_gib)
+            yield f"{name}: step, ms", Metric(step.milliseconds_per_step)
+            yield f"{name}: peak memory, GiB", Metric(step.peak_memory_gib)
 
     def to_text(self) -> str:
         """Format as a table: time, memory, and both relative to the first."""

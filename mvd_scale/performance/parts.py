@@ -17,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from mvd_scale.config import DecoderConfig, FinetuneRecipe, ModelConfig, Recipe, TokenHeadConfig
 from mvd_scale.errors import UserError
 from mvd_scale.models import Classifier, Encoder, Student
-from mvd_scale.models.eight_bit import eight_bit_weights
+from mvd_scale.models.quantization import quantizable_weights
 from mvd_scale.models.timm_vit import TimmViT
-from mvd_scale.performance.layers import Block, Elementwise, Layer, Linear
+from mvd_scale.performance.layers import BlockCost, ElementwiseCost, LayerCost, LinearCost
 from mvd_scale.targets import FrozenTeacher, Target, build_targets
 from mvd_scale.targets.build import init_teacher
 from mvd_scale.targets.image_teacher import ImageTeacher
@@ -28,12 +28,12 @@ from mvd_scale.training.placement import Teacher
 
 
 @dataclass(frozen=True)
-class Part:
+class ModelPart:
     """One model or head of the step; all figures are per clip."""
 
     name: str
     width: int
-    layers: tuple[Layer, ...]
+    layers: tuple[LayerCost, ...]
 
     predicted: int = 0
     """Number of values that it predicts, or that a teacher computes, for the loss."""
@@ -47,7 +47,7 @@ class Part:
     parameters: int = 0
     """Number of parameters of a teacher; the student's are in `Workload.parameters`."""
 
-    vectors: int = 0
+    unsharded: int = 0
     """Number of parameters in tensors that are too small to be sharded."""
 
     largest: int = 0
@@ -66,9 +66,9 @@ class Part:
     """The facts that the placement of a teacher depends on."""
 
     @property
-    def blocks(self) -> list[Block]:
+    def blocks(self) -> list[BlockCost]:
         """Transformer blocks among `layers`."""
-        return [layer for layer in self.layers if isinstance(layer, Block)]
+        return [layer for layer in self.layers if isinstance(layer, BlockCost)]
 
     @property
     def forward(self) -> int:
@@ -80,13 +80,13 @@ class Part:
 class Workload:
     """All parts of a training step: the trained encoder and heads, and the teachers."""
 
-    trained: tuple[Part, ...]
-    teachers: tuple[Part, ...]
+    trained: tuple[ModelPart, ...]
+    teachers: tuple[ModelPart, ...]
 
     parameters: int
     """Number of trained parameters."""
 
-    vectors: int
+    unsharded: int
     """Number of trained parameters in tensors that are too small to be sharded at ZeRO stage 3."""
 
     pixels: int
@@ -116,7 +116,7 @@ def describe(recipe: Recipe | FinetuneRecipe) -> Workload:
             _teacher_part(name, target, recipe) for name, target in targets.items() if isinstance(target, FrozenTeacher)
         ),
         parameters=_count(student),
-        vectors=_count(student, below=PERSISTENT),
+        unsharded=_count(student, below=PERSISTENT),
         pixels=sum(recipe.model.frames * side**2 * 3 for side in sides),
     )
 
@@ -129,12 +129,14 @@ def _finetuning(recipe: FinetuneRecipe) -> Workload:
         model = Classifier(recipe.model, classes)
     tokens = recipe.model.grid[0] * recipe.model.grid[1] * recipe.model.grid[2]
     encoder = encoder_part(recipe.model, tokens, final_norm=False)
-    head = Part("head", encoder.width, (Elementwise(1, encoder.width, 2), Linear(1, encoder.width, classes)), classes)
+    head = ModelPart(
+        "head", encoder.width, (ElementwiseCost(1, encoder.width, 2), LinearCost(1, encoder.width, classes)), classes
+    )
     return Workload(
         trained=(encoder, head),
         teachers=(),
         parameters=_count(model),
-        vectors=_count(model, below=PERSISTENT),
+        unsharded=_count(model, below=PERSISTENT),
         pixels=recipe.model.frames * recipe.model.input_size**2 * 3,
     )
 
@@ -142,25 +144,25 @@ def _finetuning(recipe: FinetuneRecipe) -> Workload:
 def masked_tokens(recipe: Recipe) -> int:
     """Number of masked tokens of a clip that are decoded."""
     mask = recipe.data.mask
-    return round((recipe.tokens - recipe.visible_tokens) * (mask.decode if mask is not None else 1))
+    return round((recipe.tokens - recipe.visible_tokens) * (mask.decode_ratio if mask is not None else 1))
 
 
-def encoder_part(model: ModelConfig, tokens: int, *, final_norm: bool = True) -> Part:
+def encoder_part(model: ModelConfig, tokens: int, *, final_norm: bool = True) -> ModelPart:
     """Describe an encoder that is applied to `tokens` tokens of a clip."""
     width = _width(model)
     seen = tokens + model.class_token
-    return Part(
+    return ModelPart(
         "encoder",
         width,
         (
-            Linear(tokens, 3 * model.tubelet * model.patch_size**2, width, input_grad=False),
+            LinearCost(tokens, 3 * model.tubelet * model.patch_size**2, width, input_grad=False),
             *encoder_blocks(model, seen, outputs=seen),
-            *([Elementwise(seen, width, 2)] if final_norm else []),
+            *([ElementwiseCost(seen, width, 2)] if final_norm else []),
         ),
     )
 
 
-def encoder_blocks(model: ModelConfig, tokens: int, *, outputs: int, sequences: int = 1) -> tuple[Block, ...]:
+def encoder_blocks(model: ModelConfig, tokens: int, *, outputs: int, sequences: int = 1) -> tuple[BlockCost, ...]:
     """Describe the blocks of an encoder; the last block computes only `outputs` tokens of each sequence."""
     assert model.depth is not None
     assert model.heads is not None
@@ -171,34 +173,34 @@ def encoder_blocks(model: ModelConfig, tokens: int, *, outputs: int, sequences: 
 
 def decoder_part(
     name: str, decoder: DecoderConfig, model: ModelConfig, visible: int, masked: int, channels: int
-) -> Part:
+) -> ModelPart:
     """Describe a decoder with its linear head, applied to visible and mask tokens."""
     tokens = visible + model.class_token + masked
     blocks = _stack(decoder.width, decoder.depth, decoder.heads, model.mlp_ratio, tokens, (masked, masked))
-    return Part(
+    return ModelPart(
         f"{name} decoder",
         decoder.width,
         (
-            Linear(visible + model.class_token, _width(model), decoder.width, input_kept=False),
+            LinearCost(visible + model.class_token, _width(model), decoder.width, input_kept=False),
             *blocks,
-            Elementwise(masked, decoder.width, 2),
-            Linear(masked, decoder.width, channels),
+            ElementwiseCost(masked, decoder.width, 2),
+            LinearCost(masked, decoder.width, channels),
         ),
         predicted=masked * channels,
     )
 
 
-def _head_part(name: str, head: TokenHeadConfig, model: ModelConfig, tokens: int, channels: int) -> Part:
+def _head_part(name: str, head: TokenHeadConfig, model: ModelConfig, tokens: int, channels: int) -> ModelPart:
     width = _width(model)
     hidden = head.hidden or width
-    layers: tuple[Layer, ...] = (Linear(tokens, width, channels, input_kept=False),)
+    layers: tuple[LayerCost, ...] = (LinearCost(tokens, width, channels, input_kept=False),)
     if head.kind == "mlp":
-        first = Linear(tokens, width, hidden, input_kept=False)
-        layers = (first, Elementwise(tokens, hidden), Linear(tokens, hidden, channels))
-    return Part(f"{name} head", width, layers, predicted=tokens * channels)
+        first = LinearCost(tokens, width, hidden, input_kept=False)
+        layers = (first, ElementwiseCost(tokens, hidden), LinearCost(tokens, hidden, channels))
+    return ModelPart(f"{name} head", width, layers, predicted=tokens * channels)
 
 
-def _head_parts(recipe: Recipe, targets: Mapping[str, Target]) -> list[Part]:
+def _head_parts(recipe: Recipe, targets: Mapping[str, Target]) -> list[ModelPart]:
     visible, parts = recipe.visible_tokens, []
     for name, target in targets.items():
         head = recipe.targets[name].head_config
@@ -211,22 +213,22 @@ def _head_parts(recipe: Recipe, targets: Mapping[str, Target]) -> list[Part]:
     return parts
 
 
-def _keeping_input(part: Part) -> Part:
+def _keeping_input(part: ModelPart) -> ModelPart:
     first = part.layers[0]
-    assert isinstance(first, Linear)
-    kept = Linear(first.rows, first.inputs, first.outputs)
-    return Part(part.name, part.width, (kept, *part.layers[1:]), part.predicted)
+    assert isinstance(first, LinearCost)
+    kept = LinearCost(first.rows, first.inputs, first.outputs)
+    return ModelPart(part.name, part.width, (kept, *part.layers[1:]), part.predicted)
 
 
-def _teacher_part(target_name: str, target: FrozenTeacher, recipe: Recipe) -> Part:
+def _teacher_part(target_name: str, target: FrozenTeacher, recipe: Recipe) -> ModelPart:
     name, teacher = f"{target_name} teacher", target.teacher
     largest = max(
         _count(block) for path, block in teacher.named_modules() if path.rpartition(".")[0].endswith("blocks")
     )
-    linear = eight_bit_weights(teacher)
+    linear = quantizable_weights(teacher)
     counts = {
         "parameters": _count(teacher),
-        "vectors": _count(teacher, below=PERSISTENT),
+        "unsharded": _count(teacher, below=PERSISTENT),
         "largest": largest,
         "linear": sum(weight.numel() for weight in linear),
         "channels": sum(len(weight) for weight in linear),
@@ -238,7 +240,9 @@ def _teacher_part(target_name: str, target: FrozenTeacher, recipe: Recipe) -> Pa
         counts |= {"products": 2 * seen * counts["linear"], "counted": _counted(teacher, recipe.model)}
         # The peak of a block with an MLP ratio of 4; timm's models have about that ratio.
         opaque = 12 * seen * teacher.width
-        return Part(name, teacher.width, (), given, opaque=opaque, teacher=teacher_of(target_name, target), **counts)
+        return ModelPart(
+            name, teacher.width, (), given, opaque=opaque, teacher=teacher_of(target_name, target), **counts
+        )
     assert isinstance(teacher, Encoder)
     model = teacher.config
     sequences = recipe.model.grid[0] if isinstance(target, ImageTeacher) else 1
@@ -247,10 +251,12 @@ def _teacher_part(target_name: str, target: FrozenTeacher, recipe: Recipe) -> Pa
     outputs = seen if target.config.tokens == "all" else wanted[target.config.tokens] // sequences
     if isinstance(target, ImageTeacher) and not target.tubes:
         outputs = seen
-    embedding = Linear(sequences * tokens, 3 * model.tubelet * model.patch_size**2, _width(model))
+    embedding = LinearCost(sequences * tokens, 3 * model.tubelet * model.patch_size**2, _width(model))
     blocks = encoder_blocks(model, seen, outputs=outputs, sequences=sequences)
     counts["products"] = sum(block.products for block in blocks)
-    return Part(name, _width(model), (embedding, *blocks), given, teacher=teacher_of(target_name, target), **counts)
+    return ModelPart(
+        name, _width(model), (embedding, *blocks), given, teacher=teacher_of(target_name, target), **counts
+    )
 
 
 def _counted(teacher: TimmViT, model: ModelConfig) -> int:
@@ -271,11 +277,11 @@ def _stack(
     sequences: int = 1,
     *,
     dropped: bool = False,
-) -> tuple[Block, ...]:
+) -> tuple[BlockCost, ...]:
     """Describe a stack of blocks on all tokens; `last` gives the number of queries and of outputs of the last block."""
     hidden = int(width * mlp_ratio)
     return tuple(
-        Block(
+        BlockCost(
             keys=tokens,
             queries=tokens if i < depth - 1 else last[0],
             outputs=tokens if i < depth - 1 else last[1],

@@ -21,10 +21,10 @@ FRAMES, RATE, SIDE = 16, 4, 224
 SCALES = (1.0, 0.875, 0.75, 0.66)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-WAYS = ("decord + PIL", "torchcodec + torchvision", "PyAV + torchvision")
+BASELINES = ("decord + PIL", "torchcodec + torchvision", "PyAV + torchvision")
 
 
-def missing(way: str, video: str) -> str | None:
+def unavailable_reason(way: str, video: str) -> str | None:
     """Reason why a baseline cannot run here; None if it can read the first frame of a video."""
     try:
         _readers()[way](video, [0] * FRAMES)
@@ -34,12 +34,15 @@ def missing(way: str, video: str) -> str | None:
 
 
 def plain_loader(way: str, paths: Sequence[str], frames: Sequence[int], *, batch: int, workers: int) -> DataLoader:
-    """Make an endless loader by one of `WAYS`: batches of pixels float32 (B, 3, T, 224, 224) and masks bool (B, N)."""
+    """Make an endless loader by one of `BASELINES`.
+
+    Its batches are pixels, float32 (B, 3, T, 224, 224), and masks, bool (B, N).
+    """
     return DataLoader(_Clips(paths, frames, _readers()[way]), batch_size=batch, num_workers=workers, shuffle=False)
 
 
 def _readers() -> dict[str, Callable[[str, list[int]], Tensor]]:
-    return dict(zip(WAYS, (_decord_pil, _torchcodec, _pyav), strict=True))
+    return dict(zip(BASELINES, (_decord_pil, _torchcodec, _pyav), strict=True))
 
 
 class _Clips(Dataset[tuple[Tensor, Tensor]]):

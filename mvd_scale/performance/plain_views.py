@@ -24,11 +24,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional
 
 from mvd_scale.config.data import ViewsConfig
-from mvd_scale.data.views import clips_of, crop_corners, resized_size
+from mvd_scale.data.views import crop_corners, resized_size, view_frame_indices
 from mvd_scale.performance.plain_loaders import decord_frames, pyav_frames
 
-Way = Literal["view", "clip", "whole"]
-WAYS: tuple[Way, ...] = ("view", "clip", "whole")
+Baseline = Literal["view", "clip", "whole"]
+BASELINES: tuple[Baseline, ...] = ("view", "clip", "whole")
 
 Reader = Callable[[str, Sequence[int]], NDArray[np.uint8]]
 """Function from a path and ascending distinct frame numbers to frames uint8 (numbers, H, W, 3)."""
@@ -40,12 +40,19 @@ def reader_name() -> str:
 
 
 def plain_views(
-    way: Way, paths: Sequence[str], frames: Sequence[int], views: ViewsConfig, *, length: int, side: int, workers: int
+    way: Baseline,
+    paths: Sequence[str],
+    frames: Sequence[int],
+    views: ViewsConfig,
+    *,
+    length: int,
+    side: int,
+    workers: int,
 ) -> DataLoader:
     """Make a loader that yields the views of one video after the other: uint8 (K C, T, S, S, 3).
 
     Args:
-        way: one of `WAYS`.
+        way: one of `BASELINES`.
         paths: video files, in the order to load.
         frames: number of frames of each file.
         views: the views, with dense sampling.
@@ -57,12 +64,12 @@ def plain_views(
     return DataLoader(items, batch_size=items.per_video, num_workers=workers, collate_fn=torch.cat)
 
 
-def frames_decoded(way: Way, total: int, views: ViewsConfig, *, length: int) -> int:
+def frames_decoded(way: Baseline, total: int, views: ViewsConfig, *, length: int) -> int:
     """Number of frames that PyAV decodes for all views of a video of `total` frames.
 
     decord may decode fewer, because it can start at a later key frame.
     """
-    clips = clips_of(views, total, frames=length)
+    clips = view_frame_indices(views, total, frames=length)
     if way == "whole":
         return len(clips) * views.crops * (int(_listed(views, total)[-1]) + 1)
     return int((clips[:, -1] + 1).sum()) * (views.crops if way == "view" else 1)
@@ -77,7 +84,7 @@ class _Items(Dataset[Tensor]):
     """Data set with items uint8 (1, T, S, S, 3), or (C, T, S, S, 3) if `way` is `clip`."""
 
     def __init__(
-        self, way: Way, paths: Sequence[str], frames: Sequence[int], views: ViewsConfig, length: int, side: int
+        self, way: Baseline, paths: Sequence[str], frames: Sequence[int], views: ViewsConfig, length: int, side: int
     ) -> None:
         self.way = way
         self.paths = paths
@@ -95,7 +102,7 @@ class _Items(Dataset[Tensor]):
         video, view = divmod(item, self.per_video)
         clip, crop = (view, None) if self.way == "clip" else divmod(view, self.views.crops)
         total = self.frames[video]
-        chosen = clips_of(self.views, total, frames=self.length)[clip]
+        chosen = view_frame_indices(self.views, total, frames=self.length)[clip]
         places = _listed(self.views, total) if self.way == "whole" else np.unique(chosen)
         read = torch.from_numpy(self.read(self.paths[video], places.tolist())).permute(0, 3, 1, 2)
         height, width = resized_size(*read.shape[2:], side=self.side)

@@ -6,11 +6,11 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import get_args
 
-from mvd_scale.config import FinetuneRecipe, Recipe, load_any, load_finetuning, load_recipe
+from mvd_scale.config import FinetuneRecipe, Recipe, load_any_recipe, load_finetune_recipe, load_recipe
 from mvd_scale.config.training import Checkpointing
 from mvd_scale.errors import UserError
 from mvd_scale.performance.communication import Collective, collectives
-from mvd_scale.performance.decoding import Video, decoded_clips, decoded_frames
+from mvd_scale.performance.decoding import VideoFormat, decoded_clips, decoded_frames
 from mvd_scale.performance.flops import PartFlops, part_flops
 from mvd_scale.performance.hardware import (
     GIB,
@@ -19,12 +19,12 @@ from mvd_scale.performance.hardware import (
     Gpu,
     find_gpu,
     find_kernel,
-    sustained,
+    sustained_flops,
     usable_memory,
 )
 from mvd_scale.performance.memory import Memory, predict_memory
 from mvd_scale.performance.parts import Workload, describe
-from mvd_scale.performance.published import Comparison, compare
+from mvd_scale.performance.published import PublishedComparison, compare_with_paper
 from mvd_scale.performance.setting import (
     Setting,
     placement_on,
@@ -48,14 +48,14 @@ class Cluster:
     efficiency: float | None
     """Share of the peak FLOP/s that replaces the table's values; None to use the table."""
 
-    video: Video
+    video: VideoFormat
 
     videos: int
     """Number of videos of an epoch."""
 
 
 @dataclass(frozen=True)
-class Candidate:
+class MicroBatchForecast:
     """Prediction for one size of the micro batch; memory in bytes per rank."""
 
     micro: int
@@ -66,7 +66,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Policy:
+class CheckpointingForecast:
     """Prediction for one choice of `training.gradient_checkpointing`; memory in bytes per rank."""
 
     recomputed: int
@@ -109,15 +109,15 @@ class Plan:
     epoch_seconds: float
     run_hours: float
     limit: str
-    candidates: list[Candidate]
+    candidates: list[MicroBatchForecast]
 
-    policies: dict[Checkpointing, Policy]
+    policies: dict[Checkpointing, CheckpointingForecast]
     """Prediction for each choice of gradient checkpointing, at the same micro batch."""
 
-    comparison: Comparison | None
+    comparison: PublishedComparison | None
 
     @property
-    def best(self) -> Candidate:
+    def best(self) -> MicroBatchForecast:
         """The fastest micro batch that fits in memory; of equally fast ones the largest."""
         return max((c for c in self.candidates if c.fits), key=lambda c: (c.clips_per_second, c.micro))
 
@@ -138,9 +138,9 @@ def make_plan(name: str, overrides: list[str], cluster: Cluster) -> Plan:
     work = describe(recipe)
     placement = _placement(recipe, work, cluster)
     usual = setting_from(placement, recipe)
-    of_teachers = [usual.eight_bit or usual.teacher_precision] if work.teachers else []
+    of_teachers = [usual.quantized or usual.teacher_precision] if work.teachers else []
     for precision in (*of_teachers, usual.precision):
-        sustained(cluster.gpu, precision, cluster.kernel, 1, cluster.efficiency)
+        sustained_flops(cluster.gpu, precision, cluster.kernel, 1, cluster.efficiency)
     recipes = [with_training(recipe, micro_batch=micro) for micro in micro_batches(recipe, cluster.gpus)]
     settings = [_setting(changed, work, cluster) for changed in recipes]
     candidates = [_candidate(recipe, work, setting, cluster) for setting in settings]
@@ -161,7 +161,7 @@ def make_cluster(
     *,
     attention: str | None,
     efficiency: float | None,
-    video: Video,
+    video: VideoFormat,
     videos: int,
 ) -> Cluster:
     """Describe a cluster of GPUs, given by name.
@@ -200,9 +200,9 @@ def load(name: str, overrides: list[str]) -> Recipe | FinetuneRecipe:
     Raises:
         UserError: see `load_recipe`; or the recipe is of another kind.
     """
-    kind = load_any(name)
+    kind = load_any_recipe(name)
     if isinstance(kind, FinetuneRecipe):
-        return load_finetuning(name, overrides)
+        return load_finetune_recipe(name, overrides)
     if isinstance(kind, Recipe):
         return load_recipe(name, overrides)
     raise UserError(f"{name} is a recipe of action detection: expected a recipe of pre-training or fine-tuning")
@@ -210,7 +210,7 @@ def load(name: str, overrides: list[str]) -> Recipe | FinetuneRecipe:
 
 def micro_batches(recipe: Recipe | FinetuneRecipe, world: int) -> list[int]:
     """List every micro batch that divides a rank's share of the global batch, ascending."""
-    micro, accumulation = recipe.batch_split(world)
+    micro, accumulation = recipe.micro_batch_and_accumulation(world)
     share, copies = micro * accumulation, recipe.data.copies
     return [count for count in range(copies, share + 1, copies) if share % count == 0]
 
@@ -223,10 +223,12 @@ def _setting(recipe: Recipe | FinetuneRecipe, work: Workload, cluster: Cluster) 
     return setting_from(_placement(recipe, work, cluster), recipe)
 
 
-def _candidate(recipe: Recipe | FinetuneRecipe, work: Workload, setting: Setting, cluster: Cluster) -> Candidate:
+def _candidate(
+    recipe: Recipe | FinetuneRecipe, work: Workload, setting: Setting, cluster: Cluster
+) -> MicroBatchForecast:
     memory = predict_memory(work, setting).peak
     seconds = _step_seconds(recipe, _phases(work, setting, cluster), cluster)
-    return Candidate(
+    return MicroBatchForecast(
         setting.micro,
         setting.accumulation,
         memory,
@@ -237,10 +239,10 @@ def _candidate(recipe: Recipe | FinetuneRecipe, work: Workload, setting: Setting
 
 def _policy(
     recipe: Recipe | FinetuneRecipe, work: Workload, setting: Setting, cluster: Cluster, checkpointing: Checkpointing
-) -> Policy:
+) -> CheckpointingForecast:
     setting = replace(setting, checkpointing=checkpointing)
     candidate = _candidate(recipe, work, setting, cluster)
-    return Policy(
+    return CheckpointingForecast(
         sum(part.recomputed for part in part_flops(work, checkpointing=checkpointing)),
         predict_memory(work, setting).phases["start of the backward pass"]["activations"],
         candidate.memory,
@@ -289,7 +291,7 @@ def _plan(
     work: Workload,
     placement: Placement,
     cluster: Cluster,
-    candidates: list[Candidate],
+    candidates: list[MicroBatchForecast],
     recipe_micro: int,
 ) -> Plan:
     setting = setting_from(placement, recipe)
@@ -327,7 +329,9 @@ def _plan(
         limit=_limit(phases, seconds),
         candidates=candidates,
         policies={choice: _policy(recipe, work, setting, cluster, choice) for choice in get_args(Checkpointing)},
-        comparison=compare(name, cluster.gpu, cluster.gpus, work, planned * batch, hours, hours * computing / seconds),
+        comparison=compare_with_paper(
+            name, cluster.gpu, cluster.gpus, work, planned * batch, hours, hours * computing / seconds
+        ),
     )
 
 
@@ -360,11 +364,11 @@ def _changes(recipe: Recipe | FinetuneRecipe, setting: Setting) -> dict[str, Rec
         f"--stage 3 {again} block": with_training(zero3, gradient_checkpointing="block"),
     }
     if isinstance(recipe, Recipe):
-        if any(setting.ahead):
-            changes["--teachers.ahead false"] = with_teachers(recipe, ahead=False)
+        if any(setting.prefetched):
+            changes["--teachers.prefetch false"] = with_teachers(recipe, prefetch=False)
         if any(setting.graphed):
             changes["--teachers.cuda_graphs false"] = with_teachers(recipe, cuda_graphs=False)
-        if setting.shards and setting.eight_bit is None:
+        if setting.shards and setting.quantized is None:
             sharded: dict[str, object] = {"sharding": "zero3", "compile": "auto", "cuda_graphs": "auto"}
             changes[shard] = with_teachers(recipe, **sharded)
             changes[f"--stage 3 {shard} {again} block"] = with_training(

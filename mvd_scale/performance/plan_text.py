@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 
-from mvd_scale.performance.hardware import FRAGMENTED, GIB, LINK_SHARE, RESERVED, sustained
+from mvd_scale.performance.hardware import FRAGMENTED, GIB, LINK_SHARE, RESERVED, sustained_flops
 from mvd_scale.performance.plan import Plan
 from mvd_scale.performance.timeline import LAUNCH
 
@@ -36,8 +36,8 @@ def _head(plan: Plan) -> Iterator[str]:
     cluster, setting = plan.cluster, plan.setting
     nodes, sharded = cluster.gpus // cluster.per_node, sum(setting.sharded)
     teachers = f"{sharded} of {len(setting.sharded)} teachers sharded"
-    if setting.eight_bit is not None:
-        teachers = f"teachers in {setting.eight_bit}"
+    if setting.quantized is not None:
+        teachers = f"teachers in {setting.quantized}"
     yield (
         f"{plan.recipe} on {cluster.gpus} {cluster.gpu.name} ({nodes} x {cluster.per_node}), "
         f"{setting.precision}, ZeRO {setting.stage}, {teachers}; "
@@ -138,21 +138,22 @@ def _assumptions(plan: Plan) -> Iterator[str]:
     widths = sorted({part.width for part in plan.flops})
     peak = cluster.gpu.peak[setting.precision]
     rates = {
-        width: sustained(cluster.gpu, setting.precision, cluster.kernel, width, cluster.efficiency) for width in widths
+        width: sustained_flops(cluster.gpu, setting.precision, cluster.kernel, width, cluster.efficiency)
+        for width in widths
     }
     shares = ", ".join(f"{rate / peak:.0%} at D {width}" for width, rate in rates.items())
     yield "\n  assumptions, none of them measured on these GPUs"
     yield f"  share of {peak / 1e12:.0f} TFLOP/s by {cluster.kernel}: {shares} (--efficiency sets one for all)"
-    if setting.eight_bit is not None:
+    if setting.quantized is not None:
         yield (
-            f"  the same shares of {cluster.gpu.peak[setting.eight_bit] / 1e12:.0f} TFLOP/s for the teachers' linear "
-            f"layers in {setting.eight_bit}; nothing for the rounding of what goes in"
+            f"  the same shares of {cluster.gpu.peak[setting.quantized] / 1e12:.0f} TFLOP/s for the teachers' linear "
+            f"layers in {setting.quantized}; nothing for the rounding of what goes in"
         )
     yield (
         f"  {LINK_SHARE:.0%} of links; {LAUNCH * 1e6:.0f} us to launch a kernel; {RESERVED / GIB:.1f} GiB and "
         f"{FRAGMENTED:.0%} of memory lost"
     )
-    if any(setting.ahead):
+    if any(setting.prefetched):
         yield "  phases run one after the other: time saved by teachers that run beside the student is not counted"
     yield (
         f"  {cluster.videos} videos of {cluster.video.height} lines, a key frame every {cluster.video.keyframes} "

@@ -16,8 +16,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from mvd_scale.config.training import Precision
 from mvd_scale.performance.bench_setup import bench_recipe, bench_trainer
-from mvd_scale.performance.profile_flops import count_flops, module_table, peak_of
-from mvd_scale.performance.profile_picture import draw_memory
+from mvd_scale.performance.profile_flops import count_flops, module_table, peak_flops
+from mvd_scale.performance.profile_picture import plot_memory
 from mvd_scale.performance.profile_report import Operator, PartFigures, ProfileReport
 from mvd_scale.performance.profile_trace import STEP, Span, Trace, covered_seconds, read_trace
 from mvd_scale.performance.reports import this_machine
@@ -97,7 +97,7 @@ def profile_recipe(
     trace = read_trace(path, trainer.part_names)
     flops = {part: count * trainer.accumulation for part, count in count_flops(recipe, trainer.batch).items()}
     torch.distributed.barrier()
-    peak = peak_of(ranks.device, recipe.training.precision)
+    peak = peak_flops(ranks.device, recipe.training.precision)
     highest = max(trace.memory, key=lambda sample: sample[1], default=(0.0, 0))
     report = ProfileReport(
         machine=this_machine(ranks.device),
@@ -200,4 +200,4 @@ def _write(report: ProfileReport, trace: Trace, out: Path) -> None:
     (out / "summary.txt").write_text(report.to_text() + "\n", encoding="utf-8")
     label = "tensors on the GPU" if report.machine.device != "cpu" else "tensors made in these steps"
     title = f"{report.recipe}, {report.precision}, {report.clips_per_step} clips on {report.ranks} ranks: rank 0"
-    draw_memory(trace, title, label, out / "memory.png")
+    plot_memory(trace, title, label, out / "memory.png")

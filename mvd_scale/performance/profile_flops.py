@@ -91,7 +91,7 @@ def count_flops(recipe: Recipe, clips: ClipBatch) -> dict[str, int]:
     return parts.flops
 
 
-def peak_of(device: torch.device, precision: Precision) -> Peak:
+def peak_flops(device: torch.device, precision: Precision) -> Peak:
     """Peak FLOP/s of a device: from the data sheet of a known GPU, otherwise the best of 5 timed matrix products."""
     words = re.split(r"[\s-]", torch.cuda.get_device_name(device).upper()) if device.type == "cuda" else []
     for gpu in GPUS.values():

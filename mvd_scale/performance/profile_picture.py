@@ -11,7 +11,7 @@ from mvd_scale.performance.profile_trace import Trace
 _COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#eeca3b", "#9d755d")
 
 
-def draw_memory(trace: Trace, title: str, label: str, out: Path) -> None:
+def plot_memory(trace: Trace, title: str, label: str, out: Path) -> None:
     """Plot memory over time, with the parts of the steps as coloured bands (PNG).
 
     Args:

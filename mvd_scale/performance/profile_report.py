@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mvd_scale.performance.reports import SHORT, Report, Value
+from mvd_scale.performance.reports import SHORT, Metric, Report
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,14 @@ class ProfileReport(Report):
         keys = ("recipe", "overrides", "precision", "teacher_sharding", "ranks", "clips_per_step")
         return {key: getattr(self, key) for key in keys}
 
-    def values(self) -> Iterator[tuple[str, Value]]:
+    def values(self) -> Iterator[tuple[str, Metric]]:
         """Yield the times of the parts and of the step, utilisation, communication and memory."""
         for name, part in self.parts.items():
-            yield f"{name}, ms", Value(part.spent, judged=part.spent > SHORT * self.milliseconds_per_step)
-        yield "step, ms", Value(self.milliseconds_per_step)
-        yield "utilisation", Value(self.utilisation, more_is_better=True)
-        yield "communication, ms", Value(self.communication_milliseconds, judged=self.ranks > 1)
-        yield "peak memory, GiB", Value(self.peak_memory_gib)
+            yield f"{name}, ms", Metric(part.spent, judged=part.spent > SHORT * self.milliseconds_per_step)
+        yield "step, ms", Metric(self.milliseconds_per_step)
+        yield "utilisation", Metric(self.utilisation, more_is_better=True)
+        yield "communication, ms", Metric(self.communication_milliseconds, judged=self.ranks > 1)
+        yield "peak memory, GiB", Metric(self.peak_memory_gib)
 
     def to_text(self) -> str:
         """Format as one page."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mvd_scale.performance.hardware import Gpu
-from mvd_scale.performance.layers import Block
+from mvd_scale.performance.layers import BlockCost
 from mvd_scale.performance.parts import Workload
 
 VIDEOS = 240_000
@@ -26,7 +26,7 @@ product in 16 bits, its softmax in float32, and the softmax converted to 16 bits
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PublishedComparison:
     """Hours of the whole run, published and predicted."""
 
     published: float
@@ -59,9 +59,9 @@ class Comparison:
         ]
 
 
-def compare(
+def compare_with_paper(
     recipe: str, gpu: Gpu, gpus: int, work: Workload, clips: int, hours: float, computing: float
-) -> Comparison | None:
+) -> PublishedComparison | None:
     """Compare a plan with the published run; None if the paper has no figure for it.
 
     Args:
@@ -77,7 +77,7 @@ def compare(
         return None
     plain = clips * plain_attention_seconds(work, gpu) / gpus / 3600
     loading = clips / LOADED / 3600
-    return Comparison(
+    return PublishedComparison(
         published=HOURS[recipe],
         computing=computing,
         decoding=hours - computing,
@@ -94,5 +94,5 @@ def plain_attention_seconds(work: Workload, gpu: Gpu) -> float:
     return ((SCORE_FORWARD + SCORE_BACKWARD) * trained + SCORE_FORWARD * frozen) / gpu.bandwidth
 
 
-def _scores(block: Block) -> int:
+def _scores(block: BlockCost) -> int:
     return block.sequences * block.heads * block.queries * block.keys

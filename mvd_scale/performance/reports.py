@@ -40,7 +40,7 @@ class Machine:
 
 
 @dataclasses.dataclass(frozen=True)
-class Value:
+class Metric:
     """Measured figure by which two reports are compared."""
 
     value: float
@@ -69,7 +69,7 @@ class Report(ABC):
         """Return the settings of the measurement; two reports are comparable only if these are equal."""
 
     @abstractmethod
-    def values(self) -> Iterator[tuple[str, Value]]:
+    def values(self) -> Iterator[tuple[str, Metric]]:
         """Yield name and value of every figure; each name is unique."""
 
 

@@ -7,12 +7,12 @@ from typing import Any, TypeVar
 
 from mvd_kernels import bf16_instructions
 from mvd_scale.config import FinetuneRecipe, Recipe, RunRecipe
-from mvd_scale.config.deepspeed import student_deepspeed, teacher_deepspeed
+from mvd_scale.config.deepspeed import student_deepspeed, teacher_deepspeed_config
 from mvd_scale.config.training import Checkpointing, Precision
-from mvd_scale.models.eight_bit import EightBit
+from mvd_scale.models.quantization import QuantizedPrecision
 from mvd_scale.performance.hardware import Gpu, capabilities_of
 from mvd_scale.performance.parts import Workload
-from mvd_scale.training.placement import Capabilities, Devices, Placement, Shards, place
+from mvd_scale.training.placement import Capabilities, Devices, Placement, ResultShards, place
 
 SIZES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Bytes of an element."""
@@ -41,13 +41,13 @@ class Setting:
     precision: Precision
     teacher_precision: Precision
 
-    eight_bit: EightBit | None
+    quantized: QuantizedPrecision | None
     """Of the linear layers in the teachers' blocks; None where they are as the rest, in `teacher_precision`."""
 
-    shards: tuple[Shards | None, ...]
+    shards: tuple[ResultShards | None, ...]
     """Of each teacher, how ranks share its weights; None where each holds all of them."""
 
-    ahead: tuple[bool, ...]
+    prefetched: tuple[bool, ...]
     """Of each teacher, whether it works on the next micro batch beside the student."""
 
     graphed: tuple[bool, ...]
@@ -59,7 +59,7 @@ class Setting:
     checkpointing: Checkpointing
 
     prefetch: int
-    """Batches that are decoded ahead."""
+    """Batches that are decoded before they are asked for."""
 
     @property
     def sharded(self) -> tuple[bool, ...]:
@@ -130,12 +130,12 @@ def setting_from(placement: Placement, recipe: Recipe | FinetuneRecipe) -> Setti
         accumulation=placement.accumulation.value,
         stage=placement.zero_stage.value,
         zero=student_deepspeed(recipe, world)["zero_optimization"],
-        teacher_zero=teacher_deepspeed(precision, world)["zero_optimization"],
+        teacher_zero=teacher_deepspeed_config(precision, world)["zero_optimization"],
         precision=placement.precision.value,
         teacher_precision=precision,
-        eight_bit=linear if linear == "int8" or linear == "fp8" else None,
+        quantized=linear if linear == "int8" or linear == "fp8" else None,
         shards=tuple(teacher.shards.value for teacher in teachers),
-        ahead=tuple(teacher.prefetch.value for teacher in teachers),
+        prefetched=tuple(teacher.prefetch.value for teacher in teachers),
         graphed=tuple(teacher.cuda_graph.value for teacher in teachers),
         batched=placement.batch_decoders.value,
         checkpointing=placement.gradient_checkpointing.value,

@@ -16,7 +16,7 @@ from torch import nn
 
 from mvd_scale.config.training import Precision
 from mvd_scale.performance.bench_setup import bench_recipe, bench_trainer
-from mvd_scale.performance.reports import SHORT, Report, Value, this_machine
+from mvd_scale.performance.reports import SHORT, Metric, Report, this_machine
 from mvd_scale.targets.build import init_teacher
 from mvd_scale.training.metrics import peak_memory_gib
 from mvd_scale.training.ranks import join_ranks, leave_ranks
@@ -46,13 +46,13 @@ class StepReport(Report):
         keys = ("recipe", "overrides", "precision", "teacher_sharding", "ranks", "clips_per_step")
         return {key: getattr(self, key) for key in keys}
 
-    def values(self) -> Iterator[tuple[str, Value]]:
+    def values(self) -> Iterator[tuple[str, Metric]]:
         """Yield the times of every part and of the step, clips per second, and memory."""
         for part, spent in self.milliseconds.items():
-            yield f"{part}, ms", Value(spent, judged=spent > SHORT * self.milliseconds_per_step)
-        yield "step, ms", Value(self.milliseconds_per_step)
-        yield "clips/s", Value(self.clips_per_second, more_is_better=True)
-        yield "peak memory, GiB", Value(self.peak_memory_gib)
+            yield f"{part}, ms", Metric(spent, judged=spent > SHORT * self.milliseconds_per_step)
+        yield "step, ms", Metric(self.milliseconds_per_step)
+        yield "clips/s", Metric(self.clips_per_second, more_is_better=True)
+        yield "peak memory, GiB", Metric(self.peak_memory_gib)
 
     def to_text(self) -> str:
         """Format as a table of parts with their shares of the step."""
@@ -74,7 +74,7 @@ class StepReport(Report):
 class Stopwatch:
     """Timer of parts in seconds; on a GPU each part ends with a synchronisation, so parts do not overlap.
 
-    Teachers do not overlap with the student either: the step takes as long as without `teachers.ahead`.
+    Teachers do not overlap with the student either: the step takes as long as without `teachers.prefetch`.
     `mvd-scale profile` times steps without synchronisation. Rows of the patch embedding that several teachers share
     belong to no part.
     """

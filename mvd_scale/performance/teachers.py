@@ -16,15 +16,15 @@ from torch import nn
 from mvd_scale.config import load_recipe
 from mvd_scale.config.training import FrozenPrecision
 from mvd_scale.data.batch import ClipBatch
-from mvd_scale.data.index import open_source
+from mvd_scale.data.index import load_source
 from mvd_scale.errors import UserError
 from mvd_scale.models import Student
 from mvd_scale.models.precision import lower
 from mvd_scale.performance.bench_setup import with_clips
-from mvd_scale.performance.reports import Report, Value, this_machine
+from mvd_scale.performance.reports import Metric, Report, this_machine
 from mvd_scale.targets import FrozenTeacher, MaskedDistillation, Target, build_targets
 from mvd_scale.targets.build import load_or_init_teacher
-from mvd_scale.targets.momentum import Momentum
+from mvd_scale.targets.momentum import MomentumTeacher
 from mvd_scale.training.fidelity import LEAST_COSINE, Fidelity, first_clip
 from mvd_scale.training.ranks import choose_device
 
@@ -36,7 +36,7 @@ PRECISIONS: dict[str, tuple[FrozenPrecision, ...]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Figure:
+class TeacherSpeed:
     """Speed and fidelity of one teacher in one precision."""
 
     target: str
@@ -58,7 +58,7 @@ class TeachersReport(Report):
     recipe: str
     overrides: list[str]
     weights: str
-    figures: list[Figure]
+    figures: list[TeacherSpeed]
     absent: dict[str, str]
     """Precisions that this device does not support, with the reason."""
 
@@ -66,11 +66,11 @@ class TeachersReport(Report):
         """Return the recipe and its overrides."""
         return {"recipe": self.recipe, "overrides": self.overrides}
 
-    def values(self) -> Iterator[tuple[str, Value]]:
+    def values(self) -> Iterator[tuple[str, Metric]]:
         """Yield time and fidelity of every teacher in every precision."""
         for figure in self.figures:
-            yield f"{figure.target} {figure.precision}, ms", Value(figure.milliseconds)
-            yield f"{figure.target} {figure.precision}, cosine", Value(figure.cosine, more_is_better=True)
+            yield f"{figure.target} {figure.precision}, ms", Metric(figure.milliseconds)
+            yield f"{figure.target} {figure.precision}, cosine", Metric(figure.cosine, more_is_better=True)
 
     def to_text(self) -> str:
         """Format as a table, one line per teacher and precision."""
@@ -114,9 +114,9 @@ def measure_teachers(name: str, overrides: list[str], *, steps: int) -> Teachers
         )
     student = Student.from_recipe(recipe, targets).to(device).eval()
     with tempfile.TemporaryDirectory() as scratch:
-        manifest = open_source(with_clips(recipe.data, Path(scratch)), Path(scratch))
+        manifest = load_source(with_clips(recipe.data, Path(scratch)), Path(scratch))
         clips = first_clip(targets, recipe, manifest, device)
-    figures: list[Figure] = []
+    figures: list[TeacherSpeed] = []
     absent: dict[str, str] = {}
     for target, found in teachers.items():
         whole = found.teacher
@@ -133,7 +133,9 @@ def measure_teachers(name: str, overrides: list[str], *, steps: int) -> Teachers
             fidelity = Fidelity.of(features, true)
             spent = min(_seconds(found, clips) for _ in range(steps))
             change = loss / true_loss - 1
-            figures.append(Figure(target, precision, 1000 * spent, fidelity.cosine, fidelity.relative_error, change))
+            figures.append(
+                TeacherSpeed(target, precision, 1000 * spent, fidelity.cosine, fidelity.relative_error, change)
+            )
         found.teacher = whole
     checkpoints = [getattr(config, "checkpoint", None) for config in recipe.targets.values()]
     return TeachersReport(
@@ -147,7 +149,7 @@ def measure_teachers(name: str, overrides: list[str], *, steps: int) -> Teachers
 
 
 def _frozen(target: Target) -> TypeGuard[FrozenTeacher]:
-    return isinstance(target, FrozenTeacher) and not isinstance(target, Momentum)
+    return isinstance(target, FrozenTeacher) and not isinstance(target, MomentumTeacher)
 
 
 @torch.no_grad()

@@ -17,16 +17,16 @@ from mvd_scale.config.data import ViewsConfig
 from mvd_scale.config.training import FrozenPrecision
 from mvd_scale.data.manifest import WHOLE_FILE, Manifest
 from mvd_scale.data.view_loader import ViewLoader, ViewShape, view_items
-from mvd_scale.data.views import clips_of
+from mvd_scale.data.views import view_frame_indices
 from mvd_scale.distributed.data_rank import DataRank
 from mvd_scale.errors import UserError
-from mvd_scale.evaluation.scorer import Scorer
+from mvd_scale.evaluation.scorer import ClipScorer
 from mvd_scale.models import Classifier
 from mvd_scale.models.precision import usual_precision
-from mvd_scale.performance.plain_views import WAYS, Way, frames_decoded, plain_views, reader_name
-from mvd_scale.performance.reports import Report, Value, this_machine
-from mvd_scale.performance.timing import apart, time_batches
-from mvd_scale.performance.videos import given_videos, made_videos
+from mvd_scale.performance.plain_views import BASELINES, Baseline, frames_decoded, plain_views, reader_name
+from mvd_scale.performance.reports import Metric, Report, this_machine
+from mvd_scale.performance.timing import run_in_subprocess, time_batches
+from mvd_scale.performance.videos import generate_videos, load_or_index_videos
 
 OURS = "mvd-scale"
 VIEWS = ViewsConfig()
@@ -38,7 +38,7 @@ _WARM_UP, _AHEAD = 4, 4
 
 
 @dataclass(frozen=True)
-class Figure:
+class EvalSpeed:
     """Speed of one loader; all loaders have the same videos."""
 
     part: str
@@ -56,7 +56,7 @@ class EvalReport(Report):
     """All figures of one run on one machine."""
 
     kind: Literal["eval"] = "eval"
-    figures: list[Figure]
+    figures: list[EvalSpeed]
     source: str | None
     """Source of the videos; None if they were generated."""
     size: str
@@ -74,12 +74,12 @@ class EvalReport(Report):
         keys = ("source", "size", "videos", "workers", "precision", "plain_precision", "views", "reader")
         return {key: getattr(self, key) for key in keys}
 
-    def values(self) -> Iterator[tuple[str, Value]]:
+    def values(self) -> Iterator[tuple[str, Metric]]:
         """Yield speed and CPU time of every loader; only ours is judged."""
         for way in self.figures:
             name, ours = f"{way.part}, {way.way}", way.way == OURS
-            yield f"{name}: videos/s", Value(way.videos_per_second, more_is_better=True, judged=ours)
-            yield f"{name}: CPU s/video", Value(way.cpu_seconds_per_video, judged=ours)
+            yield f"{name}: videos/s", Metric(way.videos_per_second, more_is_better=True, judged=ours)
+            yield f"{name}: CPU s/video", Metric(way.cpu_seconds_per_video, judged=ours)
 
     def to_text(self) -> str:
         """Format as a table, one line per loader; the last column is the speed of ours divided by that loader's."""
@@ -102,7 +102,7 @@ class EvalReport(Report):
         return "\n".join(lines)
 
 
-def measure_testing(
+def measure_evaluation(
     source: str | None, work: Path, *, videos: int, size: str | None, precision: FrozenPrecision | None, workers: int
 ) -> EvalReport:
     """Time our loader of evaluation views and the baselines on the same videos, each in a separate process.
@@ -118,21 +118,25 @@ def measure_testing(
     Raises:
         UserError: the source has no usable video that is a separate file.
     """
-    manifest = made_videos(work / "h264", "libx264", (340, 256), videos) if source is None else given_videos(source)
+    manifest = (
+        generate_videos(work / "h264", "libx264", (340, 256), videos)
+        if source is None
+        else load_or_index_videos(source)
+    )
     rows = manifest.usable[(manifest.offset[manifest.usable] == WHOLE_FILE)][:videos]
     if not len(rows):
         raise UserError(f"{source} has no usable video in a file of its own, which the baseline loaders need")
     totals = manifest.frames[rows]
-    once = float(np.mean([clips_of(VIEWS, int(total), frames=FRAMES).max() + 1 for total in totals]))
+    once = float(np.mean([view_frame_indices(VIEWS, int(total), frames=FRAMES).max() + 1 for total in totals]))
     figures = []
     usual = usual_precision(_device())
     for part, model in [("data", None), *([("test", size)] if size is not None else [])]:
-        spent, cpu = apart(_time_ours, manifest, rows, videos, workers, model, precision or usual)
-        figures.append(Figure(part, OURS, 1 / spent, cpu, once))
-        for way in WAYS:
-            spent, cpu = apart(_time_plain, way, manifest, rows, videos, workers, model, usual)
+        spent, cpu = run_in_subprocess(_time_ours, manifest, rows, videos, workers, model, precision or usual)
+        figures.append(EvalSpeed(part, OURS, 1 / spent, cpu, once))
+        for way in BASELINES:
+            spent, cpu = run_in_subprocess(_time_plain, way, manifest, rows, videos, workers, model, usual)
             counts = [frames_decoded(way, int(total), VIEWS, length=FRAMES) for total in totals]
-            figures.append(Figure(part, _TITLES[way], 1 / spent, cpu, float(np.mean(counts))))
+            figures.append(EvalSpeed(part, _TITLES[way], 1 / spent, cpu, float(np.mean(counts))))
     return EvalReport(
         machine=this_machine(_device(), ("nvidia-dali-cuda130", "av", "decord", "torchvision")),
         figures=figures,
@@ -166,7 +170,7 @@ def _time_ours(
 
 
 def _time_plain(
-    way: Way,
+    way: Baseline,
     manifest: Manifest,
     rows: NDArray[np.int64],
     videos: int,
@@ -199,7 +203,7 @@ def _used(videos: Iterator[Tensor], size: str | None, precision: FrozenPrecision
             yield views
     else:
         model = ModelConfig.model_validate({"size": size, "frames": FRAMES, "input_size": SIDE})
-        score = Scorer(Classifier(model, CLASSES), device, precision)
+        score = ClipScorer(Classifier(model, CLASSES), device, precision)
         for views in videos:
             yield score(views.to(device)).cpu()
 

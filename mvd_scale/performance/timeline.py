@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from mvd_scale.config.training import Checkpointing
 from mvd_scale.performance.communication import Collective, Phase
 from mvd_scale.performance.flops import PartFlops
-from mvd_scale.performance.hardware import AttentionKernel, Gpu, sustained
+from mvd_scale.performance.hardware import AttentionKernel, Gpu, sustained_flops
 from mvd_scale.performance.parts import Workload
 from mvd_scale.performance.setting import Setting
 
@@ -75,12 +75,12 @@ def phase_times(
     teachers = {part.name for part in work.teachers}
     arithmetic: dict[Phase, float] = {"teachers": 0.0, "forward": 0.0, "backward": 0.0}
     for part in work.teachers:
-        rate = sustained(gpu, setting.teacher_precision, kernel, part.width, efficiency)
-        fast = sustained(gpu, setting.eight_bit or setting.teacher_precision, kernel, part.width, efficiency)
+        rate = sustained_flops(gpu, setting.teacher_precision, kernel, part.width, efficiency)
+        fast = sustained_flops(gpu, setting.quantized or setting.teacher_precision, kernel, part.width, efficiency)
         arithmetic["teachers"] += clips * (part.products / fast + (part.forward - part.products) / rate)
     for told in flops:
         if told.part not in teachers:
-            rate = sustained(gpu, setting.precision, kernel, told.width, efficiency)
+            rate = sustained_flops(gpu, setting.precision, kernel, told.width, efficiency)
             arithmetic["forward"] += clips * told.forward / rate
             arithmetic["backward"] += clips * (told.backward + told.recomputed) / rate
     arithmetic["optimizer"] = OPTIMIZER_BYTES * work.parameters / setting.world / gpu.bandwidth

@@ -15,7 +15,7 @@ import psutil
 T = TypeVar("T")
 
 
-def apart(work: Callable[..., T], *arguments: Any) -> T:
+def run_in_subprocess(work: Callable[..., T], *arguments: Any) -> T:
     """Call `work(*arguments)` in a new process and return its result, so that measurements do not affect each other."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(work, *arguments).result()

@@ -11,17 +11,17 @@ import av
 
 from mvd_scale.data.index import build_manifest
 from mvd_scale.data.manifest import Manifest
-from mvd_scale.data.samples import sample_pictures
+from mvd_scale.data.samples import sample_frames
 
 
-def given_videos(source: str) -> Manifest:
+def load_or_index_videos(source: str) -> Manifest:
     """Load a manifest (`.parquet`), or index any other source that `data index` accepts."""
     if source.endswith(".parquet"):
         return Manifest.load(source)
     return build_manifest(source, workers=len(os.sched_getaffinity(0)))
 
 
-def made_videos(folder: Path, encoder: str, size: tuple[int, int], count: int) -> Manifest:
+def generate_videos(folder: Path, encoder: str, size: tuple[int, int], count: int) -> Manifest:
     """Encode real pictures, played forwards and backwards, to videos of 300 frames at 30 frames/s.
 
     Args:
@@ -47,7 +47,7 @@ def made_videos(folder: Path, encoder: str, size: tuple[int, int], count: int) -
 
 def _encode(path: Path, encoder: str, size: tuple[int, int], start: int) -> None:
     width, height = size
-    pictures = sample_pictures("bikes.mp4")
+    pictures = sample_frames("bikes.mp4")
     there_and_back = cycle([*range(len(pictures)), *reversed(range(len(pictures)))])
     partial = path.with_name(f".{path.name}")
     with av.open(str(partial), "w", format="webm" if path.suffix == ".webm" else "mp4") as container:

@@ -11,8 +11,8 @@ from mvd_scale.errors import UserError
 from mvd_scale.models import Encoder
 from mvd_scale.models.timm_vit import TimmViT
 from mvd_scale.targets.image_teacher import ImageTeacher
-from mvd_scale.targets.load import empty_average, load_teacher
-from mvd_scale.targets.momentum import Momentum
+from mvd_scale.targets.load import build_ema_encoder, load_teacher
+from mvd_scale.targets.momentum import MomentumTeacher
 from mvd_scale.targets.pixels import Pixels
 from mvd_scale.targets.target import Target
 from mvd_scale.targets.timm_teacher import TimmTeacher
@@ -31,7 +31,7 @@ def build_targets(recipe: Recipe, load_teacher: Callable[[str], Encoder | TimmVi
     """
     targets: dict[str, Target] = {}
     mask = recipe.data.mask
-    tubes = mask is not None and mask.kind == "tube" and mask.decode == 1
+    tubes = mask is not None and mask.kind == "tube" and mask.decode_ratio == 1
     for name, config in recipe.targets.items():
         if isinstance(config, PixelTarget):
             targets[name] = Pixels(config, recipe.model)
@@ -43,7 +43,7 @@ def build_targets(recipe: Recipe, load_teacher: Callable[[str], Encoder | TimmVi
             continue
         assert isinstance(teacher, Encoder)
         if isinstance(config, MomentumTarget):
-            targets[name] = Momentum(config, teacher, recipe.model.tubelet)
+            targets[name] = MomentumTeacher(config, teacher, recipe.model.tubelet)
         elif isinstance(config, ImageTeacherTarget):
             targets[name] = ImageTeacher(name, config, teacher, recipe.model, tubes=tubes)
         else:
@@ -75,7 +75,7 @@ def init_teacher(recipe: Recipe, name: str) -> Encoder | TimmViT:
     if isinstance(config, TimmTarget):
         return TimmViT(config.vit, recipe.model.grid[1], final_norm=config.final_norm, pretrained=False)
     if isinstance(config, MomentumTarget):
-        return empty_average(recipe)
+        return build_ema_encoder(recipe)
     assert isinstance(config, TrainedTeacherTarget)
     if config.model is None:
         raise UserError(f"targets.{name}.model is missing: a benchmark builds its teachers from their shape")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mvd_scale.checkpoints.checkpoint import Hints
-from mvd_scale.checkpoints.reading import read_source, tensors_digest
+from mvd_scale.checkpoints.reading import read_raw_checkpoint, tensors_digest
 from mvd_scale.checkpoints.weights import load_encoder
 from mvd_scale.config import ModelConfig, MomentumTarget, Recipe, TimmTarget
 from mvd_scale.config.target import TrainedTeacherTarget
@@ -16,12 +16,12 @@ from mvd_scale.models.timm_vit import TimmViT
 from mvd_scale.targets.target import FrozenTeacher, Target
 
 
-def average_file(folder: Path, name: str) -> Path:
+def ema_file(folder: Path, name: str) -> Path:
     """Path of the moving average of a momentum target in the folder of a run or checkpoint."""
     return folder / f"momentum_{name}.safetensors"
 
 
-def empty_average(recipe: Recipe) -> Encoder:
+def build_ema_encoder(recipe: Recipe) -> Encoder:
     """Build the encoder of a momentum target in the student's shape, without stochastic depth; its weights are random
     until the caller loads some."""
     return Encoder(recipe.model.model_copy(update={"drop_path": 0.0}), final_norm=False)
@@ -41,7 +41,7 @@ def load_teacher(recipe: Recipe, name: str, averages: Path | None = None) -> Enc
     config = recipe.targets[name]
     if isinstance(config, MomentumTarget):
         return (
-            empty_average(recipe) if averages is None else load_encoder(average_file(averages, name), final_norm=False)
+            build_ema_encoder(recipe) if averages is None else load_encoder(ema_file(averages, name), final_norm=False)
         )
     if isinstance(config, TimmTarget):
         return _load_timm(config, recipe.model)
@@ -66,7 +66,7 @@ def load_teacher(recipe: Recipe, name: str, averages: Path | None = None) -> Enc
 def _load_timm(config: TimmTarget, student: ModelConfig) -> TimmViT:
     teacher = TimmViT(config.vit, student.grid[1], final_norm=config.final_norm, pretrained=config.checkpoint is None)
     if config.checkpoint is not None:
-        teacher.load(read_source(config.checkpoint).tensors, str(config.checkpoint))
+        teacher.load(read_raw_checkpoint(config.checkpoint).tensors, str(config.checkpoint))
     return teacher
 
 
@@ -79,11 +79,11 @@ def weight_digests(recipe: Recipe) -> dict[str, str]:
     paths = {name: getattr(config, "checkpoint", None) for name, config in recipe.targets.items()}
     for name, path in (*paths.items(), ("initial encoder", recipe.training.initial_encoder)):
         if path is not None:
-            digests[name] = tensors_digest(read_source(path).tensors)
+            digests[name] = tensors_digest(read_raw_checkpoint(path).tensors)
     return digests
 
 
-def teacher_sides(recipe: Recipe, targets: Mapping[str, Target]) -> tuple[int, ...]:
+def teacher_input_sizes(recipe: Recipe, targets: Mapping[str, Target]) -> tuple[int, ...]:
     """Input sides in pixels, other than the student's, at which teachers want the crops."""
     sides = {target.input_size for target in targets.values() if isinstance(target, FrozenTeacher)}
     return tuple(sorted(sides - {recipe.model.input_size}))

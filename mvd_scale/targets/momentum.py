@@ -6,7 +6,7 @@ from mvd_scale.config import MomentumTarget
 from mvd_scale.targets.target import EncoderTeacher
 
 
-class Momentum(EncoderTeacher):
+class MomentumTeacher(EncoderTeacher):
     """Target whose teacher is the moving average; it sees the whole, unmasked clip.
 
     `training.momentum` updates the average after every optimizer step.
@@ -14,4 +14,4 @@ class Momentum(EncoderTeacher):
 
     config: MomentumTarget
     # Its features depend on the average after the current step, so they cannot be computed in advance.
-    ahead = False
+    prefetchable = False

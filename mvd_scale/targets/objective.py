@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from mvd_scale.data.batch import ClipBatch
-from mvd_scale.targets.target import EncoderTeacher, FrozenTeacher, Target, TubeRows
+from mvd_scale.targets.target import EncoderTeacher, FrozenTeacher, PatchRowsKey, Target
 
 Predictions = dict[str, Tensor]
 
@@ -30,9 +30,9 @@ class MaskedDistillation:
         """The frozen models that it calls, by the name of their target."""
         return {name: target.teacher for name, target in self.targets.items() if isinstance(target, FrozenTeacher)}
 
-    def ahead(self, batch: ClipBatch) -> ClipBatch:
+    def prefetch_features(self, batch: ClipBatch) -> ClipBatch:
         """Return the batch with the features of all targets that may be computed before the step that uses them."""
-        early = [name for name, target in self.targets.items() if target.ahead]
+        early = [name for name, target in self.targets.items() if target.prefetchable]
         return replace(batch, features=self._raw(batch, early))
 
     def __call__(self, student: nn.Module, batch: ClipBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -60,10 +60,15 @@ class MaskedDistillation:
         teacher needs are computed once.
         """
         targets = {name: self.targets[name] for name in names}
-        takers = {name: target for name, target in targets.items() if isinstance(target, EncoderTeacher)}
-        wanted = Counter(taker.tube_rows for taker in takers.values())
-        shared: dict[TubeRows | None, Tensor] = {
+        encoder_teachers = {name: target for name, target in targets.items() if isinstance(target, EncoderTeacher)}
+        wanted = Counter(teacher.rows_key for teacher in encoder_teachers.values())
+        shared: dict[PatchRowsKey | None, Tensor] = {
             rows: rows.of(batch) for rows, count in wanted.items() if rows is not None and count > 1
         }
-        taken = {name: taker.raw(batch, shared.get(taker.tube_rows)) for name, taker in takers.items()}
-        return taken | {name: target.raw(batch) for name, target in targets.items() if name not in takers}
+        taken = {
+            name: teacher.raw_features(batch, shared.get(teacher.rows_key))
+            for name, teacher in encoder_teachers.items()
+        }
+        return taken | {
+            name: target.raw_features(batch) for name, target in targets.items() if name not in encoder_teachers
+        }

@@ -21,7 +21,7 @@ class Pixels(Target):
         self.model = model
         self.channels = model.tubelet * model.patch_size**2 * 3
 
-    def raw(self, batch: ClipBatch) -> Tensor:
+    def raw_features(self, batch: ClipBatch) -> Tensor:
         """Return the pixels of the target's tokens: float32 (B, M, t p p 3)."""
         return tube_targets(
             batch.pixels,

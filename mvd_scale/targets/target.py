@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mvd_kernels import masked_distance
-from mvd_scale.config.target import AnyTarget, TeacherTarget
+from mvd_scale.config.target import BaseTarget, TeacherTarget
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.models import Encoder
-from mvd_scale.models.encoder import Patching
+from mvd_scale.models.encoder import Patchify
 
 
 class Target(ABC):
@@ -25,34 +25,34 @@ class Target(ABC):
     channels: int
     """D: output channels that the decoder needs."""
 
-    ahead = False
+    prefetchable = False
     """Whether features may be computed one step in advance: they are costly and no optimizer step changes them."""
 
-    def __init__(self, config: AnyTarget) -> None:
+    def __init__(self, config: BaseTarget) -> None:
         self.config = config
 
     @abstractmethod
-    def raw(self, batch: ClipBatch) -> Tensor:
+    def raw_features(self, batch: ClipBatch) -> Tensor:
         """Compute the features at the target's tokens in the form that `distance` expects, no gradient: (B, M, D)."""
 
     def features(self, batch: ClipBatch) -> Tensor:
         """Compute the features that the predictions should equal, at the target's tokens: float32 (B, M, D)."""
-        return self.raw(batch)
+        return self.raw_features(batch)
 
     def tokens(self, batch: ClipBatch) -> Tensor | None:
         """Return the tokens at which the target is predicted: int64 (B, M), or None for all tokens in order."""
         return batch.tokens(self.config.tokens)
 
-    def distance(self, predictions: Tensor, raw: Tensor) -> Tensor:
+    def distance(self, predictions: Tensor, raw_features: Tensor) -> Tensor:
         """Compute the distance of Eq. 2 between predictions and raw features, both (B, M, D): float32 scalar."""
-        return masked_distance(predictions, raw, None, distance=self.config.distance)
+        return masked_distance(predictions, raw_features, None, distance=self.config.distance)
 
 
 class FrozenTeacher(Target):
     """Target whose features a frozen model computes; the model is not a submodule of the student."""
 
     config: TeacherTarget
-    ahead = True
+    prefetchable = True
 
     def __init__(self, config: TeacherTarget, teacher: nn.Module, channels: int, input_size: int) -> None:
         super().__init__(config)
@@ -65,36 +65,36 @@ class FrozenTeacher(Target):
         """Compute features at the tokens int64 (B, M), or at all tokens in order if None: (B, M, D)."""
 
     @torch.no_grad()
-    def raw(self, batch: ClipBatch) -> Tensor:
+    def raw_features(self, batch: ClipBatch) -> Tensor:
         """Compute the features at the target's tokens, in the teacher's dtype: (B, M, D)."""
         return self.encode(batch, self.tokens(batch))
 
     def features(self, batch: ClipBatch) -> Tensor:
         """Compute the features at the target's tokens, layer-normalised if the recipe says so: float32 (B, M, D)."""
-        features = self.raw(batch).float()
+        features = self.raw_features(batch).float()
         return F.layer_norm(features, features.shape[-1:], eps=1e-6) if self.config.norm else features
 
-    def distance(self, predictions: Tensor, raw: Tensor) -> Tensor:
+    def distance(self, predictions: Tensor, raw_features: Tensor) -> Tensor:
         """Compute the distance of Eq. 2 between predictions and raw features, both (B, M, D): float32 scalar."""
-        return masked_distance(predictions, raw, None, distance=self.config.distance, norm=self.config.norm)
+        return masked_distance(predictions, raw_features, None, distance=self.config.distance, norm=self.config.norm)
 
 
 @dataclass(frozen=True)
-class TubeRows:
+class PatchRowsKey:
     """Key of the rows of a patch embedding: two teachers with equal keys can share the rows."""
 
     side: int
-    patching: Patching
+    patchify: Patchify
 
     def of(self, batch: ClipBatch) -> Tensor:
         """Compute the rows of all tokens of a batch at the input side `side`: (B, N, t p p 3)."""
-        return self.patching.rows(batch.at(self.side))
+        return self.patchify.rows(batch.at(self.side))
 
 
 class EncoderTeacher(FrozenTeacher):
     """Teacher that is an `Encoder`. The methods here are for teachers that see the whole, unmasked clip."""
 
-    takes_rows = True
+    accepts_rows = True
     """Whether `teacher`, which may be a wrapper of the encoder, accepts the argument `rows` in place of pixels."""
 
     def __init__(self, config: TeacherTarget, encoder: Encoder, tubelet: int) -> None:
@@ -112,19 +112,19 @@ class EncoderTeacher(FrozenTeacher):
         self.extra_tokens = int(encoder.config.class_token)
 
     @property
-    def tube_rows(self) -> TubeRows | None:
+    def rows_key(self) -> PatchRowsKey | None:
         """Key of the rows of whole tubelets that the teacher accepts in place of pixels; None if it accepts none."""
-        if not self.takes_rows:
+        if not self.accepts_rows:
             return None
-        return TubeRows(self.input_size, replace(self.encoder.patching, tubelet=self.tubelet))
+        return PatchRowsKey(self.input_size, replace(self.encoder.patchify, tubelet=self.tubelet))
 
     @torch.no_grad()
-    def raw(self, batch: ClipBatch, rows: Tensor | None = None) -> Tensor:
+    def raw_features(self, batch: ClipBatch, rows: Tensor | None = None) -> Tensor:
         """Compute the features at the target's tokens, in the teacher's dtype: (B, M, D).
 
         Args:
             batch: clips and tokens.
-            rows: (B, N, t p p 3), result of `tube_rows.of(batch)` if it was already computed.
+            rows: (B, N, t p p 3), result of `rows_key.of(batch)` if it was already computed.
         """
         return self.encode(batch, self.tokens(batch), rows)
 

@@ -127,7 +127,7 @@ class SideStream:
 def begin_ahead(objective: MaskedDistillation, placement: Placement, device: torch.device) -> Begin | None:
     """The way in which batches of a distillation are begun ahead; None where no teacher computes its features ahead."""
     early = any(teacher.prefetch.value for teacher in placement.teachers)
-    return SideStream(device, objective.ahead) if early else None
+    return SideStream(device, objective.prefetch_features) if early else None
 
 
 def _fetched(fetch: Callable[[], ClipBatch]) -> Callable[[], ClipBatch]:

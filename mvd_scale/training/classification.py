@@ -17,7 +17,7 @@ from mvd_scale.data.batch import ClipBatch
 from mvd_scale.training.mixing import mix_clips, soft_labels
 
 
-class Classification:
+class ClassificationLoss:
     """Cross entropy of the class scores of clips."""
 
     parts = ("accuracy",)

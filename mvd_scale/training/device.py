@@ -11,7 +11,7 @@ import torch
 from mvd_kernels import bf16_instructions
 from mvd_scale.capabilities import torch_compile
 from mvd_scale.config import RunRecipe
-from mvd_scale.models.eight_bit import has_fp8
+from mvd_scale.models.quantization import has_fp8
 from mvd_scale.targets import FrozenTeacher, Target
 from mvd_scale.training.placement import Capabilities, DeviceKind, Devices, Placement, Teacher, needs_compiler, place
 from mvd_scale.training.ranks import Ranks
@@ -53,7 +53,7 @@ def teacher_facts(targets: Mapping[str, Target]) -> list[Teacher]:
 def teacher_of(name: str, target: FrozenTeacher) -> Teacher:
     """The facts of a target's frozen teacher, which is whole."""
     parameters = sum(parameter.numel() for parameter in target.teacher.parameters())
-    return Teacher(name, parameters, moves=not target.ahead)
+    return Teacher(name, parameters, moves=not target.prefetchable)
 
 
 def probe_capabilities(device: torch.device, *, compiler: bool) -> Capabilities:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mvd_scale.config import RunRecipe
 from mvd_scale.config.deepspeed import student_deepspeed
 from mvd_scale.models import Student
-from mvd_scale.models.blocks import checkpoint_gradients
+from mvd_scale.models.blocks import set_gradient_checkpointing
 from mvd_scale.training.compilation import compile_blocks
 from mvd_scale.training.optim import build_optimizer
 from mvd_scale.training.placement import Placement
@@ -37,7 +37,7 @@ def train_engine(
     if placement.batch_decoders.value:
         assert isinstance(model, Student)
         model.batch_decoders()
-    checkpoint_gradients(model, placement.gradient_checkpointing.value)
+    set_gradient_checkpointing(model, placement.gradient_checkpointing.value)
     offload = config["zero_optimization"].get("offload_optimizer", {}).get("device") in ("cpu", "nvme")
     engine, *_ = import_deepspeed().initialize(
         model=model.to(ranks.device),
@@ -62,7 +62,7 @@ def full_parameters(engine: Any) -> Iterator[tuple[str, Tensor]]:
         yield name, full.detach().float().cpu().clone()
 
 
-def online_share(online: nn.Parameter, averaged: nn.Parameter, ranks: Ranks) -> Tensor:
+def online_shard(online: nn.Parameter, averaged: nn.Parameter, ranks: Ranks) -> Tensor:
     """The part of a parameter of the student that this rank keeps of its moving average: float32, flat.
 
     At ZeRO stage 3 and with a sharded average both are cut alike and nothing is sent; at stages 1 and 2 every rank has
@@ -71,7 +71,7 @@ def online_share(online: nn.Parameter, averaged: nn.Parameter, ranks: Ranks) -> 
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
 
     if not hasattr(online, "ds_id"):
-        return share_of(online.detach(), averaged, ranks).float()
+        return local_shard(online.detach(), averaged, ranks).float()
     if hasattr(averaged, "ds_tensor"):
         local: Tensor = safe_get_local_fp32_param(online)
         return local
@@ -79,7 +79,7 @@ def online_share(online: nn.Parameter, averaged: nn.Parameter, ranks: Ranks) -> 
     return full.detach().float().flatten()
 
 
-def share_of(whole: Tensor, like: nn.Parameter, ranks: Ranks) -> Tensor:
+def local_shard(whole: Tensor, like: nn.Parameter, ranks: Ranks) -> Tensor:
     """What this rank keeps of a whole tensor if it is cut as the parameter `like` is: flat, padded with zeros."""
     flat = whole.flatten()
     if not hasattr(like, "ds_tensor"):
@@ -89,8 +89,8 @@ def share_of(whole: Tensor, like: nn.Parameter, ranks: Ranks) -> Tensor:
     return nn.functional.pad(share, (0, size - share.numel()))
 
 
-def whole_of(share: Tensor, like: nn.Parameter, ranks: Ranks) -> Tensor:
-    """The inverse of `share_of`: a tensor of the shape of `like`. All ranks call it."""
+def gather_full(share: Tensor, like: nn.Parameter, ranks: Ranks) -> Tensor:
+    """The inverse of `local_shard`: a tensor of the shape of `like`. All ranks call it."""
     if not hasattr(like, "ds_tensor"):
         return share.view(like.shape)
     shares = [torch.empty_like(share) for _ in range(ranks.world_size)]
@@ -99,8 +99,8 @@ def whole_of(share: Tensor, like: nn.Parameter, ranks: Ranks) -> Tensor:
     return whole
 
 
-def write_share(parameter: nn.Parameter, share: Tensor) -> None:
-    """Put what `share_of` cuts out into a parameter of a frozen model, sharded or not."""
+def write_shard(parameter: nn.Parameter, share: Tensor) -> None:
+    """Put what `local_shard` cuts out into a parameter of a frozen model, sharded or not."""
     if hasattr(parameter, "ds_tensor"):
         parameter.ds_tensor.data.copy_(share)
     else:

@@ -17,7 +17,7 @@ from mvd_scale.data.manifest import Manifest
 from mvd_scale.distributed.data_rank import DataRank
 from mvd_scale.errors import UserError
 from mvd_scale.targets import FrozenTeacher, Target
-from mvd_scale.targets.load import teacher_sides
+from mvd_scale.targets.load import teacher_input_sizes
 from mvd_scale.training.placement import Placement, TeacherPlacement
 from mvd_scale.training.teachers import lower_teacher
 
@@ -89,6 +89,6 @@ def lowered(target: FrozenTeacher, placed: TeacherPlacement, clips: ClipBatch, d
 def first_clip(targets: Mapping[str, Target], recipe: Recipe, manifest: Manifest, device: torch.device) -> ClipBatch:
     """A batch of one clip as the run sees them."""
     data = recipe.data.model_copy(update={"workers": 0})
-    plan, sides = BatchPlan.one_batch(data.copies), teacher_sides(recipe, targets)
+    plan, sides = BatchPlan.one_batch(data.copies), teacher_input_sizes(recipe, targets)
     with ClipLoader(manifest, data, recipe.model, recipe.seed, plan=plan, rank=DataRank(device), sides=sides) as loader:
         return next(loader)

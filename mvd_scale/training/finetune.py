@@ -12,13 +12,13 @@ from torch import Tensor
 from mvd_scale.checkpoints.weights import save_weights
 from mvd_scale.config import FinetuneRecipe
 from mvd_scale.config.data import DataConfig
-from mvd_scale.data.index import open_source
+from mvd_scale.data.index import load_source
 from mvd_scale.data.loader import ClipLoader
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.evaluation.labels import check_labels, class_count
 from mvd_scale.evaluation.sweep import Sweep
 from mvd_scale.models import Classifier
-from mvd_scale.training.classification import Classification
+from mvd_scale.training.classification import ClassificationLoss
 from mvd_scale.training.ranks import Ranks
 from mvd_scale.training.run_folder import RunFolder
 from mvd_scale.training.task import Task, teach
@@ -38,14 +38,14 @@ class NamingClasses(Task[FinetuneRecipe]):
     def index(self) -> Manifest:
         """Index the videos and check their labels."""
         recipe = self.recipe
-        manifest = open_source(recipe.data, self.folder.index)
+        manifest = load_source(recipe.data, self.folder.index)
         classes = class_count(manifest, recipe.classifier.classes)
         check_labels(manifest, classes, "data.source", every_class=True)
         if recipe.validation is not None:
             cache = self.folder.tested.parent
             cache.mkdir(exist_ok=True)
             source = DataConfig(source=recipe.validation.source, root=recipe.validation.root)
-            tested = open_source(source, cache)
+            tested = load_source(source, cache)
             check_labels(tested, classes, "validation.source", like=manifest)
             tested.save(self.folder.tested)
         return manifest
@@ -70,9 +70,9 @@ class NamingClasses(Task[FinetuneRecipe]):
         labels = self.manifest.label[self.manifest.usable]
         return {"videos": self.manifest.digest, "labels": hashlib.sha256(labels.tobytes()).hexdigest()[:16]}
 
-    def objective(self) -> Classification:
+    def objective(self) -> ClassificationLoss:
         """Cross entropy."""
-        return Classification(self.recipe, self.classes)
+        return ClassificationLoss(self.recipe, self.classes)
 
     def load(self, ranks: Ranks, steps: range) -> ClipLoader:
         """Clips of the videos."""

@@ -113,7 +113,7 @@ class MetricWriter:
 
     def __enter__(self) -> Self:
         if self.active:
-            drop_after(self.path, self.start_step)
+            truncate_metrics(self.path, self.start_step)
             self.file = self.path.open("a", encoding="utf-8")
             self.events = None
             if self.tensorboard is not None:
@@ -174,7 +174,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return readings
 
 
-def drop_after(path: Path, step: int) -> None:
+def truncate_metrics(path: Path, step: int) -> None:
     """Remove readings after a step: a resumed run repeats the steps after its checkpoint."""
     if path.is_file():
         kept = [json.dumps(reading) + "\n" for reading in read_metrics(path) if reading["step"] <= step]

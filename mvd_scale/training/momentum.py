@@ -14,11 +14,11 @@ from mvd_scale.checkpoints.native import save_weights
 from mvd_scale.errors import UserError
 from mvd_scale.models import Student
 from mvd_scale.targets import Target
-from mvd_scale.targets.load import average_file
-from mvd_scale.targets.momentum import Momentum
-from mvd_scale.training.engine import online_share, share_of, whole_of, write_share
+from mvd_scale.targets.load import ema_file
+from mvd_scale.targets.momentum import MomentumTeacher
+from mvd_scale.training.engine import gather_full, local_shard, online_shard, write_shard
 from mvd_scale.training.ranks import Ranks
-from mvd_scale.training.schedule import Schedule, cosine
+from mvd_scale.training.schedule import Schedule, cosine_schedule
 
 
 class MovingAverage:
@@ -51,20 +51,20 @@ class MovingAverage:
         self.ranks = ranks
         self._file = file
         self._write = write
-        self.shares = [share.clone() for share in self._online_shares()]
+        self.shards = [share.clone() for share in self._online_shards()]
         self._publish()
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Update the average with the weights after optimizer step `step`. All ranks must call it."""
-        torch._foreach_lerp_(self.shares, list(self._online_shares()), 1 - self.momentum(step))
+        torch._foreach_lerp_(self.shards, list(self._online_shards()), 1 - self.momentum(step))
         self._publish()
 
     def save(self, folder: Path) -> None:
         """Write the whole average to its file in a folder. All ranks must call it."""
         whole = {}
-        for (name, parameter), share in zip(self.averaged.items(), self.shares, strict=True):
-            full = whole_of(share, parameter, self.ranks)
+        for (name, parameter), share in zip(self.averaged.items(), self.shards, strict=True):
+            full = gather_full(share, parameter, self.ranks)
             if self.ranks.first:
                 whole[name] = full.cpu()
         if self.ranks.first:
@@ -83,24 +83,24 @@ class MovingAverage:
             raise UserError(
                 f"{path} is not the average of this run: remove its folder to resume from the checkpoint before it"
             )
-        for (name, parameter), share in zip(self.averaged.items(), self.shares, strict=True):
-            share.copy_(share_of(tensors[name].to(share), parameter, self.ranks))
+        for (name, parameter), share in zip(self.averaged.items(), self.shards, strict=True):
+            share.copy_(local_shard(tensors[name].to(share), parameter, self.ranks))
         self._publish()
 
-    def _online_shares(self) -> Iterator[Tensor]:
+    def _online_shards(self) -> Iterator[Tensor]:
         for name, parameter in self.online.items():
-            yield online_share(parameter, self.averaged[name], self.ranks)
+            yield online_shard(parameter, self.averaged[name], self.ranks)
 
     def _publish(self) -> None:
-        for parameter, share in zip(self.averaged.values(), self.shares, strict=True):
-            write_share(parameter, share)
+        for parameter, share in zip(self.averaged.values(), self.shards, strict=True):
+            write_shard(parameter, share)
 
 
 def start_averages(targets: Mapping[str, Target], student: Student) -> None:
     """Copy the student's encoder to the encoders of momentum targets; must be called before any of them is sharded."""
     weights = {name: weight for name, weight in student.encoder.state_dict().items() if not name.startswith("norm.")}
     for target in targets.values():
-        if isinstance(target, Momentum):
+        if isinstance(target, MomentumTeacher):
             target.encoder.load_state_dict(weights)
 
 
@@ -111,21 +111,23 @@ def moving_averages(
     return [
         _average_of(name, target, engine.module.encoder, schedule, ranks)
         for name, target in targets.items()
-        if isinstance(target, Momentum)
+        if isinstance(target, MomentumTeacher)
     ]
 
 
-def _average_of(name: str, target: Momentum, encoder: nn.Module, schedule: Schedule, ranks: Ranks) -> MovingAverage:
+def _average_of(
+    name: str, target: MomentumTeacher, encoder: nn.Module, schedule: Schedule, ranks: Ranks
+) -> MovingAverage:
     config, model = target.config, target.encoder.config
 
     def momentum(step: int) -> float:
-        return cosine(step, total=schedule.total_steps, start=config.momentum, end=config.momentum_end)
+        return cosine_schedule(step, total=schedule.total_steps, start=config.momentum, end=config.momentum_end)
 
     return MovingAverage(
         dict(target.encoder.named_parameters()),
         dict(encoder.named_parameters()),
         momentum,
-        lambda folder: average_file(folder, name),
+        lambda folder: ema_file(folder, name),
         lambda path, tensors: save_weights(path, tensors, model),
         ranks,
     )

@@ -23,11 +23,11 @@ from mvd_scale.config import Recipe
 from mvd_scale.config.data import DataConfig
 from mvd_scale.config.training import ProbeConfig
 from mvd_scale.data.batch import ClipBatch
-from mvd_scale.data.index import open_source
+from mvd_scale.data.index import load_source
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.errors import UserError
-from mvd_scale.evaluation.features import pooled
-from mvd_scale.evaluation.picture import compose, fresh_batch, panels_from
+from mvd_scale.evaluation.features import pool_tokens
+from mvd_scale.evaluation.picture import compose, make_panels, visualization_batch
 from mvd_scale.evaluation.probes import linear_classifier, nearest_neighbours, top1
 from mvd_scale.evaluation.sweep import Sweep
 from mvd_scale.targets import Target
@@ -79,7 +79,7 @@ class Observers:
             engine.train()
 
 
-class Pictures(Observer):
+class PredictionImages(Observer):
     """Observer that draws frames, mask, and each target beside its prediction, always for the same clips.
 
     The device computes between two steps; another thread draws and writes the picture.
@@ -110,7 +110,7 @@ class Pictures(Observer):
         if self._batch is None:
             assert self.recipe.logging.pictures is not None
             clips = self.recipe.logging.pictures.clips
-            self._batch = fresh_batch(self.recipe, self.manifest, self.targets, clips, self.ranks.device)
+            self._batch = visualization_batch(self.recipe, self.manifest, self.targets, clips, self.ranks.device)
         batch = self._batch
         predictions = engine(batch.pixels, batch.visible, batch.masked)
         pairs = {name: (target.features(batch), predictions[name]) for name, target in self.targets.items()}
@@ -121,7 +121,7 @@ class Pictures(Observer):
 
     def _draw(self, pairs: dict[str, tuple[Tensor, Tensor]], step: int, writer: MetricWriter) -> None:
         assert self._batch is not None
-        picture = compose(panels_from(pairs, self.targets, self._batch, self.recipe))
+        picture = compose(make_panels(pairs, self.targets, self._batch, self.recipe))
         self.folder.mkdir(exist_ok=True)
         Image.fromarray(picture).save(self.folder / f"step_{step:08d}.png")
         writer.show(step, "predictions", picture)
@@ -137,7 +137,7 @@ class Pictures(Observer):
             self._drawn = None
 
 
-class Probe(Observer):
+class ProbeCallback(Observer):
     """Observer that measures the accuracy of a small classifier on pooled features of labelled videos."""
 
     def __init__(self, recipe: Recipe, folder: RunFolder, ranks: Ranks, steps_per_epoch: int) -> None:
@@ -156,7 +156,7 @@ class Probe(Observer):
         """Encode all videos, distributed over the ranks, and classify them on rank 0."""
 
         def encode(pixels: Tensor) -> Tensor:
-            return pooled(engine.module.encoder(pixels), self.grid, "clip").float()
+            return pool_tokens(engine.module.encoder(pixels), self.grid, "clip").float()
 
         (known, labels, seen), (tested, truth, decoded) = (sweep(encode) for sweep in self.sweeps)
         if not self.ranks.first:
@@ -174,7 +174,7 @@ class Probe(Observer):
         logger.info("step %d  %s probe: top-1 %.1f %% of %d videos", step, self.config.kind, 100 * accuracy, len(truth))
 
 
-def open_probe(config: ProbeConfig, folder: RunFolder) -> None:
+def index_probe_videos(config: ProbeConfig, folder: RunFolder) -> None:
     """Index the videos of a probe in a run's folder. Only rank 0 calls it.
 
     Raises:
@@ -184,7 +184,7 @@ def open_probe(config: ProbeConfig, folder: RunFolder) -> None:
     for part, source in (("probe_train", config.train), ("probe_test", config.test)):
         cache = folder.path / part
         cache.mkdir(exist_ok=True)
-        manifest = open_source(DataConfig(source=source, root=config.root), cache)
+        manifest = load_source(DataConfig(source=source, root=config.root), cache)
         if not manifest.classes or not (manifest.label[manifest.usable] >= 0).any():
             raise UserError(f"logging.probe: {source} has no labelled videos; give labels by class folders or a list")
         manifest.save(cache / "manifest.parquet")

@@ -14,8 +14,8 @@ from mvd_scale.config import Recipe, RunRecipe, TeacherConfig
 from mvd_scale.config.deepspeed import check_stage, zero_stage
 from mvd_scale.config.training import Checkpointing, FrozenPrecision, Precision
 from mvd_scale.errors import UserError
-from mvd_scale.models.eight_bit import REFUSED, rest_of
 from mvd_scale.models.precision import refusal
+from mvd_scale.models.quantization import REFUSED, unquantized_precision
 
 DeviceKind = Literal["cuda", "cpu"]
 
@@ -116,7 +116,7 @@ class Teacher:
 
 
 @dataclass(frozen=True)
-class Shards:
+class ResultShards:
     """How ranks share the weights of a teacher by ZeRO-3."""
 
     over: Literal["host", "world"]
@@ -143,7 +143,7 @@ class TeacherPlacement:
     rest: Decision[Precision]
     """Precision of the layers that are not in 8 bits; of all layers where none is."""
 
-    shards: Decision[Shards | None]
+    shards: Decision[ResultShards | None]
     """None where every rank holds the whole teacher."""
 
     compile: Decision[bool]
@@ -215,7 +215,7 @@ def place(recipe: RunRecipe, teachers: Sequence[Teacher], devices: Devices) -> P
         UserError: the global batch cannot be split over the ranks, the DeepSpeed file names no stage, or something is
             asked for by name that the devices or the other choices do not allow.
     """
-    micro, accumulation = recipe.batch_split(devices.ranks)
+    micro, accumulation = recipe.micro_batch_and_accumulation(devices.ranks)
     check_stage(recipe)
     training, stage = recipe.training, zero_stage(recipe)
     _refuse(training.precision, devices)
@@ -307,7 +307,7 @@ def _rest(precision: Decision[FrozenPrecision], devices: Devices) -> Decision[Pr
     kind = precision.value
     if kind != "int8" and kind != "fp8":
         return Decision(kind, precision.reason)
-    rest = rest_of(kind, bf16=devices.capabilities.bf16)
+    rest = unquantized_precision(kind, bf16=devices.capabilities.bf16)
     if rest == "fp32":
         return Decision(rest, f"only linear layers of blocks are in {kind}, and the CPU has no instructions for bf16")
     return Decision(rest, f"only linear layers of blocks are in {kind}")
@@ -315,7 +315,7 @@ def _rest(precision: Decision[FrozenPrecision], devices: Devices) -> Decision[Pr
 
 def _shards(
     config: TeacherConfig, precision: FrozenPrecision, teacher: Teacher, devices: Devices
-) -> Decision[Shards | None]:
+) -> Decision[ResultShards | None]:
     """Whether ranks keep shards of a teacher, and which: memory at rest against the time of gathers."""
     if precision in ("int8", "fp8"):
         return Decision(None, f"shards are made of floats, and teachers.precision is {precision}")
@@ -335,7 +335,7 @@ def _shards(
     over, because = _shard_group(config, teacher, devices)
     ranks = devices.ranks if over == "world" else devices.ranks_per_host
     # An average that moves has no use for vectors that are whole: it is updated by its shares.
-    return Decision(Shards(over, ranks, whole_vectors=not teacher.moves), f"{reason}; {because}")
+    return Decision(ResultShards(over, ranks, whole_vectors=not teacher.moves), f"{reason}; {because}")
 
 
 def _shard_group(config: TeacherConfig, teacher: Teacher, devices: Devices) -> tuple[Literal["host", "world"], str]:
@@ -354,11 +354,11 @@ def _shard_group(config: TeacherConfig, teacher: Teacher, devices: Devices) -> t
 def _prefetch(config: TeacherConfig, teacher: Teacher, kind: DeviceKind) -> Decision[bool]:
     if teacher.moves:
         return Decision(False, "its weights move with every optimizer step")
-    if not config.ahead:
-        return Decision(False, "teachers.ahead is false")
+    if not config.prefetch:
+        return Decision(False, "teachers.prefetch is false")
     if kind == "cpu":
         return Decision(False, "the device is a CPU, which has no streams")
-    return Decision(True, "teachers.ahead is true and the device is a GPU")
+    return Decision(True, "teachers.prefetch is true and the device is a GPU")
 
 
 def _batch_decoders(recipe: RunRecipe, stage: int, kind: DeviceKind) -> Decision[bool]:

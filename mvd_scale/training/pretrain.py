@@ -5,20 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mvd_scale.checkpoints.weights import start_encoder
+from mvd_scale.checkpoints.weights import load_initial_encoder
 from mvd_scale.config import Recipe
-from mvd_scale.data.index import open_source
+from mvd_scale.data.index import load_source
 from mvd_scale.data.loader import ClipLoader
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.models import Student
 from mvd_scale.targets import MaskedDistillation
 from mvd_scale.targets.build import load_targets
-from mvd_scale.targets.load import teacher_sides, weight_digests
+from mvd_scale.targets.load import teacher_input_sizes, weight_digests
 from mvd_scale.training.ahead import Begin, begin_ahead
 from mvd_scale.training.device import kind_of, placement_of
 from mvd_scale.training.distillation import distillation_model
 from mvd_scale.training.fidelity import check_fidelity
-from mvd_scale.training.observers import Observer, Pictures, Probe, open_probe
+from mvd_scale.training.observers import Observer, PredictionImages, ProbeCallback, index_probe_videos
 from mvd_scale.training.placement import teacher_precision
 from mvd_scale.training.ranks import Ranks, first_decides
 from mvd_scale.training.run import TrainingJob, run_training
@@ -40,11 +40,11 @@ class Pretraining(TrainingJob[Recipe]):
         """As of every job; the videos of a probe are indexed too."""
         super().prepare()
         if self.recipe.logging.probe is not None:
-            open_probe(self.recipe.logging.probe, self.folder)
+            index_probe_videos(self.recipe.logging.probe, self.folder)
 
     def index(self) -> Manifest:
         """Index the videos."""
-        return open_source(self.recipe.data, self.folder.index)
+        return load_source(self.recipe.data, self.folder.index)
 
     def open(self, ranks: Ranks) -> Manifest:
         """A row for each video."""
@@ -66,7 +66,7 @@ class Pretraining(TrainingJob[Recipe]):
         self.placement = placement_of(recipe, self.targets, ranks)
         student = Student.from_recipe(recipe, self.targets)
         if recipe.training.initial_encoder is not None:
-            start_encoder(student.encoder, recipe.training.initial_encoder)
+            load_initial_encoder(student.encoder, recipe.training.initial_encoder)
         first_decides(
             ranks,
             "fidelity",
@@ -80,7 +80,7 @@ class Pretraining(TrainingJob[Recipe]):
 
     def load(self, ranks: Ranks, steps: range) -> ClipLoader:
         """Masked clips at the input sides of student and teachers."""
-        sides = teacher_sides(self.recipe, self.targets)
+        sides = teacher_input_sizes(self.recipe, self.targets)
         return ClipLoader.for_run(
             self.manifest, self.recipe, ranks.data_rank, steps, sides=sides, report=self.folder.quarantine
         )
@@ -94,7 +94,9 @@ class Pretraining(TrainingJob[Recipe]):
         recipe, folder, logging = self.recipe, self.folder, self.recipe.logging
         observers: list[Observer] = []
         if logging.pictures is not None:
-            observers.append(Pictures(recipe, self.manifest, self.targets, folder, ranks, schedule.steps_per_epoch))
+            observers.append(
+                PredictionImages(recipe, self.manifest, self.targets, folder, ranks, schedule.steps_per_epoch)
+            )
         if logging.probe is not None:
-            observers.append(Probe(recipe, folder, ranks, schedule.steps_per_epoch))
+            observers.append(ProbeCallback(recipe, folder, ranks, schedule.steps_per_epoch))
         return observers

@@ -69,8 +69,8 @@ def settle(rank: int, threads: int | None) -> Pinned:
     """
     given = frozenset(os.sched_getaffinity(0))
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, (machine(), given, threads))
-    shares = share_out({other: cpus for other, (place, cpus, _) in enumerate(everyone) if place == machine()})
+    torch.distributed.all_gather_object(everyone, (machine_id(), given, threads))
+    shares = share_out({other: cpus for other, (place, cpus, _) in enumerate(everyone) if place == machine_id()})
     shares = {other: share._replace(threads=everyone[other][2] or share.threads) for other, share in shares.items()}
     pin(shares[rank].home)
     torch.set_num_threads(shares[rank].threads)
@@ -202,7 +202,7 @@ def _describe(share: Share) -> str:
     return f"{format_cpus(share.home)} ({share.threads} thread{'s' if share.threads > 1 else ''})"
 
 
-def machine() -> tuple[str, str]:
+def machine_id() -> tuple[str, str]:
     """Identifier of this machine: host name and boot id, which differs between machines of the same name."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return socket.gethostname(), boot.read_text() if boot.is_file() else ""

@@ -34,7 +34,7 @@ _MICRO_BATCH = {384: 24, 768: 12, 1024: 4, 1280: 4}
 
 
 @dataclass(frozen=True)
-class Proposal:
+class RecipeProposal:
     """Proposed values of a recipe with their reasons."""
 
     values: dict[str, dict[str, Any]]
@@ -66,7 +66,7 @@ def _inline(value: Any) -> str:
 
 def propose(
     manifest: Manifest, model: ModelConfig, *, source: str, encoder: Path, validation: str | None, folder: Path
-) -> Proposal:
+) -> RecipeProposal:
     """Propose settings for labelled videos.
 
     Args:
@@ -123,7 +123,7 @@ def propose(
         "training.global_batch": f"two copies of {batch} videos: {steps} steps of an epoch",
         "training.base_lr": "of 256 clips without their copies; scaled with the batch",
     }
-    return Proposal(
+    return RecipeProposal(
         values, reasons, f"Fine-tuning on {videos} videos of {classes} classes, {frames} frames long (median)."
     )
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mvd_scale.distributed.data_rank import DataRank
 from mvd_scale.errors import UserError
-from mvd_scale.training.processors import Pinned, machine, settle
+from mvd_scale.training.processors import Pinned, machine_id, settle
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def _host() -> str:
     for number in ("CROSS_RANK", "GROUP_RANK"):
         if number in os.environ:
             return os.environ[number]
-    return " ".join(machine())
+    return " ".join(machine_id())
 
 
 def _check_environment() -> None:

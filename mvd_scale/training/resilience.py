@@ -21,7 +21,7 @@ logger = logging.getLogger("mvd_scale")
 _WISH, _LAST_STEP = "mvd_scale/stop", "mvd_scale/stop_after"
 
 
-class StopRequest:
+class PreemptionHandler:
     """Context manager that records SIGTERM, SIGINT and SIGUSR1, so that a run can save a checkpoint before it ends.
 
     A second Ctrl-C ends the process immediately.
@@ -43,7 +43,7 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def agreed(self, ranks: Ranks, step: int) -> bool:
+    def should_stop(self, ranks: Ranks, step: int) -> bool:
         """Whether all ranks stop after this step. All ranks must call it after every step; does not synchronise.
 
         Rank 0 announces in the store that the run ends after the next step. Every other rank reads it in time, because
@@ -72,16 +72,16 @@ class StopRequest:
 
 
 @contextmanager
-def exit_when_stopped() -> Iterator[None]:
-    """Convert `Stopped` in a `with` block to the end of the process with its exit code."""
+def exit_on_preemption() -> Iterator[None]:
+    """Convert `Preempted` in a `with` block to the end of the process with its exit code."""
     try:
         yield
-    except Stopped as stop:
+    except Preempted as stop:
         logger.info("stopped on request after saving a checkpoint; the same command resumes from it")
         sys.exit(stop.exit_code)
 
 
-class Stopped(Exception):
+class Preempted(Exception):
     """Exception: the run ended before its last step on request; a checkpoint was saved and it can be resumed."""
 
     def __init__(self, exit_code: int) -> None:

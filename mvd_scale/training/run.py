@@ -15,11 +15,11 @@ from mvd_scale.config import RunRecipe
 from mvd_scale.config.deepspeed import student_deepspeed
 from mvd_scale.data.loader import ClipLoader
 from mvd_scale.data.manifest import Manifest
-from mvd_scale.data.sampling import mixture_parts, steps_per_epoch
+from mvd_scale.data.sampling import mixture_components, steps_per_epoch
 from mvd_scale.errors import UserError
 from mvd_scale.models.precision import dtype_of
 from mvd_scale.training.ahead import Ahead, Begin
-from mvd_scale.training.metrics import drop_after, read_metrics
+from mvd_scale.training.metrics import read_metrics, truncate_metrics
 from mvd_scale.training.observers import Observer, Observers
 from mvd_scale.training.ranks import Ranks, first_decides, join_ranks, leave_ranks
 from mvd_scale.training.run_folder import RunFolder
@@ -104,7 +104,7 @@ def run_training(job: TrainingJob[Any]) -> None:
     steps = steps_per_epoch(manifest, recipe.data, recipe.training.global_batch)
     schedule = Schedule(recipe.training, steps, recipe.lr_batch)
     origin = job.origin(ranks)
-    if first_decides(ranks, "finished", lambda: folder.finished_at(schedule.last_step, origin)):
+    if first_decides(ranks, "finished", lambda: folder.is_finished(schedule.last_step, origin)):
         logger.info("%s is finished already: see %s", folder.path, folder.summary)
         return leave_ranks()
 
@@ -137,7 +137,7 @@ def resume(engine: Any, snapshots: Snapshots, schedule: Schedule, folder: RunFol
         )
     if ranks.first:
         snapshots.clear_partial()
-        drop_after(folder.validation, start)
+        truncate_metrics(folder.validation, start)
     return start
 
 
@@ -145,8 +145,8 @@ def log_run_summary(
     recipe: RunRecipe, manifest: Manifest, schedule: Schedule, ranks: Ranks, rows: str = "videos"
 ) -> None:
     """Log the size of the run; `rows` says what a row of the manifest is."""
-    micro, accumulation = recipe.batch_split(ranks.world_size)
-    clips = recipe.data.copies * sum(part.clips for part in mixture_parts(manifest, recipe.data))
+    micro, accumulation = recipe.micro_batch_and_accumulation(ranks.world_size)
+    clips = recipe.data.copies * sum(part.clips for part in mixture_components(manifest, recipe.data))
     remainder = clips - schedule.steps_per_epoch * recipe.training.global_batch
     logger.info(
         "%s: %d ranks on %s, %s, %s; global batch %d = %d ranks x %d clips x %d accumulation",

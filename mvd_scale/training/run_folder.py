@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mvd_scale.capabilities import probe, table
-from mvd_scale.config import RunRecipe, load_any
+from mvd_scale.capabilities import collect_capabilities, format_capabilities
+from mvd_scale.config import RunRecipe, load_any_recipe
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.errors import UserError
 
@@ -46,7 +46,7 @@ class RunFolder:
                 are no run.
         """
         if self._begun:
-            stands = load_any(self.recipe).identity()
+            stands = load_any_recipe(self.recipe).identity()
             wanted = recipe.identity()
             differing = [
                 f"  {key}: that run has {stands.get(key, 'nothing')!r}, this one {wanted.get(key, 'nothing')!r}"
@@ -97,10 +97,10 @@ class RunFolder:
                 "another folder with `--run.folder`"
             )
         write_whole(self.recipe, recipe.to_yaml())
-        write_whole(self.environment, table(probe()) + "\n")
+        write_whole(self.environment, format_capabilities(collect_capabilities()) + "\n")
         manifest.save(self.manifest)
 
-    def finished_at(self, step: int, origin: Mapping[str, Any]) -> bool:
+    def is_finished(self, step: int, origin: Mapping[str, Any]) -> bool:
         """Whether the run has finished, after `step` optimizer steps.
 
         Raises:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mvd_scale.config import TrainingConfig
 
 
-def cosine(step: int, *, total: int, start: float, end: float, warmup: int = 0) -> float:
+def cosine_schedule(step: int, *, total: int, start: float, end: float, warmup: int = 0) -> float:
     """Compute a linear warm-up from 0 followed by half a cosine, as in the published schedules.
 
     Args:
@@ -46,7 +46,7 @@ class Schedule:
     def lr(self, step: int) -> float:
         """Learning rate at a step, scaled by `lr_batch` / 256."""
         scale = self.lr_batch / 256
-        return cosine(
+        return cosine_schedule(
             step,
             total=self.total_steps,
             start=self.training.base_lr * scale,
@@ -57,4 +57,4 @@ class Schedule:
     def weight_decay(self, step: int) -> float:
         """Weight decay at a step, for groups with weight decay."""
         first, last = self.training.weight_decay, self.training.weight_decay_end
-        return first if last is None else cosine(step, total=self.total_steps, start=first, end=last)
+        return first if last is None else cosine_schedule(step, total=self.total_steps, start=first, end=last)

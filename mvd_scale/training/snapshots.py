@@ -57,11 +57,11 @@ class Snapshots:
         steps = self._steps()
         return steps[-1] if steps else None
 
-    def due(self, step: int) -> bool:
+    def should_save(self, step: int) -> bool:
         """Whether a checkpoint must be saved after this step by the count of steps; the same on all ranks."""
         return any(step % interval == 0 for interval in self.intervals)
 
-    def overdue(self) -> bool:
+    def time_to_save(self) -> bool:
         """Whether a checkpoint must be saved by the time since the last one; by this rank's clock."""
         minutes = self.recipe.checkpoints.every_minutes
         return minutes is not None and time.monotonic() - self.saved_at > 60 * minutes

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mvd_scale.checkpoints.reading import read_source, tensors_digest
-from mvd_scale.checkpoints.weights import start_encoder
+from mvd_scale.checkpoints.reading import read_raw_checkpoint, tensors_digest
+from mvd_scale.checkpoints.weights import load_initial_encoder
 from mvd_scale.config import TaskRecipe
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.errors import UserError
@@ -28,7 +28,7 @@ from mvd_scale.training.ranks import Ranks, first_decides
 from mvd_scale.training.run import TrainingJob, run_training
 from mvd_scale.training.schedule import Schedule
 from mvd_scale.training.trainer import Objective, TrainedModel
-from mvd_scale.training.validation import Validation
+from mvd_scale.training.validation import ValidationCallback
 
 AnyRecipe = TypeVar("AnyRecipe", bound=TaskRecipe)
 
@@ -80,7 +80,7 @@ class Task(TrainingJob[AnyRecipe]):
         """The data, and the weights that the encoder starts from."""
         weights = self.recipe.training.initial_encoder
         digest = first_decides(
-            ranks, "weights", lambda: None if weights is None else tensors_digest(read_source(weights).tensors)
+            ranks, "weights", lambda: None if weights is None else tensors_digest(read_raw_checkpoint(weights).tensors)
         )
         return self.data_digests() | {"initial encoder": digest}
 
@@ -89,7 +89,7 @@ class Task(TrainingJob[AnyRecipe]):
         training = self.recipe.training
         model = self.create_model()
         if training.initial_encoder is not None:
-            start_encoder(model.encoder, training.initial_encoder)
+            load_initial_encoder(model.encoder, training.initial_encoder)
         self.averaged = copy.deepcopy(model).to(ranks.device) if training.ema_decay else None
         depth, decay = len(model.encoder.blocks), training.layer_decay
         groups = parameter_groups(model, training.weight_decay, lambda name: layer_scale(name, depth, decay))
@@ -110,7 +110,7 @@ class Task(TrainingJob[AnyRecipe]):
         every, steps = self.recipe.validation.every_epochs, schedule.steps_per_epoch
         keep = partial(self._keep, ranks=ranks)
         measure = self.measure(ranks)
-        return [Validation(every, steps, self.figure, measure, self.folder, ranks, self.averaged, keep)]
+        return [ValidationCallback(every, steps, self.figure, measure, self.folder, ranks, self.averaged, keep)]
 
     def _keep(self, engine: Any, folder: Path, *, ranks: Ranks) -> Path:
         """Write the weights that were judged, and say where. All ranks call it."""

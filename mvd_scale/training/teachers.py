@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from mvd_scale.config.deepspeed import teacher_deepspeed
+from mvd_scale.config.deepspeed import teacher_deepspeed_config
 from mvd_scale.config.training import Precision
 from mvd_scale.models.precision import cast_parameters, dtype_of, lower, refuse_not_finite
 from mvd_scale.targets import FrozenTeacher, Target
@@ -28,7 +28,7 @@ def host_teachers(targets: Mapping[str, Target], placement: Placement, ranks: Ra
             target.teacher = host_teacher(target.teacher, placed, ranks)
             if isinstance(target, EncoderTeacher):
                 # Copying rows into a recording would cost more than making them there.
-                target.takes_rows = not placed.cuda_graph.value
+                target.accepts_rows = not placed.cuda_graph.value
 
 
 def host_teacher(teacher: nn.Module, placed: TeacherPlacement, ranks: Ranks) -> nn.Module:
@@ -66,7 +66,7 @@ def shard_teacher(
         UserError: weights that are not finite; all are named.
     """
     deepspeed = import_deepspeed()
-    config = teacher_deepspeed(precision, ranks.world_size)
+    config = teacher_deepspeed_config(precision, ranks.world_size)
     if not keep_vectors:
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     group = _ranks_of_my_host(ranks) if over == "host" else None

@@ -22,7 +22,7 @@ from mvd_scale.training.momentum import MovingAverage
 from mvd_scale.training.observers import Observers
 from mvd_scale.training.optim import apply_schedule
 from mvd_scale.training.ranks import Ranks
-from mvd_scale.training.resilience import Stopped, StopRequest, check_finite
+from mvd_scale.training.resilience import Preempted, PreemptionHandler, check_finite
 from mvd_scale.training.run_folder import RunFolder
 from mvd_scale.training.schedule import Schedule
 from mvd_scale.training.snapshots import Snapshots
@@ -106,7 +106,7 @@ class Trainer:
         self.ranks = ranks
         self.step = step
         self._timer: StepTimer = NoTimer()
-        _, self.accumulation = recipe.batch_split(ranks.world_size)
+        _, self.accumulation = recipe.micro_batch_and_accumulation(ranks.world_size)
 
     @property
     def part_names(self) -> list[str]:
@@ -168,19 +168,19 @@ class Trainer:
         meter = Meter(list(self.objective.parts), self.ranks)
         events = folder.tensorboard if recipe.logging.tensorboard else None
         writer = MetricWriter(folder.metrics, events, self.ranks, start_step=self.step, total_steps=last)
-        with StopRequest() as stop, writer, observers:
+        with PreemptionHandler() as stop, writer, observers:
             while self.step < last:
                 meter.add_step(self.train_step())
-                ended, stopping = self.step == last, stop.agreed(self.ranks, self.step - 1)
+                ended, stopping = self.step == last, stop.should_stop(self.ranks, self.step - 1)
                 overdue = False
                 if self.step % recipe.logging.every_steps == 0 or ended or stopping:
-                    values, overdue = meter.read(snapshots.overdue(), self.batches.substituted)
+                    values, overdue = meter.read(snapshots.time_to_save(), self.batches.substituted)
                     writer.write(self.step, values | self._optimizer_values())
                 observers.observe(self.engine, self.step, writer)
-                if overdue or snapshots.due(self.step) or ended or stopping:
+                if overdue or snapshots.should_save(self.step) or ended or stopping:
                     snapshots.save(self.engine, self.step)
                 if stopping and not ended:
-                    raise Stopped(stop.exit_code)
+                    raise Preempted(stop.exit_code)
 
     def _optimizer_values(self) -> dict[str, float]:
         """Figures of the optimizer at the last step."""

@@ -20,7 +20,7 @@ from mvd_scale.training.run_folder import RunFolder
 logger = logging.getLogger("mvd_scale")
 
 
-class Validation(Observer):
+class ValidationCallback(Observer):
     """Observer that measures a metric of the model every few epochs and stores the best weights.
 
     Args:

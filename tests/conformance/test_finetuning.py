@@ -10,10 +10,10 @@ import torch
 
 from mvd_scale.checkpoints import Hints, build_classifier, export_checkpoint, read_checkpoint
 from mvd_scale.checkpoints.formats.mvd import MVD_CLASSIFIER
-from mvd_scale.checkpoints.formats.names import to_ours
+from mvd_scale.checkpoints.formats.names import to_native_name
 from mvd_scale.data.views import crop_corners, dense_views, uniform_views
 from mvd_scale.training.optim import layer_index, layer_scale
-from mvd_scale.training.schedule import cosine
+from mvd_scale.training.schedule import cosine_schedule
 
 from .conftest import OUTPUT, Vectors, publish
 
@@ -22,7 +22,7 @@ def test_logits(classifier: Vectors, tmp_path: Path) -> None:
     config = classifier.config
     file = publish(tmp_path, classifier.under("model."), "pth")
     checkpoint = read_checkpoint(file, Hints(heads=config["heads"], frames=config["T"], input_size=config["S"]))
-    assert (checkpoint.format, checkpoint.kind, checkpoint.leftovers) == ("mvd", "classifier", {})
+    assert (checkpoint.format, checkpoint.kind, checkpoint.unexpected) == ("mvd", "classifier", {})
     assert checkpoint.classes == classifier["logits"].shape[1]
     with torch.no_grad():
         logits = build_classifier(checkpoint)(classifier.clips("video"))
@@ -38,7 +38,7 @@ def test_schedule(schedules: Any) -> None:
     steps = reference["steps_per_epoch"]
     assert reference["start"] == 0
     values = [
-        cosine(
+        cosine_schedule(
             step,
             total=reference["epochs"] * steps,
             start=reference["base"],
@@ -54,7 +54,7 @@ def test_layer_wise_decay(schedules: Any) -> None:
     reference = schedules["layer_decay"]
     depth = max(index for index, _ in reference["groups"].values()) - 1
     for name, (index, factor) in reference["groups"].items():
-        ours = to_ours(name, MVD_CLASSIFIER.modules, MVD_CLASSIFIER.leaves)
+        ours = to_native_name(name, MVD_CLASSIFIER.modules, MVD_CLASSIFIER.leaves)
         assert ours is not None
         assert layer_index(ours, depth) == index
         assert layer_scale(ours, depth, reference["decay"]) == pytest.approx(factor, rel=0, abs=1e-9)

@@ -86,7 +86,7 @@ def test_the_file_tells_its_shape(stage2: Stage2) -> None:
         config["S"],
     )
     assert (model.positions, model.patch_size, model.tubelet) == ("sincos3d", 16, 2)
-    assert not stage2.checkpoint.leftovers
+    assert not stage2.checkpoint.unexpected
 
 
 def test_predictions(stage2: Stage2) -> None:

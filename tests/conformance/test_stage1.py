@@ -47,7 +47,7 @@ def assert_same_file(published: dict[str, Tensor], file: Path, *, cancels: str =
 @pytest.mark.parametrize("form", ["pth", "safetensors"])
 def test_videomae(videomae: Vectors, tmp_path: Path, form: str) -> None:
     checkpoint, student = imported(videomae, tmp_path, form, video=True)
-    assert (checkpoint.format, checkpoint.model.positions, checkpoint.leftovers) == ("videomae", "sinusoid", {})
+    assert (checkpoint.format, checkpoint.model.positions, checkpoint.unexpected) == ("videomae", "sinusoid", {})
     batch = batch_of(videomae, videomae.clips("video"))
     target = Pixels(PixelTarget(decoder=UNUSED), checkpoint.model)
     torch.testing.assert_close(target.features(batch), videomae["target"], **OUTPUT)
@@ -69,7 +69,7 @@ def test_mae(mae: Vectors, tmp_path: Path, form: str) -> None:
     checkpoint, student = imported(mae, tmp_path, form, video=False)
     model = checkpoint.model
     assert (checkpoint.format, model.positions, model.class_token) == ("mae", "sincos2d", True)
-    assert (model.patch_size, model.input_size, checkpoint.leftovers) == (mae.config["ipatch"], mae.config["iS"], {})
+    assert (model.patch_size, model.input_size, checkpoint.unexpected) == (mae.config["ipatch"], mae.config["iS"], {})
     batch = batch_of(mae, mae.clips("image"))
 
     # The reference encodes visible tokens in the order of its shuffle, class token first.

@@ -19,7 +19,7 @@ from mvd_scale.data.batch import ClipBatch
 from mvd_scale.errors import UserError
 from mvd_scale.models import Encoder, Student
 from mvd_scale.targets import FrozenTeacher, build_targets
-from mvd_scale.targets.load import average_file
+from mvd_scale.targets.load import ema_file
 from mvd_scale.training.ahead import Ahead
 from mvd_scale.training.device import placement_of
 from mvd_scale.training.distillation import distillation_model
@@ -102,7 +102,7 @@ def held_at_rest(module: nn.Module) -> int:
 
 def micro_batches(ranks: Ranks, made: Recipe, *, poison_last: bool) -> Iterator[ClipBatch]:
     """This rank's part of the global batches."""
-    micro, accumulation = made.batch_split(ranks.world_size)
+    micro, accumulation = made.micro_batch_and_accumulation(ranks.world_size)
     for step in range(STEPS):
         whole = global_batch(step, poisoned=poison_last and step == STEPS - 1)
         for turn in range(accumulation):
@@ -159,17 +159,17 @@ def average_values(
     (average,) = averages
     average.save(out)
     torch.distributed.barrier()
-    before = [share.clone() for share in average.shares]
-    for share in average.shares:
+    before = [share.clone() for share in average.shards]
+    for share in average.shards:
         share.zero_()
     average.load(out)
-    weights = load_file(average_file(out, "average"))
+    weights = load_file(ema_file(out, "average"))
     torch.distributed.barrier()
     return {
         "names": weights.keys() == expected.keys(),
         "error": max(float((weight - expected[name]).abs().max()) for name, weight in weights.items()),
-        "comes_back": all(map(torch.equal, before, average.shares)),
-        "share": sum(share.numel() for share in average.shares),
+        "comes_back": all(map(torch.equal, before, average.shards)),
+        "share": sum(share.numel() for share in average.shards),
         "whole": sum(weight.numel() for weight in weights.values()),
     }
 

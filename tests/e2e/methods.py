@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from statistics import mean
 
-from mvd_scale.config import recipe_of
+from mvd_scale.config import recipe_from_dict
 from mvd_scale.training.metrics import read_metrics
 from mvd_scale.training.pretrain import pretrain
 
@@ -45,7 +45,7 @@ METHODS: dict[str, dict] = {
     "half decoded": {
         # Running cells need four time slices.
         "model": {"frames": 8},
-        "data": {"stride": 2, "mask": {"decode": 0.5}},
+        "data": {"stride": 2, "mask": {"decode_ratio": 0.5}},
         "targets": {"image": None, "video": None, "pixels": {"kind": "pixels", "decoder": DECODER}},
     },
     "VideoMAE": {"targets": {"image": None, "video": None, "pixels": {"kind": "pixels", "decoder": DECODER}}},
@@ -59,7 +59,7 @@ def train(method: str, folder: str, videos: str, image: str, video: str, steps: 
         if name not in targets or targets[name] is not None:
             targets[name] = {**(targets.get(name) or {}), "checkpoint": checkpoint}
     run = Path(folder) / method.replace(" ", "_")
-    recipe = recipe_of(
+    recipe = recipe_from_dict(
         {
             "base": "quickstart/student",
             "run": {"folder": str(run)},

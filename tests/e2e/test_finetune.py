@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from mvd_scale.checkpoints.weights import read_checkpoint, save_weights
 from mvd_scale.config import ModelConfig
 from mvd_scale.config.data import ViewsConfig
-from mvd_scale.data.synth import make_synthetic
+from mvd_scale.data.synth import write_synthetic_videos
 from mvd_scale.models import Classifier, Encoder
 
 from .conftest import Jobs, wait_for
@@ -47,7 +47,7 @@ test: {stride: 2, clips: 2, crops: 3}
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("skimage", reason="synthetic videos need the samples extra")
-    return make_synthetic("appearance", tmp_path_factory.mktemp("labelled"), train=5, test=6)
+    return write_synthetic_videos("appearance", tmp_path_factory.mktemp("labelled"), train=5, test=6)
 
 
 @pytest.fixture(scope="module")

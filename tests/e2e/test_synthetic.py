@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from mvd_scale.checkpoints.weights import save_weights
-from mvd_scale.config import load_finetuning
+from mvd_scale.config import load_finetune_recipe
 from mvd_scale.data.synth import DIRECTIONS, FRAMES, SIDE
 from mvd_scale.models import Classifier, Encoder
 
@@ -22,7 +22,7 @@ from .conftest import Jobs
 
 pytestmark = pytest.mark.slow
 
-RECIPE = load_finetuning("quickstart/synthetic", ["--data.source", "unused"])
+RECIPE = load_finetune_recipe("quickstart/synthetic", ["--data.source", "unused"])
 
 STEPS = 700
 """Steps of a classifier that looks for a leak: as many as the recipe needs to learn the unchanged videos."""

@@ -64,7 +64,7 @@ class Run:
 
     def batches(self, steps: Iterable[int], *, poisoned: bool = False) -> Iterator[ClipBatch]:
         """The micro batches of this rank."""
-        micro, accumulation = self.recipe.batch_split(self.ranks.world_size)
+        micro, accumulation = self.recipe.micro_batch_and_accumulation(self.ranks.world_size)
         for step in steps:
             for turn in range(accumulation):
                 first = (self.ranks.rank * accumulation + turn) * micro
@@ -126,8 +126,8 @@ def sharded_teachers(ranks: Ranks, precision: str) -> dict[str, dict[str, float]
         sharded = here[name]
         if not isinstance(whole, FrozenTeacher) or not isinstance(sharded, FrozenTeacher):
             continue
-        got = sharded.raw(clips(0, 0, GLOBAL_BATCH, ranks.device)).float().cpu()
-        wanted = whole.raw(clips(0, 0, GLOBAL_BATCH, torch.device("cpu")))
+        got = sharded.raw_features(clips(0, 0, GLOBAL_BATCH, ranks.device)).float().cpu()
+        wanted = whole.raw_features(clips(0, 0, GLOBAL_BATCH, torch.device("cpu")))
         seen[name] = {
             "cosine": float(torch.nn.functional.cosine_similarity(got, wanted, dim=-1).min()),
             "error": float((got - wanted).norm() / wanted.norm()),

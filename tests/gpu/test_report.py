@@ -21,7 +21,7 @@ def gpu() -> None:
 
 @pytest.fixture
 def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SelfTestReport:
-    monkeypatch.setattr(report, "probe", lambda: [Capability("Triton", False, reason="needs a GPU")])
+    monkeypatch.setattr(report, "collect_capabilities", lambda: [Capability("Triton", False, reason="needs a GPU")])
     monkeypatch.setattr(report, "where", lambda: "1 x NVIDIA A GPU")
     written = SelfTestReport(tmp_path / "report.md")
     written.checks = {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mvd_kernels import attention, attention_backend, attention_backends
-from mvd_kernels.attention import BACKENDS, Backend
+from mvd_kernels.attention import FLASH_ATTENTION_RELEASES, FlashAttentionRelease
 from mvd_kernels.twins.attention import attention as twin
 
 
@@ -41,14 +41,14 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """A machine with a Hopper GPU and no flash-attn, for tests to change."""
     module = import_module("mvd_kernels.attention")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    for backend in BACKENDS:
+    for backend in FLASH_ATTENTION_RELEASES:
         monkeypatch.setitem(sys.modules, backend.module, None)
     module._refusal.cache_clear()
     yield monkeypatch
     module._refusal.cache_clear()
 
 
-def install(machine: pytest.MonkeyPatch, backend: Backend) -> None:
+def install(machine: pytest.MonkeyPatch, backend: FlashAttentionRelease) -> None:
     """Put a stand-in for a release of flash-attn there that answers as this release does."""
 
     def packed(qkv: Tensor) -> Tensor:
@@ -68,17 +68,17 @@ GPU = torch.device("cuda", 0)
 
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_the_newest_release_that_is_installed_is_taken(machine: pytest.MonkeyPatch, number: int) -> None:
-    for backend in BACKENDS[number:]:
+    for backend in FLASH_ATTENTION_RELEASES[number:]:
         install(machine, backend)
-    assert attention_backend(GPU, torch.bfloat16) == BACKENDS[number].name
+    assert attention_backend(GPU, torch.bfloat16) == FLASH_ATTENTION_RELEASES[number].name
     reasons = attention_backends(GPU, torch.bfloat16)
-    assert list(reasons) == [backend.name for backend in BACKENDS[: number + 1]]
-    assert reasons[BACKENDS[number].name] == ""
-    assert all(BACKENDS[i].module in reasons[BACKENDS[i].name] for i in range(number))
+    assert list(reasons) == [backend.name for backend in FLASH_ATTENTION_RELEASES[: number + 1]]
+    assert reasons[FLASH_ATTENTION_RELEASES[number].name] == ""
+    assert all(FLASH_ATTENTION_RELEASES[i].module in reasons[FLASH_ATTENTION_RELEASES[i].name] for i in range(number))
 
 
 def test_what_no_release_computes_is_left_to_torch(machine: pytest.MonkeyPatch) -> None:
-    for backend in BACKENDS:
+    for backend in FLASH_ATTENTION_RELEASES:
         install(machine, backend)
     assert attention_backend(GPU, torch.float32) == "sdpa"
     assert attention_backend(GPU, torch.float16, channels=20) == "sdpa"
@@ -95,8 +95,8 @@ def test_release_4_alone_is_not_taken_for_release_2(machine: pytest.MonkeyPatch)
     assert "flash_attn_qkvpacked_func" in attention_backends(GPU, torch.float16)["flash-attn-2"]
 
 
-@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
-def test_every_release_is_called_by_its_own_rules(machine: pytest.MonkeyPatch, backend: Backend) -> None:
+@pytest.mark.parametrize("backend", FLASH_ATTENTION_RELEASES, ids=lambda backend: backend.name)
+def test_every_release_is_called_by_its_own_rules(machine: pytest.MonkeyPatch, backend: FlashAttentionRelease) -> None:
     install(machine, backend)
     qkv = torch.randn(2, 5, 3, 2, 8)
     machine.setattr(import_module("mvd_kernels.attention"), "attention_backend", lambda *_: backend.name)
@@ -106,7 +106,7 @@ def test_every_release_is_called_by_its_own_rules(machine: pytest.MonkeyPatch, b
 
 
 def test_a_compiled_program_chooses_as_any_other(machine: pytest.MonkeyPatch) -> None:
-    install(machine, BACKENDS[0])
+    install(machine, FLASH_ATTENTION_RELEASES[0])
 
     def chosen(tensor: Tensor) -> Tensor:
         return tensor + len(attention_backend(GPU, torch.float16))
@@ -117,8 +117,8 @@ def test_a_compiled_program_chooses_as_any_other(machine: pytest.MonkeyPatch) ->
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("channels", [64, 80])
-@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
-def test_flash_attention_equals_torch(backend: Backend, channels: int) -> None:
+@pytest.mark.parametrize("backend", FLASH_ATTENTION_RELEASES, ids=lambda backend: backend.name)
+def test_flash_attention_equals_torch(backend: FlashAttentionRelease, channels: int) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
     reason = attention_backends(GPU, torch.bfloat16, channels).get(backend.name, "an earlier release is taken")

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from mvd_kernels.bench import timing
 from mvd_kernels.bench.__main__ import OPERATORS, main
-from mvd_kernels.bench.case import Case
+from mvd_kernels.bench.case import BenchmarkCase
 
 
 def test_the_table_names_device_and_versions(tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_passes_are_timed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append("forward")
         return 2 * leaf
 
-    case = Case("", torch.float32, {"twin": call}, (leaf,))
+    case = BenchmarkCase("", torch.float32, {"twin": call}, (leaf,))
     passes = [line.passes for line in timing.time_case(case, torch.device("cpu"))]
     assert passes == ["forward", "backward", "full"]
     assert len(seen) == 3  # once forward, once to have something to go back through, once full

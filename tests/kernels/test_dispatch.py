@@ -10,7 +10,7 @@ import torch
 
 import mvd_kernels
 from mvd_kernels import dispatch
-from mvd_kernels.dispatch import takes_kernel
+from mvd_kernels.dispatch import uses_triton
 
 PIXELS, TOKENS = torch.zeros(1, 2, 4, 4, 3, dtype=torch.uint8), torch.zeros(1, 1, dtype=torch.int64)
 VALUES, AFFINE = torch.zeros(1, 2, 4), torch.zeros(4)
@@ -39,7 +39,7 @@ def test_an_operator_hands_on_all_arguments(operator: str, on_gpu: bool, monkeyp
     def reached(room: str) -> Any:
         return lambda *arguments, **keywords: (room, arguments, keywords)
 
-    monkeypatch.setattr(module, "takes_kernel", answer)
+    monkeypatch.setattr(module, "uses_triton", answer)
     monkeypatch.setattr(module, "twin", reached("twins"))
     monkeypatch.setattr(import_module(f"mvd_kernels.fused.{operator}"), operator, reached("fused"))
     arguments, keywords = CALLS[operator]
@@ -51,7 +51,7 @@ def test_an_operator_hands_on_all_arguments(operator: str, on_gpu: bool, monkeyp
 
 
 def test_a_cpu_takes_the_twin() -> None:
-    assert not takes_kernel(torch.zeros(1))
+    assert not uses_triton(torch.zeros(1))
 
 
 @pytest.mark.parametrize(("capability", "result"), [((8, 0), 2), ((7, 5), 1)])
@@ -73,4 +73,4 @@ def test_a_compiled_program_dispatches_as_any_other(
 def test_a_gpu_takes_the_kernel() -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
-    assert takes_kernel(torch.zeros(1, device="cuda"))
+    assert uses_triton(torch.zeros(1, device="cuda"))

@@ -16,10 +16,10 @@ from mvd_kernels.twins.attention import attention as twin
 from mvd_kernels.twins.quantise import quantise as plain_quantise
 
 CPU = torch.device("cpu")
-refused = native.refusal(CPU, torch.bfloat16, 64)
+refused = native.unsupported_reason(CPU, torch.bfloat16, 64)
 on_bf16_cpus = pytest.mark.skipif(bool(refused), reason=refused)
 WORKING = Path(getattr(native_library.library(), "_name", ""))
-compiled = pytest.mark.skipif(native_library.library() is None, reason=native_library.why_not())
+compiled = pytest.mark.skipif(native_library.library() is None, reason=native_library.build_error())
 
 
 @on_bf16_cpus
@@ -157,7 +157,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]
 def test_without_a_compiler_the_reason_is_named(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(elsewhere))
     assert native_library.library() is None
-    assert "install g++" in native_library.why_not()
+    assert "install g++" in native_library.build_error()
     sequences = torch.ones(1, 3, 4)
     torch.testing.assert_close(quantise(sequences, 255), plain_quantise(sequences, 255))
 
@@ -168,13 +168,13 @@ def test_a_compiler_that_fails_is_quoted(elsewhere: Path, monkeypatch: pytest.Mo
     compiler.chmod(0o755)
     monkeypatch.setenv("PATH", f"{elsewhere}:/usr/bin:/bin")
     assert native_library.library() is None
-    assert native_library.why_not().endswith("no such instruction")
+    assert native_library.build_error().endswith("no such instruction")
 
 
 def test_a_home_that_cannot_be_written_is_no_crash(elsewhere: Path) -> None:
     (elsewhere / ".cache").write_text("not a folder")
     assert native_library.library() is None
-    assert ".cache" in native_library.why_not()
+    assert ".cache" in native_library.build_error()
 
 
 @compiled

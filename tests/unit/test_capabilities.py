@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 
 from mvd_scale import capabilities
-from mvd_scale.capabilities import Capability, probe, table
+from mvd_scale.capabilities import Capability, collect_capabilities, format_capabilities
 
 
 class Broken(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -49,7 +49,7 @@ def by_name(rows: list[Capability]) -> dict[str, Capability]:
 
 @pytest.fixture(scope="module")
 def rows() -> list[Capability]:
-    return probe()
+    return collect_capabilities()
 
 
 def test_every_capability_has_a_row_and_every_row_that_is_off_a_reason(rows: list[Capability]) -> None:
@@ -62,7 +62,7 @@ def test_every_capability_has_a_row_and_every_row_that_is_off_a_reason(rows: lis
 
 
 def test_the_table_has_one_line_for_each_row(rows: list[Capability]) -> None:
-    lines = table(rows).splitlines()
+    lines = format_capabilities(rows).splitlines()
     assert len(lines) == len(rows)
     for line, row in zip(lines, rows, strict=True):
         assert line.startswith(row.name)
@@ -95,7 +95,7 @@ def test_broken_packages_are_rows_with_the_error(
     error: Exception, said: str, break_packages: Callable[..., None]
 ) -> None:
     break_packages(error, "flash_attn", "apex", "triton", "av", "nvidia.dali", "deepspeed", "psutil")
-    found = by_name(probe())
+    found = by_name(collect_capabilities())
     for name in ("flash-attn", "apex", "Triton", "PyAV", "DALI", "DeepSpeed"):
         assert not found[name].on
         assert found[name].reason == said
@@ -105,7 +105,7 @@ def test_broken_packages_are_rows_with_the_error(
 @pytest.mark.parametrize("package", ["flash_attn", "apex", "triton", "av", "nvidia.dali", "deepspeed"])
 def test_a_package_that_is_not_installed_says_how_to_get_it(package: str, break_packages: Callable[..., None]) -> None:
     break_packages(ModuleNotFoundError(f"No module named {package!r}", name=package), package)
-    off = [row for row in probe() if not row.on and row.reason.startswith("not installed: ")]
+    off = [row for row in collect_capabilities() if not row.on and row.reason.startswith("not installed: ")]
     assert off
 
 

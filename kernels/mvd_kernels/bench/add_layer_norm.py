@@ -6,15 +6,15 @@ from collections.abc import Iterator
 
 import torch
 
-from mvd_kernels.bench.case import Case, clips, leaf, precision, ways
+from mvd_kernels.bench.case import BenchmarkCase, clips, implementations, leaf, precision
 
 
-def cases(device: torch.device) -> Iterator[Case]:
+def cases(device: torch.device) -> Iterator[BenchmarkCase]:
     """Yield cases of 160 and 1568 tokens."""
     count, dtype = clips(device), precision(device)
     for model, width in (("B", 768), ("L", 1024)):
         for tokens in (160, 1568):
             shapes = ((count, tokens, width), (count, tokens, width), (width,), (width,))
             inputs = tuple(leaf(*shape, device=device, dtype=dtype) for shape in shapes)
-            calls = ways("add_layer_norm", device, *inputs)
-            yield Case(f"{model}: B {count}, N {tokens}, D {width}", dtype, calls, inputs)
+            calls = implementations("add_layer_norm", device, *inputs)
+            yield BenchmarkCase(f"{model}: B {count}, N {tokens}, D {width}", dtype, calls, inputs)

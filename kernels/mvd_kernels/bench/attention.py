@@ -8,23 +8,23 @@ from typing import Any
 
 import torch
 
-from mvd_kernels.attention import BACKENDS, attention_backend, attention_backends
-from mvd_kernels.bench.case import Case, clips, leaf
+from mvd_kernels.attention import FLASH_ATTENTION_RELEASES, attention_backend, attention_backends
+from mvd_kernels.bench.case import BenchmarkCase, clips, leaf
 from mvd_kernels.native import attention as native
 from mvd_kernels.twins.attention import attention
 
 
-def cases(device: torch.device) -> Iterator[Case]:
+def cases(device: torch.device) -> Iterator[BenchmarkCase]:
     """Yield cases of 160 visible tokens (encoder) and of all 1568 tokens (decoder and teachers)."""
     count, dtype = clips(device), torch.bfloat16
     for model, heads in (("B", 12), ("L", 16)):
         for tokens in (160, 1568):
             qkv = leaf(count, tokens, 3, heads, 64, device=device, dtype=dtype)
-            ways: dict[str, Callable[[], Any]] = {"sdpa": partial(attention, qkv)}
+            implementations: dict[str, Callable[[], Any]] = {"sdpa": partial(attention, qkv)}
             refused = attention_backends(device, dtype)
-            for backend in BACKENDS:
+            for backend in FLASH_ATTENTION_RELEASES:
                 if refused.get(backend.name) == "":
-                    ways[backend.name] = partial(backend.attend, qkv)
+                    implementations[backend.name] = partial(backend.attend, qkv)
             if attention_backend(device, dtype) == "native":
-                ways["native"] = partial(native.attention, qkv, tokens)
-            yield Case(f"{model}: B {count}, N {tokens}, H {heads}, K 64", dtype, ways, (qkv,))
+                implementations["native"] = partial(native.attention, qkv, tokens)
+            yield BenchmarkCase(f"{model}: B {count}, N {tokens}, H {heads}, K 64", dtype, implementations, (qkv,))

@@ -1,4 +1,4 @@
-"""`Case`: one call of an operator, and the implementations to time."""
+"""`BenchmarkCase`: one call of an operator, and the implementations to time."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvd_kernels.dispatch import takes_kernel
+from mvd_kernels.dispatch import uses_triton
 
 
 @dataclass(frozen=True)
-class Case:
+class BenchmarkCase:
     """One call of an operator.
 
     Attributes:
@@ -27,7 +27,7 @@ class Case:
 
     shape: str
     dtype: torch.dtype
-    ways: dict[str, Callable[[], Any]]
+    implementations: dict[str, Callable[[], Any]]
     inputs: tuple[Tensor, ...] = field(default=())
 
 
@@ -41,10 +41,12 @@ def clips(device: torch.device) -> int:
     return 32 if device.type == "cuda" else 2
 
 
-def ways(operator: str, device: torch.device, *arguments: Any, **keywords: Any) -> dict[str, Callable[[], Any]]:
+def implementations(
+    operator: str, device: torch.device, *arguments: Any, **keywords: Any
+) -> dict[str, Callable[[], Any]]:
     """Make the calls of an operator by its twin and, on GPUs, by its Triton kernel; {implementation: call}."""
     rooms = {"twin": "twins"}
-    if takes_kernel(torch.empty(0, device=device)):
+    if uses_triton(torch.empty(0, device=device)):
         rooms["triton"] = "fused"
     functions = {way: getattr(import_module(f"mvd_kernels.{room}.{operator}"), operator) for way, room in rooms.items()}
     return {way: partial(function, *arguments, **keywords) for way, function in functions.items()}

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import torch
 
-from mvd_kernels.bench.case import Case, clips, leaf, precision, split_tokens, ways
+from mvd_kernels.bench.case import BenchmarkCase, clips, implementations, leaf, precision, split_tokens
 
 
-def cases(device: torch.device) -> Iterator[Case]:
+def cases(device: torch.device) -> Iterator[BenchmarkCase]:
     """Yield cases of 160 visible and 1408 masked tokens."""
     count, dtype = clips(device), precision(device)
     visible, masked = split_tokens(count, device)
@@ -17,5 +17,5 @@ def cases(device: torch.device) -> Iterator[Case]:
         embedded = leaf(count, 160, width, device=device, dtype=dtype)
         mask_token = leaf(1, 1, width, device=device, dtype=dtype)
         positions = torch.randn(1568, width, device=device)
-        calls = ways("decoder_input", device, embedded, mask_token, positions, visible, masked)
-        yield Case(f"{model}: B {count}, V 160, M 1408, D {width}", dtype, calls, (embedded, mask_token))
+        calls = implementations("decoder_input", device, embedded, mask_token, positions, visible, masked)
+        yield BenchmarkCase(f"{model}: B {count}, V 160, M 1408, D {width}", dtype, calls, (embedded, mask_token))

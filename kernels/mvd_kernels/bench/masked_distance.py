@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import torch
 
-from mvd_kernels.bench.case import Case, clips, leaf, precision, split_tokens, ways
+from mvd_kernels.bench.case import BenchmarkCase, clips, implementations, leaf, precision, split_tokens
 
 
-def cases(device: torch.device) -> Iterator[Case]:
+def cases(device: torch.device) -> Iterator[BenchmarkCase]:
     """Yield cases of smooth L1, the published distance, with and without the target norm."""
     count, dtype = clips(device), precision(device)
     _, masked = split_tokens(count, device)
@@ -17,6 +17,8 @@ def cases(device: torch.device) -> Iterator[Case]:
         predictions = leaf(count, 1408, width, device=device, dtype=dtype)
         features = torch.randn(count, 1568, width, device=device, dtype=dtype)
         for norm in (False, True):
-            calls = ways("masked_distance", device, predictions, features, masked, distance="smooth_l1", norm=norm)
+            calls = implementations(
+                "masked_distance", device, predictions, features, masked, distance="smooth_l1", norm=norm
+            )
             shape = f"{model}: B {count}, M 1408, D {width}{', norm' if norm else ''}"
-            yield Case(shape, dtype, calls, (predictions,))
+            yield BenchmarkCase(shape, dtype, calls, (predictions,))

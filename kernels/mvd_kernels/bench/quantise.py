@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-from mvd_kernels.bench.case import Case, clips
+from mvd_kernels.bench.case import BenchmarkCase, clips
 from mvd_kernels.native import quantise as native
 from mvd_kernels.twins.quantise import quantise
 
 
-def cases(device: torch.device) -> Iterator[Case]:
+def cases(device: torch.device) -> Iterator[BenchmarkCase]:
     """Yield cases of the MLP's hidden activations of whole clips; none on GPUs, which use fp8."""
     for model, channels in (("B", 3072), ("L", 4096)) if device.type == "cpu" else ():
         sequences = torch.randn(clips(device), 1568, channels, dtype=torch.bfloat16)
-        ways: dict[str, Callable[[], Any]] = {"twin": partial(quantise, sequences, 255)}
-        if native.takes(sequences):
-            ways["native"] = partial(native.quantise, sequences, 255)
-        yield Case(f"{model}: B {len(sequences)}, N 1568, D {channels}", torch.bfloat16, ways)
+        implementations: dict[str, Callable[[], Any]] = {"twin": partial(quantise, sequences, 255)}
+        if native.supports(sequences):
+            implementations["native"] = partial(native.quantise, sequences, 255)
+        yield BenchmarkCase(f"{model}: B {len(sequences)}, N 1568, D {channels}", torch.bfloat16, implementations)

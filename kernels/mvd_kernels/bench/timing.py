@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvd_kernels.bench.case import Case
+from mvd_kernels.bench.case import BenchmarkCase
 
 PERCENTILES = (0.2, 0.5, 0.8)
 
@@ -35,9 +35,9 @@ class Timing:
     peak: int | None
 
 
-def time_case(case: Case, device: torch.device) -> Iterator[Timing]:
+def time_case(case: BenchmarkCase, device: torch.device) -> Iterator[Timing]:
     """Time the forward pass, the backward pass and both, for every implementation."""
-    for way, call in case.ways.items():
+    for way, call in case.implementations.items():
         yield _timing(way, "forward", call, device)
         if not case.inputs:
             continue

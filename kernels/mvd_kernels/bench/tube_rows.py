@@ -6,15 +6,17 @@ from collections.abc import Iterator
 
 import torch
 
-from mvd_kernels.bench.case import Case, clips, precision, split_tokens, ways
+from mvd_kernels.bench.case import BenchmarkCase, clips, implementations, precision, split_tokens
 from mvd_kernels.tubes import IMAGENET_MEAN, IMAGENET_STD
 
 
-def cases(device: torch.device) -> Iterator[Case]:
+def cases(device: torch.device) -> Iterator[BenchmarkCase]:
     """Yield cases of clips of 16x224x224 in tubes of 2x16x16, which are the same for ViT-B and ViT-L."""
     count, dtype = clips(device), precision(device)
     pixels = torch.randint(0, 256, (count, 16, 224, 224, 3), dtype=torch.uint8, device=device)
     visible, _ = split_tokens(count, device)
     tube = {"tubelet": 2, "patch": 16, "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "dtype": dtype}
     for name, tokens in (("160", visible), ("1568", None)):
-        yield Case(f"B, L: B {count}, K {name}", dtype, ways("tube_rows", device, pixels, tokens, **tube))
+        yield BenchmarkCase(
+            f"B, L: B {count}, K {name}", dtype, implementations("tube_rows", device, pixels, tokens, **tube)
+        )

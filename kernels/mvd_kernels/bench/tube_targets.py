@@ -6,14 +6,14 @@ from collections.abc import Iterator
 
 import torch
 
-from mvd_kernels.bench.case import Case, clips, split_tokens, ways
+from mvd_kernels.bench.case import BenchmarkCase, clips, implementations, split_tokens
 
 
-def cases(device: torch.device) -> Iterator[Case]:
+def cases(device: torch.device) -> Iterator[BenchmarkCase]:
     """Yield cases of clips of 16x224x224 in tubes of 2x16x16, which are the same for ViT-B and ViT-L."""
     count = clips(device)
     pixels = torch.randint(0, 256, (count, 16, 224, 224, 3), dtype=torch.uint8, device=device)
     _, masked = split_tokens(count, device)
     for normalize in ("none", "channel", "patch"):
-        calls = ways("tube_targets", device, pixels, masked, tubelet=2, patch=16, normalize=normalize)
-        yield Case(f"B, L: B {count}, K 1408, {normalize}", torch.float32, calls)
+        calls = implementations("tube_targets", device, pixels, masked, tubelet=2, patch=16, normalize=normalize)
+        yield BenchmarkCase(f"B, L: B {count}, K 1408, {normalize}", torch.float32, calls)

@@ -27,7 +27,7 @@ empty = partial(torch.empty, device="meta")
 
 
 @dataclass(frozen=True)
-class Specimen:
+class ExampleLaunch:
     """A launch of a kernel, and its least possible memory traffic per row (token).
 
     Attributes:
@@ -48,9 +48,14 @@ class Specimen:
         return f"{self.launch.kernel.__name__} {self.variant}"
 
 
-def specimens() -> Iterator[Specimen]:
+def specimens() -> Iterator[ExampleLaunch]:
     """Yield all kernels in all dtypes; options that do not depend on the dtype in one dtype only."""
-    makers: tuple[Callable[[torch.dtype], Iterator[Specimen]], ...] = (_rows, _distances, _add_layer_norm, _decoder)
+    makers: tuple[Callable[[torch.dtype], Iterator[ExampleLaunch]], ...] = (
+        _rows,
+        _distances,
+        _add_layer_norm,
+        _decoder,
+    )
     for make in makers:
         for dtype in FLOATING:
             yield from make(dtype)
@@ -67,40 +72,40 @@ def _clip_and_tokens() -> tuple[torch.Tensor, torch.Tensor]:
     return empty(B, 16, 224, 224, 3, dtype=torch.uint8), empty(B, V, dtype=torch.int64)
 
 
-def _rows(dtype: torch.dtype) -> Iterator[Specimen]:
+def _rows(dtype: torch.dtype) -> Iterator[ExampleLaunch]:
     pixels, tokens = _clip_and_tokens()
     launch = tube_rows.launch(pixels, tokens, empty(B, V, TUBE, dtype=dtype), 2, 16, IMAGENET_MEAN, IMAGENET_STD)
-    yield Specimen(_label(dtype), launch, TUBE + INDEX, TUBE * dtype.itemsize)
+    yield ExampleLaunch(_label(dtype), launch, TUBE + INDEX, TUBE * dtype.itemsize)
 
 
-def _targets() -> Iterator[Specimen]:
+def _targets() -> Iterator[ExampleLaunch]:
     pixels, tokens = _clip_and_tokens()
     for normalize in ("none", "channel", "patch"):
         launch = tube_targets.launch(pixels, tokens, empty(B, V, TUBE), 2, 16, normalize)
-        yield Specimen(normalize, launch, TUBE + INDEX, TUBE * FLOAT32)
+        yield ExampleLaunch(normalize, launch, TUBE + INDEX, TUBE * FLOAT32)
 
 
-def _distances(dtype: torch.dtype, distance: str = "smooth_l1") -> Iterator[Specimen]:
+def _distances(dtype: torch.dtype, distance: str = "smooth_l1") -> Iterator[ExampleLaunch]:
     predictions, gradient = empty(B, M, D, dtype=dtype), empty(B, M, D, dtype=dtype)
     arguments = (predictions, empty(B, N, D, dtype=dtype), empty(B, M, dtype=torch.int64), distance, True)
     variant, row = f"{distance} {_label(dtype)}", D * dtype.itemsize
     forward = masked_distance.forward_launch(*arguments, empty(B * M))
-    yield Specimen(variant, forward, 2 * row + INDEX, FLOAT32)
+    yield ExampleLaunch(variant, forward, 2 * row + INDEX, FLOAT32)
     backward = masked_distance.backward_launch(*arguments, empty(()), gradient)
-    yield Specimen(variant, backward, 2 * row + INDEX, row)
+    yield ExampleLaunch(variant, backward, 2 * row + INDEX, row)
 
 
-def _add_layer_norm(dtype: torch.dtype) -> Iterator[Specimen]:
+def _add_layer_norm(dtype: torch.dtype) -> Iterator[ExampleLaunch]:
     values, affine, statistics = empty(B * N, D, dtype=dtype), empty(D, dtype=dtype), empty(2, B * N)
     row, scalars = D * dtype.itemsize, 2 * FLOAT32
     forward = add_layer_norm.forward_launch((values, values, affine, affine), values, values, statistics, 1e-6)
-    yield Specimen(_label(dtype), forward, 2 * row, 2 * row + scalars)
+    yield ExampleLaunch(_label(dtype), forward, 2 * row, 2 * row + scalars)
     sums = empty(-(-B * N // add_layer_norm.PIECE), D)
     backward = add_layer_norm.backward_launch((values, affine, statistics), values, values, values, (sums, sums))
-    yield Specimen(_label(dtype), backward, 3 * row + scalars, row + 2 * D * FLOAT32 / add_layer_norm.PIECE)
+    yield ExampleLaunch(_label(dtype), backward, 3 * row + scalars, row + 2 * D * FLOAT32 / add_layer_norm.PIECE)
 
 
-def _decoder(dtype: torch.dtype) -> Iterator[Specimen]:
+def _decoder(dtype: torch.dtype) -> Iterator[ExampleLaunch]:
     launch = decoder_input.launch(
         empty(B, V, DECODER, dtype=dtype),
         empty(DECODER, dtype=dtype),
@@ -111,4 +116,4 @@ def _decoder(dtype: torch.dtype) -> Iterator[Specimen]:
     )
     row = DECODER * dtype.itemsize
     # Only visible tokens, V of V + M, read a row of `embedded`; all masked tokens read the same mask token.
-    yield Specimen(_label(dtype), launch, row * V / (V + M) + DECODER * FLOAT32 + INDEX, row)
+    yield ExampleLaunch(_label(dtype), launch, row * V / (V + M) + DECODER * FLOAT32 + INDEX, row)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mvd_kernels.fused.launch import Launch, block, warps
 from mvd_kernels.fused.tubes import token_count, tube_arguments, tube_of_program
-from mvd_kernels.tubes import white_level
+from mvd_kernels.tubes import max_pixel_value
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def launch(
     std: Sequence[float],
 ) -> Launch:
     """Make the launch that writes (x / white - mean) / std, one multiply-add per value, to `rows` (B, K, t p p 3)."""
-    white = white_level(pixels)
+    white = max_pixel_value(pixels)
     colours = ("red", "green", "blue")
     arguments = tube_arguments(pixels, tokens, tubelet, patch)
     arguments |= {f"{colour}_scale": 1 / (white * s) for colour, s in zip(colours, std, strict=True)}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mvd_kernels.fused.launch import Launch, block, warps
 from mvd_kernels.fused.tubes import token_count, tube_arguments, tube_of_program
-from mvd_kernels.tubes import IMAGENET_MEAN, IMAGENET_STD, white_level
+from mvd_kernels.tubes import IMAGENET_MEAN, IMAGENET_STD, max_pixel_value
 
 RED_MEAN, GREEN_MEAN, BLUE_MEAN = (tl.constexpr(mean) for mean in IMAGENET_MEAN)
 RED_STD, GREEN_STD, BLUE_STD = (tl.constexpr(std) for std in IMAGENET_STD)
@@ -67,7 +67,7 @@ def tube_targets_kernel(
 def launch(pixels: Tensor, tokens: Tensor | None, targets: Tensor, tubelet: int, patch: int, normalize: str) -> Launch:
     """Make the launch that writes the normalised tubes to `targets`, float32 (B, K, t p p 3)."""
     arguments = tube_arguments(pixels, tokens, tubelet, patch)
-    arguments |= {"targets": targets, "white": white_level(pixels)}
+    arguments |= {"targets": targets, "white": max_pixel_value(pixels)}
     size = tubelet * patch * patch
     constants = {"NORMALIZE": normalize, "TUBELET": tubelet, "PATCH": patch, "BLOCK": block(size)}
     return Launch(tube_targets_kernel, targets.shape[0] * targets.shape[1], arguments, constants, warps(4 * size))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mvd_kernels.native.library import call, library, why_not
+from mvd_kernels.native.library import build_error, call, library
 
 CHANNELS = (32, 64, 80, 96, 128)
 """Numbers of channels per head for which the kernel is compiled."""
@@ -25,7 +25,7 @@ def bf16_instructions() -> bool:
     return bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
 
 
-def refusal(device: torch.device, dtype: torch.dtype, channels: int) -> str:
+def unsupported_reason(device: torch.device, dtype: torch.dtype, channels: int) -> str:
     """Reason why this kernel cannot be used for heads of C channels; empty if it can."""
     if device.type != "cpu":
         return "needs a CPU"
@@ -46,7 +46,7 @@ def refusal_of_instructions() -> str:
 
 @cache
 def _refusal_of_cpu() -> str:
-    refused = refusal_of_instructions() or why_not()
+    refused = refusal_of_instructions() or build_error()
     if not refused and not hasattr(library(), "mvd_attention_forward"):
         return "c++ does not know AVX512-BF16"
     return refused

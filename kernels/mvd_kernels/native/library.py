@@ -22,11 +22,11 @@ _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fop
 
 
 def library() -> ctypes.CDLL | None:
-    """Return the library of compiled functions, or None if they cannot be compiled; `why_not` gives the reason."""
+    """Return the library of compiled functions, or None if they cannot be compiled; `build_error` gives the reason."""
     return _build()[0]
 
 
-def why_not() -> str:
+def build_error() -> str:
     """Reason why there is no library; empty if there is one."""
     return _build()[1]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from mvd_kernels.native.library import call, library
 
 
-def takes(sequences: Tensor) -> bool:
+def supports(sequences: Tensor) -> bool:
     """Whether the C++ function can quantise these sequences (dtype, and a compiler is available)."""
     return sequences.dtype in (torch.bfloat16, torch.float32) and library() is not None
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from mvd_kernels.tubes import white_level
+from mvd_kernels.tubes import max_pixel_value
 from mvd_kernels.twins.tubes import gather_tubes
 
 
@@ -41,6 +41,6 @@ def tube_rows(
     # (x / white - mean) / std is computed as one multiply-add per value.
     # During torch.export new tensors are fake tensors without values, which must not enter the cache.
     affine = _affine.__wrapped__ if torch.compiler.is_exporting() else _affine
-    values = (tuple(mean), tuple(std), white_level(pixels), tubes.shape[-1] // 3)
+    values = (tuple(mean), tuple(std), max_pixel_value(pixels), tubes.shape[-1] // 3)
     scale, shift = affine(*values, pixels.device)
     return torch.addcmul(shift, tubes.to(torch.float32), scale).to(dtype)

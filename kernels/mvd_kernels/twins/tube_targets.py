@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mvd_kernels.tubes import IMAGENET_MEAN, IMAGENET_STD, white_level
+from mvd_kernels.tubes import IMAGENET_MEAN, IMAGENET_STD, max_pixel_value
 from mvd_kernels.twins.tubes import gather_tubes
 
 
 def tube_targets(pixels: Tensor, tokens: Tensor | None, *, tubelet: int, patch: int, normalize: str = "none") -> Tensor:
     """See `mvd_kernels.tube_targets`."""
-    tubes = gather_tubes(pixels, tokens, tubelet, patch).flatten(2, 4).to(torch.float32) / white_level(pixels)
+    tubes = gather_tubes(pixels, tokens, tubelet, patch).flatten(2, 4).to(torch.float32) / max_pixel_value(pixels)
     if normalize == "channel":
         variance, mean = torch.var_mean(tubes, dim=2, keepdim=True)
         tubes = (tubes - mean) / (variance.sqrt() + 1e-6)

@@ -48,7 +48,7 @@ def recognise(tensors: Mapping[str, Tensor], positions: Positions | None) -> For
     return VIDEOMAE_FINETUNED if found is MVD_CLASSIFIER and positions == "sinusoid" else found
 
 
-def strip_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def strip_prefixes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Remove prefixes that engines and larger models put before the names, if the encoder is below them.
 
     The prefixes are tried twice, because they can be nested in any order.

@@ -84,7 +84,7 @@ def patch_axes(tensors: Mapping[str, Tensor], *names: str) -> int:
     return next((tensors[name].ndim for name in names if name in tensors), 0)
 
 
-def whole(config: Mapping[str, Any], key: str) -> int | None:
+def int_or_none(config: Mapping[str, Any], key: str) -> int | None:
     """Read an integer from the `config.json` of another library; None if it is absent or no integer."""
     value = config.get(key)
     return value if type(value) is int else None

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from mvd_scale.checkpoints.checkpoint import Checkpoint, Hints
-from mvd_scale.checkpoints.formats.format import HF_LEAVES, Format, patch_axes, whole
+from mvd_scale.checkpoints.formats.format import HF_LEAVES, Format, int_or_none, patch_axes
 
 _PATCHES = "embeddings.patch_embeddings.projection."
 _CLASSES = {
@@ -27,10 +27,10 @@ def _recognise(tensors: Mapping[str, Tensor]) -> bool:
 
 def _facts(config: Mapping[str, Any]) -> Hints:
     return Hints(
-        heads=whole(config, "num_attention_heads"),
-        decoder_heads=whole(config, "decoder_num_attention_heads"),
-        frames=whole(config, "num_frames"),
-        input_size=whole(config, "image_size"),
+        heads=int_or_none(config, "num_attention_heads"),
+        decoder_heads=int_or_none(config, "decoder_num_attention_heads"),
+        frames=int_or_none(config, "num_frames"),
+        input_size=int_or_none(config, "image_size"),
     )
 
 

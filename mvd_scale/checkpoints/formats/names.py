@@ -20,13 +20,13 @@ AttentionForm = Literal["split", "fused", "separate"]
 _BLOCKS = "blocks."
 
 
-def to_ours(name: str, modules: Table, leaves: Table) -> str | None:
+def to_native_name(name: str, modules: Table, leaves: Table) -> str | None:
     """Return our name of a published tensor, or None if the tables do not contain it."""
     ours = _rename(name, modules)
     return _rename_leaf(ours, leaves) if ours is not None else None
 
 
-def from_ours(name: str, modules: Table, leaves: Table) -> str | None:
+def to_published_name(name: str, modules: Table, leaves: Table) -> str | None:
     """Return the published name of one of our tensors, or None if the format has no such tensor."""
     leaf_renamed = _rename_leaf(name, _flip(leaves))
     return _rename(leaf_renamed, _flip(modules)) if leaf_renamed is not None else None

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from mvd_scale.checkpoints.deepspeed_folders import load_deepspeed
-from mvd_scale.checkpoints.reading import read_source
+from mvd_scale.checkpoints.reading import read_raw_checkpoint
 from mvd_scale.errors import UserError
 
 pytestmark = pytest.mark.distributed
@@ -51,7 +51,7 @@ def _written(folder: Path, stage: int) -> Path:
 @pytest.mark.parametrize("inside", ["", "step_7"])
 def test_every_parameter_comes_back(folders: dict[int, Path], stage: int, inside: str) -> None:
     true = load_file(folders[stage] / "true.safetensors")
-    read = read_source(folders[stage] / inside).tensors
+    read = read_raw_checkpoint(folders[stage] / inside).tensors
     assert read.keys() == true.keys()
     assert all(torch.equal(read[name], tensor) for name, tensor in true.items())
 
@@ -67,4 +67,4 @@ def test_an_incomplete_folder_is_refused(folders: dict[int, Path], tmp_path: Pat
         load_deepspeed(folder)
     (tmp_path / "latest").write_text("step_8")
     with pytest.raises(UserError, match="step_8"):
-        read_source(tmp_path)
+        read_raw_checkpoint(tmp_path)

@@ -24,7 +24,7 @@ from mvd_scale.checkpoints import (
     to_published,
 )
 from mvd_scale.checkpoints.interpret import interpret
-from mvd_scale.checkpoints.reading import Source
+from mvd_scale.checkpoints.reading import RawCheckpoint
 from mvd_scale.config import SIZES
 from mvd_scale.models import Encoder, Student
 from mvd_scale.models.encoder import IMAGENET_MEAN, IMAGENET_STD
@@ -98,7 +98,7 @@ def there_and_back(model: Any, folder: Path) -> tuple[Checkpoint, Any]:
     """Import what the library saves; export; what the library loads from that."""
     model.save_pretrained(folder / "theirs")
     checkpoint = read_checkpoint(folder / "theirs")
-    assert not checkpoint.leftovers
+    assert not checkpoint.unexpected
     export_checkpoint(checkpoint, "hf", folder / "ours")
     again, report = type(model).from_pretrained(folder / "ours", output_loading_info=True)
     assert not report["missing_keys"]
@@ -212,7 +212,7 @@ def test_all_sizes_of_videomae_by_shape(size: str) -> None:
             use_mean_pooling=False,
         )
         model = transformers.VideoMAEForPreTraining(config)
-    checkpoint = interpret(Source(Path("meta"), model.state_dict(), config={}), Hints())
+    checkpoint = interpret(RawCheckpoint(Path("meta"), model.state_dict(), config={}), Hints())
     assert (checkpoint.model.width, checkpoint.model.depth, checkpoint.model.heads) == SIZES[size]
     assert checkpoint.model.grid == (8, 14, 14)
     with torch.device("meta"):
@@ -238,7 +238,7 @@ def test_all_sizes_of_timm_by_shape(size: str) -> None:
         )
     # Positions are compared by value, so they must have some.
     tables = {"pos_embed": torch.zeros(1, 1 + (side // patch) ** 2, width)}
-    checkpoint = interpret(Source(Path("meta"), {**model.state_dict(), **tables}), Hints())
+    checkpoint = interpret(RawCheckpoint(Path("meta"), {**model.state_dict(), **tables}), Hints())
     assert (checkpoint.model.width, checkpoint.model.depth, checkpoint.model.heads) == SIZES[size]
     assert checkpoint.model.grid == (1, side // patch, side // patch)
     with torch.device("meta"):

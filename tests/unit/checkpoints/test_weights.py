@@ -12,10 +12,10 @@ from mvd_scale.checkpoints import describe
 from mvd_scale.checkpoints.weights import (
     build_student,
     load_encoder,
-    load_exactly,
+    load_initial_encoder,
+    load_strict,
     read_checkpoint,
     save_weights,
-    start_encoder,
 )
 from mvd_scale.config import DecoderConfig, ModelConfig, TokenHeadConfig
 from mvd_scale.errors import UserError
@@ -61,7 +61,7 @@ def test_a_mapped_encoder_stays_in_its_file_until_it_is_read(saved: tuple[Path, 
 def test_a_classifier_starts_from_an_encoder_without_its_final_norm(saved: tuple[Path, Encoder]) -> None:
     path, encoder = saved
     started = Encoder(SHAPE, final_norm=False)
-    start_encoder(started, path)
+    load_initial_encoder(started, path)
     assert torch.equal(started.patch_embed.weight, encoder.patch_embed.weight)
 
 
@@ -78,7 +78,7 @@ def test_all_faults_are_named_and_nothing_is_loaded() -> None:
     tensors["norm.bias"] = torch.zeros(3)
     tensors["patch_embed.bias"][0] = float("nan")
     with pytest.raises(UserError) as error:
-        load_exactly(encoder, tensors, "file.safetensors")
+        load_strict(encoder, tensors, "file.safetensors")
     for fault in (
         "missing norm.weight",
         "surplus surprise",
@@ -122,7 +122,7 @@ def test_a_start_from_an_image_model_embeds_still_clips_as_images(tmp_path: Path
     image, path = Encoder(shape), tmp_path / "image.safetensors"
     save_weights(path, image.state_dict(), shape)
     encoder = Encoder(SHAPE)
-    start_encoder(encoder, path)
+    load_initial_encoder(encoder, path)
     assert torch.equal(encoder.positions, Encoder(SHAPE).positions)
     assert torch.equal(encoder.blocks[0].mlp.fc1.weight, image.blocks[0].mlp.fc1.weight)
     patch = torch.rand(1, 16, 16, 3)
@@ -134,14 +134,14 @@ def test_a_start_from_a_teacher_without_a_norm_keeps_a_fresh_one(tmp_path: Path)
     teacher, path = Encoder(SHAPE, final_norm=False), tmp_path / "teacher.safetensors"
     save_weights(path, teacher.state_dict(), SHAPE)
     encoder = Encoder(SHAPE)
-    start_encoder(encoder, path)
+    load_initial_encoder(encoder, path)
     assert torch.equal(encoder.patch_embed.weight, teacher.patch_embed.weight)
     assert encoder.norm is not None
     assert (encoder.norm.weight == 1).all()
     narrow = ModelConfig(width=16, depth=1, heads=2, frames=4, input_size=32)
     save_weights(path, Encoder(narrow).state_dict(), narrow)
     with pytest.raises(UserError, match=r"patch_embed\.weight is \(16, 1536\), expected \(32, 1536\)"):
-        start_encoder(encoder, path)
+        load_initial_encoder(encoder, path)
 
 
 @pytest.mark.parametrize("change", [{"heads": 4}, {"positions": "sinusoid"}])
@@ -151,4 +151,4 @@ def test_weights_of_another_arithmetic_do_not_start_an_encoder(
     ((key, value),) = change.items()
     encoder = Encoder(ModelConfig.model_validate(SHAPE.model_dump() | change))
     with pytest.raises(UserError, match=rf"was trained with {key} \w+, the recipe has model\.{key} {value}"):
-        start_encoder(encoder, saved[0])
+        load_initial_encoder(encoder, saved[0])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mvd_scale.config import Recipe
-from mvd_scale.config.deepspeed import student_deepspeed, teacher_deepspeed, zero_stage
+from mvd_scale.config.deepspeed import student_deepspeed, teacher_deepspeed_config, zero_stage
 from mvd_scale.errors import UserError
 
 from .test_recipe import TINY
@@ -33,7 +33,7 @@ def test_shipped_files_are_filled_by_the_recipe(name: str, stage: int) -> None:
 
 
 def test_the_teachers_file_has_no_optimizer_and_spares_the_student() -> None:
-    config = teacher_deepspeed("fp32", world_size=2)
+    config = teacher_deepspeed_config("fp32", world_size=2)
     assert config["zero_optimization"]["stage"] == 3
     assert config["zero_optimization"]["memory_efficient_linear"] is False
     assert "auto" not in json.dumps(config)

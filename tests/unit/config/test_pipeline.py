@@ -57,7 +57,7 @@ def test_the_recipes_of_a_shipped_pipeline_describe_runs(name: str) -> None:
     for stage in recipes:
         recipe = stage_recipe(pipeline, stage)
         assert recipe.run.folder == pipeline.folder / stage
-        recipe.batch_split(pipeline.ranks or 64)
+        recipe.micro_batch_and_accumulation(pipeline.ranks or 64)
 
 
 def test_an_unknown_pipeline_lists_the_known() -> None:

@@ -79,8 +79,8 @@ def test_overrides_reach_any_depth_and_the_last_one_wins(tiny: Path) -> None:
         (["--targets.pixels", "{head: mlp, decoder: null}"], "targets.pixels", "`tokens: visible` or `tokens: all`"),
         (["--targets.pixels", "{head: mlp, decoder: null, tokens: all}"], "recipe", "set data.mask to null"),
         (["--data.mask", "null"], "recipe", "the student sees all tokens"),
-        (["--data.mask.decode", "0.4"], "data.mask.decode", "0.25, 0.5, 0.75 or 1"),
-        (["--data.mask.decode", "0.5"], "recipe", "a tube mask over 2 slices"),
+        (["--data.mask.decode_ratio", "0.4"], "data.mask.decode_ratio", "0.25, 0.5, 0.75 or 1"),
+        (["--data.mask.decode_ratio", "0.5"], "recipe", "a tube mask over 2 slices"),
         (["--targets", "{pixels: null}"], "targets", "at least 1 item"),
         (["--training.precision", "fp16"], "recipe", "needs a GPU"),
         (["--training.compile", "often"], "training.compile", "'often'"),
@@ -156,21 +156,21 @@ def test_an_unknown_recipe_lists_the_known(tmp_path: Path) -> None:
 
 def test_the_global_batch_is_split_over_ranks() -> None:
     recipe = Recipe.model_validate(TINY)
-    assert recipe.batch_split(1) == (8, 1)
-    assert recipe.batch_split(4) == (2, 1)
+    assert recipe.micro_batch_and_accumulation(1) == (8, 1)
+    assert recipe.micro_batch_and_accumulation(4) == (2, 1)
     halved = Recipe.model_validate({**TINY, "training": {**TINY["training"], "micro_batch": 2}})
-    assert halved.batch_split(2) == (2, 2)
-    assert halved.batch_split(8) == (1, 1)
+    assert halved.micro_batch_and_accumulation(2) == (2, 2)
+    assert halved.micro_batch_and_accumulation(8) == (1, 1)
     # Expected: the largest divisor of a rank's share of the global batch, up to the recipe's micro batch.
     uneven = Recipe.model_validate({**TINY, "training": {**TINY["training"], "micro_batch": 3}})
-    assert uneven.batch_split(2) == (2, 2)
+    assert uneven.micro_batch_and_accumulation(2) == (2, 2)
 
 
 def test_an_impossible_split_proposes_the_nearest() -> None:
     with pytest.raises(UserError, match=r"Start 2 or 4 ranks, or set training\.global_batch to 6 or 9"):
-        Recipe.model_validate(TINY).batch_split(3)
+        Recipe.model_validate(TINY).micro_batch_and_accumulation(3)
     with pytest.raises(UserError, match=r"Start 8 ranks, or set training\.global_batch to 9;"):
-        Recipe.model_validate(TINY).batch_split(9)
+        Recipe.model_validate(TINY).micro_batch_and_accumulation(9)
 
 
 @pytest.mark.parametrize(("kind", "ratio", "visible"), [("tube", 0.9, 160), ("random", 0.9, 157), ("tube", 0.75, 392)])
@@ -214,12 +214,12 @@ def test_a_micro_batch_holds_whole_sets_of_copies():
         UserError,
         match=r"in whole sets of 3 copies\. No number of ranks divides it: set .* to 960 or 1056",
     ):
-        recipe.batch_split(32)
+        recipe.micro_batch_and_accumulation(32)
     recipe = load_recipe("distill/b_from_b", ["--data.copies", "2", "--training.micro_batch", "16"])
-    assert recipe.batch_split(32) == (16, 2)
+    assert recipe.micro_batch_and_accumulation(32) == (16, 2)
     recipe = load_recipe("distill/b_from_b", ["--data.copies", "2", "--training.micro_batch", "1"])
     with pytest.raises(UserError, match=r"micro_batch 1 is less than data\.copies 2"):
-        recipe.batch_split(32)
+        recipe.micro_batch_and_accumulation(32)
 
 
 def test_where_videos_lie_and_who_reads_them_is_not_what_makes_a_run():

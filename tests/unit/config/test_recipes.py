@@ -18,9 +18,9 @@ from mvd_scale.config import (
     ShortSideCrop,
     VideoTeacherTarget,
     list_recipes,
-    load_any,
-    load_detection,
-    load_finetuning,
+    load_any_recipe,
+    load_detection_recipe,
+    load_finetune_recipe,
     load_recipe,
 )
 from mvd_scale.config.deepspeed import student_deepspeed
@@ -30,8 +30,8 @@ from mvd_scale.models.detector import Detector
 from mvd_scale.targets import build_targets
 from mvd_scale.targets.build import init_teacher
 
-FINETUNED = [name for name in list_recipes() if isinstance(load_any(name), FinetuneRecipe)]
-DETECTING = [name for name in list_recipes() if isinstance(load_any(name), DetectionRecipe)]
+FINETUNED = [name for name in list_recipes() if isinstance(load_any_recipe(name), FinetuneRecipe)]
+DETECTING = [name for name in list_recipes() if isinstance(load_any_recipe(name), DetectionRecipe)]
 PRETRAINED = [name for name in list_recipes() if name not in FINETUNED + DETECTING]
 PUBLISHED = [name for name in list_recipes() if not name.startswith("quickstart/") and name != "finetune/own_videos"]
 DISTILLED = [name for name in PUBLISHED if name.startswith("distill/")]
@@ -52,9 +52,9 @@ def test_a_head_states_command_hardware_time_and_result(name: str) -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_it_resolves_for_any_usual_number_of_ranks(name: str) -> None:
-    recipe = load_any(name)
+    recipe = load_any_recipe(name)
     for world_size in (1, 8, 32, 64):
-        micro, accumulation = recipe.batch_split(world_size)
+        micro, accumulation = recipe.micro_batch_and_accumulation(world_size)
         assert micro * accumulation * world_size == recipe.training.global_batch
         assert micro <= (recipe.training.micro_batch or micro)
         student_deepspeed(recipe, world_size)
@@ -79,7 +79,7 @@ def test_its_models_fit_each_other(name: str) -> None:
 
 @pytest.mark.parametrize("name", FINETUNED)
 def test_its_classifier_builds(name: str) -> None:
-    recipe = load_finetuning(name)
+    recipe = load_finetune_recipe(name)
     model = recipe.model
     with torch.device("meta"):
         pixels = torch.zeros(2, model.frames, model.input_size, model.input_size, 3)
@@ -89,7 +89,7 @@ def test_its_classifier_builds(name: str) -> None:
 @pytest.mark.parametrize("name", DETECTING)
 def test_its_detector_builds(name: str) -> None:
     pytest.importorskip("torchvision", reason="needs torchvision: the detection extra")
-    recipe = load_detection(name)
+    recipe = load_detection_recipe(name)
     with torch.device("meta"):
         model = Detector(recipe.model, recipe.detector)
     assert model.head.out_features == recipe.detector.classes
@@ -206,7 +206,7 @@ def test_an_ablation_differs_in_its_targets(name: str, kinds: list[type], epochs
 def test_fine_tuning_is_as_published(
     name: str, batch: int, lr: float, epochs: int, drop_path: float, dropout: float, views: tuple[int, int]
 ) -> None:
-    recipe = load_finetuning(f"finetune/{name}")
+    recipe = load_finetune_recipe(f"finetune/{name}")
     training, data = recipe.training, recipe.data
     assert (recipe.lr_batch, training.global_batch, data.copies) == (batch, 2 * batch, 2)
     assert (training.base_lr, training.epochs, training.warmup_epochs) == (lr, epochs, 5)
@@ -231,7 +231,7 @@ def test_fine_tuning_is_as_published(
     ("size", "lr", "epochs", "layer_decay"), [("b", 2.5e-4, 30, 0.75), ("l", 2.5e-4, 30, 0.75), ("h", 5e-4, 20, 0.8)]
 )
 def test_detection_is_as_published(size: str, lr: float, epochs: int, layer_decay: float) -> None:
-    recipe = load_detection(f"detection/{size}_ava")
+    recipe = load_detection_recipe(f"detection/{size}_ava")
     training, data, detector = recipe.training, recipe.data, recipe.detector
     assert recipe.model.size == size.upper()
     assert (training.base_lr, training.epochs, training.layer_decay) == (lr, epochs, layer_decay)
@@ -247,5 +247,5 @@ def test_detection_is_as_published(size: str, lr: float, epochs: int, layer_deca
 
 
 def test_every_run_has_a_folder_of_its_own() -> None:
-    folders = [load_any(name).run.folder for name in list_recipes()]
+    folders = [load_any_recipe(name).run.folder for name in list_recipes()]
     assert len(set(folders)) == len(folders)

@@ -15,8 +15,8 @@ from skimage import data as pictures
 from timm.data import auto_augment as timm_ops
 
 from mvd_scale.config.data import AugmentConfig, ColorJitter, RandAugment, RandomErasing
-from mvd_scale.data.augment import Operation, count_operations, draw_augmentation, draw_box, operation_at
-from mvd_scale.data.augment_graph import erase, operate
+from mvd_scale.data.augment import Operation, count_operations, draw_augmentation, draw_erase_box, make_operation
+from mvd_scale.data.augment_graph import apply_operation, erase
 
 T, SIDE = 3, 64
 FILL = {"fillcolor": (128, 128, 128), "resample": Image.Resampling.BILINEAR}
@@ -70,7 +70,7 @@ def by_graph(operations: list[tuple[Operation, tuple[float, ...]]]) -> NDArray[n
         codes = [np.array(operation, np.int32) for operation, _ in operations]
         operation = fn.external_source(lambda: codes, dtype=types.INT32, ndim=0)
         value = fn.external_source(lambda: list(values), dtype=types.FLOAT, ndim=1)
-        return operate(frames, operation, value, on_gpu=False)
+        return apply_operation(frames, operation, value, on_gpu=False)
 
     (result,) = graph().run()
     return np.stack([np.array(result[k]) for k in range(len(operations))])
@@ -78,7 +78,7 @@ def by_graph(operations: list[tuple[Operation, tuple[float, ...]]]) -> NDArray[n
 
 def test_every_operation_of_a_mixed_batch_does_what_pil_does():
     cases = [(name, share, sign) for name in TIMM for share, sign in ((0.7, 1.0), (0.4, -1.0))]
-    got = by_graph([operation_at(name, share, sign, SIDE) for name, share, sign in cases])
+    got = by_graph([make_operation(name, share, sign, SIDE) for name, share, sign in cases])
     for (name, share, sign), result in zip(cases, got, strict=True):
         expected = by_pil(name, share, sign)
         difference = np.abs(result.astype(int) - expected)
@@ -161,13 +161,13 @@ def test_jitter_draws_within_its_range():
 
 @given(seed=st.integers(0, 500), side=st.integers(8, 224))
 def test_an_erased_box_lies_inside_the_frame(seed, side):
-    top, left, height, width = draw_box(default_rng(seed), RandomErasing(probability=1), side)
+    top, left, height, width = draw_erase_box(default_rng(seed), RandomErasing(probability=1), side)
     assert 0 <= top <= top + height <= side
     assert 0 <= left <= left + width <= side
 
 
 def test_erasing_is_as_frequent_and_as_large_as_asked():
-    boxes = [draw_box(default_rng(seed), RandomErasing(), 224) for seed in range(4000)]
+    boxes = [draw_erase_box(default_rng(seed), RandomErasing(), 224) for seed in range(4000)]
     areas = [height * width / 224**2 for _, _, height, width in boxes if height]
     assert len(areas) / 4000 == pytest.approx(0.25, abs=0.03)
     assert min(areas) == pytest.approx(0.02, abs=0.005)

@@ -14,9 +14,9 @@ from click.testing import CliRunner
 
 from mvd_scale.cli import cli
 from mvd_scale.config.data import DataConfig
-from mvd_scale.data.index import Probing, build_manifest, merge, open_source
+from mvd_scale.data.index import VideoProber, build_manifest, load_source, merge
 from mvd_scale.data.manifest import Manifest, Row
-from mvd_scale.data.probe import probe
+from mvd_scale.data.probe import probe_video
 from mvd_scale.data.processes import run_chunks
 from mvd_scale.errors import UserError
 
@@ -120,20 +120,20 @@ def test_a_source_is_indexed_again_only_when_it_changes(tmp_path, encode, monkey
     past = 1_000_000_000
     for path in (folder, folder / "a.mp4"):
         os.utime(path, (past, past))
-    first = open_source(DataConfig(source=str(folder)), cache)
+    first = load_source(DataConfig(source=str(folder)), cache)
     written = (cache / "manifest.parquet").stat().st_mtime_ns
-    assert open_source(DataConfig(source=str(folder)), cache).path == first.path
+    assert load_source(DataConfig(source=str(folder)), cache).path == first.path
     assert (cache / "manifest.parquet").stat().st_mtime_ns == written
-    assert open_source(DataConfig(source=str(cache / "manifest.parquet")), tmp_path / "unused").path == first.path
+    assert load_source(DataConfig(source=str(cache / "manifest.parquet")), tmp_path / "unused").path == first.path
 
     encode(folder / "b.mp4")
     os.utime(cache / "manifest.parquet", (past + 1, past + 1))
-    assert len(open_source(DataConfig(source=str(folder)), cache)) == 2
+    assert len(load_source(DataConfig(source=str(folder)), cache)) == 2
 
     encode(tmp_path / "other" / "c.mp4")
     for path in (tmp_path / "other", tmp_path / "other" / "c.mp4"):
         os.utime(path, (past, past))
-    assert [Path(path).name for path in open_source(DataConfig(source=str(tmp_path / "other")), cache).path] == [
+    assert [Path(path).name for path in load_source(DataConfig(source=str(tmp_path / "other")), cache).path] == [
         "c.mp4"
     ]
 
@@ -148,7 +148,7 @@ def test_parts_put_together_are_the_whole(tmp_path, videos):
     assert merge(loaded).rows == whole.rows
     assert merge(loaded).source == whole.source
     with pytest.raises(UserError, match="holds only part 1/3 of the videos"):
-        open_source(DataConfig(source=str(tmp_path / "0.parquet")), tmp_path)
+        load_source(DataConfig(source=str(tmp_path / "0.parquet")), tmp_path)
     with pytest.raises(UserError, match="missing are 2/3"):
         merge([parts[0], parts[2]])
     with pytest.raises(UserError, match="each of 3 parts once: given are 1/3, 1/3, 2/3, 3/3"):
@@ -175,11 +175,11 @@ def test_an_index_goes_on_where_it_was_killed(tmp_path, videos, monkeypatch):
     def stop_at_the_seventh(video: Row, **options: object) -> Row:
         if video.name == "7.mp4":
             raise KeyboardInterrupt
-        return probe(video, **options)  # type: ignore[arg-type]
+        return probe_video(video, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr("mvd_scale.data.index.CHUNK", 1)
     with monkeypatch.context() as patch:
-        patch.setattr("mvd_scale.data.index.probe", stop_at_the_seventh)
+        patch.setattr("mvd_scale.data.index.probe_video", stop_at_the_seventh)
         with pytest.raises(KeyboardInterrupt):
             build_manifest(videos, workers=1, journal=journal)
     lines = journal.read_text().splitlines()
@@ -190,9 +190,9 @@ def test_an_index_goes_on_where_it_was_killed(tmp_path, videos, monkeypatch):
 
     def remember(video: Row, **options: object) -> Row:
         asked.append(video.name)
-        return probe(video, **options)  # type: ignore[arg-type]
+        return probe_video(video, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("mvd_scale.data.index.probe", remember)
+    monkeypatch.setattr("mvd_scale.data.index.probe_video", remember)
     os.utime(videos / "2.webm")
     again = build_manifest(videos, workers=1, journal=journal)
     assert again.rows == whole.rows
@@ -222,7 +222,7 @@ def test_a_read_that_hangs_is_given_up(tmp_path, encode):
     encode(tmp_path / "a.webm")
     os.mkfifo(tmp_path / "b.webm")
     (tmp_path / "list.txt").write_text("a.webm 0\nb.webm 0\n")
-    manifest = build_manifest(tmp_path / "list.txt", workers=1, probing=Probing(timeout=0.5))
+    manifest = build_manifest(tmp_path / "list.txt", workers=1, prober=VideoProber(timeout=0.5))
     assert manifest.usable.tolist() == [0]
     assert manifest.left_out[1] == "not read within 0.5 s"
 
@@ -236,7 +236,7 @@ def test_verifying_decodes_first_middle_and_last_frame(tmp_path, encode):
         data[packet.pos : packet.pos + packet.size] = b"\x55" * packet.size
     bad.write_bytes(data)
     assert build_manifest(tmp_path, workers=1).left_out == [None, None]
-    verified = build_manifest(tmp_path, workers=1, probing=Probing(verify=True))
+    verified = build_manifest(tmp_path, workers=1, prober=VideoProber(verify=True))
     assert verified.left_out[0] is None
     assert verified.left_out[1] is not None
     assert str(good) == verified.path[0]
@@ -247,7 +247,7 @@ def test_mixtures_unite_classes_and_keep_their_sets_apart(tmp_path, encode, capl
         encode(tmp_path / f"{name}.webm")
     mixture = {name: {"source": str(tmp_path / name)} for name in ("k", "s")}
     cache = tmp_path / "cache"
-    mixed = open_source(DataConfig.model_validate({"mixture": mixture}), cache)
+    mixed = load_source(DataConfig.model_validate({"mixture": mixture}), cache)
     assert mixed.dataset.tolist() == [0, 0, 1, 1]
     assert mixed.classes == ("run", "wave", "jump")
     assert mixed.label.tolist() == [0, 1, 2, 0]
@@ -255,7 +255,7 @@ def test_mixtures_unite_classes_and_keep_their_sets_apart(tmp_path, encode, capl
     (tmp_path / "list.txt").write_text("plain/e.webm 5\n")
     mixture["plain"] = {"source": str(tmp_path / "list.txt")}
     with caplog.at_level(logging.INFO, logger="mvd_scale"):
-        mixed = open_source(DataConfig.model_validate({"mixture": mixture}), cache)
+        mixed = load_source(DataConfig.model_validate({"mixture": mixture}), cache)
     assert set(mixed.label.tolist()) == {-1}
     assert "all labels of the mixture are dropped" in caplog.text
 

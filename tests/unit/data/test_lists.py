@@ -13,7 +13,7 @@ import pytest
 
 from mvd_scale.data.listing import ListOptions, list_videos
 from mvd_scale.data.manifest import Manifest
-from mvd_scale.data.probe import probe
+from mvd_scale.data.probe import probe_video
 from mvd_scale.errors import UserError
 
 
@@ -56,7 +56,7 @@ def test_a_file_whose_name_is_no_text_is_left_out_not_fatal(tmp_path):
     touch(tmp_path, "good.mp4")
     listing = list_videos([str(tmp_path)], ListOptions())
     assert [row.left_out for row in listing.rows] == ["its name is not valid UTF-8: rename the file", None]
-    manifest = Manifest.of([probe(row, timeout=5) for row in listing.rows])
+    manifest = Manifest.from_rows([probe_video(row, timeout=5) for row in listing.rows])
     manifest.save(tmp_path / "m.parquet")
     assert Manifest.load(tmp_path / "m.parquet").name == ["caf?.mp4", "good.mp4"]
 

@@ -139,7 +139,7 @@ def test_copies_mixtures_and_uneven_batches_over_many_ranks(manifest, world_size
 def mixed_order(manifest: Manifest) -> Manifest:
     """Sort rows by data set, as in the manifest of a mixture."""
     rows = sorted(manifest.rows, key=lambda row: row.dataset)
-    return Manifest.of(rows)
+    return Manifest.from_rows(rows)
 
 
 AUGMENT = {"rand_augment": {"probability": 1}, "color_jitter": {}, "erasing": {"probability": 1, "area": [0.2, 0.3]}}

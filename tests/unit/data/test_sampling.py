@@ -19,7 +19,7 @@ from mvd_scale.data.sampling import (
     draw_crop,
     draw_frames,
     draw_mask,
-    running_cells,
+    running_cell_mask,
     segment_frames,
     steps_per_epoch,
     window_frames,
@@ -30,7 +30,7 @@ MODEL = ModelConfig(width=16, depth=1, heads=1, frames=4, input_size=32, patch_s
 
 
 def make_manifest(videos: int, left_out: tuple[int, ...] = ()) -> Manifest:
-    return Manifest.of(
+    return Manifest.from_rows(
         [
             Row(
                 name=f"{k}.mp4",
@@ -47,7 +47,7 @@ def make_manifest(videos: int, left_out: tuple[int, ...] = ()) -> Manifest:
 
 
 def make_mixture(*videos: int) -> Manifest:
-    return Manifest.of(
+    return Manifest.from_rows(
         [
             Row(name=f"{part}/{k}", path=f"/{part}/{k}", frames=100, height=48, width=64, dataset=part)
             for part, count in enumerate(videos)
@@ -95,7 +95,7 @@ def test_running_cells_take_the_same_share_of_every_tube(seed, share, grid):
     assert visible.tolist() == whole[0].tolist()
     assert set(decoded) <= set(whole[1])
     assert len(decoded) == share * len(whole[1])
-    taken = running_cells(default_rng(seed), share, (time, height, width)).reshape(time, height, width)
+    taken = running_cell_mask(default_rng(seed), share, (time, height, width)).reshape(time, height, width)
     assert (taken.sum(0) == share * time).all()
     if height > 1 and width > 1:
         assert (taken[:, :2, :2].sum((1, 2)) == 4 * share).all()  # of every cell, in every slice

@@ -19,7 +19,7 @@ from mvd_scale.data.decode import decode_frames
 from mvd_scale.data.index import build_manifest
 from mvd_scale.data.loader import BatchPlan, ClipLoader
 from mvd_scale.data.manifest import Manifest
-from mvd_scale.data.reencode import Encoding
+from mvd_scale.data.reencode import TranscodeOptions
 from mvd_scale.data.shards import save_manifest, shard_videos
 from mvd_scale.distributed.data_rank import DataRank
 from mvd_scale.errors import UserError
@@ -87,7 +87,7 @@ def test_labels_classes_order_and_left_out_rows_stay(tmp_path, encode):
 
 
 def test_names_in_a_manifest_are_never_paths(tmp_path, manifest):
-    bad = Manifest.of([*manifest.rows[:1]])
+    bad = Manifest.from_rows([*manifest.rows[:1]])
     bad.name[0] = "../../../escape.mp4"
     pack(bad, tmp_path / "deep" / "er" / "out")
     assert sorted(os.listdir(tmp_path / "deep" / "er" / "out")) == [
@@ -129,7 +129,7 @@ def test_encoding_anew_keeps_every_frame_and_its_time(tmp_path, encode, codec):
     encode(tmp_path / "v" / "a.mp4", frames=40, height=96, width=128)
     encode(tmp_path / "v" / "b.webm", frames=33, height=48, width=64)
     manifest = build_manifest(tmp_path / "v", workers=1)
-    packed = pack(manifest, tmp_path / "out", encoding=Encoding(codec, short_side=48, keyframes=8, quality=10))
+    packed = pack(manifest, tmp_path / "out", encoding=TranscodeOptions(codec, short_side=48, keyframes=8, quality=10))
     assert packed.left_out == [None, None]
     assert packed.frames.tolist() == manifest.frames.tolist()
     assert packed.height.tolist() == [48, 48]

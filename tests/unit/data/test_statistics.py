@@ -35,11 +35,11 @@ def manifest(videos: int = 400, classes: int = 30) -> Manifest:
         Row(name=f"bad{k}", path="/", left_out=f"truncated: {k} frames readable of 300" if k < 7 else "empty file")
         for k in range(9)
     ]
-    return Manifest.of(rows + bad, classes=tuple(f"class {k}" for k in range(classes)))
+    return Manifest.from_rows(rows + bad, classes=tuple(f"class {k}" for k in range(classes)))
 
 
 def test_the_text_tells_what_is_there_and_what_is_not():
-    text = Statistics.of(manifest()).to_text()
+    text = Statistics.from_manifest(manifest()).to_text()
     assert "400 videos" in text
     assert "0.4 GB; 9 left out" in text
     assert "2 of variable frame rate, 1 rotated" in text
@@ -51,14 +51,18 @@ def test_the_text_tells_what_is_there_and_what_is_not():
 
 
 def test_counts_add_up():
-    statistics = Statistics.of(manifest())
+    statistics = Statistics.from_manifest(manifest())
     assert sum(count for _, count in statistics.classes) == 400
     assert sum(count for _, count in statistics.codecs) == 400
     assert sum(count for _, count, _ in statistics.reasons) == statistics.left_out == 9
 
 
 def test_the_command_draws_a_picture(tmp_path: Path):
-    for name, one in (("many", manifest()), ("few", manifest(3, 2)), ("none", Manifest.of(manifest().rows[-9:]))):
+    for name, one in (
+        ("many", manifest()),
+        ("few", manifest(3, 2)),
+        ("none", Manifest.from_rows(manifest().rows[-9:])),
+    ):
         one.save(tmp_path / f"{name}.parquet")
         arguments = ["data", "stats", str(tmp_path / f"{name}.parquet"), "--png", str(tmp_path / f"{name}.png")]
         result = CliRunner().invoke(cli, arguments, catch_exceptions=False)

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("skimage", reason="synthetic videos need the samples extra: pip install 'mvd-scale[samples]'")
 
 from mvd_scale.data import synth
-from mvd_scale.data.synth import BACKGROUNDS, DIRECTIONS, FRAMES, SIDE, TEXTURES, draw_video, make_synthetic
+from mvd_scale.data.synth import BACKGROUNDS, DIRECTIONS, FRAMES, SIDE, TEXTURES, draw_video, write_synthetic_videos
 from mvd_scale.errors import UserError
 
 
@@ -25,7 +25,7 @@ def frames(kind: synth.Kind, label: int, pictures: dict[str, synth.Picture], see
 
 
 def test_folders_of_classes_hold_real_videos_and_a_second_start_adds_what_is_missing(tmp_path: Path) -> None:
-    out = make_synthetic("motion", tmp_path, train=2, test=1)
+    out = write_synthetic_videos("motion", tmp_path, train=2, test=1)
     files = sorted(file.relative_to(out) for file in out.rglob("*.mp4"))
     assert [str(file.parent) for file in files] == [
         "test/left",
@@ -37,13 +37,13 @@ def test_folders_of_classes_hold_real_videos_and_a_second_start_adds_what_is_mis
         pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     assert np.shape(pictures) == (FRAMES, SIDE, SIDE, 3)
     kept = {file: (out / file).stat().st_mtime_ns for file in files}
-    make_synthetic("motion", tmp_path, train=3, test=1)
+    write_synthetic_videos("motion", tmp_path, train=3, test=1)
     assert len(list(out.rglob("*.mp4"))) == 8
     assert all((out / file).stat().st_mtime_ns == time for file, time in kept.items())
     with pytest.raises(UserError, match="holds other videos"):
-        make_synthetic("appearance", tmp_path, train=3, test=1)
+        write_synthetic_videos("appearance", tmp_path, train=3, test=1)
     with pytest.raises(UserError, match=r"left/00002\.mp4"):
-        make_synthetic("motion", tmp_path, train=2, test=1)
+        write_synthetic_videos("motion", tmp_path, train=2, test=1)
 
 
 def test_training_and_test_share_no_background() -> None:

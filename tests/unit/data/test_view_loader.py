@@ -14,7 +14,7 @@ from mvd_scale.data.batch import ViewBatch
 from mvd_scale.data.index import build_manifest
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.view_loader import ViewLoader, ViewShape, view_items
-from mvd_scale.data.views import clips_of, crop_corners, resized_size, sliding_views
+from mvd_scale.data.views import crop_corners, resized_size, sliding_views, view_frame_indices
 from mvd_scale.distributed.data_rank import DataRank
 
 DATA = DataConfig(workers=0)
@@ -47,7 +47,7 @@ def plainly(path: str, views: ViewsConfig) -> torch.Tensor:
         frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     size = resized_size(*frames.shape[1:3], side=SIDE)
     small = interpolate(torch.from_numpy(frames).permute(0, 3, 1, 2).float(), size=size, mode="bilinear")
-    clips = clips_of(views, len(frames), frames=T)
+    clips = view_frame_indices(views, len(frames), frames=T)
     corners = crop_corners(*size, side=SIDE, crops=views.crops)
     cut = [torch.stack([small[clip][:, :, y : y + SIDE, x : x + SIDE] for y, x in corners]) for clip in clips]
     return torch.stack(cut).permute(0, 1, 2, 4, 5, 3)
@@ -127,7 +127,7 @@ def test_sliding_clips_cover_the_video_whatever_their_groups(manifest):
         for pixels, row, first in zip(batch.pixels, batch.video_ids.tolist(), batch.first_clips.tolist(), strict=True):
             assert torch.equal(pixels[0], seen[row, first])
             count += 1
-    assert count == sum(len(clips_of(views, int(manifest.frames[row]), frames=T)) for row in range(10))
+    assert count == sum(len(view_frame_indices(views, int(manifest.frames[row]), frames=T)) for row in range(10))
 
 
 @pytest.mark.parametrize(("total", "starts"), [(5, [0]), (8, [0]), (9, [0, 3]), (11, [0, 3]), (12, [0, 3, 6])])
@@ -140,7 +140,7 @@ def test_the_last_sliding_clip_reaches_the_end(total, starts):
 
 def test_a_single_view_lies_in_the_middle():
     assert crop_corners(32, 100, side=32, crops=1) == [(0, 34)]
-    (clip,) = clips_of(ViewsConfig(stride=2, clips=1), 20, frames=4)
+    (clip,) = view_frame_indices(ViewsConfig(stride=2, clips=1), 20, frames=4)
     assert clip.tolist() == [6, 8, 10, 12]
 
 

@@ -59,4 +59,4 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
         for row in manifest.rows
     ]
     actions = [1 + n % 2 for n in range(count)]
-    return Scene(folder, Manifest.of(rows), Boxes.of(keys, corners, actions, [1.0] * count))
+    return Scene(folder, Manifest.from_rows(rows), Boxes.of(keys, corners, actions, [1.0] * count))

@@ -11,7 +11,7 @@ from mvd_scale.detection.annotations import (
     read_actions,
     read_excluded,
     read_ground_truth,
-    read_people,
+    read_person_boxes,
     read_results,
     write_results,
 )
@@ -50,9 +50,9 @@ def test_ground_truth_is_read_as_it_is_published(write) -> None:
 
 def test_people_below_the_score_are_left_out(write) -> None:
     path = write("a,902,0,0,1,1,,0.9\na,903,0,0,1,1,,0.79\n")
-    assert read_people(path, 0.8).scores.tolist() == [0.9]
+    assert read_person_boxes(path, 0.8).scores.tolist() == [0.9]
     with pytest.raises(UserError, match=r"no box has a score of 0\.95 or more, the highest is 0\.9"):
-        read_people(path, 0.95)
+        read_person_boxes(path, 0.95)
 
 
 def test_actions_and_excluded_key_frames_are_read(write) -> None:

@@ -10,13 +10,19 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mvd_scale.checkpoints.weights import build_classifier, build_detector, read_checkpoint, save_weights, start_encoder
+from mvd_scale.checkpoints.weights import (
+    build_classifier,
+    build_detector,
+    load_initial_encoder,
+    read_checkpoint,
+    save_weights,
+)
 from mvd_scale.config import DetectionRecipe, DetectorConfig, ModelConfig
 from mvd_scale.config.data import ViewsConfig
 from mvd_scale.config.detection import DetectionTest
 from mvd_scale.detection.loader import DetectionBatch
-from mvd_scale.detection.objective import Detection
-from mvd_scale.detection.testing import KeyFrameTest, Scorer
+from mvd_scale.detection.objective import DetectionLoss
+from mvd_scale.detection.testing import BoxScorer, DetectionTestData
 from mvd_scale.errors import UserError
 from mvd_scale.models import Encoder
 from mvd_scale.models.positions import resize_positions
@@ -89,7 +95,7 @@ def batch_of(rows: list[int]) -> DetectionBatch:
 
 
 def test_every_person_weighs_the_same_however_clips_are_batched(detector: Detector) -> None:
-    objective = Detection()
+    objective = DetectionLoss()
     together, parts = objective(detector, batch_of([0, 1]))
     apart = [objective(detector, batch_of([row]))[0] for row in (0, 1)]
     torch.testing.assert_close(together, sum(apart) / 2)
@@ -112,7 +118,7 @@ def test_a_detector_comes_back_as_it_was_and_is_no_classifier(detector: Detector
     with pytest.raises(UserError, match="no classification head"):
         build_classifier(read)
     encoder = Encoder(MODEL)
-    start_encoder(encoder, file)
+    load_initial_encoder(encoder, file)
     assert torch.equal(encoder(clips()), detector.encoder(clips()))
     save_weights(file, encoder.state_dict(), MODEL)
     with pytest.raises(UserError, match="holds encoder weights, not a detector"):
@@ -139,18 +145,18 @@ def told(scene: Scene, tmp_path: Path) -> DetectionTest:
 
 
 def test_right_scores_of_all_people_are_a_frame_map_of_one(scene: Scene, told: DetectionTest) -> None:
-    test = KeyFrameTest.open(told, scene.videos, 3, "the test")
+    test = DetectionTestData.open(told, scene.videos, 3, "the test")
     assert len(test.people) == len(scene.truth)
     order = [scene.truth.frames.index(test.people.frames[frame]) for frame in test.people.frame]
     scores = np.eye(4, dtype=np.float32)[scene.truth.actions[order]][:, 1:]
     found = test.found(scores)
     assert set(found.actions) == {1, 2}
     assert set(found.scores) == {0.0, 0.9}
-    assert test.judge(found).mean == 1
-    assert test.judge(test.found(1 - scores)).mean < 0.6
+    assert test.compute_map(found).mean == 1
+    assert test.compute_map(test.found(1 - scores)).mean < 0.6
     scores[0] = np.nan
     assert len(test.found(scores)) == len(found) - 2
-    assert test.judge(test.found(scores)).mean < 1
+    assert test.compute_map(test.found(scores)).mean < 1
 
 
 def test_the_test_widens_boxes_and_scores_by_the_sigmoid(detector: Detector) -> None:
@@ -160,7 +166,7 @@ def test_the_test_widens_boxes_and_scores_by_the_sigmoid(detector: Detector) -> 
         given.append((pixels.shape, boxes))
         return torch.zeros(len(boxes), 3)
 
-    score = Scorer(model, CONFIG, 8)
+    score = BoxScorer(model, CONFIG, 8)
     clip = torch.zeros(4, 30, 60, 3, dtype=torch.uint8)
     scores = score(clip, np.array([[0.25, 0.2, 0.75, 0.6]]))
     assert scores.tolist() == [[0.5] * 3]

@@ -22,10 +22,10 @@ def boxes_at(*keys: tuple[str, float]) -> Boxes:
 
 
 def test_a_second_is_found_by_the_rate_of_the_file() -> None:
-    found = find_key_frames(boxes_at(("movie", 902), ("movie", 1798)), Manifest.of([MOVIE]), 900, "key_frames")
+    found = find_key_frames(boxes_at(("movie", 902), ("movie", 1798)), Manifest.from_rows([MOVIE]), 900, "key_frames")
     assert found.centres.tolist() == [round(2 * 24000 / 1001), round(898 * 24000 / 1001)]
     variable = replace(MOVIE, fps=120.0, variable_rate=True, duration=900.0)
-    found = find_key_frames(boxes_at(("movie", 910)), Manifest.of([variable]), 900, "key_frames")
+    found = find_key_frames(boxes_at(("movie", 910)), Manifest.from_rows([variable]), 900, "key_frames")
     assert found.centres.tolist() == [240]
 
 
@@ -33,18 +33,20 @@ def test_what_cannot_be_used_is_left_out_and_named(caplog: pytest.LogCaptureFixt
     broken = replace(MOVIE, name="broken.mp4", left_out="no frames")
     wanted = boxes_at(("movie", 902), ("broken", 902), ("gone", 902), ("gone", 903), ("movie", 2000), ("movie", 10))
     with caplog.at_level(logging.WARNING, logger="mvd_scale"):
-        found = find_key_frames(wanted, Manifest.of([MOVIE, broken]), 900, "key_frames")
+        found = find_key_frames(wanted, Manifest.from_rows([MOVIE, broken]), 900, "key_frames")
     assert [wanted.frames[number] for number in found.numbers] == [("movie", 902)]
     assert "5 key frames are left out" in caplog.text
     for reason in ("gone is not there (2)", "broken cannot be used: no frames (1)", "movie does not reach them (2)"):
         assert reason in caplog.text
     with pytest.raises(UserError, match="no key frame of the annotations can be used, because gone is not there"):
-        find_key_frames(boxes_at(("gone", 902)), Manifest.of([MOVIE]), 900, "key_frames")
+        find_key_frames(boxes_at(("gone", 902)), Manifest.from_rows([MOVIE]), 900, "key_frames")
 
 
 def test_two_videos_of_one_name_are_refused() -> None:
     with pytest.raises(UserError, match=r"films/movie\.mkv and movie\.mp4 are both called movie"):
-        find_key_frames(boxes_at(("movie", 902)), Manifest.of([MOVIE, replace(MOVIE, name="movie.mp4")]), 0, "data")
+        find_key_frames(
+            boxes_at(("movie", 902)), Manifest.from_rows([MOVIE, replace(MOVIE, name="movie.mp4")]), 0, "data"
+        )
 
 
 def test_a_clip_lies_around_its_key_frame() -> None:

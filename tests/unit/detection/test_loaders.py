@@ -15,8 +15,8 @@ from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.view_loader import ViewShape
 from mvd_scale.detection.key_frames import find_key_frames
 from mvd_scale.detection.loader import DetectionBatch, KeyFrameLoader
-from mvd_scale.detection.people import People
-from mvd_scale.detection.testing import to_patches
+from mvd_scale.detection.people import PersonBoxes
+from mvd_scale.detection.testing import pad_to_patches
 from mvd_scale.detection.whole_frames import WholeFrameLoader
 from mvd_scale.distributed.data_rank import DataRank
 
@@ -33,7 +33,7 @@ def collect(scene: Scene, data: DataConfig = DATA, jitter=(0, 0, 0, 0), **change
     plan = BatchPlan(12, changes.pop("micro_batch", 12), changes.pop("steps", range(4)))
     rank = DataRank(CPU, changes.pop("rank", 0), changes.pop("world_size", 1))
     key_frames = find_key_frames(scene.truth, scene.videos, START, "key_frames")
-    people = People.of(scene.truth, 2)
+    people = PersonBoxes.of(scene.truth, 2)
     loader = KeyFrameLoader(key_frames, people, jitter, data, MODEL, 5, plan=plan, rank=rank, **changes)
     with loader:
         return list(loader)
@@ -82,7 +82,7 @@ def test_a_substitute_brings_its_own_boxes(scene: Scene, tmp_path: Path, caplog:
     torn = tmp_path / "upright.mp4"
     torn.write_bytes(b"nothing")
     rows = [replace(row, path=str(torn)) if row.name == "upright.mp4" else row for row in scene.videos.rows]
-    broken = Scene(scene.folder, Manifest.of(rows), scene.truth)
+    broken = Scene(scene.folder, Manifest.from_rows(rows), scene.truth)
     seen = 0
     for batch in collect(broken):
         for number, *box in batch.boxes.tolist():
@@ -110,8 +110,8 @@ def test_whole_frames_of_the_test_come_once_and_as_they_are_shown(scene: Scene) 
 
 def test_frames_are_filled_up_to_whole_patches_with_the_mean_colour() -> None:
     clip = torch.randint(0, 256, (2, 30, 40, 3), dtype=torch.uint8)
-    filled = to_patches(clip, 16)
+    filled = pad_to_patches(clip, 16)
     assert filled.shape == (2, 32, 48, 3)
     assert torch.equal(filled[:, :30, :40], clip)
     assert filled[0, 31, 47].tolist() == [124, 116, 104]
-    assert to_patches(filled, 16) is filled
+    assert pad_to_patches(filled, 16) is filled

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mvd_scale.detection.boxes import Boxes, KeyFrame
-from mvd_scale.detection.metrics import average_precision, frame_score, overlap
+from mvd_scale.detection.metrics import average_precision, compute_frame_map, overlap
 from mvd_scale.errors import UserError
 
 A, B, C = KeyFrame("a", 902), KeyFrame("a", 903), KeyFrame("b", 902)
@@ -31,7 +31,7 @@ TRUTH = boxes((A, LEFT, STAND, 1), (A, RIGHT, STAND, 1), (B, LEFT, STAND, 1), (C
 
 
 def precision_of(*found: Line, action: int = STAND, **options: object) -> float:
-    return frame_score(TRUTH, boxes(*found), ACTIONS, **options).actions[action].precision
+    return compute_frame_map(TRUTH, boxes(*found), ACTIONS, **options).actions[action].precision
 
 
 def test_finding_all_and_nothing_else_is_one() -> None:
@@ -60,47 +60,47 @@ def test_a_box_claims_only_the_one_that_it_overlaps_most() -> None:
     truth = boxes((A, (0, 0, 1, 1), STAND, 1), (A, (0, 0, 1, 0.9), STAND, 1))
     # Both overlap the whole frame most: the second is wrong, although the other box is free and overlaps by 0.95.
     found = boxes((A, (0, 0, 1, 1), STAND, 0.9), (A, (0, 0, 1, 0.96), STAND, 0.8))
-    assert frame_score(truth, found, ACTIONS).actions[STAND].precision == 0.5
+    assert compute_frame_map(truth, found, ACTIONS).actions[STAND].precision == 0.5
 
 
 def test_an_overlap_of_one_half_counts_and_less_does_not() -> None:
     truth = boxes((A, (0, 0, 0.5, 1), STAND, 1))
     for width, expected in ((0.25, 1), (0.2499, 0)):
         found = boxes((A, (0, 0, width, 1), STAND, 1))
-        assert frame_score(truth, found, ACTIONS).mean == expected
+        assert compute_frame_map(truth, found, ACTIONS).mean == expected
 
 
 def test_the_mean_is_over_actions_that_have_ground_truth() -> None:
     found = [(C, LEFT, RUN, 0.5), (A, LEFT, STAND, 0.4), (A, LEFT, SWIM, 0.9)]
-    score = frame_score(TRUTH, boxes(*found), ACTIONS)
+    score = compute_frame_map(TRUTH, boxes(*found), ACTIONS)
     assert score.mean == pytest.approx((1 / 3 + 1) / 2)
     assert score.tested == 2
     assert math.isnan(score.actions[SWIM].precision)
 
 
 def test_no_box_found_is_zero() -> None:
-    assert frame_score(TRUTH, boxes(), ACTIONS).mean == 0
+    assert compute_frame_map(TRUTH, boxes(), ACTIONS).mean == 0
 
 
 def test_excluded_key_frames_and_other_actions_do_not_count() -> None:
     found = [(A, LEFT, STAND, 0.5), (A, RIGHT, STAND, 0.5), (B, ALL, STAND, 0.9)]
     assert precision_of(*found) < 1
     assert precision_of(*found, excluded={B}) == 1
-    only = frame_score(TRUTH, boxes(*found), {RUN: "run"})
+    only = compute_frame_map(TRUTH, boxes(*found), {RUN: "run"})
     assert list(only.actions) == [RUN]
     with pytest.raises(UserError, match="no box of one of the 1 listed actions"):
-        frame_score(TRUTH, boxes(), {SWIM: "swim"})
+        compute_frame_map(TRUTH, boxes(), {SWIM: "swim"})
 
 
 def test_only_the_highest_scores_of_a_key_frame_count_where_they_are_limited() -> None:
     found = [(A, (0, 0, 0.1, 1), STAND, 0.9), (A, LEFT, STAND, 0.5), (B, LEFT, STAND, 0.1)]
-    score = frame_score(TRUTH, boxes(*found), ACTIONS, per_frame=1)
+    score = compute_frame_map(TRUTH, boxes(*found), ACTIONS, per_frame=1)
     assert score.actions[STAND].found == 2
     assert score.actions[STAND].precision == pytest.approx(1 / 3 * 1 / 2)
 
 
 def test_the_table_has_a_line_for_each_action(tmp_path: Path) -> None:
-    frame_score(TRUTH, boxes((C, LEFT, RUN, 0.5)), ACTIONS).write(tmp_path / "actions.csv")
+    compute_frame_map(TRUTH, boxes((C, LEFT, RUN, 0.5)), ACTIONS).write(tmp_path / "actions.csv")
     assert (tmp_path / "actions.csv").read_text().splitlines() == [
         "action,name,boxes,found,average_precision",
         "1,stand,3,0,0.0000",
@@ -151,7 +151,7 @@ LINES = st.lists(
 @given(truth=LINES, found=LINES)
 def test_it_is_the_protocol_one_box_after_the_other(truth: list[Line], found: list[Line]) -> None:
     truth = [*truth, (A, ALL, STAND, 1.0)]
-    score = frame_score(boxes(*truth), boxes(*found), ACTIONS)
+    score = compute_frame_map(boxes(*truth), boxes(*found), ACTIONS)
     for action, of in score.actions.items():
         if of.truth:
             assert of.precision == pytest.approx(plainly(truth, found, action))

@@ -13,7 +13,7 @@ from mvd_scale.config.data import AugmentConfig
 from mvd_scale.data.augment import draw_augmentation
 from mvd_scale.data.sampling import CopyPlan, draw_crop
 from mvd_scale.detection.boxes import Boxes, KeyFrame
-from mvd_scale.detection.people import People, has_area, jitter_boxes, place_boxes, widen_boxes
+from mvd_scale.detection.people import PersonBoxes, has_area, jitter_boxes, transform_boxes, widen_boxes
 
 SIDE = 48
 NONE = np.empty(0, np.int64)
@@ -40,7 +40,7 @@ def test_a_rectangle_stays_under_its_box(seed: int, height: int, width: int, cro
     clip = interpolate(cut[None, None], size=(SIDE, SIDE), mode="bilinear", antialias=True)[0, 0]
     clip = clip.flip(1) if flip else clip
     corners = np.array([[x[0] / width, y[0] / height, x[1] / width, y[1] / height]])
-    box = place_boxes(corners, plan, (height, width), SIDE)
+    box = transform_boxes(corners, plan, (height, width), SIDE)
     # A filter moves no mass over a border but within the frame: sums tell edges to a part of a pixel.
     area = (box[:, 2:] - box[:, :2]).prod()
     assert abs(float(clip.sum()) - area) <= 0.03 * area + 2 * (box[0, 2] - box[0, 0] + box[0, 3] - box[0, 1]) + 1e-6
@@ -55,7 +55,7 @@ def test_a_person_is_one_box_with_all_its_actions() -> None:
     a, b = KeyFrame("a", 902), KeyFrame("b", 902)
     left, right = [0, 0, 0.4, 1], [0.5, 0, 1, 1]
     truth = Boxes.of([a, b, a, a], [left, left, right, left], [1, 3, 2, 3], [1.0] * 4)
-    people = People.of(truth, 3)
+    people = PersonBoxes.of(truth, 3)
     assert people.on(0) == slice(0, 2)
     np.testing.assert_array_equal(people.corners[people.on(0)], [left, right])
     np.testing.assert_array_equal(people.actions, [[True, False, True], [False, True, False], [False, False, True]])

@@ -14,7 +14,7 @@ def manifest(labels: list[int], classes: tuple[str, ...] = (), left_out: str | N
         Row(name=f"{k}.mp4", path=f"/v/{k}.mp4", label=label, frames=9, left_out=left_out)
         for k, label in enumerate(labels)
     ]
-    return Manifest.of(rows, classes=classes)
+    return Manifest.from_rows(rows, classes=classes)
 
 
 def test_classes_are_counted_as_told_named_or_numbered() -> None:

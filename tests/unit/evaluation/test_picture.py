@@ -9,7 +9,7 @@ from torch import nn
 
 from mvd_scale.config import Recipe
 from mvd_scale.data.batch import ClipBatch
-from mvd_scale.evaluation.picture import Panel, compose, panels_of, principal_colours
+from mvd_scale.evaluation.picture import Panel, compose, pca_colors, predict_panels
 from mvd_scale.targets import build_targets
 
 
@@ -43,7 +43,7 @@ def test_a_perfect_prediction_is_drawn_like_its_target() -> None:
         video_ids=torch.zeros(2),
     )
     targets = build_targets(recipe, lambda name: None)  # type: ignore[arg-type, return-value]
-    panels = {panel.title: panel.images for panel in panels_of(Perfect(batch, targets), targets, batch, recipe)}
+    panels = {panel.title: panel.images for panel in predict_panels(Perfect(batch, targets), targets, batch, recipe)}
     assert np.array_equal(panels["pixels: target"], panels["pixels: predicted"])
     seen = panels["what the student sees"] != 0.5
     hidden_somewhere = panels["pixels: target"] != 0.5
@@ -58,7 +58,7 @@ def test_a_perfect_prediction_is_drawn_like_its_target() -> None:
 
 def test_colours_are_principal_components_of_the_truth() -> None:
     truth = torch.randn(2, 50, 8) * torch.tensor([9.0, 3, 1, 0.1, 0.1, 0.1, 0.1, 0.1])
-    first, same = principal_colours(truth, truth)
+    first, same = pca_colors(truth, truth)
     assert torch.equal(first, same)
     assert ((first >= 0) & (first <= 1)).all()
     along = torch.corrcoef(torch.stack([first[..., 0].flatten(), truth[..., 0].flatten()]))[0, 1]

@@ -10,13 +10,13 @@ from PIL import Image
 
 from mvd_scale.cli import cli
 from mvd_scale.config import ModelConfig
-from mvd_scale.data.samples import make_samples
-from mvd_scale.evaluation.preview import hide
+from mvd_scale.data.samples import write_sample_clips
+from mvd_scale.evaluation.preview import mask_clip
 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_samples(tmp_path_factory.mktemp("clips"))
+    return write_sample_clips(tmp_path_factory.mktemp("clips"))
 
 
 def run(*arguments: object) -> str:
@@ -49,7 +49,7 @@ def test_copies_and_augmentation_are_shown(tmp_path, clips):
 def test_only_masked_patches_are_hidden():
     model = ModelConfig(width=16, depth=1, heads=1, frames=4, input_size=16, patch_size=8, tubelet=2)
     pixels = np.full((4, 16, 16, 3), 7, np.uint8)
-    hidden = hide(pixels, np.array([1, 2, 3, 4, 5, 6]), model)
+    hidden = mask_clip(pixels, np.array([1, 2, 3, 4, 5, 6]), model)
     assert (hidden[:2, :8, :8] != 7).all()
     assert (hidden[2:, 8:, 8:] != 7).all()
     assert (hidden != 7).mean() == 2 / 8

@@ -17,7 +17,7 @@ from PIL import Image
 from mvd_scale.cli import cli
 from mvd_scale.data.index import build_manifest
 from mvd_scale.data.manifest import Manifest, Row
-from mvd_scale.evaluation.evaluate import merge_tests
+from mvd_scale.evaluation.evaluate import ensemble_results
 from mvd_scale.evaluation.metrics import Outcome
 from mvd_scale.evaluation.report import TABLE, class_results, confusions, hard_videos, render, write_report
 from mvd_scale.evaluation.tested import Origin, percent
@@ -95,7 +95,7 @@ def make(video: Row, tmp_path: Path) -> Make:
             Row(**{**vars(video), "name": each, "label": label, "path": path or video.path})
             for each, label in zip(names, labels, strict=True)
         ]
-        manifest = Manifest.of(rows, classes=tuple(classes))
+        manifest = Manifest.from_rows(rows, classes=tuple(classes))
         origin = Origin(
             f"mvd-scale evaluate {EVIL}",
             [EVIL],
@@ -227,7 +227,7 @@ def test_a_turned_video_is_shown_upright(make: Make, video: Row) -> None:
 
 def test_one_command_for_a_test_and_for_a_merged_one(make: Make, tmp_path: Path) -> None:
     tested, _ = make([0, 1, 0, 1], names(2))
-    both = merge_tests([tested.out, tested.out], tmp_path / "both", "mvd-scale ensemble a a")
+    both = ensemble_results([tested.out, tested.out], tmp_path / "both", "mvd-scale ensemble a a")
     np.testing.assert_allclose(both.outcome.scores, tested.outcome.scores, atol=1e-6)
     for folder, command in ((tested.out, "mvd-scale evaluate"), (both.out, "mvd-scale ensemble a a")):
         result = CliRunner().invoke(cli, ["report", str(folder), "--hardest", "1"], catch_exceptions=False)
@@ -254,7 +254,7 @@ def test_a_folder_without_a_test_is_one_message(tmp_path: Path) -> None:
 
 def test_videos_of_one_name_keep_their_own_pictures_and_reasons(make: Make) -> None:
     tested, manifest = make([0, 0, 1], names(2), decoded=[True, True, False], name="twin.mp4", views=1)
-    manifest = Manifest.of(
+    manifest = Manifest.from_rows(
         [manifest.row(0), Row(**{**vars(manifest.row(1)), "path": "gone.mp4"}), manifest.row(2)], classes=names(2)
     )
     shown = [video for half in hard_videos(tested, manifest, 2) for video in half]

@@ -10,7 +10,7 @@ import torch
 from mvd_scale.config import DecoderConfig, ModelConfig
 from mvd_scale.config.training import Checkpointing
 from mvd_scale.models import Classifier, Decoder, Encoder, Student
-from mvd_scale.models.blocks import checkpoint_gradients
+from mvd_scale.models.blocks import set_gradient_checkpointing
 from mvd_scale.models.positions import position_table
 
 SHAPE = ModelConfig(width=48, depth=2, heads=3, frames=4, input_size=48)
@@ -95,7 +95,7 @@ def test_gradient_checkpointing_changes_no_gradient(
     for checkpointing in get_args(Checkpointing):
         torch.manual_seed(0)
         student = Student(SHAPE.model_copy(update={"drop_path": 0.5}), {"video": (DECODER, 9)})
-        checkpoint_gradients(student, checkpointing)
+        set_gradient_checkpointing(student, checkpointing)
         torch.manual_seed(1)
         student(clip, *tokens)["video"].square().sum().backward()
         gradients.append([p.grad for p in student.parameters()])

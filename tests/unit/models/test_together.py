@@ -11,7 +11,7 @@ from torch import Tensor
 from mvd_scale.config import DecoderConfig, ModelConfig
 from mvd_scale.config.training import Checkpointing
 from mvd_scale.models import Student
-from mvd_scale.models.blocks import checkpoint_gradients
+from mvd_scale.models.blocks import set_gradient_checkpointing
 
 SHAPE = ModelConfig(width=48, depth=1, heads=3, frames=4, input_size=64, positions="sincos3d", drop_path=0.0)
 DECODER = DecoderConfig(width=32, depth=2, heads=2)
@@ -62,7 +62,7 @@ def test_predictions_and_gradients_are_those_of_each_in_turn(
     assert [list(dict(group.decoders)) for group in together.together] == groups  # type: ignore[arg-type]
     called: list[str] = []
     for model in (apart, together):
-        checkpoint_gradients(model, checkpointing)
+        set_gradient_checkpointing(model, checkpointing)
         for name, decoder in model.decoders.items():
             decoder.register_forward_hook(lambda *_, name=name: called.append(name))
     expected = learnt(apart, clips)

@@ -74,7 +74,7 @@ def train(made: Recipe, ranks: Ranks) -> Any:
     model = distillation_model(
         Student.from_recipe(made, targets), targets, made, placement_of(made, targets, ranks), ranks, schedule
     )
-    micro, _ = made.batch_split(ranks.world_size)
+    micro, _ = made.micro_batch_and_accumulation(ranks.world_size)
     batches = Ahead(BatchLoader(clips(made, micro) for _ in count()))
     trainer = Trainer(model, batches, schedule, made, ranks)
     for step in range(STEPS):

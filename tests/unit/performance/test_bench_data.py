@@ -9,19 +9,19 @@ import torch
 from click.testing import CliRunner
 
 from mvd_scale.cli import cli
-from mvd_scale.data.samples import make_samples
-from mvd_scale.performance.plain_loaders import FRAMES, SIDE, WAYS, missing, plain_loader
+from mvd_scale.data.samples import write_sample_clips
+from mvd_scale.performance.plain_loaders import BASELINES, FRAMES, SIDE, plain_loader, unavailable_reason
 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_samples(tmp_path_factory.mktemp("clips"))
+    return write_sample_clips(tmp_path_factory.mktemp("clips"))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", BASELINES)
 def test_each_plain_way_gives_what_the_published_data_set_gives(clips, way):
     video = str(clips / "bikes_00.mp4")
-    reason = missing(way, video)
+    reason = unavailable_reason(way, video)
     if reason is not None:
         pytest.skip(f"{way}: {reason}")
     pixels, mask = next(iter(plain_loader(way, [video], [50], batch=2, workers=0)))
@@ -36,7 +36,7 @@ def test_figures_of_every_way_that_is_there(clips):
     arguments = ["bench", "data", str(clips), "--workers", "0", "--clips", "8", "--json"]
     result = CliRunner().invoke(cli, arguments, catch_exceptions=False)
     report = json.loads(result.stdout)
-    assert {figure["way"] for figure in report["figures"]} | set(report["absent"]) == {"mvd-scale", *WAYS}
+    assert {figure["way"] for figure in report["figures"]} | set(report["absent"]) == {"mvd-scale", *BASELINES}
     assert all(figure["clips_per_second"] > 0 and figure["cpu_seconds_per_clip"] > 0 for figure in report["figures"])
 
 

@@ -18,14 +18,14 @@ from mvd_scale.config.data import DataConfig, ViewsConfig
 from mvd_scale.data import decode
 from mvd_scale.data.index import build_manifest
 from mvd_scale.data.manifest import Manifest
-from mvd_scale.data.samples import make_samples
+from mvd_scale.data.samples import write_sample_clips
 from mvd_scale.data.view_loader import ViewLoader, ViewShape, view_items
-from mvd_scale.data.views import clips_of
+from mvd_scale.data.views import view_frame_indices
 from mvd_scale.distributed.data_rank import DataRank
 from mvd_scale.performance import plain_loaders
-from mvd_scale.performance.plain_views import WAYS, Way, frames_decoded, plain_views
+from mvd_scale.performance.plain_views import BASELINES, Way, frames_decoded, plain_views
 from mvd_scale.performance.reports import Machine
-from mvd_scale.performance.testing import EvalReport, Figure
+from mvd_scale.performance.testing import EvalReport, EvalSpeed
 
 VIEWS = ViewsConfig(stride=3, clips=3, crops=2)
 T, SIDE = 4, 64
@@ -34,11 +34,11 @@ T, SIDE = 4, 64
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     """Two H.264 videos."""
-    clips = make_samples(tmp_path_factory.mktemp("clips"))
+    clips = write_sample_clips(tmp_path_factory.mktemp("clips"))
     return build_manifest([str(clips / name) for name in ("bikes_00.mp4", "bikes_10.mp4")], workers=1)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", BASELINES)
 def test_every_plain_way_gives_the_views_that_ours_gives(manifest: Manifest, way: Way) -> None:
     plain = iter(plain_views(way, manifest.path, manifest.frames.tolist(), VIEWS, length=T, side=SIDE, workers=0))
     items = view_items(manifest, VIEWS, frames=T)
@@ -59,7 +59,7 @@ def counted(packets: Iterator[av.VideoFrame], count: list[int]) -> Iterator[av.V
         yield frame
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", BASELINES)
 def test_the_frames_that_are_told_are_those_that_are_decoded(
     manifest: Manifest, way: Way, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,17 +101,17 @@ def test_ours_decodes_a_video_once_for_all_views(manifest: Manifest, monkeypatch
         return plainly(SimpleNamespace(codec_context=Context()), *others)
 
     monkeypatch.setattr(decode, "_decode", counting)
-    places = clips_of(VIEWS, int(manifest.frames[0]), frames=T)
+    places = view_frame_indices(VIEWS, int(manifest.frames[0]), frames=T)
     decode.decode_frames(manifest.row(0), np.sort(places.ravel()))
     assert len(np.unique(places)) <= count[0] <= places.max() + 1
 
 
 def test_the_last_column_is_ours_over_theirs() -> None:
     figures = [
-        Figure("data", "mvd-scale", 6.0, 0.2, 300),
-        Figure("data", "view by view", 1.5, 0.9, 2700),
-        Figure("test", "mvd-scale", 0.2, 9.0, 300),
-        Figure("test", "view by view", 0.1, 10.0, 2700),
+        EvalSpeed("data", "mvd-scale", 6.0, 0.2, 300),
+        EvalSpeed("data", "view by view", 1.5, 0.9, 2700),
+        EvalSpeed("test", "mvd-scale", 0.2, 9.0, 300),
+        EvalSpeed("test", "view by view", 0.1, 10.0, 2700),
     ]
     report = EvalReport(
         machine=Machine("cpu", "A CPU", 2, 2, {"av": "1"}),
@@ -131,7 +131,7 @@ def test_the_last_column_is_ours_over_theirs() -> None:
 
 @pytest.mark.slow
 def test_every_way_is_timed(tmp_path: Path) -> None:
-    clips = make_samples(tmp_path / "clips")
+    clips = write_sample_clips(tmp_path / "clips")
     arguments = ["bench", "eval", str(clips / "bikes_*.mp4"), "--videos", "1", "--workers", "0", "--size", "none"]
     result = CliRunner().invoke(cli, [*arguments, "--json"], catch_exceptions=False)
     report = json.loads(result.stdout)

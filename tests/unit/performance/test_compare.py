@@ -13,18 +13,15 @@ from click.testing import CliRunner, Result
 from mvd_scale.cli import cli
 from mvd_scale.errors import UserError
 from mvd_scale.performance.compare import KINDS, compare_reports
-from mvd_scale.performance.data import DataReport
-from mvd_scale.performance.data import Figure as DataFigure
+from mvd_scale.performance.data import DataReport, LoaderSpeed
 from mvd_scale.performance.growth import GrowthReport, Point
 from mvd_scale.performance.load import LoadReport
 from mvd_scale.performance.methods import MethodsReport
 from mvd_scale.performance.profile_report import Operator, PartFigures, ProfileReport
 from mvd_scale.performance.reports import Machine, Report
 from mvd_scale.performance.step import StepReport
-from mvd_scale.performance.teachers import Figure as TeacherFigure
-from mvd_scale.performance.teachers import TeachersReport
-from mvd_scale.performance.testing import EvalReport
-from mvd_scale.performance.testing import Figure as EvalFigure
+from mvd_scale.performance.teachers import TeacherSpeed, TeachersReport
+from mvd_scale.performance.testing import EvalReport, EvalSpeed
 
 MACHINE = Machine("cpu", "A CPU", 2, 2, {"torch": "2.9.0"})
 STEP = StepReport(
@@ -43,14 +40,14 @@ STEP = StepReport(
 )
 DATA = DataReport(
     machine=MACHINE,
-    figures=[DataFigure("h264", "files", 0, "mvd-scale", 40, 0.1), DataFigure("h264", "files", 0, "decord", 20, 0.2)],
+    figures=[LoaderSpeed("h264", "files", 0, "mvd-scale", 40, 0.1), LoaderSpeed("h264", "files", 0, "decord", 20, 0.2)],
     absent={},
     clips=96,
     source=None,
 )
 EVAL = EvalReport(
     machine=MACHINE,
-    figures=[EvalFigure("data", "mvd-scale", 6.0, 0.2, 300)],
+    figures=[EvalSpeed("data", "mvd-scale", 6.0, 0.2, 300)],
     source=None,
     size="none",
     videos=12,
@@ -80,7 +77,7 @@ TEACHERS = TeachersReport(
     recipe="distill/b_from_b",
     overrides=[],
     weights="random",
-    figures=[TeacherFigure("image", "bf16", 20.0, 0.9999, 0.003, 0.0001)],
+    figures=[TeacherSpeed("image", "bf16", 20.0, 0.9999, 0.003, 0.0001)],
     absent={},
 )
 PROFILE = ProfileReport(

@@ -17,14 +17,14 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from mvd_scale.config import Recipe, load_finetuning, load_recipe
+from mvd_scale.config import Recipe, load_finetune_recipe, load_recipe
 from mvd_scale.config.training import Checkpointing
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.data.sampling import draw_mask
 from mvd_scale.models import Classifier, Student
-from mvd_scale.models.blocks import checkpoint_gradients
+from mvd_scale.models.blocks import set_gradient_checkpointing
 from mvd_scale.performance.flops import part_flops
-from mvd_scale.performance.layers import Backward, Block, Linear
+from mvd_scale.performance.layers import Backward, BlockCost, LinearCost
 from mvd_scale.performance.parts import describe, masked_tokens
 from mvd_scale.targets import FrozenTeacher, build_targets
 from mvd_scale.targets.build import init_teacher
@@ -41,7 +41,7 @@ TARGETS: dict[str, Any] = {
 VISIBLE = {"head": "linear", "tokens": "visible"}
 METHODS: dict[str, dict[str, Any]] = {
     "co-teaching and pixels": {"targets": TARGETS},
-    "half decoded": {"targets": TARGETS, "data": {"mask": {"ratio": 0.75, "decode": 0.5}}},
+    "half decoded": {"targets": TARGETS, "data": {"mask": {"ratio": 0.75, "decode_ratio": 0.5}}},
     "stochastic depth": {"targets": TARGETS, "model": {**VIDEO, "drop_path": 0.3}},
     "moving average": {"targets": {"average": {"kind": "momentum", "decoder": DECODER}}},
     "visible tokens": {
@@ -118,7 +118,7 @@ def test_every_part_counts_what_torch_counts(method: str, checkpointing: Checkpo
     made = recipe(**METHODS[method])
     targets = build_targets(made, lambda name: init_teacher(made, name))
     student = Student.from_recipe(made, targets).train()
-    checkpoint_gradients(student, checkpointing)
+    set_gradient_checkpointing(student, checkpointing)
     work = describe(made)
     said = {part.part: part for part in part_flops(work, checkpointing=checkpointing, attention=attention)}
     clips = batch(made, decoded=masked_tokens(made))
@@ -151,7 +151,7 @@ def test_every_part_counts_what_torch_counts(method: str, checkpointing: Checkpo
 def test_a_classifier_counts_what_torch_counts() -> None:
     overrides = ["--model.size", "null", "--classifier.classes", "7", "--data.copies", "1"]
     shape = [word for key, value in VIDEO.items() for word in (f"--model.{key}", str(value))]
-    made = load_finetuning("finetune/b_k400", [*overrides, *shape])
+    made = load_finetune_recipe("finetune/b_k400", [*overrides, *shape])
     model = Classifier(made.model, 7).train()
     parts = part_flops(describe(made), checkpointing="none")
     with counting("fused") as counter:
@@ -187,7 +187,7 @@ def test_the_published_sizes_count_what_torch_counts() -> None:
 
 def test_the_papers_figure_of_a_classifier() -> None:
     """Table 1: 180 G multiply-adds for ViT-B and one view."""
-    parts = part_flops(describe(load_finetuning("finetune/b_k400")), checkpointing="none")
+    parts = part_flops(describe(load_finetune_recipe("finetune/b_k400")), checkpointing="none")
     assert sum(part.forward for part in parts) / 2e9 == pytest.approx(180, abs=1)
 
 
@@ -195,7 +195,7 @@ def test_the_papers_figure_of_a_classifier() -> None:
 def test_a_block_that_serves_some_tokens_only(queries: int) -> None:
     """All tokens are projected and answer; some ask, of which some come out: written out, and counted by torch."""
     keys, width, hidden, heads = 24, 32, 128, 4
-    block = Block(keys=keys, queries=queries, outputs=queries - 1, width=width, hidden=hidden, heads=heads)
+    block = BlockCost(keys=keys, queries=queries, outputs=queries - 1, width=width, hidden=hidden, heads=heads)
     tokens = torch.randn(1, keys, width, requires_grad=True)
     weights = {
         "qkv": (3 * width, width), "proj": (width, width),
@@ -214,4 +214,4 @@ def test_a_block_that_serves_some_tokens_only(queries: int) -> None:
 
 
 def test_pixels_need_no_gradient() -> None:
-    assert Linear(3, 5, 7, input_grad=False).backward("fused") == Linear(3, 5, 7).backward("fused") // 2
+    assert LinearCost(3, 5, 7, input_grad=False).backward("fused") == LinearCost(3, 5, 7).backward("fused") // 2

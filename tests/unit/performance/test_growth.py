@@ -13,7 +13,7 @@ from mvd_scale.cli import cli
 from mvd_scale.errors import UserError
 from mvd_scale.performance import growth
 from mvd_scale.performance.bench_setup import bench_recipe
-from mvd_scale.performance.growth import Power
+from mvd_scale.performance.growth import PowerLaw
 
 from .test_compare import STEP
 
@@ -23,11 +23,11 @@ SMALL = ["--recipe", "distill/h_from_h", "--precision", "fp32", "--batch", "2"]
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 1.7])
 def test_the_power_of_made_up_points_is_found(power: float) -> None:
     counts = [49, 100, 196, 324]
-    found = Power.of(counts, [3 * count**power for count in counts])
+    found = PowerLaw.of(counts, [3 * count**power for count in counts])
     assert (found.power, found.factor) == pytest.approx((power, 3))
     assert found.at(1000) == pytest.approx(3 * 1000**power)
     # What does not lie on a line of the logarithms is met in the middle.
-    assert Power.of([1, 2, 4], [1, 4, 4]).power == pytest.approx(1)
+    assert PowerLaw.of([1, 2, 4], [1, 4, 4]).power == pytest.approx(1)
 
 
 @pytest.fixture

@@ -123,7 +123,7 @@ def test_model_states_are_those_that_deepspeed_estimates(monkeypatch: pytest.Mon
     setting = setting_of(made, work, world)
     step = predict_memory(work, setting).phases["optimizer step"]
     _, estimated, _ = estimate_zero3_model_states_mem_needs(work.parameters, 0, world, 1, False, False)
-    bucket, whole = 2 * setting.zero["reduce_bucket_size"], 2 * work.vectors
+    bucket, whole = 2 * setting.zero["reduce_bucket_size"], 2 * work.unsharded
     # The estimate leaves out buckets, what stays whole, and one of the two widths of gradients.
     held = step["weights"] + step["optimizer"] + step["gradients"] - bucket - whole
     assert held - 2 * work.parameters / world == pytest.approx(estimated, rel=1e-3)
@@ -168,12 +168,12 @@ def test_teachers_that_work_ahead_hold_memory_at_any_time_of_the_step() -> None:
     assert graphed.graphed == (True, True)
     setting = replace(graphed, graphed=(False, False))
     micro, masked = setting.micro, 1408
-    ahead, alone = predict_memory(work, setting), predict_memory(work, replace(setting, ahead=(False, False)))
-    assert setting.ahead == (True, True)
+    ahead, alone = predict_memory(work, setting), predict_memory(work, replace(setting, prefetched=(False, False)))
+    assert setting.prefetched == (True, True)
     assert set(alone.phases) - set(ahead.phases) == {"image teacher", "video teacher"}
     for phase, parts in ahead.phases.items():
         without = alone.phases[phase]
-        assert parts["features ahead"] == 2 * micro * masked * 2 * 768
+        assert parts["prefetched features"] == 2 * micro * masked * 2 * 768
         assert parts["batches"] - without["batches"] == micro * 16 * 224 * 224 * 3
         workspace = max(alone.phases[teacher]["workspace"] for teacher in ("image teacher", "video teacher"))
         assert parts["workspace"] - without.get("workspace", 0) == workspace
@@ -185,10 +185,10 @@ def test_teachers_that_work_ahead_hold_memory_at_any_time_of_the_step() -> None:
 
 def test_only_teachers_that_stay_as_they_are_work_ahead_and_only_on_gpus() -> None:
     made = load_recipe("ablations/momentum_b")
-    assert setting_of(made, describe(made), 8).ahead == (False,)
-    for words in (["--device", "cpu", "--training.precision", "bf16"], ["--teachers.ahead", "false"]):
+    assert setting_of(made, describe(made), 8).prefetched == (False,)
+    for words in (["--device", "cpu", "--training.precision", "bf16"], ["--teachers.prefetch", "false"]):
         made = load_recipe("distill/b_from_b", words)
-        assert setting_of(made, describe(made), 8).ahead == (False, False)
+        assert setting_of(made, describe(made), 8).prefetched == (False, False)
 
 
 def test_decoders_together_hold_their_stacked_weights_wherever_they_stand() -> None:
@@ -225,4 +225,4 @@ def test_offloaded_states_are_not_on_the_gpu() -> None:
     work = describe(made)
     parts = predict_memory(work, setting_of(made, work, 8)).parts
     assert parts["optimizer"] == 0
-    assert parts["weights"] == 2 * work.vectors
+    assert parts["weights"] == 2 * work.unsharded

@@ -12,14 +12,14 @@ from mvd_scale.cli import cli
 from mvd_scale.config import load_recipe
 from mvd_scale.errors import UserError
 from mvd_scale.performance.communication import seconds_of
-from mvd_scale.performance.decoding import Video, decoded_clips, decoded_frames
+from mvd_scale.performance.decoding import VideoFormat, decoded_clips, decoded_frames
 from mvd_scale.performance.hardware import GPUS, LINK_SHARE, usable_memory
 from mvd_scale.performance.parts import describe
 from mvd_scale.performance.plan import Plan, make_cluster, make_plan, micro_batches, with_stage
 from mvd_scale.performance.plan_text import to_text
 
-SLOW_DECODING = Video(keyframes=250)
-FAST_DECODING = Video(keyframes=8)
+SLOW_DECODING = VideoFormat(keyframes=250)
+FAST_DECODING = VideoFormat(keyframes=8)
 
 
 def plan(
@@ -29,7 +29,7 @@ def plan(
     gpus: int = 8,
     per_node: int = 8,
     efficiency: float | None = None,
-    video: Video = FAST_DECODING,
+    video: VideoFormat = FAST_DECODING,
 ) -> Plan:
     cluster = make_cluster(
         gpu, gpus, per_node, attention=None, efficiency=efficiency, video=video, videos=240_000
@@ -66,9 +66,9 @@ def test_a_run_is_no_faster_than_its_videos_are_decoded() -> None:
 def test_frames_before_a_clip_are_decoded_from_the_last_key_frame() -> None:
     recipe = load_recipe("distill/b_from_b")
     # 15 strides of 4 and a frame; nothing before it where each frame is a key frame.
-    assert decoded_frames(recipe.data, recipe.model, Video(keyframes=1)) == 61
-    assert decoded_frames(recipe.data, recipe.model, Video(keyframes=251)) == 61 + 125
-    gpu, video = GPUS["A100"], Video(height=1247, keyframes=1)
+    assert decoded_frames(recipe.data, recipe.model, VideoFormat(keyframes=1)) == 61
+    assert decoded_frames(recipe.data, recipe.model, VideoFormat(keyframes=251)) == 61 + 125
+    gpu, video = GPUS["A100"], VideoFormat(height=1247, keyframes=1)
     assert decoded_clips(gpu, recipe.data, recipe.model, video) == pytest.approx(2250 / 61, rel=1e-3)
 
 
@@ -111,7 +111,7 @@ def test_8_bit_teachers_compute_linear_layers_at_the_8_bit_peak() -> None:
     linear = sum(2 * width**2 * (12 * 11 * seen + 3 * seen + 9 * masked) for seen in (8 * 197, 1568))
     assert fp8.flops == base.flops
     whole = sum(part.forward for part in fp8.flops if part.part.endswith("teacher"))
-    spent = {made.setting.eight_bit: made.phases[0].arithmetic for made in (base, fp8)}
+    spent = {made.setting.quantized: made.phases[0].arithmetic for made in (base, fp8)}
     assert spent[None] == pytest.approx(128 * whole / (0.5 * 989e12), rel=1e-6)
     assert spent["fp8"] == pytest.approx(128 * (linear / 1979e12 + (whole - linear) / 989e12) / 0.5, rel=1e-6)
     # Weights of 12 blocks in a byte, and a scale for each output channel; what remains in two bytes.

@@ -14,8 +14,8 @@ import torch
 from mvd_scale.config import Recipe, load_recipe
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.models import Student
-from mvd_scale.performance.profile_flops import count_flops, module_table, peak_of
-from mvd_scale.performance.profile_picture import draw_memory
+from mvd_scale.performance.profile_flops import count_flops, module_table, peak_flops
+from mvd_scale.performance.profile_picture import plot_memory
 from mvd_scale.performance.profile_report import Operator, PartFigures, ProfileReport
 from mvd_scale.performance.profile_trace import Span, Trace, covered_seconds, read_trace
 from mvd_scale.performance.reports import Machine
@@ -157,7 +157,7 @@ def test_deepspeed_and_torch_agree_on_the_forward_pass_and_torch_is_left_as_it_w
 
 
 def test_the_peak_of_a_cpu_is_measured():
-    peak = peak_of(torch.device("cpu"), "fp32")
+    peak = peak_flops(torch.device("cpu"), "fp32")
     assert 1e9 < peak.flops_per_second < 1e14
     assert "timed in this run" in peak.source
 
@@ -173,14 +173,14 @@ def test_the_peak_of_a_cpu_is_measured():
 )
 def test_the_peak_of_a_gpu_is_known_by_its_name(monkeypatch, name, precision, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
-    assert peak_of(torch.device("cuda"), precision).flops_per_second == peak
+    assert peak_flops(torch.device("cuda"), precision).flops_per_second == peak
 
 
 @pytest.mark.parametrize("name", ["NVIDIA H100 PCIe", "NVIDIA GH200 480GB", "NVIDIA GeForce RTX 4090"])
 def test_the_peak_of_a_gpu_that_is_not_in_the_table_is_measured(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
     monkeypatch.setattr(torch, "randn", lambda *size, device: torch.ones(2, 2))
-    assert "timed in this run" in peak_of(torch.device("cuda"), "fp32").source
+    assert "timed in this run" in peak_flops(torch.device("cuda"), "fp32").source
 
 
 @pytest.mark.parametrize("device", ["cpu", "NVIDIA H100"])
@@ -226,5 +226,5 @@ def test_the_picture_is_drawn_of_any_trace(tmp_path):
     parts = [Span("data wait", 0, 0.01), Span("backward", 0.01, 0.03), Span("backward", 0.04, 0.05)]
     for memory in ([], [(0.0, 2**20), (0.02, 2**21)]):
         out = tmp_path / f"{len(memory)}.png"
-        draw_memory(Trace([Span("step", 0, 0.05)], parts, {}, [], memory), "a title", "tensors", out)
+        plot_memory(Trace([Span("step", 0, 0.05)], parts, {}, [], memory), "a title", "tensors", out)
         assert out.read_bytes().startswith(b"\x89PNG")

@@ -12,7 +12,7 @@ from mvd_scale.config import ModelConfig, Recipe
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.models import Encoder, Student
 from mvd_scale.targets import MaskedDistillation, build_targets
-from mvd_scale.targets.load import empty_average
+from mvd_scale.targets.load import build_ema_encoder
 
 VIDEO = {"width": 48, "depth": 1, "heads": 3, "frames": 4, "input_size": 32}
 WIDER = {**VIDEO, "width": 64, "heads": 4}
@@ -114,7 +114,7 @@ def test_pixels_of_visible_tokens(head: str) -> None:
 def test_a_momentum_target_is_the_average_on_the_whole_clip() -> None:
     target = {"kind": "momentum", "norm": True, "decoder": {"width": 32, "depth": 1, "heads": 2}}
     made = recipe({"average": target}, {"ratio": 0.5}, drop_path=0.3)
-    average = empty_average(made)
+    average = build_ema_encoder(made)
     assert average.config.drop_path == 0
     targets = build_targets(made, lambda _: average)
     clips = batch(masked=True)

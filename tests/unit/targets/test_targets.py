@@ -13,7 +13,7 @@ from mvd_scale.config import ModelConfig, Recipe
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.errors import UserError
 from mvd_scale.models import Encoder, Student
-from mvd_scale.models.encoder import Patching
+from mvd_scale.models.encoder import Patchify
 from mvd_scale.targets import MaskedDistillation, build_targets
 
 VIDEO = {"width": 48, "depth": 1, "heads": 3, "frames": 4, "input_size": 32}
@@ -114,15 +114,15 @@ CO_TEACHING: dict[str, Any] = {"image": {"kind": "image_teacher"}, "video": {"ki
 def rows_made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tokens of each call that makes rows of all tokens; those of an image are fewer."""
     made: list[int] = []
-    rows_of = Patching.rows
+    rows_of = Patchify.rows
 
-    def counted(cut: Patching, pixels: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
+    def counted(cut: Patchify, pixels: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
         rows = rows_of(cut, pixels, tokens)
         if tokens is None:
             made.append(rows.shape[1])
         return rows
 
-    monkeypatch.setattr(Patching, "rows", counted)
+    monkeypatch.setattr(Patchify, "rows", counted)
     return made
 
 
@@ -139,9 +139,9 @@ def test_teachers_whose_grids_agree_share_one_patch_embedding(
     made = made.model_copy(update={"data": data})
     teachers = {"image": teacher(**IMAGE).bfloat16(), "video": teacher(**VIDEO).bfloat16()}
     objective = MaskedDistillation(build_targets(made, teachers.__getitem__))
-    expected = {name: target.raw(batch) for name, target in objective.targets.items()}
+    expected = {name: target.raw_features(batch) for name, target in objective.targets.items()}
     calls = rows_made(monkeypatch)
-    found = objective.ahead(batch).features if ahead else objective._raw(batch, objective.targets)
+    found = objective.prefetch_features(batch).features if ahead else objective._raw(batch, objective.targets)
     assert calls == [8]
     for name, features in found.items():
         torch.testing.assert_close(features, expected[name], rtol=2e-2, atol=2e-2)
@@ -153,7 +153,7 @@ def test_a_moving_average_shares_it_too(batch: ClipBatch, monkeypatch: pytest.Mo
     made = recipe(image={"kind": "image_teacher"}, average={"kind": "momentum"})
     teachers = {"image": teacher(**IMAGE), "average": teacher(**VIDEO)}
     objective = MaskedDistillation(build_targets(made, teachers.__getitem__))
-    expected = {name: target.raw(batch) for name, target in objective.targets.items()}
+    expected = {name: target.raw_features(batch) for name, target in objective.targets.items()}
     calls = rows_made(monkeypatch)
     torch.testing.assert_close(objective._raw(batch, objective.targets), expected)
     assert calls == [8]
@@ -171,9 +171,9 @@ def test_teachers_that_differ_have_patch_embeddings_of_their_own(
     kinds = CO_TEACHING if differing != "alone" else {"image": CO_TEACHING["image"]}
     objective = MaskedDistillation(build_targets(recipe(**kinds), teachers.__getitem__))
     if differing == "recording":
-        objective.targets["image"].takes_rows = False  # type: ignore[attr-defined]
+        objective.targets["image"].accepts_rows = False  # type: ignore[attr-defined]
     batch = replace(batch, resized={16: batch.pixels[:, :, ::2, ::2]})
-    expected = {name: target.raw(batch) for name, target in objective.targets.items()}
+    expected = {name: target.raw_features(batch) for name, target in objective.targets.items()}
     calls = rows_made(monkeypatch)
     torch.testing.assert_close(objective._raw(batch, objective.targets), expected)
     # The front frames of two clips are images of four tokens.
@@ -188,7 +188,7 @@ def test_features_of_frozen_teachers_may_be_computed_ahead_in_their_precision(ba
     targets = build_targets(made, teachers.__getitem__)
     student = Student.from_recipe(made, targets)
     objective = MaskedDistillation(targets)
-    ahead = objective.ahead(batch)
+    ahead = objective.prefetch_features(batch)
     assert {name: features.dtype for name, features in ahead.features.items()} == {"video": torch.bfloat16}
     assert ahead.features["video"].shape == (2, 4, 48)
     assert not ahead.features["video"].requires_grad

@@ -14,7 +14,7 @@ from mvd_scale.data.batch import ClipBatch
 from mvd_scale.errors import UserError
 from mvd_scale.models.timm_vit import TimmViT
 from mvd_scale.targets.build import load_targets
-from mvd_scale.targets.load import teacher_sides
+from mvd_scale.targets.load import teacher_input_sizes
 
 
 def recipe(tmp_path: Path, vit: str, **target: Any) -> Recipe:
@@ -49,7 +49,7 @@ def test_patch_features_of_front_frames(tmp_path: Path, vit: str, final_norm: bo
     assert isinstance(target.teacher, TimmViT)  # type: ignore[attr-defined]
     inner = target.teacher.vit  # type: ignore[attr-defined]
     side = 4 * inner.patch_embed.patch_size[0]
-    assert teacher_sides(made, {"dino": target}) == (() if side == 64 else (side,))
+    assert teacher_input_sizes(made, {"dino": target}) == (() if side == 64 else (side,))
     clips = batch(side) if side != 64 else ClipBatch(batch(64).at(64), *list(vars(batch(64)).values())[1:5])
     features = target.features(clips)
     assert features.shape == (2, 16, inner.num_features)

@@ -43,9 +43,9 @@ class Teacher(Target):
 
     def __init__(self, name: str, log: list[str], *, moves: bool) -> None:
         super().__init__(PLAIN)
-        self.name, self.log, self.ahead, self.weight = name, log, not moves, 1.0
+        self.name, self.log, self.prefetchable, self.weight = name, log, not moves, 1.0
 
-    def raw(self, batch: ClipBatch) -> Tensor:
+    def raw_features(self, batch: ClipBatch) -> Tensor:
         self.log.append(f"{self.name} {int(batch.pixels[0, 0, 0])}")
         return self.weight * batch.pixels
 
@@ -70,7 +70,7 @@ def train(*, ahead: bool, start: int = 0, end: int = STEPS) -> tuple[list[float]
     log: list[str] = []
     moving = Teacher("moving", log, moves=True)
     objective = MaskedDistillation({"fixed": Teacher("fixed", log, moves=False), "moving": moving})
-    batches = Ahead(Loader(log, start), aside(objective.ahead, log) if ahead else None)
+    batches = Ahead(Loader(log, start), aside(objective.prefetch_features, log) if ahead else None)
     moving.weight, losses = start, []
 
     def student(pixels: Tensor, *_: Tensor) -> dict[str, Tensor]:
@@ -156,7 +156,7 @@ def test_batches_are_begun_ahead_if_any_teacher_is_placed_so(monkeypatch: pytest
 
     assert begun() is None
     assert begun(False, False) is None
-    assert begun(False, True) == (gpu, objective.ahead)
+    assert begun(False, True) == (gpu, objective.prefetch_features)
 
 
 def test_every_tensor_of_a_batch_crosses() -> None:

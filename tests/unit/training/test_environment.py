@@ -6,7 +6,7 @@ import pytest
 
 from mvd_scale.errors import UserError
 from mvd_scale.training import ranks
-from mvd_scale.training.processors import machine
+from mvd_scale.training.processors import machine_id
 from mvd_scale.training.ranks import join_ranks
 
 PLACE = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -28,7 +28,7 @@ def test_a_gap_is_named_with_the_way_to_fill_it(missing: list[str], said: str, m
 def test_hosts_are_known_by_the_launchers_number_or_else_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("CROSS_RANK", "GROUP_RANK"):
         monkeypatch.delenv(name, raising=False)
-    assert ranks._host() == " ".join(machine())
+    assert ranks._host() == " ".join(machine_id())
     monkeypatch.setenv("GROUP_RANK", "3")
     assert ranks._host() == "3"
     monkeypatch.setenv("CROSS_RANK", "1")

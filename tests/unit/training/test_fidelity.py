@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from mvd_scale.models.quantization import quantize_linear_layers
 
 from mvd_scale.config import Recipe, load_recipe
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.errors import UserError
 from mvd_scale.models import Encoder
-from mvd_scale.models.eight_bit import to_eight_bits
 from mvd_scale.models.timm_vit import TimmViT
 from mvd_scale.targets import FrozenTeacher, build_targets
 from mvd_scale.training import fidelity
@@ -101,7 +101,7 @@ def test_timms_models_of_any_kind_run_in_8_bits(vit: str) -> None:
     frames = torch.randint(0, 256, (2, 1, model.input_size, model.input_size, 3), dtype=torch.uint8)
     with torch.no_grad():
         expected = model(frames)
-        found = Fidelity.of(to_eight_bits(model, "int8", CPU)(frames), expected)
+        found = Fidelity.of(quantize_linear_layers(model, "int8", CPU)(frames), expected)
     assert found.cosine > 0.99
 
 
@@ -112,7 +112,7 @@ def test_fp8_on_a_cpu_is_one_message() -> None:
     with pytest.raises(UserError, match="fp8 needs a GPU"):
         placed(made)
     with pytest.raises(UserError, match="fp8 needs a GPU"):
-        to_eight_bits(teachers(made)["video"].teacher, "fp8", CPU)
+        quantize_linear_layers(teachers(made)["video"].teacher, "fp8", CPU)
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,17 @@ from torch import nn
 
 import mvd_scale
 from mvd_scale import capabilities
-from mvd_scale.config import DetectionRecipe, FinetuneRecipe, Recipe, RunRecipe, load_detection, load_finetuning
+from mvd_scale.config import (
+    DetectionRecipe,
+    FinetuneRecipe,
+    Recipe,
+    RunRecipe,
+    load_detection_recipe,
+    load_finetune_recipe,
+)
 from mvd_scale.errors import UserError
 from mvd_scale.models import Encoder, Student
-from mvd_scale.models.eight_bit import REFUSED
+from mvd_scale.models.quantization import REFUSED
 from mvd_scale.performance.hardware import GPUS, capabilities_of
 from mvd_scale.performance.parts import describe
 from mvd_scale.performance.setting import placement_on, setting_from
@@ -34,7 +41,7 @@ from mvd_scale.training.placement import (
     Capabilities,
     Devices,
     Placement,
-    Shards,
+    ResultShards,
     Teacher,
     needs_compiler,
     place,
@@ -57,7 +64,7 @@ BASE = {"precision": "fp16", "zero_stage": 2, "micro_batch": 4, "accumulation": 
 
 FROZEN = {"precision": "fp16", "rest": "fp16", "shards": None, "compile": True, "cuda_graph": True, "prefetch": True}
 MOVING = {**FROZEN, "prefetch": False}
-SHARDED = {"shards": Shards("host", 4, True), "compile": False, "cuda_graph": False}
+SHARDED = {"shards": ResultShards("host", 4, True), "compile": False, "cuda_graph": False}
 ON_CPU = {"compile": False, "cuda_graph": False, "prefetch": False}
 
 
@@ -94,8 +101,8 @@ def teacher_change(frozen: dict[str, Any], moving: dict[str, Any] | None = None)
     return {"video": frozen, "average": frozen if moving is None else moving}
 
 
-WORLD = {**SHARDED, "shards": Shards("world", 8, True)}
-MOVED = {**SHARDED, "shards": Shards("world", 8, False)}
+WORLD = {**SHARDED, "shards": ResultShards("world", 8, True)}
+MOVED = {**SHARDED, "shards": ResultShards("world", 8, False)}
 EXACT = {"precision": "bf16", "rest": "bf16"}
 
 CASES: dict[str, tuple[dict[str, Any], Devices, dict[str, Any], dict[str, Any]]] = {
@@ -245,7 +252,7 @@ class Spy:
             graphed = isinstance(called, compilation.GraphedTeacher)
             inner = called.teacher if graphed else called
             done = {"compile": any(module is inner for module in self.compiled), "cuda_graph": graphed}
-            of_teachers[name] = {**inner.seen, **done, "prefetch": begun and targets[name].ahead}
+            of_teachers[name] = {**inner.seen, **done, "prefetch": begun and targets[name].prefetchable}
         return run, of_teachers
 
 
@@ -286,7 +293,7 @@ def test_the_planner_counts_with_the_same_placement(monkeypatch: pytest.MonkeyPa
     frozen = of_teachers["video"]
     assert (setting.eight_bit or setting.teacher_precision) == frozen["precision"]
     assert setting.teacher_precision == frozen["rest"]
-    for column, name in ((setting.shards, "shards"), (setting.ahead, "prefetch"), (setting.graphed, "cuda_graph")):
+    for column, name in ((setting.shards, "shards"), (setting.prefetched, "prefetch"), (setting.graphed, "cuda_graph")):
         assert column == tuple(decisions[name] for decisions in of_teachers.values()), name
 
 
@@ -372,8 +379,8 @@ def test_reasons_name_the_keys_and_the_obstacles() -> None:
 @pytest.mark.parametrize(
     "made",
     [
-        load_finetuning("finetune/b_k400", ["--run.folder", "x"]),
-        load_detection("detection/b_ava", ["--run.folder", "x"]),
+        load_finetune_recipe("finetune/b_k400", ["--run.folder", "x"]),
+        load_detection_recipe("detection/b_ava", ["--run.folder", "x"]),
     ],
 )
 def test_other_runs_are_placed_without_teachers(made: RunRecipe) -> None:
@@ -434,7 +441,7 @@ def test_hosts_are_counted_by_their_ranks(monkeypatch: pytest.MonkeyPatch) -> No
     made = recipe(training__precision="fp32", training__global_batch=96, teachers__sharding="zero3")
     placement = placement_of(made, targets_of(made), ranks)
     assert placement.devices.ranks_per_host == 2
-    assert placement.teacher("video").shards.value == Shards("host", 2, True)
+    assert placement.teacher("video").shards.value == ResultShards("host", 2, True)
 
 
 OWNED = {

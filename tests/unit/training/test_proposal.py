@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mvd_scale.config import FinetuneRecipe, ModelConfig, load_finetuning
+from mvd_scale.config import FinetuneRecipe, ModelConfig, load_finetune_recipe
 from mvd_scale.data.manifest import Manifest, Row
 from mvd_scale.errors import UserError
 from mvd_scale.training.proposal import propose
@@ -15,7 +15,7 @@ from mvd_scale.training.proposal import propose
 def recipe(folder: Path, videos: int, frames: int, size: str = "B", classes: int = 3) -> FinetuneRecipe:
     rows = [Row(name=f"{k}", path=f"/v/{k}", label=k % classes, frames=frames) for k in range(videos)]
     proposal = propose(
-        Manifest.of(rows),
+        Manifest.from_rows(rows),
         ModelConfig(size=size),
         source="videos",
         encoder=Path("encoder.safetensors"),
@@ -24,7 +24,7 @@ def recipe(folder: Path, videos: int, frames: int, size: str = "B", classes: int
     )
     file = folder / "mine.yaml"
     file.write_text(proposal.to_yaml("mvd-scale finetune"))
-    return load_finetuning(file)
+    return load_finetune_recipe(file)
 
 
 @pytest.mark.parametrize("videos", [3, 10, 60, 500, 9_500, 169_000])
@@ -33,16 +33,16 @@ def test_it_is_a_recipe_that_one_gpu_and_eight_can_run(tmp_path: Path, videos: i
     steps = videos // made.lr_batch
     assert steps >= 1
     assert made.training.global_batch == made.data.copies * made.lr_batch
-    made.batch_split(1)
+    made.micro_batch_and_accumulation(1)
     if videos >= 160:
-        made.batch_split(8)
+        made.micro_batch_and_accumulation(8)
         assert steps >= 20
     assert made.validation is not None
     assert made.training.initial_encoder == Path("encoder.safetensors")
 
 
 def test_at_ucf101_s_size_it_is_ucf101_s(tmp_path: Path) -> None:
-    made, published = recipe(tmp_path, 9_537, 180), load_finetuning("finetune/b_ucf101")
+    made, published = recipe(tmp_path, 9_537, 180), load_finetune_recipe("finetune/b_ucf101")
     assert made.training.epochs == published.training.epochs
     assert made.training.base_lr == published.training.base_lr
     assert made.training.layer_decay == published.training.layer_decay
@@ -70,7 +70,7 @@ def test_a_class_without_videos_is_said(tmp_path: Path) -> None:
     rows = [Row(name="a", path="/a", label=2, frames=9)]
     with pytest.raises(UserError, match="2 of 3 classes have no usable video: 0, 1"):
         propose(
-            Manifest.of(rows),
+            Manifest.from_rows(rows),
             ModelConfig(size="S"),
             source="videos",
             encoder=Path("e"),
@@ -83,8 +83,10 @@ def test_long_paths_stay_whole_and_an_image_encoder_is_given_clips(tmp_path: Pat
     source = "/data/" + "a folder with spaces/" * 9 + "train.csv"
     rows = [Row(name=f"{k}", path=f"/v/{k}", label=k % 2, frames=100) for k in range(40)]
     image = ModelConfig(size="B", frames=1, tubelet=1, positions="sincos2d", class_token=True)
-    made = propose(Manifest.of(rows), image, source=source, encoder=Path("mae_b.pth"), validation=None, folder=tmp_path)
+    made = propose(
+        Manifest.from_rows(rows), image, source=source, encoder=Path("mae_b.pth"), validation=None, folder=tmp_path
+    )
     (tmp_path / "mine.yaml").write_text(made.to_yaml("mvd-scale finetune"))
-    loaded = load_finetuning(tmp_path / "mine.yaml")
+    loaded = load_finetune_recipe(tmp_path / "mine.yaml")
     assert loaded.data.source == source
     assert (loaded.model.frames, loaded.model.tubelet, loaded.model.class_token) == (16, 2, False)

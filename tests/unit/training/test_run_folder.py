@@ -18,7 +18,7 @@ def recipe(tmp_path: Path) -> Recipe:
 
 
 def videos(name: str) -> Manifest:
-    return Manifest.of([Row(name=name, path=name, frames=16, width=32, height=32)], source=name)
+    return Manifest.from_rows([Row(name=name, path=name, frames=16, width=32, height=32)], source=name)
 
 
 def begun(recipe: Recipe) -> RunFolder:
@@ -50,12 +50,12 @@ def test_other_videos_are_refused_and_nothing_is_overwritten(recipe: Recipe) -> 
 
 def test_a_finished_run_is_finished_with_the_same_data_and_weights_only(recipe: Recipe) -> None:
     folder = begun(recipe)
-    assert not folder.finished_at(7, {"videos": "x"})
+    assert not folder.is_finished(7, {"videos": "x"})
     folder.finish({"steps": 7, "origin": {"videos": "x"}})
-    assert folder.finished_at(7, {"videos": "x"})
-    assert not folder.finished_at(8, {"videos": "y"})
+    assert folder.is_finished(7, {"videos": "x"})
+    assert not folder.is_finished(8, {"videos": "y"})
     with pytest.raises(UserError, match="a finished run with other videos"):
-        folder.finished_at(7, {"videos": "y"})
+        folder.is_finished(7, {"videos": "y"})
 
 
 def test_a_start_that_never_took_a_step_may_be_corrected(recipe: Recipe) -> None:

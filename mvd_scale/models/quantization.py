@@ -13,29 +13,32 @@ from mvd_kernels import Int8Linear, bf16_instructions
 from mvd_scale.errors import UserError
 from mvd_scale.models.blocks import QKV, Attention, Block
 
-EightBit = Literal["int8", "fp8"]
+QuantizedPrecision = Literal["int8", "fp8"]
 
-REFUSED: dict[EightBit, str] = {
+REFUSED: dict[QuantizedPrecision, str] = {
     "int8": "precision int8 is for CPUs; on GPUs use fp8 (Ada, Hopper or newer) or fp16",
     "fp8": "precision fp8 needs a GPU of the kind Ada, Hopper or newer; use fp16 (CPUs: int8)",
 }
 """Reason, by precision, for messages when the device does not support it."""
 
 
-def to_eight_bits(model: nn.Module, kind: EightBit, device: torch.device, rest: torch.dtype | None = None) -> nn.Module:
+def quantize_linear_layers(
+    model: nn.Module, kind: QuantizedPrecision, device: torch.device, rest: torch.dtype | None = None
+) -> nn.Module:
     """Replace the linear layers of a frozen model's blocks by 8-bit ones.
 
     Args:
         model: an encoder of this project or of timm, on the CPU; it is modified in place.
         kind: `int8` for CPUs (by oneDNN), or `fp8` for GPUs from Ada and Hopper on (by torchao).
         device: the device that the model will run on.
-        rest: dtype of all other weights; None: bf16, or float32 on CPUs without bf16 instructions (see `rest_of`).
+        rest: dtype of all other weights; None: bf16, or float32 on CPUs without bf16 instructions, see
+            `unquantized_precision`.
 
     Raises:
         UserError: the device does not support this precision, or torchao is not installed.
     """
     if rest is None:
-        rest = torch.bfloat16 if rest_of(kind, bf16=bf16_instructions()) == "bf16" else torch.float32
+        rest = torch.bfloat16 if unquantized_precision(kind, bf16=bf16_instructions()) == "bf16" else torch.float32
     if kind == "int8":
         if device.type != "cpu":
             raise UserError(REFUSED["int8"])
@@ -62,7 +65,7 @@ def has_fp8(gpu: torch.device) -> bool:
     return torch.cuda.get_device_capability(gpu) >= (8, 9)
 
 
-def rest_of(kind: EightBit, *, bf16: bool) -> Literal["bf16", "fp32"]:
+def unquantized_precision(kind: QuantizedPrecision, *, bf16: bool) -> Literal["bf16", "fp32"]:
     """Precision of the weights that are not in 8 bits: bf16, or fp32 beside int8 on a CPU without bf16 instructions.
 
     Args:
@@ -72,8 +75,8 @@ def rest_of(kind: EightBit, *, bf16: bool) -> Literal["bf16", "fp32"]:
     return "bf16" if kind == "fp8" or bf16 else "fp32"
 
 
-def eight_bit_weights(model: nn.Module) -> list[nn.Parameter]:
-    """Return the weights (out, in) that `to_eight_bits` would convert to 8 bits."""
+def quantizable_weights(model: nn.Module) -> list[nn.Parameter]:
+    """Return the weights (out, in) that `quantize_linear_layers` would convert to 8 bits."""
     packed = [block.attn.qkv for block in model.modules() if isinstance(block, Block)]
     return [layer.weight for layer in (*packed, *_linear_layers(model).values())]  # type: ignore[misc]
 
