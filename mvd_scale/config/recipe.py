@@ -270,14 +270,14 @@ class Recipe(RunRecipe):
         if mask.decode_ratio < 1:
             if mask.kind != "tube" or self.model.grid[0] % 4:
                 raise ValueError(
-                    f"data.mask.decode_ratio {mask.decode_ratio:g} requires a tube mask over a multiple of 4 time slices, so "
-                    f"that every clip has the same number of tokens; this is a {mask.kind} mask over {self.model.grid[0]} "
-                    "slices"
+                    f"data.mask.decode_ratio {mask.decode_ratio:g} requires a tube mask over a multiple of 4 time "
+                    "slices, so that every clip has the same number of tokens; this is a "
+                    f"{mask.kind} mask over {self.model.grid[0]} slices"
                 )
             if not any(target.tokens == "masked" for target in self.targets.values()):
                 raise ValueError(
-                    f"data.mask.decode_ratio {mask.decode_ratio:g} has no effect: no target is predicted at masked tokens. "
-                    "Set it to 1"
+                    f"data.mask.decode_ratio {mask.decode_ratio:g} has no effect: no target is predicted at masked "
+                    "tokens. Set it to 1"
                 )
 
     @property

@@ -15,7 +15,7 @@ from mvd_scale.performance.layers import BlockCost, LinearCost
 from mvd_scale.performance.parts import ModelPart, Workload
 from mvd_scale.performance.setting import SIZES, Setting
 from mvd_scale.training.optim import LARGEST_GROUP
-from mvd_scale.training.placement import ResultShards
+from mvd_scale.training.placement import TeacherShards
 
 CHANNEL: dict[QuantizedPrecision, int] = {"int8": 12, "fp8": 4}
 """Bytes per output channel beside 8-bit weights: a 32-bit scale; for int8 also a 32-bit zero point and bias."""
@@ -186,7 +186,7 @@ def _persistent_bytes(work: Workload, setting: Setting) -> Bytes:
     }
 
 
-def _persistent_teacher_bytes(part: ModelPart, setting: Setting, shards: ResultShards | None) -> int:
+def _persistent_teacher_bytes(part: ModelPart, setting: Setting, shards: TeacherShards | None) -> int:
     size = SIZES[setting.teacher_precision]
     if setting.quantized is not None:
         eighths = part.linear + CHANNEL[setting.quantized] * part.channels

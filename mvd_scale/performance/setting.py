@@ -12,7 +12,7 @@ from mvd_scale.config.training import Checkpointing, Precision
 from mvd_scale.models.quantization import QuantizedPrecision
 from mvd_scale.performance.hardware import Gpu, capabilities_of
 from mvd_scale.performance.parts import Workload
-from mvd_scale.training.placement import Capabilities, Devices, Placement, ResultShards, place
+from mvd_scale.training.placement import Capabilities, Devices, Placement, TeacherShards, place
 
 SIZES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Bytes of an element."""
@@ -44,7 +44,7 @@ class Setting:
     quantized: QuantizedPrecision | None
     """Of the linear layers in the teachers' blocks; None where they are as the rest, in `teacher_precision`."""
 
-    shards: tuple[ResultShards | None, ...]
+    shards: tuple[TeacherShards | None, ...]
     """Of each teacher, how ranks share its weights; None where each holds all of them."""
 
     prefetched: tuple[bool, ...]

@@ -116,7 +116,7 @@ class Teacher:
 
 
 @dataclass(frozen=True)
-class ResultShards:
+class TeacherShards:
     """How ranks share the weights of a teacher by ZeRO-3."""
 
     over: Literal["host", "world"]
@@ -143,7 +143,7 @@ class TeacherPlacement:
     rest: Decision[Precision]
     """Precision of the layers that are not in 8 bits; of all layers where none is."""
 
-    shards: Decision[ResultShards | None]
+    shards: Decision[TeacherShards | None]
     """None where every rank holds the whole teacher."""
 
     compile: Decision[bool]
@@ -315,7 +315,7 @@ def _rest(precision: Decision[FrozenPrecision], devices: Devices) -> Decision[Pr
 
 def _shards(
     config: TeacherConfig, precision: FrozenPrecision, teacher: Teacher, devices: Devices
-) -> Decision[ResultShards | None]:
+) -> Decision[TeacherShards | None]:
     """Whether ranks keep shards of a teacher, and which: memory at rest against the time of gathers."""
     if precision in ("int8", "fp8"):
         return Decision(None, f"shards are made of floats, and teachers.precision is {precision}")
@@ -335,7 +335,7 @@ def _shards(
     over, because = _shard_group(config, teacher, devices)
     ranks = devices.ranks if over == "world" else devices.ranks_per_host
     # An average that moves has no use for vectors that are whole: it is updated by its shares.
-    return Decision(ResultShards(over, ranks, whole_vectors=not teacher.moves), f"{reason}; {because}")
+    return Decision(TeacherShards(over, ranks, whole_vectors=not teacher.moves), f"{reason}; {because}")
 
 
 def _shard_group(config: TeacherConfig, teacher: Teacher, devices: Devices) -> tuple[Literal["host", "world"], str]:

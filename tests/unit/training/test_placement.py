@@ -30,7 +30,8 @@ from mvd_scale.performance.hardware import GPUS, capabilities_of
 from mvd_scale.performance.parts import describe
 from mvd_scale.performance.setting import placement_on, setting_from
 from mvd_scale.targets import MaskedDistillation, build_targets
-from mvd_scale.training import ahead, compilation, engine, teachers
+from mvd_scale.training import ahead as prefetch
+from mvd_scale.training import compilation, engine, teachers
 from mvd_scale.training.ahead import begin_ahead
 from mvd_scale.training.device import placement_of, probe_capabilities, ranks_by_host, teacher_facts
 from mvd_scale.training.engine import train_engine
@@ -41,8 +42,8 @@ from mvd_scale.training.placement import (
     Capabilities,
     Devices,
     Placement,
-    ResultShards,
     Teacher,
+    TeacherShards,
     needs_compiler,
     place,
 )
@@ -64,7 +65,7 @@ BASE = {"precision": "fp16", "zero_stage": 2, "micro_batch": 4, "accumulation": 
 
 FROZEN = {"precision": "fp16", "rest": "fp16", "shards": None, "compile": True, "cuda_graph": True, "prefetch": True}
 MOVING = {**FROZEN, "prefetch": False}
-SHARDED = {"shards": ResultShards("host", 4, True), "compile": False, "cuda_graph": False}
+SHARDED = {"shards": TeacherShards("host", 4, True), "compile": False, "cuda_graph": False}
 ON_CPU = {"compile": False, "cuda_graph": False, "prefetch": False}
 
 
@@ -101,8 +102,8 @@ def teacher_change(frozen: dict[str, Any], moving: dict[str, Any] | None = None)
     return {"video": frozen, "average": frozen if moving is None else moving}
 
 
-WORLD = {**SHARDED, "shards": ResultShards("world", 8, True)}
-MOVED = {**SHARDED, "shards": ResultShards("world", 8, False)}
+WORLD = {**SHARDED, "shards": TeacherShards("world", 8, True)}
+MOVED = {**SHARDED, "shards": TeacherShards("world", 8, False)}
 EXACT = {"precision": "bf16", "rest": "bf16"}
 
 CASES: dict[str, tuple[dict[str, Any], Devices, dict[str, Any], dict[str, Any]]] = {
@@ -148,7 +149,7 @@ CASES: dict[str, tuple[dict[str, Any], Devices, dict[str, Any], dict[str, Any]]]
     "student as it is": ({"training__compile": False}, GPU, {"compile": False}, {}),
     "teachers as they are": ({"teachers__compile": False}, GPU, {}, teacher_change({"compile": False})),
     "no graphs": ({"teachers__cuda_graphs": False}, GPU, {}, teacher_change({"cuda_graph": False})),
-    "no prefetch": ({"teachers__ahead": False}, GPU, {}, {"video": {"prefetch": False}}),
+    "no prefetch": ({"teachers__prefetch": False}, GPU, {}, {"video": {"prefetch": False}}),
     "decoders by themselves": ({"training__batch_decoders": False}, GPU, {"batch_decoders": False}, {}),
     "decoders that differ": (
         {"targets": {"video": VIDEO, "average": MOMENTUM}}, GPU, {"batch_decoders": False}, {},
@@ -212,7 +213,7 @@ class Spy:
         monkeypatch.setattr(compilation, "compile_blocks", self.compiled.append)
         monkeypatch.setattr(engine, "compile_blocks", self.compiled.append)
         monkeypatch.setattr(engine, "import_deepspeed", lambda: SimpleNamespace(initialize=self.initialize))
-        monkeypatch.setattr(ahead, "SideStream", lambda *_: "ahead")
+        monkeypatch.setattr(prefetch, "SideStream", lambda *_: "ahead")
 
     def lower(self, teacher: nn.Module, precision: str, _: Any, rest: str) -> nn.Module:
         teacher.seen = {"precision": precision, "rest": rest, "shards": None}  # type: ignore[assignment]
@@ -441,21 +442,22 @@ def test_hosts_are_counted_by_their_ranks(monkeypatch: pytest.MonkeyPatch) -> No
     made = recipe(training__precision="fp32", training__global_batch=96, teachers__sharding="zero3")
     placement = placement_of(made, targets_of(made), ranks)
     assert placement.devices.ranks_per_host == 2
-    assert placement.teacher("video").shards.value == ResultShards("host", 2, True)
+    assert placement.teacher("video").shards.value == TeacherShards("host", 2, True)
 
 
 OWNED = {
     "training": {"precision", "deepspeed", "compile", "batch_decoders", "gradient_checkpointing", "micro_batch"},
-    "teachers": {"precision", "sharding", "auto_shard_above", "shard_over", "compile", "cuda_graphs", "ahead"},
+    "teachers": {"precision", "sharding", "auto_shard_above", "shard_over", "compile", "cuda_graphs", "prefetch"},
     "data": {"prefetch"},
 }
 """Keys of recipes that only the placement reads, by section."""
 
 OBEDIENT = [
-    "training/engine.py", "training/teachers.py", "training/compilation.py", "training/cuda_graph.py",
-    "training/ahead.py", "training/fidelity.py", "training/device.py", "performance/setting.py",
-    "performance/plan.py", "performance/plan_text.py", "performance/memory.py", "performance/timeline.py",
-    "performance/communication.py",
+    "training/deepspeed_engine.py", "training/compile.py", "training/teachers/place.py",
+    "training/teachers/cuda_graph.py",
+    "training/teachers/prefetch.py", "training/teachers/fidelity.py", "training/capabilities.py",
+    "performance/planning/parallelism.py", "performance/planning/plan.py", "performance/planning/plan_report.py",
+    "performance/planning/memory.py", "performance/planning/step_time.py", "performance/planning/communication.py",
 ]  # fmt: skip
 """Modules of the engine and the planner."""
 
