@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mvd_kernels.dispatch import uses_triton
-from mvd_kernels.twins.add_layer_norm import add_layer_norm as twin
+from mvd_kernels.reference.add_layer_norm import add_layer_norm as twin
 
 
 def add_layer_norm(
@@ -42,7 +42,7 @@ def add_layer_norm(
     if weight.dim() == 2 and len(residual) % len(weight):
         raise ValueError(f"{len(weight)} norms for {len(residual)} entries of the first axis: expected a multiple")
     if uses_triton(residual):
-        from mvd_kernels.fused.add_layer_norm import add_layer_norm as fused
+        from mvd_kernels.triton_ops.add_layer_norm import add_layer_norm as fused
 
         return fused(residual, update, weight, bias, eps)
     return twin(residual, update, weight, bias, eps)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mvd_kernels.native import attention as native
-from mvd_kernels.twins.attention import attention as twin
+from mvd_kernels.reference.attention import attention as twin
 
 
 # The functions import with plain statements, which torch.compile can trace; no machine needs all three packages.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mvd_kernels.dispatch import uses_triton
-from mvd_kernels.twins.decoder_input import decoder_input as twin
+from mvd_kernels.reference.decoder_input import decoder_input as twin
 
 
 def decoder_input(embedded: Tensor, mask_token: Tensor, positions: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def decoder_input(embedded: Tensor, mask_token: Tensor, positions: Tensor, visib
     if embedded.shape[1] < visible.shape[1]:
         raise ValueError(f"`embedded` has {embedded.shape[1]} tokens, fewer than the {visible.shape[1]} of `visible`")
     if uses_triton(embedded):
-        from mvd_kernels.fused.decoder_input import decoder_input as fused
+        from mvd_kernels.triton_ops.decoder_input import decoder_input as fused
 
         return fused(embedded, mask_token, positions, visible, masked)
     return twin(embedded, mask_token, positions, visible, masked)

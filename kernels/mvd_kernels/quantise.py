@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mvd_kernels.native import quantise as native
-from mvd_kernels.twins.quantise import quantise as twin
+from mvd_kernels.reference.quantise import quantise as twin
 
 
 def quantise(sequences: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:

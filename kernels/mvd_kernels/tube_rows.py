@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from mvd_kernels.dispatch import uses_triton
+from mvd_kernels.reference.tube_rows import tube_rows as twin
 from mvd_kernels.tubes import token_grid
-from mvd_kernels.twins.tube_rows import tube_rows as twin
 
 
 def tube_rows(
@@ -46,7 +46,7 @@ def tube_rows(
     """
     token_grid(pixels, tubelet, patch)
     if uses_triton(pixels):
-        from mvd_kernels.fused.tube_rows import tube_rows as fused
+        from mvd_kernels.triton_ops.tube_rows import tube_rows as fused
 
         return fused(pixels, tokens, tubelet=tubelet, patch=patch, mean=mean, std=std, dtype=dtype)
     return twin(pixels, tokens, tubelet=tubelet, patch=patch, mean=mean, std=std, dtype=dtype)

@@ -11,8 +11,8 @@ from typing import Literal
 from torch import Tensor
 
 from mvd_kernels.dispatch import uses_triton
+from mvd_kernels.reference.tube_targets import tube_targets as twin
 from mvd_kernels.tubes import token_grid
-from mvd_kernels.twins.tube_targets import tube_targets as twin
 
 Normalize = Literal["none", "channel", "patch"]
 
@@ -41,7 +41,7 @@ def tube_targets(
     """
     token_grid(pixels, tubelet, patch)
     if uses_triton(pixels):
-        from mvd_kernels.fused.tube_targets import tube_targets as fused
+        from mvd_kernels.triton_ops.tube_targets import tube_targets as fused
 
         return fused(pixels, tokens, tubelet=tubelet, patch=patch, normalize=normalize)
     return twin(pixels, tokens, tubelet=tubelet, patch=patch, normalize=normalize)

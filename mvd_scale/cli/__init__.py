@@ -11,7 +11,7 @@ from mvd_scale import __version__
 from mvd_scale.cli import about, bench, data, detection, plan, probe, profile, testing, training, weights
 from mvd_scale.config.launcher import env_rank
 from mvd_scale.errors import UserError
-from mvd_scale.logs import configure_logging
+from mvd_scale.utils.logging import configure_logging
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

@@ -35,6 +35,6 @@ def schema(kind: str) -> None:
 @click.command()
 def env() -> None:
     """Show which capabilities this machine has, and for each missing one the reason and how to get it."""
-    from mvd_scale.capabilities import collect_capabilities, format_capabilities
+    from mvd_scale.utils.env_report import collect_capabilities, format_capabilities
 
     click.echo(format_capabilities(collect_capabilities()))

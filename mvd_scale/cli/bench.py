@@ -49,10 +49,10 @@ def step(
     On a GPU, the command synchronises after each part; `mvd-scale profile` times steps whose parts overlap as in
     training.
     """
-    from mvd_scale.performance.step import measure_step
+    from mvd_scale.performance.benchmarks.step import measure_step
 
     if methods is not None or checkpointing:
-        from mvd_scale.performance.methods import measure_checkpointing, measure_methods
+        from mvd_scale.performance.benchmarks.methods import measure_checkpointing, measure_methods
 
         words = ["--batch", str(batch), "--steps", str(steps), *overrides]
         words += [] if precision is None else ["--precision", precision]
@@ -75,7 +75,7 @@ def step(
 @overrides_argument
 def teachers(recipe: str, steps: int, as_json: bool, overrides: tuple[str, ...]) -> None:
     """Time frozen teachers in each precision, and compare their features with those in float32."""
-    from mvd_scale.performance.teachers import measure_teachers
+    from mvd_scale.performance.benchmarks.teachers import measure_teachers
 
     report = measure_teachers(recipe, list(overrides), steps=steps)
     click.echo(report.to_json() if as_json else report.to_text())
@@ -112,7 +112,7 @@ def bench_data(
     """
     import tempfile
 
-    from mvd_scale.performance.data import measure_data, measure_memory
+    from mvd_scale.performance.benchmarks.data_loading import measure_data, measure_memory
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = work or Path(scratch)
@@ -155,7 +155,7 @@ def bench_eval(
     """
     import tempfile
 
-    from mvd_scale.performance.testing import measure_evaluation
+    from mvd_scale.performance.benchmarks.evaluation import measure_evaluation
 
     with tempfile.TemporaryDirectory() as scratch:
         report = measure_evaluation(
@@ -184,7 +184,7 @@ def bench_eval(
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 def load(size: str, precision: Precision, device: str, as_json: bool) -> None:
     """Time the loading of a teacher into ZeRO-3 shards, and measure its memory; start this on several ranks."""
-    from mvd_scale.performance.load import measure_load
+    from mvd_scale.performance.benchmarks.teacher_loading import measure_load
 
     report = measure_load(size, precision, device)
     if env_rank() == 0:
@@ -234,8 +234,8 @@ def growth(
     One quantity varies at a time; the others have the values of the recipe. `none` skips a quantity. Each point is
     measured in a separate process.
     """
-    from mvd_scale.performance.growth import Quantity, measure_growth
-    from mvd_scale.performance.growth_picture import plot_growth
+    from mvd_scale.performance.benchmarks.scaling import Quantity, measure_growth
+    from mvd_scale.performance.benchmarks.scaling_plot import plot_growth
 
     numbers: dict[Quantity, list[int]] = {"tokens": sides, "frames": frames, "batch": batches, "depth": depths}
     report = measure_growth(recipe, list(overrides), numbers, precision=precision, batch=batch, steps=steps)

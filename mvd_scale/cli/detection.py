@@ -41,7 +41,7 @@ def train(recipe: str, overrides: tuple[str, ...]) -> None:
     """
     from mvd_scale.config import load_detection_recipe
     from mvd_scale.detection.train import run_detection
-    from mvd_scale.training.resilience import exit_on_preemption
+    from mvd_scale.training.preemption import exit_on_preemption
 
     with exit_on_preemption():
         run_detection(load_detection_recipe(recipe, list(overrides)))
@@ -99,8 +99,8 @@ def evaluate(
     from mvd_scale.config.data import DataConfig
     from mvd_scale.config.detection import DetectionTest
     from mvd_scale.detection.evaluate import run_detection_evaluation
+    from mvd_scale.distributed.process_group import join_ranks, leave_ranks
     from mvd_scale.models.precision import usual_precision
-    from mvd_scale.training.ranks import join_ranks, leave_ranks
 
     ranks = join_ranks(device, timeout_minutes=10)
     figures = run_detection_evaluation(

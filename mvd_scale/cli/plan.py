@@ -49,9 +49,9 @@ def plan(
 
     OVERRIDES are dotted keys of the recipe, such as --teachers.sharding zero3
     """
-    from mvd_scale.performance.decoding import VideoFormat
-    from mvd_scale.performance.plan import make_cluster, make_plan, with_stage
-    from mvd_scale.performance.plan_text import to_json, to_text
+    from mvd_scale.performance.planning.plan import make_cluster, make_plan, with_stage
+    from mvd_scale.performance.planning.plan_report import to_json, to_text
+    from mvd_scale.performance.planning.video_decoding import VideoFormat
 
     video = VideoFormat(height, keyframes)
     cluster = make_cluster(

@@ -53,7 +53,7 @@ def _probing(command: Any) -> Any:
 )
 def knn(neighbours: int, **options: Any) -> None:
     """Classify by a vote of the nearest training videos, by the cosine similarity of the mean of all tokens."""
-    from mvd_scale.evaluation.probing import knn_probe
+    from mvd_scale.evaluation.frozen_probe import knn_probe
 
     _probe(lambda _: knn_probe(neighbours), **options)
 
@@ -63,7 +63,7 @@ def knn(neighbours: int, **options: Any) -> None:
 @click.option("--decay", type=click.FloatRange(min=0), default=1e-3, show_default=True, help="L2 penalty.")
 def linear(decay: float, **options: Any) -> None:
     """Classify by a linear layer on the mean of all tokens."""
-    from mvd_scale.evaluation.probing import linear_probe
+    from mvd_scale.evaluation.frozen_probe import linear_probe
 
     _probe(lambda _: linear_probe(decay), **options)
 
@@ -79,7 +79,7 @@ def attentive(epochs: int, lr: float, **options: Any) -> None:
 
     The tokens are stored in OUT: D x N values of 2 or 4 bytes per video.
     """
-    from mvd_scale.evaluation.probing import attentive_probe
+    from mvd_scale.evaluation.frozen_probe import attentive_probe
 
     _probe(lambda where: attentive_probe(epochs, lr, where), **options)
 
@@ -99,10 +99,10 @@ def _probe(
     device: str,
 ) -> None:
     from mvd_scale.config.data import DataConfig, ViewsConfig
+    from mvd_scale.distributed.process_group import join_ranks, leave_ranks
     from mvd_scale.evaluation.features import FeatureOptions
-    from mvd_scale.evaluation.probing import ProbedEncoder, run_probe
+    from mvd_scale.evaluation.frozen_probe import ProbedEncoder, run_probe
     from mvd_scale.models.precision import usual_precision
-    from mvd_scale.training.ranks import join_ranks, leave_ranks
 
     ranks = join_ranks(device, timeout_minutes=10)
     tested = run_probe(

@@ -28,7 +28,7 @@ def profile(
 
     Teachers have random weights unless the recipe names their checkpoints.
     """
-    from mvd_scale.performance.profile import profile_recipe
+    from mvd_scale.performance.profiling.profile import profile_recipe
 
     report = profile_recipe(recipe, list(overrides), out, precision=precision, batch=batch, steps=steps)
     if env_rank() == 0:

@@ -44,9 +44,9 @@ def evaluate(
     started again.
     """
     from mvd_scale.config.data import DataConfig
+    from mvd_scale.distributed.process_group import join_ranks, leave_ranks
     from mvd_scale.evaluation.evaluate import evaluate as test
     from mvd_scale.models.precision import usual_precision
-    from mvd_scale.training.ranks import join_ranks, leave_ranks
 
     ranks = join_ranks(device, timeout_minutes=10)
     tested = test(
@@ -117,7 +117,7 @@ def report(test: Path, out: Path | None, hardest: int) -> None:
 
 
 def _write_report(test: Path, page: Path, hardest: int = 8) -> None:
-    from mvd_scale.evaluation.report import write_report
+    from mvd_scale.visualization.html_report import write_report
 
     write_report(test, page, hardest=hardest)
     click.echo(page)
@@ -190,9 +190,9 @@ def features(
     again.
     """
     from mvd_scale.config.data import DataConfig, ViewsConfig
+    from mvd_scale.distributed.process_group import join_ranks, leave_ranks
     from mvd_scale.evaluation.features import FeatureOptions, write_features
     from mvd_scale.models.precision import usual_precision
-    from mvd_scale.training.ranks import join_ranks, leave_ranks
 
     if (every is not None) != (sampling == "sliding"):
         raise click.UsageError("--every and --sampling sliding require each other: give both or neither")

@@ -18,8 +18,8 @@ def pretrain(recipe: str, overrides: tuple[str, ...]) -> None:
     OVERRIDES are dotted keys of the recipe, such as --training.epochs 3 --data.source videos/
     """
     from mvd_scale.config import load_recipe
+    from mvd_scale.training.preemption import exit_on_preemption
     from mvd_scale.training.pretrain import pretrain as run
-    from mvd_scale.training.resilience import exit_on_preemption
 
     with exit_on_preemption():
         run(load_recipe(recipe, list(overrides)))
@@ -34,8 +34,8 @@ def finetune(recipe: str, overrides: tuple[str, ...]) -> None:
     OVERRIDES are dotted keys of the recipe, such as --training.initial_encoder runs/mine/encoder.safetensors
     """
     from mvd_scale.config import load_finetune_recipe
-    from mvd_scale.training.finetune import finetune as run
-    from mvd_scale.training.resilience import exit_on_preemption
+    from mvd_scale.training.finetuning.classification import finetune as run
+    from mvd_scale.training.preemption import exit_on_preemption
 
     with exit_on_preemption():
         run(load_finetune_recipe(recipe, list(overrides)))
@@ -59,9 +59,9 @@ def propose(source: str, encoder: Path, out: Path, validation: str | None, folde
 
     from mvd_scale.checkpoints import read_checkpoint
     from mvd_scale.config.data import DataConfig
-    from mvd_scale.data.index import load_source
-    from mvd_scale.training.proposal import propose as settings
-    from mvd_scale.training.run_folder import write_whole
+    from mvd_scale.data.indexing.build import load_source
+    from mvd_scale.training.finetuning.recipe_proposal import propose as settings
+    from mvd_scale.utils.io import write_whole
 
     model = read_checkpoint(encoder).model
     with tempfile.TemporaryDirectory() as scratch:
@@ -82,7 +82,7 @@ def pipeline(file: str, overrides: tuple[str, ...]) -> None:
     keys of the pipeline, such as --folder runs/mine --stages.student.recipe.training.max_steps 100
     """
     from mvd_scale.config.pipeline import load_pipeline
-    from mvd_scale.pipeline import run_pipeline
+    from mvd_scale.pipelines.runner import run_pipeline
 
     run_pipeline(load_pipeline(file, list(overrides)))
 
@@ -96,7 +96,7 @@ def pipeline(file: str, overrides: tuple[str, ...]) -> None:
 def quickstart(out: Path, ranks: int, steps: int | None) -> None:
     """Run `pipeline quickstart`: train two teachers on real clips, distil a student, fine-tune it and test it."""
     from mvd_scale.config.pipeline import TrainStage, load_pipeline
-    from mvd_scale.pipeline import run_pipeline
+    from mvd_scale.pipelines.runner import run_pipeline
 
     overrides = ["--folder", str(out), "--ranks", str(ranks)]
     if steps is not None:
@@ -114,6 +114,6 @@ def quickstart(out: Path, ranks: int, steps: int | None) -> None:
 @click.option("--clips", type=click.IntRange(min=1), default=4, show_default=True, help="Number of clips to show.")
 def draw(run: Path, clips: int) -> None:
     """Draw predictions of a finished RUN beside the ground truth, into RUN/predictions.png."""
-    from mvd_scale.evaluation.picture import draw_predictions
+    from mvd_scale.visualization.predictions import draw_predictions
 
     click.echo(draw_predictions(run, clips=clips))

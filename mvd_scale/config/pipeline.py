@@ -193,7 +193,11 @@ def references(stage: BaseStage) -> list[str]:
 
 def list_pipelines() -> list[str]:
     """Names of the shipped pipelines."""
-    return sorted(file.name.removesuffix(".yaml") for file in (resources.files("mvd_scale") / "pipelines").iterdir())
+    return sorted(
+        file.name.removesuffix(".yaml")
+        for file in (resources.files("mvd_scale") / "pipelines").iterdir()
+        if file.name.endswith(".yaml")
+    )
 
 
 def load_pipeline(name_or_path: str | Path, overrides: list[str] | None = None) -> Pipeline:

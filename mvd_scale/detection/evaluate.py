@@ -18,8 +18,8 @@ from mvd_scale.checkpoints.weights import build_detector, read_checkpoint
 from mvd_scale.config.data import DataConfig, ViewsConfig
 from mvd_scale.config.detection import DetectionTest
 from mvd_scale.config.training import Precision
+from mvd_scale.data.loaders.view_loader import ViewShape
 from mvd_scale.data.manifest import Manifest
-from mvd_scale.data.view_loader import ViewShape
 from mvd_scale.detection.annotations import (
     ANY_NUMBER_OF_CLASSES,
     read_actions,
@@ -31,11 +31,11 @@ from mvd_scale.detection.annotations import (
 from mvd_scale.detection.metrics import FrameMap, compute_frame_map
 from mvd_scale.detection.testing import BoxScorer, DetectionTestData, ScoredKeyFrame, make_frame_loader
 from mvd_scale.detection.whole_frames import WholeFrameLoader
+from mvd_scale.distributed.process_group import Ranks, first_decides
 from mvd_scale.errors import UserError
-from mvd_scale.evaluation.sharded import ResultShards
+from mvd_scale.evaluation.sharded_run import ResultShards
 from mvd_scale.models.precision import check_precision, dtype_of
-from mvd_scale.training.ranks import Ranks, first_decides
-from mvd_scale.training.run_folder import write_whole
+from mvd_scale.utils.io import write_whole
 
 _SHARD = 32
 """Key frames per shard of scores: the unit of work of a rank, and the most that is lost if the process is killed."""

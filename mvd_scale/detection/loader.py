@@ -17,9 +17,10 @@ from torch import Tensor
 
 from mvd_scale.config import DataConfig, DetectionRecipe, ModelConfig
 from mvd_scale.data.batch import ClipBatch
-from mvd_scale.data.loader import BatchPlan, ClipLoader, Failure
+from mvd_scale.data.loaders.base import Failure
+from mvd_scale.data.loaders.clip_loader import BatchPlan, ClipLoader
 from mvd_scale.data.manifest import Manifest
-from mvd_scale.data.sampling import Sampler, box_generator
+from mvd_scale.data.sampling.sampler import Sampler, box_generator
 from mvd_scale.detection.key_frames import KeyFrames, frames_around
 from mvd_scale.detection.people import PersonBoxes, has_area, jitter_boxes, transform_boxes
 from mvd_scale.distributed.data_rank import DataRank

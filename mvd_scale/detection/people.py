@@ -13,7 +13,7 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from mvd_scale.data.sampling import CopyPlan
+from mvd_scale.data.sampling.sampler import CopyPlan
 from mvd_scale.detection.boxes import Boxes
 
 Corners = NDArray[np.float64]

@@ -17,7 +17,15 @@ import numpy as np
 from numpy.random import Generator, default_rng
 from numpy.typing import NDArray
 
-from mvd_scale.data.synth import BACKGROUNDS, FPS, SIDE, Picture, draw_background, encode_video, load_picture
+from mvd_scale.data.generated.synthetic import (
+    BACKGROUNDS,
+    FPS,
+    SIDE,
+    Picture,
+    draw_background,
+    encode_video,
+    load_picture,
+)
 
 log = logging.getLogger("mvd_scale")
 

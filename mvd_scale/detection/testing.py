@@ -21,9 +21,9 @@ from torch import Tensor
 
 from mvd_scale.config import DataConfig, DetectorConfig
 from mvd_scale.config.detection import DetectionTest
-from mvd_scale.data.augment import IMAGENET_MEAN
+from mvd_scale.data.loaders.view_loader import ViewShape
 from mvd_scale.data.manifest import Manifest
-from mvd_scale.data.view_loader import ViewShape
+from mvd_scale.data.sampling.augment import IMAGENET_MEAN
 from mvd_scale.detection.annotations import read_actions, read_excluded, read_ground_truth, read_person_boxes
 from mvd_scale.detection.boxes import Boxes, KeyFrame
 from mvd_scale.detection.key_frames import KeyFrames, find_key_frames

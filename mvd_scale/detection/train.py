@@ -15,9 +15,9 @@ from torch import Tensor
 from mvd_scale.checkpoints.weights import save_weights
 from mvd_scale.config import DetectionRecipe
 from mvd_scale.config.data import DataConfig, ViewsConfig
-from mvd_scale.data.index import load_source
+from mvd_scale.data.indexing.build import load_source
+from mvd_scale.data.loaders.view_loader import ViewShape
 from mvd_scale.data.manifest import Manifest
-from mvd_scale.data.view_loader import ViewShape
 from mvd_scale.detection.annotations import read_excluded, read_ground_truth
 from mvd_scale.detection.boxes import Boxes
 from mvd_scale.detection.key_frames import find_key_frames
@@ -25,10 +25,10 @@ from mvd_scale.detection.loader import KeyFrameLoader
 from mvd_scale.detection.objective import DetectionLoss
 from mvd_scale.detection.people import PersonBoxes
 from mvd_scale.detection.testing import BoxScorer, DetectionTestData, make_frame_loader
+from mvd_scale.distributed.process_group import Ranks, gather_rows
 from mvd_scale.models.detector import Detector
-from mvd_scale.training.ranks import Ranks, gather_rows
-from mvd_scale.training.run_folder import RunFolder
-from mvd_scale.training.task import Task, teach
+from mvd_scale.run_dir import RunFolder
+from mvd_scale.training.finetuning.finetune import Task, teach
 
 
 def run_detection(recipe: DetectionRecipe) -> None:

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from mvd_scale.config.data import DataConfig, ViewsConfig
-from mvd_scale.data.geometry import Sample
-from mvd_scale.data.loader import Outputs
-from mvd_scale.data.view_loader import ItemLoader, ViewShape, ViewSource, whole_frames
+from mvd_scale.data.decoding.dali_geometry import Sample
+from mvd_scale.data.loaders.base import Outputs
+from mvd_scale.data.loaders.view_loader import ItemLoader, ViewShape, ViewSource, whole_frames
 from mvd_scale.detection.key_frames import KeyFrames, frames_around
 from mvd_scale.distributed.data_rank import DataRank
 

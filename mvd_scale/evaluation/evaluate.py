@@ -20,13 +20,13 @@ from mvd_scale.config.data import DataConfig, ViewsConfig
 from mvd_scale.config.training import FrozenPrecision
 from mvd_scale.data.batch import ViewBatch
 from mvd_scale.data.manifest import Manifest
+from mvd_scale.distributed.process_group import Ranks, first_decides
 from mvd_scale.errors import UserError
 from mvd_scale.evaluation.labels import check_labels
 from mvd_scale.evaluation.metrics import Outcome
+from mvd_scale.evaluation.results import Origin, Tested, as_lists
 from mvd_scale.evaluation.scorer import ClipScorer, views_from_checkpoint
-from mvd_scale.evaluation.sharded import ResultShards, failures
-from mvd_scale.evaluation.tested import Origin, Tested, as_lists
-from mvd_scale.training.ranks import Ranks, first_decides
+from mvd_scale.evaluation.sharded_run import ResultShards, failures
 
 _SHARD = 32
 """Videos per shard of scores: the unit of work of a rank, and the most that is lost if the process is killed."""

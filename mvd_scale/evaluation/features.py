@@ -28,12 +28,12 @@ from mvd_scale.config.data import DataConfig, ViewsConfig
 from mvd_scale.config.training import Precision
 from mvd_scale.data.batch import ViewBatch
 from mvd_scale.data.manifest import Manifest
-from mvd_scale.data.views import view_frame_indices
+from mvd_scale.data.sampling.eval_views import view_frame_indices
+from mvd_scale.distributed.process_group import Ranks, first_decides
 from mvd_scale.errors import UserError
-from mvd_scale.evaluation.sharded import ResultShards
+from mvd_scale.evaluation.sharded_run import ResultShards
 from mvd_scale.models import Encoder
 from mvd_scale.models.precision import check_precision, dtype_of
-from mvd_scale.training.ranks import Ranks, first_decides
 
 Pool = Literal["clip", "time", "none"]
 Format = Literal["safetensors", "parquet"]

@@ -20,12 +20,12 @@ from torch import Tensor
 from mvd_scale.checkpoints import Checkpoint, build_classifier, read_checkpoint
 from mvd_scale.config.data import ViewsConfig
 from mvd_scale.config.training import FrozenPrecision
+from mvd_scale.data.loaders.single_video import views_of_file, views_of_frames
 from mvd_scale.data.storage import DecodeError
-from mvd_scale.data.video_views import views_of_file, views_of_frames
+from mvd_scale.distributed.process_group import choose_device
 from mvd_scale.errors import UserError
 from mvd_scale.evaluation.scorer import ClipScorer, views_from_checkpoint
 from mvd_scale.models.precision import usual_precision
-from mvd_scale.training.ranks import choose_device
 
 VideoInput = str | os.PathLike[str] | NDArray[np.uint8] | Tensor
 """A path or URL, or RGB frames: uint8 (F, H, W, 3)."""

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from mvd_kernels import LayerNorm, decoder_input
 from mvd_scale.config import DecoderConfig, ModelConfig
 from mvd_scale.models.blocks import Blocks, init_pretrain_weights
+from mvd_scale.models.grouped import LinearTogether, blocks_together
 from mvd_scale.models.positions import position_table
-from mvd_scale.models.together import LinearTogether, blocks_together
 
 
 class Decoder(nn.Module):

@@ -10,18 +10,18 @@ import torch
 
 from mvd_scale.config import DataConfig, Recipe, load_recipe
 from mvd_scale.config.training import Precision
-from mvd_scale.data.index import load_source
-from mvd_scale.data.loader import ClipLoader
-from mvd_scale.data.samples import write_sample_clips
+from mvd_scale.data.generated.sample_clips import write_sample_clips
+from mvd_scale.data.indexing.build import load_source
+from mvd_scale.data.loaders.clip_loader import ClipLoader
+from mvd_scale.distributed.process_group import Ranks
 from mvd_scale.models import Encoder, Student
 from mvd_scale.models.timm_vit import TimmViT
 from mvd_scale.targets import MaskedDistillation, build_targets
 from mvd_scale.targets.load import teacher_input_sizes
-from mvd_scale.training.ahead import Ahead, begin_ahead
-from mvd_scale.training.device import placement_of
+from mvd_scale.training.capabilities import placement_of
 from mvd_scale.training.distillation import distillation_model
-from mvd_scale.training.ranks import Ranks
-from mvd_scale.training.schedule import Schedule
+from mvd_scale.training.lr_schedule import Schedule
+from mvd_scale.training.teachers.prefetch import Ahead, begin_ahead
 from mvd_scale.training.trainer import Trainer
 
 BuildTeacher = Callable[[Recipe, str], Encoder | TimmViT]

@@ -10,15 +10,15 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from mvd_scale.errors import UserError
-from mvd_scale.performance.data import DataReport
-from mvd_scale.performance.growth import GrowthReport
-from mvd_scale.performance.load import LoadReport
-from mvd_scale.performance.methods import MethodsReport
-from mvd_scale.performance.profile_report import ProfileReport
-from mvd_scale.performance.reports import Machine, Metric, Report
-from mvd_scale.performance.step import StepReport
-from mvd_scale.performance.teachers import TeachersReport
-from mvd_scale.performance.testing import EvalReport
+from mvd_scale.performance.benchmarks.data_loading import DataReport
+from mvd_scale.performance.benchmarks.evaluation import EvalReport
+from mvd_scale.performance.benchmarks.methods import MethodsReport
+from mvd_scale.performance.benchmarks.scaling import GrowthReport
+from mvd_scale.performance.benchmarks.step import StepReport
+from mvd_scale.performance.benchmarks.teacher_loading import LoadReport
+from mvd_scale.performance.benchmarks.teachers import TeachersReport
+from mvd_scale.performance.profiling.report import ProfileReport
+from mvd_scale.performance.report import Machine, Metric, Report
 
 KINDS: dict[str, type[Report]] = {
     "step": StepReport,

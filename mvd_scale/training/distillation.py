@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mvd_scale.config import Recipe
+from mvd_scale.distributed.process_group import Ranks
 from mvd_scale.models import Student
 from mvd_scale.targets import MaskedDistillation, Target
-from mvd_scale.training.engine import train_engine
-from mvd_scale.training.momentum import moving_averages, start_averages
-from mvd_scale.training.optim import parameter_groups
+from mvd_scale.training.deepspeed_engine import train_engine
+from mvd_scale.training.ema import moving_averages, start_averages
+from mvd_scale.training.lr_schedule import Schedule
+from mvd_scale.training.optimizer import parameter_groups
 from mvd_scale.training.placement import Placement
-from mvd_scale.training.ranks import Ranks
-from mvd_scale.training.schedule import Schedule
-from mvd_scale.training.teachers import host_teachers
+from mvd_scale.training.teachers.place import host_teachers
 from mvd_scale.training.trainer import TrainedModel
 
 

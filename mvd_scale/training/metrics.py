@@ -8,14 +8,12 @@ from __future__ import annotations
 import json
 import logging
 import math
-import re
-import resource
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,8 +23,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from typing_extensions import Self
 
-from mvd_scale.training.ranks import Ranks
-from mvd_scale.training.run_folder import write_whole
+from mvd_scale.distributed.process_group import Ranks
+from mvd_scale.utils.io import truncate_metrics
+from mvd_scale.utils.memory import peak_memory_gib
 
 logger = logging.getLogger("mvd_scale")
 
@@ -163,24 +162,6 @@ class MetricWriter:
             logger.info("step %d/%d  %s  ETA %s", step, self.total_steps, numbers, _duration(remaining))
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read all readings of a `metrics.jsonl`, oldest first; skips a line that a killed process wrote partially."""
-    readings = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            readings.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return readings
-
-
-def truncate_metrics(path: Path, step: int) -> None:
-    """Remove readings after a step: a resumed run repeats the steps after its checkpoint."""
-    if path.is_file():
-        kept = [json.dumps(reading) + "\n" for reading in read_metrics(path) if reading["step"] <= step]
-        write_whole(path, "".join(kept))
-
-
 def _progress_bar() -> Progress:
     return Progress(
         TextColumn("[bold]{task.description}"),
@@ -205,12 +186,3 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory of this rank in GiB: of tensors on a GPU, otherwise of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    # VmHWM starts at 0 with the program, whereas getrusage's maximum includes the memory of the parent process.
-    peak = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    return (int(peak[1]) if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**20

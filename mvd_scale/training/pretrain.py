@@ -7,24 +7,24 @@ from typing import Any
 
 from mvd_scale.checkpoints.weights import load_initial_encoder
 from mvd_scale.config import Recipe
-from mvd_scale.data.index import load_source
-from mvd_scale.data.loader import ClipLoader
+from mvd_scale.data.indexing.build import load_source
+from mvd_scale.data.loaders.clip_loader import ClipLoader
 from mvd_scale.data.manifest import Manifest
+from mvd_scale.distributed.process_group import Ranks, first_decides
 from mvd_scale.models import Student
+from mvd_scale.run_dir import RunFolder
 from mvd_scale.targets import MaskedDistillation
 from mvd_scale.targets.build import load_targets
 from mvd_scale.targets.load import teacher_input_sizes, weight_digests
-from mvd_scale.training.ahead import Begin, begin_ahead
-from mvd_scale.training.device import kind_of, placement_of
+from mvd_scale.training.callbacks import Observer, PredictionImages, ProbeCallback, index_probe_videos
+from mvd_scale.training.capabilities import kind_of, placement_of
+from mvd_scale.training.checkpointer import export_student
 from mvd_scale.training.distillation import distillation_model
-from mvd_scale.training.fidelity import check_fidelity
-from mvd_scale.training.observers import Observer, PredictionImages, ProbeCallback, index_probe_videos
+from mvd_scale.training.lr_schedule import Schedule
 from mvd_scale.training.placement import teacher_precision
-from mvd_scale.training.ranks import Ranks, first_decides
 from mvd_scale.training.run import TrainingJob, run_training
-from mvd_scale.training.run_folder import RunFolder
-from mvd_scale.training.schedule import Schedule
-from mvd_scale.training.snapshots import export_student
+from mvd_scale.training.teachers.fidelity import check_fidelity
+from mvd_scale.training.teachers.prefetch import Begin, begin_ahead
 from mvd_scale.training.trainer import TrainedModel
 
 

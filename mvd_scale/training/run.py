@@ -13,19 +13,19 @@ import torch
 from mvd_kernels import attention_backends
 from mvd_scale.config import RunRecipe
 from mvd_scale.config.deepspeed import student_deepspeed
-from mvd_scale.data.loader import ClipLoader
+from mvd_scale.data.loaders.clip_loader import ClipLoader
 from mvd_scale.data.manifest import Manifest
-from mvd_scale.data.sampling import mixture_components, steps_per_epoch
+from mvd_scale.data.sampling.sampler import mixture_components, steps_per_epoch
+from mvd_scale.distributed.process_group import Ranks, first_decides, join_ranks, leave_ranks
 from mvd_scale.errors import UserError
 from mvd_scale.models.precision import dtype_of
-from mvd_scale.training.ahead import Ahead, Begin
-from mvd_scale.training.metrics import read_metrics, truncate_metrics
-from mvd_scale.training.observers import Observer, Observers
-from mvd_scale.training.ranks import Ranks, first_decides, join_ranks, leave_ranks
-from mvd_scale.training.run_folder import RunFolder
-from mvd_scale.training.schedule import Schedule
-from mvd_scale.training.snapshots import Snapshots
+from mvd_scale.run_dir import RunFolder
+from mvd_scale.training.callbacks import Observer, Observers
+from mvd_scale.training.checkpointer import Snapshots
+from mvd_scale.training.lr_schedule import Schedule
+from mvd_scale.training.teachers.prefetch import Ahead, Begin
 from mvd_scale.training.trainer import TrainedModel, Trainer
+from mvd_scale.utils.io import read_metrics, truncate_metrics
 
 logger = logging.getLogger("mvd_scale")
 

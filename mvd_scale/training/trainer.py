@@ -16,16 +16,16 @@ from torch import Tensor, nn
 
 from mvd_scale.config import RunRecipe
 from mvd_scale.data.batch import ClipBatch
-from mvd_scale.training.ahead import Ahead
+from mvd_scale.distributed.process_group import Ranks
+from mvd_scale.run_dir import RunFolder
+from mvd_scale.training.callbacks import Observers
+from mvd_scale.training.checkpointer import Snapshots
+from mvd_scale.training.ema import MovingAverage
+from mvd_scale.training.lr_schedule import Schedule
 from mvd_scale.training.metrics import Meter, MetricWriter, MicroBatchMetrics
-from mvd_scale.training.momentum import MovingAverage
-from mvd_scale.training.observers import Observers
-from mvd_scale.training.optim import apply_schedule
-from mvd_scale.training.ranks import Ranks
-from mvd_scale.training.resilience import Preempted, PreemptionHandler, check_finite
-from mvd_scale.training.run_folder import RunFolder
-from mvd_scale.training.schedule import Schedule
-from mvd_scale.training.snapshots import Snapshots
+from mvd_scale.training.optimizer import apply_schedule
+from mvd_scale.training.preemption import Preempted, PreemptionHandler, check_finite
+from mvd_scale.training.teachers.prefetch import Ahead
 
 
 class Objective(Protocol):

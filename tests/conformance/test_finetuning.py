@@ -11,9 +11,9 @@ import torch
 from mvd_scale.checkpoints import Hints, build_classifier, export_checkpoint, read_checkpoint
 from mvd_scale.checkpoints.formats.mvd import MVD_CLASSIFIER
 from mvd_scale.checkpoints.formats.names import to_native_name
-from mvd_scale.data.views import crop_corners, dense_views, uniform_views
-from mvd_scale.training.optim import layer_index, layer_scale
-from mvd_scale.training.schedule import cosine_schedule
+from mvd_scale.data.sampling.eval_views import crop_corners, dense_views, uniform_views
+from mvd_scale.training.lr_schedule import cosine_schedule
+from mvd_scale.training.optimizer import layer_index, layer_scale
 
 from .conftest import OUTPUT, Vectors, publish
 

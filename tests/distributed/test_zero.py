@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from mvd_scale.training.processors import share_out
+from mvd_scale.distributed.cpu_affinity import share_out
 
 from .zero_ranks import teacher
 

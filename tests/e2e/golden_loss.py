@@ -117,14 +117,14 @@ def _vendor() -> str:
 def _steps() -> Curve:
     from mvd_scale.config import Recipe
     from mvd_scale.data.batch import ClipBatch
+    from mvd_scale.distributed.process_group import join_ranks, leave_ranks
     from mvd_scale.models import Student
     from mvd_scale.targets import build_targets
     from mvd_scale.targets.build import init_teacher
-    from mvd_scale.training.ahead import Ahead
-    from mvd_scale.training.device import placement_of
+    from mvd_scale.training.capabilities import placement_of
     from mvd_scale.training.distillation import distillation_model
-    from mvd_scale.training.ranks import join_ranks, leave_ranks
-    from mvd_scale.training.schedule import Schedule
+    from mvd_scale.training.lr_schedule import Schedule
+    from mvd_scale.training.teachers.prefetch import Ahead
     from mvd_scale.training.trainer import Trainer
 
     from ..batches import BatchLoader

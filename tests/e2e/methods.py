@@ -15,8 +15,8 @@ from pathlib import Path
 from statistics import mean
 
 from mvd_scale.config import recipe_from_dict
-from mvd_scale.training.metrics import read_metrics
 from mvd_scale.training.pretrain import pretrain
+from mvd_scale.utils.io import read_metrics
 
 DECODER = {"width": 96, "depth": 2, "heads": 3}
 BOTH_LINEAR = {name: {"head": "linear", "tokens": "visible", "decoder": None} for name in ("image", "video")}

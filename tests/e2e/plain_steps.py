@@ -13,9 +13,9 @@ from pathlib import Path
 
 from torch import nn
 
+from mvd_scale.distributed.process_group import join_ranks, leave_ranks
 from mvd_scale.performance.bench_setup import bench_recipe, bench_trainer
 from mvd_scale.targets.build import load_or_init_teacher
-from mvd_scale.training.ranks import join_ranks, leave_ranks
 
 
 class Recorder:

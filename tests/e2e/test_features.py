@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from mvd_scale.checkpoints.weights import load_encoder, save_weights
 from mvd_scale.config import ModelConfig
 from mvd_scale.config.data import DataConfig, ViewsConfig
-from mvd_scale.data.index import build_manifest
-from mvd_scale.data.view_loader import ViewLoader, ViewShape, view_items
+from mvd_scale.data.indexing.build import build_manifest
+from mvd_scale.data.loaders.view_loader import ViewLoader, ViewShape, view_items
 from mvd_scale.distributed.data_rank import DataRank
 from mvd_scale.models import Encoder
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from mvd_scale.checkpoints.weights import read_checkpoint, save_weights
 from mvd_scale.config import ModelConfig
 from mvd_scale.config.data import ViewsConfig
-from mvd_scale.data.synth import write_synthetic_videos
+from mvd_scale.data.generated.synthetic import write_synthetic_videos
 from mvd_scale.models import Classifier, Encoder
 
 from .conftest import Jobs, wait_for

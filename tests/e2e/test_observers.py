@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mvd_scale.training.metrics import read_metrics
+from mvd_scale.utils.io import read_metrics
 
 from .conftest import Jobs
 

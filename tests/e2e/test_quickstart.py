@@ -10,7 +10,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from mvd_scale.training.metrics import read_metrics
+from mvd_scale.utils.io import read_metrics
 
 from .conftest import Jobs, wait_for
 

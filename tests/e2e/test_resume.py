@@ -12,7 +12,7 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
-from mvd_scale.training.metrics import read_metrics
+from mvd_scale.utils.io import read_metrics
 
 from .conftest import Jobs, wait_for
 

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from mvd_scale.checkpoints.weights import save_weights
 from mvd_scale.config import load_finetune_recipe
-from mvd_scale.data.synth import DIRECTIONS, FRAMES, SIDE
+from mvd_scale.data.generated.synthetic import DIRECTIONS, FRAMES, SIDE
 from mvd_scale.models import Classifier, Encoder
 
 from .conftest import Jobs

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mvd_scale.training.metrics import read_metrics
+from mvd_scale.utils.io import read_metrics
 
 from .conftest import Jobs, plain_steps
 

@@ -16,15 +16,15 @@ import torch
 
 from mvd_scale.config import Recipe
 from mvd_scale.data.batch import ClipBatch
+from mvd_scale.distributed.process_group import Ranks, join_ranks, leave_ranks
 from mvd_scale.models import Student
 from mvd_scale.targets import FrozenTeacher, MaskedDistillation, build_targets
-from mvd_scale.training.ahead import Ahead, Begin, begin_ahead
-from mvd_scale.training.device import placement_of
+from mvd_scale.training.capabilities import placement_of
+from mvd_scale.training.deepspeed_engine import full_parameters
 from mvd_scale.training.distillation import distillation_model
-from mvd_scale.training.engine import full_parameters
-from mvd_scale.training.ranks import Ranks, join_ranks, leave_ranks
-from mvd_scale.training.schedule import Schedule
-from mvd_scale.training.teachers import host_teachers
+from mvd_scale.training.lr_schedule import Schedule
+from mvd_scale.training.teachers.place import host_teachers
+from mvd_scale.training.teachers.prefetch import Ahead, Begin, begin_ahead
 from mvd_scale.training.trainer import Trainer
 
 from ..batches import BatchLoader

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from mvd_scale import __version__
-from mvd_scale.capabilities import collect_capabilities, format_capabilities
-from mvd_scale.performance.reports import this_machine
+from mvd_scale.performance.report import this_machine
+from mvd_scale.utils.env_report import collect_capabilities, format_capabilities
 
 PAGE = "page"
 """Name of a figure that is a text of many lines."""

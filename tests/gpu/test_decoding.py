@@ -16,17 +16,18 @@ import torch
 from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
 
-from mvd_scale.capabilities import collect_capabilities
 from mvd_scale.config import DataConfig, ModelConfig
 from mvd_scale.data.batch import ClipBatch
-from mvd_scale.data.decode import decode_frames
-from mvd_scale.data.index import build_manifest
-from mvd_scale.data.loader import BatchPlan, ClipLoader, as_tensor
+from mvd_scale.data.decoding.dali_graph import decode_video
+from mvd_scale.data.decoding.pyav import decode_frames
+from mvd_scale.data.generated.sample_clips import write_sample_clips
+from mvd_scale.data.indexing.build import build_manifest
+from mvd_scale.data.loaders.base import as_tensor
+from mvd_scale.data.loaders.clip_loader import BatchPlan, ClipLoader
 from mvd_scale.data.manifest import Manifest, Row
-from mvd_scale.data.pipeline import decode_video
-from mvd_scale.data.samples import write_sample_clips
 from mvd_scale.data.storage import read_bytes
 from mvd_scale.distributed.data_rank import DataRank
+from mvd_scale.utils.env_report import collect_capabilities
 
 from .conftest import Figure
 

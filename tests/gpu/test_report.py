@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mvd_scale.capabilities import Capability
+from mvd_scale.utils.env_report import Capability
 
 from . import report
 from .report import PAGE, Check, SelfTestReport

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mvd_kernels import attention, attention_backend, attention_backends
 from mvd_kernels.attention import FLASH_ATTENTION_RELEASES, FlashAttentionRelease
-from mvd_kernels.twins.attention import attention as twin
+from mvd_kernels.reference.attention import attention as twin
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])

@@ -41,7 +41,7 @@ def test_an_operator_hands_on_all_arguments(operator: str, on_gpu: bool, monkeyp
 
     monkeypatch.setattr(module, "uses_triton", answer)
     monkeypatch.setattr(module, "twin", reached("twins"))
-    monkeypatch.setattr(import_module(f"mvd_kernels.fused.{operator}"), operator, reached("fused"))
+    monkeypatch.setattr(import_module(f"mvd_kernels.triton_ops.{operator}"), operator, reached("fused"))
     arguments, keywords = CALLS[operator]
     room, passed, named = getattr(mvd_kernels, operator)(*arguments, **keywords)
     assert room == ("fused" if on_gpu else "twins")

@@ -12,8 +12,8 @@ from mvd_kernels import attention, attention_backend, attention_backends
 from mvd_kernels.native import attention as native
 from mvd_kernels.native import library as native_library
 from mvd_kernels.quantise import quantise
-from mvd_kernels.twins.attention import attention as twin
-from mvd_kernels.twins.quantise import quantise as plain_quantise
+from mvd_kernels.reference.attention import attention as twin
+from mvd_kernels.reference.quantise import quantise as plain_quantise
 
 CPU = torch.device("cpu")
 refused = native.unsupported_reason(CPU, torch.bfloat16, 64)

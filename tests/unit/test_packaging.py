@@ -27,7 +27,7 @@ print(json.dumps({
         entry.name: json.loads(entry.read_text())
         for entry in resources.files("mvd_scale.ds_configs").iterdir() if entry.name.endswith(".json")
     },
-    "report": resources.files("mvd_scale.evaluation").joinpath("report.html").is_file(),
+    "report": resources.files("mvd_scale.visualization").joinpath("report.html").is_file(),
     "scripts": {script.name: script.value for script in distribution.entry_points},
     "version": [distribution.version, mvd_scale.__version__],
 }))

@@ -11,7 +11,7 @@ import torch
 from mvd_kernels.attention import FLASH_ATTENTION_RELEASES, attention_backend, attention_backends
 from mvd_kernels.bench.case import BenchmarkCase, clips, leaf
 from mvd_kernels.native import attention as native
-from mvd_kernels.twins.attention import attention
+from mvd_kernels.reference.attention import attention
 
 
 def cases(device: torch.device) -> Iterator[BenchmarkCase]:

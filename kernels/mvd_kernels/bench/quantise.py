@@ -10,7 +10,7 @@ import torch
 
 from mvd_kernels.bench.case import BenchmarkCase, clips
 from mvd_kernels.native import quantise as native
-from mvd_kernels.twins.quantise import quantise
+from mvd_kernels.reference.quantise import quantise
 
 
 def cases(device: torch.device) -> Iterator[BenchmarkCase]:

@@ -8,7 +8,7 @@ import pytest
 
 from mvd_scale.config.pipeline import EvaluateStage, TrainStage, list_pipelines, load_pipeline, references
 from mvd_scale.errors import UserError
-from mvd_scale.pipeline import stage_recipe
+from mvd_scale.pipelines.runner import stage_recipe
 
 TWO = """
 folder: out

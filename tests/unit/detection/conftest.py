@@ -10,7 +10,7 @@ import av
 import numpy as np
 import pytest
 
-from mvd_scale.data.index import build_manifest
+from mvd_scale.data.indexing.build import build_manifest
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.detection.boxes import Boxes, KeyFrame
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from mvd_scale.config import DataConfig, ModelConfig, ShortSideCrop
-from mvd_scale.data.loader import BatchPlan
+from mvd_scale.data.loaders.clip_loader import BatchPlan
+from mvd_scale.data.loaders.view_loader import ViewShape
 from mvd_scale.data.manifest import Manifest
-from mvd_scale.data.view_loader import ViewShape
 from mvd_scale.detection.key_frames import find_key_frames
 from mvd_scale.detection.loader import DetectionBatch, KeyFrameLoader
 from mvd_scale.detection.people import PersonBoxes

@@ -10,8 +10,9 @@ from torch.nn.functional import interpolate
 
 from mvd_scale.config import CornerCrop, RandomResizedCrop, ShortSideCrop
 from mvd_scale.config.data import AugmentConfig
-from mvd_scale.data.augment import draw_augmentation
-from mvd_scale.data.sampling import CopyPlan, draw_crop
+from mvd_scale.data.sampling.augment import draw_augmentation
+from mvd_scale.data.sampling.crops import draw_crop
+from mvd_scale.data.sampling.sampler import CopyPlan
 from mvd_scale.detection.boxes import Boxes, KeyFrame
 from mvd_scale.detection.people import PersonBoxes, has_area, jitter_boxes, transform_boxes, widen_boxes
 

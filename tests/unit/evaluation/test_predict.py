@@ -20,9 +20,9 @@ from mvd_scale.checkpoints.native import save_weights
 from mvd_scale.cli import cli
 from mvd_scale.config import ModelConfig
 from mvd_scale.config.data import DataConfig, ViewsConfig
-from mvd_scale.data.index import build_manifest
-from mvd_scale.data.video_views import views_of_file, views_of_frames
-from mvd_scale.data.view_loader import ViewLoader, ViewShape, view_items
+from mvd_scale.data.indexing.build import build_manifest
+from mvd_scale.data.loaders.single_video import views_of_file, views_of_frames
+from mvd_scale.data.loaders.view_loader import ViewLoader, ViewShape, view_items
 from mvd_scale.distributed.data_rank import DataRank
 from mvd_scale.errors import UserError
 from mvd_scale.models import Classifier, Encoder

@@ -12,16 +12,16 @@ from click.testing import CliRunner, Result
 
 from mvd_scale.cli import cli
 from mvd_scale.errors import UserError
+from mvd_scale.performance.benchmarks.data_loading import DataReport, LoaderSpeed
+from mvd_scale.performance.benchmarks.evaluation import EvalReport, EvalSpeed
+from mvd_scale.performance.benchmarks.methods import MethodsReport
+from mvd_scale.performance.benchmarks.scaling import GrowthReport, Point
+from mvd_scale.performance.benchmarks.step import StepReport
+from mvd_scale.performance.benchmarks.teacher_loading import LoadReport
+from mvd_scale.performance.benchmarks.teachers import TeacherSpeed, TeachersReport
 from mvd_scale.performance.compare import KINDS, compare_reports
-from mvd_scale.performance.data import DataReport, LoaderSpeed
-from mvd_scale.performance.growth import GrowthReport, Point
-from mvd_scale.performance.load import LoadReport
-from mvd_scale.performance.methods import MethodsReport
-from mvd_scale.performance.profile_report import Operator, PartFigures, ProfileReport
-from mvd_scale.performance.reports import Machine, Report
-from mvd_scale.performance.step import StepReport
-from mvd_scale.performance.teachers import TeacherSpeed, TeachersReport
-from mvd_scale.performance.testing import EvalReport, EvalSpeed
+from mvd_scale.performance.profiling.report import Operator, PartFigures, ProfileReport
+from mvd_scale.performance.report import Machine, Report
 
 MACHINE = Machine("cpu", "A CPU", 2, 2, {"torch": "2.9.0"})
 STEP = StepReport(

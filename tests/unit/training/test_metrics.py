@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
-from mvd_scale.training.metrics import MetricWriter, read_metrics
-from mvd_scale.training.ranks import Ranks
+from mvd_scale.distributed.process_group import Ranks
+from mvd_scale.training.metrics import MetricWriter
+from mvd_scale.utils.io import read_metrics
 
 VALUES = {
     "loss": 1.0,

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 import mvd_scale
-from mvd_scale import capabilities
 from mvd_scale.config import (
     DetectionRecipe,
     FinetuneRecipe,
@@ -23,18 +22,18 @@ from mvd_scale.config import (
     load_detection_recipe,
     load_finetune_recipe,
 )
+from mvd_scale.distributed.process_group import Ranks
 from mvd_scale.errors import UserError
 from mvd_scale.models import Encoder, Student
 from mvd_scale.models.quantization import REFUSED
-from mvd_scale.performance.hardware import GPUS, capabilities_of
-from mvd_scale.performance.parts import describe
-from mvd_scale.performance.setting import placement_on, setting_from
+from mvd_scale.performance.planning.hardware import GPUS, capabilities_of
+from mvd_scale.performance.planning.parallelism import placement_on, setting_from
+from mvd_scale.performance.planning.workload import describe
 from mvd_scale.targets import MaskedDistillation, build_targets
-from mvd_scale.training import ahead as prefetch
-from mvd_scale.training import compilation, engine, teachers
-from mvd_scale.training.ahead import begin_ahead
-from mvd_scale.training.device import placement_of, probe_capabilities, ranks_by_host, teacher_facts
-from mvd_scale.training.engine import train_engine
+from mvd_scale.training import compile as compilation
+from mvd_scale.training import deepspeed_engine as engine
+from mvd_scale.training.capabilities import placement_of, probe_capabilities, ranks_by_host, teacher_facts
+from mvd_scale.training.deepspeed_engine import train_engine
 from mvd_scale.training.placement import (
     CALIBRATED,
     GATHERED,
@@ -47,8 +46,11 @@ from mvd_scale.training.placement import (
     needs_compiler,
     place,
 )
-from mvd_scale.training.ranks import Ranks
-from mvd_scale.training.teachers import host_teachers
+from mvd_scale.training.teachers import place as teachers
+from mvd_scale.training.teachers import prefetch as prefetch
+from mvd_scale.training.teachers.place import host_teachers
+from mvd_scale.training.teachers.prefetch import begin_ahead
+from mvd_scale.utils import env_report as capabilities
 
 SHAPE = {"width": 32, "depth": 2, "heads": 2, "frames": 4, "input_size": 32}
 DECODER = {"width": 16, "depth": 1, "heads": 2}
@@ -275,8 +277,10 @@ def test_the_engine_does_as_it_is_placed(monkeypatch: pytest.MonkeyPatch, case: 
 def test_the_planner_counts_with_the_same_placement(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     changes, devices, _, _ = CASES[case]
     made = recipe(**changes).model_copy(update={"device": devices.kind})
-    monkeypatch.setattr("mvd_scale.performance.setting.capabilities_of", lambda gpu: devices.capabilities)
-    monkeypatch.setattr("mvd_scale.performance.setting.bf16_instructions", lambda: devices.capabilities.bf16)
+    monkeypatch.setattr("mvd_scale.performance.planning.parallelism.capabilities_of", lambda gpu: devices.capabilities)
+    monkeypatch.setattr(
+        "mvd_scale.performance.planning.parallelism.bf16_instructions", lambda: devices.capabilities.bf16
+    )
     work = describe(made)
     placement = placement_on(made, work, devices.ranks, per_node=devices.ranks_per_host, gpu=GPUS["H100"])
     assert placement == place(made, facts(made), devices)
@@ -502,4 +506,4 @@ def test_the_placement_asks_nobody() -> None:
         alias.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import) for alias in node.names
     }
     assert not any(name and name.partition(".")[0] in ("torch", "deepspeed") for name in imported)
-    assert "mvd_scale.training.ranks" not in imported
+    assert "mvd_scale.distributed.process_group" not in imported

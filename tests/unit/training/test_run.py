@@ -3,7 +3,7 @@
 import torch
 
 from mvd_scale.config import load_recipe
-from mvd_scale.training.ranks import Ranks
+from mvd_scale.distributed.process_group import Ranks
 from mvd_scale.training.run import _attention
 
 

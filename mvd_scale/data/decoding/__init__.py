@@ -1,0 +1,1 @@
+"""Decoding of videos: samples for a DALI graph, the graph itself, and PyAV."""

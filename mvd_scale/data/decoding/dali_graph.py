@@ -1,0 +1,230 @@
+"""DALI graph of all loaders, for the CPU and the GPU: decode, crop, resize, rotate, flip, augment.
+
+    external_source (worker processes) --> encoded video --> decoders.video --+
+                                       |-> encoded image --> decoders.image --+--> slice -> resize -> rotate -> augment
+                                       '-> frames by PyAV, cut to the crop ---+      (once for every copy)
+
+Nothing in the graph draws random numbers: they all come from the sampler.
+
+Legend: B clips, C copies, T frames, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.data_node import DataNode
+from nvidia.dali.pipeline import Pipeline, do_not_convert
+
+from mvd_scale.config.data import DataConfig
+from mvd_scale.data.decoding.dali_augment import apply_operation, erase
+from mvd_scale.data.decoding.dali_geometry import Resampling, Sample, resize, upright
+from mvd_scale.data.decoding.sample_source import Decoder, VideoSource
+from mvd_scale.data.manifest import IMAGE_CODECS, Row
+from mvd_scale.data.sampling.augment import count_operations
+
+_TYPES: dict[Any, types.DALIDataType] = {
+    np.int32: types.INT32,
+    np.int64: types.INT64,
+    np.uint8: types.UINT8,
+    np.float32: types.FLOAT,
+}
+
+
+def build_pipeline(
+    source: VideoSource,
+    body: Callable[[Sample, DataNode], tuple[DataNode, ...]],
+    *,
+    frames: int,
+    batch: int,
+    device_id: int | None,
+    threads: int,
+    workers: int,
+    prefetch: int,
+) -> Pipeline:
+    """Build the DALI graph of one rank and start its worker processes.
+
+    One run of the graph returns the outputs of `body`, then row, label and failures, for `batch` samples.
+
+    Args:
+        source: callback that prepares single samples.
+        body: function from the arrays of a sample and its decoded frames (uint8 FHWC, on the device) to outputs.
+        frames: frames of a sample (T); a still image is repeated so often.
+        batch: samples per run (B).
+        device_id: index of the GPU that decodes and resizes; None for the CPU.
+        threads: CPU threads of the graph.
+        workers: number of processes that prepare samples; with 0, this process prepares them when `run` is called.
+        prefetch: number of batches that are prepared in advance.
+    """
+    graph = _graph(
+        source=source,
+        body=body,
+        decoders=tuple(source.decoders),
+        length=frames,
+        on_gpu=device_id is not None,
+        parallel=workers > 0,
+        queue_depth=prefetch,
+        batch_size=batch,
+        num_threads=threads,
+        device_id=device_id,
+        prefetch_queue_depth=prefetch,
+        py_num_workers=max(workers, 1),
+        py_start_method="spawn",
+    )
+    graph.build()
+    return graph
+
+
+@pipeline_def(enable_conditionals=True)  # type: ignore[untyped-decorator]
+def _graph(
+    source: VideoSource,
+    body: Callable[[Sample, DataNode], tuple[DataNode, ...]],
+    decoders: tuple[Decoder, ...],
+    length: int,
+    on_gpu: bool,
+    parallel: bool,
+    queue_depth: int,
+) -> tuple[Any, ...]:
+    sample = _read(source, parallel, queue_depth)
+    # Only decoders that the videos need become part of the graph.
+    if len(decoders) == 1:
+        frames = _decode(sample, decoders[0], length, on_gpu)
+    elif len(decoders) == 2:
+        if sample["decoder"] == int(decoders[0]):
+            frames = _decode(sample, decoders[0], length, on_gpu)
+        else:
+            frames = _decode(sample, decoders[1], length, on_gpu)
+    elif sample["decoder"] == int(Decoder.DALI_IMAGE):
+        frames = _decode(sample, Decoder.DALI_IMAGE, length, on_gpu)
+    elif sample["decoder"] == int(Decoder.DALI_VIDEO):
+        frames = _decode(sample, Decoder.DALI_VIDEO, length, on_gpu)
+    else:
+        frames = _decode(sample, Decoder.PYAV, length, on_gpu)
+    return (*body(sample, frames), sample["row"], sample["label"], sample["failures"])
+
+
+# `enable_conditionals` makes DALI rewrite the Python code of a graph; functions without conditionals opt out of that.
+@do_not_convert  # type: ignore[untyped-decorator]
+def _read(source: VideoSource, parallel: bool, queue_depth: int) -> Sample:
+    fields = source.fields
+    arrays = fn.external_source(
+        source,
+        num_outputs=len(fields),
+        batch=False,
+        parallel=parallel,
+        prefetch_queue_depth=queue_depth if parallel else None,
+        dtype=[_TYPES[field.dtype] for field in fields],
+        ndim=[field.ndim for field in fields],
+        layout=[field.layout for field in fields],
+    )
+    return {field.name: array for field, array in zip(fields, arrays, strict=True)}
+
+
+@do_not_convert  # type: ignore[untyped-decorator]
+def _decode(sample: Sample, decoder: Decoder, length: int, on_gpu: bool) -> DataNode:
+    if decoder is Decoder.DALI_VIDEO:
+        return decode_video(sample["encoded"], sample["frames"], on_gpu)
+    if decoder is Decoder.DALI_IMAGE:
+        return decode_image(sample["encoded"], length, on_gpu)
+    return sample["decoded"].gpu() if on_gpu else sample["decoded"]
+
+
+def decode_video(encoded: DataNode, frames: DataNode | list[int], on_gpu: bool) -> DataNode:
+    """Decode frames of a video by DALI: uint8 (T, H, W, 3)."""
+    # In the default padding mode, frames beyond the end of a truncated file are black, without an error.
+    return fn.decoders.video(encoded, device="mixed" if on_gpu else "cpu", frames=frames, pad_mode="none")
+
+
+def decode_image(encoded: DataNode, length: int, on_gpu: bool) -> DataNode:
+    """Decode a still image by DALI and repeat it to a clip of `length` frames: uint8 (T, H, W, 3).
+
+    The orientation tag (EXIF) is ignored, as in the published image recipes.
+    """
+    image = fn.decoders.image(
+        encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB, adjust_orientation=False
+    )
+    frame = fn.expand_dims(image, axes=[0], new_axis_names="F")
+    return frame if length == 1 else fn.cat(*[frame] * length, axis=0)
+
+
+def training_graph_body(
+    data: DataConfig, sides: Sequence[int], *, turned: bool, on_gpu: bool
+) -> Callable[[Sample, DataNode], tuple[DataNode, ...]]:
+    """Body of the graph of a training loader: from a sample and its frames to pixels, visible and masked tokens.
+
+    Args:
+        data: crop, augmentation and number of copies (C).
+        sides: input sides in pixels; all of them show the same crop.
+        turned: whether some videos are rotated by 90 or 270 degrees.
+        on_gpu: whether the device is a GPU.
+
+    Returns:
+        function that returns, on the device, for each of `sides` uint8 (T, side, side, 3), with a leading axis C if
+        there are several copies; then visible, int64 (C, V), and masked, int64 (C, M).
+    """
+    operations = count_operations(data.augment)
+    # Antialiased where they shrink, as the published code's filters (PIL) are.
+    resampling = Resampling(data.crop.interpolation, antialias=True)
+
+    def body(sample: Sample, frames: DataNode) -> tuple[DataNode, ...]:
+        copies = []
+        for copy in range(data.copies):
+            # Both filters antialias when they shrink frames, as PIL does in the published code.
+            cut = [
+                upright(sample, frames, (side, side), resampling, copy=copy, cut=True, turned=turned, on_gpu=on_gpu)
+                for side in sides
+            ]
+            if operations or data.augment.erasing is not None:
+                clip = cut[0]
+                for number in range(operations):
+                    clip = apply_operation(
+                        clip, sample["operations"][copy, number], sample["values"][copy, number], on_gpu
+                    )
+                if data.augment.erasing is not None:
+                    clip = erase(clip, sample["erase"][copy], sample["noise"][copy], sides[0], on_gpu)
+                # Boxes and warps are in pixels of the first side: the other sides are resized from the augmented clip.
+                others = [
+                    resize(clip, (side, side), filter=data.crop.interpolation, on_gpu=on_gpu) for side in sides[1:]
+                ]
+                cut = [clip, *others]
+            copies.append(cut)
+        return _outputs(sample, copies, on_gpu)
+
+    return body
+
+
+@do_not_convert  # type: ignore[untyped-decorator]
+def _outputs(sample: Sample, copies: list[list[DataNode]], on_gpu: bool) -> tuple[DataNode, ...]:
+    pixels = [clips[0] if len(clips) == 1 else fn.stack(*clips) for clips in zip(*copies, strict=True)]
+    tokens = [sample["visible"], sample["masked"]]
+    return (*pixels, *(indices.gpu() if on_gpu else indices for indices in tokens))
+
+
+def dali_decodes(encoded: NDArray[np.uint8], frames: NDArray[np.int64], video: Row, device_id: int | None) -> bool:
+    """Whether DALI decodes the given frames of a video, at the size that the manifest states.
+
+    A decode error ends the whole graph and does not name the clip. This function decodes one clip alone, to find it.
+
+    Args:
+        encoded: bytes of the encoded video, uint8 (bytes,).
+        frames: indices of the frames in display order, int64 (T,).
+        video: row of the manifest.
+        device_id: index of the GPU that decodes; None for the CPU.
+    """
+    still = video.codec in IMAGE_CODECS
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=device_id)  # type: ignore[untyped-decorator]
+    def one_clip() -> Any:
+        data = fn.external_source(lambda: [encoded], dtype=types.UINT8, ndim=1)
+        on_gpu = device_id is not None
+        return decode_image(data, 1, on_gpu) if still else decode_video(data, frames.tolist(), on_gpu)
+
+    try:
+        (clips,) = one_clip().run()
+    except RuntimeError:
+        return False
+    return tuple(clips[0].shape())[1:3] == video.coded_size

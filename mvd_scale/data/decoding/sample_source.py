@@ -1,0 +1,404 @@
+"""Sample sources, which run in worker processes: plan a clip, read or decode its video, pass arrays to the DALI graph.
+
+DALI spawns the workers, which import this module: it must not import torch, so that they start faster.
+
+Legend: T frames, C copies, K operations, V visible, M masked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from enum import IntEnum
+from multiprocessing import parent_process
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mvd_scale.data.decoding.pyav import decode_frames
+from mvd_scale.data.manifest import IMAGE_CODECS, Manifest, Row
+from mvd_scale.data.sampling.crops import Box
+from mvd_scale.data.sampling.sampler import ClipPlan, Sampler, Share
+from mvd_scale.data.storage import DecodeError, read_bytes, run_with_timeout
+from mvd_scale.data.worker_pool import exit_with_parent
+
+MAX_ATTEMPTS = 8
+"""Videos that are tried for one clip: the video of the clip, then substitutes."""
+
+GIVEN_UP = -1
+"""Value of `row` for a clip whose video and substitutes all failed to decode; its pixels are black."""
+
+GRACE_SECONDS = 20.0
+"""Seconds that a worker continues after SIGTERM; the launcher kills the remaining processes after 30 s."""
+
+Arrays = dict[str, NDArray[Any]]
+"""Arrays of one sample, by the names of `FIELDS`."""
+
+DaliDevice = Literal["cpu", "mixed"]
+"""Device on which DALI decodes: the CPU, or NVDEC of a GPU ("mixed" in DALI's terms)."""
+
+DALI_CODECS: dict[DaliDevice, frozenset[str]] = {
+    "cpu": frozenset({"vp8", "vp9", "mjpeg"}),
+    "mixed": frozenset({"h264", "hevc", "vp8", "vp9", "av1", "mpeg4"}),
+}
+"""Codecs that DALI 2.4 decodes; PyAV decodes the rest."""
+
+DALI_PIXEL_FORMATS = frozenset({"yuv420p", "yuvj420p"})
+"""Pixel formats that all DALI decoders accept: 8 bits, 4:2:0."""
+
+
+class Decoder(IntEnum):
+    """Implementation that decodes a clip: PyAV or DALI."""
+
+    PYAV = 0
+    """PyAV, in a worker process."""
+
+    DALI_VIDEO = 1
+    """DALI's video decoder, in the graph."""
+
+    DALI_IMAGE = 2
+    """DALI's image decoder, in the graph."""
+
+
+class DecoderInput(NamedTuple):
+    """Input of the graph for one clip: encoded bytes for DALI, or decoded frames cropped to a box."""
+
+    decoder: Decoder
+    data: NDArray[np.uint8]
+    """Encoded bytes, uint8 (bytes,), or frames, uint8 (T, height, width, 3)."""
+    top: int = 0
+    left: int = 0
+    """Position of the first pixel of `data` in the coded frame."""
+
+
+class Field(NamedTuple):
+    """Name, dtype, number of dimensions and DALI layout of an array that a source returns for every sample."""
+
+    name: str
+    dtype: type
+    ndim: int
+    layout: str = ""
+
+
+FIELDS = {
+    field.name: field
+    for field in (
+        Field("decoder", np.int32, 0),
+        Field("encoded", np.uint8, 1),
+        Field("decoded", np.uint8, 4, "FHWC"),
+        Field("frames", np.int32, 1),
+        Field("row", np.int64, 0),
+        Field("label", np.int64, 0),
+        Field("failures", np.uint8, 1),
+        Field("transpose", np.int32, 0),
+        Field("anchor", np.int32, 2),
+        Field("shape", np.int32, 2),
+        Field("mirror", np.int32, 2),
+        Field("size", np.float32, 1),
+        Field("inverse", np.int32, 1),
+        Field("visible", np.int64, 2),
+        Field("masked", np.int64, 2),
+        Field("operations", np.int32, 2),
+        Field("values", np.float32, 3),
+        Field("erase", np.int32, 2),
+        Field("noise", np.uint8, 5),
+    )
+}
+"""All arrays that a graph may receive for a sample."""
+
+
+class VideoSource(ABC):
+    """Callback of a graph's `external_source`: from DALI's sample number to the arrays of one sample.
+
+    Args:
+        manifest: the videos.
+        first: number of the first sample, which DALI numbers 0.
+        end: number after the last sample.
+        backend: device on which DALI decodes.
+        by_host: samples whose video DALI failed to decode: PyAV decodes them, or a substitute replaces them.
+        timeout: seconds after which a video counts as unreadable.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        *,
+        first: int,
+        end: int,
+        dali_device: DaliDevice,
+        by_host: frozenset[int],
+        timeout: float,
+    ) -> None:
+        self.videos = VideoTable(manifest)
+        self.decoders = decode_backends(manifest, dali_device)
+        self.turned = bool((manifest.rotation[manifest.usable] % 180).any())
+        self.first = first
+        self.end = end
+        self.dali_device: DaliDevice = dali_device
+        self.by_host = by_host
+        self.timeout = timeout
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if parent_process() is not None:
+            # This process is a worker. DALI's workers wait on shared memory and would outlive a parent that was killed.
+            exit_with_parent()
+            # SIGTERM reaches the workers as well as their rank, which needs batches until it has saved a checkpoint.
+            signal.signal(signal.SIGTERM, _exit_after_grace_period)
+
+    def __call__(self, sample: Any) -> tuple[NDArray[Any], ...]:
+        """Arrays of one sample, in the order of `fields`, for a `nvidia.dali.types.SampleInfo`.
+
+        Raises:
+            StopIteration: the sample is `end` or later.
+        """
+        n = self.first + int(sample.idx_in_epoch)
+        if n >= self.end:
+            raise StopIteration
+        arrays = self.sample(n)
+        return tuple(np.asarray(arrays[field.name], order="C") for field in self.fields)
+
+    @property
+    def fields(self) -> list[Field]:
+        """Arrays that the graph needs; others are not copied to it."""
+        used = {"decoded", "row", "label", "failures"}
+        if len(self.decoders) > 1:
+            used |= {"decoder", "encoded"}
+        if Decoder.DALI_VIDEO in self.decoders:
+            used.add("frames")
+        if self.turned:
+            used.add("transpose")
+        return [field for name, field in FIELDS.items() if name in used | self.extra_fields]
+
+    @property
+    @abstractmethod
+    def extra_fields(self) -> set[str]:
+        """Names of the fields that the graph of this source needs in addition to those of decoding."""
+
+    @abstractmethod
+    def sample(self, n: int) -> Arrays:
+        """Arrays of sample `n`, by the names of `FIELDS`."""
+
+    @abstractmethod
+    def dali_input(self, n: int) -> tuple[NDArray[np.uint8], NDArray[np.int64], Row] | None:
+        """Encoded bytes, frame numbers and video of sample `n` if DALI decodes it, else None.
+
+        Returns:
+            uint8 (bytes,), int64 (T,), and the row of the video.
+        """
+
+    def prepare(self, row: int, frames: NDArray[np.int64], box: Box | None, *, by_host: bool) -> DecoderInput:
+        """Read the bytes of a video for DALI, or decode its frames by PyAV and crop them to a box.
+
+        Args:
+            row: row of the manifest.
+            frames: indices of the frames in display order, int64 (T,).
+            box: box in the coded frame, for PyAV; None for the whole frame.
+            by_host: decode by PyAV even if DALI supports the codec.
+
+        Raises:
+            DecodeError: the video cannot be read or decoded, or its frames are not of the size in the manifest.
+        """
+        video = self.videos[row]
+        return run_with_timeout(self.timeout, video.path, _prepare, video, frames, box, self.dali_device, by_host)
+
+    def decoding(
+        self, media: DecoderInput, frames: NDArray[np.int64], row: int, failures: list[dict[str, object]]
+    ) -> Arrays:
+        """Arrays of the fields that all sources share: the input of the decoders, and row, label and failures.
+
+        Args:
+            media: encoded bytes or decoded frames.
+            frames: indices of the frames in display order, int64 (T,).
+            row: row of the manifest, or `GIVEN_UP`.
+            failures: a record for each video that failed to decode for this sample.
+        """
+        host = media.decoder is Decoder.PYAV
+        return {
+            "decoder": np.array(media.decoder, dtype=np.int32),
+            "encoded": np.zeros(1, np.uint8) if host else media.data,
+            "decoded": media.data if host else np.zeros((1, 1, 1, 3), np.uint8),
+            "frames": frames.astype(np.int32),
+            "row": np.array(row, dtype=np.int64),
+            "label": np.array(-1 if row == GIVEN_UP else self.videos.label[row], dtype=np.int64),
+            "failures": np.frombuffer(json.dumps(failures).encode(), dtype=np.uint8),
+        }
+
+
+class ClipSource(VideoSource):
+    """Source of the training clips of one rank; sample n is the rank's n-th clip.
+
+    Args:
+        manifest: the videos.
+        sampler: plans of the clips of its usable rows.
+        share: positions in the stream that belong to the rank.
+        by_host: as for `VideoSource`, but positions in the stream instead of samples.
+        others: other arguments of `VideoSource`.
+    """
+
+    def __init__(self, manifest: Manifest, sampler: Sampler, share: Share, **others: Any) -> None:
+        super().__init__(manifest, **others)
+        self.sampler = sampler
+        self.share = share
+
+    @property
+    def extra_fields(self) -> set[str]:
+        augment = self.sampler.data.augment
+        used = {"anchor", "shape", "mirror", "visible", "masked"}
+        if augment.rand_augment is not None or augment.color_jitter is not None:
+            used |= {"operations", "values"}
+        if augment.erasing is not None:
+            used |= {"erase", "noise"}
+        return used
+
+    def sample(self, n: int) -> Arrays:
+        position = self.share.position(n)
+        failures: list[dict[str, object]] = []
+        for attempt in range(MAX_ATTEMPTS):
+            plan = self.sampler.plan(*self.share.locate(position), attempt)
+            try:
+                return self._arrays(plan, self._media(plan, position), plan.row, failures)
+            except DecodeError as error:
+                failures.append(self.videos.failure(plan.row, error))
+        black = np.zeros((len(plan.frames), *self.videos[plan.row].coded_size, 3), dtype=np.uint8)
+        return self._arrays(plan, DecoderInput(Decoder.PYAV, black), GIVEN_UP, failures)
+
+    def dali_input(self, n: int) -> tuple[NDArray[np.uint8], NDArray[np.int64], Row] | None:
+        position = self.share.position(n)
+        for attempt in range(MAX_ATTEMPTS):
+            plan = self.sampler.plan(*self.share.locate(position), attempt)
+            try:
+                media = self._media(plan, position)
+            except DecodeError:
+                continue  # this video never reached DALI: the worker continued with the next substitute
+            return (media.data, plan.frames, self.videos[plan.row]) if media.decoder is not Decoder.PYAV else None
+        return None
+
+    def _media(self, plan: ClipPlan, position: int) -> DecoderInput:
+        # Frames decoded by PyAV are cropped to the smallest box that contains the crops of all copies: copying whole
+        # frames through shared memory would take longer.
+        box = _hull([coded_box(copy.crop, self.videos[plan.row]) for copy in plan.copies])
+        return self.prepare(plan.row, plan.frames, box, by_host=position in self.by_host)
+
+    def _arrays(self, plan: ClipPlan, media: DecoderInput, row: int, failures: list[dict[str, object]]) -> Arrays:
+        video, copies = self.videos[plan.row], plan.copies
+        boxes = np.array([coded_box(copy.crop, video) for copy in copies], dtype=np.int32)
+        augments = [copy.augment for copy in copies]
+        return self.decoding(media, plan.frames, row, failures) | {
+            "transpose": np.array(video.rotation % 180 != 0, dtype=np.int32),
+            "anchor": boxes[:, :2] - np.array([media.top, media.left], dtype=np.int32),
+            "shape": boxes[:, 2:],
+            "mirror": np.array([flip_axes(copy.flip, video) for copy in copies], dtype=np.int32),
+            "visible": np.stack([copy.visible for copy in copies]),
+            "masked": np.stack([copy.masked for copy in copies]),
+            "operations": np.stack([augment.operations for augment in augments]),
+            "values": np.stack([augment.values for augment in augments]),
+            "erase": np.array([augment.erase for augment in augments], dtype=np.int32),
+            "noise": _stack_noise([augment.noise for augment in augments]),
+        }
+
+
+class VideoTable:
+    """Properties of the videos that decoding needs, in compact arrays that are cheap to pickle for many processes."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        columns = ("offset", "size", "height", "width", "rotation", "first_pts", "pts_step", "label")
+        self.numbers = {name: getattr(manifest, name) for name in columns}
+        self.label = manifest.label
+        self.path = _Texts(manifest.path)
+        self.codec = _Texts(manifest.codec)
+        self.pixel_format = _Texts(manifest.pixel_format)
+
+    def __getitem__(self, row: int) -> Row:
+        numbers: dict[str, Any] = {name: int(column[row]) for name, column in self.numbers.items()}
+        return Row(name="", path=self.path[row], codec=self.codec[row], pixel_format=self.pixel_format[row], **numbers)
+
+    def failure(self, row: int, error: DecodeError) -> dict[str, object]:
+        """Record of a video that could not be decoded: row, path and reason."""
+        return {"row": row, "path": self.path[row], "error": error.reason}
+
+
+class _Texts:
+    """List of strings in one buffer, which is pickled as two objects instead of one per string."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
+        self.ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
+        self.buffer = b"".join(encoded)
+
+    def __getitem__(self, row: int) -> str:
+        start = int(self.ends[row - 1]) if row else 0
+        return self.buffer[start : int(self.ends[row])].decode("utf-8", "surrogateescape")
+
+
+def coded_box(box: Box, video: Row) -> Box:
+    """Convert a box of the displayed frame to the coded frame, which `video.rotation` turns into the displayed one."""
+    top, left, height, width = box
+    if video.rotation == 90:
+        return left, video.height - top - height, width, height
+    if video.rotation == 180:
+        return video.height - top - height, video.width - left - width, height, width
+    if video.rotation == 270:
+        return video.width - left - width, top, width, height
+    return box
+
+
+def flip_axes(flip: bool, video: Row) -> tuple[bool, bool]:
+    """Whether to mirror a frame left-right and up-down, after transposing it, to get the displayed frame, flipped.
+
+    Rotations by 90 and 270 degrees are a transposition followed by one mirroring, by 180 degrees both mirrorings.
+    """
+    return flip ^ (video.rotation in (180, 270)), video.rotation in (90, 180)
+
+
+def decode_backend(codec: str, pixel_format: str, dali_device: DaliDevice) -> Decoder:
+    """Implementation that decodes a video. It follows from codec and pixel format only, so that pixels do so too."""
+    if codec in IMAGE_CODECS:
+        return Decoder.DALI_IMAGE
+    if codec in DALI_CODECS[dali_device] and pixel_format in DALI_PIXEL_FORMATS:
+        return Decoder.DALI_VIDEO
+    return Decoder.PYAV
+
+
+def decode_backends(manifest: Manifest, dali_device: DaliDevice) -> list[Decoder]:
+    """Implementations that the usable videos need: by their codecs, and PyAV for videos that DALI fails to decode."""
+    kinds = {(manifest.codec[row], manifest.pixel_format[row]) for row in manifest.usable}
+    return sorted({decode_backend(*kind, dali_device) for kind in kinds} | {Decoder.PYAV})
+
+
+def _prepare(
+    video: Row, frames: NDArray[np.int64], box: Box | None, dali_device: DaliDevice, by_host: bool
+) -> DecoderInput:
+    decoder = Decoder.PYAV if by_host else decode_backend(video.codec, video.pixel_format, dali_device)
+    if decoder is not Decoder.PYAV:
+        return DecoderInput(decoder, read_bytes(video.path, video.offset, video.size))
+    top, left = box[:2] if box is not None else (0, 0)
+    return DecoderInput(decoder, decode_frames(video, frames, box), top, left)
+
+
+def _stack_noise(noises: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """Stack the noise of all copies, padded with 0 to the largest box: uint8 (C, T, height, width, 3)."""
+    height, width = (max(1, *(noise.shape[axis] for noise in noises)) for axis in (1, 2))
+    stacked = np.zeros((len(noises), len(noises[0]), height, width, 3), np.uint8)
+    for copy, noise in enumerate(noises):
+        stacked[copy, :, : noise.shape[1], : noise.shape[2]] = noise
+    return stacked
+
+
+def _hull(boxes: list[Box]) -> Box:
+    """Smallest box that contains all given boxes."""
+    top, left = min(box[0] for box in boxes), min(box[1] for box in boxes)
+    bottom, right = max(box[0] + box[2] for box in boxes), max(box[1] + box[3] for box in boxes)
+    return top, left, bottom - top, right - left
+
+
+def _exit_after_grace_period(number: int, frame: object) -> None:
+    """Handle a signal: exit after `GRACE_SECONDS` with the exit code of that signal."""
+    timer = threading.Timer(GRACE_SECONDS, os._exit, (128 + number,))
+    timer.daemon = True
+    timer.start()

@@ -1,0 +1,81 @@
+"""Files and folders by path or fsspec URL: suffixes, tests, opening, recursive search."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import BinaryIO, cast
+
+import fsspec
+
+from mvd_scale.data.storage import absolute, filesystem_of, is_url
+
+VIDEO_SUFFIXES = frozenset(
+    {".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".3gp", ".ogv"}
+)
+
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
+
+
+def is_dir(path: str) -> bool:
+    """Whether a path or URL is a folder."""
+    if is_url(path):
+        filesystem, inner = filesystem_of(path)
+        return bool(filesystem.isdir(inner))
+    return os.path.isdir(path)
+
+
+def exists(path: str) -> bool:
+    """Whether a file or folder exists at a path or URL."""
+    if is_url(path):
+        filesystem, inner = filesystem_of(path)
+        return bool(filesystem.exists(inner))
+    return os.path.exists(path)
+
+
+def open_file(path: str) -> BinaryIO:
+    """Open a file or URL for reading bytes."""
+    return cast(BinaryIO, fsspec.open(path, "rb").open() if is_url(path) else open(path, "rb"))
+
+
+def find_files(folder: str, predicate: Callable[[str], bool]) -> list[str]:
+    """Paths below a folder or URL for which `predicate(path)` is true, sorted.
+
+    Symbolic links are followed; each folder is visited once, even if several links lead to it.
+    """
+    if is_url(folder):
+        filesystem, inner = filesystem_of(folder)
+        return sorted(filesystem.unstrip_protocol(path) for path in filesystem.find(inner) if predicate(path))
+    seen = {os.path.realpath(folder)}
+    found: list[str] = []
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not _visited(os.path.join(parent, name), seen))
+        found += [os.path.join(parent, name) for name in names if predicate(name)]
+    return sorted(found)
+
+
+def relative(path: str, folder: str) -> str:
+    """Path relative to a folder, with forward slashes; the absolute path if it is not below the folder."""
+    if is_url(path):
+        if path.startswith(folder.rstrip("/") + "/"):
+            return path.removeprefix(folder.rstrip("/") + "/")
+        if path.split("://")[0] != folder.split("://")[0]:
+            return path
+        return str(filesystem_of(path)[1]).removeprefix(str(filesystem_of(folder)[1]).rstrip("/") + "/")
+    seen = os.path.relpath(path, folder)
+    return absolute(path) if seen.startswith("..") else seen.replace(os.sep, "/")
+
+
+def join(root: str, path: str) -> str:
+    """Path of a list entry, relative to `root` unless it is absolute or a URL."""
+    if is_url(path):
+        return path
+    return f"{root.rstrip('/')}/{path}" if is_url(root) else os.path.join(root, path)
+
+
+def _visited(folder: str, seen: set[str]) -> bool:
+    real = os.path.realpath(folder)
+    known = real in seen
+    seen.add(real)
+    return known

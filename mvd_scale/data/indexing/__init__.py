@@ -1,0 +1,1 @@
+"""From folders, lists and archives to a manifest: listing, probing, statistics, shards."""

@@ -1,0 +1,303 @@
+"""Build of a manifest from videos: each file is probed once, here, so that training never probes files.
+
+    list the sources -> take this machine's part -> probe in parallel, with a journal -> manifest
+
+A file that cannot be used becomes a row with the reason in `left_out`; only faults of a source as a whole are raised.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import IO
+
+from mvd_scale.config.data import DataConfig
+from mvd_scale.data.filesystem import find_files
+from mvd_scale.data.indexing.listing import Listing, ListOptions, merge_listings
+from mvd_scale.data.indexing.media_probe import probe_video
+from mvd_scale.data.indexing.sources import list_videos
+from mvd_scale.data.manifest import WHOLE_FILE, Manifest, Row
+from mvd_scale.data.storage import absolute, is_url
+from mvd_scale.data.worker_pool import run_chunks
+from mvd_scale.errors import UserError
+from mvd_scale.utils.progress import ProgressReporter
+
+CHUNK = 32
+"""Videos that a worker process takes from the queue at a time."""
+
+log = logging.getLogger("mvd_scale")
+
+
+@dataclass(frozen=True)
+class VideoProber:
+    """Function that worker processes apply to chunks of videos, with its options. Picklable."""
+
+    timeout: float = 60.0
+    """Seconds after which a video counts as unreadable."""
+
+    verify: bool = False
+    """Also decode the first, the middle and the last frame of each video."""
+
+    def __call__(self, videos: Sequence[Row]) -> list[Row]:
+        return [probe_video(video, timeout=self.timeout, verify=self.verify) for video in videos]
+
+
+def load_source(data: DataConfig, cache_folder: Path) -> Manifest:
+    """Read or build the manifest of a recipe's `data.source` or `data.mixture`.
+
+    A `.parquet` file is read. Any other source is indexed, and the manifest is cached in `cache_folder`. A cached
+    manifest is used again if it describes the same source and no file of the source is newer. The rows of a mixture
+    follow one data set after the other, numbered in the column `dataset`; classes of the same name become one class.
+
+    Raises:
+        UserError: there is no source; also as `build_manifest` and `Manifest.load`.
+    """
+    if data.mixture is None:
+        if data.source is None:
+            raise UserError(
+                "data.source is missing: give a folder of videos, an annotation file or a manifest "
+                "with `--data.source PATH`"
+            )
+        return _open_one(data.source, data.root, cache_folder / "manifest.parquet")
+    manifests = [
+        _open_one(part.source, part.root, cache_folder / f"manifest_{name}.parquet")
+        for name, part in data.mixture.items()
+    ]
+    return concat_manifests(manifests)
+
+
+def concat_manifests(manifests: Sequence[Manifest]) -> Manifest:
+    """Concatenate manifests into one, in which the column `dataset` is the index of the manifest a row comes from.
+
+    If one manifest has labels but no class names, its labels cannot be matched with those of the others: then all
+    labels become -1.
+    """
+    listings = [
+        Listing([replace(row, dataset=number) for row in manifest.rows], manifest.classes)
+        for number, manifest in enumerate(manifests)
+    ]
+    nameless = any(not part.classes and any(row.label >= 0 for row in part.rows) for part in listings)
+    if nameless:
+        log.info("all labels of the mixture are dropped: one of its data sets has labels but no class names")
+        listings = [Listing([replace(row, label=-1) for row in part.rows]) for part in listings]
+    united = merge_listings(listings)
+    return Manifest.from_rows(
+        united.rows, source="; ".join(manifest.source for manifest in manifests), classes=united.classes
+    )
+
+
+def build_manifest(
+    source: str | Path | Sequence[str],
+    root: str | Path | None = None,
+    *,
+    workers: int,
+    options: ListOptions | None = None,
+    prober: VideoProber | None = None,
+    part: tuple[int, int] | None = None,
+    journal: Path | None = None,
+) -> Manifest:
+    """Probe every video of some sources.
+
+    Args:
+        source: one or several sources, each of a form that `listing.SOURCE_FORMS` names.
+        root: as `ListOptions.root`.
+        workers: number of worker processes; a small number of videos is probed in this process.
+        options: properties that lists do not state themselves.
+        probing: time limit in seconds, and whether to verify.
+        part: (3, 64) for the third of 64 equal parts of the listing; `merge` combines the parts.
+        journal: file that records every probed video, so that an interrupted index resumes.
+
+    Raises:
+        UserError: a source is missing or empty, a list is malformed, or no video is usable.
+    """
+    sources = [str(source)] if isinstance(source, (str, Path)) else list(source)
+    options = options or ListOptions()
+    if root is not None:
+        options = replace(options, root=str(root))
+    listing = list_videos(sources, options)
+    videos = listing.rows
+    if part is not None:
+        number, count = part
+        videos = videos[len(videos) * (number - 1) // count : len(videos) * number // count]
+    rows = _probe_all(videos, workers, prober or VideoProber(), journal)
+    manifest = Manifest.from_rows(rows, source=_origin(sources, options), classes=listing.classes, part=part)
+    _log_summary(manifest, ", ".join(sources))
+    if len(manifest) or part is None:
+        _require_usable(manifest, ", ".join(sources))
+    return manifest
+
+
+def merge(manifests: Sequence[Manifest]) -> Manifest:
+    """Combine the manifests of all parts of one source, given in any order, into one manifest.
+
+    Raises:
+        UserError: a manifest is not a part, the parts are of different sources, or a part is missing or repeated.
+    """
+    whole = [number for number, manifest in enumerate(manifests, start=1) if manifest.part is None]
+    if whole:
+        raise UserError(
+            f"manifest {whole[0]} of those given is not a part: expected manifests made with `data index --part K/N`. "
+            "To train on several whole manifests, name them in `data.mixture`"
+        )
+    parts = sorted(manifests, key=lambda manifest: manifest.part or (0, 0))
+    if len({(manifest.source, manifest.classes) for manifest in parts}) > 1:
+        sources = sorted({manifest.source for manifest in parts})
+        raise UserError(
+            f"the manifests are parts of different sources ({'; '.join(sources)}): expected the parts of one source"
+        )
+    numbers = [manifest.part for manifest in parts]
+    counts = {part[1] for part in numbers if part is not None}
+    count = max(counts)
+    expected = [(number, count) for number in range(1, count + 1)]
+    if numbers != expected:
+        have = ", ".join(f"{part[0]}/{part[1]}" for part in numbers if part is not None)
+        missing = [f"{number}/{count}" for number, _ in expected if (number, count) not in numbers]
+        lack = f", missing are {', '.join(missing)}" if missing else ""
+        raise UserError(f"expected each of {count} parts once: given are {have}{lack}")
+    rows = [row for manifest in parts for row in manifest.rows]
+    return Manifest.from_rows(rows, source=parts[0].source, classes=parts[0].classes)
+
+
+def _open_one(source: str, root: str | None, cache: Path) -> Manifest:
+    if source.endswith(".parquet"):
+        manifest = Manifest.load(source)
+        if manifest.part is not None:
+            raise UserError(
+                f"{source} holds only part {manifest.part[0]}/{manifest.part[1]} of the videos of its source: combine "
+                "all parts with `mvd-scale data merge`"
+            )
+        _require_usable(manifest, source)
+        return manifest
+    # A cached manifest is used if nothing in the source is newer; for URLs, which have no reliable times, it always is.
+    origin = _origin([source], ListOptions(root=root))
+    if cache.is_file() and (is_url(source) or (os.path.exists(source) and cache.stat().st_mtime > _newest(source))):
+        manifest = Manifest.load(cache)
+        if manifest.source == origin:
+            log.info("%d videos of %s, from %s", len(manifest.usable), source, cache)
+            return manifest
+    manifest = build_manifest(source, root, workers=len(os.sched_getaffinity(0)))
+    manifest.save(cache)
+    return manifest
+
+
+def _probe_all(videos: Sequence[Row], workers: int, prober: VideoProber, journal: Path | None) -> list[Row]:
+    """Probe the videos that the journal does not know, and return the rows of all videos in their order."""
+    done = {}
+    with _Journal(journal, prober) as book, ProgressReporter("videos probed", len(videos)) as progress:
+        keys = [_key(video) for video in videos]
+        done = {n: book.known[key] for n, key in enumerate(keys) if key in book.known}
+        progress.add(len(done))
+        todo = [n for n in range(len(videos)) if n not in done]
+        chunks = [todo[start : start + CHUNK] for start in range(0, len(todo), CHUNK)]
+        work = [[videos[n] for n in chunk] for chunk in chunks]
+        for chunk, rows in run_chunks(prober, work, workers, _crashed):
+            for n, row in zip(chunks[chunk], rows, strict=True):
+                done[n] = row
+                book.add(keys[n], row)
+            progress.add(len(rows))
+        # The journal may come from another listing of the same files: names, labels and paths are those of this one.
+        return [replace(done[n], name=video.name, label=video.label, path=video.path) for n, video in enumerate(videos)]
+
+
+def _crashed(video: Row) -> Row:
+    return replace(video, left_out="crashes the process that reads it")
+
+
+class _Journal:
+    """Record of the videos that are probed, one JSON line each, so that an interrupted index resumes.
+
+    The first line states the options. A journal made with other options is overwritten; a line that is incomplete,
+    because the process was killed while writing it, is skipped.
+    """
+
+    def __init__(self, path: Path | None, prober: VideoProber) -> None:
+        self.path = path
+        self.known: dict[str, Row] = {}
+        self._head = json.dumps({"verify": prober.verify, "version": 1})
+        self._file: IO[str] | None = None
+
+    def __enter__(self) -> _Journal:
+        if self.path is not None:
+            self.known = dict(self._read())
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a" if self.known else "w", encoding="utf-8")
+            # The last line may be incomplete: the newline keeps the next record apart from it.
+            self._file.write("\n" if self.known else self._head + "\n")
+        return self
+
+    def add(self, key: str, row: Row) -> None:
+        """Append the row of one probed video."""
+        if self._file is not None:
+            self._file.write(json.dumps([key, asdict(row)]) + "\n")
+            self._file.flush()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._file is not None and self.path is not None:
+            self._file.close()
+
+    def _read(self) -> Iterator[tuple[str, Row]]:
+        assert self.path is not None
+        if not self.path.is_file():
+            return
+        head, *lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
+        if head != self._head:
+            return
+        for line in lines:
+            try:
+                key, row = json.loads(line)
+            except ValueError:
+                continue
+            yield key, Row(**row)
+
+
+def _key(video: Row) -> str:
+    """Identity of a video in the journal: path, place in a shard, modification time and size of the file."""
+    changed = 0
+    if not is_url(video.path):
+        try:
+            stat = os.stat(video.path)
+        except OSError:
+            return f"{video.path} is missing"
+        changed = stat.st_mtime_ns + stat.st_size
+    place = "" if video.offset == WHOLE_FILE else f"{video.offset}+{video.size}"
+    return f"{video.path} {place} {changed}"
+
+
+def _log_summary(manifest: Manifest, source: str) -> None:
+    log.info("%d usable videos of %d in %s", len(manifest.usable), len(manifest), source)
+    bad = [(path, why) for path, why in zip(manifest.name, manifest.left_out, strict=True) if why is not None]
+    if bad:
+        shown = "; ".join(f"{Path(path).name} ({why})" for path, why in bad[:5])
+        rest = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
+        log.warning("%d videos of %s cannot be used and are left out: %s%s", len(bad), source, shown, rest)
+
+
+def _require_usable(manifest: Manifest, source: str) -> None:
+    if not len(manifest.usable):
+        why = next((f" (first reason: {reason})" for reason in manifest.left_out if reason is not None), "")
+        raise UserError(
+            f"none of the {len(manifest)} videos of {source} can be used{why}. Check the paths (data.source, "
+            "data.root), and that a player shows the files"
+        )
+
+
+def _origin(sources: Sequence[str], options: ListOptions) -> str:
+    words = [absolute(source) for source in sources]
+    for name, value in vars(options).items():
+        if value is not None and value != getattr(ListOptions(), name):
+            words.append(f"{name} {absolute(value) if name == 'root' else value}")
+    return " ".join(words)
+
+
+def _newest(source: str) -> float:
+    """Time of the last change in a source, in seconds since 1970."""
+    if os.path.isfile(source):
+        return os.stat(source).st_mtime
+    # Folders count too: deleting or renaming a file changes the time of its folder only.
+    files = find_files(source, lambda _: True)
+    folders = {source, *(os.path.dirname(path) for path in files)}
+    return max(os.lstat(path).st_mtime for path in [*folders, *files])

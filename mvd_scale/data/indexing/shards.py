@@ -1,0 +1,284 @@
+"""Packing of videos into tar files (shards): network file systems and object stores favour a few large files.
+
+    manifest -> groups of about the given size -> one tar file and its index each, in parallel -> manifest of the shards
+
+Training reads each video as a byte range of its shard. A shard is complete or absent, so that an interrupted job
+resumes with the next one. Rows keep their order, names and labels: a run over shards draws the same stream of clips as
+a run over the files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import tarfile
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from mvd_scale.data.indexing.media_probe import probe_video
+from mvd_scale.data.indexing.transcode import TranscodeOptions, transcode
+from mvd_scale.data.manifest import IMAGE_CODECS, Manifest, Row
+from mvd_scale.data.storage import DecodeError, absolute, filesystem_of, is_url, read_bytes, run_with_timeout
+from mvd_scale.data.worker_pool import run_chunks
+from mvd_scale.errors import UserError
+from mvd_scale.utils.progress import ProgressReporter
+
+SETTINGS = "shards.json"
+"""File in the output folder that records the videos and options from which the shards are made."""
+
+_SUFFIXES = {
+    "jpeg": ".jpg",
+    "png": ".png",
+    "bmp": ".bmp",
+    "tiff": ".tif",
+    "webp": ".webp",
+    "vp8": ".webm",
+    "vp9": ".webm",
+}
+
+log = logging.getLogger("mvd_scale")
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One shard to write: its number, the row of its first video, and its videos."""
+
+    number: int
+    first_row: int
+    videos: list[Row]
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """Function that worker processes apply to shards, with its options. Picklable."""
+
+    folder: str
+    encoding: TranscodeOptions | None
+    timeout: float
+
+    def __call__(self, tasks: Sequence[_Task]) -> list[list[Row]]:
+        return [self._write(task) for task in tasks]
+
+    def _write(self, task: _Task) -> list[Row]:
+        rows = []
+        path = shard_path(self.folder, task.number)
+        with (
+            _AtomicFile(path) as target,
+            tarfile.open(fileobj=target.file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+        ):
+            for number, video in enumerate(task.videos, start=task.first_row):
+                try:
+                    row, data = self._read(video)
+                except DecodeError as error:
+                    rows.append(replace(video, left_out=error.reason))
+                    continue
+                # Members are numbered: names from outside are never used as paths.
+                member = tarfile.TarInfo(f"{number:09d}{_SUFFIXES.get(row.codec, '.mp4')}")
+                member.size = len(data)
+                start = target.file.tell()
+                tar.addfile(member, io.BytesIO(data))
+                # In a tar file, the data of a member follows its header of one block.
+                rows.append(replace(row, path=path, offset=start + tarfile.BLOCKSIZE, size=len(data)))
+        # The index is written last: its presence marks the shard as complete.
+        _write_text(index_path(path), json.dumps([asdict(row) for row in rows]))
+        return rows
+
+    def _read(self, video: Row) -> tuple[Row, bytes]:
+        read = run_with_timeout(self.timeout, video.path, read_bytes, video.path, video.offset, video.size)
+        data = read.tobytes()
+        if self.encoding is None or video.codec in IMAGE_CODECS:
+            return video, data
+        with tempfile.TemporaryDirectory() as scratch:
+            file = Path(scratch) / f"video{self.encoding.suffix}"
+            try:
+                transcode(video, data, self.encoding, file)
+            except (OSError, ValueError) as error:
+                raise DecodeError(video.path, f"cannot be transcoded: {error}") from error
+            row = probe_video(
+                Row(name=video.name, path=str(file), label=video.label, dataset=video.dataset), timeout=self.timeout
+            )
+            if row.left_out is not None:
+                raise DecodeError(video.path, f"its transcoded file cannot be read: {row.left_out}")
+            if row.frames != video.frames:
+                raise DecodeError(video.path, f"only {row.frames} of its {video.frames} frames could be transcoded")
+            return row, file.read_bytes()
+
+
+def shard_videos(
+    manifest: Manifest,
+    out: str,
+    *,
+    size: int,
+    workers: int,
+    encoding: TranscodeOptions | None = None,
+    timeout: float = 60.0,
+) -> Manifest:
+    """Pack the usable videos of a manifest into tar files.
+
+    Args:
+        manifest: the videos; rows that are left out keep their values and are not packed.
+        out: folder or fsspec URL; shards that an earlier call with the same arguments completed are kept.
+        size: approximate size of a shard in bytes; a video is never divided.
+        workers: number of worker processes.
+        encoding: parameters for transcoding every video; None copies the bytes.
+        timeout: seconds after which a video counts as unreadable.
+
+    Returns:
+        manifest of the same rows in the same order, whose paths and offsets point into the shards.
+
+    Raises:
+        UserError: the folder holds other shards or cannot be written, or a video crashes the process that reads it.
+    """
+    out = absolute(out)
+    tasks = _divide(manifest, size)
+    _check_folder(out, manifest, size, encoding)
+    finished = {task.number: _finished(out, task) for task in tasks}
+    done = {number: rows for number, rows in finished.items() if rows is not None}
+    if done:
+        log.info("%d of %d shards are complete already", len(done), len(tasks))
+    todo = [task for task in tasks if task.number not in done]
+    writer = _Writer(out, encoding, timeout)
+    with ProgressReporter("shards written", len(tasks)) as progress:
+        progress.add(len(done))
+        inline_limit = 0 if workers > 1 else len(todo)
+        for number, (rows,) in run_chunks(
+            writer, [[task] for task in todo], workers, _crashed, inline_limit=inline_limit
+        ):
+            done[todo[number].number] = rows
+            progress.add(1)
+    everything = manifest.rows
+    packed_rows = [row for task in tasks for row in done[task.number]]
+    for place, row in zip(manifest.usable.tolist(), packed_rows, strict=True):
+        everything[place] = row
+    packed = Manifest.from_rows(everything, source=manifest.source, classes=manifest.classes)
+    lost = len(manifest.usable) - len(packed.usable)
+    if lost:
+        log.warning("%d videos could not be packed and are left out: see `mvd-scale data stats`", lost)
+    return packed
+
+
+def save_manifest(manifest: Manifest, out: str) -> str:
+    """Write the manifest into the folder of the shards, and return its path or URL."""
+    path = f"{out.rstrip('/')}/manifest.parquet"
+    if not is_url(path):
+        manifest.save(Path(path))
+        return path
+    with tempfile.TemporaryDirectory() as scratch:
+        manifest.save(Path(scratch) / "manifest.parquet")
+        filesystem, inner = filesystem_of(path)
+        filesystem.put_file(str(Path(scratch) / "manifest.parquet"), inner)
+    return path
+
+
+def shard_path(folder: str, number: int) -> str:
+    """Path or URL of the tar file of a shard."""
+    return f"{folder.rstrip('/')}/shard-{number:06d}.tar"
+
+
+def index_path(shard: str) -> str:
+    """Path or URL of the index of a shard, the rows of its videos as JSON."""
+    return shard.removesuffix(".tar") + ".json"
+
+
+def _divide(manifest: Manifest, size: int) -> list[_Task]:
+    tasks: list[_Task] = []
+    group: list[Row] = []
+    first, filled = 0, 0
+    for number, row in enumerate(manifest.usable.tolist()):
+        video = manifest.row(row)
+        if group and filled + video.size > size:
+            tasks.append(_Task(len(tasks), first, group))
+            group, first, filled = [], number, 0
+        group.append(video)
+        filled += video.size
+    return [*tasks, _Task(len(tasks), first, group)] if group else tasks
+
+
+def _crashed(task: _Task) -> list[Row]:
+    raise UserError(
+        f"shard {task.number} cannot be written: one of its videos, from {task.videos[0].path} to "
+        f"{task.videos[-1].path}, crashes the process that reads it. Run `mvd-scale data index --verify`, which finds "
+        "this video and leaves it out"
+    )
+
+
+def _check_folder(out: str, manifest: Manifest, size: int, encoding: TranscodeOptions | None) -> None:
+    """Check that the folder has no shards yet, or shards made from the same videos with the same options."""
+    places = hashlib.sha256("\n".join(manifest.path).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    wanted = json.dumps(
+        {
+            "videos": f"{manifest.digest} {places}",
+            "size": size,
+            "encoding": None if encoding is None else asdict(encoding),
+        }
+    )
+    settings = f"{out.rstrip('/')}/{SETTINGS}"
+    try:
+        existing = _read_text(settings)
+        if existing is None:
+            _write_text(settings, wanted)
+    except OSError as error:
+        raise UserError(f"the shards cannot be written to {out}: {error.strerror or error}") from error
+    if existing is not None and existing != wanted:
+        raise UserError(
+            f"{out} holds shards of other videos, or made with other options ({existing}), expected {wanted}. Choose "
+            "another folder with --out"
+        )
+
+
+def _finished(out: str, task: _Task) -> list[Row] | None:
+    text = _read_text(index_path(shard_path(out, task.number)))
+    return None if text is None else [Row(**row) for row in json.loads(text)]
+
+
+class _AtomicFile:
+    """Context manager that writes a file atomically: the file appears complete, or not at all."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __enter__(self) -> _AtomicFile:
+        if is_url(self.path):
+            filesystem, inner = filesystem_of(self.path)
+            # Object stores make a file visible only when it is closed.
+            self.file = filesystem.open(inner, "wb")
+        else:
+            self.partial = Path(f"{self.path}.partial")
+            self.partial.parent.mkdir(parents=True, exist_ok=True)
+            self.file = self.partial.open("wb")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if not is_url(self.path) and kind is None:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        self.file.close()
+        if not is_url(self.path):
+            if kind is None:
+                self.partial.replace(self.path)
+            else:
+                self.partial.unlink()
+
+
+def _write_text(path: str, text: str) -> None:
+    with _AtomicFile(path) as target:
+        target.file.write(text.encode())
+
+
+def _read_text(path: str) -> str | None:
+    try:
+        return bytes(read_bytes(path)).decode() if _exists(path) else None
+    except DecodeError as error:
+        raise UserError(f"{error}. Remove this file, and start the command again") from error
+
+
+def _exists(path: str) -> bool:
+    if is_url(path):
+        filesystem, inner = filesystem_of(path)
+        return bool(filesystem.exists(inner))
+    return os.path.exists(path)

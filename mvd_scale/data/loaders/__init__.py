@@ -1,0 +1,1 @@
+"""Iterators over batches: training clips, views of a test, one video."""

@@ -1,0 +1,226 @@
+"""The base of all loaders: a DALI graph that is fed samples, and its recovery from broken videos."""
+
+from __future__ import annotations
+
+import json
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Hashable
+from pathlib import Path
+from types import TracebackType
+from typing import TypedDict
+
+import torch
+from nvidia.dali.pipeline import Pipeline
+from nvidia.dali.tensors import TensorListCPU, TensorListGPU
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+from typing_extensions import Self
+
+from mvd_scale.config.data import DataConfig
+from mvd_scale.data.decoding.dali_graph import dali_decodes
+from mvd_scale.data.decoding.sample_source import GIVEN_UP, DaliDevice, VideoSource
+from mvd_scale.data.manifest import Manifest
+from mvd_scale.distributed.data_rank import DataRank
+from mvd_scale.errors import UserError
+
+MIN_CLIPS_FOR_BROKEN_LIMIT = 100
+"""Number of clips of a rank from which on the share of replaced clips is compared with `data.max_broken`."""
+
+
+log = logging.getLogger("mvd_scale")
+
+
+Outputs = list[TensorListCPU | TensorListGPU]
+"""Outputs of one run of a DALI graph, one batch per output."""
+
+
+class Failure(TypedDict):
+    """Record of a video that could not be decoded: row of the manifest, path, and reason."""
+
+    row: int
+    path: str
+    error: str
+
+
+class Feed(ABC):
+    """Base class of loaders: a DALI graph that recovers from decode errors, and the count of videos that fail.
+
+    Args:
+        manifest: the videos.
+        data: workers, threads and limits.
+        batch: samples of one run of the graph.
+        samples: numbers of the samples to give, in steps of one.
+        rank: where batches live, and the CPUs of workers and threads.
+        report: file to append a JSON line (row, path, error, step) to for each video that could not be decoded.
+    """
+
+    def __init__(
+        self, manifest: Manifest, data: DataConfig, *, batch: int, samples: range, rank: DataRank, report: Path | None
+    ) -> None:
+        self.clips = 0
+        self.substituted = 0
+        self._manifest = manifest
+        self._data = data
+        self._batch = batch
+        self._next = samples.start
+        self._end = samples.stop
+        self._device = rank.device
+        self._report = report
+        self._reported: set[Hashable] = set()
+        self._by_host: frozenset[int] = frozenset()
+        self._workers = worker_count(data, rank)
+        self._threads = thread_count(data, rank)
+        self._graph: Pipeline | None = self._build()
+
+    @abstractmethod
+    def _source(self) -> VideoSource:
+        """Sample source that starts at sample `_next`."""
+
+    @abstractmethod
+    def _build(self) -> Pipeline:
+        """Build the DALI graph over `_source()`."""
+
+    @abstractmethod
+    def _key(self, n: int) -> int:
+        """Key of sample n in `by_host`."""
+
+    _failure_suffix = " and is replaced"
+
+    @property
+    def step(self) -> int:
+        """Progress of the loader, which the report records with each failure: number of the next sample."""
+        return self._next
+
+    def run(self) -> Outputs:
+        """Run the graph once and return its outputs, without row, label and failures.
+
+        Rows and labels are stored in `rows` and `labels`, int64 (B,); failures are counted and reported.
+
+        Raises:
+            StopIteration: the last sample has been returned.
+            UserError: too many videos cannot be decoded.
+        """
+        outputs = None
+        while outputs is None:
+            if self._graph is None or self._next >= self._end:
+                raise StopIteration
+            try:
+                outputs = self._graph.run(self._stream)
+            except RuntimeError as error:
+                self._route_around(error)
+        *outputs, rows, labels, failures = outputs
+        self.rows, self.labels = as_tensor(rows), as_tensor(labels)
+        failed = [json.loads(bytes(failures.at(k))) for k in range(self._batch)]
+        self._count_failures(self.rows.tolist(), failed)
+        self._next += self._batch
+        return outputs
+
+    def close(self) -> None:
+        """End the worker processes; the loader returns no more batches."""
+        self._end = self._next
+        self._graph = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def _device_id(self) -> int | None:
+        return (self._device.index or 0) if self._device.type == "cuda" else None
+
+    @property
+    def _dali_device(self) -> DaliDevice:
+        return "cpu" if self._device_id is None else "mixed"
+
+    @property
+    def _stream(self) -> torch.cuda.Stream | None:
+        """CUDA stream on which outputs are ordered before their use, so that the host does not wait for the decoder."""
+        return torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+
+    def _route_around(self, error: RuntimeError) -> None:
+        """Rebuild the graph so that PyAV decodes the samples that DALI failed to decode.
+
+        The error does not name the sample, and the graph prefetches: DALI tries every sample that may have been in the
+        graph alone. Only these samples go to PyAV, not all samples of their videos, so that the pixels of a sample do
+        not depend on earlier errors of the run.
+
+        Raises:
+            RuntimeError: `error` itself, if DALI decodes every one of these samples.
+        """
+        self._graph = None
+        source = self._source()
+        candidates = range(self._next, min(self._next + (self._data.prefetch + 1) * self._batch, self._end))
+        failed = frozenset(self._key(n) for n in candidates if not self._dali_decodes(source, n))
+        if not failed:
+            raise error
+        self._by_host = frozenset(key for key in self._by_host if key >= self._key(self._next)) | failed
+        log.info("DALI cannot decode %d of the next %d clips: PyAV decodes them instead", len(failed), len(candidates))
+        self._graph = self._build()
+
+    def _dali_decodes(self, source: VideoSource, n: int) -> bool:
+        task = source.dali_input(n)
+        return task is None or dali_decodes(*task, self._device_id)
+
+    def _count_failures(self, rows: list[int], failures: list[list[Failure]]) -> None:
+        """Count the samples of one run, and report the videos that were replaced.
+
+        Raises:
+            UserError: a sample has no substitute, or more than `data.max_broken` of the samples were replaced.
+        """
+        self.clips += len(rows)
+        for row, failed in zip(rows, failures, strict=True):
+            self.substituted += bool(failed)
+            for failure in failed:
+                self._report_failure(failure)
+            if row == GIVEN_UP:
+                self._raise_no_substitute(failed)
+        if self.clips >= MIN_CLIPS_FOR_BROKEN_LIMIT and self.substituted > self._data.max_broken * self.clips:
+            raise UserError(
+                f"{self.substituted} of {self.clips} clips were replaced because their videos cannot be decoded, more "
+                f"than data.max_broken {self._data.max_broken:g} allows. {self._advice}"
+            )
+
+    def _raise_no_substitute(self, failed: list[Failure]) -> None:
+        raise UserError(
+            f"{len(failed)} videos in a row cannot be decoded, the last one {failed[-1]['path']}: "
+            f"{failed[-1]['error']}. {self._advice}"
+        )
+
+    def _report_failure(self, failure: Failure) -> None:
+        video = self._video(failure["row"])
+        if video in self._reported:
+            return
+        self._reported.add(video)
+        log.warning("video %s cannot be decoded%s: %s", failure["path"], self._failure_suffix, failure["error"])
+        if self._report is not None:
+            with self._report.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({**failure, "step": self.step}) + "\n")
+
+    def _video(self, row: int) -> Hashable:
+        """Key of the video of a row: each key is reported once."""
+        return row
+
+    @property
+    def _advice(self) -> str:
+        listed = f"The videos are listed in {self._report}. " if self._report is not None else ""
+        return f"{listed}Restore the files, or index the videos again, or raise data.max_broken"
+
+
+def worker_count(data: DataConfig, rank: DataRank) -> int:
+    """Worker processes of one rank: `data.workers`, or its CPUs, less one for itself."""
+    return max(rank.cpu_count - 1, 0) if data.workers == "auto" else data.workers
+
+
+def thread_count(data: DataConfig, rank: DataRank) -> int:
+    """Threads of one rank's graph: `data.threads`, or its CPUs."""
+    return max(rank.cpu_count, 1) if data.threads == "auto" else data.threads
+
+
+def as_tensor(batch: TensorListCPU | TensorListGPU) -> Tensor:
+    """Convert a DALI batch to a tensor without a copy: the dynamic executor gives every batch buffers of its own."""
+    return from_dlpack(batch.as_tensor())

@@ -1,0 +1,187 @@
+"""Training loader: micro batches of one rank, in a stream of clips that depends on the seed alone.
+
+    Share (which clips) -> ClipSource in workers -> DALI graph -> ClipBatch
+                                                      |
+                              decode error: find the clips, pass them to PyAV, rebuild the graph, continue
+
+Legend: B clips, T frames.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nvidia.dali.pipeline import Pipeline
+from typing_extensions import Self
+
+from mvd_scale.config.data import DataConfig
+from mvd_scale.config.model import ModelConfig
+from mvd_scale.config.recipe import RunRecipe
+from mvd_scale.data.batch import ClipBatch
+from mvd_scale.data.decoding.dali_graph import build_pipeline, training_graph_body
+from mvd_scale.data.decoding.sample_source import ClipSource
+from mvd_scale.data.loaders.base import Feed, as_tensor
+from mvd_scale.data.manifest import Manifest
+from mvd_scale.data.sampling.sampler import Sampler, Share, steps_per_epoch
+from mvd_scale.distributed.data_rank import DataRank
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The optimizer steps of a run and the batches that they are made of. Sizes count every copy of a clip."""
+
+    global_batch: int
+    """Clips of one optimizer step over all ranks."""
+
+    micro_batch: int
+    """Clips of one batch of a rank (B); divides its share of the global batch."""
+
+    steps: range
+    """Optimizer steps to load, in steps of one."""
+
+    @classmethod
+    def for_run(cls, recipe: RunRecipe, world_size: int, steps: range) -> BatchPlan:
+        """The batches of a recipe on a number of ranks.
+
+        Raises:
+            UserError: the global batch cannot be split over the ranks.
+        """
+        return cls(recipe.training.global_batch, recipe.micro_batch_and_accumulation(world_size)[0], steps)
+
+    @classmethod
+    def one_batch(cls, clips: int) -> BatchPlan:
+        """A single batch of the first optimizer step."""
+        return cls(clips, clips, range(1))
+
+
+class ClipLoader(Feed):
+    """Iterator over the micro batches of one rank, from the start of an optimizer step to the end of training.
+
+    Clip k of optimizer step s is the same for any numbers of ranks, workers and micro batches: the whole state of the
+    loader is the step. A clip whose video cannot be decoded is replaced by a deterministic substitute; `substituted`
+    counts these clips, and the report lists each video once. All batch sizes count every copy of a clip
+    (`data.copies`).
+
+    Args:
+        manifest: the videos.
+        data: sampling, crop, augmentation and mask of clips.
+        model: shape of a clip.
+        seed: of order, frames, crops and masks.
+        plan: sizes of batches, and the optimizer steps to load.
+        rank: which part of each global batch to load, where to, and the CPUs of workers and threads.
+        sides: further input sides, in pixels, to resize each crop to (`ClipBatch.at`).
+        report: file to append a JSON line (row, path, error, step) to for each video that could not be decoded.
+
+    Raises:
+        UserError: an epoch has fewer clips than one global batch. During iteration: more than `data.max_broken` of the
+            clips were replaced, or a clip had no decodable substitute.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        data: DataConfig,
+        model: ModelConfig,
+        seed: int,
+        *,
+        plan: BatchPlan,
+        rank: DataRank,
+        sides: tuple[int, ...] = (),
+        report: Path | None = None,
+    ) -> None:
+        total, micro = plan.global_batch, plan.micro_batch
+        if total % (rank.world_size * micro) or micro % data.copies:
+            raise ValueError(
+                f"global batch {total} is not a multiple of micro batch {micro} x {rank.world_size} ranks, or "
+                f"the micro batch is not a multiple of {data.copies} copies"
+            )
+        steps_per_epoch(manifest, data, total)
+        self.sides = (model.input_size, *(side for side in sides if side != model.input_size))
+        self._model = model
+        self._sampler = self._make_sampler(manifest, data, model, seed)
+        self._share = Share(self._sampler.clips, total // data.copies, rank.rank, rank.world_size)
+        each = self._share.clips_per_step
+        samples = range(plan.steps.start * each, plan.steps.stop * each)
+        super().__init__(manifest, data, batch=micro // data.copies, samples=samples, rank=rank, report=report)
+
+    @classmethod
+    def for_run(
+        cls,
+        manifest: Manifest,
+        recipe: RunRecipe,
+        rank: DataRank,
+        steps: range,
+        *,
+        sides: tuple[int, ...] = (),
+        report: Path | None = None,
+    ) -> ClipLoader:
+        """The loader of a training run.
+
+        Args:
+            manifest: its videos.
+            recipe: says how clips are cut, masked and batched.
+            rank: as of `ClipLoader`.
+            steps: optimizer steps from those that are done to the last.
+            sides: as of `ClipLoader`.
+            report: as of `ClipLoader`.
+
+        Raises:
+            UserError: as `ClipLoader`, or the global batch cannot be split over the ranks.
+        """
+        plan = BatchPlan.for_run(recipe, rank.world_size, steps)
+        return ClipLoader(
+            manifest, recipe.data, recipe.model, recipe.seed, plan=plan, rank=rank, sides=sides, report=report
+        )
+
+    @property
+    def step(self) -> int:
+        """Number of optimizer steps whose clips have all been returned: the whole state of the loader."""
+        return self._next // self._share.clips_per_step
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> ClipBatch:
+        *pixels, visible, masked = self.run()
+        copies = self._data.copies
+        first, *others = (as_tensor(side) if copies == 1 else as_tensor(side).flatten(0, 1) for side in pixels)
+        return ClipBatch(
+            pixels=first,
+            visible=as_tensor(visible).flatten(0, 1),
+            masked=as_tensor(masked).flatten(0, 1),
+            labels=self.labels.to(self._device, non_blocking=True).repeat_interleave(copies),
+            video_ids=self.rows.repeat_interleave(copies),
+            resized=dict(zip(self.sides[1:], others, strict=True)),
+        )
+
+    def _make_sampler(self, manifest: Manifest, data: DataConfig, model: ModelConfig, seed: int) -> Sampler:
+        return Sampler(manifest, data, model, seed)
+
+    def _build(self) -> Pipeline:
+        source = self._source()
+        return build_pipeline(
+            source,
+            training_graph_body(self._data, self.sides, turned=source.turned, on_gpu=self._device_id is not None),
+            frames=self._model.frames,
+            batch=self._batch,
+            device_id=self._device_id,
+            threads=self._threads,
+            workers=self._workers,
+            prefetch=self._data.prefetch,
+        )
+
+    def _source(self) -> ClipSource:
+        return ClipSource(
+            self._manifest,
+            self._sampler,
+            self._share,
+            first=self._next,
+            end=self._end,
+            dali_device=self._dali_device,
+            by_host=self._by_host,
+            timeout=self._data.read_timeout,
+        )
+
+    def _key(self, n: int) -> int:
+        return self._share.position(n)

@@ -1,0 +1,1 @@
+"""Pure functions of (seed, epoch, clip) that choose frames, crops, masks and augmentation."""

@@ -1,0 +1,232 @@
+"""Processes of a run: initialisation of the process group, waiting for each other, and its destruction.
+
+This module reads the launcher's environment variables; `config.launcher` reads only those that are needed before torch
+is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mvd_scale.distributed.cpu_affinity import Pinned, machine_id, settle
+from mvd_scale.distributed.data_rank import DataRank
+from mvd_scale.errors import UserError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all processes of the job, and its device."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    timeout: timedelta = timedelta(minutes=10)
+    """Longest wait for other ranks in a collective operation."""
+    host: str = ""
+    """Identifier of the host, different for each host of the job."""
+    pinned: Pinned | None = None
+    """CPUs that this rank is bound to; None if ranks use GPUs, where the binding is not changed."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, which logs and writes files."""
+        return self.rank == 0
+
+    @property
+    def cpus(self) -> int | None:
+        """Number of CPUs of this rank's share; None if ranks use GPUs."""
+        return len(self.pinned.share.cpus) if self.pinned else None
+
+    @property
+    def data_rank(self) -> DataRank:
+        """This rank as data loaders see it."""
+        return DataRank(self.device, self.rank, self.world_size, self.cpus)
+
+
+def choose_device(device: str) -> torch.device:
+    """Return the device that `auto`, `cuda` or `cpu` stands for on this machine.
+
+    Raises:
+        UserError: `cuda` without a GPU, or another value.
+    """
+    if device not in ("auto", "cuda", "cpu"):
+        raise UserError(f"device is {device!r}: expected auto, cuda or cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is cuda, but torch finds no GPU here; use `--device cpu` or see `mvd-scale env`")
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        if device == "cuda":
+            raise UserError("device is cuda, but DS_ACCELERATOR=cpu forbids the use of GPUs; unset one of them")
+        device = "cpu"
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def join_ranks(device: str, timeout_minutes: float) -> Ranks:
+    """Initialise the process group of the job; without a launcher this process is the only rank.
+
+    Ranks that compute on CPUs are then bound to their share of the machine (`processors.settle`), with OMP_NUM_THREADS
+    threads, or one per core. The binding of ranks with GPUs is not changed: they compute little on CPUs, and the
+    launcher can bind them to the CPUs near their GPU (`torchrun --numa-binding`).
+
+    Args:
+        device: `auto`, `cuda` or `cpu`.
+        timeout_minutes: longest wait for other ranks in a collective operation, in minutes.
+
+    Raises:
+        UserError: there is no GPU for this rank, the launcher's environment is incomplete, the port is in use, or ranks
+            did not connect in time.
+    """
+    kind = choose_device(device).type
+    if "RANK" in os.environ:
+        _check_environment()
+    else:
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+        os.environ.update({key: str(value) for key, value in alone.items()})
+    # DeepSpeed chooses its accelerator at its first import.
+    os.environ["DS_ACCELERATOR"] = kind
+    deepspeed = import_deepspeed()
+
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if kind == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"rank {local_rank} of this host has no GPU: torch finds {torch.cuda.device_count()}. Start fewer "
+                "ranks, or set the device to cpu"
+            )
+        torch.cuda.set_device(local_rank)
+    else:
+        # DeepSpeed's shared-memory reductions would be compiled at the first start; gloo needs no compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if kind == "cuda" else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(minutes=timeout_minutes),
+        )
+    except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"the ranks could not connect at {where}: {str(error).splitlines()[0]}. "
+            "If the port is in use, choose another with `deepspeed --master_port`; "
+            "otherwise check that every host can reach this address"
+        ) from error
+    device_index = local_rank if kind == "cuda" else None
+    rank = torch.distributed.get_rank()
+    # torch has read OMP_NUM_THREADS; a value that the launcher set counts as the user's choice too.
+    threads = torch.get_num_threads() if os.environ.get("OMP_NUM_THREADS") else None
+    return Ranks(
+        rank=rank,
+        local_rank=local_rank,
+        world_size=torch.distributed.get_world_size(),
+        device=torch.device(kind, device_index) if device_index is not None else torch.device(kind),
+        timeout=timedelta(minutes=timeout_minutes),
+        host=_host(),
+        pinned=settle(rank, threads) if kind == "cpu" else None,
+    )
+
+
+def _host() -> str:
+    # Local ranks do not identify hosts: DeepSpeed's launcher allows hosts with different numbers of ranks.
+    for number in ("CROSS_RANK", "GROUP_RANK"):
+        if number in os.environ:
+            return os.environ[number]
+    return " ".join(machine_id())
+
+
+def _check_environment() -> None:
+    names = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if missing := [name for name in names if name not in os.environ]:
+        raise UserError(
+            f"RANK is {os.environ['RANK']}, but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set: "
+            "start ranks with the `deepspeed` launcher, or set for each RANK, LOCAL_RANK (its number among those of "
+            "its host; on Slurm $SLURM_LOCALID), WORLD_SIZE, MASTER_ADDR and MASTER_PORT; to run alone, unset RANK"
+        )
+
+
+def first_decides(ranks: Ranks, name: str, work: Callable[[], Any]) -> Any:
+    """Run a function on rank 0, however long it takes; all ranks return its result or raise its `UserError`.
+
+    Rank 0 may use the CPUs of the other ranks meanwhile, which wait.
+
+    Args:
+        ranks: this process among all; all ranks must call this function.
+        name: name of the call, unique in the job.
+        work: function to run; its result must be serialisable as JSON.
+    """
+    key = f"mvd_scale/decision/{name}"
+    store = torch.distributed.distributed_c10d._get_default_store()
+    if ranks.first:
+        try:
+            with ranks.pinned.lifted() if ranks.pinned else nullcontext():
+                answer = {"result": work()}
+        except UserError as error:
+            answer = {"error": str(error)}
+        except BaseException:
+            # Without an answer the other ranks would wait for the timeout of 7 days.
+            store.set(key, json.dumps({"error": f"rank 0 failed in {name!r}; see its own message"}))
+            raise
+        store.set(key, json.dumps(answer))
+    # The store, not a collective operation: its timeout would be too short for the indexing of a data set.
+    store.wait([key], timedelta(days=7))
+    answer = json.loads(store.get(key))
+    if "error" in answer:
+        raise UserError(answer["error"])
+    return answer["result"]
+
+
+def everybody_done(ranks: Ranks, name: str) -> None:
+    """Wait until all ranks have called this function with this name, however long the slowest takes."""
+    store = torch.distributed.distributed_c10d._get_default_store()
+    store.set(f"mvd_scale/done/{name}/{ranks.rank}", "1")
+    store.wait([f"mvd_scale/done/{name}/{rank}" for rank in range(ranks.world_size)], timedelta(days=7))
+
+
+def gather_rows(mine: Tensor, ranks: Ranks) -> Tensor:
+    """Concatenate the rows (n, ...) of all ranks in the order of ranks. All ranks must call it.
+
+    Ranks may have different numbers of rows: they are padded to the largest number for the collective operation.
+    """
+    count = torch.tensor([len(mine)], device=mine.device)
+    counts = [torch.empty_like(count) for _ in range(ranks.world_size)]
+    torch.distributed.all_gather(counts, count)
+    most = int(torch.cat(counts).max())
+    padded = torch.cat([mine, mine.new_zeros(most - len(mine), *mine.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in range(ranks.world_size)]
+    torch.distributed.all_gather(parts, padded)
+    return torch.cat([part[: int(n)] for part, n in zip(parts, counts, strict=True)])
+
+
+def leave_ranks() -> None:
+    """Wait for all ranks and destroy the process group, at the end of a successful run."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def import_deepspeed() -> Any:
+    """Import DeepSpeed without the messages that it logs during the import."""
+    # The import sets the level to INFO and logs at it; only warnings matter to the user of a run.
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,1 @@
+"""Plain data paths built on other libraries, which the benchmarks compare with."""

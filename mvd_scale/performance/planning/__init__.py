@@ -1,0 +1,1 @@
+"""`mvd-scale plan`: memory, time and communication of a run, predicted."""

@@ -1,0 +1,248 @@
+"""Prediction of the memory of a rank in bytes, by phase of the step and by part.
+
+The rules follow the code of this project and of DeepSpeed, and were found by tracing every allocation.
+`tests/unit/performance/planning/test_memory.py` requires the prediction to be within 10 % of a traced run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mvd_scale.config.training import Checkpointing
+from mvd_scale.models.quantization import QuantizedPrecision
+from mvd_scale.performance.planning.layers import BlockCost, LinearCost
+from mvd_scale.performance.planning.parallelism import SIZES, Setting
+from mvd_scale.performance.planning.workload import ModelPart, Workload
+from mvd_scale.training.optimizer import LARGEST_GROUP
+from mvd_scale.training.placement import TeacherShards
+
+CHANNEL: dict[QuantizedPrecision, int] = {"int8": 12, "fp8": 4}
+"""Bytes per output channel beside 8-bit weights: a 32-bit scale; for int8 also a 32-bit zero point and bias."""
+
+Bytes = dict[str, int]
+"""Bytes by part."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory of one rank: bytes by phase of the step, at the peak of the phase, and by part."""
+
+    phases: dict[str, Bytes]
+
+    @property
+    def peak_phase(self) -> str:
+        """Name of the phase with the highest memory."""
+        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+
+    @property
+    def parts(self) -> Bytes:
+        """Bytes by part, in the phase of the peak."""
+        return self.phases[self.peak_phase]
+
+    @property
+    def peak(self) -> int:
+        """Highest memory of a rank in a step, bytes."""
+        return sum(self.parts.values())
+
+
+def predict_memory(work: Workload, setting: Setting) -> Memory:
+    """Predict the memory of one rank.
+
+    Some tensors exist during the whole step (weights, optimizer states, batches, features computed in advance). Each
+    phase adds others to them, and the prediction is the phase with the largest sum: a teacher's forward pass, start or
+    end of the backward pass, or the optimizer step.
+
+    Args:
+        work: the parts of the step.
+        setting: ranks, micro batch, ZeRO settings and precision.
+    """
+    size, clips = SIZES[setting.precision], setting.micro
+    teachers = list(zip(work.teachers, setting.sharded, setting.prefetched, setting.graphed, strict=True))
+    rest = _persistent_bytes(work, setting)
+    for part, sharded, _, graphed in teachers:
+        if graphed:
+            recorded = sum(_teacher_forward_bytes(part, sharded, setting).values()) + clips * work.pixels
+            rest = _sum(rest, {"CUDA graphs": recorded})
+    ahead = [(part, sharded, graphed) for part, sharded, early, graphed in teachers if early]
+    if ahead:
+        features = clips * SIZES[setting.teacher_precision] * sum(part.predicted for part, *_ in ahead)
+        rest = _sum(rest, {"prefetched features": features, "batches": clips * work.pixels})
+    # A teacher that computes the next micro batch beside the student can have its peak at any time of the step; of
+    # several, which run one after the other, the largest counts.
+    working = [_teacher_forward_bytes(part, sharded, setting) for part, sharded, graphed in ahead if not graphed]
+    if working:
+        rest = _sum(rest, max(working, key=lambda needs: sum(needs.values())))
+    kept = clips * sum(activations(part, size, checkpointing=setting.checkpointing) for part in work.trained)
+    # 8 bytes: predictions and true features in float32, which exist until the loss is differentiated.
+    compared = clips * 8 * sum(part.predicted for part in work.trained)
+    live = _gathered(work.parameters, setting.zero, size) if setting.stage == 3 and setting.world > 1 else 0
+    student = {"activations": kept, "predictions and targets": compared, "gathered weights": live}
+    groups = _groups(work, batched=setting.batched)
+    together = [part for group in groups if len(group) > 1 for part in group]
+    if together:
+        student["stacked weights"] = size * sum(_stacked(part, setting.checkpointing) for part in together)
+    # Start of the backward pass: all activations still exist, and the heads' last blocks need their workspace first.
+    # End: the activations are gone, but the gradients exist.
+    first = max(
+        sum(backward_workspace(part, size, checkpointing=setting.checkpointing) for part in group) for group in groups
+    )
+
+    phases = {}
+    for part, sharded, early, graphed in teachers:
+        if not early:
+            phases[part.name] = student if graphed else _sum(student, _teacher_forward_bytes(part, sharded, setting))
+    gradients = work.parameters * size
+    buckets = _buckets(setting, size)
+    phases["start of the backward pass"] = student | {
+        "gradients": buckets,
+        "workspace": clips * first,
+    }
+    phases["end of the backward pass"] = {
+        "gathered weights": live,
+        "gradients": buckets + _gradients_after_backward(gradients, setting, size),
+        "workspace": clips * backward_workspace(work.trained[0], size, checkpointing=setting.checkpointing),
+    }
+    phases["optimizer step"] = {"gradients": _gradients_in_optimizer_step(gradients, setting, size)}
+    return Memory({name: _sum(rest, phase) for name, phase in phases.items()})
+
+
+def activations(part: ModelPart, size: int, *, checkpointing: Checkpointing) -> int:
+    """Bytes that a trained part saves per clip for its backward pass."""
+    blocks = part.blocks
+    others = sum(layer.saved(size) for layer in part.layers if layer not in blocks)
+    return others + sum(block.saved(size, checkpointing) for block in blocks)
+
+
+def inference(part: ModelPart, size: int) -> int:
+    """Bytes that a teacher's forward pass needs per clip: rows of its patch embedding, input, and largest block."""
+    rows = [layer.rows * layer.inputs * size for layer in part.layers if isinstance(layer, LinearCost)]
+    blocks = part.blocks
+    if not blocks:
+        return part.opaque * size
+    return sum(rows) + max(block.entry(size) + block.inference(size) for block in blocks)
+
+
+def backward_workspace(part: ModelPart, size: int, *, checkpointing: Checkpointing) -> int:
+    """Bytes per clip that the backward pass of a part needs beside the saved activations.
+
+    A checkpointed block is recomputed first, so its activations exist once more. A checkpointed attention half is
+    recomputed after the tensors saved by its MLP are released, which are as large, so it adds nothing.
+    """
+    block = part.blocks[-1]
+    return block.gradients(size) + (block.saved(size) if checkpointing == "block" else 0)
+
+
+def _groups(work: Workload, *, batched: bool) -> list[list[ModelPart]]:
+    """Group the parts that run at the same time at the start of the backward pass.
+
+    These are decoders: those of one shape form a group if they are batched; otherwise the last decoder alone. Without
+    decoders it is the encoder.
+    """
+    encoder, *heads = work.trained
+    decoders = [part for part in heads if part.blocks]
+    if not decoders:
+        return [[encoder]]
+    if not batched:
+        return [decoders[-1:]]
+    groups: dict[tuple[BlockCost, ...], list[ModelPart]] = {}
+    for part in decoders:
+        groups.setdefault(tuple(part.blocks), []).append(part)
+    return list(groups.values())
+
+
+def _stacked(part: ModelPart, checkpointing: Checkpointing) -> int:
+    """Number of a decoder's weights that are stacked for the batched pass and saved for the backward pass."""
+    embed = part.layers[0]
+    assert isinstance(embed, LinearCost)
+    return embed.inputs * embed.outputs + sum(block.weights(checkpointing) for block in part.blocks)
+
+
+def _persistent_bytes(work: Workload, setting: Setting) -> Bytes:
+    """Bytes that exist during the whole step, by part."""
+    size, share = SIZES[setting.precision], -(-work.parameters // setting.world)
+    offloaded = setting.zero.get("offload_optimizer", {}).get("device") in ("cpu", "nvme")
+    weights_offloaded = setting.zero.get("offload_param", {}).get("device") in ("cpu", "nvme")
+    weights = work.parameters * size
+    gradients = 0
+    if setting.stage == 3:
+        weights = 0 if weights_offloaded else share * size
+        weights += work.unsharded * size
+        gradients = size * setting.zero["reduce_bucket_size"] + (0 if offloaded else share * size)
+    elif setting.accumulation > 1:
+        # Stage 1 keeps all gradients until the last micro batch; stage 2 reduces after each and keeps a share.
+        gradients = size * (work.parameters if setting.stage == 1 else share)
+    teachers = sum(
+        _persistent_teacher_bytes(part, setting, shards)
+        for part, shards in zip(work.teachers, setting.shards, strict=True)
+    )
+    return {
+        "weights": weights,
+        # 12 bytes: a float32 copy of the weights and AdamW's two moments.
+        "optimizer": 0 if offloaded else 12 * share,
+        "gradients": gradients,
+        "teachers": teachers,
+        "batches": (1 + setting.prefetch) * setting.micro * work.pixels,
+    }
+
+
+def _persistent_teacher_bytes(part: ModelPart, setting: Setting, shards: TeacherShards | None) -> int:
+    size = SIZES[setting.teacher_precision]
+    if setting.quantized is not None:
+        eighths = part.linear + CHANNEL[setting.quantized] * part.channels
+        return eighths + size * (part.parameters - part.linear)
+    if shards is None:
+        return size * part.parameters
+    return size * (-(-part.parameters // shards.ranks) + (part.unsharded if shards.whole_vectors else 0))
+
+
+def _teacher_forward_bytes(part: ModelPart, sharded: bool, setting: Setting) -> Bytes:
+    """Bytes that a forward pass of a teacher adds, by part."""
+    size = SIZES[setting.teacher_precision]
+    gathered = _teacher_gathered(part, setting.teacher_zero, size) if sharded and setting.world > 1 else 0
+    return {"gathered weights": gathered, "workspace": setting.micro * inference(part, size)}
+
+
+def _gathered(parameters: int, zero: dict[str, Any], size: int) -> int:
+    """Bytes of gathered weights at stage 3: live parameters between the two passes, and a prefetch bucket."""
+    return size * (
+        min(parameters, zero["stage3_max_live_parameters"]) + min(parameters, zero["stage3_prefetch_bucket_size"])
+    )
+
+
+def _teacher_gathered(part: ModelPart, zero: dict[str, Any], size: int) -> int:
+    """Bytes of a teacher's gathered weights: its largest block, prefetched blocks, and the bucket they arrive in."""
+    ahead = min(part.parameters, zero["stage3_prefetch_bucket_size"])
+    return size * (min(part.parameters, part.largest + ahead) + ahead)
+
+
+def _buckets(setting: Setting, size: int) -> int:
+    """Bytes of the gradient buckets of stages 1 and 2: two buckets if reduction overlaps with the backward pass."""
+    if setting.stage == 3 or not setting.zero["contiguous_gradients"]:
+        return 0
+    return size * setting.zero["reduce_bucket_size"] * (2 if setting.zero["overlap_comm"] else 1)
+
+
+def _gradients_after_backward(gradients: int, setting: Setting, size: int) -> int:
+    """Bytes of gradients at the end of the backward pass: this rank's share, or at stage 3 two copies of a bucket."""
+    if setting.stage == 3:
+        return 2 * min(gradients, size * setting.zero["reduce_bucket_size"])
+    # With accumulation they are part of `_persistent_bytes`.
+    return 0 if setting.accumulation > 1 else -(-gradients // setting.world)
+
+
+def _gradients_in_optimizer_step(gradients: int, setting: Setting, size: int) -> int:
+    """Bytes of gradients in the optimizer step: this rank's share.
+
+    Stages 1 and 2 handle one group of parameters after the other, each flattened and converted to float32.
+    """
+    share = -(-gradients // setting.world)
+    if setting.stage == 3:
+        return share // size * 4
+    parts = 0 if setting.accumulation > 1 and setting.stage == 2 else share
+    group = -(-min(gradients, size * LARGEST_GROUP) // setting.world)
+    return parts + (group if size == 4 else group + group // size * 4)
+
+
+def _sum(rest: Bytes, phase: Bytes) -> Bytes:
+    return {part: rest.get(part, 0) + phase.get(part, 0) for part in {**rest, **phase}}

@@ -1,0 +1,371 @@
+"""`mvd-scale plan`: prediction of FLOPs, memory, communication, decoding and time of a recipe on given GPUs."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from typing import get_args
+
+from mvd_scale.config import FinetuneRecipe, Recipe, load_any_recipe, load_finetune_recipe, load_recipe
+from mvd_scale.config.training import Checkpointing
+from mvd_scale.errors import UserError
+from mvd_scale.performance.planning.communication import Collective, collectives
+from mvd_scale.performance.planning.flops import PartFlops, part_flops
+from mvd_scale.performance.planning.hardware import (
+    GIB,
+    GPUS,
+    AttentionKernel,
+    Gpu,
+    find_gpu,
+    find_kernel,
+    sustained_flops,
+    usable_memory,
+)
+from mvd_scale.performance.planning.memory import Memory, predict_memory
+from mvd_scale.performance.planning.parallelism import Setting, placement_on, setting_from, with_teachers, with_training
+from mvd_scale.performance.planning.published import PublishedComparison, compare_with_paper
+from mvd_scale.performance.planning.step_time import PhaseTime, phase_times
+from mvd_scale.performance.planning.video_decoding import VideoFormat, decoded_clips, decoded_frames
+from mvd_scale.performance.planning.workload import Workload, describe
+from mvd_scale.training.placement import Placement
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Hardware and data that a plan is made for."""
+
+    gpu: Gpu
+    gpus: int
+    per_node: int
+    kernel: AttentionKernel
+
+    efficiency: float | None
+    """Share of the peak FLOP/s that replaces the table's values; None to use the table."""
+
+    video: VideoFormat
+
+    videos: int
+    """Number of videos of an epoch."""
+
+
+@dataclass(frozen=True)
+class MicroBatchForecast:
+    """Prediction for one size of the micro batch; memory in bytes per rank."""
+
+    micro: int
+    accumulation: int
+    memory: int
+    fits: bool
+    clips_per_second: float
+
+
+@dataclass(frozen=True)
+class CheckpointingForecast:
+    """Prediction for one choice of `training.gradient_checkpointing`; memory in bytes per rank."""
+
+    recomputed: int
+    """Recomputed FLOPs per clip."""
+
+    activations: int
+    memory: int
+    fits: bool
+    clips_per_second: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Prediction for a run. Bytes are per rank, seconds per optimizer step."""
+
+    recipe: str
+    cluster: Cluster
+    placement: Placement
+    setting: Setting
+    recipe_micro: int
+    parameters: int
+    flops: list[PartFlops]
+    memory: Memory
+    memory_usable: float
+    messages: list[Collective]
+    phases: list[PhaseTime]
+
+    decoded_frames: float
+    """Mean number of decoded frames per clip."""
+
+    decode_capacity: float | None
+    """Clips/s that the NVDEC engines of all GPUs decode; None for image models, which decode no video."""
+
+    arithmetic_share: float
+    """FLOP/s of the step divided by the peak FLOP/s of all GPUs."""
+
+    step_seconds: float
+    clips_per_second: float
+    decode_needed: float
+    epoch_seconds: float
+    run_hours: float
+    limit: str
+    candidates: list[MicroBatchForecast]
+
+    policies: dict[Checkpointing, CheckpointingForecast]
+    """Prediction for each choice of gradient checkpointing, at the same micro batch."""
+
+    comparison: PublishedComparison | None
+
+    @property
+    def best(self) -> MicroBatchForecast:
+        """The fastest micro batch that fits in memory; of equally fast ones the largest."""
+        return max((c for c in self.candidates if c.fits), key=lambda c: (c.clips_per_second, c.micro))
+
+
+def make_plan(name: str, overrides: list[str], cluster: Cluster) -> Plan:
+    """Predict resources and time of a run.
+
+    Args:
+        name: a recipe of pre-training or fine-tuning.
+        overrides: dotted overrides.
+        cluster: the GPUs.
+
+    Raises:
+        UserError: the recipe cannot be read, its global batch is not divisible over the GPUs, or no micro batch fits
+            in their memory; the message then lists changes that would fit.
+    """
+    recipe = load(name, overrides)
+    work = describe(recipe)
+    placement = _placement(recipe, work, cluster)
+    usual = setting_from(placement, recipe)
+    of_teachers = [usual.quantized or usual.teacher_precision] if work.teachers else []
+    for precision in (*of_teachers, usual.precision):
+        sustained_flops(cluster.gpu, precision, cluster.kernel, 1, cluster.efficiency)
+    recipes = [with_training(recipe, micro_batch=micro) for micro in micro_batches(recipe, cluster.gpus)]
+    settings = [_setting(changed, work, cluster) for changed in recipes]
+    candidates = [_candidate(recipe, work, setting, cluster) for setting in settings]
+    if not candidates[0].fits:
+        raise UserError(_what_fits(recipe, work, settings[0], cluster))
+    fitting = [setting for setting, candidate in zip(settings, candidates, strict=True) if candidate.fits]
+    # The micro batch that the run would use; if it does not fit, the largest smaller one that does.
+    setting = max((s for s in fitting if s.micro <= usual.micro), key=lambda s: s.micro)
+    if setting.micro != usual.micro:
+        placement = _placement(with_training(recipe, micro_batch=setting.micro), work, cluster)
+    return _plan(name, recipe, work, placement, cluster, candidates, usual.micro)
+
+
+def make_cluster(
+    gpu: str,
+    gpus: int,
+    per_node: int,
+    *,
+    attention: str | None,
+    efficiency: float | None,
+    video: VideoFormat,
+    videos: int,
+) -> Cluster:
+    """Describe a cluster of GPUs, given by name.
+
+    Raises:
+        UserError: the GPU or the attention kernel is unknown, or `gpus` is not a multiple of `per_node`.
+    """
+    found = find_gpu(gpu)
+    per_node = min(per_node, gpus)
+    if gpus % per_node:
+        below = gpus // per_node * per_node
+        raise UserError(
+            f"--gpus {gpus} is not a multiple of --per-node {per_node}: use {below} or {below + per_node} GPUs"
+        )
+    return Cluster(found, gpus, per_node, find_kernel(found, attention), efficiency, video, videos)
+
+
+def with_stage(overrides: list[str], stage: int | None) -> list[str]:
+    """Add an override of the ZeRO stage, which selects the DeepSpeed file of that stage.
+
+    Raises:
+        UserError: the overrides already select a DeepSpeed file.
+    """
+    if stage is None:
+        return overrides
+    if any(word.partition("=")[0] == "--training.deepspeed" for word in overrides):
+        raise UserError(
+            "--stage cannot be combined with --training.deepspeed, which sets the stage itself: give one of them"
+        )
+    return [*overrides, "--training.deepspeed", f"zero{stage}"]
+
+
+def load(name: str, overrides: list[str]) -> Recipe | FinetuneRecipe:
+    """Load a recipe of pre-training or fine-tuning.
+
+    Raises:
+        UserError: see `load_recipe`; or the recipe is of another kind.
+    """
+    kind = load_any_recipe(name)
+    if isinstance(kind, FinetuneRecipe):
+        return load_finetune_recipe(name, overrides)
+    if isinstance(kind, Recipe):
+        return load_recipe(name, overrides)
+    raise UserError(f"{name} is a recipe of action detection: expected a recipe of pre-training or fine-tuning")
+
+
+def micro_batches(recipe: Recipe | FinetuneRecipe, world: int) -> list[int]:
+    """List every micro batch that divides a rank's share of the global batch, ascending."""
+    micro, accumulation = recipe.micro_batch_and_accumulation(world)
+    share, copies = micro * accumulation, recipe.data.copies
+    return [count for count in range(copies, share + 1, copies) if share % count == 0]
+
+
+def _placement(recipe: Recipe | FinetuneRecipe, work: Workload, cluster: Cluster) -> Placement:
+    return placement_on(recipe, work, cluster.gpus, per_node=cluster.per_node, gpu=cluster.gpu)
+
+
+def _setting(recipe: Recipe | FinetuneRecipe, work: Workload, cluster: Cluster) -> Setting:
+    return setting_from(_placement(recipe, work, cluster), recipe)
+
+
+def _candidate(
+    recipe: Recipe | FinetuneRecipe, work: Workload, setting: Setting, cluster: Cluster
+) -> MicroBatchForecast:
+    memory = predict_memory(work, setting).peak
+    seconds = _step_seconds(recipe, _phases(work, setting, cluster), cluster)
+    return MicroBatchForecast(
+        setting.micro,
+        setting.accumulation,
+        memory,
+        memory <= usable_memory(cluster.gpu),
+        recipe.training.global_batch / seconds,
+    )
+
+
+def _policy(
+    recipe: Recipe | FinetuneRecipe, work: Workload, setting: Setting, cluster: Cluster, checkpointing: Checkpointing
+) -> CheckpointingForecast:
+    setting = replace(setting, checkpointing=checkpointing)
+    candidate = _candidate(recipe, work, setting, cluster)
+    return CheckpointingForecast(
+        sum(part.recomputed for part in part_flops(work, checkpointing=checkpointing)),
+        predict_memory(work, setting).phases["start of the backward pass"]["activations"],
+        candidate.memory,
+        candidate.fits,
+        candidate.clips_per_second,
+    )
+
+
+def _messages(work: Workload, setting: Setting, cluster: Cluster) -> list[Collective]:
+    return collectives(work, setting, cluster.gpu, cluster.per_node)
+
+
+def _phases(work: Workload, setting: Setting, cluster: Cluster) -> list[PhaseTime]:
+    flops = part_flops(work, checkpointing=setting.checkpointing)
+    messages = _messages(work, setting, cluster)
+    return phase_times(work, flops, messages, setting, cluster.gpu, cluster.kernel, cluster.efficiency)
+
+
+def _decode_capacity(recipe: Recipe | FinetuneRecipe, cluster: Cluster) -> float | None:
+    if recipe.model.frames == 1:
+        return None
+    return cluster.gpus * decoded_clips(cluster.gpu, recipe.data, recipe.model, cluster.video)
+
+
+def _step_seconds(recipe: Recipe | FinetuneRecipe, phases: list[PhaseTime], cluster: Cluster) -> float:
+    """Seconds per step: the longer one of computing and decoding, which overlap."""
+    capacity = _decode_capacity(recipe, cluster)
+    decoding = recipe.training.global_batch / capacity if capacity is not None else 0.0
+    return max(sum(phase.seconds for phase in phases), decoding)
+
+
+def _limit(phases: list[PhaseTime], step_seconds: float) -> str:
+    """Name of the resource that bounds the largest part of the step's time."""
+    if step_seconds > sum(phase.seconds for phase in phases):
+        return "decoding"
+    bounded: dict[str, float] = defaultdict(float)
+    for phase in phases:
+        for resource, seconds in phase.bounds.items():
+            bounded[resource] += seconds
+    return max(bounded, key=lambda resource: bounded[resource])
+
+
+def _plan(
+    name: str,
+    recipe: Recipe | FinetuneRecipe,
+    work: Workload,
+    placement: Placement,
+    cluster: Cluster,
+    candidates: list[MicroBatchForecast],
+    recipe_micro: int,
+) -> Plan:
+    setting = setting_from(placement, recipe)
+    batch, phases = recipe.training.global_batch, _phases(work, setting, cluster)
+    flops = part_flops(work, checkpointing=setting.checkpointing)
+    seconds = _step_seconds(recipe, phases, cluster)
+    drawn = cluster.videos * recipe.data.clips_per_video * recipe.data.copies
+    steps = drawn // batch
+    if not steps:
+        raise UserError(f"--videos {cluster.videos}: an epoch of {drawn} clips has no whole global batch of {batch}")
+    whole = steps * recipe.training.epochs
+    planned = min(recipe.training.max_steps or whole, whole)
+    hours, computing = planned * seconds / 3600, sum(phase.seconds for phase in phases)
+    computed = batch * sum(part.total for part in flops) / seconds
+    return Plan(
+        recipe=name,
+        cluster=cluster,
+        placement=placement,
+        setting=setting,
+        recipe_micro=recipe_micro,
+        parameters=work.parameters,
+        flops=flops,
+        memory=predict_memory(work, setting),
+        memory_usable=usable_memory(cluster.gpu),
+        messages=_messages(work, setting, cluster),
+        phases=phases,
+        decoded_frames=decoded_frames(recipe.data, recipe.model, cluster.video),
+        decode_capacity=_decode_capacity(recipe, cluster),
+        arithmetic_share=computed / (cluster.gpus * cluster.gpu.peak[setting.precision]),
+        step_seconds=seconds,
+        clips_per_second=batch / seconds,
+        decode_needed=batch / computing,
+        epoch_seconds=steps * seconds,
+        run_hours=hours,
+        limit=_limit(phases, seconds),
+        candidates=candidates,
+        policies={choice: _policy(recipe, work, setting, cluster, choice) for choice in get_args(Checkpointing)},
+        comparison=compare_with_paper(
+            name, cluster.gpu, cluster.gpus, work, planned * batch, hours, hours * computing / seconds
+        ),
+    )
+
+
+def _what_fits(recipe: Recipe | FinetuneRecipe, work: Workload, setting: Setting, cluster: Cluster) -> str:
+    """Compose the message for a smallest micro batch that does not fit, with the changes that would fit."""
+    needed, usable = predict_memory(work, setting).peak, usable_memory(cluster.gpu)
+    recipe = with_training(recipe, micro_batch=setting.micro)
+    settings = {words: _setting(changed, work, cluster) for words, changed in _changes(recipe, setting).items()}
+    helps = [words for words, changed in settings.items() if predict_memory(work, changed).peak <= usable]
+    helps += [f"--gpu {gpu.name}" for gpu in GPUS.values() if needed <= usable_memory(gpu)]
+    return (
+        f"a rank needs {needed / GIB:.1f} GiB even with a micro batch of {setting.micro}, and {cluster.gpu.name} has "
+        f"{usable / GIB:.1f} GiB for tensors; "
+        + (f"what would fit: {', or '.join(helps)}" if helps else "nothing in the table would fit: take more GPUs")
+    )
+
+
+def _changes(recipe: Recipe | FinetuneRecipe, setting: Setting) -> dict[str, Recipe | FinetuneRecipe]:
+    """Changes of a recipe that save memory, by the words that ask for them."""
+    again, shard = "--training.gradient_checkpointing", "--teachers.sharding zero3"
+    # Asked for by name, they would be refused at stage 3.
+    whole: dict[str, object] = {"compile": "auto"}
+    if isinstance(recipe, Recipe):
+        whole["batch_decoders"] = "auto"
+    zero3 = with_training(recipe, deepspeed="zero3", **whole)
+    changes: dict[str, Recipe | FinetuneRecipe] = {
+        f"{again} attention": with_training(recipe, gradient_checkpointing="attention"),
+        f"{again} block": with_training(recipe, gradient_checkpointing="block"),
+        "--stage 3": zero3,
+        f"--stage 3 {again} block": with_training(zero3, gradient_checkpointing="block"),
+    }
+    if isinstance(recipe, Recipe):
+        if any(setting.prefetched):
+            changes["--teachers.prefetch false"] = with_teachers(recipe, prefetch=False)
+        if any(setting.graphed):
+            changes["--teachers.cuda_graphs false"] = with_teachers(recipe, cuda_graphs=False)
+        if setting.shards and setting.quantized is None:
+            sharded: dict[str, object] = {"sharding": "zero3", "compile": "auto", "cuda_graphs": "auto"}
+            changes[shard] = with_teachers(recipe, **sharded)
+            changes[f"--stage 3 {shard} {again} block"] = with_training(
+                with_teachers(recipe, **sharded), deepspeed="zero3", gradient_checkpointing="block", **whole
+            )
+    return changes

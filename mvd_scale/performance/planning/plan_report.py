@@ -1,0 +1,162 @@
+"""Formatting of a plan as text for a terminal, and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+
+from mvd_scale.performance.planning.hardware import FRAGMENTED, GIB, LINK_SHARE, RESERVED, sustained_flops
+from mvd_scale.performance.planning.plan import Plan
+from mvd_scale.performance.planning.step_time import LAUNCH
+
+
+def to_json(plan: Plan) -> str:
+    """Format all fields and derived values as one JSON object."""
+    values = dataclasses.asdict(plan)
+    values["memory"] |= {"peak_phase": plan.memory.peak_phase, "peak": plan.memory.peak, "parts": plan.memory.parts}
+    values["best"] = dataclasses.asdict(plan.best)
+    for told, part in zip(values["flops"], plan.flops, strict=True):
+        told["total"] = part.total
+    for told, phase in zip(values["phases"], plan.phases, strict=True):
+        told["seconds"] = phase.seconds
+    return json.dumps(values, indent=2)
+
+
+def to_text(plan: Plan) -> str:
+    """Format as tables, one per resource, followed by the assumptions."""
+    sections = (
+        _head, _placement, _flops, _memory, _communication, _decoding, _time, _micro_batches, _policies, _published,
+        _assumptions,
+    )  # fmt: skip
+    return "\n".join(line for section in sections for line in section(plan))
+
+
+def _head(plan: Plan) -> Iterator[str]:
+    cluster, setting = plan.cluster, plan.setting
+    nodes, sharded = cluster.gpus // cluster.per_node, sum(setting.sharded)
+    teachers = f"{sharded} of {len(setting.sharded)} teachers sharded"
+    if setting.quantized is not None:
+        teachers = f"teachers in {setting.quantized}"
+    yield (
+        f"{plan.recipe} on {cluster.gpus} {cluster.gpu.name} ({nodes} x {cluster.per_node}), "
+        f"{setting.precision}, ZeRO {setting.stage}, {teachers}; "
+        f"{setting.micro} clips x {setting.accumulation} accumulation a rank"
+    )
+    if setting.micro != plan.recipe_micro:
+        yield f"  the recipe's micro batch of {plan.recipe_micro} does not fit"
+
+
+def _placement(plan: Plan) -> Iterator[str]:
+    yield ""
+    yield from (f"  {line}" for line in plan.placement.to_lines())
+
+
+def _flops(plan: Plan) -> Iterator[str]:
+    whole = sum(part.total for part in plan.flops)
+    yield f"\n  {'GFLOPs a clip':<26}{'forward':>10}{'backward':>10}{'again':>10}{'share':>8}"
+    for part in plan.flops:
+        yield (
+            f"  {part.part:<26}{part.forward / 1e9:>10.1f}{part.backward / 1e9:>10.1f}{part.recomputed / 1e9:>10.1f}"
+            f"{part.total / whole:>8.1%}"
+        )
+    sums = [
+        sum(column) / 1e9 for column in zip(*((p.forward, p.backward, p.recomputed) for p in plan.flops), strict=True)
+    ]
+    yield f"  {'all':<26}{sums[0]:>10.1f}{sums[1]:>10.1f}{sums[2]:>10.1f}{whole / 1e9:>10.1f} GFLOPs"
+
+
+def _memory(plan: Plan) -> Iterator[str]:
+    yield f"\n  {'GiB a rank':<26}{'peak':>10}   at its peak: {plan.memory.peak_phase}"
+    for part, held in plan.memory.parts.items():
+        if held:
+            yield f"  {part:<26}{held / GIB:>10.2f}"
+    yield f"  {'all':<26}{plan.memory.peak / GIB:>10.2f} of {plan.memory_usable / GIB:.1f} for tensors"
+
+
+def _communication(plan: Plan) -> Iterator[str]:
+    if not plan.messages:
+        return
+    yield f"\n  {'a step sends':<26}{'collective':>16}{'times':>7}{'GB sent':>10}{'ms':>10}"
+    for message in plan.messages:
+        yield (
+            f"  {message.name:<26}{message.kind:>16}{message.times:>7}{message.sent / 1e9:>10.2f}"
+            f"{1000 * message.seconds:>10.1f}"
+        )
+
+
+def _decoding(plan: Plan) -> Iterator[str]:
+    if plan.decode_capacity is None:
+        return
+    gpu = plan.cluster.gpu
+    yield (
+        f"\n  decoding: {plan.decoded_frames:.0f} frames a clip; needed {plan.decode_needed:.0f} clips/s, "
+        f"NVDEC gives {plan.decode_capacity:.0f} ({gpu.decoders} engines a GPU)"
+    )
+
+
+def _time(plan: Plan) -> Iterator[str]:
+    yield f"\n  {'ms a step':<14}{'arithmetic':>12}{'launching':>12}{'sending':>12}{'taken':>12}"
+    for phase in plan.phases:
+        columns = (phase.arithmetic, phase.launching, phase.communication, phase.seconds)
+        yield f"  {phase.phase:<14}" + "".join(f"{1000 * seconds:>12.1f}" for seconds in columns)
+    yield (
+        f"  step {plan.step_seconds:.3f} s, {plan.clips_per_second:.0f} clips/s "
+        f"({plan.clips_per_second / plan.cluster.gpus:.1f} a GPU), epoch {plan.epoch_seconds / 60:.1f} min, "
+        f"run {plan.run_hours:.1f} h"
+    )
+    yield f"  the limit is {plan.limit}; {plan.arithmetic_share:.1%} of the peak arithmetic is used"
+
+
+def _micro_batches(plan: Plan) -> Iterator[str]:
+    yield f"\n  {'micro batch':<14}{'GiB a rank':>12}{'clips/s':>12}"
+    for candidate in plan.candidates:
+        told = "" if candidate.fits else "  does not fit"
+        best = "  best" if candidate == plan.best else ""
+        yield f"  {candidate.micro:<14}{candidate.memory / GIB:>12.2f}{candidate.clips_per_second:>12.0f}{told}{best}"
+
+
+def _policies(plan: Plan) -> Iterator[str]:
+    yield f"\n  {'checkpointing':<14}{'GFLOPs again':>14}{'activations':>13}{'GiB a rank':>12}{'clips/s':>10}"
+    for name, policy in plan.policies.items():
+        told = "" if policy.fits else "  does not fit"
+        chosen = "  the recipe's" if name == plan.setting.checkpointing else ""
+        yield (
+            f"  {name:<14}{policy.recomputed / 1e9:>14.1f}{policy.activations / GIB:>13.2f}{policy.memory / GIB:>12.2f}"
+            f"{policy.clips_per_second:>10.0f}{told}{chosen}"
+        )
+
+
+def _published(plan: Plan) -> Iterator[str]:
+    if plan.comparison is not None:
+        yield "\n  compared with the paper"
+        yield from plan.comparison.to_lines()
+
+
+def _assumptions(plan: Plan) -> Iterator[str]:
+    cluster, setting = plan.cluster, plan.setting
+    widths = sorted({part.width for part in plan.flops})
+    peak = cluster.gpu.peak[setting.precision]
+    rates = {
+        width: sustained_flops(cluster.gpu, setting.precision, cluster.kernel, width, cluster.efficiency)
+        for width in widths
+    }
+    shares = ", ".join(f"{rate / peak:.0%} at D {width}" for width, rate in rates.items())
+    yield "\n  assumptions, none of them measured on these GPUs"
+    yield f"  share of {peak / 1e12:.0f} TFLOP/s by {cluster.kernel}: {shares} (--efficiency sets one for all)"
+    if setting.quantized is not None:
+        yield (
+            f"  the same shares of {cluster.gpu.peak[setting.quantized] / 1e12:.0f} TFLOP/s for the teachers' linear "
+            f"layers in {setting.quantized}; nothing for the rounding of what goes in"
+        )
+    yield (
+        f"  {LINK_SHARE:.0%} of links; {LAUNCH * 1e6:.0f} us to launch a kernel; {RESERVED / GIB:.1f} GiB and "
+        f"{FRAGMENTED:.0%} of memory lost"
+    )
+    if any(setting.prefetched):
+        yield "  phases run one after the other: time saved by teachers that run beside the student is not counted"
+    yield (
+        f"  {cluster.videos} videos of {cluster.video.height} lines, a key frame every {cluster.video.keyframes} "
+        "(--videos, --height, --keyframes)"
+    )
+    yield f"  {cluster.gpu.name}: {cluster.gpu.source}"

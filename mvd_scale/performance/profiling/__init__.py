@@ -1,0 +1,1 @@
+"""`mvd-scale profile`: traces of real steps, and their summary."""

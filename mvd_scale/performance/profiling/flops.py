@@ -1,0 +1,135 @@
+"""FLOPs of a step, and the peak FLOP/s of the device.
+
+FLOPs are counted by torch's counter on the same models on torch's `meta` device, where nothing is computed. On a CPU
+that counter does not know the fused attention, and on a GPU it cannot see into kernels of Triton or flash-attn; on
+`meta` everything is plain matrix products. DeepSpeed's profiler knows `scaled_dot_product_attention`, but counts
+forward passes only; it is used for the table of modules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mvd_scale.config import Recipe
+from mvd_scale.config.training import Precision
+from mvd_scale.data.batch import ClipBatch
+from mvd_scale.models import Student
+from mvd_scale.models.precision import dtype_of
+from mvd_scale.performance.planning.hardware import GPUS
+from mvd_scale.targets import FrozenTeacher, MaskedDistillation, build_targets
+from mvd_scale.targets.build import init_teacher
+
+_OTHER_FORMS = {"PCIE", "NVL"}
+"""Words in the names of GPUs that are slower than the SXM form in the table."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Peak:
+    """Peak FLOP/s of one rank, and its source."""
+
+    flops_per_second: float
+    source: str
+
+
+class FlopParts:
+    """Counter of the FLOPs of every part."""
+
+    def __init__(self) -> None:
+        self.counter = FlopCounterMode(display=False)
+        self.flops: dict[str, int] = {}
+        self._before: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count the body of a `with` statement as a part."""
+        self._begin(name)
+        yield
+        self._end(name)
+
+    def watch(self, name: str, module: nn.Module) -> None:
+        """Count every forward pass of a module as a part."""
+        module.register_forward_pre_hook(lambda *_: self._begin(name))
+        module.register_forward_hook(lambda *_: self._end(name))
+
+    def _begin(self, name: str) -> None:
+        self._before[name] = self.counter.get_total_flops()
+
+    def _end(self, name: str) -> None:
+        spent = self.counter.get_total_flops() - self._before.pop(name)
+        self.flops[name] = self.flops.get(name, 0) + spent
+
+
+def count_flops(recipe: Recipe, clips: ClipBatch) -> dict[str, int]:
+    """Count the FLOPs of one micro batch by part: matrix products, forward and backward, without recomputation.
+
+    Args:
+        recipe: recipe that states the shapes of all teachers.
+        clips: a micro batch; only its shapes are used.
+    """
+    parts = FlopParts()
+    with torch.device("meta"):
+        targets = build_targets(recipe, lambda name: init_teacher(recipe, name))
+        student = Student.from_recipe(recipe, targets)
+    for name, target in targets.items():
+        if isinstance(target, FrozenTeacher):
+            parts.watch(f"{name} teacher", target.teacher.to("meta"))
+    parts.watch("student forward", student)
+    with parts.counter:
+        shapes = clips.map(lambda tensor: torch.empty_like(tensor, device="meta"))
+        loss, _ = MaskedDistillation(targets)(student, dataclasses.replace(shapes, features={}))
+        with parts.part("backward"):
+            loss.backward()
+    return parts.flops
+
+
+def peak_flops(device: torch.device, precision: Precision) -> Peak:
+    """Peak FLOP/s of a device: from the data sheet of a known GPU, otherwise the best of 5 timed matrix products."""
+    words = re.split(r"[\s-]", torch.cuda.get_device_name(device).upper()) if device.type == "cuda" else []
+    for gpu in GPUS.values():
+        if gpu.name in words and precision in gpu.peak and not _OTHER_FORMS.intersection(words):
+            return Peak(gpu.peak[precision], f"dense {precision} of the {gpu.name}'s data sheet")
+    side = 8192 if device.type == "cuda" else 2048
+    left, right = (torch.randn(side, side, device=device).to(dtype_of(precision)) for _ in range(2))
+    best = min(_seconds_of_product(left, right) for _ in range(5))
+    return Peak(2 * side**3 / best, f"best of 5 {precision} matrix products of side {side}, timed in this run")
+
+
+def _seconds_of_product(left: Tensor, right: Tensor) -> float:
+    if left.is_cuda:
+        torch.cuda.synchronize(left.device)
+    started = time.perf_counter()
+    left @ right
+    if left.is_cuda:
+        torch.cuda.synchronize(left.device)
+    return time.perf_counter() - started
+
+
+@contextlib.contextmanager
+def module_table(student: nn.Module, out: Path, *, write: bool) -> Iterator[None]:
+    """Write DeepSpeed's table of the student's modules (parameters, MACs, latency) for the forward pass in the body.
+
+    Args:
+        student: the module inside the engine.
+        out: text file to write.
+        write: whether this rank writes it.
+    """
+    from deepspeed.profiling.flops_profiler import FlopsProfiler
+
+    if not write:
+        yield
+        return
+    profiler = FlopsProfiler(student)
+    profiler.start_profile()
+    yield
+    profiler.stop_profile()
+    profiler.print_model_profile(output_file=str(out))
+    profiler.end_profile()

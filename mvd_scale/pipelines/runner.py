@@ -1,0 +1,269 @@
+"""Runner of `mvd-scale pipeline`: stages run in order; finished stages are skipped, and interrupted ones resume."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mvd_scale.config import RunRecipe, finetune_recipe_from_dict, recipe_from_dict
+from mvd_scale.config.pipeline import (
+    DrawStage,
+    EvaluateStage,
+    FinetuneStage,
+    IndexStage,
+    Pipeline,
+    PretrainStage,
+    SamplesStage,
+    SynthStage,
+    TrainStage,
+    references,
+)
+from mvd_scale.errors import UserError
+
+logger = logging.getLogger("mvd_scale")
+
+_MAX_WAIT_SECONDS = 120
+"""Seconds that a start waits for the ranks of an earlier start, which save a checkpoint before they end."""
+
+
+def run_pipeline(pipeline: Pipeline) -> None:
+    """Run all stages of a pipeline that are not finished.
+
+    Raises:
+        UserError: a recipe is invalid or cannot be split over the ranks, before any stage starts; another process runs
+            the pipeline; or a stage failed.
+    """
+    started = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    # All recipes are checked before the first stage starts, so that a fault shows at once, not after hours.
+    recipes = {name: stage_recipe(pipeline, name) for name in pipeline.stages if _trains(pipeline, name)}
+    ranks = pipeline.ranks or _usual_ranks()
+    if pipeline.hostfile is None:
+        for recipe in recipes.values():
+            recipe.micro_batch_and_accumulation(ranks)
+    with _exclusive_lock(pipeline.folder) as lock:
+        for number, name in enumerate(pipeline.stages, start=1):
+            stage, mark = pipeline.stages[name], pipeline.folder / f".{name}.done"
+            label = f"stage {number}/{len(pipeline.stages)}, {name}"
+            wanted = _fingerprint(pipeline, name)
+            if _output(pipeline, name).exists() and mark.is_file() and mark.read_text() == wanted:
+                logger.info("%s: is done already", label)
+                continue
+            logger.info("%s: %s", label, stage.title or stage.kind)
+            if name in recipes:
+                _train(pipeline, name, recipes[name], ranks, lock)
+            elif isinstance(stage, EvaluateStage):
+                _evaluate(pipeline, name, ranks, lock)
+            else:
+                _run_local_stage(pipeline, name)
+            mark.write_text(wanted)
+    _print_summary(pipeline, list(recipes), ranks, time.monotonic() - started)
+
+
+def _trains(pipeline: Pipeline, name: str) -> bool:
+    return isinstance(pipeline.stages[name], TrainStage)
+
+
+def stage_recipe(pipeline: Pipeline, name: str) -> RunRecipe:
+    """Recipe of a training stage, whose run folder is the folder of the stage.
+
+    Raises:
+        UserError: the recipe is invalid.
+    """
+    values = pipeline.resolved(name)["recipe"] | {"run": {"folder": str(pipeline.place(name))}}
+    read = finetune_recipe_from_dict if isinstance(pipeline.stages[name], FinetuneStage) else recipe_from_dict
+    return read(values, f"stages.{name}.recipe")
+
+
+def _fingerprint(pipeline: Pipeline, name: str) -> str:
+    """Hash of the fields of a stage and, recursively, of the stages to which it refers.
+
+    A stage runs again if it changed, or if a stage on whose output it depends changed.
+    """
+    below = {other: _fingerprint(pipeline, other) for other in references(pipeline.stages[name])}
+    described = {"stage": pipeline.resolved(name), "below": below}
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def _output(pipeline: Pipeline, name: str) -> Path:
+    """Path that exists when a stage is finished."""
+    stage, place = pipeline.stages[name], pipeline.place(name)
+    if isinstance(stage, DrawStage):
+        return Path(pipeline.resolved(name)["run"]) / "predictions.png"
+    made = {
+        SamplesStage: ".",
+        SynthStage: ".",
+        IndexStage: "manifest.parquet",
+        PretrainStage: "encoder.safetensors",
+        FinetuneStage: "classifier.safetensors",
+        EvaluateStage: "summary.json",
+    }
+    return place / made[type(stage)]
+
+
+def _run_local_stage(pipeline: Pipeline, name: str) -> None:
+    """Run a stage that needs only one process, in this process."""
+    place = pipeline.place(name)
+    stage = type(pipeline.stages[name]).model_validate(pipeline.resolved(name))
+    if isinstance(stage, SamplesStage):
+        from mvd_scale.data.generated.sample_clips import write_sample_clips
+
+        write_sample_clips(place)
+    elif isinstance(stage, SynthStage):
+        from mvd_scale.data.generated.synthetic import write_synthetic_videos
+
+        write_synthetic_videos(stage.label, place, train=stage.train, test=stage.test)
+    elif isinstance(stage, IndexStage):
+        _index(stage, place)
+    else:
+        assert isinstance(stage, DrawStage)
+        from mvd_scale.visualization.predictions import draw_predictions
+
+        logger.info("%s", draw_predictions(Path(stage.run), clips=stage.clips))
+
+
+def _index(stage: IndexStage, place: Path) -> None:
+    from mvd_scale.data.indexing.build import build_manifest
+    from mvd_scale.data.indexing.listing import ListOptions
+
+    place.mkdir(exist_ok=True)
+    journal = place / ".journal"
+    options = ListOptions(stage.root, stage.classes, stage.split, stage.fold)
+    workers = len(os.sched_getaffinity(0))
+    build_manifest(stage.sources, workers=workers, options=options, journal=journal).save(place / "manifest.parquet")
+    journal.unlink()
+
+
+def _train(pipeline: Pipeline, name: str, recipe: RunRecipe, ranks: int, lock: int) -> None:
+    """Run a training stage under the `deepspeed` launcher; its resolved recipe is written beside its folder."""
+    from mvd_scale.utils.io import write_whole
+
+    file = pipeline.folder / f"{name}.yaml"
+    write_whole(file, recipe.to_yaml())
+    _launch(pipeline, name, [pipeline.stages[name].kind, "--recipe", str(file)], ranks, lock, recipe.device)
+
+
+def _evaluate(pipeline: Pipeline, name: str, ranks: int, lock: int) -> None:
+    stage = EvaluateStage.model_validate(pipeline.resolved(name))
+    arguments = ["evaluate", str(stage.checkpoint), stage.source, "--out", str(pipeline.place(name))]
+    views = {} if stage.views is None else stage.views.model_dump(exclude_unset=True)
+    for option, value in (views | {"batch": stage.batch, "device": stage.device, "root": stage.root}).items():
+        if value is not None:
+            arguments += [f"--{option}", str(value)]
+    _launch(pipeline, name, arguments, ranks, lock, stage.device)
+
+
+def _launch(pipeline: Pipeline, name: str, arguments: list[str], ranks: int, lock: int, device: str) -> None:
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(_free_port())]
+    hosts = ["--hostfile=", "--num_gpus", str(ranks)]
+    command += hosts if pipeline.hostfile is None else ["--hostfile", str(pipeline.hostfile)]
+    command += ["--no_local_rank", "--quiet", "--module", "mvd_scale", *arguments]
+    # `held` is the write end of the pipe by which the guard notices that this process ended.
+    alive, held = os.pipe()
+    guarded = [sys.executable, "-m", "mvd_scale.distributed.process_guard", str(alive), *command]
+    env = {**os.environ, "DS_ACCELERATOR": "cpu"} if device == "cpu" or not _gpus() else dict(os.environ)
+    # The job inherits the file of the lock, so that a new start waits until the last rank of a killed start has ended.
+    with subprocess.Popen(guarded, env=env, start_new_session=True, pass_fds=(alive, lock)) as job:
+        os.close(alive)
+        try:
+            code = job.wait()
+        finally:
+            os.close(held)
+            _wait_for_group(job)
+    if code:
+        raise UserError(
+            f"stage {name}, `mvd-scale {' '.join(arguments)}`, ended with exit code {code}; its own message is above. "
+            "Start the same command again to resume"
+        )
+
+
+def _wait_for_group(job: subprocess.Popen[bytes]) -> None:
+    """Wait until the launcher and its ranks, which may still save a checkpoint, have ended."""
+    job.wait()
+    for _ in range(10 * _MAX_WAIT_SECONDS):
+        try:
+            os.killpg(job.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+
+
+@contextmanager
+def _exclusive_lock(folder: Path) -> Iterator[int]:
+    """Lock the folder of a pipeline against other starts; yields the file descriptor of the lock.
+
+    Raises:
+        UserError: the folder cannot be written, or another process holds the lock for more than two minutes.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"folder {folder} cannot be written: {error.strerror}") from error
+    with file:
+        for second in range(_MAX_WAIT_SECONDS):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if second == 0:
+                    logger.info("another start of this pipeline still runs in %s: waiting until it ends", folder)
+                time.sleep(1)
+        else:
+            raise UserError(f"another process runs a pipeline in {folder}: end it, or choose another folder")
+        yield file.fileno()
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _usual_ranks() -> int:
+    return _gpus() or 2
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _print_summary(pipeline: Pipeline, trained: list[str], ranks: int, seconds: float) -> None:
+    """Print a table of the training stages, and the results of the others."""
+    from rich.console import Console
+    from rich.table import Table
+
+    where = f"{ranks} ranks" if pipeline.hostfile is None else f"hosts of {pipeline.hostfile}"
+    table = Table(title=f"{pipeline.folder}: {where}, {seconds / 60:.1f} minutes")
+    for column in ("stage", "steps", "loss at start", "at end", "clips/s", "weights"):
+        table.add_column(column, overflow="fold")
+    for name in trained:
+        summary: dict[str, Any] = json.loads((pipeline.place(name) / "summary.json").read_text())
+        losses = [f"{reading['loss']:.4f}" for reading in (summary["first"], summary["last"])]
+        weights = str(_output(pipeline, name))
+        table.add_row(name, str(summary["steps"]), *losses, f"{summary['last']['clips_per_second']:.1f}", weights)
+    console = Console()
+    if trained:
+        console.print(table)
+        console.print(f"Curves: tensorboard --logdir {pipeline.folder}")
+    for name in pipeline.stages:
+        if isinstance(pipeline.stages[name], DrawStage):
+            console.print(f"Picture: {_output(pipeline, name)}")
+        elif isinstance(pipeline.stages[name], EvaluateStage):
+            figures = json.loads(_output(pipeline, name).read_text())
+            console.print(f"{name}: top-1 {100 * figures['top1']:.1f} % of {figures['videos']} videos")

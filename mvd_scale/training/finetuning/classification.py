@@ -1,0 +1,93 @@
+"""The task of naming the classes of labelled videos."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mvd_scale.checkpoints.weights import save_weights
+from mvd_scale.config import FinetuneRecipe
+from mvd_scale.config.data import DataConfig
+from mvd_scale.data.indexing.build import load_source
+from mvd_scale.data.loaders.clip_loader import ClipLoader
+from mvd_scale.data.manifest import Manifest
+from mvd_scale.distributed.process_group import Ranks
+from mvd_scale.evaluation.center_clip_pass import Sweep
+from mvd_scale.evaluation.labels import check_labels, class_count
+from mvd_scale.models import Classifier
+from mvd_scale.run_dir import RunFolder
+from mvd_scale.training.finetuning.classification_loss import ClassificationLoss
+from mvd_scale.training.finetuning.finetune import Task, teach
+
+
+def finetune(recipe: FinetuneRecipe) -> None:
+    """Run a recipe of fine-tuning; as `teach`."""
+    teach(NamingClasses(recipe, RunFolder(recipe.run.folder)))
+
+
+class NamingClasses(Task[FinetuneRecipe]):
+    """Classification of whole videos."""
+
+    figure = "top1"
+    weights = "classifier.safetensors"
+
+    def index(self) -> Manifest:
+        """Index the videos and check their labels."""
+        recipe = self.recipe
+        manifest = load_source(recipe.data, self.folder.index)
+        classes = class_count(manifest, recipe.classifier.classes)
+        check_labels(manifest, classes, "data.source", every_class=True)
+        if recipe.validation is not None:
+            cache = self.folder.tested.parent
+            cache.mkdir(exist_ok=True)
+            source = DataConfig(source=recipe.validation.source, root=recipe.validation.root)
+            tested = load_source(source, cache)
+            check_labels(tested, classes, "validation.source", like=manifest)
+            tested.save(self.folder.tested)
+        return manifest
+
+    def read(self) -> Manifest:
+        """A row for each video."""
+        self.manifest = Manifest.load(self.folder.manifest)
+        self.classes = class_count(self.manifest, self.recipe.classifier.classes)
+        return self.manifest
+
+    def create_model(self) -> Classifier:
+        """The classifier."""
+        head = self.recipe.classifier
+        return Classifier(self.recipe.model, self.classes, dropout=head.dropout, init_scale=head.init_scale)
+
+    def write(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        """With classes and views."""
+        save_weights(path, tensors, self.recipe.model, classes=self.manifest.classes, views=self.recipe.test)
+
+    def data_digests(self) -> dict[str, Any]:
+        """Videos and labels."""
+        labels = self.manifest.label[self.manifest.usable]
+        return {"videos": self.manifest.digest, "labels": hashlib.sha256(labels.tobytes()).hexdigest()[:16]}
+
+    def objective(self) -> ClassificationLoss:
+        """Cross entropy."""
+        return ClassificationLoss(self.recipe, self.classes)
+
+    def load(self, ranks: Ranks, steps: range) -> ClipLoader:
+        """Clips of the videos."""
+        return ClipLoader.for_run(self.manifest, self.recipe, ranks.data_rank, steps, report=self.folder.quarantine)
+
+    def measure(self, ranks: Ranks) -> Callable[[Any], float]:
+        """Share of videos that are named right by the clip in their middle; one that cannot be decoded is wrong."""
+        assert self.recipe.validation is not None
+        manifest = Manifest.load(self.folder.tested)
+        # Those that the index left out count as wrong too.
+        videos = int((manifest.label >= 0).sum())
+        sweep = Sweep(manifest, self.recipe.data, self.recipe.model, ranks, self.recipe.validation.batch)
+
+        def top1(model: Any) -> float:
+            scores, labels, decoded = sweep(lambda pixels: model(pixels).float())
+            return int(((scores.argmax(1) == labels) & decoded).sum()) / videos
+
+        return top1

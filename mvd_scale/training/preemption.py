@@ -1,0 +1,105 @@
+"""Stop requests by signals, after which a run saves a checkpoint; and the end of a run with non-finite gradients."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from typing_extensions import Self
+
+from mvd_scale.distributed.process_group import Ranks
+from mvd_scale.errors import UserError
+
+logger = logging.getLogger("mvd_scale")
+
+_WISH, _LAST_STEP = "mvd_scale/stop", "mvd_scale/stop_after"
+
+
+class PreemptionHandler:
+    """Context manager that records SIGTERM, SIGINT and SIGUSR1, so that a run can save a checkpoint before it ends.
+
+    A second Ctrl-C ends the process immediately.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._last: int | None = None
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._remember) for number in self.SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def should_stop(self, ranks: Ranks, step: int) -> bool:
+        """Whether all ranks stop after this step. All ranks must call it after every step; does not synchronise.
+
+        Rank 0 announces in the store that the run ends after the next step. Every other rank reads it in time, because
+        it cannot finish that step without rank 0.
+        """
+        store = torch.distributed.distributed_c10d._get_default_store()
+        if self.received is not None:
+            store.set(_WISH, "1")
+        if ranks.first and self._last is None and store.check([_WISH]):
+            store.set(_LAST_STEP, str(step + 1))
+        if self._last is None and store.check([_LAST_STEP]):
+            self._last = int(store.get(_LAST_STEP))
+        return self._last is not None and step >= self._last
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        # Only a second SIGINT counts: after a Ctrl-C, which the terminal sends to all processes, the launcher sends
+        # SIGTERM to the ranks.
+        if number == self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = self.received or number
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code that a shell reports for a process that the signal ended: 128 + its number."""
+        return 128 + (self.received or signal.SIGTERM)
+
+
+@contextmanager
+def exit_on_preemption() -> Iterator[None]:
+    """Convert `Preempted` in a `with` block to the end of the process with its exit code."""
+    try:
+        yield
+    except Preempted as stop:
+        logger.info("stopped on request after saving a checkpoint; the same command resumes from it")
+        sys.exit(stop.exit_code)
+
+
+class Preempted(Exception):
+    """Exception: the run ended before its last step on request; a checkpoint was saved and it can be resumed."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(exit_code)
+        self.exit_code = exit_code
+
+
+def check_finite(engine: Any, precision: str, step: int) -> None:
+    """Raise an error if DeepSpeed skipped a step; it checks the gradients of all ranks and skips on all or on none.
+
+    In fp16 skipped steps are normal, because DeepSpeed adjusts the loss scale by them; it fails at the smallest scale.
+
+    Raises:
+        UserError: the gradients are not finite; raised on every rank. The step did not change any weight.
+    """
+    if precision != "fp16" and engine.skipped_steps:
+        raise UserError(
+            f"the gradients of step {step} are not finite on at least one rank; the weights were not changed. "
+            "Start the same command again to resume from the last checkpoint. If it happens again, start a new run "
+            "with a smaller `--training.base_lr` or with `--training.clip_grad 1`"
+        )

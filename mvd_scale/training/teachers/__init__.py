@@ -1,0 +1,1 @@
+"""Frozen teachers during training: device, precision and shards, prefetch, CUDA graphs, fidelity."""

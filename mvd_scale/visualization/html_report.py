@@ -1,0 +1,207 @@
+"""`mvd-scale report`: a finished evaluation as one self-contained HTML page, without network access and scripts.
+
+All names in an evaluation (classes, files, paths) are untrusted; the template escapes them.
+
+Legend: X videos, C classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from numpy.typing import NDArray
+
+from mvd_scale.data.manifest import Manifest
+from mvd_scale.data.storage import DecodeError
+from mvd_scale.evaluation.results import Tested, percent
+from mvd_scale.utils.io import write_whole
+from mvd_scale.visualization.svg import confidences, heat_map, reliability
+from mvd_scale.visualization.thumbnails import thumbnails
+
+TABLE = 20
+"""Largest number of classes for which tables list all of them; for more, the confusion matrix is a heat map."""
+
+_LISTED = 10
+"""Number of classes, and of pairs of classes, that are listed if there are too many for full tables."""
+
+
+@dataclass(frozen=True)
+class ClassResult:
+    """One class that has videos."""
+
+    name: str
+    videos: int
+    accuracy: float
+    taken_for: str
+    """Name of the other class that was predicted most often for its videos; empty if there is none."""
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Number of videos of one class for which another class was predicted."""
+
+    label: str
+    prediction: str
+    videos: int
+    share: float
+    """Share of the videos of the class, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class HardVideo:
+    """Video with a confident wrong prediction or with a low score of its class."""
+
+    name: str
+    label: str
+    label_score: float
+    prediction: str
+    prediction_score: float
+    pictures: list[str]
+    """Thumbnails as `data:` URLs; empty if the video cannot be decoded any more."""
+
+    missing: str
+    """Reason why there are no thumbnails."""
+
+
+def write_report(folder: Path, out: Path, *, hardest: int) -> None:
+    """Write the page of an evaluation.
+
+    Args:
+        folder: folder that `evaluate`, `ensemble` or `probe` wrote.
+        out: HTML file to write.
+        hardest: number of hard videos to show of each kind.
+
+    Raises:
+        UserError: the folder holds no finished evaluation, or its manifest is missing.
+    """
+    tested = Tested.load(folder)
+    manifest = Manifest.load(folder / "manifest.parquet")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(out, render(tested, manifest, hardest=hardest))
+
+
+def render(tested: Tested, manifest: Manifest, *, hardest: int) -> str:
+    """Render the page of an evaluation on the videos of a manifest, with `hardest` hard videos of each kind."""
+    outcome = tested.outcome
+    confusion = outcome.confusion
+    classes = class_results(tested)
+    few = len(tested.classes) <= TABLE
+    picture, span = ("", 1) if few else heat_map(confusion[:, :-1])
+    sure, low = hard_videos(tested, manifest, hardest)
+    environment = Environment(
+        loader=PackageLoader("mvd_scale", "evaluation"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = percent
+    return environment.get_template("report.html").render(
+        origin=tested.origin,
+        figures=tested.figures(),
+        reliability=reliability(outcome),
+        confidences=confidences(outcome),
+        views=list(zip(tested.origin.views, outcome.view_accuracy.tolist(), strict=True)),
+        top1=outcome.top(1),
+        class_names=tested.classes,
+        classes=classes,
+        empty=len(tested.classes) - len(classes),
+        few=few,
+        listed=_LISTED,
+        matrix=_matrix(tested) if few else [],
+        heat_map=picture,
+        span=span,
+        confusions=confusions(tested)[:_LISTED],
+        sure=sure,
+        low=low,
+        failures=[(name, reason) for _, name, reason in tested.failures()],
+    )
+
+
+def class_results(tested: Tested) -> list[ClassResult]:
+    """List the classes that have videos, ordered by accuracy, the worst first; of equal ones the larger class first."""
+    confusion, accuracy = tested.outcome.confusion, tested.outcome.class_accuracy
+    videos = confusion.sum(1)
+    beside = _beside(confusion)
+    found = np.flatnonzero(videos)
+    return [
+        ClassResult(
+            tested.classes[c],
+            int(videos[c]),
+            float(accuracy[c]),
+            tested.classes[int(beside[c].argmax())] if beside[c].any() else "",
+        )
+        for c in found[np.lexsort((-videos[found], accuracy[found]))].tolist()
+    ]
+
+
+def confusions(tested: Tested) -> list[Confusion]:
+    """List all pairs of classes that were confused, the most frequent first."""
+    table = tested.outcome.confusion
+    beside, videos = _beside(table), table.sum(1)
+    labels, predictions = np.nonzero(beside)
+    counts = beside[labels, predictions]
+    order = np.lexsort((-counts / videos[labels], -counts))
+    return [
+        Confusion(
+            tested.classes[label], tested.classes[prediction], int(table[label, prediction]),
+            float(table[label, prediction] / videos[label]),
+        )
+        for label, prediction in zip(labels[order].tolist(), predictions[order].tolist(), strict=True)
+    ]  # fmt: skip
+
+
+def hard_videos(tested: Tested, manifest: Manifest, count: int) -> tuple[list[HardVideo], list[HardVideo]]:
+    """Select hard videos among the decoded ones.
+
+    Returns:
+        `count` videos with the highest scores of wrong predictions, and `count` of the other videos with the lowest
+        scores of their true class.
+    """
+    outcome = tested.outcome
+    scores, predictions = outcome.scores, outcome.predictions
+    own = np.take_along_axis(scores, outcome.labels[:, None], 1)[:, 0]
+    wrong = np.flatnonzero(outcome.decoded & (predictions != outcome.labels))
+    sure = wrong[np.argsort(-scores[wrong].max(1), kind="stable")][:count]
+    others = np.setdiff1d(np.flatnonzero(outcome.decoded), sure)
+    low = others[np.argsort(own[others], kind="stable")][:count]
+    rows = np.flatnonzero(manifest.label >= 0)
+
+    def show(video: int) -> HardVideo:
+        label, prediction = int(outcome.labels[video]), int(predictions[video])
+        pictures, missing = [], ""
+        try:
+            pictures = thumbnails(manifest.row(int(rows[video])))
+        except DecodeError as error:
+            missing = error.reason
+        return HardVideo(
+            tested.names[video],
+            tested.classes[label],
+            float(own[video]),
+            tested.classes[prediction],
+            float(scores[video, prediction]),
+            pictures,
+            missing,
+        )
+
+    return [show(video) for video in sure.tolist()], [show(video) for video in low.tolist()]
+
+
+def _matrix(tested: Tested) -> list[tuple[str, list[tuple[int, float]]]]:
+    """Make the rows of the confusion matrix: the label, then number and share of its videos for each prediction."""
+    table = tested.outcome.confusion
+    shares = table / np.maximum(table.sum(1, keepdims=True), 1)
+    return [
+        (name, list(zip(counts, parts, strict=True)))
+        for name, counts, parts in zip(tested.classes, table.tolist(), shares.tolist(), strict=True)
+    ]
+
+
+def _beside(confusion: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the confusion matrix (C, C + 1) without its diagonal and its column of videos not decoded: (C, C)."""
+    beside = confusion[:, :-1].copy()
+    np.fill_diagonal(beside, 0)
+    return beside

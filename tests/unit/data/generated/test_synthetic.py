@@ -1,0 +1,82 @@
+"""Tests of synthetic videos: training and test differ in objects and backgrounds; classes differ as documented."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+pytest.importorskip("skimage", reason="synthetic videos need the samples extra: pip install 'mvd-scale[samples]'")
+
+from mvd_scale.data.generated import synthetic as synth
+from mvd_scale.data.generated.synthetic import (
+    BACKGROUNDS,
+    DIRECTIONS,
+    FRAMES,
+    SIDE,
+    TEXTURES,
+    draw_video,
+    write_synthetic_videos,
+)
+from mvd_scale.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def pictures() -> dict[str, synth.Picture]:
+    return {name: synth.load_picture(name) for name in (*TEXTURES, *BACKGROUNDS["train"], *BACKGROUNDS["test"])}
+
+
+def frames(kind: synth.Kind, label: int, pictures: dict[str, synth.Picture], seed: int) -> np.ndarray:
+    return np.stack(draw_video(kind, label, False, pictures, np.random.default_rng(seed)))
+
+
+def test_folders_of_classes_hold_real_videos_and_a_second_start_adds_what_is_missing(tmp_path: Path) -> None:
+    out = write_synthetic_videos("motion", tmp_path, train=2, test=1)
+    files = sorted(file.relative_to(out) for file in out.rglob("*.mp4"))
+    assert [str(file.parent) for file in files] == [
+        "test/left",
+        "test/right",
+        *["train/left"] * 2,
+        *["train/right"] * 2,
+    ]
+    with av.open(str(out / files[0])) as container:
+        pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert np.shape(pictures) == (FRAMES, SIDE, SIDE, 3)
+    kept = {file: (out / file).stat().st_mtime_ns for file in files}
+    write_synthetic_videos("motion", tmp_path, train=3, test=1)
+    assert len(list(out.rglob("*.mp4"))) == 8
+    assert all((out / file).stat().st_mtime_ns == time for file, time in kept.items())
+    with pytest.raises(UserError, match="holds other videos"):
+        write_synthetic_videos("appearance", tmp_path, train=3, test=1)
+    with pytest.raises(UserError, match=r"left/00002\.mp4"):
+        write_synthetic_videos("motion", tmp_path, train=2, test=1)
+
+
+def test_training_and_test_share_no_background() -> None:
+    assert not set(BACKGROUNDS["train"]) & set(BACKGROUNDS["test"])
+    assert not set(TEXTURES) & {*BACKGROUNDS["train"], *BACKGROUNDS["test"]}
+
+
+@pytest.mark.parametrize("label", range(len(DIRECTIONS)))
+def test_the_scene_moves_the_way_that_the_label_says(pictures: dict[str, synth.Picture], label: int) -> None:
+    for seed in range(8):
+        video = frames("motion", label, pictures, seed).astype(np.int32)
+        # The shift that minimises the difference between the second frame and the first one.
+        shifts = range(-6, 7)
+        errors = [np.abs(np.roll(video[0], shift, axis=1) - video[1]).mean() for shift in shifts]
+        assert (shifts[int(np.argmin(errors))] > 0) == (DIRECTIONS[label] == "right")
+
+
+def test_motion_is_the_same_video_but_for_its_direction(pictures: dict[str, synth.Picture]) -> None:
+    left, right = (frames("motion", label, pictures, seed=3) for label in range(2))
+    assert (left[0] == right[0]).all()
+    assert not (left[1] == right[1]).all()
+
+
+def test_appearance_differs_in_the_object_only(pictures: dict[str, synth.Picture]) -> None:
+    # The background is drawn first and is the same; the number of random draws for an object depends on its texture.
+    one, other = (frames("appearance", label, pictures, seed=5)[0] for label in (0, 3))
+    same = (one == other).all(axis=2)
+    assert 0.3 < same.mean() < 1

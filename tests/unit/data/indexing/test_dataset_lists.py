@@ -1,0 +1,221 @@
+"""Tests of lists in the formats that data sets publish, and of other kinds of sources."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from mvd_scale.data.indexing.listing import ListOptions
+from mvd_scale.data.indexing.media_probe import probe_video
+from mvd_scale.data.indexing.sources import list_videos
+from mvd_scale.data.manifest import Manifest
+from mvd_scale.errors import UserError
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+
+
+def listed(source: Path | str, **options: object) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
+    listing = list_videos([str(source)], ListOptions(**options))  # type: ignore[arg-type]
+    return [(row.name, row.label) for row in listing.rows], listing.classes
+
+
+def test_a_folder_of_class_folders_has_labels(tmp_path):
+    touch(tmp_path, "train/n02/b.JPEG", "train/n01/a.JPEG", "train/n02/deep/c.png", "train/n01/notes.md")
+    rows, classes = listed(tmp_path / "train")
+    assert rows == [("n01/a.JPEG", 0), ("n02/b.JPEG", 1), ("n02/deep/c.png", 1)]
+    assert classes == ("n01", "n02")
+    touch(tmp_path, "train/loose.mp4")
+    rows, classes = listed(tmp_path / "train")
+    assert {label for _, label in rows} == {-1}
+    assert classes == ()
+
+
+def test_a_link_to_a_parent_folder_is_not_followed_forever(tmp_path):
+    touch(tmp_path, "videos/a.mp4")
+    (tmp_path / "videos" / "loop").symlink_to(tmp_path / "videos")
+    assert listed(tmp_path / "videos")[0] == [("a.mp4", -1)]
+
+
+def test_a_file_whose_name_is_no_text_is_left_out_not_fatal(tmp_path):
+    encoded = os.fsencode(tmp_path) + b"/caf\xe9.mp4"
+    try:
+        with open(encoded, "wb"):
+            pass
+    except OSError as error:
+        pytest.skip(f"this file system wants UTF-8 names: {error}")
+    touch(tmp_path, "good.mp4")
+    listing = list_videos([str(tmp_path)], ListOptions())
+    assert [row.left_out for row in listing.rows] == ["its name is not valid UTF-8: rename the file", None]
+    manifest = Manifest.from_rows([probe_video(row, timeout=5) for row in listing.rows])
+    manifest.save(tmp_path / "m.parquet")
+    assert Manifest.load(tmp_path / "m.parquet").name == ["caf?.mp4", "good.mp4"]
+
+
+def test_globs(tmp_path):
+    touch(tmp_path, "x/a.mp4", "y/b.mp4", "y/c.txt")
+    listing = list_videos([f"{tmp_path}/*/*.mp4"], ListOptions())
+    assert [row.path for row in listing.rows] == [str(tmp_path / "x/a.mp4"), str(tmp_path / "y/b.mp4")]
+    with pytest.raises(UserError, match="no file matches"):
+        list_videos([f"{tmp_path}/*/*.webm"], ListOptions())
+
+
+def test_csv_with_a_header_and_names_or_numbers(tmp_path):
+    file = tmp_path / "list.csv"
+    file.write_text('\ufeffvideo,label,length\n"a, b.mp4",run,3\nc.mp4,jump,4\nd.mp4,,4\n', encoding="utf-8")
+    assert listed(file) == ([("a, b.mp4", 1), ("c.mp4", 0), ("d.mp4", -1)], ("jump", "run"))
+    file.write_text("label,path\n7,a.mp4\n,b.mp4\n")
+    assert listed(file) == ([("a.mp4", 7), ("b.mp4", -1)], ())
+    file.write_text("path,label\na.mp4\n")
+    with pytest.raises(UserError, match=r"list.csv:2: 1 fields, expected 2 as in the header"):
+        listed(file)
+
+
+def test_plain_lists_may_name_urls(tmp_path):
+    (tmp_path / "list.txt").write_text("s3://bucket/a.mp4 3\nb.mp4 -1\n")
+    listing = list_videos([str(tmp_path / "list.txt")], ListOptions(root="gs://other/videos"))
+    assert [row.path for row in listing.rows] == ["s3://bucket/a.mp4", "gs://other/videos/b.mp4"]
+    assert [row.label for row in listing.rows] == [3, -1]
+
+
+def test_kinetics(tmp_path):
+    touch(tmp_path, "videos/abseiling/aa-_1_000001_000011.mp4", "videos/bb_000010_000020.webm")
+    (tmp_path / "k400.csv").write_text(
+        "label,youtube_id,time_start,time_end,split\n"
+        "zumba,bb,10,20,train\nabseiling,aa-_1,1,11,train\nyoga,cc,3,13,val\n"
+    )
+    rows, classes = listed(tmp_path / "k400.csv", root=str(tmp_path / "videos"))
+    assert classes == ("abseiling", "yoga", "zumba")
+    assert rows == [
+        ("bb_000010_000020.webm", 2),
+        ("abseiling/aa-_1_000001_000011.mp4", 0),
+        ("cc_000003_000013.mp4", 1),  # missing file: the probe reports it
+    ]
+    rows, _ = listed(tmp_path / "k400.csv", root=str(tmp_path / "videos"), split="train")
+    assert len(rows) == 2
+    with pytest.raises(UserError, match="no videos of the split test"):
+        listed(tmp_path / "k400.csv", root=str(tmp_path / "videos"), split="test")
+
+
+def test_something_something(tmp_path):
+    touch(tmp_path, "videos/78687.webm", "videos/42326.webm")
+    labels = {"Holding something": "1", "Dropping something onto something": "0"}
+    (tmp_path / "labels.json").write_text(json.dumps(labels))
+    train = [
+        {"id": "78687", "label": "holding potato", "template": "Holding [something]", "placeholders": ["potato"]},
+        {"id": "42326", "label": "dropping", "template": "Dropping [something] onto [something]"},
+    ]
+    (tmp_path / "train.json").write_text(json.dumps(train))
+    (tmp_path / "test.json").write_text(json.dumps([{"id": "42326"}]))
+    rows, classes = listed(tmp_path / "train.json", root=str(tmp_path / "videos"))
+    assert rows == [("78687.webm", 1), ("42326.webm", 0)]
+    assert classes == ("Dropping something onto something", "Holding something")
+    assert listed(tmp_path / "test.json", root=str(tmp_path / "videos"))[0] == [("42326.webm", -1)]
+    (tmp_path / "train.json").write_text(json.dumps([{"id": "1", "template": "Flying"}]))
+    with pytest.raises(UserError, match="'Flying' is not one of the 2 known classes"):
+        listed(tmp_path / "train.json", root=str(tmp_path / "videos"))
+
+
+def test_ucf101(tmp_path):
+    touch(tmp_path, "videos/Archery/v_Archery_g01_c01.avi", "videos/v_Basketball_g01_c01.avi")
+    (tmp_path / "classInd.txt").write_text("1 ApplyEyeMakeup\n2 Archery\n3 Basketball\n")
+    (tmp_path / "trainlist01.txt").write_text("Archery/v_Archery_g01_c01.avi 2\n")
+    (tmp_path / "testlist01.txt").write_text("Basketball/v_Basketball_g01_c01.avi\n")
+    rows, classes = listed(tmp_path / "trainlist01.txt", root=str(tmp_path / "videos"))
+    assert (rows, classes) == ([("Archery/v_Archery_g01_c01.avi", 1)], ("ApplyEyeMakeup", "Archery", "Basketball"))
+    listing = list_videos([str(tmp_path / "testlist01.txt")], ListOptions(root=str(tmp_path / "videos")))
+    assert listing.rows[0].label == 2
+    assert listing.rows[0].path == str(tmp_path / "videos/v_Basketball_g01_c01.avi")
+
+
+def test_hmdb51(tmp_path):
+    touch(tmp_path, "videos/wave/a b.avi", "videos/wave/c.avi", "videos/run/d.avi")
+    folds = tmp_path / "splits"
+    folds.mkdir()
+    (folds / "wave_test_split1.txt").write_text("a b.avi 1 \nc.avi 2 \n")
+    (folds / "run_test_split1.txt").write_text("d.avi 1 \nunused.avi 0 \n")
+    (folds / "run_test_split2.txt").write_text("d.avi 2\n")
+    root = str(tmp_path / "videos")
+    assert listed(folds, root=root, split="train") == ([("run/d.avi", 0), ("wave/a b.avi", 1)], ("run", "wave"))
+    assert listed(folds, root=root, split="test")[0] == [("wave/c.avi", 1)]
+    assert listed(folds, root=root, split="test", fold=2) == ([("run/d.avi", 0)], ("run",))
+    assert len(listed(f"{folds}/*_split1.txt", root=root)[0]) == 3
+    with pytest.raises(UserError, match="no files"):
+        listed(folds, root=root, fold=3)
+
+
+def test_tar_files_and_labels_of_webdataset(tmp_path):
+    path = tmp_path / "shard.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, content in (("../../etc/a.mp4", b"first"), ("b.webm", b"second"), ("b.cls", b"7\n"), ("c.txt", b"")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    (first, second) = list_videos([str(path)], ListOptions()).rows
+    assert (first.name, first.path, first.label) == ("../../etc/a.mp4", str(path), -1)
+    assert (second.name, second.label) == ("b.webm", 7)
+    data = path.read_bytes()
+    assert data[first.offset : first.offset + first.size] == b"first"
+    assert data[second.offset : second.offset + second.size] == b"second"
+    assert os.listdir(tmp_path) == ["shard.tar"]
+    (tmp_path / "bad.tar").write_bytes(b"not a tar" * 200)
+    with pytest.raises(UserError, match="cannot be read as a tar file"):
+        list_videos([str(tmp_path / "bad.tar")], ListOptions())
+
+
+def test_urls(tmp_path):
+    memory = fsspec.filesystem("memory")
+    for name in ("cats/a.mp4", "dogs/b.mp4"):
+        memory.pipe_file(f"/set/{name}", b"x")
+    memory.pipe_file("/set/list.txt", b"cats/a.mp4 4\n")
+    listing = list_videos(["memory://set"], ListOptions())
+    assert [(row.name, row.path, row.label) for row in listing.rows] == [
+        ("cats/a.mp4", "memory:///set/cats/a.mp4", 0),
+        ("dogs/b.mp4", "memory:///set/dogs/b.mp4", 1),
+    ]
+    assert [row.path for row in list_videos(["memory://set/*/*.mp4"], ListOptions()).rows] == [
+        "memory:///set/cats/a.mp4",
+        "memory:///set/dogs/b.mp4",
+    ]
+    (row,) = list_videos(["memory://set/list.txt"], ListOptions()).rows
+    assert (row.label, row.path) == (4, "memory://set/cats/a.mp4")
+    with pytest.raises(UserError, match="does not exist"):
+        list_videos(["memory://nothing/here"], ListOptions())
+    with pytest.raises(UserError, match="Protocol not known: nowhere"):
+        list_videos(["nowhere://bucket"], ListOptions())
+
+
+def test_several_sources_unite_their_classes_by_name(tmp_path):
+    touch(tmp_path, "one/run/a.mp4", "one/wave/b.mp4", "two/jump/c.mp4", "two/run/d.mp4", "loose/e.mp4")
+    listing = list_videos([str(tmp_path / "one"), str(tmp_path / "two")], ListOptions())
+    assert listing.classes == ("run", "wave", "jump")
+    assert [row.label for row in listing.rows] == [0, 1, 2, 0]
+    assert len(list_videos([str(tmp_path / "one"), str(tmp_path / "loose")], ListOptions()).rows) == 3
+    (tmp_path / "list.txt").write_text("one/run/a.mp4 5\n")
+    with pytest.raises(UserError, match="has class names, but"):
+        list_videos([str(tmp_path / "one"), str(tmp_path / "list.txt")], ListOptions())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("list.json", "{}", "is not a list of Something-Something"),
+        ("list.json", "{", "is not valid JSON"),
+        ("list.xyz", "a 1", "cannot be indexed: expected a folder"),
+        ("list.txt", "", "is empty"),
+    ],
+)
+def test_what_is_no_source_is_said(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        listed(tmp_path / name)

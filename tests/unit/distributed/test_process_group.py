@@ -1,0 +1,35 @@
+"""Environment variables that a launcher must set for a rank."""
+
+from __future__ import annotations
+
+import pytest
+
+from mvd_scale.distributed import process_group as ranks
+from mvd_scale.distributed.cpu_affinity import machine_id
+from mvd_scale.distributed.process_group import join_ranks
+from mvd_scale.errors import UserError
+
+PLACE = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [(["LOCAL_RANK"], "LOCAL_RANK is"), (["WORLD_SIZE", "MASTER_PORT"], "WORLD_SIZE, MASTER_PORT are")],
+)
+def test_a_gap_is_named_with_the_way_to_fill_it(missing: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in PLACE.items():
+        monkeypatch.setenv(name, value)
+    for name in missing:
+        monkeypatch.delenv(name)
+    with pytest.raises(UserError, match=f"^RANK is 1, but {said} not set: .*`deepspeed` launcher.* unset RANK"):
+        join_ranks("cpu", timeout_minutes=1)
+
+
+def test_hosts_are_known_by_the_launchers_number_or_else_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CROSS_RANK", "GROUP_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert ranks._host() == " ".join(machine_id())
+    monkeypatch.setenv("GROUP_RANK", "3")
+    assert ranks._host() == "3"
+    monkeypatch.setenv("CROSS_RANK", "1")
+    assert ranks._host() == "1"

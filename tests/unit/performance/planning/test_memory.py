@@ -1,0 +1,228 @@
+"""Predicted memory is within 10 % of what a run on the CPU allocates, by stage, sharding and checkpointing."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from mvd_scale.config import load_recipe
+from mvd_scale.distributed.process_group import Ranks
+from mvd_scale.performance.planning import memory as memory_model
+from mvd_scale.performance.planning.memory import predict_memory
+from mvd_scale.performance.planning.parallelism import setting_of
+from mvd_scale.performance.planning.workload import describe
+from mvd_scale.targets import FrozenTeacher, build_targets
+from mvd_scale.targets.build import init_teacher
+from mvd_scale.training.capabilities import placement_of
+from mvd_scale.training.teachers.place import lower_teacher
+
+from .memory_ranks import clips, held_from, recipe
+
+ROOT = Path(__file__).parents[3]
+
+CASE: dict[str, Any] = {
+    "world": 1, "micro": 16, "accumulation": 1, "deepspeed": "zero2", "teachers": "replicated", "checkpointing": "none",
+    "batched": False,
+}  # fmt: skip
+CASES: dict[str, dict[str, Any]] = {
+    "stage 2, attention again": {"checkpointing": "attention"},
+    "stage 2, decoders together": {"batched": True},
+    "stage 3, blocks again": {"checkpointing": "block", "deepspeed": "zero3"},
+    "two ranks, stage 3, sharded teachers": {"world": 2, "deepspeed": "zero3", "teachers": "zero3"},
+}
+
+
+def measure(case: dict[str, Any], folder: Path) -> int:
+    """The largest peak of all ranks, each a process of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = []
+    for rank in range(case["world"]):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case["world"], "LOCAL_SIZE": case["world"]}
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        env = os.environ | {key: str(value) for key, value in (place | meeting).items()}
+        command = [sys.executable, "-m", "tests.unit.performance.memory_ranks", json.dumps(case)]
+        with (folder / f"rank{rank}.log").open("w") as log:
+            ranks.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=log, text=True))
+    peaks = []
+    for rank, process in enumerate(ranks):
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, (folder / f"rank{rank}.log").read_text()[-3000:]
+        peaks.append(int(json.loads(output.splitlines()[-1])["peak"]))
+    return max(peaks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_a_traced_run_holds_what_was_predicted(name: str, tmp_path: Path) -> None:
+    case = CASE | CASES[name]
+    made = recipe(case)
+    work = describe(made)
+    # One batch at a time, without a loader.
+    setting = replace(setting_of(made, work, case["world"]), prefetch=0)
+    memory = predict_memory(work, setting)
+    measured = measure(case, tmp_path)
+    assert memory.peak == pytest.approx(measured, rel=0.1)
+    # No part decides alone, so one that is wrong is seen.
+    assert max(memory.parts.values()) < 0.5 * measured
+
+
+def test_traced_int8_teachers_hold_what_was_predicted() -> None:
+    """At rest, and while they compute features."""
+    made = recipe(CASE)
+    made = made.model_copy(update={"teachers": made.teachers.model_copy(update={"precision": "int8"})})
+    micro = 4
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        targets = build_targets(made, lambda name: init_teacher(made, name))
+        placement = placement_of(made, targets, Ranks(0, 0, 1, torch.device("cpu")))
+        for name, target in targets.items():
+            assert isinstance(target, FrozenTeacher)
+            target.teacher = lower_teacher(target.teacher, placement.teacher(name), torch.device("cpu"))
+        drawn = clips(made, micro)
+        with record_function("at rest"):
+            pass
+        for target in targets.values():
+            target.features(drawn)
+    rest, peak = held_from(profiler, "at rest")
+    work = describe(made)
+    memory = predict_memory(work, replace(setting_of(made, work, 1, micro=micro), prefetch=0))
+    phases = [memory.phases[f"{name} teacher"] for name in targets]
+    expected = phases[0]["teachers"] + phases[0]["batches"]
+    assert expected == pytest.approx(rest, rel=0.03)
+    assert expected + max(phase["workspace"] for phase in phases) == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize("world", [1, 8, 64])
+def test_model_states_are_those_that_deepspeed_estimates(monkeypatch: pytest.MonkeyPatch, world: int) -> None:
+    """Its estimate holds 16-bit weights and gradients, float32 gradients at the step, and the optimizer's states."""
+    # Of all parameters at once, as of a single group.
+    monkeypatch.setattr(memory_model, "LARGEST_GROUP", 2**40)
+    made = load_recipe("distill/b_from_b", ["--training.deepspeed", "zero2"])
+    work = describe(made)
+    setting = setting_of(made, work, world)
+    step = predict_memory(work, setting).phases["optimizer step"]
+    _, estimated = estimate_zero2_model_states_mem_needs(work.parameters, world, cpu_offload=False)
+    # The estimate leaves out that gradients are flattened into a copy before they are widened.
+    flattened = 2 * work.parameters / world
+    assert step["weights"] + step["optimizer"] + step["gradients"] - flattened == pytest.approx(estimated, rel=1e-3)
+
+    made = load_recipe("distill/b_from_b", ["--training.deepspeed", "zero3"])
+    setting = setting_of(made, work, world)
+    step = predict_memory(work, setting).phases["optimizer step"]
+    _, estimated, _ = estimate_zero3_model_states_mem_needs(work.parameters, 0, world, 1, False, False)
+    bucket, whole = 2 * setting.zero["reduce_bucket_size"], 2 * work.unsharded
+    # The estimate leaves out buckets, what stays whole, and one of the two widths of gradients.
+    held = step["weights"] + step["optimizer"] + step["gradients"] - bucket - whole
+    assert held - 2 * work.parameters / world == pytest.approx(estimated, rel=1e-3)
+
+
+def test_what_a_stage_shards_shrinks_with_the_ranks() -> None:
+    shares = {}
+    for stage in (1, 2, 3):
+        made = load_recipe("distill/l_from_l", ["--training.deepspeed", f"zero{stage}", "--training.micro_batch", "2"])
+        work = describe(made)
+        shares[stage] = [predict_memory(work, setting_of(made, work, world)).phases for world in (1, 64)]
+    for stage, (alone, many) in shares.items():
+        for phase, parts in alone.items():
+            assert parts["optimizer"] == pytest.approx(64 * many[phase]["optimizer"], rel=1e-3)
+            whole = many[phase]["weights"] / parts["weights"]
+            assert (whole < 0.05) == (stage == 3), phase
+    # With accumulation, stage 1 keeps gradients whole.
+    kept = {stage: many["optimizer step"]["gradients"] for stage, (_, many) in shares.items()}
+    assert kept[1] > 10 * kept[2]
+
+
+def test_checkpointing_and_smaller_micro_batches_save_activations() -> None:
+    made = load_recipe("distill/h_from_h")
+    work = describe(made)
+    setting = setting_of(made, work, 32)
+    phase = "start of the backward pass"
+    checkpointed = predict_memory(work, setting).phases[phase]["activations"]
+    kept, without_attention = (
+        predict_memory(work, replace(setting, checkpointing=policy)).phases[phase]["activations"]
+        for policy in ("none", "attention")
+    )
+    assert checkpointed < 0.1 * kept
+    assert 0.6 * kept < without_attention < 0.75 * kept
+    half = predict_memory(work, replace(setting, micro=setting.micro // 2)).phases[phase]["activations"]
+    assert 2 * half == checkpointed
+
+
+def test_teachers_that_work_ahead_hold_memory_at_any_time_of_the_step() -> None:
+    made = load_recipe("distill/b_from_b", ["--training.micro_batch", "32"])
+    work = describe(made)
+    graphed = setting_of(made, work, 8)
+    assert graphed.graphed == (True, True)
+    setting = replace(graphed, graphed=(False, False))
+    micro, masked = setting.micro, 1408
+    ahead, alone = predict_memory(work, setting), predict_memory(work, replace(setting, prefetched=(False, False)))
+    assert setting.prefetched == (True, True)
+    assert set(alone.phases) - set(ahead.phases) == {"image teacher", "video teacher"}
+    for phase, parts in ahead.phases.items():
+        without = alone.phases[phase]
+        assert parts["prefetched features"] == 2 * micro * masked * 2 * 768
+        assert parts["batches"] - without["batches"] == micro * 16 * 224 * 224 * 3
+        workspace = max(alone.phases[teacher]["workspace"] for teacher in ("image teacher", "video teacher"))
+        assert parts["workspace"] - without.get("workspace", 0) == workspace
+    # Each recording keeps what its teacher needs, and its own batch, whichever works.
+    recorded = predict_memory(work, graphed).phases["optimizer step"]["CUDA graphs"]
+    needs = sum(alone.phases[teacher]["workspace"] for teacher in ("image teacher", "video teacher"))
+    assert recorded == needs + 2 * micro * 16 * 224 * 224 * 3
+
+
+def test_only_teachers_that_stay_as_they_are_work_ahead_and_only_on_gpus() -> None:
+    made = load_recipe("ablations/momentum_b")
+    assert setting_of(made, describe(made), 8).prefetched == (False,)
+    for words in (["--device", "cpu", "--training.precision", "bf16"], ["--teachers.prefetch", "false"]):
+        made = load_recipe("distill/b_from_b", words)
+        assert setting_of(made, describe(made), 8).prefetched == (False, False)
+
+
+def test_decoders_together_hold_their_stacked_weights_wherever_they_stand() -> None:
+    other = "{kind: pixels, decoder: {width: 384, depth: 4, heads: 6}}"
+    made = load_recipe("distill/b_from_b", ["--targets.pixels", other])
+    work = describe(made)
+    setting = setting_of(made, work, 8)
+    assert setting.batched
+    phase = "start of the backward pass"
+    together, apart = (predict_memory(work, replace(setting, batched=on)).phases[phase] for on in (True, False))
+    # Of two decoders: the embedding and two blocks of width 768, in 16 bits.
+    assert together["stacked weights"] == 2 * 2 * (768 * 768 + 2 * 12 * 768 * 768)
+    assert "stacked weights" not in apart
+    assert together["workspace"] > apart["workspace"]
+
+
+@pytest.mark.parametrize(
+    ("words", "batched"),
+    [
+        ([], True),
+        (["--training.batch_decoders", "false"], False),
+        (["--training.deepspeed", "zero3"], False),
+        (["--device", "cpu", "--training.precision", "bf16"], False),
+        (["--device", "cpu", "--training.precision", "bf16", "--training.batch_decoders", "true"], True),
+    ],
+)
+def test_decoders_are_together_on_gpus_that_have_their_weights(words: list[str], batched: bool) -> None:
+    made = load_recipe("distill/b_from_b", words)
+    assert setting_of(made, describe(made), 8).batched == batched
+
+
+def test_offloaded_states_are_not_on_the_gpu() -> None:
+    made = load_recipe("distill/b_from_b", ["--training.deepspeed", "zero3_offload"])
+    work = describe(made)
+    parts = predict_memory(work, setting_of(made, work, 8)).parts
+    assert parts["optimizer"] == 0
+    assert parts["weights"] == 2 * work.unsharded

@@ -1,0 +1,131 @@
+"""Tests of `mvd-scale env`: it shows every capability on any machine, with a reason for each one that is off."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.abc
+import importlib.machinery
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+import pytest
+
+from mvd_scale.utils import env_report as capabilities
+from mvd_scale.utils.env_report import Capability, collect_capabilities, format_capabilities
+
+
+class Broken(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Import hook that makes packages fail while they are imported, like a damaged installation."""
+
+    def __init__(self, packages: Sequence[str], error: Exception) -> None:
+        self.packages = packages
+        self.error = error
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
+        return importlib.machinery.ModuleSpec(name, self) if name in self.packages else None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
+        raise self.error
+
+    def exec_module(self, module: ModuleType) -> None:
+        raise AssertionError("never reached")
+
+
+@pytest.fixture
+def break_packages(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    def break_with(error: Exception, *packages: str) -> None:
+        for package in packages:
+            monkeypatch.delitem(sys.modules, package, raising=False)
+        monkeypatch.setattr(sys, "meta_path", [Broken(packages, error), *sys.meta_path])
+
+    return break_with
+
+
+def by_name(rows: list[Capability]) -> dict[str, Capability]:
+    return {row.name: row for row in rows}
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Capability]:
+    return collect_capabilities()
+
+
+def test_every_capability_has_a_row_and_every_row_that_is_off_a_reason(rows: list[Capability]) -> None:
+    names = set(by_name(rows))
+    assert {"Python", "CPU", "torch", "NCCL", "gloo", "bf16", "fp16", "DeepSpeed", "flash-attn", "apex"} <= names
+    assert {"DALI", "PyAV", "Triton", "torch.compile, GPU", "torch.compile, CPU", "C++ and ninja"} <= names
+    assert any(name.startswith("DeepSpeed ") for name in names), "no ops"
+    assert len(names) == len(rows), "a capability is told twice"
+    assert [row.name for row in rows if not row.on and not row.reason] == []
+
+
+def test_the_table_has_one_line_for_each_row(rows: list[Capability]) -> None:
+    lines = format_capabilities(rows).splitlines()
+    assert len(lines) == len(rows)
+    for line, row in zip(lines, rows, strict=True):
+        assert line.startswith(row.name)
+        assert line.removeprefix(row.name).split()[0] == ("on" if row.on else "off")
+        assert row.detail in line
+        assert row.reason in line
+
+
+def test_deepspeed_is_probed_without_its_greeting(capfd: pytest.CaptureFixture[str]) -> None:
+    capabilities._deepspeed()
+    out, err = capfd.readouterr()
+    assert "[WARNING]" not in out + err
+    assert "INFO" not in out + err
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ImportError("cannot import name 'x' from 'y'"), "broken: cannot import name 'x' from 'y'"),
+        (
+            OSError("libfoo.so.1: cannot open shared object file\nmore"),
+            "broken: libfoo.so.1: cannot open shared object file",
+        ),
+        (RuntimeError("built for another torch"), "broken: built for another torch"),
+        (ModuleNotFoundError("No module named 'gone'", name="gone"), "broken: No module named 'gone'"),
+        (AssertionError(), "broken: AssertionError"),
+    ],
+)
+def test_broken_packages_are_rows_with_the_error(
+    error: Exception, said: str, break_packages: Callable[..., None]
+) -> None:
+    break_packages(error, "flash_attn", "apex", "triton", "av", "nvidia.dali", "deepspeed", "psutil")
+    found = by_name(collect_capabilities())
+    for name in ("flash-attn", "apex", "Triton", "PyAV", "DALI", "DeepSpeed"):
+        assert not found[name].on
+        assert found[name].reason == said
+    assert said in found["CPU"].detail
+
+
+@pytest.mark.parametrize("package", ["flash_attn", "apex", "triton", "av", "nvidia.dali", "deepspeed"])
+def test_a_package_that_is_not_installed_says_how_to_get_it(package: str, break_packages: Callable[..., None]) -> None:
+    break_packages(ModuleNotFoundError(f"No module named {package!r}", name=package), package)
+    off = [row for row in collect_capabilities() if not row.on and row.reason.startswith("not installed: ")]
+    assert off
+
+
+def test_without_a_compiler_no_op_claims_to_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    rows = capabilities._deepspeed()
+    assert not any(row.on for row in rows if row.name.startswith("DeepSpeed "))
+    assert not capabilities._compiler().on
+
+
+def test_both_builds_of_dali_are_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capabilities, "_version", lambda distribution: "2.4.0")
+    (row,) = capabilities._dali()
+    assert not row.on
+    assert "nvidia-dali-cuda130 and nvidia-dali-cuda120" in row.reason
+
+
+def test_nvdec_names_the_library_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    assert "libnvcuvid.so.1" in capabilities._nvdec().reason
