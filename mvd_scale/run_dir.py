@@ -12,7 +12,7 @@ from mvd_scale.config import RunRecipe, load_any_recipe
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.errors import UserError
 from mvd_scale.utils.env_report import collect_capabilities, format_capabilities
-from mvd_scale.utils.io import write_whole
+from mvd_scale.utils.io import write_atomic
 
 
 class RunFolder:
@@ -96,8 +96,8 @@ class RunFolder:
                 f"{self.path} holds a run on other videos than those of {manifest.source}: give it the same, or choose "
                 "another folder with `--run.folder`"
             )
-        write_whole(self.recipe, recipe.to_yaml())
-        write_whole(self.environment, format_capabilities(collect_capabilities()) + "\n")
+        write_atomic(self.recipe, recipe.to_yaml())
+        write_atomic(self.environment, format_capabilities(collect_capabilities()) + "\n")
         manifest.save(self.manifest)
 
     def is_finished(self, step: int, origin: Mapping[str, Any]) -> bool:
@@ -119,4 +119,4 @@ class RunFolder:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary, which marks the run as finished."""
-        write_whole(self.summary, json.dumps(summary, indent=2) + "\n")
+        write_atomic(self.summary, json.dumps(summary, indent=2) + "\n")

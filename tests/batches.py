@@ -8,7 +8,7 @@ from mvd_scale.data.batch import ClipBatch
 
 
 class BatchLoader:
-    """Gives `Ahead` the batches of an iterator, none of whose clips were replaced."""
+    """Gives `TeacherPrefetcher` the batches of an iterator, none of whose clips were replaced."""
 
     substituted = 0
 

@@ -3,7 +3,7 @@
 from mvd_scale.checkpoints.adapt import adapt
 from mvd_scale.checkpoints.checkpoint import Checkpoint, DecoderWeights, Hints
 from mvd_scale.checkpoints.publish import export_checkpoint, to_published
-from mvd_scale.checkpoints.roles import describe, import_checkpoint
+from mvd_scale.checkpoints.roles import describe_checkpoint, import_checkpoint
 from mvd_scale.checkpoints.weights import (
     build_classifier,
     build_encoder,
@@ -20,7 +20,7 @@ __all__ = [
     "build_classifier",
     "build_encoder",
     "build_student",
-    "describe",
+    "describe_checkpoint",
     "export_checkpoint",
     "import_checkpoint",
     "load_encoder",

@@ -46,7 +46,7 @@ def import_checkpoint(checkpoint: Checkpoint, role: Role, out: Path) -> None:
     save_weights(out, model.state_dict(), checkpoint.model, decoders)
 
 
-def describe(checkpoint: Checkpoint) -> str:
+def describe_checkpoint(checkpoint: Checkpoint) -> str:
     """Describe a checkpoint, one line per fact, then every tensor that is missing, surplus, misshapen or not finite."""
     model = checkpoint.model
     shape = (model.width, model.depth, model.heads)

@@ -99,10 +99,10 @@ def evaluate(
     from mvd_scale.config.data import DataConfig
     from mvd_scale.config.detection import DetectionTest
     from mvd_scale.detection.evaluate import run_detection_evaluation
-    from mvd_scale.distributed.process_group import join_ranks, leave_ranks
+    from mvd_scale.distributed.process_group import destroy_distributed, init_distributed
     from mvd_scale.models.precision import usual_precision
 
-    ranks = join_ranks(device, timeout_minutes=10)
+    ranks = init_distributed(device, timeout_minutes=10)
     figures = run_detection_evaluation(
         checkpoint,
         DataConfig(source=source, root=root),
@@ -113,8 +113,8 @@ def evaluate(
         precision=precision or usual_precision(ranks.device),
         per_frame=per_frame,
     )
-    leave_ranks()
-    if ranks.first:
+    destroy_distributed()
+    if ranks.is_main:
         click.echo(f"{figures.to_text()}\n{out}")
 
 

@@ -99,12 +99,12 @@ def _probe(
     device: str,
 ) -> None:
     from mvd_scale.config.data import DataConfig, ViewsConfig
-    from mvd_scale.distributed.process_group import join_ranks, leave_ranks
+    from mvd_scale.distributed.process_group import destroy_distributed, init_distributed
     from mvd_scale.evaluation.features import FeatureOptions
     from mvd_scale.evaluation.frozen_probe import ProbedEncoder, run_probe
     from mvd_scale.models.precision import usual_precision
 
-    ranks = join_ranks(device, timeout_minutes=10)
+    ranks = init_distributed(device, timeout_minutes=10)
     tested = run_probe(
         ProbedEncoder(checkpoint, precision or usual_precision(ranks.device), batch),
         classify(ranks.device),
@@ -115,6 +115,6 @@ def _probe(
         ranks,
         command=command_line(),
     )
-    leave_ranks()
-    if ranks.first:
+    destroy_distributed()
+    if ranks.is_main:
         click.echo(f"{tested.to_text()}\n{tested.out}")

@@ -44,11 +44,11 @@ def evaluate(
     started again.
     """
     from mvd_scale.config.data import DataConfig
-    from mvd_scale.distributed.process_group import join_ranks, leave_ranks
-    from mvd_scale.evaluation.evaluate import evaluate as test
+    from mvd_scale.distributed.process_group import destroy_distributed, init_distributed
+    from mvd_scale.evaluation.evaluate import run_evaluation as test
     from mvd_scale.models.precision import usual_precision
 
-    ranks = join_ranks(device, timeout_minutes=10)
+    ranks = init_distributed(device, timeout_minutes=10)
     tested = test(
         checkpoint,
         DataConfig(source=source, root=root),
@@ -59,8 +59,8 @@ def evaluate(
         precision=precision or usual_precision(ranks.device),
         command=command_line(),
     )
-    leave_ranks()
-    if ranks.first:
+    destroy_distributed()
+    if ranks.is_main:
         click.echo(f"{tested.to_text()}\n{out}")
         if page is not None:
             _write_report(out, page)
@@ -190,14 +190,14 @@ def features(
     again.
     """
     from mvd_scale.config.data import DataConfig, ViewsConfig
-    from mvd_scale.distributed.process_group import join_ranks, leave_ranks
+    from mvd_scale.distributed.process_group import destroy_distributed, init_distributed
     from mvd_scale.evaluation.features import FeatureOptions, write_features
     from mvd_scale.models.precision import usual_precision
 
     if (every is not None) != (sampling == "sliding"):
         raise click.UsageError("--every and --sampling sliding require each other: give both or neither")
     views = ViewsConfig(sampling=sampling, stride=stride, every=every, clips=clips, crops=crops)
-    ranks = join_ranks(device, timeout_minutes=10)
+    ranks = init_distributed(device, timeout_minutes=10)
     written, failed = write_features(
         checkpoint,
         DataConfig(source=source, root=root),
@@ -207,7 +207,7 @@ def features(
         batch=batch,
         precision=precision or usual_precision(ranks.device),
     )
-    leave_ranks()
-    if ranks.first:
+    destroy_distributed()
+    if ranks.is_main:
         note = f"; {failed} videos cannot be decoded, see {out / 'quarantine.jsonl'}" if failed else ""
         click.echo(f"{out}: features of {written} views{note}")

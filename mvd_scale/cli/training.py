@@ -19,7 +19,7 @@ def pretrain(recipe: str, overrides: tuple[str, ...]) -> None:
     """
     from mvd_scale.config import load_recipe
     from mvd_scale.training.preemption import exit_on_preemption
-    from mvd_scale.training.pretrain import pretrain as run
+    from mvd_scale.training.pretrain import run_pretraining as run
 
     with exit_on_preemption():
         run(load_recipe(recipe, list(overrides)))
@@ -34,7 +34,7 @@ def finetune(recipe: str, overrides: tuple[str, ...]) -> None:
     OVERRIDES are dotted keys of the recipe, such as --training.initial_encoder runs/mine/encoder.safetensors
     """
     from mvd_scale.config import load_finetune_recipe
-    from mvd_scale.training.finetuning.classification import finetune as run
+    from mvd_scale.training.finetuning.classification import run_classification as run
     from mvd_scale.training.preemption import exit_on_preemption
 
     with exit_on_preemption():
@@ -61,14 +61,14 @@ def propose(source: str, encoder: Path, out: Path, validation: str | None, folde
     from mvd_scale.config.data import DataConfig
     from mvd_scale.data.indexing.build import load_source
     from mvd_scale.training.finetuning.recipe_proposal import propose as settings
-    from mvd_scale.utils.io import write_whole
+    from mvd_scale.utils.io import write_atomic
 
     model = read_checkpoint(encoder).model
     with tempfile.TemporaryDirectory() as scratch:
         manifest = load_source(DataConfig(source=source), Path(scratch))
     proposal = settings(manifest, model, source=source, encoder=encoder, validation=validation, folder=folder)
     command = f"launch/single_node.sh finetune --recipe {out}"
-    write_whole(out, proposal.to_yaml(command))
+    write_atomic(out, proposal.to_yaml(command))
     click.echo(f"{out}: {proposal.title}\nStart it: {command}")
 
 

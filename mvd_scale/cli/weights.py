@@ -31,7 +31,7 @@ def import_weights(source: Path, role: Any, out: Path, tubelet: int | None, **hi
 
     SOURCE is a file or a run folder; the result is in the format of this package.
     """
-    from mvd_scale.checkpoints import Hints, adapt, describe, import_checkpoint, read_checkpoint
+    from mvd_scale.checkpoints import Hints, adapt, describe_checkpoint, import_checkpoint, read_checkpoint
 
     if tubelet is None:
         checkpoint = read_checkpoint(source, Hints(**hints))
@@ -40,7 +40,7 @@ def import_weights(source: Path, role: Any, out: Path, tubelet: int | None, **hi
         frames = hints.pop("frames")
         checkpoint = adapt(read_checkpoint(source, Hints(**hints)), frames=frames, tubelet=tubelet)
     import_checkpoint(checkpoint, role, out)
-    click.echo(f"{out}:\n{describe(read_checkpoint(out))}")
+    click.echo(f"{out}:\n{describe_checkpoint(read_checkpoint(out))}")
 
 
 @click.command("export")
@@ -77,6 +77,6 @@ def export_weights(source: Path, family: str, out: Path, **hints: Any) -> None:
 @shape_options
 def inspect(file: Path, **hints: Any) -> None:
     """Print the properties of a checkpoint FILE: format, shape, decoders, classes, and faults."""
-    from mvd_scale.checkpoints import Hints, describe, read_checkpoint
+    from mvd_scale.checkpoints import Hints, describe_checkpoint, read_checkpoint
 
-    click.echo(describe(read_checkpoint(file, Hints(**hints))))
+    click.echo(describe_checkpoint(read_checkpoint(file, Hints(**hints))))

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from mvd_scale.config.detection import DetectionRecipe
 from mvd_scale.config.finetune import FinetuneRecipe
-from mvd_scale.config.reading import describe, parse_overrides, parse_yaml_mapping, set_by_path
+from mvd_scale.config.reading import format_validation_error, parse_overrides, parse_yaml_mapping, set_by_path
 from mvd_scale.config.recipe import Recipe, RunRecipe
 from mvd_scale.errors import UserError
 
@@ -116,7 +116,7 @@ def _validated(kind: type[Kind], values: dict[str, Any], source: str) -> Kind:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"the recipe {source} is not valid:\n{describe(error)}") from error
+        raise UserError(f"the recipe {source} is not valid:\n{format_validation_error(error)}") from error
 
 
 def _read(name_or_path: str | Path, above: tuple[str, ...]) -> tuple[str, dict[str, Any]]:

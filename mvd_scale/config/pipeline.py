@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 from typing_extensions import Self
 
 from mvd_scale.config.data import TestViews
-from mvd_scale.config.reading import describe, parse_overrides, parse_yaml_mapping, set_by_path
+from mvd_scale.config.reading import format_validation_error, parse_overrides, parse_yaml_mapping, set_by_path
 from mvd_scale.config.section import Section
 from mvd_scale.errors import UserError
 
@@ -219,7 +219,7 @@ def load_pipeline(name_or_path: str | Path, overrides: list[str] | None = None) 
     try:
         return Pipeline.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"the pipeline {name_or_path} is not valid:\n{describe(error)}") from error
+        raise UserError(f"the pipeline {name_or_path} is not valid:\n{format_validation_error(error)}") from error
 
 
 def _texts(values: Any) -> Iterator[str]:

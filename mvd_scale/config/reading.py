@@ -84,7 +84,7 @@ def _without_tags(parts: list[str]) -> list[str]:
     return parts
 
 
-def describe(error: ValidationError) -> str:
+def format_validation_error(error: ValidationError) -> str:
     """Format a validation error as text: one line per fault, with its key, what was expected, and what was given."""
     lines = []
     for fault in error.errors():

@@ -31,11 +31,11 @@ from mvd_scale.detection.annotations import (
 from mvd_scale.detection.metrics import FrameMap, compute_frame_map
 from mvd_scale.detection.testing import BoxScorer, DetectionTestData, ScoredKeyFrame, make_frame_loader
 from mvd_scale.detection.whole_frames import WholeFrameLoader
-from mvd_scale.distributed.process_group import Ranks, first_decides
+from mvd_scale.distributed.process_group import Ranks, run_on_rank0
 from mvd_scale.errors import UserError
 from mvd_scale.evaluation.sharded_run import ResultShards
 from mvd_scale.models.precision import check_precision, dtype_of
-from mvd_scale.utils.io import write_whole
+from mvd_scale.utils.io import write_atomic
 
 _SHARD = 32
 """Key frames per shard of scores: the unit of work of a rank, and the most that is lost if the process is killed."""
@@ -115,13 +115,15 @@ def run_detection_evaluation(
         DetectionTestData.open(test, manifest, config.classes, "the test")
         manifest.save(shards.manifest)
 
-    first_decides(ranks, f"test {out}", prepare)
+    run_on_rank0(ranks, f"test {out}", prepare)
     told = DetectionTestData.open(test, Manifest.load(shards.manifest), config.classes, "the test")
     score = BoxScorer(detector, config, read.model.patch_size)
 
     def load(items: NDArray[np.int64]) -> WholeFrameLoader:
         shape = ViewShape(read.model.frames, test.short_side)
-        return make_frame_loader(told, items, data, shape, batch=batch, rank=ranks.data_rank, report=shards.quarantine)
+        return make_frame_loader(
+            told, items, data, shape, batch=batch, rank=ranks.data_rank, quarantine_file=shards.quarantine
+        )
 
     rows = np.arange(len(told.key_frames))
     parts = shards.write_missing(
@@ -135,10 +137,10 @@ def run_detection_evaluation(
         judged = told.compute_map(found, per_frame)
         judged.write(out / "actions.csv")
         figures = vars(DetectionFigures.of(judged, len(told.key_frames), not_decoded))
-        write_whole(out / "summary.json", json.dumps(figures, indent=2) + "\n")
+        write_atomic(out / "summary.json", json.dumps(figures, indent=2) + "\n")
         return figures
 
-    return DetectionFigures(**first_decides(ranks, f"figures {out}", finish))
+    return DetectionFigures(**run_on_rank0(ranks, f"figures {out}", finish))
 
 
 def score_results(

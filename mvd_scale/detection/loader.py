@@ -90,7 +90,7 @@ class KeyFrameLoader(ClipLoader):
         rank: DataRank,
         steps: range,
         *,
-        report: Path | None = None,
+        quarantine_file: Path | None = None,
     ) -> KeyFrameLoader:
         """The loader of a run that trains a detector; as `ClipLoader.for_run`.
 
@@ -104,7 +104,15 @@ class KeyFrameLoader(ClipLoader):
         """
         plan, jitter = BatchPlan.for_run(recipe, rank.world_size, steps), recipe.key_frames.jitter
         return cls(
-            key_frames, people, jitter, recipe.data, recipe.model, recipe.seed, plan=plan, rank=rank, report=report
+            key_frames,
+            people,
+            jitter,
+            recipe.data,
+            recipe.model,
+            recipe.seed,
+            plan=plan,
+            rank=rank,
+            quarantine_file=quarantine_file,
         )
 
     def _make_sampler(self, manifest: Manifest, data: DataConfig, model: ModelConfig, seed: int) -> Sampler:
@@ -122,7 +130,7 @@ class KeyFrameLoader(ClipLoader):
         batch = super().__next__()
         boxes, actions = [], []
         for k, attempt in enumerate(self._attempts):
-            placed, done = self._people_of(self._share.position(first + k), attempt)
+            placed, done = self._people_of(self._shard.position(first + k), attempt)
             for copy, corners in enumerate(placed):
                 seen = has_area(corners)
                 clip = np.full((int(seen.sum()), 1), k * len(placed) + copy)
@@ -140,7 +148,7 @@ class KeyFrameLoader(ClipLoader):
         The plan of the clip (crop and flip) is computed again here: it is a pure function of the position, and that is
         cheaper than to send it from the worker.
         """
-        epoch, i = self._share.locate(position)
+        epoch, i = self._shard.locate(position)
         plan = self._sampler.plan(epoch, i, attempt)
         people = self._people.on(int(self._key_frames.numbers[plan.row]))
         corners, manifest = self._people.corners[people], self._manifest

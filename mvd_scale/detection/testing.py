@@ -165,7 +165,9 @@ def make_frame_loader(
     *,
     batch: int,
     rank: DataRank,
-    report: Path | None = None,
+    quarantine_file: Path | None = None,
 ) -> WholeFrameLoader:
     """The clips of some key frames; arguments as of `WholeFrameLoader`."""
-    return WholeFrameLoader(test.key_frames, rows, data, shape=shape, batch=batch, rank=rank, report=report)
+    return WholeFrameLoader(
+        test.key_frames, rows, data, shape=shape, batch=batch, rank=rank, quarantine_file=quarantine_file
+    )

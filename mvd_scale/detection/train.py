@@ -28,15 +28,15 @@ from mvd_scale.detection.testing import BoxScorer, DetectionTestData, make_frame
 from mvd_scale.distributed.process_group import Ranks, gather_rows
 from mvd_scale.models.detector import Detector
 from mvd_scale.run_dir import RunFolder
-from mvd_scale.training.finetuning.finetune import Task, teach
+from mvd_scale.training.finetuning.finetune import FinetuneTask, run_finetune
 
 
 def run_detection(recipe: DetectionRecipe) -> None:
-    """Run a recipe of action detection; see `teach`."""
-    teach(DetectingActions(recipe, RunFolder(recipe.run.folder)))
+    """Run a recipe of action detection; see `run_finetune`."""
+    run_finetune(DetectionTask(recipe, RunFolder(recipe.run.folder)))
 
 
-class DetectingActions(Task[DetectionRecipe]):
+class DetectionTask(FinetuneTask[DetectionRecipe]):
     """Task of action detection on key frames; the boxes of people are given."""
 
     rows = "key frames"
@@ -86,7 +86,7 @@ class DetectingActions(Task[DetectionRecipe]):
     def load(self, ranks: Ranks, steps: range) -> KeyFrameLoader:
         """Clips around the key frames."""
         return KeyFrameLoader.for_training(
-            self.key_frames, self.people, self.recipe, ranks.data_rank, steps, report=self.folder.quarantine
+            self.key_frames, self.people, self.recipe, ranks.data_rank, steps, quarantine_file=self.folder.quarantine
         )
 
     def measure(self, ranks: Ranks) -> Callable[[Any], float]:

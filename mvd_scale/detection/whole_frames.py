@@ -78,13 +78,21 @@ class WholeFrameLoader(ItemLoader[FrameBatch]):
         shape: ViewShape,
         batch: int,
         rank: DataRank,
-        report: Path | None = None,
+        quarantine_file: Path | None = None,
     ) -> None:
         self._key_frames = key_frames
         self._views = ViewsConfig(stride=data.stride, clips=1, crops=1)
         self._shape = shape
         items = np.stack([rows, np.zeros_like(rows)], axis=1)
-        super().__init__(key_frames.manifest, data, items, frames=shape.frames, batch=batch, rank=rank, report=report)
+        super().__init__(
+            key_frames.manifest,
+            data,
+            items,
+            frames=shape.frames,
+            batch=batch,
+            rank=rank,
+            quarantine_file=quarantine_file,
+        )
 
     def _video(self, row: int) -> str:
         return self._manifest.name[row]

@@ -29,35 +29,35 @@ SYSTEM = Path("/sys/devices/system")
 """Folder in which Linux describes CPUs and NUMA nodes."""
 
 
-class Share(NamedTuple):
+class CpuShare(NamedTuple):
     """Share of one rank in its machine."""
 
     cpus: CPUs
     """CPUs of its part of the cores; their number is for the rank and its data workers together."""
-    home: CPUs
+    numa_cpus: CPUs
     """All CPUs of the NUMA nodes of `cpus`, to which the rank and its data workers are bound."""
     threads: int
     """Number of torch's threads."""
 
 
 @dataclass(frozen=True)
-class Pinned:
+class CpuBinding:
     """Binding of a rank: the CPUs that the process was started with, and its share of them."""
 
     given: CPUs
-    share: Share
+    share: CpuShare
 
     @contextmanager
-    def lifted(self) -> Iterator[None]:
+    def lifted_to_all_cpus(self) -> Iterator[None]:
         """Let this thread and its child processes use all CPUs in a `with` block, while other ranks wait."""
         os.sched_setaffinity(0, self.given)
         try:
             yield
         finally:
-            pin(self.share.home)
+            set_affinity(self.share.numa_cpus)
 
 
-def settle(rank: int, threads: int | None) -> Pinned:
+def bind_to_cpus(rank: int, threads: int | None) -> CpuBinding:
     """Bind this rank to its share of its machine. All ranks must call it, after the process group is initialised.
 
     All existing threads are bound; threads and processes that are started later, such as torch's threads and data
@@ -70,16 +70,16 @@ def settle(rank: int, threads: int | None) -> Pinned:
     given = frozenset(os.sched_getaffinity(0))
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, (machine_id(), given, threads))
-    shares = share_out({other: cpus for other, (place, cpus, _) in enumerate(everyone) if place == machine_id()})
+    shares = partition_cpus({other: cpus for other, (place, cpus, _) in enumerate(everyone) if place == machine_id()})
     shares = {other: share._replace(threads=everyone[other][2] or share.threads) for other, share in shares.items()}
-    pin(shares[rank].home)
+    set_affinity(shares[rank].numa_cpus)
     torch.set_num_threads(shares[rank].threads)
     if rank == 0:
         logger.info("CPUs by rank: %s", ", ".join(f"{other}: {_describe(share)}" for other, share in shares.items()))
-    return Pinned(given, shares[rank])
+    return CpuBinding(given, shares[rank])
 
 
-def share_out(given: Mapping[int, CPUs], system: Path = SYSTEM) -> dict[int, Share]:
+def partition_cpus(given: Mapping[int, CPUs], system: Path = SYSTEM) -> dict[int, CpuShare]:
     """Compute the share of every rank of a machine, by rank.
 
     Ranks that were started with the same set of CPUs divide it. A rank whose set differs from all others keeps it,
@@ -90,14 +90,14 @@ def share_out(given: Mapping[int, CPUs], system: Path = SYSTEM) -> dict[int, Sha
         given: CPUs that each rank was started with, by rank.
         system: folder in which Linux describes cores and NUMA nodes.
     """
-    shares: dict[int, Share] = {}
+    shares: dict[int, CpuShare] = {}
     for cpus in set(given.values()):
         together = [rank for rank, others in given.items() if others == cpus]
-        shares |= zip(together, divide(cores_by_node(cpus, system), len(together)), strict=True)
+        shares |= zip(together, divide_cores(cores_by_node(cpus, system), len(together)), strict=True)
     return {rank: shares[rank] for rank in given}
 
 
-def divide(nodes: Sequence[Sequence[CPUs]], ranks: int) -> list[Share]:
+def divide_cores(nodes: Sequence[Sequence[CPUs]], ranks: int) -> list[CpuShare]:
     """Divide cores into contiguous shares, one per rank, whose sizes differ by at most one core.
 
     Which ranks get the larger shares is chosen so that the fewest ranks span several NUMA nodes; among equal choices
@@ -116,8 +116,11 @@ def divide(nodes: Sequence[Sequence[CPUs]], ranks: int) -> list[Share]:
     else:
         sizes = _sizes(len(cores), ranks, list(accumulate(map(len, nodes))))
         parts = [cores[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
-    homes = [_union(core for node in nodes if set(node) & set(part) for core in node) for part in parts]
-    return [Share(_union(part), home, threads=len(part)) for part, home in zip(parts, homes, strict=True)]
+    numa_cpus_of_parts = [_union(core for node in nodes if set(node) & set(part) for core in node) for part in parts]
+    return [
+        CpuShare(_union(part), numa_cpus, threads=len(part))
+        for part, numa_cpus in zip(parts, numa_cpus_of_parts, strict=True)
+    ]
 
 
 def _union(parts: Iterable[CPUs]) -> CPUs:
@@ -177,7 +180,7 @@ def cores_by_node(cpus: CPUs, system: Path = SYSTEM) -> list[list[CPUs]]:
     return [nodes[node] for node in sorted(nodes)]
 
 
-def pin(cpus: CPUs) -> None:
+def set_affinity(cpus: CPUs) -> None:
     """Bind all threads of this process to some CPUs."""
     for thread in os.listdir("/proc/self/task"):
         # A thread of the list may have ended meanwhile.
@@ -198,8 +201,8 @@ def format_cpus(cpus: CPUs) -> str:
     return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in zip(firsts, lasts, strict=True))
 
 
-def _describe(share: Share) -> str:
-    return f"{format_cpus(share.home)} ({share.threads} thread{'s' if share.threads > 1 else ''})"
+def _describe(share: CpuShare) -> str:
+    return f"{format_cpus(share.numa_cpus)} ({share.threads} thread{'s' if share.threads > 1 else ''})"
 
 
 def machine_id() -> tuple[str, str]:

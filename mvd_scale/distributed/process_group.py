@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvd_scale.distributed.cpu_affinity import Pinned, machine_id, settle
+from mvd_scale.distributed.cpu_affinity import CpuBinding, bind_to_cpus, machine_id
 from mvd_scale.distributed.data_rank import DataRank
 from mvd_scale.errors import UserError
 
@@ -36,18 +36,18 @@ class Ranks:
     """Longest wait for other ranks in a collective operation."""
     host: str = ""
     """Identifier of the host, different for each host of the job."""
-    pinned: Pinned | None = None
+    binding: CpuBinding | None = None
     """CPUs that this rank is bound to; None if ranks use GPUs, where the binding is not changed."""
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is rank 0, which logs and writes files."""
         return self.rank == 0
 
     @property
     def cpus(self) -> int | None:
         """Number of CPUs of this rank's share; None if ranks use GPUs."""
-        return len(self.pinned.share.cpus) if self.pinned else None
+        return len(self.binding.share.cpus) if self.binding else None
 
     @property
     def data_rank(self) -> DataRank:
@@ -72,12 +72,12 @@ def choose_device(device: str) -> torch.device:
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def join_ranks(device: str, timeout_minutes: float) -> Ranks:
+def init_distributed(device: str, timeout_minutes: float) -> Ranks:
     """Initialise the process group of the job; without a launcher this process is the only rank.
 
-    Ranks that compute on CPUs are then bound to their share of the machine (`processors.settle`), with OMP_NUM_THREADS
-    threads, or one per core. The binding of ranks with GPUs is not changed: they compute little on CPUs, and the
-    launcher can bind them to the CPUs near their GPU (`torchrun --numa-binding`).
+    Ranks that compute on CPUs are then bound to their share of the machine (`cpu_affinity.bind_to_cpus`), with
+    OMP_NUM_THREADS threads, or one per core. The binding of ranks with GPUs is not changed: they compute little on
+    CPUs, and the launcher can bind them to the CPUs near their GPU (`torchrun --numa-binding`).
 
     Args:
         device: `auto`, `cuda` or `cpu`.
@@ -133,7 +133,7 @@ def join_ranks(device: str, timeout_minutes: float) -> Ranks:
         device=torch.device(kind, device_index) if device_index is not None else torch.device(kind),
         timeout=timedelta(minutes=timeout_minutes),
         host=_host(),
-        pinned=settle(rank, threads) if kind == "cpu" else None,
+        binding=bind_to_cpus(rank, threads) if kind == "cpu" else None,
     )
 
 
@@ -155,7 +155,7 @@ def _check_environment() -> None:
         )
 
 
-def first_decides(ranks: Ranks, name: str, work: Callable[[], Any]) -> Any:
+def run_on_rank0(ranks: Ranks, name: str, work: Callable[[], Any]) -> Any:
     """Run a function on rank 0, however long it takes; all ranks return its result or raise its `UserError`.
 
     Rank 0 may use the CPUs of the other ranks meanwhile, which wait.
@@ -167,9 +167,9 @@ def first_decides(ranks: Ranks, name: str, work: Callable[[], Any]) -> Any:
     """
     key = f"mvd_scale/decision/{name}"
     store = torch.distributed.distributed_c10d._get_default_store()
-    if ranks.first:
+    if ranks.is_main:
         try:
-            with ranks.pinned.lifted() if ranks.pinned else nullcontext():
+            with ranks.binding.lifted_to_all_cpus() if ranks.binding else nullcontext():
                 answer = {"result": work()}
         except UserError as error:
             answer = {"error": str(error)}
@@ -186,7 +186,7 @@ def first_decides(ranks: Ranks, name: str, work: Callable[[], Any]) -> Any:
     return answer["result"]
 
 
-def everybody_done(ranks: Ranks, name: str) -> None:
+def barrier_via_store(ranks: Ranks, name: str) -> None:
     """Wait until all ranks have called this function with this name, however long the slowest takes."""
     store = torch.distributed.distributed_c10d._get_default_store()
     store.set(f"mvd_scale/done/{name}/{ranks.rank}", "1")
@@ -208,7 +208,7 @@ def gather_rows(mine: Tensor, ranks: Ranks) -> Tensor:
     return torch.cat([part[: int(n)] for part, n in zip(parts, counts, strict=True)])
 
 
-def leave_ranks() -> None:
+def destroy_distributed() -> None:
     """Wait for all ranks and destroy the process group, at the end of a successful run."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()

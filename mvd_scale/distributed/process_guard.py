@@ -1,4 +1,6 @@
-"""Guard process, which runs a job until the guard's parent ends: `python -m mvd_scale.distributed.process_guard FD COMMAND...`.
+"""Guard process, which runs a job until the guard's parent ends.
+
+    python -m mvd_scale.distributed.process_guard FD COMMAND...
 
 FD is the read end of a pipe whose write end only the parent holds. When the parent ends for any reason, the pipe
 closes, and the guard sends SIGTERM to its process group. The guard must be the leader of a session of its own, so that

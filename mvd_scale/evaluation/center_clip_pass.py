@@ -20,7 +20,7 @@ from mvd_scale.data.manifest import Manifest
 from mvd_scale.distributed.process_group import Ranks, gather_rows
 
 
-class Sweep:
+class CenterClipEvaluator:
     """Evaluation of a model on one centre crop of the middle clip of each labelled video of a manifest.
 
     At ZeRO stage 3 a forward pass is a collective operation, so all ranks run the same number of passes.

@@ -20,11 +20,11 @@ from mvd_scale.config.data import DataConfig, ViewsConfig
 from mvd_scale.config.training import FrozenPrecision
 from mvd_scale.data.batch import ViewBatch
 from mvd_scale.data.manifest import Manifest
-from mvd_scale.distributed.process_group import Ranks, first_decides
+from mvd_scale.distributed.process_group import Ranks, run_on_rank0
 from mvd_scale.errors import UserError
 from mvd_scale.evaluation.labels import check_labels
-from mvd_scale.evaluation.metrics import Outcome
-from mvd_scale.evaluation.results import Origin, Tested, as_lists
+from mvd_scale.evaluation.metrics import Predictions
+from mvd_scale.evaluation.results import EvalResult, Origin, as_lists
 from mvd_scale.evaluation.scorer import ClipScorer, views_from_checkpoint
 from mvd_scale.evaluation.sharded_run import ResultShards, failures
 
@@ -32,7 +32,7 @@ _SHARD = 32
 """Videos per shard of scores: the unit of work of a rank, and the most that is lost if the process is killed."""
 
 
-def evaluate(
+def run_evaluation(
     checkpoint: Path,
     data: DataConfig,
     views: Mapping[str, Any],
@@ -42,7 +42,7 @@ def evaluate(
     batch: int,
     precision: FrozenPrecision,
     command: str,
-) -> Tested:
+) -> EvalResult:
     """Evaluate a classifier on all videos of a source; continues an interrupted evaluation. All ranks must call it.
 
     Args:
@@ -79,7 +79,7 @@ def evaluate(
         _check_names(manifest.classes, read.class_names)
         manifest.save(shards.manifest)
 
-    first_decides(ranks, f"test {out}", prepare)
+    run_on_rank0(ranks, f"test {out}", prepare)
     manifest = Manifest.load(shards.manifest)
     files = shards.write_missing_views(
         manifest,
@@ -92,11 +92,11 @@ def evaluate(
         write=_write,
     )
     known = read.class_names or manifest.classes or [str(c) for c in range(classes)]
-    outcome, names = _outcome(manifest, files, (chosen.clips * chosen.crops, classes))
+    predictions, names = _outcome(manifest, files, (chosen.clips * chosen.crops, classes))
     origin = Origin(command, [str(checkpoint)], str(data.source), precision, *_words(chosen))
     reasons = failures(out, manifest)
-    tested = Tested(out, outcome, names, list(known), origin, reasons)
-    first_decides(ranks, f"figures {out}", tested.write)
+    tested = EvalResult(out, predictions, names, list(known), origin, reasons)
+    run_on_rank0(ranks, f"figures {out}", tested.write)
     return tested
 
 
@@ -107,7 +107,7 @@ def _words(views: ViewsConfig) -> tuple[str, list[str]]:
     return f"{views.clips} clips x {views.crops} crops, {frames}", names
 
 
-def ensemble_results(folders: Sequence[Path], out: Path, command: str) -> Tested:
+def ensemble_results(folders: Sequence[Path], out: Path, command: str) -> EvalResult:
     """Average the scores of several models that were evaluated on the same videos.
 
     Args:
@@ -118,16 +118,16 @@ def ensemble_results(folders: Sequence[Path], out: Path, command: str) -> Tested
     Raises:
         UserError: the evaluations have different videos or class names, or `out` is not empty.
     """
-    parts = [Tested.load(folder) for folder in folders]
+    parts = [EvalResult.load(folder) for folder in folders]
     first = parts[0]
     for folder, part in zip(folders, parts, strict=True):
-        if list(part.names) != list(first.names) or (part.outcome.labels != first.outcome.labels).any():
+        if list(part.names) != list(first.names) or (part.predictions.labels != first.predictions.labels).any():
             raise UserError(f"{folder} and {folders[0]} are evaluations of different videos: they cannot be merged")
         if list(part.classes) != list(first.classes):
             raise UserError(f"{folder} and {folders[0]} have different class names: they cannot be merged")
     # Each model becomes one view of the merged result.
-    views = np.stack([part.outcome.scores for part in parts], axis=1)
-    decoded = np.all([part.outcome.decoded for part in parts], axis=0)
+    views = np.stack([part.predictions.scores for part in parts], axis=1)
+    decoded = np.all([part.predictions.decoded for part in parts], axis=0)
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} is not empty: choose a new folder with --out")
     out.mkdir(parents=True, exist_ok=True)
@@ -140,7 +140,9 @@ def ensemble_results(folders: Sequence[Path], out: Path, command: str) -> Tested
         views=[str(folder) for folder in folders],
     )
     reasons = {video: reason for part in parts for video, reason in part.reasons.items()}
-    merged = Tested(out, Outcome(first.outcome.labels, decoded, views), first.names, first.classes, origin, reasons)
+    merged = EvalResult(
+        out, Predictions(first.predictions.labels, decoded, views), first.names, first.classes, origin, reasons
+    )
     merged.write()
     Manifest.load(folders[0] / "manifest.parquet").save(out / "manifest.parquet")
     return merged
@@ -159,7 +161,7 @@ def _check_names(tested: Sequence[str], learnt: Sequence[str]) -> None:
 Result = dict[str, Any]
 
 
-def _outcome(manifest: Manifest, files: Sequence[Path], shape: tuple[int, int]) -> tuple[Outcome, list[str]]:
+def _outcome(manifest: Manifest, files: Sequence[Path], shape: tuple[int, int]) -> tuple[Predictions, list[str]]:
     """Collect all labelled videos in the order of the manifest; those without a result count as not decoded."""
     rows = np.flatnonzero(manifest.label >= 0)
     decoded, views = np.zeros(len(rows), dtype=np.bool_), np.zeros((len(rows), *shape), dtype=np.float32)
@@ -168,7 +170,7 @@ def _outcome(manifest: Manifest, files: Sequence[Path], shape: tuple[int, int]) 
         places = np.searchsorted(rows, table["video"].to_numpy())
         decoded[places] = table["decoded"].to_numpy(zero_copy_only=False)
         views[places] = np.stack(table["views"].to_numpy()).reshape(-1, *shape)
-    return Outcome(manifest.label[rows], decoded, views), [manifest.name[row] for row in rows.tolist()]
+    return Predictions(manifest.label[rows], decoded, views), [manifest.name[row] for row in rows.tolist()]
 
 
 def _results(batch: ViewBatch, score: ClipScorer, manifest: Manifest, classes: int) -> Iterator[Result]:

@@ -29,7 +29,7 @@ from mvd_scale.config.training import Precision
 from mvd_scale.data.batch import ViewBatch
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.sampling.eval_views import view_frame_indices
-from mvd_scale.distributed.process_group import Ranks, first_decides
+from mvd_scale.distributed.process_group import Ranks, run_on_rank0
 from mvd_scale.errors import UserError
 from mvd_scale.evaluation.sharded_run import ResultShards
 from mvd_scale.models import Encoder
@@ -135,7 +135,7 @@ def write_features(
         shards.claim(settings | {"weights": tensors_digest(read.tensors())})
         shards.open(data).save(shards.manifest)
 
-    first_decides(ranks, f"features {out}", prepare)
+    run_on_rank0(ranks, f"features {out}", prepare)
     manifest = Manifest.load(shards.manifest)
     files = shards.write_missing_views(
         manifest,
@@ -147,7 +147,7 @@ def write_features(
         results=lambda views: _rows(views, extract, manifest, options, model.frames),
         write=_write_shard,
     )
-    views, failed = first_decides(ranks, f"index {out}", lambda: _index(out, manifest, files))
+    views, failed = run_on_rank0(ranks, f"index {out}", lambda: _index(out, manifest, files))
     return views, failed
 
 

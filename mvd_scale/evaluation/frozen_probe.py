@@ -21,13 +21,13 @@ from torch import Tensor
 from mvd_scale.config.data import DataConfig
 from mvd_scale.config.training import Precision
 from mvd_scale.data.manifest import Manifest
-from mvd_scale.distributed.process_group import Ranks, first_decides
+from mvd_scale.distributed.process_group import Ranks, run_on_rank0
 from mvd_scale.errors import UserError
 from mvd_scale.evaluation.features import FeatureOptions, write_features
 from mvd_scale.evaluation.frozen_classifiers import attentive_classifier, linear_classifier, nearest_neighbours
 from mvd_scale.evaluation.labels import check_labels, class_count
-from mvd_scale.evaluation.metrics import Outcome
-from mvd_scale.evaluation.results import Origin, Tested
+from mvd_scale.evaluation.metrics import Predictions
+from mvd_scale.evaluation.results import EvalResult, Origin
 from mvd_scale.evaluation.sharded_run import failures
 from mvd_scale.models.attentive import AttentiveHead
 
@@ -101,7 +101,7 @@ def run_probe(
     ranks: Ranks,
     *,
     command: str,
-) -> Tested:
+) -> EvalResult:
     """Evaluate an encoder by a classifier on its features; reuses features already written. All ranks must call it.
 
     Args:
@@ -128,15 +128,15 @@ def run_probe(
     described = f"{classify.kind} probe of one clip in the middle, learnt from {train.source}"
     origin = Origin(command, [str(encoder.checkpoint)], str(test.source), encoder.precision, described, ["middle"])
     results = out / classify.kind
-    first_decides(
+    run_on_rank0(
         ranks, f"probe {classify.kind}", lambda: _judged(folders[0], folders[1], classify, results, origin).write()
     )
-    return Tested.load(results)
+    return EvalResult.load(results)
 
 
 def _judged(
     train: FeatureFolder, test: FeatureFolder, classify: FeatureClassifier, out: Path, origin: Origin
-) -> Tested:
+) -> EvalResult:
     classes = class_count(train.manifest)
     check_labels(train.manifest, classes, "the training set of the probe", every_class=True)
     check_labels(test.manifest, classes, "the test set of the probe", like=train.manifest)
@@ -152,9 +152,11 @@ def _judged(
     out.mkdir(exist_ok=True)
     test.manifest.save(out / "manifest.parquet")
     names = test.manifest.classes or [str(c) for c in range(classes)]
-    outcome = Outcome(test.manifest.label[rows].astype(np.int64), found, views)
+    predictions = Predictions(test.manifest.label[rows].astype(np.int64), found, views)
     reasons = failures(test.folder, test.manifest)
-    return Tested(out, outcome, [test.manifest.name[row] for row in rows.tolist()], list(names), origin, reasons)
+    return EvalResult(
+        out, predictions, [test.manifest.name[row] for row in rows.tolist()], list(names), origin, reasons
+    )
 
 
 def knn_probe(neighbours: int) -> FeatureClassifier:

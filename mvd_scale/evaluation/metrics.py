@@ -15,7 +15,7 @@ BINS = 15
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Predictions:
     """Labels and predictions of all evaluated videos."""
 
     labels: NDArray[np.int64]

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mvd_scale.errors import UserError
-from mvd_scale.evaluation.metrics import Outcome
-from mvd_scale.utils.io import write_whole
+from mvd_scale.evaluation.metrics import Predictions
+from mvd_scale.utils.io import write_atomic
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Tested:
+class EvalResult:
     """Result of a finished evaluation, with its folder."""
 
     out: Path
-    outcome: Outcome
+    predictions: Predictions
     names: Sequence[str]
     """Names of the videos."""
 
@@ -58,44 +58,44 @@ class Tested:
         """Format the figures, one per line."""
         notes = {"not decoded": ", counted as wrong"}
         lines = [f"{title:<20} {text}{notes.get(title, '')}" for title, text in self.figures()]
-        views = "  ".join(f"{100 * value:.2f}" for value in self.outcome.view_accuracy)
+        views = "  ".join(f"{100 * value:.2f}" for value in self.predictions.view_accuracy)
         return "\n".join([*lines, f"{'views, top-1':<20} {views}"])
 
     def figures(self) -> list[tuple[str, str]]:
         """Return title and formatted value of each figure."""
-        outcome = self.outcome
+        predictions = self.predictions
         return [
-            ("videos", str(len(outcome.labels))),
-            ("not decoded", str(int((~outcome.decoded).sum()))),
-            ("top-1", percent(outcome.top(1))),
-            ("top-5", percent(outcome.top(5))),
-            ("mean class accuracy", percent(outcome.mean_class_accuracy)),
-            ("calibration error", percent(outcome.calibration_error)),
+            ("videos", str(len(predictions.labels))),
+            ("not decoded", str(int((~predictions.decoded).sum()))),
+            ("top-1", percent(predictions.top(1))),
+            ("top-5", percent(predictions.top(5))),
+            ("mean class accuracy", percent(predictions.mean_class_accuracy)),
+            ("calibration error", percent(predictions.calibration_error)),
         ]
 
     def write(self) -> None:
         """Write `summary.json`, `scores.parquet` and the tables `classes.csv`, `confusion.csv`, `not_decoded.csv`."""
-        outcome = self.outcome
-        write_whole(self.out / "summary.json", json.dumps(outcome.summary(), indent=2) + "\n")
+        predictions = self.predictions
+        write_atomic(self.out / "summary.json", json.dumps(predictions.summary(), indent=2) + "\n")
         table = pa.table(
             {
                 "name": list(self.names),
-                "label": outcome.labels,
-                "decoded": outcome.decoded,
-                "prediction": outcome.predictions,
-                "scores": as_lists(outcome.scores),
-                "views": as_lists(outcome.views.reshape(len(outcome.labels), -1)),
+                "label": predictions.labels,
+                "decoded": predictions.decoded,
+                "prediction": predictions.predictions,
+                "scores": as_lists(predictions.scores),
+                "views": as_lists(predictions.views.reshape(len(predictions.labels), -1)),
             }
         )
         described = {
-            "shape": list(outcome.views.shape[1:]),
+            "shape": list(predictions.views.shape[1:]),
             "classes": list(self.classes),
             "origin": asdict(self.origin),
         }
         partial = self.out / "scores.parquet.partial"
         pq.write_table(table.replace_schema_metadata({"mvd_scale": json.dumps(described)}), partial)
         os.replace(partial, self.out / "scores.parquet")
-        confusion, accuracy = outcome.confusion, outcome.class_accuracy
+        confusion, accuracy = predictions.confusion, predictions.class_accuracy
         with (self.out / "classes.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["class", "name", "videos", "top1", "most_often_taken_for"])
@@ -113,12 +113,12 @@ class Tested:
 
     def failures(self) -> list[tuple[int, str, str]]:
         """Return position, name and reason of all videos that could not be decoded."""
-        failed = np.flatnonzero(~self.outcome.decoded).tolist()
+        failed = np.flatnonzero(~self.predictions.decoded).tolist()
         # If the process was killed while it wrote the reason, the reason is unknown.
         return [(video, self.names[video], self.reasons.get(video, "cannot be decoded")) for video in failed]
 
     @classmethod
-    def load(cls, out: Path) -> Tested:
+    def load(cls, out: Path) -> EvalResult:
         """Read a finished evaluation from its folder.
 
         Raises:
@@ -130,11 +130,11 @@ class Tested:
         table = pq.read_table(file)
         described = json.loads(table.schema.metadata[b"mvd_scale"])
         views = np.stack(table["views"].to_numpy()).astype(np.float32).reshape(len(table), *described["shape"])
-        outcome = Outcome(table["label"].to_numpy(), table["decoded"].to_numpy(zero_copy_only=False), views)
+        predictions = Predictions(table["label"].to_numpy(), table["decoded"].to_numpy(zero_copy_only=False), views)
         with (out / "not_decoded.csv").open(newline="", encoding="utf-8") as lines:
             reasons = {int(line["video"]): line["reason"] for line in csv.DictReader(lines)}
         origin = Origin(**described["origin"])
-        return cls(out, outcome, table["name"].to_pylist(), described["classes"], origin, reasons)
+        return cls(out, predictions, table["name"].to_pylist(), described["classes"], origin, reasons)
 
 
 def percent(share: float) -> str:

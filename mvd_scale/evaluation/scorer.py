@@ -14,11 +14,11 @@ from torch import Tensor
 
 from mvd_scale.checkpoints import Checkpoint
 from mvd_scale.config.data import TestViews, ViewsConfig
-from mvd_scale.config.reading import describe
+from mvd_scale.config.reading import format_validation_error
 from mvd_scale.config.training import FrozenPrecision
 from mvd_scale.errors import UserError
 from mvd_scale.models import Classifier
-from mvd_scale.models.precision import lower
+from mvd_scale.models.precision import cast_frozen
 
 _VIEWS: TypeAdapter[ViewsConfig] = TypeAdapter(TestViews)
 
@@ -31,7 +31,7 @@ class ClipScorer:
     """
 
     def __init__(self, classifier: Classifier, device: torch.device, precision: FrozenPrecision) -> None:
-        self.classifier = lower(classifier, precision, device)
+        self.classifier = cast_frozen(classifier, precision, device)
 
     @torch.inference_mode()
     def __call__(self, clips: Tensor) -> Tensor:
@@ -53,4 +53,6 @@ def views_from_checkpoint(checkpoint: Checkpoint, changes: Mapping[str, Any]) ->
     try:
         return _VIEWS.validate_python((checkpoint.views or ViewsConfig()).model_dump() | dict(changes))
     except ValidationError as error:
-        raise UserError(f"{checkpoint.source} cannot be evaluated with these views:\n{describe(error)}") from error
+        raise UserError(
+            f"{checkpoint.source} cannot be evaluated with these views:\n{format_validation_error(error)}"
+        ) from error

@@ -25,9 +25,9 @@ from mvd_scale.data.batch import ViewBatch
 from mvd_scale.data.indexing.build import load_source
 from mvd_scale.data.loaders.view_loader import ItemLoader, ViewLoader, ViewShape, view_items
 from mvd_scale.data.manifest import Manifest
-from mvd_scale.distributed.process_group import Ranks, everybody_done, first_decides
+from mvd_scale.distributed.process_group import Ranks, barrier_via_store, run_on_rank0
 from mvd_scale.errors import UserError
-from mvd_scale.utils.io import read_metrics, write_whole
+from mvd_scale.utils.io import read_metrics, write_atomic
 
 logger = logging.getLogger("mvd_scale")
 
@@ -67,7 +67,7 @@ class ResultShards:
                     )
             elif any(self.out.iterdir()):
                 raise UserError(f"{self.out} exists and holds no {self.name}: choose an empty or new folder with --out")
-            write_whole(described, json.dumps(settings, indent=2) + "\n")
+            write_atomic(described, json.dumps(settings, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"--out {self.out} cannot be written: {error.strerror}") from error
 
@@ -125,7 +125,7 @@ class ResultShards:
         parts = [items[start : start + self.size] for start in range(0, len(items), self.size)]
         files = [self.file(number) for number in range(len(parts))]
         # Only rank 0 lists the missing shards: another rank might look after the first new ones were written.
-        missing = first_decides(
+        missing = run_on_rank0(
             ranks, f"missing {self.out}", lambda: [number for number, file in enumerate(files) if not file.is_file()]
         )
         mine = missing[ranks.rank :: ranks.world_size]
@@ -137,7 +137,7 @@ class ResultShards:
                     partial = files[number].with_name(files[number].name + ".partial")
                     write(partial, [next(stream) for _ in range(len(parts[number]))])
                     os.replace(partial, files[number])
-        everybody_done(ranks, str(self.out))
+        barrier_via_store(ranks, str(self.out))
         return files
 
     def write_missing_views(
@@ -177,7 +177,7 @@ class ResultShards:
                 shape=ViewShape.of(model),
                 batch=batch,
                 rank=ranks.data_rank,
-                report=self.quarantine,
+                quarantine_file=self.quarantine,
             )
 
         items = view_items(manifest, views, frames=model.frames)

@@ -15,7 +15,7 @@ from mvd_kernels import AddLayerNorm, LayerNorm, attention
 from mvd_scale.config.training import Checkpointing
 from mvd_scale.models.drop_path import DropPath
 
-Kept = Tensor | int | None
+OutputTokens = Tensor | int | None
 """Tokens whose output is needed: indices int64 (B, K), an integer for the last K tokens, or None for all."""
 
 _CACHED_TOKENS = 1600
@@ -23,13 +23,13 @@ _CACHED_TOKENS = 1600
 tokens leave the cache between the block's layers."""
 
 
-def keep(tokens: Tensor, kept: Kept) -> Tensor:
+def select_output_tokens(tokens: Tensor, output_tokens: OutputTokens) -> Tensor:
     """Select tokens of (B, N, D): (B, K, D)."""
-    if kept is None:
+    if output_tokens is None:
         return tokens
-    if isinstance(kept, int):
-        return tokens[:, -kept:]
-    return tokens.gather(1, kept.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+    if isinstance(output_tokens, int):
+        return tokens[:, -output_tokens:]
+    return tokens.gather(1, output_tokens.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
 class QKV(nn.Module):
@@ -63,13 +63,13 @@ class Attention(nn.Module):
         self.qkv: nn.Module = QKV(width)
         self.proj: nn.Module = nn.Linear(width, width)
 
-    def forward(self, tokens: Tensor, kept: Kept = None) -> Tensor:
-        """Attend from the tokens `kept` (all if None) to all tokens: (B, N, D) to (B, K, D)."""
+    def forward(self, tokens: Tensor, output_tokens: OutputTokens = None) -> Tensor:
+        """Attend from the tokens `output_tokens` (all if None) to all tokens: (B, N, D) to (B, K, D)."""
         clips, count, width = tokens.shape
         packed = self.qkv(tokens).view(clips, count, 3, self.heads, width // self.heads)
-        last = kept if isinstance(kept, int) else None
+        last = output_tokens if isinstance(output_tokens, int) else None
         attended = attention(packed, last)
-        projected: Tensor = self.proj(attended if last is not None else keep(attended, kept))
+        projected: Tensor = self.proj(attended if last is not None else select_output_tokens(attended, output_tokens))
         return projected
 
 
@@ -84,7 +84,9 @@ class Block(nn.Module):
         self.mlp: nn.Module = Mlp(width, int(width * mlp_ratio), act_layer=nn.GELU)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, tokens: Tensor, kept: Kept = None, *, recompute_attention: bool = False) -> Tensor:
+    def forward(
+        self, tokens: Tensor, output_tokens: OutputTokens = None, *, recompute_attention: bool = False
+    ) -> Tensor:
         """Apply the block: (B, N, D) to (B, K, D).
 
         Args:
@@ -93,14 +95,14 @@ class Block(nn.Module):
             attend_again: recompute the attention half in the backward pass instead of storing its activations.
         """
         if recompute_attention:
-            update = self.drop_path(checkpoint(self._attend, tokens, kept, use_reentrant=False))
+            update = self.drop_path(checkpoint(self._attend, tokens, output_tokens, use_reentrant=False))
         else:
-            update = self.drop_path(self._attend(tokens, kept))
-        tokens, normed = self.norm2(keep(tokens, kept), update)
+            update = self.drop_path(self._attend(tokens, output_tokens))
+        tokens, normed = self.norm2(select_output_tokens(tokens, output_tokens), update)
         return tokens + self.drop_path(self.mlp(normed))
 
-    def _attend(self, tokens: Tensor, kept: Kept) -> Tensor:
-        attended: Tensor = self.attn(self.norm1(tokens), kept)
+    def _attend(self, tokens: Tensor, output_tokens: OutputTokens) -> Tensor:
+        attended: Tensor = self.attn(self.norm1(tokens), output_tokens)
         return attended
 
 
@@ -114,11 +116,11 @@ class Blocks(nn.ModuleList):
         self.needs_whole_batch = False
         """Whether a block must get the whole batch at once, since its sequences belong to different weights."""
 
-    def forward(self, tokens: Tensor, kept: Kept = None) -> Tensor:
-        """Apply all blocks; the last one returns only the tokens `kept` (all if None): (B, N, D) to (B, K, D)."""
+    def forward(self, tokens: Tensor, output_tokens: OutputTokens = None) -> Tensor:
+        """Apply all blocks, (B, N, D) to (B, K, D); the last one returns only `output_tokens` (None: all tokens)."""
         again = self.gradient_checkpointing if self.training else "none"
         for number, block in enumerate(self, start=1):
-            arguments = (tokens, kept if number == len(self) else None)
+            arguments = (tokens, output_tokens if number == len(self) else None)
             if again == "block":
                 tokens = checkpoint(block, *arguments, use_reentrant=False)
             elif (
@@ -141,14 +143,14 @@ def _gathers(block: nn.Module) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in block.parameters())
 
 
-def _in_chunks(block: nn.Module, tokens: Tensor, kept: Kept) -> Tensor:
+def _in_chunks(block: nn.Module, tokens: Tensor, output_tokens: OutputTokens) -> Tensor:
     """Apply a block to a few sequences at a time, so that activations between its layers stay in the CPU's cache."""
     size = max(_CACHED_TOKENS // tokens.shape[1], 1)
     if len(tokens) <= size:
-        whole: Tensor = block(tokens, kept)
+        whole: Tensor = block(tokens, output_tokens)
         return whole
     parts = tokens.split(size)
-    keeps = kept.split(size) if isinstance(kept, Tensor) else [kept] * len(parts)
+    keeps = output_tokens.split(size) if isinstance(output_tokens, Tensor) else [output_tokens] * len(parts)
     return torch.cat([block(*part) for part in zip(parts, keeps, strict=True)])
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mvd_kernels import LayerNorm, decoder_input
 from mvd_scale.config import DecoderConfig, ModelConfig
 from mvd_scale.models.blocks import Blocks, init_pretrain_weights
-from mvd_scale.models.grouped import LinearTogether, blocks_together
+from mvd_scale.models.grouped import GroupedLinear, grouped_blocks
 from mvd_scale.models.positions import position_table
 
 
@@ -52,15 +52,15 @@ class Decoder(nn.Module):
         return predictions
 
 
-class DecodersTogether(nn.Module):
+class GroupedDecoders(nn.Module):
     """Batched pass of several decoders of one shape, each with its own weights and its own head."""
 
     def __init__(self, decoders: Mapping[str, Decoder]) -> None:
         """Group decoders of one `DecoderConfig`, given by target name; they remain submodules of the student only."""
         super().__init__()
         self.decoders = tuple(decoders.items())
-        self.embed = LinearTogether(decoder.embed for decoder in decoders.values())
-        self.blocks = blocks_together(decoder.blocks for decoder in decoders.values())
+        self.embed = GroupedLinear(decoder.embed for decoder in decoders.values())
+        self.blocks = grouped_blocks(decoder.blocks for decoder in decoders.values())
 
     def forward(self, encoded: Tensor, visible: Tensor, masked: Tensor) -> dict[str, Tensor]:
         """Predict with every decoder, with the arguments of `Decoder.forward`: {target name: (B, M, K)}."""

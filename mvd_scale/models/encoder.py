@@ -93,7 +93,11 @@ class Encoder(nn.Module):
         return Patchify(shape.tubelet, shape.patch_size, self.mean, self.std, dtype)
 
     def forward(
-        self, pixels: Tensor, tokens: Tensor | None = None, kept: Tensor | None = None, rows: Tensor | None = None
+        self,
+        pixels: Tensor,
+        tokens: Tensor | None = None,
+        output_tokens: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """Encode all or some tokens of each clip.
 
@@ -108,7 +112,7 @@ class Encoder(nn.Module):
 
         Returns:
             (B, K, D) in the dtype of the weights, preceded by the class token if the model has one; (B, M, D) with
-            `kept`.
+            `output_tokens`.
         """
         if rows is None:
             rows = self.patchify.rows(pixels, tokens)
@@ -118,7 +122,7 @@ class Encoder(nn.Module):
         encoded = embedded + (positions if tokens is None else positions[tokens])
         if self.class_token is not None:
             encoded = torch.cat([self.class_token.expand(encoded.shape[0], -1, -1), encoded], dim=1)
-        if kept is not None and self.class_token is not None:
-            kept = kept + 1
-        encoded = self.blocks(encoded, kept)
+        if output_tokens is not None and self.class_token is not None:
+            output_tokens = output_tokens + 1
+        encoded = self.blocks(encoded, output_tokens)
         return encoded if self.norm is None else self.norm(encoded)

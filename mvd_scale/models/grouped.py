@@ -18,7 +18,7 @@ from mvd_kernels import add_layer_norm
 from mvd_scale.models.blocks import QKV, Block, Blocks
 
 
-class _Together(nn.Module):
+class _Grouped(nn.Module):
     """Group of layers of one shape that is called as one layer; other modules own, train and save their weights."""
 
     def __init__(self, layers: Iterable[Any]) -> None:
@@ -27,7 +27,7 @@ class _Together(nn.Module):
         self.layers = tuple(layers)
 
 
-class LinearTogether(_Together):
+class GroupedLinear(_Grouped):
     """Group of `torch.nn.Linear` or `QKV` layers."""
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ class LinearTogether(_Together):
         return products.view(*tokens.shape[:-1], -1)
 
 
-class NormTogether(_Together):
+class GroupedNorm(_Grouped):
     """Group of `LayerNorm` layers."""
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class NormTogether(_Together):
         return torch.cat([layer(part) for layer, part in parts])
 
 
-class AddNormTogether(_Together):
+class GroupedAddNorm(_Grouped):
     """Group of `AddLayerNorm` layers."""
 
     def forward(self, residual: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,23 +64,23 @@ class AddNormTogether(_Together):
         return add_layer_norm(residual, update, weight, bias, self.layers[0].eps)
 
 
-class BlockTogether(Block):
+class GroupedBlock(Block):
     """Group of blocks: `Block.forward` with grouped layers."""
 
     def __init__(self, blocks: tuple[Any, ...]) -> None:
         with torch.device("meta"):
             super().__init__(blocks[0].attn.proj.in_features, blocks[0].attn.heads, mlp_ratio=1.0, drop_path=0.0)
-        self.norm1 = NormTogether(block.norm1 for block in blocks)
-        self.attn.qkv = LinearTogether(block.attn.qkv for block in blocks)
-        self.attn.proj = LinearTogether(block.attn.proj for block in blocks)
-        self.norm2 = AddNormTogether(block.norm2 for block in blocks)
-        self.mlp.fc1 = LinearTogether(block.mlp.fc1 for block in blocks)
-        self.mlp.fc2 = LinearTogether(block.mlp.fc2 for block in blocks)
+        self.norm1 = GroupedNorm(block.norm1 for block in blocks)
+        self.attn.qkv = GroupedLinear(block.attn.qkv for block in blocks)
+        self.attn.proj = GroupedLinear(block.attn.proj for block in blocks)
+        self.norm2 = GroupedAddNorm(block.norm2 for block in blocks)
+        self.mlp.fc1 = GroupedLinear(block.mlp.fc1 for block in blocks)
+        self.mlp.fc2 = GroupedLinear(block.mlp.fc2 for block in blocks)
 
 
-def blocks_together(stacks: Iterable[Blocks]) -> Blocks:
+def grouped_blocks(stacks: Iterable[Blocks]) -> Blocks:
     """Group stacks of one shape into one stack over (G B, N, D), ordered by stack; it owns no parameters."""
     blocks = Blocks(0, 0, 1)
     blocks.needs_whole_batch = True
-    blocks.extend(BlockTogether(level) for level in zip(*stacks, strict=True))
+    blocks.extend(GroupedBlock(level) for level in zip(*stacks, strict=True))
     return blocks

@@ -52,7 +52,7 @@ def check_precision(precision: Precision, device: torch.device) -> None:
         raise UserError(reason)
 
 
-def lower(
+def cast_frozen(
     model: nn.Module, precision: FrozenPrecision, device: torch.device, rest: Precision | None = None
 ) -> nn.Module:
     """Bring a whole model that is not trained to its device and precision.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from mvd_scale.config import DecoderConfig, HeadConfig, ModelConfig, Recipe
-from mvd_scale.models.decoder import Decoder, DecodersTogether
+from mvd_scale.models.decoder import Decoder, GroupedDecoders
 from mvd_scale.models.encoder import Encoder
 from mvd_scale.models.heads import TokenHead
 
@@ -36,7 +36,7 @@ class Student(nn.Module):
         """
         super().__init__()
         self.encoder = Encoder(config)
-        self.decoders, self.heads, self.together = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleList()
+        self.decoders, self.heads, self.grouped_decoders = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleList()
         for name, (head, channels) in heads.items():
             if isinstance(head, DecoderConfig):
                 self.decoders[name] = Decoder(head, config, channels)
@@ -49,7 +49,7 @@ class Student(nn.Module):
         heads = {name: (recipe.targets[name].head_config, target.channels) for name, target in targets.items()}
         return cls(recipe.model, heads)
 
-    def alike(self) -> list[dict[str, Decoder]]:
+    def groups_by_shape(self) -> list[dict[str, Decoder]]:
         """Group decoders that have the same shape: one {target name: decoder} per group of at least two."""
         groups: dict[DecoderConfig, dict[str, Decoder]] = {}
         for name, decoder in self.decoders.items():
@@ -59,7 +59,7 @@ class Student(nn.Module):
 
     def batch_decoders(self) -> None:
         """Run decoders of the same shape as one batched pass in all following calls of `forward`."""
-        self.together = nn.ModuleList(DecodersTogether(group) for group in self.alike())
+        self.grouped_decoders = nn.ModuleList(GroupedDecoders(group) for group in self.groups_by_shape())
 
     def forward(self, pixels: Tensor, visible: Tensor, masked: Tensor) -> dict[str, Tensor]:
         """Predict every target: decoders at the masked tokens, token heads at the visible tokens.
@@ -75,7 +75,7 @@ class Student(nn.Module):
         everything = visible.shape[1] == len(self.encoder.positions)
         encoded = self.encoder(pixels, None if everything else visible)
         predictions = {name: head(encoded, visible) for name, head in self.heads.items()}
-        for group in self.together:
+        for group in self.grouped_decoders:
             predictions |= group(encoded, visible, masked)
         # In the order of construction, which is the same on all ranks: ZeRO-3 gathers weights in this order.
         apart = {name: decoder for name, decoder in self.decoders.items() if name not in predictions}

@@ -18,10 +18,10 @@ from mvd_scale.models import Encoder, Student
 from mvd_scale.models.timm_vit import TimmViT
 from mvd_scale.targets import MaskedDistillation, build_targets
 from mvd_scale.targets.load import teacher_input_sizes
-from mvd_scale.training.capabilities import placement_of
+from mvd_scale.training.capabilities import make_placement
 from mvd_scale.training.distillation import distillation_model
 from mvd_scale.training.lr_schedule import Schedule
-from mvd_scale.training.teachers.prefetch import Ahead, begin_ahead
+from mvd_scale.training.teachers.prefetch import TeacherPrefetcher, make_prefetcher
 from mvd_scale.training.trainer import Trainer
 
 BuildTeacher = Callable[[Recipe, str], Encoder | TimmViT]
@@ -61,7 +61,7 @@ def bench_trainer(
     torch.manual_seed(recipe.seed)
     targets = build_targets(recipe, lambda name: build_teacher(recipe, name))
     schedule = Schedule(recipe.training, 1, recipe.lr_batch)
-    placement = placement_of(recipe, targets, ranks)
+    placement = make_placement(recipe, targets, ranks)
     model = distillation_model(Student.from_recipe(recipe, targets), targets, recipe, placement, ranks, schedule)
     manifest = load_source(with_clips(recipe.data, scratch), scratch)
     repeats = max(recipe.training.global_batch, recipe.data.clips_per_video)
@@ -69,7 +69,7 @@ def bench_trainer(
     sides = teacher_input_sizes(recipe, targets)
     # After the last step too there is a batch to begin ahead.
     with ClipLoader.for_run(manifest, repeated, ranks.data_rank, range(steps + 1), sides=sides) as loader:
-        batches = Ahead(loader, begin_ahead(MaskedDistillation(targets), placement, ranks.device))
+        batches = TeacherPrefetcher(loader, make_prefetcher(MaskedDistillation(targets), placement, ranks.device))
         yield Trainer(model, batches, schedule, recipe, ranks)
 
 

@@ -148,10 +148,10 @@ def _index(stage: IndexStage, place: Path) -> None:
 
 def _train(pipeline: Pipeline, name: str, recipe: RunRecipe, ranks: int, lock: int) -> None:
     """Run a training stage under the `deepspeed` launcher; its resolved recipe is written beside its folder."""
-    from mvd_scale.utils.io import write_whole
+    from mvd_scale.utils.io import write_atomic
 
     file = pipeline.folder / f"{name}.yaml"
-    write_whole(file, recipe.to_yaml())
+    write_atomic(file, recipe.to_yaml())
     _launch(pipeline, name, [pipeline.stages[name].kind, "--recipe", str(file)], ranks, lock, recipe.device)
 
 

@@ -9,7 +9,7 @@ from mvd_scale.config import ImageTeacherTarget, ModelConfig
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.errors import UserError
 from mvd_scale.models import Encoder
-from mvd_scale.models.blocks import keep
+from mvd_scale.models.blocks import select_output_tokens
 from mvd_scale.targets.target import EncoderTeacher
 
 
@@ -63,10 +63,10 @@ class ImageTeacher(EncoderTeacher):
             # Tokens are ascending and time-major, so they split into equal runs, one per frame. Subtracting the
             # frame's first index turns indices in the clip into indices in the frame.
             slices = tokens.view(*shape, -1) - self.patches * torch.arange(shape[1], device=tokens.device).unsqueeze(1)
-            features: Tensor = self.teacher(fronts, kept=slices.flatten(0, 1), **given)
+            features: Tensor = self.teacher(fronts, output_tokens=slices.flatten(0, 1), **given)
             return features.unflatten(0, shape).flatten(1, 2)
         features = self.teacher(fronts, **given)
-        return keep(features[:, self.extra_tokens :].unflatten(0, shape).flatten(1, 2), tokens)
+        return select_output_tokens(features[:, self.extra_tokens :].unflatten(0, shape).flatten(1, 2), tokens)
 
 
 def front_frames(pixels: Tensor, tubelet: int) -> tuple[Tensor, tuple[int, int]]:

@@ -134,5 +134,5 @@ class EncoderTeacher(FrozenTeacher):
         The teacher's last block computes only these tokens.
         """
         given = {} if rows is None else {"rows": rows}
-        features: Tensor = self.teacher(batch.at(self.input_size), kept=tokens, **given)
+        features: Tensor = self.teacher(batch.at(self.input_size), output_tokens=tokens, **given)
         return features if tokens is not None else features[:, self.extra_tokens :]

@@ -7,7 +7,7 @@ from torch import Tensor
 from mvd_scale.config import ModelConfig, TimmTarget
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.errors import UserError
-from mvd_scale.models.blocks import keep
+from mvd_scale.models.blocks import select_output_tokens
 from mvd_scale.models.timm_vit import TimmViT
 from mvd_scale.targets.image_teacher import front_frames
 from mvd_scale.targets.target import FrozenTeacher
@@ -30,4 +30,4 @@ class TimmTeacher(FrozenTeacher):
         """Compute features at the tokens int64 (B, M), or at all tokens if None: (B, M, D)."""
         fronts, shape = front_frames(batch.at(self.input_size), self.tubelet)
         features: Tensor = self.teacher(fronts)
-        return keep(features.unflatten(0, shape).flatten(1, 2), tokens)
+        return select_output_tokens(features.unflatten(0, shape).flatten(1, 2), tokens)

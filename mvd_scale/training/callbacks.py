@@ -27,7 +27,7 @@ from mvd_scale.data.indexing.build import load_source
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.distributed.process_group import Ranks
 from mvd_scale.errors import UserError
-from mvd_scale.evaluation.center_clip_pass import Sweep
+from mvd_scale.evaluation.center_clip_pass import CenterClipEvaluator
 from mvd_scale.evaluation.features import pool_tokens
 from mvd_scale.evaluation.frozen_classifiers import linear_classifier, nearest_neighbours, top1
 from mvd_scale.run_dir import RunFolder
@@ -38,25 +38,25 @@ from mvd_scale.visualization.predictions import compose, make_panels, visualizat
 logger = logging.getLogger("mvd_scale")
 
 
-class Observer(ABC):
+class Callback(ABC):
     """Base class of callbacks that use the student every few steps, on all ranks."""
 
     def __init__(self, every_epochs: float, steps_per_epoch: int) -> None:
         self.interval = max(round(every_epochs * steps_per_epoch), 1)
 
     @abstractmethod
-    def observe(self, engine: Any, step: int, writer: MetricWriter) -> None:
+    def on_step_end(self, engine: Any, step: int, writer: MetricWriter) -> None:
         """Use the student after `step` optimizer steps. All ranks must call it."""
 
     def close(self) -> None:  # noqa: B027 - most have nothing to wait for
         """Wait for output that is still being written."""
 
 
-class Observers:
+class CallbackList:
     """Context manager that runs the observers of a run and closes them at the end."""
 
-    def __init__(self, observers: Sequence[Observer]) -> None:
-        self.observers = observers
+    def __init__(self, callbacks: Sequence[Callback]) -> None:
+        self.callbacks = callbacks
 
     def __enter__(self) -> Self:
         return self
@@ -65,21 +65,21 @@ class Observers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with ExitStack() as stack:
-            for observer in self.observers:
-                stack.callback(observer.close)
+            for callback in self.callbacks:
+                stack.callback(callback.close)
 
     @torch.no_grad()
-    def observe(self, engine: Any, step: int, writer: MetricWriter) -> None:
+    def on_step_end(self, engine: Any, step: int, writer: MetricWriter) -> None:
         """Run the observers whose interval ends with this step, with the model in evaluation mode."""
-        due = [observer for observer in self.observers if step % observer.interval == 0]
+        due = [callback for callback in self.callbacks if step % callback.interval == 0]
         if due:
             engine.eval()
-            for observer in due:
-                observer.observe(engine, step, writer)
+            for callback in due:
+                callback.on_step_end(engine, step, writer)
             engine.train()
 
 
-class PredictionImages(Observer):
+class PredictionImages(Callback):
     """Observer that draws frames, mask, and each target beside its prediction, always for the same clips.
 
     The device computes between two steps; another thread draws and writes the picture.
@@ -105,7 +105,7 @@ class PredictionImages(Observer):
         self._thread = ThreadPoolExecutor(1)
         self._drawn: Future[None] | None = None
 
-    def observe(self, engine: Any, step: int, writer: MetricWriter) -> None:
+    def on_step_end(self, engine: Any, step: int, writer: MetricWriter) -> None:
         """Predict the clips on all ranks, and draw them on rank 0."""
         if self._batch is None:
             assert self.recipe.logging.pictures is not None
@@ -114,7 +114,7 @@ class PredictionImages(Observer):
         batch = self._batch
         predictions = engine(batch.pixels, batch.visible, batch.masked)
         pairs = {name: (target.features(batch), predictions[name]) for name, target in self.targets.items()}
-        if self.ranks.first:
+        if self.ranks.is_main:
             self.close()
             on_host = {name: (truth.cpu(), guess.cpu()) for name, (truth, guess) in pairs.items()}
             self._drawn = self._thread.submit(self._draw, on_host, step, writer)
@@ -137,7 +137,7 @@ class PredictionImages(Observer):
             self._drawn = None
 
 
-class ProbeCallback(Observer):
+class ProbeCallback(Callback):
     """Observer that measures the accuracy of a small classifier on pooled features of labelled videos."""
 
     def __init__(self, recipe: Recipe, folder: RunFolder, ranks: Ranks, steps_per_epoch: int) -> None:
@@ -146,20 +146,22 @@ class ProbeCallback(Observer):
         super().__init__(config.every_epochs, steps_per_epoch)
         self.config = config
         self.grid = recipe.model.grid
-        self.report = folder.probe
+        self.quarantine_file = folder.probe
         self.ranks = ranks
         manifests = [Manifest.load(folder.path / part / "manifest.parquet") for part in ("probe_train", "probe_test")]
         self.classes = len(manifests[0].classes)
-        self.sweeps = [Sweep(manifest, recipe.data, recipe.model, ranks, config.batch) for manifest in manifests]
+        self.sweeps = [
+            CenterClipEvaluator(manifest, recipe.data, recipe.model, ranks, config.batch) for manifest in manifests
+        ]
 
-    def observe(self, engine: Any, step: int, writer: MetricWriter) -> None:
+    def on_step_end(self, engine: Any, step: int, writer: MetricWriter) -> None:
         """Encode all videos, distributed over the ranks, and classify them on rank 0."""
 
         def encode(pixels: Tensor) -> Tensor:
             return pool_tokens(engine.module.encoder(pixels), self.grid, "clip").float()
 
-        (known, labels, seen), (tested, truth, decoded) = (sweep(encode) for sweep in self.sweeps)
-        if not self.ranks.first:
+        (known, labels, seen), (tested, truth, decoded) = (evaluator(encode) for evaluator in self.sweeps)
+        if not self.ranks.is_main:
             return
         known, labels, tested, truth = known[seen], labels[seen], tested[decoded], truth[decoded]
         if self.config.kind == "knn":
@@ -168,7 +170,7 @@ class ProbeCallback(Observer):
         else:
             scores = linear_classifier(known, labels, tested, classes=self.classes)
         accuracy = top1(scores, truth)
-        with self.report.open("a", encoding="utf-8") as file:
+        with self.quarantine_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "kind": self.config.kind, "top1": accuracy}) + "\n")
         writer.show(step, f"probe/{self.config.kind}_top1", accuracy)
         logger.info("step %d  %s probe: top-1 %.1f %% of %d videos", step, self.config.kind, 100 * accuracy, len(truth))

@@ -13,13 +13,21 @@ from mvd_scale.config import RunRecipe
 from mvd_scale.distributed.process_group import Ranks
 from mvd_scale.models.quantization import has_fp8
 from mvd_scale.targets import FrozenTeacher, Target
-from mvd_scale.training.placement import Capabilities, DeviceKind, Devices, Placement, Teacher, needs_compiler, place
+from mvd_scale.training.placement import (
+    Capabilities,
+    DeviceKind,
+    Devices,
+    Placement,
+    Teacher,
+    decide_placement,
+    needs_compiler,
+)
 from mvd_scale.utils.env_report import torch_compile
 
 logger = logging.getLogger("mvd_scale")
 
 
-def placement_of(recipe: RunRecipe, targets: Mapping[str, Target], ranks: Ranks) -> Placement:
+def make_placement(recipe: RunRecipe, targets: Mapping[str, Target], ranks: Ranks) -> Placement:
     """Decide how a recipe runs on its ranks, and log every decision. All ranks call it.
 
     Args:
@@ -28,19 +36,19 @@ def placement_of(recipe: RunRecipe, targets: Mapping[str, Target], ranks: Ranks)
         ranks: of the run.
 
     Raises:
-        UserError: as `place`.
+        UserError: as `decide_placement`.
     """
-    kind = kind_of(ranks.device)
+    kind = device_kind(ranks.device)
     hosts = ranks_by_host(ranks).values()
     capabilities = probe_capabilities(ranks.device, compiler=needs_compiler(recipe, kind))
     devices = Devices(kind, ranks.world_size, max(len(members) for members in hosts), capabilities)
-    placement = place(recipe, teacher_facts(targets), devices)
+    placement = decide_placement(recipe, teacher_facts(targets), devices)
     for line in placement.to_lines():
         logger.info("%s", line)
     return placement
 
 
-def kind_of(device: torch.device) -> DeviceKind:
+def device_kind(device: torch.device) -> DeviceKind:
     """The kind of a rank's device."""
     return "cuda" if device.type == "cuda" else "cpu"
 

@@ -15,12 +15,12 @@ import torch
 from mvd_scale.checkpoints.weights import save_weights
 from mvd_scale.config import Recipe, RunRecipe
 from mvd_scale.config.deepspeed import zero_stage
-from mvd_scale.distributed.process_group import Ranks, first_decides
+from mvd_scale.distributed.process_group import Ranks, run_on_rank0
 from mvd_scale.errors import UserError
 from mvd_scale.run_dir import RunFolder
 from mvd_scale.training.deepspeed_engine import full_parameters
-from mvd_scale.training.ema import MovingAverage
-from mvd_scale.utils.io import write_whole
+from mvd_scale.training.ema import ModelEma
+from mvd_scale.utils.io import write_atomic
 
 logger = logging.getLogger("mvd_scale")
 
@@ -29,7 +29,7 @@ _PARTIAL = ".partial"
 _LAYOUT = "layout.json"
 
 
-class Snapshots:
+class Checkpointer:
     """Checkpoints of one run: `step_N` is a complete one; `step_N.partial` is one that is still being written."""
 
     def __init__(
@@ -39,7 +39,7 @@ class Snapshots:
         ranks: Ranks,
         origin: dict[str, Any],
         steps_per_epoch: int,
-        averages: Sequence[MovingAverage],
+        averages: Sequence[ModelEma],
         export: Callable[[Any, Path], None],
     ) -> None:
         self.path = folder.checkpoints
@@ -71,16 +71,16 @@ class Snapshots:
         """Save the engine after `step` optimizer steps. All ranks must call it."""
         name = f"{_PREFIX}{step:08d}"
         partial = self.path / (name + _PARTIAL)
-        if self.ranks.first:
+        if self.ranks.is_main:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         torch.distributed.barrier()
         engine.save_checkpoint(str(self.path), tag=partial.name, client_state={"step": step}, save_latest=False)
         self.export(engine, partial)
-        if self.ranks.first:
-            write_whole(partial / _LAYOUT, json.dumps(self._layout()))
+        if self.ranks.is_main:
+            write_atomic(partial / _LAYOUT, json.dumps(self._layout()))
         torch.distributed.barrier()
-        if self.ranks.first:
+        if self.ranks.is_main:
             partial.rename(self.path / name)
             for old in self._steps()[: -self.recipe.checkpoints.keep]:
                 shutil.rmtree(self.path / f"{_PREFIX}{old:08d}")
@@ -98,7 +98,7 @@ class Snapshots:
             UserError: the checkpoint was written with another number of ranks, ZeRO stage or precision, other videos or
                 other teachers, or it is incomplete.
         """
-        step = first_decides(self.ranks, "resumed", self.newest)
+        step = run_on_rank0(self.ranks, "resumed", self.newest)
         if step is None:
             return 0
         tag = f"{_PREFIX}{step:08d}"
@@ -150,9 +150,9 @@ def export_student(engine: Any, folder: Path, recipe: Recipe, ranks: Ranks) -> N
     """Write `student.safetensors` (all weights) and `encoder.safetensors`, float32. All ranks must call it."""
     tensors = {}
     for name, full in full_parameters(engine):
-        if ranks.first:
+        if ranks.is_main:
             tensors[name] = full
-    if ranks.first:
+    if ranks.is_main:
         prefix = "encoder."
         encoder = {name.removeprefix(prefix): full for name, full in tensors.items() if name.startswith(prefix)}
         save_weights(folder / "encoder.safetensors", encoder, recipe.model)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from mvd_scale.training.placement import TeacherPlacement
-from mvd_scale.training.teachers.cuda_graph import GraphedTeacher
+from mvd_scale.training.teachers.cuda_graph import CudaGraphTeacher
 
 _PROGRAMS = 64
 """Most programs of all blocks together: of every shape, with gradients or without, for all tokens or those kept. All
@@ -42,4 +42,4 @@ def speed_up_teacher(teacher: nn.Module, placed: TeacherPlacement) -> nn.Module:
     """
     if placed.compile.value:
         compile_blocks(teacher)
-    return GraphedTeacher(teacher) if placed.cuda_graph.value else teacher
+    return CudaGraphTeacher(teacher) if placed.cuda_graph.value else teacher

@@ -9,11 +9,11 @@ from mvd_scale.distributed.process_group import Ranks
 from mvd_scale.models import Student
 from mvd_scale.targets import MaskedDistillation, Target
 from mvd_scale.training.deepspeed_engine import train_engine
-from mvd_scale.training.ema import moving_averages, start_averages
+from mvd_scale.training.ema import build_momentum_emas, initialize_momentum_targets
 from mvd_scale.training.lr_schedule import Schedule
 from mvd_scale.training.optimizer import parameter_groups
 from mvd_scale.training.placement import Placement
-from mvd_scale.training.teachers.place import host_teachers
+from mvd_scale.training.teachers.place import place_teachers
 from mvd_scale.training.trainer import TrainedModel
 
 
@@ -36,10 +36,10 @@ def distillation_model(
         schedule: schedule of the run.
 
     Raises:
-        UserError: as `train_engine` and `host_teachers`.
+        UserError: as `train_engine` and `place_teachers`.
     """
-    start_averages(targets, student)
-    host_teachers(targets, placement, ranks)
+    initialize_momentum_targets(targets, student)
+    place_teachers(targets, placement, ranks)
     groups = parameter_groups(student, recipe.training.weight_decay)
     engine = train_engine(student, groups, recipe, placement, ranks)
-    return TrainedModel(engine, MaskedDistillation(targets), moving_averages(targets, engine, schedule, ranks))
+    return TrainedModel(engine, MaskedDistillation(targets), build_momentum_emas(targets, engine, schedule, ranks))

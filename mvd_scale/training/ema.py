@@ -21,7 +21,7 @@ from mvd_scale.training.deepspeed_engine import gather_full, local_shard, online
 from mvd_scale.training.lr_schedule import Schedule, cosine_schedule
 
 
-class MovingAverage:
+class ModelEma:
     """Exponential moving average of weights in float32.
 
     Each rank keeps the same part of the average as of the averaged module: its shard, or everything if the module is
@@ -65,9 +65,9 @@ class MovingAverage:
         whole = {}
         for (name, parameter), share in zip(self.averaged.items(), self.shards, strict=True):
             full = gather_full(share, parameter, self.ranks)
-            if self.ranks.first:
+            if self.ranks.is_main:
                 whole[name] = full.cpu()
-        if self.ranks.first:
+        if self.ranks.is_main:
             self._write(self._file(folder), whole)
 
     @torch.no_grad()
@@ -96,7 +96,7 @@ class MovingAverage:
             write_shard(parameter, share)
 
 
-def start_averages(targets: Mapping[str, Target], student: Student) -> None:
+def initialize_momentum_targets(targets: Mapping[str, Target], student: Student) -> None:
     """Copy the student's encoder to the encoders of momentum targets; must be called before any of them is sharded."""
     weights = {name: weight for name, weight in student.encoder.state_dict().items() if not name.startswith("norm.")}
     for target in targets.values():
@@ -104,9 +104,7 @@ def start_averages(targets: Mapping[str, Target], student: Student) -> None:
             target.encoder.load_state_dict(weights)
 
 
-def moving_averages(
-    targets: Mapping[str, Target], engine: Any, schedule: Schedule, ranks: Ranks
-) -> list[MovingAverage]:
+def build_momentum_emas(targets: Mapping[str, Target], engine: Any, schedule: Schedule, ranks: Ranks) -> list[ModelEma]:
     """Make the average of each momentum target of a run; must be called after student and targets are sharded."""
     return [
         _average_of(name, target, engine.module.encoder, schedule, ranks)
@@ -115,15 +113,13 @@ def moving_averages(
     ]
 
 
-def _average_of(
-    name: str, target: MomentumTeacher, encoder: nn.Module, schedule: Schedule, ranks: Ranks
-) -> MovingAverage:
+def _average_of(name: str, target: MomentumTeacher, encoder: nn.Module, schedule: Schedule, ranks: Ranks) -> ModelEma:
     config, model = target.config, target.encoder.config
 
     def momentum(step: int) -> float:
         return cosine_schedule(step, total=schedule.total_steps, start=config.momentum, end=config.momentum_end)
 
-    return MovingAverage(
+    return ModelEma(
         dict(target.encoder.named_parameters()),
         dict(encoder.named_parameters()),
         momentum,

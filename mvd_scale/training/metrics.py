@@ -104,7 +104,7 @@ class MetricWriter:
     def __init__(
         self, path: Path, tensorboard: Path | None, ranks: Ranks, *, start_step: int, total_steps: int
     ) -> None:
-        self.active = ranks.first
+        self.active = ranks.is_main
         self.total_steps = total_steps
         self.start_step = start_step
         self.path = path

@@ -203,7 +203,7 @@ class Placement:
         ]
 
 
-def place(recipe: RunRecipe, teachers: Sequence[Teacher], devices: Devices) -> Placement:
+def decide_placement(recipe: RunRecipe, teachers: Sequence[Teacher], devices: Devices) -> Placement:
     """Decide how a recipe runs on its devices.
 
     Args:

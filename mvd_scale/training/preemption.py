@@ -52,7 +52,7 @@ class PreemptionHandler:
         store = torch.distributed.distributed_c10d._get_default_store()
         if self.received is not None:
             store.set(_WISH, "1")
-        if ranks.first and self._last is None and store.check([_WISH]):
+        if ranks.is_main and self._last is None and store.check([_WISH]):
             store.set(_LAST_STEP, str(step + 1))
         if self._last is None and store.check([_LAST_STEP]):
             self._last = int(store.get(_LAST_STEP))

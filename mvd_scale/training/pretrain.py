@@ -10,25 +10,25 @@ from mvd_scale.config import Recipe
 from mvd_scale.data.indexing.build import load_source
 from mvd_scale.data.loaders.clip_loader import ClipLoader
 from mvd_scale.data.manifest import Manifest
-from mvd_scale.distributed.process_group import Ranks, first_decides
+from mvd_scale.distributed.process_group import Ranks, run_on_rank0
 from mvd_scale.models import Student
 from mvd_scale.run_dir import RunFolder
 from mvd_scale.targets import MaskedDistillation
 from mvd_scale.targets.build import load_targets
 from mvd_scale.targets.load import teacher_input_sizes, weight_digests
-from mvd_scale.training.callbacks import Observer, PredictionImages, ProbeCallback, index_probe_videos
-from mvd_scale.training.capabilities import kind_of, placement_of
+from mvd_scale.training.callbacks import Callback, PredictionImages, ProbeCallback, index_probe_videos
+from mvd_scale.training.capabilities import device_kind, make_placement
 from mvd_scale.training.checkpointer import export_student
 from mvd_scale.training.distillation import distillation_model
 from mvd_scale.training.lr_schedule import Schedule
 from mvd_scale.training.placement import teacher_precision
 from mvd_scale.training.run import TrainingJob, run_training
 from mvd_scale.training.teachers.fidelity import check_fidelity
-from mvd_scale.training.teachers.prefetch import Begin, begin_ahead
+from mvd_scale.training.teachers.prefetch import BatchStarter, make_prefetcher
 from mvd_scale.training.trainer import TrainedModel
 
 
-def pretrain(recipe: Recipe) -> None:
+def run_pretraining(recipe: Recipe) -> None:
     """Run a recipe of pre-training; as `run_training`."""
     run_training(Pretraining(recipe, RunFolder(recipe.run.folder)))
 
@@ -55,19 +55,19 @@ class Pretraining(TrainingJob[Recipe]):
         """Videos, and teachers with their precision."""
         return {
             "videos": self.manifest.digest,
-            "teachers": first_decides(ranks, "teachers", lambda: weight_digests(self.recipe)),
-            "teacher precision": teacher_precision(self.recipe, kind_of(ranks.device)).value,
+            "teachers": run_on_rank0(ranks, "teachers", lambda: weight_digests(self.recipe)),
+            "teacher precision": teacher_precision(self.recipe, device_kind(ranks.device)).value,
         }
 
     def build(self, ranks: Ranks, schedule: Schedule) -> TrainedModel:
         """The student and its teachers."""
         recipe = self.recipe
         self.targets = load_targets(recipe)
-        self.placement = placement_of(recipe, self.targets, ranks)
+        self.placement = make_placement(recipe, self.targets, ranks)
         student = Student.from_recipe(recipe, self.targets)
         if recipe.training.initial_encoder is not None:
             load_initial_encoder(student.encoder, recipe.training.initial_encoder)
-        first_decides(
+        run_on_rank0(
             ranks,
             "fidelity",
             lambda: check_fidelity(self.targets, recipe, self.placement, self.manifest, ranks.device),
@@ -82,21 +82,21 @@ class Pretraining(TrainingJob[Recipe]):
         """Masked clips at the input sides of student and teachers."""
         sides = teacher_input_sizes(self.recipe, self.targets)
         return ClipLoader.for_run(
-            self.manifest, self.recipe, ranks.data_rank, steps, sides=sides, report=self.folder.quarantine
+            self.manifest, self.recipe, ranks.data_rank, steps, sides=sides, quarantine_file=self.folder.quarantine
         )
 
-    def prefetch(self, ranks: Ranks) -> Begin | None:
+    def prefetch(self, ranks: Ranks) -> BatchStarter | None:
         """Teachers work one batch ahead where that pays."""
-        return begin_ahead(MaskedDistillation(self.targets), self.placement, ranks.device)
+        return make_prefetcher(MaskedDistillation(self.targets), self.placement, ranks.device)
 
-    def observers(self, ranks: Ranks, schedule: Schedule) -> list[Observer]:
+    def callbacks(self, ranks: Ranks, schedule: Schedule) -> list[Callback]:
         """The observers that the recipe asks for."""
         recipe, folder, logging = self.recipe, self.folder, self.recipe.logging
-        observers: list[Observer] = []
+        callbacks: list[Callback] = []
         if logging.pictures is not None:
-            observers.append(
+            callbacks.append(
                 PredictionImages(recipe, self.manifest, self.targets, folder, ranks, schedule.steps_per_epoch)
             )
         if logging.probe is not None:
-            observers.append(ProbeCallback(recipe, folder, ranks, schedule.steps_per_epoch))
-        return observers
+            callbacks.append(ProbeCallback(recipe, folder, ranks, schedule.steps_per_epoch))
+        return callbacks

@@ -16,14 +16,14 @@ from mvd_scale.config.deepspeed import student_deepspeed
 from mvd_scale.data.loaders.clip_loader import ClipLoader
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.sampling.sampler import mixture_components, steps_per_epoch
-from mvd_scale.distributed.process_group import Ranks, first_decides, join_ranks, leave_ranks
+from mvd_scale.distributed.process_group import Ranks, destroy_distributed, init_distributed, run_on_rank0
 from mvd_scale.errors import UserError
 from mvd_scale.models.precision import dtype_of
 from mvd_scale.run_dir import RunFolder
-from mvd_scale.training.callbacks import Observer, Observers
-from mvd_scale.training.checkpointer import Snapshots
+from mvd_scale.training.callbacks import Callback, CallbackList
+from mvd_scale.training.checkpointer import Checkpointer
 from mvd_scale.training.lr_schedule import Schedule
-from mvd_scale.training.teachers.prefetch import Ahead, Begin
+from mvd_scale.training.teachers.prefetch import BatchStarter, TeacherPrefetcher
 from mvd_scale.training.trainer import TrainedModel, Trainer
 from mvd_scale.utils.io import read_metrics, truncate_metrics
 
@@ -80,12 +80,12 @@ class TrainingJob(ABC, Generic[AnyRecipe]):
     def load(self, ranks: Ranks, steps: range) -> ClipLoader:
         """The clips of some optimizer steps."""
 
-    def prefetch(self, ranks: Ranks) -> Begin | None:
+    def prefetch(self, ranks: Ranks) -> BatchStarter | None:
         """How a batch is begun while the one before it is in use; None fetches each when it is asked for."""
         return None
 
     @abstractmethod
-    def observers(self, ranks: Ranks, schedule: Schedule) -> Sequence[Observer]:
+    def callbacks(self, ranks: Ranks, schedule: Schedule) -> Sequence[Callback]:
         """Who looks at the model between two steps."""
 
 
@@ -97,46 +97,46 @@ def run_training(job: TrainingJob[Any]) -> None:
         Stopped: the run was asked to stop; it was saved.
     """
     recipe, folder = job.recipe, job.folder
-    ranks = join_ranks(recipe.device, recipe.training.collective_timeout_minutes)
+    ranks = init_distributed(recipe.device, recipe.training.collective_timeout_minutes)
     student_deepspeed(recipe, ranks.world_size)
-    first_decides(ranks, "prepared", job.prepare)
+    run_on_rank0(ranks, "prepared", job.prepare)
     manifest = job.open(ranks)
     steps = steps_per_epoch(manifest, recipe.data, recipe.training.global_batch)
     schedule = Schedule(recipe.training, steps, recipe.lr_batch)
     origin = job.origin(ranks)
-    if first_decides(ranks, "finished", lambda: folder.is_finished(schedule.last_step, origin)):
+    if run_on_rank0(ranks, "finished", lambda: folder.is_finished(schedule.last_step, origin)):
         logger.info("%s is finished already: see %s", folder.path, folder.summary)
-        return leave_ranks()
+        return destroy_distributed()
 
     torch.manual_seed(recipe.seed)
     model = job.build(ranks, schedule)
-    snapshots = Snapshots(
+    checkpointer = Checkpointer(
         folder, recipe, ranks, origin, steps, model.averages, lambda engine, where: job.export(engine, where, ranks)
     )
-    start = resume(model.engine, snapshots, schedule, folder, ranks)
+    start = resume(model.engine, checkpointer, schedule, folder, ranks)
     log_run_summary(recipe, manifest, schedule, ranks, job.rows)
-    observers = Observers(job.observers(ranks, schedule))
+    callbacks = CallbackList(job.callbacks(ranks, schedule))
     with job.load(ranks, range(start, schedule.last_step)) as loader:
-        batches = Ahead(loader, job.prefetch(ranks))
-        Trainer(model, batches, schedule, recipe, ranks, start).train(folder, snapshots, observers)
-    finish(model.engine, snapshots, folder, ranks, schedule.last_step)
-    leave_ranks()
+        batches = TeacherPrefetcher(loader, job.prefetch(ranks))
+        Trainer(model, batches, schedule, recipe, ranks, start).train(folder, checkpointer, callbacks)
+    finish(model.engine, checkpointer, folder, ranks, schedule.last_step)
+    destroy_distributed()
 
 
-def resume(engine: Any, snapshots: Snapshots, schedule: Schedule, folder: RunFolder, ranks: Ranks) -> int:
+def resume(engine: Any, checkpointer: Checkpointer, schedule: Schedule, folder: RunFolder, ranks: Ranks) -> int:
     """Go on from the newest checkpoint, and forget what a killed run did after it; the steps that are done.
 
     Raises:
-        UserError: as `Snapshots.resume`, or there are more than the run shall have.
+        UserError: as `Checkpointer.resume`, or there are more than the run shall have.
     """
-    start = snapshots.resume(engine)
+    start = checkpointer.resume(engine)
     if start > schedule.last_step:
         raise UserError(
             f"{folder.path} has come to step {start} already, beyond its last step {schedule.last_step}; "
             "raise training.max_steps, or begin a new run in another `--run.folder`"
         )
-    if ranks.first:
-        snapshots.clear_partial()
+    if ranks.is_main:
+        checkpointer.clear_partial()
         truncate_metrics(folder.validation, start)
     return start
 
@@ -184,10 +184,10 @@ def _attention(recipe: RunRecipe, ranks: Ranks) -> str:
     return ", ".join(f"{name} ({reason})" if reason else name for name, reason in reasons.items())
 
 
-def finish(engine: Any, snapshots: Snapshots, folder: RunFolder, ranks: Ranks, step: int) -> None:
+def finish(engine: Any, checkpointer: Checkpointer, folder: RunFolder, ranks: Ranks, step: int) -> None:
     """Export the weights and leave the figures of the run."""
-    snapshots.export(engine, folder.path)
-    if ranks.first:
+    checkpointer.export(engine, folder.path)
+    if ranks.is_main:
         readings = read_metrics(folder.metrics)
-        folder.finish({"steps": step, "origin": snapshots.origin, "first": readings[0], "last": readings[-1]})
+        folder.finish({"steps": step, "origin": checkpointer.origin, "first": readings[0], "last": readings[-1]})
         logger.info("finished: %s", folder.path)

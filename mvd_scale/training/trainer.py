@@ -18,14 +18,14 @@ from mvd_scale.config import RunRecipe
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.distributed.process_group import Ranks
 from mvd_scale.run_dir import RunFolder
-from mvd_scale.training.callbacks import Observers
-from mvd_scale.training.checkpointer import Snapshots
-from mvd_scale.training.ema import MovingAverage
+from mvd_scale.training.callbacks import CallbackList
+from mvd_scale.training.checkpointer import Checkpointer
+from mvd_scale.training.ema import ModelEma
 from mvd_scale.training.lr_schedule import Schedule
 from mvd_scale.training.metrics import Meter, MetricWriter, MicroBatchMetrics
 from mvd_scale.training.optimizer import apply_schedule
 from mvd_scale.training.preemption import Preempted, PreemptionHandler, check_finite
-from mvd_scale.training.teachers.prefetch import Ahead
+from mvd_scale.training.teachers.prefetch import TeacherPrefetcher
 
 
 class Objective(Protocol):
@@ -74,7 +74,7 @@ class TrainedModel:
 
     objective: Objective
 
-    averages: Sequence[MovingAverage] = ()
+    averages: Sequence[ModelEma] = ()
     """Moving averages of its weights, each moved after every optimizer step."""
 
 
@@ -97,7 +97,13 @@ class Trainer:
     """The micro batch that was last taken; there is none before the first step."""
 
     def __init__(
-        self, model: TrainedModel, batches: Ahead, schedule: Schedule, recipe: RunRecipe, ranks: Ranks, step: int = 0
+        self,
+        model: TrainedModel,
+        batches: TeacherPrefetcher,
+        schedule: Schedule,
+        recipe: RunRecipe,
+        ranks: Ranks,
+        step: int = 0,
     ) -> None:
         self.engine, self.objective, self.averages = model.engine, model.objective, model.averages
         self.batches = batches
@@ -152,7 +158,7 @@ class Trainer:
             self.engine.step()
         return MicroBatchMetrics(loss.detach(), parts, len(self.batch.pixels), self.batches.waited)
 
-    def train(self, folder: RunFolder, snapshots: Snapshots, observers: Observers) -> None:
+    def train(self, folder: RunFolder, checkpointer: Checkpointer, callbacks: CallbackList) -> None:
         """Make the steps that are left.
 
         Args:
@@ -168,17 +174,17 @@ class Trainer:
         meter = Meter(list(self.objective.parts), self.ranks)
         events = folder.tensorboard if recipe.logging.tensorboard else None
         writer = MetricWriter(folder.metrics, events, self.ranks, start_step=self.step, total_steps=last)
-        with PreemptionHandler() as stop, writer, observers:
+        with PreemptionHandler() as stop, writer, callbacks:
             while self.step < last:
                 meter.add_step(self.train_step())
                 ended, stopping = self.step == last, stop.should_stop(self.ranks, self.step - 1)
                 overdue = False
                 if self.step % recipe.logging.every_steps == 0 or ended or stopping:
-                    values, overdue = meter.read(snapshots.time_to_save(), self.batches.substituted)
+                    values, overdue = meter.read(checkpointer.time_to_save(), self.batches.substituted)
                     writer.write(self.step, values | self._optimizer_values())
-                observers.observe(self.engine, self.step, writer)
-                if overdue or snapshots.should_save(self.step) or ended or stopping:
-                    snapshots.save(self.engine, self.step)
+                callbacks.on_step_end(self.engine, self.step, writer)
+                if overdue or checkpointer.should_save(self.step) or ended or stopping:
+                    checkpointer.save(self.engine, self.step)
                 if stopping and not ended:
                     raise Preempted(stop.exit_code)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomic(path: Path, text: str) -> None:
     """Write a text file under another name, flush it to disk and rename it, so that it is never partial."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
@@ -33,4 +33,4 @@ def truncate_metrics(path: Path, step: int) -> None:
     """Remove readings after a step: a resumed run repeats the steps after its checkpoint."""
     if path.is_file():
         kept = [json.dumps(reading) + "\n" for reading in read_metrics(path) if reading["step"] <= step]
-        write_whole(path, "".join(kept))
+        write_atomic(path, "".join(kept))

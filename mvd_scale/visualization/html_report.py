@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.storage import DecodeError
-from mvd_scale.evaluation.results import Tested, percent
-from mvd_scale.utils.io import write_whole
+from mvd_scale.evaluation.results import EvalResult, percent
+from mvd_scale.utils.io import write_atomic
 from mvd_scale.visualization.svg import confidences, heat_map, reliability
 from mvd_scale.visualization.thumbnails import thumbnails
 
@@ -77,16 +77,16 @@ def write_report(folder: Path, out: Path, *, hardest: int) -> None:
     Raises:
         UserError: the folder holds no finished evaluation, or its manifest is missing.
     """
-    tested = Tested.load(folder)
+    tested = EvalResult.load(folder)
     manifest = Manifest.load(folder / "manifest.parquet")
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, render(tested, manifest, hardest=hardest))
+    write_atomic(out, render(tested, manifest, hardest=hardest))
 
 
-def render(tested: Tested, manifest: Manifest, *, hardest: int) -> str:
+def render(tested: EvalResult, manifest: Manifest, *, hardest: int) -> str:
     """Render the page of an evaluation on the videos of a manifest, with `hardest` hard videos of each kind."""
-    outcome = tested.outcome
-    confusion = outcome.confusion
+    predictions = tested.predictions
+    confusion = predictions.confusion
     classes = class_results(tested)
     few = len(tested.classes) <= TABLE
     picture, span = ("", 1) if few else heat_map(confusion[:, :-1])
@@ -102,10 +102,10 @@ def render(tested: Tested, manifest: Manifest, *, hardest: int) -> str:
     return environment.get_template("report.html").render(
         origin=tested.origin,
         figures=tested.figures(),
-        reliability=reliability(outcome),
-        confidences=confidences(outcome),
-        views=list(zip(tested.origin.views, outcome.view_accuracy.tolist(), strict=True)),
-        top1=outcome.top(1),
+        reliability=reliability(predictions),
+        confidences=confidences(predictions),
+        views=list(zip(tested.origin.views, predictions.view_accuracy.tolist(), strict=True)),
+        top1=predictions.top(1),
         class_names=tested.classes,
         classes=classes,
         empty=len(tested.classes) - len(classes),
@@ -121,9 +121,9 @@ def render(tested: Tested, manifest: Manifest, *, hardest: int) -> str:
     )
 
 
-def class_results(tested: Tested) -> list[ClassResult]:
+def class_results(tested: EvalResult) -> list[ClassResult]:
     """List the classes that have videos, ordered by accuracy, the worst first; of equal ones the larger class first."""
-    confusion, accuracy = tested.outcome.confusion, tested.outcome.class_accuracy
+    confusion, accuracy = tested.predictions.confusion, tested.predictions.class_accuracy
     videos = confusion.sum(1)
     beside = _beside(confusion)
     found = np.flatnonzero(videos)
@@ -138,40 +138,40 @@ def class_results(tested: Tested) -> list[ClassResult]:
     ]
 
 
-def confusions(tested: Tested) -> list[Confusion]:
+def confusions(tested: EvalResult) -> list[Confusion]:
     """List all pairs of classes that were confused, the most frequent first."""
-    table = tested.outcome.confusion
+    table = tested.predictions.confusion
     beside, videos = _beside(table), table.sum(1)
-    labels, predictions = np.nonzero(beside)
-    counts = beside[labels, predictions]
+    labels, predicted_classes = np.nonzero(beside)
+    counts = beside[labels, predicted_classes]
     order = np.lexsort((-counts / videos[labels], -counts))
     return [
         Confusion(
             tested.classes[label], tested.classes[prediction], int(table[label, prediction]),
             float(table[label, prediction] / videos[label]),
         )
-        for label, prediction in zip(labels[order].tolist(), predictions[order].tolist(), strict=True)
+        for label, prediction in zip(labels[order].tolist(), predicted_classes[order].tolist(), strict=True)
     ]  # fmt: skip
 
 
-def hard_videos(tested: Tested, manifest: Manifest, count: int) -> tuple[list[HardVideo], list[HardVideo]]:
+def hard_videos(tested: EvalResult, manifest: Manifest, count: int) -> tuple[list[HardVideo], list[HardVideo]]:
     """Select hard videos among the decoded ones.
 
     Returns:
         `count` videos with the highest scores of wrong predictions, and `count` of the other videos with the lowest
         scores of their true class.
     """
-    outcome = tested.outcome
-    scores, predictions = outcome.scores, outcome.predictions
-    own = np.take_along_axis(scores, outcome.labels[:, None], 1)[:, 0]
-    wrong = np.flatnonzero(outcome.decoded & (predictions != outcome.labels))
+    predictions = tested.predictions
+    scores, predicted_classes = predictions.scores, predictions.predictions
+    own = np.take_along_axis(scores, predictions.labels[:, None], 1)[:, 0]
+    wrong = np.flatnonzero(predictions.decoded & (predicted_classes != predictions.labels))
     sure = wrong[np.argsort(-scores[wrong].max(1), kind="stable")][:count]
-    others = np.setdiff1d(np.flatnonzero(outcome.decoded), sure)
+    others = np.setdiff1d(np.flatnonzero(predictions.decoded), sure)
     low = others[np.argsort(own[others], kind="stable")][:count]
     rows = np.flatnonzero(manifest.label >= 0)
 
     def show(video: int) -> HardVideo:
-        label, prediction = int(outcome.labels[video]), int(predictions[video])
+        label, prediction = int(predictions.labels[video]), int(predicted_classes[video])
         pictures, missing = [], ""
         try:
             pictures = thumbnails(manifest.row(int(rows[video])))
@@ -190,9 +190,9 @@ def hard_videos(tested: Tested, manifest: Manifest, count: int) -> tuple[list[Ha
     return [show(video) for video in sure.tolist()], [show(video) for video in low.tolist()]
 
 
-def _matrix(tested: Tested) -> list[tuple[str, list[tuple[int, float]]]]:
+def _matrix(tested: EvalResult) -> list[tuple[str, list[tuple[int, float]]]]:
     """Make the rows of the confusion matrix: the label, then number and share of its videos for each prediction."""
-    table = tested.outcome.confusion
+    table = tested.predictions.confusion
     shares = table / np.maximum(table.sum(1, keepdims=True), 1)
     return [
         (name, list(zip(counts, parts, strict=True)))

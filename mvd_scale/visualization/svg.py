@@ -15,7 +15,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from mvd_scale.evaluation.metrics import BINS, Outcome
+from mvd_scale.evaluation.metrics import BINS, Predictions
 
 _COLOURS = {"#010101": "currentColor", "#010102": "var(--right)", "#010103": "var(--wrong)", "#010104": "var(--faint)"}
 """Placeholder colours for matplotlib, and the CSS colours of the page that replace them in the SVG."""
@@ -43,11 +43,11 @@ _DIAGONAL, _BESIDE = (66, 133, 200), (224, 108, 48)
 """RGB colours of a heat map's cells of correct and wrong predictions, drawn over the page's background."""
 
 
-def reliability(outcome: Outcome) -> Markup:
+def reliability(predictions: Predictions) -> Markup:
     """Draw the reliability diagram: accuracy (bars) by confidence; perfect calibration is the dashed line."""
     with matplotlib.rc_context(_STYLE):
         figure, axis = _empty(4.2, 3.3)
-        bins = outcome.reliability()
+        bins = predictions.reliability()
         filled = [(sure, right) for count, sure, right in bins if count]
         places = [(place + 0.5) / BINS for place, (count, _, _) in enumerate(bins) if count]
         axis.bar(places, [right for _, right in filled], width=0.86 / BINS, color=RIGHT)
@@ -57,13 +57,13 @@ def reliability(outcome: Outcome) -> Markup:
         return _svg(figure, "reliability", "Reliability diagram: accuracy by confidence")
 
 
-def confidences(outcome: Outcome) -> Markup:
+def confidences(predictions: Predictions) -> Markup:
     """Draw the histogram of the confidence of correct and of wrong predictions."""
     with matplotlib.rc_context(_STYLE):
         figure, axis = _empty(4.2, 3.3)
-        sure = outcome.scores.max(1)
-        right = outcome.decoded & (outcome.predictions == outcome.labels)
-        wrong = outcome.decoded & ~right
+        sure = predictions.scores.max(1)
+        right = predictions.decoded & (predictions.predictions == predictions.labels)
+        wrong = predictions.decoded & ~right
         axis.hist(
             [sure[right], sure[wrong]],
             bins=np.linspace(0, 1, 21).tolist(),

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from mvd_scale.distributed.cpu_affinity import share_out
+from mvd_scale.distributed.cpu_affinity import partition_cpus
 
 from .zero_ranks import teacher
 
@@ -116,7 +116,9 @@ def test_ranks_divide_the_cores_unless_the_user_says_how_many_threads(
     alone: dict[str, Any], two: list[dict[str, Any]]
 ) -> None:
     given = frozenset(os.sched_getaffinity(0))
-    assert [rank["threads"] for rank in two] == [share.threads for share in share_out({0: given, 1: given}).values()]
+    assert [rank["threads"] for rank in two] == [
+        share.threads for share in partition_cpus({0: given, 1: given}).values()
+    ]
     assert alone["threads"] == 1, "OMP_NUM_THREADS"
 
 

@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from mvd_scale.config import ModelConfig, Recipe
 from mvd_scale.config.training import Checkpointing
 from mvd_scale.data.batch import ClipBatch
-from mvd_scale.distributed.process_group import Ranks, join_ranks, leave_ranks
+from mvd_scale.distributed.process_group import Ranks, destroy_distributed, init_distributed
 from mvd_scale.errors import UserError
 from mvd_scale.models import Encoder, Student
 from mvd_scale.targets import FrozenTeacher, build_targets
 from mvd_scale.targets.load import ema_file
-from mvd_scale.training.capabilities import placement_of
+from mvd_scale.training.capabilities import make_placement
 from mvd_scale.training.deepspeed_engine import full_parameters
 from mvd_scale.training.distillation import distillation_model
-from mvd_scale.training.ema import MovingAverage
+from mvd_scale.training.ema import ModelEma
 from mvd_scale.training.lr_schedule import Schedule
-from mvd_scale.training.teachers.prefetch import Ahead
+from mvd_scale.training.teachers.prefetch import TeacherPrefetcher
 from mvd_scale.training.trainer import Trainer
 
 from ..batches import BatchLoader
@@ -115,9 +115,9 @@ def train(ranks: Ranks, made: Recipe, *, poison_last: bool = False, out: Path | 
     torch.manual_seed(0)
     schedule = Schedule(made.training, 1, made.lr_batch)
     model = distillation_model(
-        Student.from_recipe(made, targets), targets, made, placement_of(made, targets, ranks), ranks, schedule
+        Student.from_recipe(made, targets), targets, made, make_placement(made, targets, ranks), ranks, schedule
     )
-    batches = Ahead(BatchLoader(micro_batches(ranks, made, poison_last=poison_last)))
+    batches = TeacherPrefetcher(BatchLoader(micro_batches(ranks, made, poison_last=poison_last)))
     trainer, engine, averages = Trainer(model, batches, schedule, made, ranks), model.engine, model.averages
     expected = encoder_weights(engine) if averages else {}
     losses, before = [], 0.0
@@ -129,9 +129,9 @@ def train(ranks: Ranks, made: Recipe, *, poison_last: bool = False, out: Path | 
             break
         total = torch.stack([micro.loss for micro in trainer.train_step()]).mean()
         for average in averages:
-            kept = average.momentum(step)
+            output_tokens = average.momentum(step)
             now = encoder_weights(engine)
-            expected = {name: kept * old + (1 - kept) * now[name] for name, old in expected.items()}
+            expected = {name: output_tokens * old + (1 - output_tokens) * now[name] for name, old in expected.items()}
         torch.distributed.all_reduce(total)
         losses.append(float(total) / ranks.world_size)
     return average_values(averages, expected, out, ranks) | {
@@ -150,7 +150,7 @@ def encoder_weights(engine: Any) -> dict[str, Tensor]:
 
 
 def average_values(
-    averages: Sequence[MovingAverage], expected: dict[str, Tensor], out: Path | None, ranks: Ranks
+    averages: Sequence[ModelEma], expected: dict[str, Tensor], out: Path | None, ranks: Ranks
 ) -> dict[str, Any]:
     """How far an average is from the true one, whether it comes back from its file, and how much of it lies here."""
     if not averages:
@@ -179,7 +179,7 @@ def weight_sum(engine: Any) -> float:
 
 
 def main(out: Path) -> None:
-    ranks = join_ranks("cpu", timeout_minutes=2)
+    ranks = init_distributed("cpu", timeout_minutes=2)
     results: dict[str, Any] = {"threads": torch.get_num_threads()}
     if ranks.world_size == 4:
         for over in ("node", "world"):
@@ -187,7 +187,7 @@ def main(out: Path) -> None:
             teachers = made.teachers.model_copy(update={"shard_over": over})
             results[over] = train(ranks, made.model_copy(update={"teachers": teachers}))
         (out / f"rank{ranks.rank}.json").write_text(json.dumps(results))
-        return leave_ranks()
+        return destroy_distributed()
     for stage in ("zero1", "zero2", "zero3"):
         results[stage] = train(ranks, recipe(stage, "fp32", "zero3", 4))
     results["one micro batch after the other"] = train(ranks, recipe("zero2", "fp32", "zero3", 2))
@@ -208,7 +208,7 @@ def main(out: Path) -> None:
         results[f"bf16, {stage}"] = train(ranks, recipe(stage, "bf16", "zero3", 4))
         results[f"not finite, {stage}"] = train(ranks, recipe(stage, "fp32", "zero3", 4), poison_last=True)
     (out / f"rank{ranks.rank}.json").write_text(json.dumps(results))
-    leave_ranks()
+    destroy_distributed()
 
 
 if __name__ == "__main__":

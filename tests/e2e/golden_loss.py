@@ -117,14 +117,14 @@ def _vendor() -> str:
 def _steps() -> Curve:
     from mvd_scale.config import Recipe
     from mvd_scale.data.batch import ClipBatch
-    from mvd_scale.distributed.process_group import join_ranks, leave_ranks
+    from mvd_scale.distributed.process_group import destroy_distributed, init_distributed
     from mvd_scale.models import Student
     from mvd_scale.targets import build_targets
     from mvd_scale.targets.build import init_teacher
-    from mvd_scale.training.capabilities import placement_of
+    from mvd_scale.training.capabilities import make_placement
     from mvd_scale.training.distillation import distillation_model
     from mvd_scale.training.lr_schedule import Schedule
-    from mvd_scale.training.teachers.prefetch import Ahead
+    from mvd_scale.training.teachers.prefetch import TeacherPrefetcher
     from mvd_scale.training.trainer import Trainer
 
     from ..batches import BatchLoader
@@ -137,25 +137,25 @@ def _steps() -> Curve:
         return ClipBatch(pixels, visible, masked, torch.zeros(micro), torch.zeros(micro))
 
     recipe = Recipe.model_validate(RECIPE)
-    ranks = join_ranks("cpu", timeout_minutes=1)
+    ranks = init_distributed("cpu", timeout_minutes=1)
     torch.set_num_threads(1)
     micro, accumulation = recipe.micro_batch_and_accumulation(ranks.world_size)
     torch.manual_seed(recipe.seed)
     targets = build_targets(recipe, lambda name: init_teacher(recipe, name))
     schedule = Schedule(recipe.training, 1, recipe.lr_batch)
     model = distillation_model(
-        Student.from_recipe(recipe, targets), targets, recipe, placement_of(recipe, targets, ranks), ranks, schedule
+        Student.from_recipe(recipe, targets), targets, recipe, make_placement(recipe, targets, ranks), ranks, schedule
     )
     # The same two micro batches again and again, so that the loss falls.
     clips = (micro_batch(turn) for _ in range(STEPS) for turn in range(accumulation))
-    trainer = Trainer(model, Ahead(BatchLoader(clips)), schedule, recipe, ranks)
+    trainer = Trainer(model, TeacherPrefetcher(BatchLoader(clips)), schedule, recipe, ranks)
     curve: Curve = {name: [] for name in ("loss", *targets, "gradient norm")}
     for _ in range(STEPS):
         last = trainer.train_step()[-1]
         norm = trainer.engine.get_global_grad_norm()
         for name, value in {"loss": last.loss, **last.parts, "gradient norm": norm}.items():
             curve[name].append(float(value))
-    leave_ranks()
+    destroy_distributed()
     return curve
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean
 
 from mvd_scale.config import recipe_from_dict
-from mvd_scale.training.pretrain import pretrain
+from mvd_scale.training.pretrain import run_pretraining
 from mvd_scale.utils.io import read_metrics
 
 DECODER = {"width": 96, "depth": 2, "heads": 3}
@@ -71,7 +71,7 @@ def train(method: str, folder: str, videos: str, image: str, video: str, steps: 
         },
         method,
     )
-    pretrain(recipe)
+    run_pretraining(recipe)
     losses = [reading["loss"] for reading in read_metrics(run / "metrics.jsonl")]
     tenth = max(len(losses) // 10, 3)
     print(json.dumps({"method": method, "first": mean(losses[:tenth]), "last": mean(losses[-tenth:])}), flush=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
-from mvd_scale.distributed.process_group import join_ranks, leave_ranks
+from mvd_scale.distributed.process_group import destroy_distributed, init_distributed
 from mvd_scale.performance.bench_setup import bench_recipe, bench_trainer
 from mvd_scale.targets.build import load_or_init_teacher
 
@@ -37,13 +37,13 @@ def main(steps: str, scratch: str, *words: str) -> None:
     recorder = Recorder() if words[0] == "--timer" else None
     name, *overrides = words[recorder is not None :]
     recipe = bench_recipe(name, overrides, "fp32", batch=2)
-    ranks = join_ranks("cpu", timeout_minutes=1)
+    ranks = init_distributed("cpu", timeout_minutes=1)
     with bench_trainer(recipe, ranks, load_or_init_teacher, steps=int(steps), scratch=Path(scratch)) as trainer:
         if recorder is not None:
             trainer.attach(recorder)
         made = [trainer.train_step() for _ in range(int(steps))]
     losses = [[float(micro.loss) for micro in step] for step in made]
-    leave_ranks()
+    destroy_distributed()
     print(json.dumps({"losses": losses, "parts": recorder and recorder.parts, "names": trainer.part_names}))
 
 

@@ -29,10 +29,10 @@ def test_a_run_is_the_same_with_and_without_them(jobs: Jobs, recipe: Path, class
     readings = {}
     probe = f"{{train: {classes}, test: {classes}, every_epochs: 1, neighbours: 3}}"
     observed = ["--logging.pictures", "{every_epochs: 1, clips: 3}", "--logging.probe", probe]
-    for name, observers in (("observed", observed), ("alone", ["--logging.pictures", "null"])):
+    for name, callbacks in (("observed", observed), ("alone", ["--logging.pictures", "null"])):
         code, output = jobs.run(
             "pretrain", "--recipe", recipe, "--run.folder", tmp_path / name, "--data.source", classes,
-            "--training.deepspeed", "zero3", "--training.max_steps", "22", *observers, ranks=2,
+            "--training.deepspeed", "zero3", "--training.max_steps", "22", *callbacks, ranks=2,
         )  # fmt: skip
         assert code == 0, output
         readings[name] = [(r["loss"], r["grad_norm"]) for r in read_metrics(tmp_path / name / "metrics.jsonl")]

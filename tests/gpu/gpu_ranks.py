@@ -16,15 +16,15 @@ import torch
 
 from mvd_scale.config import Recipe
 from mvd_scale.data.batch import ClipBatch
-from mvd_scale.distributed.process_group import Ranks, join_ranks, leave_ranks
+from mvd_scale.distributed.process_group import Ranks, destroy_distributed, init_distributed
 from mvd_scale.models import Student
 from mvd_scale.targets import FrozenTeacher, MaskedDistillation, build_targets
-from mvd_scale.training.capabilities import placement_of
+from mvd_scale.training.capabilities import make_placement
 from mvd_scale.training.deepspeed_engine import full_parameters
 from mvd_scale.training.distillation import distillation_model
 from mvd_scale.training.lr_schedule import Schedule
-from mvd_scale.training.teachers.place import host_teachers
-from mvd_scale.training.teachers.prefetch import Ahead, Begin, begin_ahead
+from mvd_scale.training.teachers.place import place_teachers
+from mvd_scale.training.teachers.prefetch import BatchStarter, TeacherPrefetcher, make_prefetcher
 from mvd_scale.training.trainer import Trainer
 
 from ..batches import BatchLoader
@@ -34,7 +34,7 @@ STEPS, POISONED = 6, 3
 
 
 def main(device: str, out: str) -> None:
-    ranks = join_ranks(device, timeout_minutes=3)
+    ranks = init_distributed(device, timeout_minutes=3)
     seen: dict[str, Any] = {"sum over ranks": sum_over_ranks(ranks)}
     for stage in ("zero1", "zero2", "zero3"):
         seen[f"fp32, {stage}"] = Run(ranks, stage, "fp32").losses()
@@ -45,7 +45,7 @@ def main(device: str, out: str) -> None:
             seen[f"overflow, {stage}"] = Run(ranks, stage, "fp16").overflows()
         seen["sharded teachers"] = sharded_teachers(ranks, "fp16")
     Path(out, f"rank{ranks.rank}.json").write_text(json.dumps(seen))
-    leave_ranks()
+    destroy_distributed()
 
 
 class Run:
@@ -58,7 +58,7 @@ class Run:
         torch.manual_seed(0)
         student = Student.from_recipe(self.recipe, self.targets)
         self.schedule = Schedule(self.recipe.training, 1, self.recipe.lr_batch)
-        self.placement = placement_of(self.recipe, self.targets, ranks)
+        self.placement = make_placement(self.recipe, self.targets, ranks)
         self.model = distillation_model(student, self.targets, self.recipe, self.placement, ranks, self.schedule)
         self.engine = self.model.engine
 
@@ -70,9 +70,11 @@ class Run:
                 first = (self.ranks.rank * accumulation + turn) * micro
                 yield clips(step, first, micro, self.ranks.device, poisoned=poisoned)
 
-    def trainer(self, batches: Iterator[ClipBatch], begin: Begin | None = None) -> Trainer:
+    def trainer(self, batches: Iterator[ClipBatch], begin: BatchStarter | None = None) -> Trainer:
         """Makes steps of some micro batches."""
-        return Trainer(self.model, Ahead(BatchLoader(batches), begin), self.schedule, self.recipe, self.ranks)
+        return Trainer(
+            self.model, TeacherPrefetcher(BatchLoader(batches), begin), self.schedule, self.recipe, self.ranks
+        )
 
     def step(self, trainer: Trainer) -> float:
         """The loss of one optimizer step, mean over all ranks."""
@@ -84,7 +86,7 @@ class Run:
         """Of some steps, with teachers at their place or ahead."""
         begin = None
         if ahead:
-            begin = begin_ahead(MaskedDistillation(self.targets), self.placement, self.ranks.device)
+            begin = make_prefetcher(MaskedDistillation(self.targets), self.placement, self.ranks.device)
             assert begin is not None
         trainer = self.trainer(self.batches(range(STEPS)), begin)
         return [self.step(trainer) for _ in range(STEPS)]
@@ -120,7 +122,7 @@ def sharded_teachers(ranks: Ranks, precision: str) -> dict[str, dict[str, float]
     """Features of sharded teachers beside those of the same ones whole and in float32 on the CPU."""
     made = placed(recipe("zero2", precision, "zero3", GLOBAL_BATCH), precision)
     here = build_targets(made, teacher)
-    host_teachers(here, placement_of(made, here, ranks), ranks)
+    place_teachers(here, make_placement(made, here, ranks), ranks)
     seen = {}
     for name, whole in build_targets(made, teacher).items():
         sharded = here[name]

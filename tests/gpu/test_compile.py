@@ -13,7 +13,7 @@ from mvd_scale.config.training import Checkpointing
 from mvd_scale.models import Encoder, Student
 from mvd_scale.models.blocks import set_gradient_checkpointing
 from mvd_scale.training.compile import compile_blocks
-from mvd_scale.training.teachers.cuda_graph import GraphedTeacher
+from mvd_scale.training.teachers.cuda_graph import CudaGraphTeacher
 
 pytestmark = pytest.mark.gpu
 
@@ -37,29 +37,31 @@ def test_a_graphed_teacher_gives_the_features_of_the_same_one_without(gpu: torch
     ours = copy.deepcopy(teacher)
     if compiled:
         compile_blocks(ours)
-    graphed, kept = GraphedTeacher(ours), []
+    graphed, output_tokens = CudaGraphTeacher(ours), []
     for seed in range(4):
         pixels, tokens = clips(seed, gpu)
         # One micro batch after the other, on either stream.
         stream = torch.cuda.Stream(gpu) if seed % 2 else torch.cuda.current_stream(gpu)
         stream.wait_stream(torch.cuda.current_stream(gpu))
         with torch.cuda.stream(stream):
-            kept.append((graphed(pixels, kept=tokens), pixels, tokens))
+            output_tokens.append((graphed(pixels, output_tokens=tokens), pixels, tokens))
     torch.cuda.synchronize(gpu)
     with torch.no_grad():
         # No later call has written over them.
-        for features, pixels, tokens in kept:
-            torch.testing.assert_close(features, teacher(pixels, kept=tokens), rtol=1e-2, atol=1e-2)
+        for features, pixels, tokens in output_tokens:
+            torch.testing.assert_close(features, teacher(pixels, output_tokens=tokens), rtol=1e-2, atol=1e-2)
         few, tokens = pixels[:1], tokens[:1]
-        torch.testing.assert_close(graphed(few, kept=tokens), teacher(few, kept=tokens), rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(
+            graphed(few, output_tokens=tokens), teacher(few, output_tokens=tokens), rtol=1e-2, atol=1e-2
+        )
         # A moving average.
         for moved, parameter in zip(ours.parameters(), teacher.parameters(), strict=True):
             parameter.mul_(1.1)
             moved.data.copy_(parameter)
-        features, pixels, tokens = kept[0]
-        moved_features = graphed(pixels, kept=tokens)
+        features, pixels, tokens = output_tokens[0]
+        moved_features = graphed(pixels, output_tokens=tokens)
         assert not torch.allclose(moved_features, features, rtol=1e-2, atol=1e-2)
-        torch.testing.assert_close(moved_features, teacher(pixels, kept=tokens), rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(moved_features, teacher(pixels, output_tokens=tokens), rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mvd_scale.data.batch import ClipBatch
-from mvd_scale.training.teachers.prefetch import Ahead, SideStream
+from mvd_scale.training.teachers.prefetch import PrefetchStream, TeacherPrefetcher
 
 from ..batches import BatchLoader
 from .conftest import Figure, Seen
@@ -45,7 +45,7 @@ def test_the_student_reads_what_the_side_stream_wrote_for_it(
     gpu: torch.device, teach: Callable[[ClipBatch], ClipBatch], sleep: int
 ) -> None:
     read: list[Tensor] = []
-    for batch in Ahead(BatchLoader(_batches(gpu)), SideStream(gpu, teach)):
+    for batch in TeacherPrefetcher(BatchLoader(_batches(gpu)), PrefetchStream(gpu, teach)):
         if sleep:
             torch.cuda._sleep(sleep)
         read.append(torch.stack([batch.pixels.amin(), batch.pixels.amax()]))
@@ -54,11 +54,11 @@ def test_the_student_reads_what_the_side_stream_wrote_for_it(
 
 
 def test_both_streams_work_at_once_and_the_host_waits_for_neither(gpu: torch.device, figure: Figure) -> None:
-    def milliseconds(begin: SideStream | None) -> float:
+    def milliseconds(begin: PrefetchStream | None) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         start.record()
-        for batch in Ahead(BatchLoader(_batches(gpu)), begin):
+        for batch in TeacherPrefetcher(BatchLoader(_batches(gpu)), begin):
             if begin is None:
                 _late(batch)
             torch.cuda._sleep(LONG)
@@ -67,7 +67,7 @@ def test_both_streams_work_at_once_and_the_host_waits_for_neither(gpu: torch.dev
         end.synchronize()
         return start.elapsed_time(end)
 
-    alone, beside = milliseconds(None), milliseconds(SideStream(gpu, _late))
+    alone, beside = milliseconds(None), milliseconds(PrefetchStream(gpu, _late))
     figure("share of the time of one after the other", beside / alone)
     assert beside < 0.7 * alone
 

@@ -23,7 +23,7 @@ from nvidia.dali.pipeline import Pipeline, do_not_convert
 from mvd_scale.config.data import DataConfig
 from mvd_scale.data.decoding.dali_augment import apply_operation, erase
 from mvd_scale.data.decoding.dali_geometry import Resampling, Sample, resize, upright
-from mvd_scale.data.decoding.sample_source import Decoder, VideoSource
+from mvd_scale.data.decoding.sample_source import DecodeBackend, VideoSource
 from mvd_scale.data.manifest import IMAGE_CODECS, Row
 from mvd_scale.data.sampling.augment import count_operations
 
@@ -83,7 +83,7 @@ def build_pipeline(
 def _graph(
     source: VideoSource,
     body: Callable[[Sample, DataNode], tuple[DataNode, ...]],
-    decoders: tuple[Decoder, ...],
+    decoders: tuple[DecodeBackend, ...],
     length: int,
     on_gpu: bool,
     parallel: bool,
@@ -98,12 +98,12 @@ def _graph(
             frames = _decode(sample, decoders[0], length, on_gpu)
         else:
             frames = _decode(sample, decoders[1], length, on_gpu)
-    elif sample["decoder"] == int(Decoder.DALI_IMAGE):
-        frames = _decode(sample, Decoder.DALI_IMAGE, length, on_gpu)
-    elif sample["decoder"] == int(Decoder.DALI_VIDEO):
-        frames = _decode(sample, Decoder.DALI_VIDEO, length, on_gpu)
+    elif sample["decoder"] == int(DecodeBackend.DALI_IMAGE):
+        frames = _decode(sample, DecodeBackend.DALI_IMAGE, length, on_gpu)
+    elif sample["decoder"] == int(DecodeBackend.DALI_VIDEO):
+        frames = _decode(sample, DecodeBackend.DALI_VIDEO, length, on_gpu)
     else:
-        frames = _decode(sample, Decoder.PYAV, length, on_gpu)
+        frames = _decode(sample, DecodeBackend.PYAV, length, on_gpu)
     return (*body(sample, frames), sample["row"], sample["label"], sample["failures"])
 
 
@@ -125,10 +125,10 @@ def _read(source: VideoSource, parallel: bool, queue_depth: int) -> Sample:
 
 
 @do_not_convert  # type: ignore[untyped-decorator]
-def _decode(sample: Sample, decoder: Decoder, length: int, on_gpu: bool) -> DataNode:
-    if decoder is Decoder.DALI_VIDEO:
+def _decode(sample: Sample, decoder: DecodeBackend, length: int, on_gpu: bool) -> DataNode:
+    if decoder is DecodeBackend.DALI_VIDEO:
         return decode_video(sample["encoded"], sample["frames"], on_gpu)
-    if decoder is Decoder.DALI_IMAGE:
+    if decoder is DecodeBackend.DALI_IMAGE:
         return decode_image(sample["encoded"], length, on_gpu)
     return sample["decoded"].gpu() if on_gpu else sample["decoded"]
 

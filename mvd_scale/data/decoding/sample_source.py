@@ -23,14 +23,14 @@ from numpy.typing import NDArray
 from mvd_scale.data.decoding.pyav import decode_frames
 from mvd_scale.data.manifest import IMAGE_CODECS, Manifest, Row
 from mvd_scale.data.sampling.crops import Box
-from mvd_scale.data.sampling.sampler import ClipPlan, Sampler, Share
+from mvd_scale.data.sampling.sampler import ClipPlan, RankShard, Sampler
 from mvd_scale.data.storage import DecodeError, read_bytes, run_with_timeout
 from mvd_scale.data.worker_pool import exit_with_parent
 
 MAX_ATTEMPTS = 8
 """Videos that are tried for one clip: the video of the clip, then substitutes."""
 
-GIVEN_UP = -1
+NO_SUBSTITUTE = -1
 """Value of `row` for a clip whose video and substitutes all failed to decode; its pixels are black."""
 
 GRACE_SECONDS = 20.0
@@ -52,7 +52,7 @@ DALI_PIXEL_FORMATS = frozenset({"yuv420p", "yuvj420p"})
 """Pixel formats that all DALI decoders accept: 8 bits, 4:2:0."""
 
 
-class Decoder(IntEnum):
+class DecodeBackend(IntEnum):
     """Implementation that decodes a clip: PyAV or DALI."""
 
     PYAV = 0
@@ -68,7 +68,7 @@ class Decoder(IntEnum):
 class DecoderInput(NamedTuple):
     """Input of the graph for one clip: encoded bytes for DALI, or decoded frames cropped to a box."""
 
-    decoder: Decoder
+    decoder: DecodeBackend
     data: NDArray[np.uint8]
     """Encoded bytes, uint8 (bytes,), or frames, uint8 (T, height, width, 3)."""
     top: int = 0
@@ -131,7 +131,7 @@ class VideoSource(ABC):
         first: int,
         end: int,
         dali_device: DaliDevice,
-        by_host: frozenset[int],
+        pyav_samples: frozenset[int],
         timeout: float,
     ) -> None:
         self.videos = VideoTable(manifest)
@@ -140,7 +140,7 @@ class VideoSource(ABC):
         self.first = first
         self.end = end
         self.dali_device: DaliDevice = dali_device
-        self.by_host = by_host
+        self.pyav_samples = pyav_samples
         self.timeout = timeout
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -169,7 +169,7 @@ class VideoSource(ABC):
         used = {"decoded", "row", "label", "failures"}
         if len(self.decoders) > 1:
             used |= {"decoder", "encoded"}
-        if Decoder.DALI_VIDEO in self.decoders:
+        if DecodeBackend.DALI_VIDEO in self.decoders:
             used.add("frames")
         if self.turned:
             used.add("transpose")
@@ -192,7 +192,7 @@ class VideoSource(ABC):
             uint8 (bytes,), int64 (T,), and the row of the video.
         """
 
-    def prepare(self, row: int, frames: NDArray[np.int64], box: Box | None, *, by_host: bool) -> DecoderInput:
+    def prepare(self, row: int, frames: NDArray[np.int64], box: Box | None, *, pyav_samples: bool) -> DecoderInput:
         """Read the bytes of a video for DALI, or decode its frames by PyAV and crop them to a box.
 
         Args:
@@ -205,7 +205,7 @@ class VideoSource(ABC):
             DecodeError: the video cannot be read or decoded, or its frames are not of the size in the manifest.
         """
         video = self.videos[row]
-        return run_with_timeout(self.timeout, video.path, _prepare, video, frames, box, self.dali_device, by_host)
+        return run_with_timeout(self.timeout, video.path, _prepare, video, frames, box, self.dali_device, pyav_samples)
 
     def decoding(
         self, media: DecoderInput, frames: NDArray[np.int64], row: int, failures: list[dict[str, object]]
@@ -215,17 +215,17 @@ class VideoSource(ABC):
         Args:
             media: encoded bytes or decoded frames.
             frames: indices of the frames in display order, int64 (T,).
-            row: row of the manifest, or `GIVEN_UP`.
+            row: row of the manifest, or `NO_SUBSTITUTE`.
             failures: a record for each video that failed to decode for this sample.
         """
-        host = media.decoder is Decoder.PYAV
+        host = media.decoder is DecodeBackend.PYAV
         return {
             "decoder": np.array(media.decoder, dtype=np.int32),
             "encoded": np.zeros(1, np.uint8) if host else media.data,
             "decoded": media.data if host else np.zeros((1, 1, 1, 3), np.uint8),
             "frames": frames.astype(np.int32),
             "row": np.array(row, dtype=np.int64),
-            "label": np.array(-1 if row == GIVEN_UP else self.videos.label[row], dtype=np.int64),
+            "label": np.array(-1 if row == NO_SUBSTITUTE else self.videos.label[row], dtype=np.int64),
             "failures": np.frombuffer(json.dumps(failures).encode(), dtype=np.uint8),
         }
 
@@ -241,10 +241,10 @@ class ClipSource(VideoSource):
         others: other arguments of `VideoSource`.
     """
 
-    def __init__(self, manifest: Manifest, sampler: Sampler, share: Share, **others: Any) -> None:
+    def __init__(self, manifest: Manifest, sampler: Sampler, shard: RankShard, **others: Any) -> None:
         super().__init__(manifest, **others)
         self.sampler = sampler
-        self.share = share
+        self.shard = shard
 
     @property
     def extra_fields(self) -> set[str]:
@@ -257,33 +257,33 @@ class ClipSource(VideoSource):
         return used
 
     def sample(self, n: int) -> Arrays:
-        position = self.share.position(n)
+        position = self.shard.position(n)
         failures: list[dict[str, object]] = []
         for attempt in range(MAX_ATTEMPTS):
-            plan = self.sampler.plan(*self.share.locate(position), attempt)
+            plan = self.sampler.plan(*self.shard.locate(position), attempt)
             try:
                 return self._arrays(plan, self._media(plan, position), plan.row, failures)
             except DecodeError as error:
                 failures.append(self.videos.failure(plan.row, error))
         black = np.zeros((len(plan.frames), *self.videos[plan.row].coded_size, 3), dtype=np.uint8)
-        return self._arrays(plan, DecoderInput(Decoder.PYAV, black), GIVEN_UP, failures)
+        return self._arrays(plan, DecoderInput(DecodeBackend.PYAV, black), NO_SUBSTITUTE, failures)
 
     def dali_input(self, n: int) -> tuple[NDArray[np.uint8], NDArray[np.int64], Row] | None:
-        position = self.share.position(n)
+        position = self.shard.position(n)
         for attempt in range(MAX_ATTEMPTS):
-            plan = self.sampler.plan(*self.share.locate(position), attempt)
+            plan = self.sampler.plan(*self.shard.locate(position), attempt)
             try:
                 media = self._media(plan, position)
             except DecodeError:
                 continue  # this video never reached DALI: the worker continued with the next substitute
-            return (media.data, plan.frames, self.videos[plan.row]) if media.decoder is not Decoder.PYAV else None
+            return (media.data, plan.frames, self.videos[plan.row]) if media.decoder is not DecodeBackend.PYAV else None
         return None
 
     def _media(self, plan: ClipPlan, position: int) -> DecoderInput:
         # Frames decoded by PyAV are cropped to the smallest box that contains the crops of all copies: copying whole
         # frames through shared memory would take longer.
         box = _hull([coded_box(copy.crop, self.videos[plan.row]) for copy in plan.copies])
-        return self.prepare(plan.row, plan.frames, box, by_host=position in self.by_host)
+        return self.prepare(plan.row, plan.frames, box, pyav_samples=position in self.pyav_samples)
 
     def _arrays(self, plan: ClipPlan, media: DecoderInput, row: int, failures: list[dict[str, object]]) -> Arrays:
         video, copies = self.videos[plan.row], plan.copies
@@ -356,26 +356,26 @@ def flip_axes(flip: bool, video: Row) -> tuple[bool, bool]:
     return flip ^ (video.rotation in (180, 270)), video.rotation in (90, 180)
 
 
-def decode_backend(codec: str, pixel_format: str, dali_device: DaliDevice) -> Decoder:
+def decode_backend(codec: str, pixel_format: str, dali_device: DaliDevice) -> DecodeBackend:
     """Implementation that decodes a video. It follows from codec and pixel format only, so that pixels do so too."""
     if codec in IMAGE_CODECS:
-        return Decoder.DALI_IMAGE
+        return DecodeBackend.DALI_IMAGE
     if codec in DALI_CODECS[dali_device] and pixel_format in DALI_PIXEL_FORMATS:
-        return Decoder.DALI_VIDEO
-    return Decoder.PYAV
+        return DecodeBackend.DALI_VIDEO
+    return DecodeBackend.PYAV
 
 
-def decode_backends(manifest: Manifest, dali_device: DaliDevice) -> list[Decoder]:
+def decode_backends(manifest: Manifest, dali_device: DaliDevice) -> list[DecodeBackend]:
     """Implementations that the usable videos need: by their codecs, and PyAV for videos that DALI fails to decode."""
     kinds = {(manifest.codec[row], manifest.pixel_format[row]) for row in manifest.usable}
-    return sorted({decode_backend(*kind, dali_device) for kind in kinds} | {Decoder.PYAV})
+    return sorted({decode_backend(*kind, dali_device) for kind in kinds} | {DecodeBackend.PYAV})
 
 
 def _prepare(
-    video: Row, frames: NDArray[np.int64], box: Box | None, dali_device: DaliDevice, by_host: bool
+    video: Row, frames: NDArray[np.int64], box: Box | None, dali_device: DaliDevice, pyav_samples: bool
 ) -> DecoderInput:
-    decoder = Decoder.PYAV if by_host else decode_backend(video.codec, video.pixel_format, dali_device)
-    if decoder is not Decoder.PYAV:
+    decoder = DecodeBackend.PYAV if pyav_samples else decode_backend(video.codec, video.pixel_format, dali_device)
+    if decoder is not DecodeBackend.PYAV:
         return DecoderInput(decoder, read_bytes(video.path, video.offset, video.size))
     top, left = box[:2] if box is not None else (0, 0)
     return DecoderInput(decoder, decode_frames(video, frames, box), top, left)

@@ -19,7 +19,7 @@ from typing_extensions import Self
 
 from mvd_scale.config.data import DataConfig
 from mvd_scale.data.decoding.dali_graph import dali_decodes
-from mvd_scale.data.decoding.sample_source import GIVEN_UP, DaliDevice, VideoSource
+from mvd_scale.data.decoding.sample_source import NO_SUBSTITUTE, DaliDevice, VideoSource
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.distributed.data_rank import DataRank
 from mvd_scale.errors import UserError
@@ -43,7 +43,7 @@ class Failure(TypedDict):
     error: str
 
 
-class Feed(ABC):
+class DaliLoader(ABC):
     """Base class of loaders: a DALI graph that recovers from decode errors, and the count of videos that fail.
 
     Args:
@@ -56,7 +56,14 @@ class Feed(ABC):
     """
 
     def __init__(
-        self, manifest: Manifest, data: DataConfig, *, batch: int, samples: range, rank: DataRank, report: Path | None
+        self,
+        manifest: Manifest,
+        data: DataConfig,
+        *,
+        batch: int,
+        samples: range,
+        rank: DataRank,
+        quarantine_file: Path | None,
     ) -> None:
         self.clips = 0
         self.substituted = 0
@@ -66,9 +73,9 @@ class Feed(ABC):
         self._next = samples.start
         self._end = samples.stop
         self._device = rank.device
-        self._report = report
+        self._quarantine_file = quarantine_file
         self._reported: set[Hashable] = set()
-        self._by_host: frozenset[int] = frozenset()
+        self._pyav_samples: frozenset[int] = frozenset()
         self._workers = worker_count(data, rank)
         self._threads = thread_count(data, rank)
         self._graph: Pipeline | None = self._build()
@@ -83,7 +90,7 @@ class Feed(ABC):
 
     @abstractmethod
     def _key(self, n: int) -> int:
-        """Key of sample n in `by_host`."""
+        """Key of sample n in `pyav_samples`."""
 
     _failure_suffix = " and is replaced"
 
@@ -108,7 +115,7 @@ class Feed(ABC):
             try:
                 outputs = self._graph.run(self._stream)
             except RuntimeError as error:
-                self._route_around(error)
+                self._fall_back_to_pyav(error)
         *outputs, rows, labels, failures = outputs
         self.rows, self.labels = as_tensor(rows), as_tensor(labels)
         failed = [json.loads(bytes(failures.at(k))) for k in range(self._batch)]
@@ -142,7 +149,7 @@ class Feed(ABC):
         """CUDA stream on which outputs are ordered before their use, so that the host does not wait for the decoder."""
         return torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
 
-    def _route_around(self, error: RuntimeError) -> None:
+    def _fall_back_to_pyav(self, error: RuntimeError) -> None:
         """Rebuild the graph so that PyAV decodes the samples that DALI failed to decode.
 
         The error does not name the sample, and the graph prefetches: DALI tries every sample that may have been in the
@@ -158,7 +165,7 @@ class Feed(ABC):
         failed = frozenset(self._key(n) for n in candidates if not self._dali_decodes(source, n))
         if not failed:
             raise error
-        self._by_host = frozenset(key for key in self._by_host if key >= self._key(self._next)) | failed
+        self._pyav_samples = frozenset(key for key in self._pyav_samples if key >= self._key(self._next)) | failed
         log.info("DALI cannot decode %d of the next %d clips: PyAV decodes them instead", len(failed), len(candidates))
         self._graph = self._build()
 
@@ -177,7 +184,7 @@ class Feed(ABC):
             self.substituted += bool(failed)
             for failure in failed:
                 self._report_failure(failure)
-            if row == GIVEN_UP:
+            if row == NO_SUBSTITUTE:
                 self._raise_no_substitute(failed)
         if self.clips >= MIN_CLIPS_FOR_BROKEN_LIMIT and self.substituted > self._data.max_broken * self.clips:
             raise UserError(
@@ -197,8 +204,8 @@ class Feed(ABC):
             return
         self._reported.add(video)
         log.warning("video %s cannot be decoded%s: %s", failure["path"], self._failure_suffix, failure["error"])
-        if self._report is not None:
-            with self._report.open("a", encoding="utf-8") as file:
+        if self._quarantine_file is not None:
+            with self._quarantine_file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({**failure, "step": self.step}) + "\n")
 
     def _video(self, row: int) -> Hashable:
@@ -207,7 +214,7 @@ class Feed(ABC):
 
     @property
     def _advice(self) -> str:
-        listed = f"The videos are listed in {self._report}. " if self._report is not None else ""
+        listed = f"The videos are listed in {self._quarantine_file}. " if self._quarantine_file is not None else ""
         return f"{listed}Restore the files, or index the videos again, or raise data.max_broken"
 
 

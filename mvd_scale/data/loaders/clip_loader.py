@@ -21,9 +21,9 @@ from mvd_scale.config.recipe import RunRecipe
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.data.decoding.dali_graph import build_pipeline, training_graph_body
 from mvd_scale.data.decoding.sample_source import ClipSource
-from mvd_scale.data.loaders.base import Feed, as_tensor
+from mvd_scale.data.loaders.base import DaliLoader, as_tensor
 from mvd_scale.data.manifest import Manifest
-from mvd_scale.data.sampling.sampler import Sampler, Share, steps_per_epoch
+from mvd_scale.data.sampling.sampler import RankShard, Sampler, steps_per_epoch
 from mvd_scale.distributed.data_rank import DataRank
 
 
@@ -55,7 +55,7 @@ class BatchPlan:
         return cls(clips, clips, range(1))
 
 
-class ClipLoader(Feed):
+class ClipLoader(DaliLoader):
     """Iterator over the micro batches of one rank, from the start of an optimizer step to the end of training.
 
     Clip k of optimizer step s is the same for any numbers of ranks, workers and micro batches: the whole state of the
@@ -88,7 +88,7 @@ class ClipLoader(Feed):
         plan: BatchPlan,
         rank: DataRank,
         sides: tuple[int, ...] = (),
-        report: Path | None = None,
+        quarantine_file: Path | None = None,
     ) -> None:
         total, micro = plan.global_batch, plan.micro_batch
         if total % (rank.world_size * micro) or micro % data.copies:
@@ -100,10 +100,12 @@ class ClipLoader(Feed):
         self.sides = (model.input_size, *(side for side in sides if side != model.input_size))
         self._model = model
         self._sampler = self._make_sampler(manifest, data, model, seed)
-        self._share = Share(self._sampler.clips, total // data.copies, rank.rank, rank.world_size)
-        each = self._share.clips_per_step
+        self._shard = RankShard(self._sampler.clips, total // data.copies, rank.rank, rank.world_size)
+        each = self._shard.clips_per_step
         samples = range(plan.steps.start * each, plan.steps.stop * each)
-        super().__init__(manifest, data, batch=micro // data.copies, samples=samples, rank=rank, report=report)
+        super().__init__(
+            manifest, data, batch=micro // data.copies, samples=samples, rank=rank, quarantine_file=quarantine_file
+        )
 
     @classmethod
     def for_run(
@@ -114,7 +116,7 @@ class ClipLoader(Feed):
         steps: range,
         *,
         sides: tuple[int, ...] = (),
-        report: Path | None = None,
+        quarantine_file: Path | None = None,
     ) -> ClipLoader:
         """The loader of a training run.
 
@@ -131,13 +133,20 @@ class ClipLoader(Feed):
         """
         plan = BatchPlan.for_run(recipe, rank.world_size, steps)
         return ClipLoader(
-            manifest, recipe.data, recipe.model, recipe.seed, plan=plan, rank=rank, sides=sides, report=report
+            manifest,
+            recipe.data,
+            recipe.model,
+            recipe.seed,
+            plan=plan,
+            rank=rank,
+            sides=sides,
+            quarantine_file=quarantine_file,
         )
 
     @property
     def step(self) -> int:
         """Number of optimizer steps whose clips have all been returned: the whole state of the loader."""
-        return self._next // self._share.clips_per_step
+        return self._next // self._shard.clips_per_step
 
     def __iter__(self) -> Self:
         return self
@@ -175,13 +184,13 @@ class ClipLoader(Feed):
         return ClipSource(
             self._manifest,
             self._sampler,
-            self._share,
+            self._shard,
             first=self._next,
             end=self._end,
             dali_device=self._dali_device,
-            by_host=self._by_host,
+            pyav_samples=self._pyav_samples,
             timeout=self._data.read_timeout,
         )
 
     def _key(self, n: int) -> int:
-        return self._share.position(n)
+        return self._shard.position(n)

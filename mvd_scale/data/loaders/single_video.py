@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mvd_scale.config.data import DataConfig, ViewsConfig
 from mvd_scale.config.model import ModelConfig
-from mvd_scale.data.decoding.sample_source import Decoder, DecoderInput
+from mvd_scale.data.decoding.sample_source import DecodeBackend, DecoderInput
 from mvd_scale.data.indexing.media_probe import probe_video
 from mvd_scale.data.loaders.base import Failure
 from mvd_scale.data.loaders.view_loader import ViewLoader, ViewShape, ViewSource, view_items
@@ -54,8 +54,8 @@ class _FramesSource(ViewSource):
         super().__init__(*arguments, **others)
         self.pictures = pictures
 
-    def prepare(self, row: int, frames: NDArray[np.int64], box: Box | None, *, by_host: bool) -> DecoderInput:
-        return DecoderInput(Decoder.PYAV, self.pictures[frames])
+    def prepare(self, row: int, frames: NDArray[np.int64], box: Box | None, *, pyav_samples: bool) -> DecoderInput:
+        return DecoderInput(DecodeBackend.PYAV, self.pictures[frames])
 
 
 class _OneVideo(ViewLoader):

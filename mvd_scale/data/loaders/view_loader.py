@@ -27,8 +27,8 @@ from mvd_scale.config.model import ModelConfig
 from mvd_scale.data.batch import ViewBatch
 from mvd_scale.data.decoding.dali_geometry import Resampling, Sample, upright
 from mvd_scale.data.decoding.dali_graph import build_pipeline
-from mvd_scale.data.decoding.sample_source import Arrays, Decoder, DecoderInput, VideoSource, flip_axes
-from mvd_scale.data.loaders.base import Failure, Feed, Outputs, as_tensor
+from mvd_scale.data.decoding.sample_source import Arrays, DecodeBackend, DecoderInput, VideoSource, flip_axes
+from mvd_scale.data.loaders.base import DaliLoader, Failure, Outputs, as_tensor
 from mvd_scale.data.manifest import Manifest, Row
 from mvd_scale.data.sampling.eval_views import crop_corners, resized_size, view_frame_indices
 from mvd_scale.data.storage import DecodeError
@@ -111,7 +111,11 @@ class ViewSource(VideoSource):
             media = self._media(row, n)
         except DecodeError:
             return None
-        return (media.data, np.sort(self._frames(n)), self.videos[row]) if media.decoder is not Decoder.PYAV else None
+        return (
+            (media.data, np.sort(self._frames(n)), self.videos[row])
+            if media.decoder is not DecodeBackend.PYAV
+            else None
+        )
 
     def _frames(self, n: int) -> NDArray[np.int64]:
         """Frame numbers of all clips of an item, one clip after the other: int64 (K T,)."""
@@ -121,7 +125,7 @@ class ViewSource(VideoSource):
         return clips[np.minimum(first + np.arange(self.views.clips), len(clips) - 1)].ravel()
 
     def _media(self, row: int, n: int) -> DecoderInput:
-        return self.prepare(row, np.sort(self._frames(n)), None, by_host=n in self.by_host)
+        return self.prepare(row, np.sort(self._frames(n)), None, pyav_samples=n in self.pyav_samples)
 
     def _arrays(
         self,
@@ -132,7 +136,7 @@ class ViewSource(VideoSource):
         failures: list[dict[str, object]],
     ) -> Arrays:
         if media is None:
-            media = DecoderInput(Decoder.PYAV, np.zeros((len(frames), *video.coded_size, 3), np.uint8))
+            media = DecoderInput(DecodeBackend.PYAV, np.zeros((len(frames), *video.coded_size, 3), np.uint8))
         height, width = resized_size(video.height, video.width, side=self.side)
         corners = crop_corners(height, width, side=self.side, crops=self.views.crops)
         views = product(range(self.views.clips), corners)
@@ -150,7 +154,7 @@ class ViewSource(VideoSource):
 Batch = TypeVar("Batch")
 
 
-class ItemLoader(Feed, Generic[Batch]):
+class ItemLoader(DaliLoader, Generic[Batch]):
     """Base class of test loaders: iterator over items, each of them exactly once.
 
     A video that cannot be decoded is returned as black frames and marked as not decoded; the evaluation decides how it
@@ -177,12 +181,12 @@ class ItemLoader(Feed, Generic[Batch]):
         frames: int,
         batch: int,
         rank: DataRank,
-        report: Path | None = None,
+        quarantine_file: Path | None = None,
     ) -> None:
         self.items = items
         self._frames = frames
         samples = range(math.ceil(len(items) / batch) * batch)
-        super().__init__(manifest, data, batch=batch, samples=samples, rank=rank, report=report)
+        super().__init__(manifest, data, batch=batch, samples=samples, rank=rank, quarantine_file=quarantine_file)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -235,7 +239,7 @@ class ItemLoader(Feed, Generic[Batch]):
             "first": self._next,
             "end": self._end,
             "backend": self._dali_device,
-            "by_host": self._by_host,
+            "by_host": self._pyav_samples,
             "timeout": self._data.read_timeout,
         }
 
@@ -277,12 +281,18 @@ class ViewLoader(ItemLoader[ViewBatch]):
         shape: ViewShape,
         batch: int,
         rank: DataRank,
-        report: Path | None = None,
+        quarantine_file: Path | None = None,
     ) -> None:
         self._views = views
         self._shape = shape
         super().__init__(
-            manifest, data, items, frames=views.clips * shape.frames, batch=batch, rank=rank, report=report
+            manifest,
+            data,
+            items,
+            frames=views.clips * shape.frames,
+            batch=batch,
+            rank=rank,
+            quarantine_file=quarantine_file,
         )
 
     def _collect(self, outputs: Outputs, valid: Tensor, items: NDArray[np.int64], decoded: Tensor) -> ViewBatch:

@@ -116,7 +116,7 @@ class Sampler:
 
 
 @dataclass(frozen=True)
-class Part:
+class MixtureComponent:
     """One data set of a mixture; a manifest without a mixture has one such component."""
 
     first: int
@@ -132,19 +132,19 @@ class Part:
     """Frames from one sampled frame to the next."""
 
 
-def mixture_components(manifest: Manifest, data: DataConfig) -> tuple[Part, ...]:
+def mixture_components(manifest: Manifest, data: DataConfig) -> tuple[MixtureComponent, ...]:
     """Components of a mixture: videos, clips per epoch and stride of each data set."""
     counts = np.bincount(manifest.dataset[manifest.usable], minlength=len(data.mixture or [0])).tolist()
     shares = [(source.weight, source.stride) for source in (data.mixture or {}).values()] or [(1.0, None)]
     components, first = [], 0
     for videos, (weight, stride) in zip(counts, shares, strict=True):
         clips = max(round(weight * data.clips_per_video * videos), 1) if videos else 0
-        components.append(Part(first, videos, clips, stride or data.stride))
+        components.append(MixtureComponent(first, videos, clips, stride or data.stride))
         first += videos
     return tuple(components)
 
 
-def draw_video(seed: int, epoch: int, i: int, components: tuple[Part, ...]) -> int:
+def draw_video(seed: int, epoch: int, i: int, components: tuple[MixtureComponent, ...]) -> int:
     """Index, among the usable videos, of the video that clip `i` of an epoch shows.
 
     A permutation of the epoch maps i to a clip of a component. A component whose clips per epoch are not a multiple of
@@ -167,7 +167,7 @@ def draw_video(seed: int, epoch: int, i: int, components: tuple[Part, ...]) -> i
 
 
 @dataclass(frozen=True)
-class Share:
+class RankShard:
     """Positions of the stream that one rank prepares, in its order.
 
     Each rank takes one contiguous slice of a global batch and divides it into micro batches. The clips of an epoch that

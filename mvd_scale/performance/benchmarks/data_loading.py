@@ -17,7 +17,7 @@ from mvd_scale.data.indexing.transcode import TranscodeOptions
 from mvd_scale.data.loaders.clip_loader import BatchPlan, ClipLoader
 from mvd_scale.data.manifest import WHOLE_FILE, Manifest
 from mvd_scale.distributed.data_rank import DataRank
-from mvd_scale.performance.benchmarks.baselines.loaders import BASELINES, plain_loader, unavailable_reason
+from mvd_scale.performance.benchmarks.baselines.loaders import BASELINES, baseline_loader, unavailable_reason
 from mvd_scale.performance.benchmarks.timing import run_in_subprocess, time_batches
 from mvd_scale.performance.benchmarks.videos import generate_videos, load_or_index_videos
 from mvd_scale.performance.report import Metric, Report, this_machine
@@ -144,7 +144,7 @@ def _time_ours(manifest: Manifest, workers: int, clips: int) -> tuple[float, flo
 def _time_plain(way: str, manifest: Manifest, workers: int, clips: int) -> tuple[float, float]:
     rows = manifest.usable
     paths, frames = [manifest.path[row] for row in rows], manifest.frames[rows].tolist()
-    batches = iter(plain_loader(way, paths, frames, batch=BATCH, workers=workers))
+    batches = iter(baseline_loader(way, paths, frames, batch=BATCH, workers=workers))
     return _time(batches, max(clips // 4 // BATCH, 1), clips // BATCH)
 
 

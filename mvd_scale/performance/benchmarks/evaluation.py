@@ -26,8 +26,8 @@ from mvd_scale.models.precision import usual_precision
 from mvd_scale.performance.benchmarks.baselines.views import (
     BASELINES,
     Baseline,
+    baseline_views,
     frames_decoded,
-    plain_views,
     reader_name,
 )
 from mvd_scale.performance.benchmarks.timing import run_in_subprocess, time_batches
@@ -186,7 +186,7 @@ def _time_plain(
 ) -> tuple[float, float]:
     again = np.resize(rows, _loaded(videos))
     paths, frames = [manifest.path[row] for row in again], manifest.frames[again].tolist()
-    views = iter(plain_views(way, paths, frames, VIEWS, length=FRAMES, side=SIDE, workers=workers))
+    views = iter(baseline_views(way, paths, frames, VIEWS, length=FRAMES, side=SIDE, workers=workers))
     times = time_batches(_used(views, size, precision), _WARM_UP, videos)
     # Exhaust the loader, because worker processes that are stopped in the middle of a batch print errors.
     for _ in views:

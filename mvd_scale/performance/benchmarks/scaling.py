@@ -13,7 +13,7 @@ import numpy as np
 from mvd_scale.config import Recipe
 from mvd_scale.config.target import TrainedTeacherTarget
 from mvd_scale.config.training import Precision
-from mvd_scale.distributed.process_group import join_ranks
+from mvd_scale.distributed.process_group import init_distributed
 from mvd_scale.errors import UserError
 from mvd_scale.performance.bench_setup import bench_recipe
 from mvd_scale.performance.benchmarks.step import StepReport, measure_step
@@ -219,7 +219,7 @@ def _cost(
 ) -> tuple[StepReport, float]:
     """A step of this process, and what the process held before, in GiB."""
     recipe = bench_recipe(name, overrides, precision, batch)
-    ranks = join_ranks(recipe.device, recipe.training.collective_timeout_minutes)
+    ranks = init_distributed(recipe.device, recipe.training.collective_timeout_minutes)
     held = peak_memory_gib(ranks.device)
     return measure_step(name, overrides, precision=precision, batch=batch, steps=steps), held
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from mvd_scale.config.training import Precision
-from mvd_scale.distributed.process_group import join_ranks, leave_ranks
+from mvd_scale.distributed.process_group import destroy_distributed, init_distributed
 from mvd_scale.performance.bench_setup import bench_recipe, bench_trainer
 from mvd_scale.performance.report import SHORT, Metric, Report, this_machine
 from mvd_scale.targets.build import init_teacher
@@ -119,7 +119,7 @@ def measure_step(
         steps: number of timed steps, after two warm-up steps.
     """
     recipe = bench_recipe(name, overrides, precision, batch)
-    ranks = join_ranks(recipe.device, recipe.training.collective_timeout_minutes)
+    ranks = init_distributed(recipe.device, recipe.training.collective_timeout_minutes)
     watch = Stopwatch(ranks.device)
     with (
         tempfile.TemporaryDirectory() as scratch,
@@ -149,5 +149,5 @@ def measure_step(
         clips_per_second=batch * steps / elapsed,
         peak_memory_gib=peak_memory_gib(ranks.device),
     )
-    leave_ranks()
+    destroy_distributed()
     return report

@@ -20,7 +20,7 @@ from typing_extensions import Self
 from mvd_scale.checkpoints.weights import load_encoder, save_weights
 from mvd_scale.config import ModelConfig
 from mvd_scale.config.training import Precision
-from mvd_scale.distributed.process_group import Ranks, join_ranks, leave_ranks
+from mvd_scale.distributed.process_group import Ranks, destroy_distributed, init_distributed
 from mvd_scale.models import Encoder
 from mvd_scale.performance.report import Metric, Report, this_machine
 from mvd_scale.training.teachers.place import shard_teacher
@@ -117,10 +117,10 @@ def measure_load(size: str, precision: Precision, device: str) -> LoadReport:
         precision: precision of the shards; the file contains float32.
         device: `auto`, `cuda` or `cpu`.
     """
-    ranks = join_ranks(device, timeout_minutes=10)
+    ranks = init_distributed(device, timeout_minutes=10)
     with tempfile.TemporaryDirectory() as scratch:
         file = [str(Path(scratch) / "teacher.safetensors")]
-        if ranks.first:
+        if ranks.is_main:
             # In another process, so that this rank's memory contains only what it loads.
             writer = multiprocessing.get_context("spawn").Process(target=_write_teacher, args=(file[0], size))
             writer.start()
@@ -128,7 +128,7 @@ def measure_load(size: str, precision: Precision, device: str) -> LoadReport:
         torch.distributed.broadcast_object_list(file)
         report = _measure(Path(file[0]), size, precision, ranks)
         torch.distributed.barrier()
-    leave_ranks()
+    destroy_distributed()
     return report
 
 

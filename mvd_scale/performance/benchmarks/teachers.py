@@ -20,7 +20,7 @@ from mvd_scale.data.indexing.build import load_source
 from mvd_scale.distributed.process_group import choose_device
 from mvd_scale.errors import UserError
 from mvd_scale.models import Student
-from mvd_scale.models.precision import lower
+from mvd_scale.models.precision import cast_frozen
 from mvd_scale.performance.bench_setup import with_clips
 from mvd_scale.performance.report import Metric, Report, this_machine
 from mvd_scale.targets import FrozenTeacher, MaskedDistillation, Target, build_targets
@@ -122,7 +122,7 @@ def measure_teachers(name: str, overrides: list[str], *, steps: int) -> Teachers
         whole = found.teacher
         for precision in PRECISIONS[device.type]:
             try:
-                found.teacher = lower(copy.deepcopy(whole), precision, device)
+                found.teacher = cast_frozen(copy.deepcopy(whole), precision, device)
             except UserError as error:
                 absent[precision] = str(error)
                 continue

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mvd_scale.performance.planning.hardware import LINK_SHARE, Gpu
-from mvd_scale.performance.planning.parallelism import SIZES, Setting
+from mvd_scale.performance.planning.parallelism import SIZES, ParallelConfig
 from mvd_scale.performance.planning.workload import Workload
 
 Phase = Literal["teachers", "forward", "backward", "optimizer"]
@@ -33,7 +33,7 @@ class Collective:
     """Seconds per step."""
 
 
-def collectives(work: Workload, setting: Setting, gpu: Gpu, per_node: int) -> list[Collective]:
+def collectives(workload: Workload, parallel: ParallelConfig, gpu: Gpu, per_node: int) -> list[Collective]:
     """List the collectives of an optimizer step; none on a single rank.
 
     Args:
@@ -42,10 +42,10 @@ def collectives(work: Workload, setting: Setting, gpu: Gpu, per_node: int) -> li
         gpu: gives the bandwidths of the links.
         per_node: GPUs per machine.
     """
-    if setting.world == 1:
+    if parallel.world == 1:
         return []
-    size, often = SIZES[setting.precision], setting.accumulation
-    student = work.parameters * size
+    size, often = SIZES[parallel.precision], parallel.accumulation
+    student = workload.parameters * size
     found = []
 
     def add(
@@ -54,28 +54,28 @@ def collectives(work: Workload, setting: Setting, gpu: Gpu, per_node: int) -> li
         kind: Literal["all-gather", "reduce-scatter", "all-reduce"],
         payload: int,
         times: int,
-        ranks: int = setting.world,
+        ranks: int = parallel.world,
     ) -> None:
         sent = payload * (2 if kind == "all-reduce" else 1) * (ranks - 1) // ranks
         seconds = times * seconds_of(kind, payload, ranks, min(per_node, ranks), gpu)
         found.append(Collective(name, phase, kind, payload, times, sent * times, seconds))
 
-    for part, shards in zip(work.teachers, setting.shards, strict=True):
+    for part, shards in zip(workload.teachers, parallel.shards, strict=True):
         if shards is not None:
             whole = part.unsharded if shards.whole_vectors else 0
-            payload = (part.parameters - whole) * SIZES[setting.teacher_precision]
+            payload = (part.parameters - whole) * SIZES[parallel.teacher_precision]
             add(f"{part.name}'s weights", "teachers", "all-gather", payload, often, shards.ranks)
-    if setting.stage == 3:
-        weights = (work.parameters - work.unsharded) * size
+    if parallel.stage == 3:
+        weights = (workload.parameters - workload.unsharded) * size
         add("weights, forward", "forward", "all-gather", weights, often)
         # Weights beyond the limit of live parameters are released after the forward pass and gathered again.
-        again = max(weights - size * setting.zero["stage3_max_live_parameters"], 0)
+        again = max(weights - size * parallel.zero["stage3_max_live_parameters"], 0)
         if again:
             add("weights, backward", "backward", "all-gather", again, often)
         add("gradients", "backward", "reduce-scatter", student, often)
     else:
         # DeepSpeed reduces a bucket that several ranks own by one all-reduce; stage 1 only before the optimizer step.
-        add("gradients", "backward", "all-reduce", student, 1 if setting.stage == 1 else often)
+        add("gradients", "backward", "all-reduce", student, 1 if parallel.stage == 1 else often)
         add("updated weights", "optimizer", "all-gather", student, 1)
     return found
 

@@ -12,7 +12,7 @@ from typing import Any
 from mvd_scale.config.training import Checkpointing
 from mvd_scale.models.quantization import QuantizedPrecision
 from mvd_scale.performance.planning.layers import BlockCost, LinearCost
-from mvd_scale.performance.planning.parallelism import SIZES, Setting
+from mvd_scale.performance.planning.parallelism import SIZES, ParallelConfig
 from mvd_scale.performance.planning.workload import ModelPart, Workload
 from mvd_scale.training.optimizer import LARGEST_GROUP
 from mvd_scale.training.placement import TeacherShards
@@ -46,7 +46,7 @@ class Memory:
         return sum(self.parts.values())
 
 
-def predict_memory(work: Workload, setting: Setting) -> Memory:
+def predict_memory(workload: Workload, parallel: ParallelConfig) -> Memory:
     """Predict the memory of one rank.
 
     Some tensors exist during the whole step (weights, optimizer states, batches, features computed in advance). Each
@@ -57,53 +57,53 @@ def predict_memory(work: Workload, setting: Setting) -> Memory:
         work: the parts of the step.
         setting: ranks, micro batch, ZeRO settings and precision.
     """
-    size, clips = SIZES[setting.precision], setting.micro
-    teachers = list(zip(work.teachers, setting.sharded, setting.prefetched, setting.graphed, strict=True))
-    rest = _persistent_bytes(work, setting)
+    size, clips = SIZES[parallel.precision], parallel.micro
+    teachers = list(zip(workload.teachers, parallel.sharded, parallel.prefetched, parallel.graphed, strict=True))
+    rest = _persistent_bytes(workload, parallel)
     for part, sharded, _, graphed in teachers:
         if graphed:
-            recorded = sum(_teacher_forward_bytes(part, sharded, setting).values()) + clips * work.pixels
+            recorded = sum(_teacher_forward_bytes(part, sharded, parallel).values()) + clips * workload.pixels
             rest = _sum(rest, {"CUDA graphs": recorded})
     ahead = [(part, sharded, graphed) for part, sharded, early, graphed in teachers if early]
     if ahead:
-        features = clips * SIZES[setting.teacher_precision] * sum(part.predicted for part, *_ in ahead)
-        rest = _sum(rest, {"prefetched features": features, "batches": clips * work.pixels})
+        features = clips * SIZES[parallel.teacher_precision] * sum(part.predicted for part, *_ in ahead)
+        rest = _sum(rest, {"prefetched features": features, "batches": clips * workload.pixels})
     # A teacher that computes the next micro batch beside the student can have its peak at any time of the step; of
     # several, which run one after the other, the largest counts.
-    working = [_teacher_forward_bytes(part, sharded, setting) for part, sharded, graphed in ahead if not graphed]
+    working = [_teacher_forward_bytes(part, sharded, parallel) for part, sharded, graphed in ahead if not graphed]
     if working:
         rest = _sum(rest, max(working, key=lambda needs: sum(needs.values())))
-    kept = clips * sum(activations(part, size, checkpointing=setting.checkpointing) for part in work.trained)
+    kept = clips * sum(activations(part, size, checkpointing=parallel.checkpointing) for part in workload.trained)
     # 8 bytes: predictions and true features in float32, which exist until the loss is differentiated.
-    compared = clips * 8 * sum(part.predicted for part in work.trained)
-    live = _gathered(work.parameters, setting.zero, size) if setting.stage == 3 and setting.world > 1 else 0
+    compared = clips * 8 * sum(part.predicted for part in workload.trained)
+    live = _gathered(workload.parameters, parallel.zero, size) if parallel.stage == 3 and parallel.world > 1 else 0
     student = {"activations": kept, "predictions and targets": compared, "gathered weights": live}
-    groups = _groups(work, batched=setting.batched)
+    groups = _groups(workload, batched=parallel.batched)
     together = [part for group in groups if len(group) > 1 for part in group]
     if together:
-        student["stacked weights"] = size * sum(_stacked(part, setting.checkpointing) for part in together)
+        student["stacked weights"] = size * sum(_stacked(part, parallel.checkpointing) for part in together)
     # Start of the backward pass: all activations still exist, and the heads' last blocks need their workspace first.
     # End: the activations are gone, but the gradients exist.
     first = max(
-        sum(backward_workspace(part, size, checkpointing=setting.checkpointing) for part in group) for group in groups
+        sum(backward_workspace(part, size, checkpointing=parallel.checkpointing) for part in group) for group in groups
     )
 
     phases = {}
     for part, sharded, early, graphed in teachers:
         if not early:
-            phases[part.name] = student if graphed else _sum(student, _teacher_forward_bytes(part, sharded, setting))
-    gradients = work.parameters * size
-    buckets = _buckets(setting, size)
+            phases[part.name] = student if graphed else _sum(student, _teacher_forward_bytes(part, sharded, parallel))
+    gradients = workload.parameters * size
+    buckets = _buckets(parallel, size)
     phases["start of the backward pass"] = student | {
         "gradients": buckets,
         "workspace": clips * first,
     }
     phases["end of the backward pass"] = {
         "gathered weights": live,
-        "gradients": buckets + _gradients_after_backward(gradients, setting, size),
-        "workspace": clips * backward_workspace(work.trained[0], size, checkpointing=setting.checkpointing),
+        "gradients": buckets + _gradients_after_backward(gradients, parallel, size),
+        "workspace": clips * backward_workspace(workload.trained[0], size, checkpointing=parallel.checkpointing),
     }
-    phases["optimizer step"] = {"gradients": _gradients_in_optimizer_step(gradients, setting, size)}
+    phases["optimizer step"] = {"gradients": _gradients_in_optimizer_step(gradients, parallel, size)}
     return Memory({name: _sum(rest, phase) for name, phase in phases.items()})
 
 
@@ -133,13 +133,13 @@ def backward_workspace(part: ModelPart, size: int, *, checkpointing: Checkpointi
     return block.gradients(size) + (block.saved(size) if checkpointing == "block" else 0)
 
 
-def _groups(work: Workload, *, batched: bool) -> list[list[ModelPart]]:
+def _groups(workload: Workload, *, batched: bool) -> list[list[ModelPart]]:
     """Group the parts that run at the same time at the start of the backward pass.
 
     These are decoders: those of one shape form a group if they are batched; otherwise the last decoder alone. Without
     decoders it is the encoder.
     """
-    encoder, *heads = work.trained
+    encoder, *heads = workload.trained
     decoders = [part for part in heads if part.blocks]
     if not decoders:
         return [[encoder]]
@@ -158,23 +158,23 @@ def _stacked(part: ModelPart, checkpointing: Checkpointing) -> int:
     return embed.inputs * embed.outputs + sum(block.weights(checkpointing) for block in part.blocks)
 
 
-def _persistent_bytes(work: Workload, setting: Setting) -> Bytes:
+def _persistent_bytes(workload: Workload, parallel: ParallelConfig) -> Bytes:
     """Bytes that exist during the whole step, by part."""
-    size, share = SIZES[setting.precision], -(-work.parameters // setting.world)
-    offloaded = setting.zero.get("offload_optimizer", {}).get("device") in ("cpu", "nvme")
-    weights_offloaded = setting.zero.get("offload_param", {}).get("device") in ("cpu", "nvme")
-    weights = work.parameters * size
+    size, share = SIZES[parallel.precision], -(-workload.parameters // parallel.world)
+    offloaded = parallel.zero.get("offload_optimizer", {}).get("device") in ("cpu", "nvme")
+    weights_offloaded = parallel.zero.get("offload_param", {}).get("device") in ("cpu", "nvme")
+    weights = workload.parameters * size
     gradients = 0
-    if setting.stage == 3:
+    if parallel.stage == 3:
         weights = 0 if weights_offloaded else share * size
-        weights += work.unsharded * size
-        gradients = size * setting.zero["reduce_bucket_size"] + (0 if offloaded else share * size)
-    elif setting.accumulation > 1:
+        weights += workload.unsharded * size
+        gradients = size * parallel.zero["reduce_bucket_size"] + (0 if offloaded else share * size)
+    elif parallel.accumulation > 1:
         # Stage 1 keeps all gradients until the last micro batch; stage 2 reduces after each and keeps a share.
-        gradients = size * (work.parameters if setting.stage == 1 else share)
+        gradients = size * (workload.parameters if parallel.stage == 1 else share)
     teachers = sum(
-        _persistent_teacher_bytes(part, setting, shards)
-        for part, shards in zip(work.teachers, setting.shards, strict=True)
+        _persistent_teacher_bytes(part, parallel, shards)
+        for part, shards in zip(workload.teachers, parallel.shards, strict=True)
     )
     return {
         "weights": weights,
@@ -182,25 +182,25 @@ def _persistent_bytes(work: Workload, setting: Setting) -> Bytes:
         "optimizer": 0 if offloaded else 12 * share,
         "gradients": gradients,
         "teachers": teachers,
-        "batches": (1 + setting.prefetch) * setting.micro * work.pixels,
+        "batches": (1 + parallel.prefetch) * parallel.micro * workload.pixels,
     }
 
 
-def _persistent_teacher_bytes(part: ModelPart, setting: Setting, shards: TeacherShards | None) -> int:
-    size = SIZES[setting.teacher_precision]
-    if setting.quantized is not None:
-        eighths = part.linear + CHANNEL[setting.quantized] * part.channels
+def _persistent_teacher_bytes(part: ModelPart, parallel: ParallelConfig, shards: TeacherShards | None) -> int:
+    size = SIZES[parallel.teacher_precision]
+    if parallel.quantized is not None:
+        eighths = part.linear + CHANNEL[parallel.quantized] * part.channels
         return eighths + size * (part.parameters - part.linear)
     if shards is None:
         return size * part.parameters
     return size * (-(-part.parameters // shards.ranks) + (part.unsharded if shards.whole_vectors else 0))
 
 
-def _teacher_forward_bytes(part: ModelPart, sharded: bool, setting: Setting) -> Bytes:
+def _teacher_forward_bytes(part: ModelPart, sharded: bool, parallel: ParallelConfig) -> Bytes:
     """Bytes that a forward pass of a teacher adds, by part."""
-    size = SIZES[setting.teacher_precision]
-    gathered = _teacher_gathered(part, setting.teacher_zero, size) if sharded and setting.world > 1 else 0
-    return {"gathered weights": gathered, "workspace": setting.micro * inference(part, size)}
+    size = SIZES[parallel.teacher_precision]
+    gathered = _teacher_gathered(part, parallel.teacher_zero, size) if sharded and parallel.world > 1 else 0
+    return {"gathered weights": gathered, "workspace": parallel.micro * inference(part, size)}
 
 
 def _gathered(parameters: int, zero: dict[str, Any], size: int) -> int:
@@ -216,31 +216,31 @@ def _teacher_gathered(part: ModelPart, zero: dict[str, Any], size: int) -> int:
     return size * (min(part.parameters, part.largest + ahead) + ahead)
 
 
-def _buckets(setting: Setting, size: int) -> int:
+def _buckets(parallel: ParallelConfig, size: int) -> int:
     """Bytes of the gradient buckets of stages 1 and 2: two buckets if reduction overlaps with the backward pass."""
-    if setting.stage == 3 or not setting.zero["contiguous_gradients"]:
+    if parallel.stage == 3 or not parallel.zero["contiguous_gradients"]:
         return 0
-    return size * setting.zero["reduce_bucket_size"] * (2 if setting.zero["overlap_comm"] else 1)
+    return size * parallel.zero["reduce_bucket_size"] * (2 if parallel.zero["overlap_comm"] else 1)
 
 
-def _gradients_after_backward(gradients: int, setting: Setting, size: int) -> int:
+def _gradients_after_backward(gradients: int, parallel: ParallelConfig, size: int) -> int:
     """Bytes of gradients at the end of the backward pass: this rank's share, or at stage 3 two copies of a bucket."""
-    if setting.stage == 3:
-        return 2 * min(gradients, size * setting.zero["reduce_bucket_size"])
+    if parallel.stage == 3:
+        return 2 * min(gradients, size * parallel.zero["reduce_bucket_size"])
     # With accumulation they are part of `_persistent_bytes`.
-    return 0 if setting.accumulation > 1 else -(-gradients // setting.world)
+    return 0 if parallel.accumulation > 1 else -(-gradients // parallel.world)
 
 
-def _gradients_in_optimizer_step(gradients: int, setting: Setting, size: int) -> int:
+def _gradients_in_optimizer_step(gradients: int, parallel: ParallelConfig, size: int) -> int:
     """Bytes of gradients in the optimizer step: this rank's share.
 
     Stages 1 and 2 handle one group of parameters after the other, each flattened and converted to float32.
     """
-    share = -(-gradients // setting.world)
-    if setting.stage == 3:
+    share = -(-gradients // parallel.world)
+    if parallel.stage == 3:
         return share // size * 4
-    parts = 0 if setting.accumulation > 1 and setting.stage == 2 else share
-    group = -(-min(gradients, size * LARGEST_GROUP) // setting.world)
+    parts = 0 if parallel.accumulation > 1 and parallel.stage == 2 else share
+    group = -(-min(gradients, size * LARGEST_GROUP) // parallel.world)
     return parts + (group if size == 4 else group + group // size * 4)
 
 

@@ -12,7 +12,7 @@ from mvd_scale.config.training import Checkpointing, Precision
 from mvd_scale.models.quantization import QuantizedPrecision
 from mvd_scale.performance.planning.hardware import Gpu, capabilities_of
 from mvd_scale.performance.planning.workload import Workload
-from mvd_scale.training.placement import Capabilities, Devices, Placement, TeacherShards, place
+from mvd_scale.training.placement import Capabilities, Devices, Placement, TeacherShards, decide_placement
 
 SIZES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Bytes of an element."""
@@ -22,7 +22,7 @@ AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)
 
 
 @dataclass(frozen=True)
-class Setting:
+class ParallelConfig:
     """Everything besides the models that time and memory depend on."""
 
     world: int
@@ -68,7 +68,12 @@ class Setting:
 
 
 def placement_on(
-    recipe: Recipe | FinetuneRecipe, work: Workload, world: int, *, per_node: int | None = None, gpu: Gpu | None = None
+    recipe: Recipe | FinetuneRecipe,
+    workload: Workload,
+    world: int,
+    *,
+    per_node: int | None = None,
+    gpu: Gpu | None = None,
 ) -> Placement:
     """The placement of a recipe on some GPUs, or on CPUs if that is its device.
 
@@ -80,25 +85,25 @@ def placement_on(
         gpu: the type; one with every precision if None.
 
     Raises:
-        UserError: as `place`.
+        UserError: as `decide_placement`.
     """
     if recipe.device == "cpu":
         devices = Devices("cpu", world, min(per_node or world, world), Capabilities(bf16=bf16_instructions()))
     else:
         capabilities = Capabilities("GPU", bf16=True, fp8=True) if gpu is None else capabilities_of(gpu)
         devices = Devices("cuda", world, min(per_node or world, world), capabilities)
-    return place(recipe, [part.teacher for part in work.teachers if part.teacher is not None], devices)
+    return decide_placement(recipe, [part.teacher for part in workload.teachers if part.teacher is not None], devices)
 
 
-def setting_of(
+def parallel_config(
     recipe: Recipe | FinetuneRecipe,
-    work: Workload,
+    workload: Workload,
     world: int,
     *,
     per_node: int | None = None,
     micro: int | None = None,
     gpu: Gpu | None = None,
-) -> Setting:
+) -> ParallelConfig:
     """The setting of a recipe on some GPUs.
 
     Args:
@@ -115,16 +120,16 @@ def setting_of(
     """
     if micro is not None:
         recipe = with_training(recipe, micro_batch=micro)
-    return setting_from(placement_on(recipe, work, world, per_node=per_node, gpu=gpu), recipe)
+    return setting_from(placement_on(recipe, workload, world, per_node=per_node, gpu=gpu), recipe)
 
 
-def setting_from(placement: Placement, recipe: Recipe | FinetuneRecipe) -> Setting:
+def setting_from(placement: Placement, recipe: Recipe | FinetuneRecipe) -> ParallelConfig:
     """The numbers of a placement, and those that the DeepSpeed files add."""
     world, teachers = placement.devices.ranks, placement.teachers
     # All teachers of a recipe have one precision.
     precision = teachers[0].rest.value if teachers else placement.precision.value
     linear = teachers[0].precision.value if teachers else precision
-    return Setting(
+    return ParallelConfig(
         world=world,
         micro=placement.micro_batch.value,
         accumulation=placement.accumulation.value,

@@ -22,11 +22,17 @@ from mvd_scale.performance.planning.hardware import (
     usable_memory,
 )
 from mvd_scale.performance.planning.memory import Memory, predict_memory
-from mvd_scale.performance.planning.parallelism import Setting, placement_on, setting_from, with_teachers, with_training
+from mvd_scale.performance.planning.parallelism import (
+    ParallelConfig,
+    placement_on,
+    setting_from,
+    with_teachers,
+    with_training,
+)
 from mvd_scale.performance.planning.published import PublishedComparison, compare_with_paper
 from mvd_scale.performance.planning.step_time import PhaseTime, phase_times
 from mvd_scale.performance.planning.video_decoding import VideoFormat, decoded_clips, decoded_frames
-from mvd_scale.performance.planning.workload import Workload, describe
+from mvd_scale.performance.planning.workload import Workload, build_workload
 from mvd_scale.training.placement import Placement
 
 
@@ -79,7 +85,7 @@ class Plan:
     recipe: str
     cluster: Cluster
     placement: Placement
-    setting: Setting
+    parallel: ParallelConfig
     recipe_micro: int
     parameters: int
     flops: list[PartFlops]
@@ -129,23 +135,23 @@ def make_plan(name: str, overrides: list[str], cluster: Cluster) -> Plan:
             in their memory; the message then lists changes that would fit.
     """
     recipe = load(name, overrides)
-    work = describe(recipe)
-    placement = _placement(recipe, work, cluster)
+    workload = build_workload(recipe)
+    placement = _placement(recipe, workload, cluster)
     usual = setting_from(placement, recipe)
-    of_teachers = [usual.quantized or usual.teacher_precision] if work.teachers else []
+    of_teachers = [usual.quantized or usual.teacher_precision] if workload.teachers else []
     for precision in (*of_teachers, usual.precision):
         sustained_flops(cluster.gpu, precision, cluster.kernel, 1, cluster.efficiency)
     recipes = [with_training(recipe, micro_batch=micro) for micro in micro_batches(recipe, cluster.gpus)]
-    settings = [_setting(changed, work, cluster) for changed in recipes]
-    candidates = [_candidate(recipe, work, setting, cluster) for setting in settings]
+    settings = [_setting(changed, workload, cluster) for changed in recipes]
+    candidates = [_candidate(recipe, workload, parallel, cluster) for parallel in settings]
     if not candidates[0].fits:
-        raise UserError(_what_fits(recipe, work, settings[0], cluster))
-    fitting = [setting for setting, candidate in zip(settings, candidates, strict=True) if candidate.fits]
+        raise UserError(_what_fits(recipe, workload, settings[0], cluster))
+    fitting = [parallel for parallel, candidate in zip(settings, candidates, strict=True) if candidate.fits]
     # The micro batch that the run would use; if it does not fit, the largest smaller one that does.
-    setting = max((s for s in fitting if s.micro <= usual.micro), key=lambda s: s.micro)
-    if setting.micro != usual.micro:
-        placement = _placement(with_training(recipe, micro_batch=setting.micro), work, cluster)
-    return _plan(name, recipe, work, placement, cluster, candidates, usual.micro)
+    parallel = max((s for s in fitting if s.micro <= usual.micro), key=lambda s: s.micro)
+    if parallel.micro != usual.micro:
+        placement = _placement(with_training(recipe, micro_batch=parallel.micro), workload, cluster)
+    return _plan(name, recipe, workload, placement, cluster, candidates, usual.micro)
 
 
 def make_cluster(
@@ -209,22 +215,22 @@ def micro_batches(recipe: Recipe | FinetuneRecipe, world: int) -> list[int]:
     return [count for count in range(copies, share + 1, copies) if share % count == 0]
 
 
-def _placement(recipe: Recipe | FinetuneRecipe, work: Workload, cluster: Cluster) -> Placement:
-    return placement_on(recipe, work, cluster.gpus, per_node=cluster.per_node, gpu=cluster.gpu)
+def _placement(recipe: Recipe | FinetuneRecipe, workload: Workload, cluster: Cluster) -> Placement:
+    return placement_on(recipe, workload, cluster.gpus, per_node=cluster.per_node, gpu=cluster.gpu)
 
 
-def _setting(recipe: Recipe | FinetuneRecipe, work: Workload, cluster: Cluster) -> Setting:
-    return setting_from(_placement(recipe, work, cluster), recipe)
+def _setting(recipe: Recipe | FinetuneRecipe, workload: Workload, cluster: Cluster) -> ParallelConfig:
+    return setting_from(_placement(recipe, workload, cluster), recipe)
 
 
 def _candidate(
-    recipe: Recipe | FinetuneRecipe, work: Workload, setting: Setting, cluster: Cluster
+    recipe: Recipe | FinetuneRecipe, workload: Workload, parallel: ParallelConfig, cluster: Cluster
 ) -> MicroBatchForecast:
-    memory = predict_memory(work, setting).peak
-    seconds = _step_seconds(recipe, _phases(work, setting, cluster), cluster)
+    memory = predict_memory(workload, parallel).peak
+    seconds = _step_seconds(recipe, _phases(workload, parallel, cluster), cluster)
     return MicroBatchForecast(
-        setting.micro,
-        setting.accumulation,
+        parallel.micro,
+        parallel.accumulation,
         memory,
         memory <= usable_memory(cluster.gpu),
         recipe.training.global_batch / seconds,
@@ -232,27 +238,31 @@ def _candidate(
 
 
 def _policy(
-    recipe: Recipe | FinetuneRecipe, work: Workload, setting: Setting, cluster: Cluster, checkpointing: Checkpointing
+    recipe: Recipe | FinetuneRecipe,
+    workload: Workload,
+    parallel: ParallelConfig,
+    cluster: Cluster,
+    checkpointing: Checkpointing,
 ) -> CheckpointingForecast:
-    setting = replace(setting, checkpointing=checkpointing)
-    candidate = _candidate(recipe, work, setting, cluster)
+    parallel = replace(parallel, checkpointing=checkpointing)
+    candidate = _candidate(recipe, workload, parallel, cluster)
     return CheckpointingForecast(
-        sum(part.recomputed for part in part_flops(work, checkpointing=checkpointing)),
-        predict_memory(work, setting).phases["start of the backward pass"]["activations"],
+        sum(part.recomputed for part in part_flops(workload, checkpointing=checkpointing)),
+        predict_memory(workload, parallel).phases["start of the backward pass"]["activations"],
         candidate.memory,
         candidate.fits,
         candidate.clips_per_second,
     )
 
 
-def _messages(work: Workload, setting: Setting, cluster: Cluster) -> list[Collective]:
-    return collectives(work, setting, cluster.gpu, cluster.per_node)
+def _messages(workload: Workload, parallel: ParallelConfig, cluster: Cluster) -> list[Collective]:
+    return collectives(workload, parallel, cluster.gpu, cluster.per_node)
 
 
-def _phases(work: Workload, setting: Setting, cluster: Cluster) -> list[PhaseTime]:
-    flops = part_flops(work, checkpointing=setting.checkpointing)
-    messages = _messages(work, setting, cluster)
-    return phase_times(work, flops, messages, setting, cluster.gpu, cluster.kernel, cluster.efficiency)
+def _phases(workload: Workload, parallel: ParallelConfig, cluster: Cluster) -> list[PhaseTime]:
+    flops = part_flops(workload, checkpointing=parallel.checkpointing)
+    messages = _messages(workload, parallel, cluster)
+    return phase_times(workload, flops, messages, parallel, cluster.gpu, cluster.kernel, cluster.efficiency)
 
 
 def _decode_capacity(recipe: Recipe | FinetuneRecipe, cluster: Cluster) -> float | None:
@@ -282,15 +292,15 @@ def _limit(phases: list[PhaseTime], step_seconds: float) -> str:
 def _plan(
     name: str,
     recipe: Recipe | FinetuneRecipe,
-    work: Workload,
+    workload: Workload,
     placement: Placement,
     cluster: Cluster,
     candidates: list[MicroBatchForecast],
     recipe_micro: int,
 ) -> Plan:
-    setting = setting_from(placement, recipe)
-    batch, phases = recipe.training.global_batch, _phases(work, setting, cluster)
-    flops = part_flops(work, checkpointing=setting.checkpointing)
+    parallel = setting_from(placement, recipe)
+    batch, phases = recipe.training.global_batch, _phases(workload, parallel, cluster)
+    flops = part_flops(workload, checkpointing=parallel.checkpointing)
     seconds = _step_seconds(recipe, phases, cluster)
     drawn = cluster.videos * recipe.data.clips_per_video * recipe.data.copies
     steps = drawn // batch
@@ -304,17 +314,17 @@ def _plan(
         recipe=name,
         cluster=cluster,
         placement=placement,
-        setting=setting,
+        parallel=parallel,
         recipe_micro=recipe_micro,
-        parameters=work.parameters,
+        parameters=workload.parameters,
         flops=flops,
-        memory=predict_memory(work, setting),
+        memory=predict_memory(workload, parallel),
         memory_usable=usable_memory(cluster.gpu),
-        messages=_messages(work, setting, cluster),
+        messages=_messages(workload, parallel, cluster),
         phases=phases,
         decoded_frames=decoded_frames(recipe.data, recipe.model, cluster.video),
         decode_capacity=_decode_capacity(recipe, cluster),
-        arithmetic_share=computed / (cluster.gpus * cluster.gpu.peak[setting.precision]),
+        arithmetic_share=computed / (cluster.gpus * cluster.gpu.peak[parallel.precision]),
         step_seconds=seconds,
         clips_per_second=batch / seconds,
         decode_needed=batch / computing,
@@ -322,28 +332,28 @@ def _plan(
         run_hours=hours,
         limit=_limit(phases, seconds),
         candidates=candidates,
-        policies={choice: _policy(recipe, work, setting, cluster, choice) for choice in get_args(Checkpointing)},
+        policies={choice: _policy(recipe, workload, parallel, cluster, choice) for choice in get_args(Checkpointing)},
         comparison=compare_with_paper(
-            name, cluster.gpu, cluster.gpus, work, planned * batch, hours, hours * computing / seconds
+            name, cluster.gpu, cluster.gpus, workload, planned * batch, hours, hours * computing / seconds
         ),
     )
 
 
-def _what_fits(recipe: Recipe | FinetuneRecipe, work: Workload, setting: Setting, cluster: Cluster) -> str:
+def _what_fits(recipe: Recipe | FinetuneRecipe, workload: Workload, parallel: ParallelConfig, cluster: Cluster) -> str:
     """Compose the message for a smallest micro batch that does not fit, with the changes that would fit."""
-    needed, usable = predict_memory(work, setting).peak, usable_memory(cluster.gpu)
-    recipe = with_training(recipe, micro_batch=setting.micro)
-    settings = {words: _setting(changed, work, cluster) for words, changed in _changes(recipe, setting).items()}
-    helps = [words for words, changed in settings.items() if predict_memory(work, changed).peak <= usable]
+    needed, usable = predict_memory(workload, parallel).peak, usable_memory(cluster.gpu)
+    recipe = with_training(recipe, micro_batch=parallel.micro)
+    settings = {words: _setting(changed, workload, cluster) for words, changed in _changes(recipe, parallel).items()}
+    helps = [words for words, changed in settings.items() if predict_memory(workload, changed).peak <= usable]
     helps += [f"--gpu {gpu.name}" for gpu in GPUS.values() if needed <= usable_memory(gpu)]
     return (
-        f"a rank needs {needed / GIB:.1f} GiB even with a micro batch of {setting.micro}, and {cluster.gpu.name} has "
+        f"a rank needs {needed / GIB:.1f} GiB even with a micro batch of {parallel.micro}, and {cluster.gpu.name} has "
         f"{usable / GIB:.1f} GiB for tensors; "
         + (f"what would fit: {', or '.join(helps)}" if helps else "nothing in the table would fit: take more GPUs")
     )
 
 
-def _changes(recipe: Recipe | FinetuneRecipe, setting: Setting) -> dict[str, Recipe | FinetuneRecipe]:
+def _changes(recipe: Recipe | FinetuneRecipe, parallel: ParallelConfig) -> dict[str, Recipe | FinetuneRecipe]:
     """Changes of a recipe that save memory, by the words that ask for them."""
     again, shard = "--training.gradient_checkpointing", "--teachers.sharding zero3"
     # Asked for by name, they would be refused at stage 3.
@@ -358,11 +368,11 @@ def _changes(recipe: Recipe | FinetuneRecipe, setting: Setting) -> dict[str, Rec
         f"--stage 3 {again} block": with_training(zero3, gradient_checkpointing="block"),
     }
     if isinstance(recipe, Recipe):
-        if any(setting.prefetched):
+        if any(parallel.prefetched):
             changes["--teachers.prefetch false"] = with_teachers(recipe, prefetch=False)
-        if any(setting.graphed):
+        if any(parallel.graphed):
             changes["--teachers.cuda_graphs false"] = with_teachers(recipe, cuda_graphs=False)
-        if setting.shards and setting.quantized is None:
+        if parallel.shards and parallel.quantized is None:
             sharded: dict[str, object] = {"sharding": "zero3", "compile": "auto", "cuda_graphs": "auto"}
             changes[shard] = with_teachers(recipe, **sharded)
             changes[f"--stage 3 {shard} {again} block"] = with_training(

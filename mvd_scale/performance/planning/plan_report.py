@@ -33,17 +33,17 @@ def to_text(plan: Plan) -> str:
 
 
 def _head(plan: Plan) -> Iterator[str]:
-    cluster, setting = plan.cluster, plan.setting
-    nodes, sharded = cluster.gpus // cluster.per_node, sum(setting.sharded)
-    teachers = f"{sharded} of {len(setting.sharded)} teachers sharded"
-    if setting.quantized is not None:
-        teachers = f"teachers in {setting.quantized}"
+    cluster, parallel = plan.cluster, plan.parallel
+    nodes, sharded = cluster.gpus // cluster.per_node, sum(parallel.sharded)
+    teachers = f"{sharded} of {len(parallel.sharded)} teachers sharded"
+    if parallel.quantized is not None:
+        teachers = f"teachers in {parallel.quantized}"
     yield (
         f"{plan.recipe} on {cluster.gpus} {cluster.gpu.name} ({nodes} x {cluster.per_node}), "
-        f"{setting.precision}, ZeRO {setting.stage}, {teachers}; "
-        f"{setting.micro} clips x {setting.accumulation} accumulation a rank"
+        f"{parallel.precision}, ZeRO {parallel.stage}, {teachers}; "
+        f"{parallel.micro} clips x {parallel.accumulation} accumulation a rank"
     )
-    if setting.micro != plan.recipe_micro:
+    if parallel.micro != plan.recipe_micro:
         yield f"  the recipe's micro batch of {plan.recipe_micro} does not fit"
 
 
@@ -120,7 +120,7 @@ def _policies(plan: Plan) -> Iterator[str]:
     yield f"\n  {'checkpointing':<14}{'GFLOPs again':>14}{'activations':>13}{'GiB a rank':>12}{'clips/s':>10}"
     for name, policy in plan.policies.items():
         told = "" if policy.fits else "  does not fit"
-        chosen = "  the recipe's" if name == plan.setting.checkpointing else ""
+        chosen = "  the recipe's" if name == plan.parallel.checkpointing else ""
         yield (
             f"  {name:<14}{policy.recomputed / 1e9:>14.1f}{policy.activations / GIB:>13.2f}{policy.memory / GIB:>12.2f}"
             f"{policy.clips_per_second:>10.0f}{told}{chosen}"
@@ -134,26 +134,26 @@ def _published(plan: Plan) -> Iterator[str]:
 
 
 def _assumptions(plan: Plan) -> Iterator[str]:
-    cluster, setting = plan.cluster, plan.setting
+    cluster, parallel = plan.cluster, plan.parallel
     widths = sorted({part.width for part in plan.flops})
-    peak = cluster.gpu.peak[setting.precision]
+    peak = cluster.gpu.peak[parallel.precision]
     rates = {
-        width: sustained_flops(cluster.gpu, setting.precision, cluster.kernel, width, cluster.efficiency)
+        width: sustained_flops(cluster.gpu, parallel.precision, cluster.kernel, width, cluster.efficiency)
         for width in widths
     }
     shares = ", ".join(f"{rate / peak:.0%} at D {width}" for width, rate in rates.items())
     yield "\n  assumptions, none of them measured on these GPUs"
     yield f"  share of {peak / 1e12:.0f} TFLOP/s by {cluster.kernel}: {shares} (--efficiency sets one for all)"
-    if setting.quantized is not None:
+    if parallel.quantized is not None:
         yield (
-            f"  the same shares of {cluster.gpu.peak[setting.quantized] / 1e12:.0f} TFLOP/s for the teachers' linear "
-            f"layers in {setting.quantized}; nothing for the rounding of what goes in"
+            f"  the same shares of {cluster.gpu.peak[parallel.quantized] / 1e12:.0f} TFLOP/s for the teachers' linear "
+            f"layers in {parallel.quantized}; nothing for the rounding of what goes in"
         )
     yield (
         f"  {LINK_SHARE:.0%} of links; {LAUNCH * 1e6:.0f} us to launch a kernel; {RESERVED / GIB:.1f} GiB and "
         f"{FRAGMENTED:.0%} of memory lost"
     )
-    if any(setting.prefetched):
+    if any(parallel.prefetched):
         yield "  phases run one after the other: time saved by teachers that run beside the student is not counted"
     yield (
         f"  {cluster.videos} videos of {cluster.video.height} lines, a key frame every {cluster.video.keyframes} "

@@ -60,7 +60,7 @@ class PublishedComparison:
 
 
 def compare_with_paper(
-    recipe: str, gpu: Gpu, gpus: int, work: Workload, clips: int, hours: float, computing: float
+    recipe: str, gpu: Gpu, gpus: int, workload: Workload, clips: int, hours: float, computing: float
 ) -> PublishedComparison | None:
     """Compare a plan with the published run; None if the paper has no figure for it.
 
@@ -75,7 +75,7 @@ def compare_with_paper(
     """
     if recipe not in HOURS or (gpu.name, gpus) != (GPU, RANKS):
         return None
-    plain = clips * plain_attention_seconds(work, gpu) / gpus / 3600
+    plain = clips * plain_attention_seconds(workload, gpu) / gpus / 3600
     loading = clips / LOADED / 3600
     return PublishedComparison(
         published=HOURS[recipe],
@@ -87,10 +87,10 @@ def compare_with_paper(
     )
 
 
-def plain_attention_seconds(work: Workload, gpu: Gpu) -> float:
+def plain_attention_seconds(workload: Workload, gpu: Gpu) -> float:
     """Seconds per clip of the memory traffic of unfused attention's scores."""
-    trained = sum(_scores(block) for part in work.trained for block in part.blocks)
-    frozen = sum(_scores(block) for part in work.teachers for block in part.blocks)
+    trained = sum(_scores(block) for part in workload.trained for block in part.blocks)
+    frozen = sum(_scores(block) for part in workload.teachers for block in part.blocks)
     return ((SCORE_FORWARD + SCORE_BACKWARD) * trained + SCORE_FORWARD * frozen) / gpu.bandwidth
 
 

@@ -11,7 +11,7 @@ from mvd_scale.config.training import Checkpointing
 from mvd_scale.performance.planning.communication import Collective, Phase
 from mvd_scale.performance.planning.flops import PartFlops
 from mvd_scale.performance.planning.hardware import AttentionKernel, Gpu, sustained_flops
-from mvd_scale.performance.planning.parallelism import Setting
+from mvd_scale.performance.planning.parallelism import ParallelConfig
 from mvd_scale.performance.planning.workload import Workload
 
 LAUNCH = 5e-6
@@ -58,10 +58,10 @@ class PhaseTime:
 
 
 def phase_times(
-    work: Workload,
+    workload: Workload,
     flops: list[PartFlops],
     messages: list[Collective],
-    setting: Setting,
+    parallel: ParallelConfig,
     gpu: Gpu,
     kernel: AttentionKernel,
     efficiency: float | None,
@@ -71,32 +71,32 @@ def phase_times(
     Raises:
         UserError: the GPU does not support a precision.
     """
-    clips = setting.micro * setting.accumulation
-    teachers = {part.name for part in work.teachers}
+    clips = parallel.micro * parallel.accumulation
+    teachers = {part.name for part in workload.teachers}
     arithmetic: dict[Phase, float] = {"teachers": 0.0, "forward": 0.0, "backward": 0.0}
-    for part in work.teachers:
-        rate = sustained_flops(gpu, setting.teacher_precision, kernel, part.width, efficiency)
-        fast = sustained_flops(gpu, setting.quantized or setting.teacher_precision, kernel, part.width, efficiency)
+    for part in workload.teachers:
+        rate = sustained_flops(gpu, parallel.teacher_precision, kernel, part.width, efficiency)
+        fast = sustained_flops(gpu, parallel.quantized or parallel.teacher_precision, kernel, part.width, efficiency)
         arithmetic["teachers"] += clips * (part.products / fast + (part.forward - part.products) / rate)
     for told in flops:
         if told.part not in teachers:
-            rate = sustained_flops(gpu, setting.precision, kernel, told.width, efficiency)
+            rate = sustained_flops(gpu, parallel.precision, kernel, told.width, efficiency)
             arithmetic["forward"] += clips * told.forward / rate
             arithmetic["backward"] += clips * (told.backward + told.recomputed) / rate
-    arithmetic["optimizer"] = OPTIMIZER_BYTES * work.parameters / setting.world / gpu.bandwidth
+    arithmetic["optimizer"] = OPTIMIZER_BYTES * workload.parameters / parallel.world / gpu.bandwidth
 
-    blocks = sum(len(part.blocks) for part in work.trained)
+    blocks = sum(len(part.blocks) for part in workload.trained)
     kernels: dict[Phase, int] = {
-        "teachers": KERNELS * sum(len(part.blocks) for part in work.teachers),
+        "teachers": KERNELS * sum(len(part.blocks) for part in workload.teachers),
         "forward": blocks * KERNELS,
-        "backward": blocks * (2 * KERNELS + AGAIN[setting.checkpointing]),
+        "backward": blocks * (2 * KERNELS + AGAIN[parallel.checkpointing]),
         "optimizer": 0,
     }
     return [
         PhaseTime(
             phase,
             spent,
-            LAUNCH * kernels[phase] * setting.accumulation,
+            LAUNCH * kernels[phase] * parallel.accumulation,
             sum(message.seconds for message in messages if message.phase == phase),
         )
         for phase, spent in arithmetic.items()

@@ -97,7 +97,7 @@ PERSISTENT = 100_000
 """`stage3_param_persistence_threshold` of the package's DeepSpeed files: smaller tensors are not sharded."""
 
 
-def describe(recipe: Recipe | FinetuneRecipe) -> Workload:
+def build_workload(recipe: Recipe | FinetuneRecipe) -> Workload:
     """Build the workload of a recipe; models are built on torch's meta device, without memory.
 
     Raises:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mvd_scale.config.training import Precision
-from mvd_scale.distributed.process_group import Ranks, join_ranks, leave_ranks
+from mvd_scale.distributed.process_group import Ranks, destroy_distributed, init_distributed
 from mvd_scale.performance.bench_setup import bench_recipe, bench_trainer
 from mvd_scale.performance.profiling.flops import count_flops, module_table, peak_flops
 from mvd_scale.performance.profiling.memory_plot import plot_memory
@@ -78,7 +78,7 @@ def profile_recipe(
         UserError: as `bench_trainer`.
     """
     recipe = bench_recipe(name, overrides, precision, batch)
-    ranks = join_ranks(recipe.device, recipe.training.collective_timeout_minutes)
+    ranks = init_distributed(recipe.device, recipe.training.collective_timeout_minutes)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         made = _WARM_UP + 2 * steps
@@ -90,10 +90,10 @@ def profile_recipe(
                 profiled = _timed(trainer, steps, losses)
             peak_memory = peak_memory_gib(ranks.device)
             # Last: it exchanges functions of torch for a while. Into compiled blocks it could not look.
-            table = module_table(trainer.engine.module, out / "modules.txt", write=ranks.first)
+            table = module_table(trainer.engine.module, out / "modules.txt", write=ranks.is_main)
             with torch.compiler.set_stance("force_eager"), table, torch.no_grad():
                 trainer.objective(trainer.engine, trainer.batch)
-    path = out / ("trace.json.gz" if ranks.first else f"trace_rank{ranks.rank}.json.gz")
+    path = out / ("trace.json.gz" if ranks.is_main else f"trace_rank{ranks.rank}.json.gz")
     profiler.export_chrome_trace(str(path))
     trace = read_trace(path, trainer.part_names)
     flops = {part: count * trainer.accumulation for part, count in count_flops(recipe, trainer.batch).items()}
@@ -126,9 +126,9 @@ def profile_recipe(
         highest_in=trace.part_at(highest[0]),
         losses=torch.stack(losses).tolist(),
     )
-    if ranks.first:
+    if ranks.is_main:
         _write(report, trace, out)
-    leave_ranks()
+    destroy_distributed()
     return report
 
 

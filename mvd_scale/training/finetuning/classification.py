@@ -16,20 +16,20 @@ from mvd_scale.data.indexing.build import load_source
 from mvd_scale.data.loaders.clip_loader import ClipLoader
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.distributed.process_group import Ranks
-from mvd_scale.evaluation.center_clip_pass import Sweep
+from mvd_scale.evaluation.center_clip_pass import CenterClipEvaluator
 from mvd_scale.evaluation.labels import check_labels, class_count
 from mvd_scale.models import Classifier
 from mvd_scale.run_dir import RunFolder
 from mvd_scale.training.finetuning.classification_loss import ClassificationLoss
-from mvd_scale.training.finetuning.finetune import Task, teach
+from mvd_scale.training.finetuning.finetune import FinetuneTask, run_finetune
 
 
-def finetune(recipe: FinetuneRecipe) -> None:
-    """Run a recipe of fine-tuning; as `teach`."""
-    teach(NamingClasses(recipe, RunFolder(recipe.run.folder)))
+def run_classification(recipe: FinetuneRecipe) -> None:
+    """Run a recipe of fine-tuning; as `run_finetune`."""
+    run_finetune(ClassificationTask(recipe, RunFolder(recipe.run.folder)))
 
 
-class NamingClasses(Task[FinetuneRecipe]):
+class ClassificationTask(FinetuneTask[FinetuneRecipe]):
     """Classification of whole videos."""
 
     figure = "top1"
@@ -76,7 +76,9 @@ class NamingClasses(Task[FinetuneRecipe]):
 
     def load(self, ranks: Ranks, steps: range) -> ClipLoader:
         """Clips of the videos."""
-        return ClipLoader.for_run(self.manifest, self.recipe, ranks.data_rank, steps, report=self.folder.quarantine)
+        return ClipLoader.for_run(
+            self.manifest, self.recipe, ranks.data_rank, steps, quarantine_file=self.folder.quarantine
+        )
 
     def measure(self, ranks: Ranks) -> Callable[[Any], float]:
         """Share of videos that are named right by the clip in their middle; one that cannot be decoded is wrong."""
@@ -84,10 +86,12 @@ class NamingClasses(Task[FinetuneRecipe]):
         manifest = Manifest.load(self.folder.tested)
         # Those that the index left out count as wrong too.
         videos = int((manifest.label >= 0).sum())
-        sweep = Sweep(manifest, self.recipe.data, self.recipe.model, ranks, self.recipe.validation.batch)
+        evaluator = CenterClipEvaluator(
+            manifest, self.recipe.data, self.recipe.model, ranks, self.recipe.validation.batch
+        )
 
         def top1(model: Any) -> float:
-            scores, labels, decoded = sweep(lambda pixels: model(pixels).float())
+            scores, labels, decoded = evaluator(lambda pixels: model(pixels).float())
             return int(((scores.argmax(1) == labels) & decoded).sum()) / videos
 
         return top1

@@ -16,14 +16,14 @@ from mvd_scale.checkpoints.reading import read_raw_checkpoint, tensors_digest
 from mvd_scale.checkpoints.weights import load_initial_encoder
 from mvd_scale.config import TaskRecipe
 from mvd_scale.data.manifest import Manifest
-from mvd_scale.distributed.process_group import Ranks, first_decides
+from mvd_scale.distributed.process_group import Ranks, run_on_rank0
 from mvd_scale.errors import UserError
 from mvd_scale.models import Classifier
 from mvd_scale.models.detector import Detector
-from mvd_scale.training.callbacks import Observer
-from mvd_scale.training.capabilities import placement_of
+from mvd_scale.training.callbacks import Callback
+from mvd_scale.training.capabilities import make_placement
 from mvd_scale.training.deepspeed_engine import full_parameters, train_engine
-from mvd_scale.training.ema import MovingAverage
+from mvd_scale.training.ema import ModelEma
 from mvd_scale.training.finetuning.validation import ValidationCallback
 from mvd_scale.training.lr_schedule import Schedule
 from mvd_scale.training.optimizer import layer_scale, parameter_groups
@@ -33,7 +33,7 @@ from mvd_scale.training.trainer import Objective, TrainedModel
 AnyRecipe = TypeVar("AnyRecipe", bound=TaskRecipe)
 
 
-class Task(TrainingJob[AnyRecipe]):
+class FinetuneTask(TrainingJob[AnyRecipe]):
     """A task that an encoder is taught, and its data."""
 
     figure: str
@@ -79,7 +79,7 @@ class Task(TrainingJob[AnyRecipe]):
     def origin(self, ranks: Ranks) -> dict[str, Any]:
         """The data, and the weights that the encoder starts from."""
         weights = self.recipe.training.initial_encoder
-        digest = first_decides(
+        digest = run_on_rank0(
             ranks, "weights", lambda: None if weights is None else tensors_digest(read_raw_checkpoint(weights).tensors)
         )
         return self.data_digests() | {"initial encoder": digest}
@@ -93,17 +93,17 @@ class Task(TrainingJob[AnyRecipe]):
         self.averaged = copy.deepcopy(model).to(ranks.device) if training.ema_decay else None
         depth, decay = len(model.encoder.blocks), training.layer_decay
         groups = parameter_groups(model, training.weight_decay, lambda name: layer_scale(name, depth, decay))
-        engine = train_engine(model, groups, self.recipe, placement_of(self.recipe, {}, ranks), ranks)
+        engine = train_engine(model, groups, self.recipe, make_placement(self.recipe, {}, ranks), ranks)
         averages = [] if self.averaged is None else [_average(self.averaged, engine, self, ranks)]
         return TrainedModel(engine, self.objective(), averages)
 
     def export(self, engine: Any, folder: Path, ranks: Ranks) -> None:
         """Write the whole model."""
-        tensors = {name: full for name, full in full_parameters(engine) if ranks.first}
-        if ranks.first:
+        tensors = {name: full for name, full in full_parameters(engine) if ranks.is_main}
+        if ranks.is_main:
             self.write(folder / self.weights, tensors)
 
-    def observers(self, ranks: Ranks, schedule: Schedule) -> list[Observer]:
+    def callbacks(self, ranks: Ranks, schedule: Schedule) -> list[Callback]:
         """The validation, if the recipe has one."""
         if self.recipe.validation is None:
             return []
@@ -116,12 +116,12 @@ class Task(TrainingJob[AnyRecipe]):
         """Write the weights that were judged, and say where. All ranks call it."""
         if self.averaged is None:
             self.export(engine, folder, ranks)
-        elif ranks.first:
+        elif ranks.is_main:
             self.write(folder / self.weights, self.averaged.state_dict())
         return folder / self.weights
 
 
-def teach(task: Task[Any]) -> None:
+def run_finetune(task: FinetuneTask[Any]) -> None:
     """Run a task from its start, or from its newest checkpoint, to its end; as `run_training`.
 
     Raises:
@@ -144,11 +144,11 @@ def _agree(origin: dict[str, Any], ranks: Ranks) -> None:
         raise UserError(f"rank {differing[0]} sees other data than rank 0: give all hosts the same files")
 
 
-def _average(averaged: nn.Module, engine: Any, task: Task[Any], ranks: Ranks) -> MovingAverage:
+def _average(averaged: nn.Module, engine: Any, task: FinetuneTask[Any], ranks: Ranks) -> ModelEma:
     decay = task.recipe.training.ema_decay
     assert decay is not None
     averaged.eval().requires_grad_(False)
-    return MovingAverage(
+    return ModelEma(
         dict(averaged.named_parameters()),
         dict(engine.module.named_parameters()),
         lambda step: decay,

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from mvd_scale.distributed.process_group import Ranks, first_decides
+from mvd_scale.distributed.process_group import Ranks, run_on_rank0
 from mvd_scale.run_dir import RunFolder
-from mvd_scale.training.callbacks import Observer
+from mvd_scale.training.callbacks import Callback
 from mvd_scale.training.metrics import MetricWriter
 from mvd_scale.utils.io import read_metrics
 
 logger = logging.getLogger("mvd_scale")
 
 
-class ValidationCallback(Observer):
+class ValidationCallback(Callback):
     """Observer that measures a metric of the model every few epochs and stores the best weights.
 
     Args:
@@ -54,16 +54,16 @@ class ValidationCallback(Observer):
         self.averaged = averaged
         self.keep = keep
 
-    def observe(self, engine: Any, step: int, writer: MetricWriter) -> None:
+    def on_step_end(self, engine: Any, step: int, writer: MetricWriter) -> None:
         """Measure the model, and store its weights if they are the best so far."""
         values = {self.name: self.measure(engine)}
         if self.averaged is not None:
             values[f"{self.name}_average"] = self.measure(self.averaged)
         judged = list(values.values())[-1]
-        best = first_decides(self.ranks, f"best before {step}", lambda: self._best(step))
+        best = run_on_rank0(self.ranks, f"best before {step}", lambda: self._best(step))
         if judged > best:
             self._keep(engine)
-        if self.ranks.first:
+        if self.ranks.is_main:
             with self.folder.validation.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values, "judged": judged}) + "\n")
             for name, value in values.items():
@@ -79,10 +79,10 @@ class ValidationCallback(Observer):
     def _keep(self, engine: Any) -> None:
         """Write `best.safetensors`; the file is renamed into place, so it is never partial."""
         partial = self.folder.path / "best.partial"
-        if self.ranks.first:
+        if self.ranks.is_main:
             partial.mkdir(exist_ok=True)
         torch.distributed.barrier()
         written = self.keep(engine, partial)
-        if self.ranks.first:
+        if self.ranks.is_main:
             os.replace(written, self.folder.best)
             partial.rmdir()

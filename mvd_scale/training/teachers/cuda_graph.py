@@ -11,7 +11,7 @@ _WARM_UP = 3
 """Forward passes before a graph is recorded, in which blocks are compiled and libraries choose their kernels."""
 
 
-class GraphedTeacher(nn.Module):
+class CudaGraphTeacher(nn.Module):
     """A frozen model whose forward pass is recorded at its first call and replayed: one launch instead of hundreds.
 
     Calls with other shapes than the first run as they would without. Weights may move, in place.
@@ -20,24 +20,26 @@ class GraphedTeacher(nn.Module):
     def __init__(self, teacher: nn.Module) -> None:
         super().__init__()
         self.teacher = teacher
-        self._recording: Recording | None = None
+        self._captured: CapturedGraph | None = None
 
     @torch.no_grad()
-    def forward(self, pixels: Tensor, kept: Tensor | None = None) -> Tensor:
+    def forward(self, pixels: Tensor, output_tokens: Tensor | None = None) -> Tensor:
         """As the teacher; the result is the caller's own."""
-        inputs = [pixels] if kept is None else [pixels, kept]
-        if self._recording is None:
-            self._recording = Recording(self._run, inputs)
-        if self._recording.fits(inputs):
-            return self._recording.replay(inputs)
+        inputs = [pixels] if output_tokens is None else [pixels, output_tokens]
+        if self._captured is None:
+            self._captured = CapturedGraph(self._run, inputs)
+        if self._captured.fits(inputs):
+            return self._captured.replay(inputs)
         return self._run(*inputs)
 
-    def _run(self, pixels: Tensor, kept: Tensor | None = None) -> Tensor:
-        features: Tensor = self.teacher(pixels) if kept is None else self.teacher(pixels, kept=kept)
+    def _run(self, pixels: Tensor, output_tokens: Tensor | None = None) -> Tensor:
+        features: Tensor = (
+            self.teacher(pixels) if output_tokens is None else self.teacher(pixels, output_tokens=output_tokens)
+        )
         return features
 
 
-class Recording:
+class CapturedGraph:
     """A function of tensors as a CUDA graph, with the buffers that it reads and writes.
 
     Args:

@@ -19,7 +19,7 @@ from mvd_scale.errors import UserError
 from mvd_scale.targets import FrozenTeacher, Target
 from mvd_scale.targets.load import teacher_input_sizes
 from mvd_scale.training.placement import Placement, TeacherPlacement
-from mvd_scale.training.teachers.place import lower_teacher
+from mvd_scale.training.teachers.place import cast_teacher
 
 LEAST_COSINE = 0.999
 """Mean over tokens, under which a precision is not accepted without being asked for (`teachers.accept_inexact`)."""
@@ -80,7 +80,7 @@ def lowered(target: FrozenTeacher, placed: TeacherPlacement, clips: ClipBatch, d
     try:
         target.teacher = copy.deepcopy(teacher).to(device, torch.float32)
         true = target.features(clips)
-        target.teacher = lower_teacher(copy.deepcopy(teacher), placed, device)
+        target.teacher = cast_teacher(copy.deepcopy(teacher), placed, device)
         return Fidelity.of(target.features(clips), true)
     finally:
         target.teacher = teacher

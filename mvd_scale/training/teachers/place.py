@@ -12,7 +12,7 @@ from torch import nn
 from mvd_scale.config.deepspeed import teacher_deepspeed_config
 from mvd_scale.config.training import Precision
 from mvd_scale.distributed.process_group import Ranks, import_deepspeed
-from mvd_scale.models.precision import cast_parameters, dtype_of, lower, refuse_not_finite
+from mvd_scale.models.precision import cast_frozen, cast_parameters, dtype_of, refuse_not_finite
 from mvd_scale.targets import FrozenTeacher, Target
 from mvd_scale.targets.target import EncoderTeacher
 from mvd_scale.training.capabilities import ranks_by_host
@@ -20,18 +20,18 @@ from mvd_scale.training.compile import speed_up_teacher, transformer_blocks
 from mvd_scale.training.placement import Placement, TeacherPlacement
 
 
-def host_teachers(targets: Mapping[str, Target], placement: Placement, ranks: Ranks) -> None:
+def place_teachers(targets: Mapping[str, Target], placement: Placement, ranks: Ranks) -> None:
     """Bring the frozen teachers of all targets to their device, precision and shards."""
     for name, target in targets.items():
         if isinstance(target, FrozenTeacher):
             placed = placement.teacher(name)
-            target.teacher = host_teacher(target.teacher, placed, ranks)
+            target.teacher = place_teacher(target.teacher, placed, ranks)
             if isinstance(target, EncoderTeacher):
                 # Copying rows into a recording would cost more than making them there.
                 target.accepts_rows = not placed.cuda_graph.value
 
 
-def host_teacher(teacher: nn.Module, placed: TeacherPlacement, ranks: Ranks) -> nn.Module:
+def place_teacher(teacher: nn.Module, placed: TeacherPlacement, ranks: Ranks) -> nn.Module:
     """Bring a frozen teacher to its device and precision; sharded, each rank keeps a part of it at rest.
 
     The result is called like the encoder. It has no optimizer and is never part of a checkpoint.
@@ -39,14 +39,14 @@ def host_teacher(teacher: nn.Module, placed: TeacherPlacement, ranks: Ranks) -> 
     teacher = teacher.eval().requires_grad_(False)
     shards = placed.shards.value
     if shards is None:
-        return speed_up_teacher(lower_teacher(teacher, placed, ranks.device), placed)
+        return speed_up_teacher(cast_teacher(teacher, placed, ranks.device), placed)
     engine = shard_teacher(teacher, placed.rest.value, ranks, keep_vectors=shards.whole_vectors, over=shards.over)
     return speed_up_teacher(engine, placed)
 
 
-def lower_teacher(teacher: nn.Module, placed: TeacherPlacement, device: torch.device) -> nn.Module:
-    """`lower` a whole frozen teacher to its precision."""
-    return lower(teacher, placed.precision.value, device, placed.rest.value)
+def cast_teacher(teacher: nn.Module, placed: TeacherPlacement, device: torch.device) -> nn.Module:
+    """Cast a whole frozen teacher to its precision; see `cast_frozen`."""
+    return cast_frozen(teacher, placed.precision.value, device, placed.rest.value)
 
 
 def shard_teacher(
@@ -69,7 +69,7 @@ def shard_teacher(
     config = teacher_deepspeed_config(precision, ranks.world_size)
     if not keep_vectors:
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    group = _ranks_of_my_host(ranks) if over == "host" else None
+    group = _host_group(ranks) if over == "host" else None
     faults = []
     for prefix, layer in _layers(teacher):
         faults += [prefix + name for name in cast_parameters(layer, precision, ranks.device)]
@@ -84,7 +84,7 @@ def shard_teacher(
 
 
 @cache
-def _ranks_of_my_host(ranks: Ranks) -> Any:
+def _host_group(ranks: Ranks) -> Any:
     """The process group of this host's ranks. All ranks call it."""
     # Every rank takes part in making every group.
     groups = {

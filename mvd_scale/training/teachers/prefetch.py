@@ -29,11 +29,11 @@ from mvd_scale.data.loaders.clip_loader import ClipLoader
 from mvd_scale.targets import MaskedDistillation
 from mvd_scale.training.placement import Placement
 
-Begin = Callable[[Callable[[], ClipBatch]], Callable[[], ClipBatch]]
+BatchStarter = Callable[[Callable[[], ClipBatch]], Callable[[], ClipBatch]]
 """Takes what fetches a batch, begins work on it, and gives what hands it over to the student."""
 
 
-class Ahead:
+class TeacherPrefetcher:
     """Iterator over the batches of a loader, in its order.
 
     Args:
@@ -52,7 +52,7 @@ class Ahead:
     def __init__(
         self,
         loader: ClipLoader,
-        begin: Begin | None = None,
+        begin: BatchStarter | None = None,
         waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._loader = loader
@@ -70,8 +70,8 @@ class Ahead:
             pass
         if not self._begun:
             raise StopIteration
-        hand_over, self.substituted = self._begun.popleft()
-        return hand_over()
+        wait_ready, self.substituted = self._begun.popleft()
+        return wait_ready()
 
     def _begin_another(self) -> bool:
         """Whether there was another batch."""
@@ -89,7 +89,7 @@ class Ahead:
         return batch
 
 
-class SideStream:
+class PrefetchStream:
     """Decodes a batch and computes the features of its teachers beside what the GPU does else.
 
     Args:
@@ -110,7 +110,7 @@ class SideStream:
             batch = self._teach(fetch().map(Tensor.clone))
             done = self._stream.record_event()
 
-        def hand_over() -> ClipBatch:
+        def wait_ready() -> ClipBatch:
             student = torch.cuda.current_stream(self._device)
             student.wait_event(done)
 
@@ -121,13 +121,13 @@ class SideStream:
 
             return batch.map(used)
 
-        return hand_over
+        return wait_ready
 
 
-def begin_ahead(objective: MaskedDistillation, placement: Placement, device: torch.device) -> Begin | None:
+def make_prefetcher(objective: MaskedDistillation, placement: Placement, device: torch.device) -> BatchStarter | None:
     """The way in which batches of a distillation are begun ahead; None where no teacher computes its features ahead."""
     early = any(teacher.prefetch.value for teacher in placement.teachers)
-    return SideStream(device, objective.prefetch_features) if early else None
+    return PrefetchStream(device, objective.prefetch_features) if early else None
 
 
 def _fetched(fetch: Callable[[], ClipBatch]) -> Callable[[], ClipBatch]:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mvd_scale.checkpoints import Hints, build_encoder, describe, load_encoder, read_checkpoint, to_published
+from mvd_scale.checkpoints import Hints, build_encoder, describe_checkpoint, load_encoder, read_checkpoint, to_published
 from mvd_scale.checkpoints.native import save_weights
 from mvd_scale.config import ModelConfig
 from mvd_scale.errors import UserError
@@ -107,7 +107,7 @@ def test_what_published_files_carry_beside_weights_is_harmless(tmp_path: Path, p
         "epoch": 1599,
     }
     torch.save({"model": published, **beside}, tmp_path / "a.pth")
-    assert not describe(read_checkpoint(tmp_path / "a.pth", HINTS)).count("surplus")
+    assert not describe_checkpoint(read_checkpoint(tmp_path / "a.pth", HINTS)).count("surplus")
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "zipped.pth", "legacy.pth"])
@@ -141,7 +141,7 @@ def test_flipped_bytes_end_in_a_user_error_or_in_tensors(
             broken[chance.randrange(min(len(broken), 9000))] = chance.randrange(256)
         file.write_bytes(broken)
         with suppress(UserError):
-            describe(read_checkpoint(file, HINTS))
+            describe_checkpoint(read_checkpoint(file, HINTS))
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_all_faults_of_a_published_file_are_named_at_once(tmp_path: Path, publis
     )
     with pytest.raises(UserError) as error:
         load_encoder(tmp_path / "broken.pth", final_norm=True, hints=HINTS)
-    description = describe(read_checkpoint(tmp_path / "broken.pth", HINTS))
+    description = describe_checkpoint(read_checkpoint(tmp_path / "broken.pth", HINTS))
     for fault in expected:
         assert fault in str(error.value)
         assert fault in description

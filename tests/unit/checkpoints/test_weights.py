@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mvd_scale.checkpoints import describe
+from mvd_scale.checkpoints import describe_checkpoint
 from mvd_scale.checkpoints.weights import (
     build_student,
     load_encoder,
@@ -107,7 +107,7 @@ def test_heads_of_all_kinds_come_back(tmp_path: Path) -> None:
     save_weights(path, student.state_dict(), SHAPE, {"a": decoder})
     checkpoint = read_checkpoint(path)
     assert checkpoint.kind == "student"
-    description = describe(checkpoint)
+    description = describe_checkpoint(checkpoint)
     assert "linear head b" in description
     assert "mlp head c" in description
     assert description.endswith("none")  # no faults

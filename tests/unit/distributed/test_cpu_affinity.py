@@ -17,16 +17,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mvd_scale.distributed.cpu_affinity import (
+    CpuBinding,
     CPUs,
-    Pinned,
-    Share,
+    CpuShare,
+    bind_to_cpus,
     cores_by_node,
-    divide,
+    divide_cores,
     format_cpus,
     parse_cpus,
-    pin,
-    settle,
-    share_out,
+    partition_cpus,
+    set_affinity,
 )
 
 
@@ -49,7 +49,7 @@ def write_system(root: Path, nodes: list[list[CPUs]]) -> Path:
 
 
 def shares(sizes: list[int], ranks: int, threads: int = 1) -> list[str]:
-    return [format_cpus(share.cpus) for share in divide(machine(sizes, threads), ranks)]
+    return [format_cpus(share.cpus) for share in divide_cores(machine(sizes, threads), ranks)]
 
 
 sizes = st.lists(st.integers(1, 5), min_size=1, max_size=4)
@@ -59,7 +59,7 @@ sizes = st.lists(st.integers(1, 5), min_size=1, max_size=4)
 def test_ranks_divide_whole_cores_evenly_and_have_a_thread_for_each(sizes: list[int], ranks: int, threads: int) -> None:
     cores = [core for node in machine(sizes, threads) for core in node]
     ranks = min(ranks, len(cores))
-    found = divide(machine(sizes, threads), ranks)
+    found = divide_cores(machine(sizes, threads), ranks)
     assert len(found) == ranks
     assert sum(len(share.cpus) for share in found) == sum(map(len, cores))
     assert frozenset().union(*(share.cpus for share in found)) == frozenset().union(*cores)
@@ -85,11 +85,11 @@ def test_no_rank_straddles_nodes_where_it_need_not(sizes: list[int], ranks: int,
 
 def test_hardware_threads_of_a_core_stay_together() -> None:
     first, second = frozenset({0, 1, 4, 5}), frozenset({2, 3, 6, 7})
-    assert divide(machine([2, 2], threads=2), 2) == [Share(first, first, 2), Share(second, second, 2)]
+    assert divide_cores(machine([2, 2], threads=2), 2) == [CpuShare(first, first, 2), CpuShare(second, second, 2)]
 
 
 def test_a_rank_runs_anywhere_on_the_nodes_of_its_share() -> None:
-    homes = [format_cpus(share.home) for share in divide(machine([4, 4, 4]), 5)]
+    homes = [format_cpus(share.numa_cpus) for share in divide_cores(machine([4, 4, 4]), 5)]
     assert shares([4, 4, 4], 5) == ["0-2", "3-5", "6-7", "8-9", "10-11"]
     assert homes == ["0-3", "0-7", "4-7", "8-11", "8-11"]
 
@@ -104,7 +104,7 @@ def test_a_rank_runs_anywhere_on_the_nodes_of_its_share() -> None:
 )
 def test_more_ranks_than_cores_share_them(sizes: list[int], ranks: int, expected: list[str]) -> None:
     assert shares(sizes, ranks) == expected
-    assert {share.threads for share in divide(machine(sizes), ranks)} == {1}
+    assert {share.threads for share in divide_cores(machine(sizes), ranks)} == {1}
 
 
 def test_ranks_that_were_given_the_same_cpus_divide_them_and_others_keep_theirs(tmp_path: Path) -> None:
@@ -113,7 +113,9 @@ def test_ranks_that_were_given_the_same_cpus_divide_them_and_others_keep_theirs(
     def out(*given: str) -> dict[int, str]:
         return {
             rank: f"{format_cpus(share.cpus)} x{share.threads}"
-            for rank, share in share_out({10 + n: parse_cpus(cpus) for n, cpus in enumerate(given)}, system).items()
+            for rank, share in partition_cpus(
+                {10 + n: parse_cpus(cpus) for n, cpus in enumerate(given)}, system
+            ).items()
         }
 
     assert out("0-7", "0-7") == {10: "0-3 x4", 11: "4-7 x4"}
@@ -150,20 +152,20 @@ def test_threads_and_children_stay_at_home_but_for_work_that_the_others_wait_for
         return frozenset(map(int, subprocess.check_output(command, text=True).split()))
 
     given = frozenset(os.sched_getaffinity(0))
-    home = frozenset({min(given)})
+    numa_cpus = frozenset({min(given)})
     done = threading.Event()
     thread = threading.Thread(target=done.wait)
     thread.start()
     try:
-        pin(home)
-        assert child() == home
-        with Pinned(given, Share(home, home, 1)).lifted():
+        set_affinity(numa_cpus)
+        assert child() == numa_cpus
+        with CpuBinding(given, CpuShare(numa_cpus, numa_cpus, 1)).lifted_to_all_cpus():
             assert child() == given
-        assert {frozenset(os.sched_getaffinity(int(task))) for task in os.listdir("/proc/self/task")} == {home}
+        assert {frozenset(os.sched_getaffinity(int(task))) for task in os.listdir("/proc/self/task")} == {numa_cpus}
     finally:
         done.set()
         thread.join()
-        pin(given)
+        set_affinity(given)
 
 
 @pytest.fixture
@@ -180,8 +182,8 @@ def joined() -> Iterator[None]:
 def test_the_first_rank_tells_who_computes_where(caplog: pytest.LogCaptureFixture) -> None:
     given = frozenset(os.sched_getaffinity(0))
     with caplog.at_level(logging.INFO, "mvd_scale"):
-        settle(0, threads=7)
+        bind_to_cpus(0, threads=7)
     assert caplog.messages == [f"CPUs by rank: 0: {format_cpus(given)} (7 threads)"]
     assert torch.get_num_threads() == 7
-    settle(0, threads=None)
+    bind_to_cpus(0, threads=None)
     assert torch.get_num_threads() == sum(map(len, cores_by_node(given)))

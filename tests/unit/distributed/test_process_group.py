@@ -6,7 +6,7 @@ import pytest
 
 from mvd_scale.distributed import process_group as ranks
 from mvd_scale.distributed.cpu_affinity import machine_id
-from mvd_scale.distributed.process_group import join_ranks
+from mvd_scale.distributed.process_group import init_distributed
 from mvd_scale.errors import UserError
 
 PLACE = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -22,7 +22,7 @@ def test_a_gap_is_named_with_the_way_to_fill_it(missing: list[str], said: str, m
     for name in missing:
         monkeypatch.delenv(name)
     with pytest.raises(UserError, match=f"^RANK is 1, but {said} not set: .*`deepspeed` launcher.* unset RANK"):
-        join_ranks("cpu", timeout_minutes=1)
+        init_distributed("cpu", timeout_minutes=1)
 
 
 def test_hosts_are_known_by_the_launchers_number_or_else_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:

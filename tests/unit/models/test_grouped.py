@@ -101,7 +101,7 @@ def test_the_student_has_the_parameters_that_it_had() -> None:
 def test_decoders_of_different_shapes_stay_apart(clips: tuple[Tensor, Tensor, Tensor]) -> None:
     shapes: dict[str, Any] = {"image": (DECODER, 7), "video": (DECODER.model_copy(update={"heads": 4}), 9)}
     model = Student(SHAPE, shapes)
-    assert model.alike() == []
+    assert model.groups_by_shape() == []
     model.batch_decoders()
     assert model(*clips).keys() == {"image", "video"}
-    assert len(model.together) == 0
+    assert len(model.grouped_decoders) == 0

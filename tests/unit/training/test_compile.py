@@ -24,14 +24,14 @@ from mvd_scale.models.drop_path import DropPath
 from mvd_scale.targets import build_targets
 from mvd_scale.training import capabilities as device
 from mvd_scale.training import deepspeed_engine as engine
-from mvd_scale.training.capabilities import placement_of, teacher_facts
+from mvd_scale.training.capabilities import make_placement, teacher_facts
 from mvd_scale.training.compile import compile_blocks
 from mvd_scale.training.deepspeed_engine import train_engine
 from mvd_scale.training.optimizer import parameter_groups
-from mvd_scale.training.placement import Capabilities, Decision, Devices, place
+from mvd_scale.training.placement import Capabilities, Decision, Devices, decide_placement
 from mvd_scale.training.teachers import cuda_graph
-from mvd_scale.training.teachers.cuda_graph import GraphedTeacher
-from mvd_scale.training.teachers.place import host_teachers
+from mvd_scale.training.teachers.cuda_graph import CudaGraphTeacher
+from mvd_scale.training.teachers.place import place_teachers
 from mvd_scale.utils import env_report as capabilities
 
 CPU = torch.device("cpu")
@@ -135,8 +135,8 @@ def test_what_the_recipe_asks_for_is_compiled(
     made, ranks = recipe(compile=True), Ranks(0, 0, 1, CPU)
     targets = build_targets(made, lambda name: Encoder(made.model, final_norm=False))
     student = Student(made.model, {"video": (made.targets["video"].head_config, 32)})
-    placement = placement_of(made, targets, ranks)
-    host_teachers(targets, placement, ranks)
+    placement = make_placement(made, targets, ranks)
+    place_teachers(targets, placement, ranks)
     pixels = torch.randint(0, 256, (2, 4, 32, 32, 3), dtype=torch.uint8)
     with torch.no_grad():
         targets["video"].teacher(pixels)  # type: ignore[attr-defined]
@@ -194,21 +194,22 @@ class Recorded:
 
 
 def test_a_teacher_is_recorded_once_and_runs_other_shapes_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_graph, "Recording", Recorded)
+    monkeypatch.setattr(cuda_graph, "CapturedGraph", Recorded)
     monkeypatch.setattr(Recorded, "made", 0)
     made = recipe()
     teacher = Encoder(made.model, final_norm=False).eval()
-    graphed = GraphedTeacher(teacher)
+    graphed = CudaGraphTeacher(teacher)
     pixels = torch.randint(0, 256, (3, 4, 32, 32, 3), dtype=torch.uint8)
-    kept = torch.arange(3).expand(3, 3)
+    output_tokens = torch.arange(3).expand(3, 3)
     for clips in (2, 2, 3, 2):
         torch.testing.assert_close(
-            graphed(pixels[:clips], kept=kept[:clips]), teacher(pixels[:clips], kept=kept[:clips]).detach()
+            graphed(pixels[:clips], output_tokens=output_tokens[:clips]),
+            teacher(pixels[:clips], output_tokens=output_tokens[:clips]).detach(),
         )
     torch.testing.assert_close(graphed(pixels), teacher(pixels).detach())
     assert Recorded.made == 1
-    assert graphed._recording is not None
-    assert graphed._recording.replays == 3  # type: ignore[attr-defined]
+    assert graphed._captured is not None
+    assert graphed._captured.replays == 3  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("recorded", [False, True])
@@ -216,10 +217,10 @@ def test_a_recorded_teacher_is_given_pixels(recorded: bool) -> None:
     made = recipe()
     targets = build_targets(made, lambda name: Encoder(made.model, final_norm=False))
     assert targets["video"].tube_rows is not None  # type: ignore[attr-defined]
-    placement = place(made, teacher_facts(targets), Devices("cpu", 1, 1, Capabilities()))
+    placement = decide_placement(made, teacher_facts(targets), Devices("cpu", 1, 1, Capabilities()))
     placed = replace(placement.teacher("video"), compile=Decision(False, ""), cuda_graph=Decision(recorded, ""))
-    host_teachers(targets, replace(placement, teachers=(placed,)), Ranks(0, 0, 1, CPU))
-    assert isinstance(targets["video"].teacher, GraphedTeacher) == recorded  # type: ignore[attr-defined]
+    place_teachers(targets, replace(placement, teachers=(placed,)), Ranks(0, 0, 1, CPU))
+    assert isinstance(targets["video"].teacher, CudaGraphTeacher) == recorded  # type: ignore[attr-defined]
     assert (targets["video"].tube_rows is None) == recorded  # type: ignore[attr-defined]
 
 

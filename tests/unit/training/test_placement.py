@@ -28,11 +28,11 @@ from mvd_scale.models import Encoder, Student
 from mvd_scale.models.quantization import REFUSED
 from mvd_scale.performance.planning.hardware import GPUS, capabilities_of
 from mvd_scale.performance.planning.parallelism import placement_on, setting_from
-from mvd_scale.performance.planning.workload import describe
+from mvd_scale.performance.planning.workload import build_workload
 from mvd_scale.targets import MaskedDistillation, build_targets
 from mvd_scale.training import compile as compilation
 from mvd_scale.training import deepspeed_engine as engine
-from mvd_scale.training.capabilities import placement_of, probe_capabilities, ranks_by_host, teacher_facts
+from mvd_scale.training.capabilities import make_placement, probe_capabilities, ranks_by_host, teacher_facts
 from mvd_scale.training.deepspeed_engine import train_engine
 from mvd_scale.training.placement import (
     CALIBRATED,
@@ -43,13 +43,13 @@ from mvd_scale.training.placement import (
     Placement,
     Teacher,
     TeacherShards,
+    decide_placement,
     needs_compiler,
-    place,
 )
 from mvd_scale.training.teachers import place as teachers
-from mvd_scale.training.teachers import prefetch as prefetch
-from mvd_scale.training.teachers.place import host_teachers
-from mvd_scale.training.teachers.prefetch import begin_ahead
+from mvd_scale.training.teachers import prefetch
+from mvd_scale.training.teachers.place import place_teachers
+from mvd_scale.training.teachers.prefetch import make_prefetcher
 from mvd_scale.utils import env_report as capabilities
 
 SHAPE = {"width": 32, "depth": 2, "heads": 2, "frames": 4, "input_size": 32}
@@ -196,7 +196,7 @@ def expected(case: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
 def test_each_input_changes_what_it_should(case: str) -> None:
     changes, devices, _, _ = CASES[case]
     made = recipe(**changes)
-    placement = place(made, facts(made), devices)
+    placement = decide_placement(made, facts(made), devices)
     run, of_teachers = expected(case)
     assert values_of(placement, BASE) == run
     assert {teacher.name: values_of(teacher, FROZEN) for teacher in placement.teachers} == of_teachers
@@ -210,14 +210,14 @@ class Spy:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seen: dict[str, Any] = {}
         self.compiled: list[nn.Module] = []
-        monkeypatch.setattr(teachers, "lower", self.lower)
+        monkeypatch.setattr(teachers, "cast_frozen", self.lower)
         monkeypatch.setattr(teachers, "shard_teacher", self.shard)
         monkeypatch.setattr(compilation, "compile_blocks", self.compiled.append)
         monkeypatch.setattr(engine, "compile_blocks", self.compiled.append)
         monkeypatch.setattr(engine, "import_deepspeed", lambda: SimpleNamespace(initialize=self.initialize))
-        monkeypatch.setattr(prefetch, "SideStream", lambda *_: "ahead")
+        monkeypatch.setattr(prefetch, "PrefetchStream", lambda *_: "ahead")
 
-    def lower(self, teacher: nn.Module, precision: str, _: Any, rest: str) -> nn.Module:
+    def cast_frozen(self, teacher: nn.Module, precision: str, _: Any, rest: str) -> nn.Module:
         teacher.seen = {"precision": precision, "rest": rest, "shards": None}  # type: ignore[assignment]
         return teacher
 
@@ -236,9 +236,9 @@ class Spy:
         student = Student(
             made.model, {name: (made.targets[name].head_config, t.channels) for name, t in targets.items()}
         )
-        host_teachers(targets, placement, ranks)
+        place_teachers(targets, placement, ranks)
         trained = train_engine(student, [{"params": list(student.parameters())}], made, placement, ranks)
-        begun = begin_ahead(MaskedDistillation(targets), placement, ranks.device) is not None
+        begun = make_prefetcher(MaskedDistillation(targets), placement, ranks.device) is not None
         config = self.config
         run = {
             "precision": next((p for p in ("fp16", "bf16") if config[p]["enabled"]), "fp32"),
@@ -247,12 +247,12 @@ class Spy:
             "accumulation": config["gradient_accumulation_steps"],
             "gradient_checkpointing": student.encoder.blocks.gradient_checkpointing,
             "compile": any(module is trained.module for module in self.compiled),
-            "batch_decoders": len(student.together) > 0,
+            "batch_decoders": len(student.grouped_decoders) > 0,
         }
         of_teachers = {}
         for name in (teacher.name for teacher in placement.teachers):
             called = targets[name].teacher
-            graphed = isinstance(called, compilation.GraphedTeacher)
+            graphed = isinstance(called, compilation.CudaGraphTeacher)
             inner = called.teacher if graphed else called
             done = {"compile": any(module is inner for module in self.compiled), "cuda_graph": graphed}
             of_teachers[name] = {**inner.seen, **done, "prefetch": begun and targets[name].prefetchable}
@@ -263,7 +263,7 @@ class Spy:
 def test_the_engine_does_as_it_is_placed(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     changes, devices, _, _ = CASES[case]
     made = recipe(**changes)
-    run, of_teachers = Spy(monkeypatch).run(made, place(made, facts(made), devices))
+    run, of_teachers = Spy(monkeypatch).run(made, decide_placement(made, facts(made), devices))
     wanted, wanted_of_teachers = expected(case)
     del wanted["data_prefetch"]
     for decisions in wanted_of_teachers.values():
@@ -281,24 +281,28 @@ def test_the_planner_counts_with_the_same_placement(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         "mvd_scale.performance.planning.parallelism.bf16_instructions", lambda: devices.capabilities.bf16
     )
-    work = describe(made)
-    placement = placement_on(made, work, devices.ranks, per_node=devices.ranks_per_host, gpu=GPUS["H100"])
-    assert placement == place(made, facts(made), devices)
-    setting, (run, of_teachers) = setting_from(placement, made), expected(case)
+    workload = build_workload(made)
+    placement = placement_on(made, workload, devices.ranks, per_node=devices.ranks_per_host, gpu=GPUS["H100"])
+    assert placement == decide_placement(made, facts(made), devices)
+    parallel, (run, of_teachers) = setting_from(placement, made), expected(case)
     assert {
-        "precision": setting.precision,
-        "zero_stage": setting.stage,
-        "micro_batch": setting.micro,
-        "accumulation": setting.accumulation,
-        "gradient_checkpointing": setting.checkpointing,
+        "precision": parallel.precision,
+        "zero_stage": parallel.stage,
+        "micro_batch": parallel.micro,
+        "accumulation": parallel.accumulation,
+        "gradient_checkpointing": parallel.checkpointing,
         "compile": run["compile"],
-        "batch_decoders": setting.batched,
-        "data_prefetch": setting.prefetch,
+        "batch_decoders": parallel.batched,
+        "data_prefetch": parallel.prefetch,
     } == run
     frozen = of_teachers["video"]
-    assert (setting.eight_bit or setting.teacher_precision) == frozen["precision"]
-    assert setting.teacher_precision == frozen["rest"]
-    for column, name in ((setting.shards, "shards"), (setting.prefetched, "prefetch"), (setting.graphed, "cuda_graph")):
+    assert (parallel.eight_bit or parallel.teacher_precision) == frozen["precision"]
+    assert parallel.teacher_precision == frozen["rest"]
+    for column, name in (
+        (parallel.shards, "shards"),
+        (parallel.prefetched, "prefetch"),
+        (parallel.graphed, "cuda_graph"),
+    ):
         assert column == tuple(decisions[name] for decisions in of_teachers.values()), name
 
 
@@ -357,12 +361,12 @@ def test_what_is_asked_for_by_name_and_cannot_be_is_one_message(
 ) -> None:
     made = recipe(**changes)
     with pytest.raises(UserError, match=message.replace("(", r"\(").replace(")", r"\)")):
-        place(made, facts(made), devices)
+        decide_placement(made, facts(made), devices)
 
 
 def test_reasons_name_the_keys_and_the_obstacles() -> None:
     made = recipe(training__deepspeed="zero3", teachers__sharding="zero3")
-    placement = place(made, facts(made), GPU)
+    placement = decide_placement(made, facts(made), GPU)
     assert str(placement.teachers[0].precision) == "fp16, because teachers.precision is auto and the device is a GPU"
     assert str(placement.compile) == f"off, because {GATHERED}"
     assert str(placement.batch_decoders) == f"off, because {LAYERWISE}"
@@ -374,11 +378,11 @@ def test_reasons_name_the_keys_and_the_obstacles() -> None:
     assert text.count("teachers: precision") == 1
     assert text.count("teacher: prefetch") == 2
     eight = recipe(training__precision="fp32", teachers__precision="int8", targets={"video": VIDEO})
-    placed = place(eight, facts(eight), replace(CPU, capabilities=Capabilities(bf16=False)))
+    placed = decide_placement(eight, facts(eight), replace(CPU, capabilities=Capabilities(bf16=False)))
     assert "no instructions for bf16" in "\n".join(placed.to_lines())
     asked = eight.model_copy(update={"teachers": eight.teachers.model_copy(update={"compile": True})})
     with pytest.raises(UserError, match=CALIBRATED):
-        place(asked, facts(asked), CPU)
+        decide_placement(asked, facts(asked), CPU)
 
 
 @pytest.mark.parametrize(
@@ -390,7 +394,7 @@ def test_reasons_name_the_keys_and_the_obstacles() -> None:
 )
 def test_other_runs_are_placed_without_teachers(made: RunRecipe) -> None:
     assert isinstance(made, FinetuneRecipe | DetectionRecipe)
-    placement = place(made, [], GPU)
+    placement = decide_placement(made, [], GPU)
     assert placement.teachers == ()
     assert placement.batch_decoders.value is False
     assert placement.compile.value is True
@@ -401,7 +405,7 @@ def test_a_run_logs_its_placement(monkeypatch: pytest.MonkeyPatch, caplog: pytes
     monkeypatch.setattr(logging.getLogger("mvd_scale"), "propagate", True)
     made = recipe(training__precision="fp32")
     with caplog.at_level("INFO"):
-        placement = placement_of(made, targets_of(made), Ranks(0, 0, 1, torch.device("cpu")))
+        placement = make_placement(made, targets_of(made), Ranks(0, 0, 1, torch.device("cpu")))
     assert caplog.messages == placement.to_lines()
     assert len(caplog.messages) > 10
 
@@ -421,7 +425,7 @@ def test_the_compiler_is_looked_for_only_where_it_counts(monkeypatch: pytest.Mon
     assert probe_capabilities(cpu, compiler=False).no_compile == ""
     made = recipe(training__precision="fp32", training__compile=True)
     with pytest.raises(UserError, match=r"training\.compile is true, but .* install g\+\+"):
-        placement_of(made, targets_of(made), Ranks(0, 0, 1, cpu))
+        make_placement(made, targets_of(made), Ranks(0, 0, 1, cpu))
 
 
 def test_a_gpu_is_asked_what_it_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -432,7 +436,7 @@ def test_a_gpu_is_asked_what_it_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
     found = probe_capabilities(torch.device("cuda", 0), compiler=True)
     assert found == Capabilities("A100", bf16=True, fp8=False, no_compile="Triton is off: gone")
     made = recipe()
-    placement = place(made, facts(made), replace(GPU, capabilities=found))
+    placement = decide_placement(made, facts(made), replace(GPU, capabilities=found))
     assert str(placement.compile) == "off, because Triton is off: gone"
 
 
@@ -444,7 +448,7 @@ def test_hosts_are_counted_by_their_ranks(monkeypatch: pytest.MonkeyPatch) -> No
     ranks = Ranks(1, 0, 3, torch.device("cpu"), host="b")
     assert ranks_by_host(ranks) == {"a": [0, 2], "b": [1]}
     made = recipe(training__precision="fp32", training__global_batch=96, teachers__sharding="zero3")
-    placement = placement_of(made, targets_of(made), ranks)
+    placement = make_placement(made, targets_of(made), ranks)
     assert placement.devices.ranks_per_host == 2
     assert placement.teacher("video").shards.value == TeacherShards("host", 2, True)
 

@@ -18,9 +18,9 @@ from mvd_scale.cli import cli
 from mvd_scale.data.indexing.build import build_manifest
 from mvd_scale.data.manifest import Manifest, Row
 from mvd_scale.evaluation.evaluate import ensemble_results
-from mvd_scale.evaluation.metrics import Outcome
+from mvd_scale.evaluation.metrics import Predictions
+from mvd_scale.evaluation.results import EvalResult as FinishedTest
 from mvd_scale.evaluation.results import Origin, percent
-from mvd_scale.evaluation.results import Tested as FinishedTest
 from mvd_scale.visualization.html_report import TABLE, class_results, confusions, hard_videos, render, write_report
 from mvd_scale.visualization.thumbnails import HEIGHT, thumbnails
 
@@ -108,7 +108,7 @@ def make(video: Row, tmp_path: Path) -> Make:
         out = tmp_path / f"test{len(list(tmp_path.iterdir()))}"
         out.mkdir()
         manifest.save(out / "manifest.parquet")
-        tested = FinishedTest(out, Outcome(np.array(labels), fine, scores), names, classes, origin, reasons)
+        tested = FinishedTest(out, Predictions(np.array(labels), fine, scores), names, classes, origin, reasons)
         tested.write()
         return tested, manifest
 
@@ -133,13 +133,13 @@ def test_a_page_stands_alone(make: Make, classes: int) -> None:
 def test_its_figures_are_those_of_the_test(make: Make) -> None:
     tested, manifest = make([k % 4 for k in range(40)], names(4), decoded=[k not in (3, 9) for k in range(40)])
     page = Page(render(tested, manifest, hardest=1))
-    summary = tested.outcome.summary()
+    summary = tested.predictions.summary()
     shares = [percent(summary[key]) for key in ("top1", "top5", "mean_class_accuracy", "calibration_error")]
     shown = page.texts["dd"]
     assert shown[shown.index("40") :][:6] == ["40", "2", *shares]
     assert all(text in tested.to_text() for text in shares)
     text = " ".join(text for texts in page.texts.values() for text in texts)
-    assert all(percent(accuracy) in text for accuracy in tested.outcome.view_accuracy)
+    assert all(percent(accuracy) in text for accuracy in tested.predictions.view_accuracy)
     assert "mvd-scale evaluate" in text
     for name in ("videos/3.mp4", "videos/9.mp4", "moov atom not found"):
         assert name in text
@@ -151,8 +151,8 @@ def test_classes_worst_first_and_pairs_most_frequent_first(make: Make) -> None:
     for video, prediction in enumerate([0, 1, 1, 2, 1, 0, 2]):
         views[video, :, prediction] = 1
     counted = FinishedTest(
-        tested.out, Outcome(tested.outcome.labels, tested.outcome.decoded, views), tested.names, tested.classes,
-        tested.origin, {},
+        tested.out, Predictions(tested.predictions.labels, tested.predictions.decoded, views), tested.names,
+        tested.classes, tested.origin, {},
     )  # fmt: skip
     assert [(row.name, row.videos, row.accuracy, row.taken_for) for row in class_results(counted)] == [
         ("class 0", 4, 0.25, "class 1"), ("class 1", 2, 0.5, "class 0"), ("class 2", 1, 1.0, ""),
@@ -166,8 +166,8 @@ def test_the_hardest_videos(make: Make) -> None:
     tested, manifest = make([0, 0, 0, 1], names(2), decoded=[True, True, True, False], views=1)
     views = np.array([[0.3, 0.7], [0.1, 0.9], [0.8, 0.2], [0, 0]], np.float32)[:, None]
     test = FinishedTest(
-        tested.out, Outcome(tested.outcome.labels, tested.outcome.decoded, views), tested.names, tested.classes,
-        tested.origin, tested.reasons,
+        tested.out, Predictions(tested.predictions.labels, tested.predictions.decoded, views), tested.names,
+        tested.classes, tested.origin, tested.reasons,
     )  # fmt: skip
     sure, low = hard_videos(test, manifest, 1)
     assert [(video.name, video.prediction, video.label) for video in sure] == [("videos/1.mp4", "class 1", "class 0")]
@@ -228,7 +228,7 @@ def test_a_turned_video_is_shown_upright(make: Make, video: Row) -> None:
 def test_one_command_for_a_test_and_for_a_merged_one(make: Make, tmp_path: Path) -> None:
     tested, _ = make([0, 1, 0, 1], names(2))
     both = ensemble_results([tested.out, tested.out], tmp_path / "both", "mvd-scale ensemble a a")
-    np.testing.assert_allclose(both.outcome.scores, tested.outcome.scores, atol=1e-6)
+    np.testing.assert_allclose(both.predictions.scores, tested.predictions.scores, atol=1e-6)
     for folder, command in ((tested.out, "mvd-scale evaluate"), (both.out, "mvd-scale ensemble a a")):
         result = CliRunner().invoke(cli, ["report", str(folder), "--hardest", "1"], catch_exceptions=False)
         assert result.stdout.strip() == str(folder / "report.html")

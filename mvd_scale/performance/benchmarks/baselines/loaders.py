@@ -33,7 +33,7 @@ def unavailable_reason(way: str, video: str) -> str | None:
     return None
 
 
-def plain_loader(way: str, paths: Sequence[str], frames: Sequence[int], *, batch: int, workers: int) -> DataLoader:
+def baseline_loader(way: str, paths: Sequence[str], frames: Sequence[int], *, batch: int, workers: int) -> DataLoader:
     """Make an endless loader by one of `BASELINES`.
 
     Its batches are pixels, float32 (B, 3, T, 224, 224), and masks, bool (B, N).

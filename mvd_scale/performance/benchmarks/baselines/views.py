@@ -39,7 +39,7 @@ def reader_name() -> str:
     return "decord" if find_spec("decord") is not None else "PyAV"
 
 
-def plain_views(
+def baseline_views(
     way: Baseline,
     paths: Sequence[str],
     frames: Sequence[int],

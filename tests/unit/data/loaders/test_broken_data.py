@@ -153,14 +153,14 @@ def test_a_video_that_breaks_after_indexing_is_replaced_and_named(tmp_path, how,
     manifest = build_manifest(tmp_path, workers=1)
     broken = tmp_path / f"b{suffix}"
     BROKEN[how](broken)
-    report = tmp_path / "quarantine.jsonl"
+    quarantine_file = tmp_path / "quarantine.jsonl"
     data = DATA.model_copy(update={"clips_per_video": 4, "read_timeout": 0.5 if how == "a read that hangs" else 20})
-    with load(manifest, 12, data, report=report) as loader:
+    with load(manifest, 12, data, quarantine_file=quarantine_file) as loader:
         batch = next(loader)
         assert loader.substituted >= 1
     assert set(batch.video_ids.tolist()) == {0, 2}
     assert batch.pixels.amax(dim=(1, 2, 3, 4)).min() > 0
-    (line,) = [json.loads(line) for line in report.read_text().splitlines()]
+    (line,) = [json.loads(line) for line in quarantine_file.read_text().splitlines()]
     assert (line["row"], line["path"], line["step"]) == (1, str(broken), 0)
     assert line["error"]
     if how == "a read that hangs":

@@ -222,9 +222,12 @@ def test_videos_that_break_after_indexing_are_replaced_the_same_way_everywhere(
     whole = (tmp_path / "4.webm").read_bytes()
     (tmp_path / "4.webm").write_bytes(whole[:400] + bytes(len(whole) - 400))
     (tmp_path / "6.webm").unlink()
-    report = tmp_path / "quarantine.jsonl"
+    quarantine_file = tmp_path / "quarantine.jsonl"
     data = DATA.model_copy(update={"workers": workers})
-    with caplog.at_level(logging.WARNING, logger="mvd_scale"), load(manifest, data, report=report) as loader:
+    with (
+        caplog.at_level(logging.WARNING, logger="mvd_scale"),
+        load(manifest, data, quarantine_file=quarantine_file) as loader,
+    ):
         got = list(loader)
         replaced = loader.substituted
     before, after = clips(stream), clips(got)
@@ -232,7 +235,7 @@ def test_videos_that_break_after_indexing_are_replaced_the_same_way_everywhere(
     assert replaced == broken.sum() > 3
     assert torch.equal(before["pixels"][~broken], after["pixels"][~broken])
     assert not torch.isin(after["video_ids"], torch.tensor([3, 4, 6])).any()
-    lines = [json.loads(line) for line in report.read_text().splitlines()]
+    lines = [json.loads(line) for line in quarantine_file.read_text().splitlines()]
     assert sorted(line["row"] for line in lines) == [3, 4, 6]
     assert all(line["path"] == manifest.path[line["row"]] and line["error"] for line in lines)
     assert all(0 <= line["step"] < 5 for line in lines)
@@ -278,8 +281,8 @@ def test_too_many_broken_videos_end_the_run(tmp_path, videos):
     manifest = copy_videos(videos, tmp_path)
     (tmp_path / "3.mp4").unlink()
     data = DATA.model_copy(update={"max_broken": 0.01})
-    report = tmp_path / "q.jsonl"
-    with load(manifest, data, total_steps=200, report=report) as loader:
+    quarantine_file = tmp_path / "q.jsonl"
+    with load(manifest, data, total_steps=200, quarantine_file=quarantine_file) as loader:
         with pytest.raises(UserError, match=r"data.max_broken 0.01 .*q.jsonl"):
             list(loader)
         assert 100 <= loader.clips < 110

@@ -101,15 +101,15 @@ def test_a_video_that_cannot_be_decoded_is_marked_and_named_never_dropped(tmp_pa
     (tmp_path / "3.mp4").unlink()
     whole = (tmp_path / "4.webm").read_bytes()
     (tmp_path / "4.webm").write_bytes(whole[:400] + bytes(len(whole) - 400))
-    report = tmp_path / "quarantine.jsonl"
-    batches = collect(manifest, report=report)
+    quarantine_file = tmp_path / "quarantine.jsonl"
+    batches = collect(manifest, quarantine_file=quarantine_file)
     assert torch.cat([batch.video_ids for batch in batches]).tolist() == list(range(10))
     decoded = torch.cat([batch.decoded for batch in batches])
     assert decoded.tolist() == [row not in (3, 4) for row in range(10)]
     pixels = torch.cat([batch.pixels for batch in batches])
     assert pixels[3:5].max() == 0
     assert pixels[5].max() > 0
-    assert [json.loads(line)["row"] for line in report.read_text().splitlines()] == [3, 4]
+    assert [json.loads(line)["row"] for line in quarantine_file.read_text().splitlines()] == [3, 4]
 
 
 def test_sliding_clips_cover_the_video_whatever_their_groups(manifest):

@@ -14,7 +14,7 @@ from mvd_scale.data.manifest import Manifest, Row
 from mvd_scale.data.sampling.crops import corner_crop, draw_crop
 from mvd_scale.data.sampling.frames import dense_frames, draw_frames, segment_frames, window_frames
 from mvd_scale.data.sampling.masks import draw_mask, running_cell_mask
-from mvd_scale.data.sampling.sampler import Sampler, Share, steps_per_epoch
+from mvd_scale.data.sampling.sampler import RankShard, Sampler, steps_per_epoch
 from mvd_scale.errors import UserError
 
 MODEL = ModelConfig(width=16, depth=1, heads=1, frames=4, input_size=32, patch_size=8)
@@ -291,8 +291,8 @@ def test_the_stream_is_the_one_of_earlier_releases():
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 12])
 def test_ranks_share_out_one_stream(world_size):
     clips, batch, steps = 31, 12, 7
-    single = Share(clips, batch, 0, 1)
-    ranks = [Share(clips, batch, rank, world_size) for rank in range(world_size)]
+    single = RankShard(clips, batch, 0, 1)
+    ranks = [RankShard(clips, batch, rank, world_size) for rank in range(world_size)]
     stream = [
         share.position(step * share.clips_per_step + k)
         for step in range(steps)
@@ -303,7 +303,7 @@ def test_ranks_share_out_one_stream(world_size):
 
 
 def test_an_epoch_drops_what_does_not_fill_a_global_batch():
-    share = Share(clips=31, global_batch=12, rank=0, world_size=1)
+    share = RankShard(clips=31, global_batch=12, rank=0, world_size=1)
     assert [share.locate(p) for p in (0, 23, 24, 47, 48)] == [(0, 0), (0, 23), (1, 0), (1, 23), (2, 0)]
     assert steps_per_epoch(make_manifest(31), DataConfig(), 12) == 2
 

@@ -10,7 +10,13 @@ from click.testing import CliRunner
 
 from mvd_scale.cli import cli
 from mvd_scale.data.generated.sample_clips import write_sample_clips
-from mvd_scale.performance.benchmarks.baselines.loaders import BASELINES, FRAMES, SIDE, plain_loader, unavailable_reason
+from mvd_scale.performance.benchmarks.baselines.loaders import (
+    BASELINES,
+    FRAMES,
+    SIDE,
+    baseline_loader,
+    unavailable_reason,
+)
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +30,7 @@ def test_each_plain_way_gives_what_the_published_data_set_gives(clips, way):
     reason = unavailable_reason(way, video)
     if reason is not None:
         pytest.skip(f"{way}: {reason}")
-    pixels, mask = next(iter(plain_loader(way, [video], [50], batch=2, workers=0)))
+    pixels, mask = next(iter(baseline_loader(way, [video], [50], batch=2, workers=0)))
     assert pixels.shape == (2, 3, FRAMES, SIDE, SIDE)
     assert pixels.dtype == torch.float32
     assert abs(pixels.mean()) < 2.5

@@ -22,8 +22,8 @@ from mvd_scale.data.loaders.view_loader import ViewLoader, ViewShape, view_items
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.sampling.eval_views import view_frame_indices
 from mvd_scale.distributed.data_rank import DataRank
-from mvd_scale.performance.benchmarks.baselines import loaders as plain_loaders
-from mvd_scale.performance.benchmarks.baselines.views import BASELINES, Way, frames_decoded, plain_views
+from mvd_scale.performance.benchmarks.baselines import loaders as baseline_loaders
+from mvd_scale.performance.benchmarks.baselines.views import BASELINES, Baseline, baseline_views, frames_decoded
 from mvd_scale.performance.benchmarks.evaluation import EvalReport, EvalSpeed
 from mvd_scale.performance.report import Machine
 
@@ -39,8 +39,8 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 
 @pytest.mark.parametrize("way", BASELINES)
-def test_every_plain_way_gives_the_views_that_ours_gives(manifest: Manifest, way: Way) -> None:
-    plain = iter(plain_views(way, manifest.path, manifest.frames.tolist(), VIEWS, length=T, side=SIDE, workers=0))
+def test_every_plain_way_gives_the_views_that_ours_gives(manifest: Manifest, way: Baseline) -> None:
+    plain = iter(baseline_views(way, manifest.path, manifest.frames.tolist(), VIEWS, length=T, side=SIDE, workers=0))
     items = view_items(manifest, VIEWS, frames=T)
     options = {"shape": ViewShape(T, SIDE), "batch": 2, "rank": DataRank(torch.device("cpu"))}
     with ViewLoader(manifest, DataConfig(workers=0), VIEWS, items, **options) as loader:
@@ -61,7 +61,7 @@ def counted(packets: Iterator[av.VideoFrame], count: list[int]) -> Iterator[av.V
 
 @pytest.mark.parametrize("way", BASELINES)
 def test_the_frames_that_are_told_are_those_that_are_decoded(
-    manifest: Manifest, way: Way, monkeypatch: pytest.MonkeyPatch
+    manifest: Manifest, way: Baseline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     count, path, total = [0], manifest.path[0], int(manifest.frames[0])
     opened = av.open
@@ -79,9 +79,9 @@ def test_the_frames_that_are_told_are_those_that_are_decoded(
         def decode(self, **which: int) -> Iterator[av.VideoFrame]:
             return counted(self.container.decode(**which), count)
 
-    monkeypatch.setattr("mvd_scale.performance.benchmarks.baselines.views.decord_frames", plain_loaders.pyav_frames)
+    monkeypatch.setattr("mvd_scale.performance.benchmarks.baselines.views.decord_frames", baseline_loaders.pyav_frames)
     monkeypatch.setattr(av, "open", Counting)
-    next(iter(plain_views(way, [path], [total], VIEWS, length=T, side=SIDE, workers=0)))
+    next(iter(baseline_views(way, [path], [total], VIEWS, length=T, side=SIDE, workers=0)))
     assert count[0] == frames_decoded(way, total, VIEWS, length=T)
 
 

@@ -13,7 +13,7 @@ from mvd_scale.cli import cli
 from mvd_scale.config.training import Checkpointing
 from mvd_scale.errors import UserError
 
-from .test_compare import STEP
+from ..test_compare import STEP
 
 
 def test_every_choice_of_checkpointing_stands_beside_none(monkeypatch: pytest.MonkeyPatch) -> None:

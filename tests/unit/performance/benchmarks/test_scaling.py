@@ -15,7 +15,7 @@ from mvd_scale.performance.bench_setup import bench_recipe
 from mvd_scale.performance.benchmarks import scaling as growth
 from mvd_scale.performance.benchmarks.scaling import PowerLaw
 
-from .test_compare import STEP
+from ..test_compare import STEP
 
 SMALL = ["--recipe", "distill/h_from_h", "--precision", "fp32", "--batch", "2"]
 

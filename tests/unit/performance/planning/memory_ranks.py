@@ -17,14 +17,14 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from mvd_scale.config import Recipe
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.data.sampling.masks import draw_mask
-from mvd_scale.distributed.process_group import Ranks, join_ranks, leave_ranks
+from mvd_scale.distributed.process_group import Ranks, destroy_distributed, init_distributed
 from mvd_scale.models import Student
 from mvd_scale.targets import build_targets
 from mvd_scale.targets.build import init_teacher
-from mvd_scale.training.capabilities import placement_of
+from mvd_scale.training.capabilities import make_placement
 from mvd_scale.training.distillation import distillation_model
 from mvd_scale.training.lr_schedule import Schedule
-from mvd_scale.training.teachers.prefetch import Ahead
+from mvd_scale.training.teachers.prefetch import TeacherPrefetcher
 from mvd_scale.training.trainer import Trainer
 from tests.batches import BatchLoader
 
@@ -72,10 +72,10 @@ def train(made: Recipe, ranks: Ranks) -> Any:
     targets = build_targets(made, lambda name: init_teacher(made, name))
     schedule = Schedule(made.training, 1, made.lr_batch)
     model = distillation_model(
-        Student.from_recipe(made, targets), targets, made, placement_of(made, targets, ranks), ranks, schedule
+        Student.from_recipe(made, targets), targets, made, make_placement(made, targets, ranks), ranks, schedule
     )
     micro, _ = made.micro_batch_and_accumulation(ranks.world_size)
-    batches = Ahead(BatchLoader(clips(made, micro) for _ in count()))
+    batches = TeacherPrefetcher(BatchLoader(clips(made, micro) for _ in count()))
     trainer = Trainer(model, batches, schedule, made, ranks)
     for step in range(STEPS):
         with record_function(f"step {step}"):
@@ -94,13 +94,13 @@ def held_from(profiler: profile, mark: str) -> tuple[int, int]:
 
 
 def main(case: dict[str, Any]) -> None:
-    ranks = join_ranks("cpu", timeout_minutes=2)
+    ranks = init_distributed("cpu", timeout_minutes=2)
     # From before the models are built, so that nothing is missed.
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        kept = train(recipe(case), ranks)
+        output_tokens = train(recipe(case), ranks)
     _, peak = held_from(profiler, "step 1")
-    del kept
-    leave_ranks()
+    del output_tokens
+    destroy_distributed()
     print(json.dumps({"peak": peak}))
 
 

@@ -25,7 +25,7 @@ from mvd_scale.models import Classifier, Student
 from mvd_scale.models.blocks import set_gradient_checkpointing
 from mvd_scale.performance.planning.flops import part_flops
 from mvd_scale.performance.planning.layers import Backward, BlockCost, LinearCost
-from mvd_scale.performance.planning.workload import describe, masked_tokens
+from mvd_scale.performance.planning.workload import build_workload, masked_tokens
 from mvd_scale.targets import FrozenTeacher, build_targets
 from mvd_scale.targets.build import init_teacher
 
@@ -119,8 +119,8 @@ def test_every_part_counts_what_torch_counts(method: str, checkpointing: Checkpo
     targets = build_targets(made, lambda name: init_teacher(made, name))
     student = Student.from_recipe(made, targets).train()
     set_gradient_checkpointing(student, checkpointing)
-    work = describe(made)
-    said = {part.part: part for part in part_flops(work, checkpointing=checkpointing, attention=attention)}
+    workload = build_workload(made)
+    said = {part.part: part for part in part_flops(workload, checkpointing=checkpointing, attention=attention)}
     clips = batch(made, decoded=masked_tokens(made))
 
     with counting(attention) as counter:
@@ -153,7 +153,7 @@ def test_a_classifier_counts_what_torch_counts() -> None:
     shape = [word for key, value in VIDEO.items() for word in (f"--model.{key}", str(value))]
     made = load_finetune_recipe("finetune/b_k400", [*overrides, *shape])
     model = Classifier(made.model, 7).train()
-    parts = part_flops(describe(made), checkpointing="none")
+    parts = part_flops(build_workload(made), checkpointing="none")
     with counting("fused") as counter:
         scores = model(torch.zeros(CLIPS, 8, 64, 64, 3, dtype=torch.uint8))
     assert sum(part.forward for part in parts) * CLIPS == counter.get_total_flops()
@@ -165,7 +165,7 @@ def test_a_classifier_counts_what_torch_counts() -> None:
 def test_the_published_sizes_count_what_torch_counts() -> None:
     """ViT-H with patches of 14 in the image teacher; on the meta device nothing is computed."""
     made = load_recipe("distill/h_from_h")
-    said = {part.part: part.forward for part in part_flops(describe(made), checkpointing="block")}
+    said = {part.part: part.forward for part in part_flops(build_workload(made), checkpointing="block")}
     with torch.device("meta"):
         targets = build_targets(made, lambda name: init_teacher(made, name))
         student = Student.from_recipe(made, targets)
@@ -187,7 +187,7 @@ def test_the_published_sizes_count_what_torch_counts() -> None:
 
 def test_the_papers_figure_of_a_classifier() -> None:
     """Table 1: 180 G multiply-adds for ViT-B and one view."""
-    parts = part_flops(describe(load_finetune_recipe("finetune/b_k400")), checkpointing="none")
+    parts = part_flops(build_workload(load_finetune_recipe("finetune/b_k400")), checkpointing="none")
     assert sum(part.forward for part in parts) / 2e9 == pytest.approx(180, abs=1)
 
 

@@ -21,12 +21,12 @@ from mvd_scale.config import load_recipe
 from mvd_scale.distributed.process_group import Ranks
 from mvd_scale.performance.planning import memory as memory_model
 from mvd_scale.performance.planning.memory import predict_memory
-from mvd_scale.performance.planning.parallelism import setting_of
-from mvd_scale.performance.planning.workload import describe
+from mvd_scale.performance.planning.parallelism import parallel_config
+from mvd_scale.performance.planning.workload import build_workload
 from mvd_scale.targets import FrozenTeacher, build_targets
 from mvd_scale.targets.build import init_teacher
-from mvd_scale.training.capabilities import placement_of
-from mvd_scale.training.teachers.place import lower_teacher
+from mvd_scale.training.capabilities import make_placement
+from mvd_scale.training.teachers.place import cast_teacher
 
 from .memory_ranks import clips, held_from, recipe
 
@@ -70,10 +70,10 @@ def measure(case: dict[str, Any], folder: Path) -> int:
 def test_a_traced_run_holds_what_was_predicted(name: str, tmp_path: Path) -> None:
     case = CASE | CASES[name]
     made = recipe(case)
-    work = describe(made)
+    workload = build_workload(made)
     # One batch at a time, without a loader.
-    setting = replace(setting_of(made, work, case["world"]), prefetch=0)
-    memory = predict_memory(work, setting)
+    parallel = replace(parallel_config(made, workload, case["world"]), prefetch=0)
+    memory = predict_memory(workload, parallel)
     measured = measure(case, tmp_path)
     assert memory.peak == pytest.approx(measured, rel=0.1)
     # No part decides alone, so one that is wrong is seen.
@@ -87,18 +87,18 @@ def test_traced_int8_teachers_hold_what_was_predicted() -> None:
     micro = 4
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         targets = build_targets(made, lambda name: init_teacher(made, name))
-        placement = placement_of(made, targets, Ranks(0, 0, 1, torch.device("cpu")))
+        placement = make_placement(made, targets, Ranks(0, 0, 1, torch.device("cpu")))
         for name, target in targets.items():
             assert isinstance(target, FrozenTeacher)
-            target.teacher = lower_teacher(target.teacher, placement.teacher(name), torch.device("cpu"))
+            target.teacher = cast_teacher(target.teacher, placement.teacher(name), torch.device("cpu"))
         drawn = clips(made, micro)
         with record_function("at rest"):
             pass
         for target in targets.values():
             target.features(drawn)
     rest, peak = held_from(profiler, "at rest")
-    work = describe(made)
-    memory = predict_memory(work, replace(setting_of(made, work, 1, micro=micro), prefetch=0))
+    workload = build_workload(made)
+    memory = predict_memory(workload, replace(parallel_config(made, workload, 1, micro=micro), prefetch=0))
     phases = [memory.phases[f"{name} teacher"] for name in targets]
     expected = phases[0]["teachers"] + phases[0]["batches"]
     assert expected == pytest.approx(rest, rel=0.03)
@@ -111,65 +111,68 @@ def test_model_states_are_those_that_deepspeed_estimates(monkeypatch: pytest.Mon
     # Of all parameters at once, as of a single group.
     monkeypatch.setattr(memory_model, "LARGEST_GROUP", 2**40)
     made = load_recipe("distill/b_from_b", ["--training.deepspeed", "zero2"])
-    work = describe(made)
-    setting = setting_of(made, work, world)
-    step = predict_memory(work, setting).phases["optimizer step"]
-    _, estimated = estimate_zero2_model_states_mem_needs(work.parameters, world, cpu_offload=False)
+    workload = build_workload(made)
+    parallel = parallel_config(made, workload, world)
+    step = predict_memory(workload, parallel).phases["optimizer step"]
+    _, estimated = estimate_zero2_model_states_mem_needs(workload.parameters, world, cpu_offload=False)
     # The estimate leaves out that gradients are flattened into a copy before they are widened.
-    flattened = 2 * work.parameters / world
+    flattened = 2 * workload.parameters / world
     assert step["weights"] + step["optimizer"] + step["gradients"] - flattened == pytest.approx(estimated, rel=1e-3)
 
     made = load_recipe("distill/b_from_b", ["--training.deepspeed", "zero3"])
-    setting = setting_of(made, work, world)
-    step = predict_memory(work, setting).phases["optimizer step"]
-    _, estimated, _ = estimate_zero3_model_states_mem_needs(work.parameters, 0, world, 1, False, False)
-    bucket, whole = 2 * setting.zero["reduce_bucket_size"], 2 * work.unsharded
+    parallel = parallel_config(made, workload, world)
+    step = predict_memory(workload, parallel).phases["optimizer step"]
+    _, estimated, _ = estimate_zero3_model_states_mem_needs(workload.parameters, 0, world, 1, False, False)
+    bucket, whole = 2 * parallel.zero["reduce_bucket_size"], 2 * workload.unsharded
     # The estimate leaves out buckets, what stays whole, and one of the two widths of gradients.
     held = step["weights"] + step["optimizer"] + step["gradients"] - bucket - whole
-    assert held - 2 * work.parameters / world == pytest.approx(estimated, rel=1e-3)
+    assert held - 2 * workload.parameters / world == pytest.approx(estimated, rel=1e-3)
 
 
 def test_what_a_stage_shards_shrinks_with_the_ranks() -> None:
     shares = {}
     for stage in (1, 2, 3):
         made = load_recipe("distill/l_from_l", ["--training.deepspeed", f"zero{stage}", "--training.micro_batch", "2"])
-        work = describe(made)
-        shares[stage] = [predict_memory(work, setting_of(made, work, world)).phases for world in (1, 64)]
+        workload = build_workload(made)
+        shares[stage] = [predict_memory(workload, parallel_config(made, workload, world)).phases for world in (1, 64)]
     for stage, (alone, many) in shares.items():
         for phase, parts in alone.items():
             assert parts["optimizer"] == pytest.approx(64 * many[phase]["optimizer"], rel=1e-3)
             whole = many[phase]["weights"] / parts["weights"]
             assert (whole < 0.05) == (stage == 3), phase
     # With accumulation, stage 1 keeps gradients whole.
-    kept = {stage: many["optimizer step"]["gradients"] for stage, (_, many) in shares.items()}
-    assert kept[1] > 10 * kept[2]
+    output_tokens = {stage: many["optimizer step"]["gradients"] for stage, (_, many) in shares.items()}
+    assert output_tokens[1] > 10 * output_tokens[2]
 
 
 def test_checkpointing_and_smaller_micro_batches_save_activations() -> None:
     made = load_recipe("distill/h_from_h")
-    work = describe(made)
-    setting = setting_of(made, work, 32)
+    workload = build_workload(made)
+    parallel = parallel_config(made, workload, 32)
     phase = "start of the backward pass"
-    checkpointed = predict_memory(work, setting).phases[phase]["activations"]
-    kept, without_attention = (
-        predict_memory(work, replace(setting, checkpointing=policy)).phases[phase]["activations"]
+    checkpointed = predict_memory(workload, parallel).phases[phase]["activations"]
+    output_tokens, without_attention = (
+        predict_memory(workload, replace(parallel, checkpointing=policy)).phases[phase]["activations"]
         for policy in ("none", "attention")
     )
-    assert checkpointed < 0.1 * kept
-    assert 0.6 * kept < without_attention < 0.75 * kept
-    half = predict_memory(work, replace(setting, micro=setting.micro // 2)).phases[phase]["activations"]
+    assert checkpointed < 0.1 * output_tokens
+    assert 0.6 * output_tokens < without_attention < 0.75 * output_tokens
+    half = predict_memory(workload, replace(parallel, micro=parallel.micro // 2)).phases[phase]["activations"]
     assert 2 * half == checkpointed
 
 
 def test_teachers_that_work_ahead_hold_memory_at_any_time_of_the_step() -> None:
     made = load_recipe("distill/b_from_b", ["--training.micro_batch", "32"])
-    work = describe(made)
-    graphed = setting_of(made, work, 8)
+    workload = build_workload(made)
+    graphed = parallel_config(made, workload, 8)
     assert graphed.graphed == (True, True)
-    setting = replace(graphed, graphed=(False, False))
-    micro, masked = setting.micro, 1408
-    ahead, alone = predict_memory(work, setting), predict_memory(work, replace(setting, prefetched=(False, False)))
-    assert setting.prefetched == (True, True)
+    parallel = replace(graphed, graphed=(False, False))
+    micro, masked = parallel.micro, 1408
+    ahead, alone = (
+        predict_memory(workload, parallel),
+        predict_memory(workload, replace(parallel, prefetched=(False, False))),
+    )
+    assert parallel.prefetched == (True, True)
     assert set(alone.phases) - set(ahead.phases) == {"image teacher", "video teacher"}
     for phase, parts in ahead.phases.items():
         without = alone.phases[phase]
@@ -178,27 +181,27 @@ def test_teachers_that_work_ahead_hold_memory_at_any_time_of_the_step() -> None:
         workspace = max(alone.phases[teacher]["workspace"] for teacher in ("image teacher", "video teacher"))
         assert parts["workspace"] - without.get("workspace", 0) == workspace
     # Each recording keeps what its teacher needs, and its own batch, whichever works.
-    recorded = predict_memory(work, graphed).phases["optimizer step"]["CUDA graphs"]
+    recorded = predict_memory(workload, graphed).phases["optimizer step"]["CUDA graphs"]
     needs = sum(alone.phases[teacher]["workspace"] for teacher in ("image teacher", "video teacher"))
     assert recorded == needs + 2 * micro * 16 * 224 * 224 * 3
 
 
 def test_only_teachers_that_stay_as_they_are_work_ahead_and_only_on_gpus() -> None:
     made = load_recipe("ablations/momentum_b")
-    assert setting_of(made, describe(made), 8).prefetched == (False,)
+    assert parallel_config(made, build_workload(made), 8).prefetched == (False,)
     for words in (["--device", "cpu", "--training.precision", "bf16"], ["--teachers.prefetch", "false"]):
         made = load_recipe("distill/b_from_b", words)
-        assert setting_of(made, describe(made), 8).prefetched == (False, False)
+        assert parallel_config(made, build_workload(made), 8).prefetched == (False, False)
 
 
 def test_decoders_together_hold_their_stacked_weights_wherever_they_stand() -> None:
     other = "{kind: pixels, decoder: {width: 384, depth: 4, heads: 6}}"
     made = load_recipe("distill/b_from_b", ["--targets.pixels", other])
-    work = describe(made)
-    setting = setting_of(made, work, 8)
-    assert setting.batched
+    workload = build_workload(made)
+    parallel = parallel_config(made, workload, 8)
+    assert parallel.batched
     phase = "start of the backward pass"
-    together, apart = (predict_memory(work, replace(setting, batched=on)).phases[phase] for on in (True, False))
+    together, apart = (predict_memory(workload, replace(parallel, batched=on)).phases[phase] for on in (True, False))
     # Of two decoders: the embedding and two blocks of width 768, in 16 bits.
     assert together["stacked weights"] == 2 * 2 * (768 * 768 + 2 * 12 * 768 * 768)
     assert "stacked weights" not in apart
@@ -217,12 +220,12 @@ def test_decoders_together_hold_their_stacked_weights_wherever_they_stand() -> N
 )
 def test_decoders_are_together_on_gpus_that_have_their_weights(words: list[str], batched: bool) -> None:
     made = load_recipe("distill/b_from_b", words)
-    assert setting_of(made, describe(made), 8).batched == batched
+    assert parallel_config(made, build_workload(made), 8).batched == batched
 
 
 def test_offloaded_states_are_not_on_the_gpu() -> None:
     made = load_recipe("distill/b_from_b", ["--training.deepspeed", "zero3_offload"])
-    work = describe(made)
-    parts = predict_memory(work, setting_of(made, work, 8)).parts
+    workload = build_workload(made)
+    parts = predict_memory(workload, parallel_config(made, workload, 8)).parts
     assert parts["optimizer"] == 0
-    assert parts["weights"] == 2 * work.unsharded
+    assert parts["weights"] == 2 * workload.unsharded

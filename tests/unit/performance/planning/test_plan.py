@@ -16,7 +16,7 @@ from mvd_scale.performance.planning.hardware import GPUS, LINK_SHARE, usable_mem
 from mvd_scale.performance.planning.plan import Plan, make_cluster, make_plan, micro_batches, with_stage
 from mvd_scale.performance.planning.plan_report import to_text
 from mvd_scale.performance.planning.video_decoding import VideoFormat, decoded_clips, decoded_frames
-from mvd_scale.performance.planning.workload import describe
+from mvd_scale.performance.planning.workload import build_workload
 
 SLOW_DECODING = VideoFormat(keyframes=250)
 FAST_DECODING = VideoFormat(keyframes=8)
@@ -111,7 +111,7 @@ def test_8_bit_teachers_compute_linear_layers_at_the_8_bit_peak() -> None:
     linear = sum(2 * width**2 * (12 * 11 * seen + 3 * seen + 9 * masked) for seen in (8 * 197, 1568))
     assert fp8.flops == base.flops
     whole = sum(part.forward for part in fp8.flops if part.part.endswith("teacher"))
-    spent = {made.setting.quantized: made.phases[0].arithmetic for made in (base, fp8)}
+    spent = {made.parallel.quantized: made.phases[0].arithmetic for made in (base, fp8)}
     assert spent[None] == pytest.approx(128 * whole / (0.5 * 989e12), rel=1e-6)
     assert spent["fp8"] == pytest.approx(128 * (linear / 1979e12 + (whole - linear) / 989e12) / 0.5, rel=1e-6)
     # Weights of 12 blocks in a byte, and a scale for each output channel; what remains in two bytes.
@@ -126,7 +126,9 @@ def test_8_bit_teachers_compute_linear_layers_at_the_8_bit_peak() -> None:
 def test_what_a_timm_teacher_has_in_8_bits_is_planned_too() -> None:
     vit = "{kind: timm, vit: vit_base_patch16_224, decoder: {width: 768, depth: 2, heads: 12}}"
     words = ["--targets.image", "null", "--targets.vit", vit]
-    (part,) = (part for part in describe(load_recipe("distill/b_from_b", words)).teachers if part.name == "vit teacher")
+    (part,) = (
+        part for part in build_workload(load_recipe("distill/b_from_b", words)).teachers if part.name == "vit teacher"
+    )
     assert part.linear == 12 * 12 * 768**2
     # Attention and the embedding are the rest.
     attention, embedding = 12 * 4 * 197**2 * 768 * 8, 2 * 8 * 196 * 768**2
@@ -183,7 +185,7 @@ def test_gradient_checkpointing_trades_time_for_memory() -> None:
 def test_a_micro_batch_that_does_not_fit_gives_way_to_the_largest_that_does() -> None:
     made = plan("finetune/l_k400", "--training.micro_batch", "128", gpu="V100", gpus=4)
     assert made.recipe_micro == 128
-    assert made.setting.micro == max(candidate.micro for candidate in made.candidates if candidate.fits) < 128
+    assert made.parallel.micro == max(candidate.micro for candidate in made.candidates if candidate.fits) < 128
     assert "the recipe's micro batch of 128 does not fit" in to_text(made)
 
 

@@ -13,11 +13,11 @@ from mvd_scale.models import Encoder
 from mvd_scale.models.quantization import quantize_linear_layers
 from mvd_scale.models.timm_vit import TimmViT
 from mvd_scale.targets import FrozenTeacher, build_targets
-from mvd_scale.training.capabilities import placement_of
+from mvd_scale.training.capabilities import make_placement
 from mvd_scale.training.placement import Placement
 from mvd_scale.training.teachers import fidelity
 from mvd_scale.training.teachers.fidelity import Fidelity, check_fidelity
-from mvd_scale.training.teachers.place import lower_teacher
+from mvd_scale.training.teachers.place import cast_teacher
 
 CPU = torch.device("cpu")
 SHAPE = '"size": null, "width": 64, "depth": 2, "heads": 2, "input_size": 32'
@@ -41,7 +41,7 @@ def teachers(made: Recipe) -> dict[str, Any]:
 
 
 def placed(made: Recipe) -> Placement:
-    return placement_of(made, teachers(made), Ranks(0, 0, 1, CPU))
+    return make_placement(made, teachers(made), Ranks(0, 0, 1, CPU))
 
 
 def clip() -> ClipBatch:
@@ -61,7 +61,7 @@ def test_8_bits_are_near_and_replace_every_linear_layer_of_the_blocks() -> None:
         found = fidelity.lowered(target, teacher, clip(), CPU)
         assert 0.999 < found.cosine < 1
         assert 0 < found.relative_error < 0.05
-        low = lower_teacher(target.teacher, teacher, CPU)
+        low = cast_teacher(target.teacher, teacher, CPU)
         linear = [name for name, module in low.named_modules() if isinstance(module, torch.nn.Linear)]
         assert linear == ["patch_embed"]
 

@@ -15,7 +15,7 @@ from mvd_scale.data.batch import ClipBatch
 from mvd_scale.targets import MaskedDistillation, Target
 from mvd_scale.training.placement import Decision
 from mvd_scale.training.teachers import prefetch as ahead_module
-from mvd_scale.training.teachers.prefetch import Ahead, Begin, begin_ahead
+from mvd_scale.training.teachers.prefetch import BatchStarter, TeacherPrefetcher, make_prefetcher
 
 STEPS = 4
 PLAIN = PixelTarget(decoder=DecoderConfig(width=1, depth=1, heads=1), distance="l1")
@@ -50,17 +50,17 @@ class Teacher(Target):
         return self.weight * batch.pixels
 
 
-def aside(teach: Callable[[ClipBatch], ClipBatch], log: list[str]) -> Begin:
-    """As `SideStream`, on the CPU."""
+def aside(teach: Callable[[ClipBatch], ClipBatch], log: list[str]) -> BatchStarter:
+    """As `PrefetchStream`, on the CPU."""
 
     def begin(fetch: Callable[[], ClipBatch]) -> Callable[[], ClipBatch]:
         batch = teach(fetch())
 
-        def hand_over() -> ClipBatch:
+        def wait_ready() -> ClipBatch:
             log.append(f"use {int(batch.pixels[0, 0, 0])}")
             return batch
 
-        return hand_over
+        return wait_ready
 
     return begin
 
@@ -70,7 +70,7 @@ def train(*, ahead: bool, start: int = 0, end: int = STEPS) -> tuple[list[float]
     log: list[str] = []
     moving = Teacher("moving", log, moves=True)
     objective = MaskedDistillation({"fixed": Teacher("fixed", log, moves=False), "moving": moving})
-    batches = Ahead(Loader(log, start), aside(objective.prefetch_features, log) if ahead else None)
+    batches = TeacherPrefetcher(Loader(log, start), aside(objective.prefetch_features, log) if ahead else None)
     moving.weight, losses = start, []
 
     def student(pixels: Tensor, *_: Tensor) -> dict[str, Tensor]:
@@ -110,7 +110,7 @@ def test_losses_are_the_same_ahead_and_after_a_restart() -> None:
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_all_batches_come_and_then_no_more(ahead: bool) -> None:
-    batches = Ahead(Loader([]), aside(lambda batch: batch, []) if ahead else None)
+    batches = TeacherPrefetcher(Loader([]), aside(lambda batch: batch, []) if ahead else None)
     assert [int(batch.pixels[0, 0, 0]) for batch in batches] == list(range(STEPS))
     with pytest.raises(StopIteration):
         next(batches)
@@ -118,7 +118,7 @@ def test_all_batches_come_and_then_no_more(ahead: bool) -> None:
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_replaced_clips_are_those_of_batches_that_were_used(ahead: bool) -> None:
-    batches = Ahead(Loader([]), aside(lambda batch: batch, []) if ahead else None)
+    batches = TeacherPrefetcher(Loader([]), aside(lambda batch: batch, []) if ahead else None)
     counts = []
     for _ in batches:
         counts.append(batches.substituted)
@@ -138,7 +138,7 @@ def test_waiting_is_for_the_loader_alone(monkeypatch: pytest.MonkeyPatch) -> Non
         clock[0] += 100
         return batch
 
-    batches, waited = Ahead(Slow([]), aside(teach, [])), []
+    batches, waited = TeacherPrefetcher(Slow([]), aside(teach, [])), []
     for _ in batches:
         waited.append(batches.waited)
     # For two batches at the beginning, for none at the end.
@@ -146,13 +146,13 @@ def test_waiting_is_for_the_loader_alone(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_batches_are_begun_ahead_if_any_teacher_is_placed_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ahead_module, "SideStream", lambda device, teach: (device, teach))
+    monkeypatch.setattr(ahead_module, "PrefetchStream", lambda device, teach: (device, teach))
     gpu = torch.device("cuda", 0)
     objective = MaskedDistillation({"fixed": Teacher("fixed", [], moves=False)})
 
     def begun(*prefetched: bool) -> Any:
         teachers = [SimpleNamespace(prefetch=Decision(early, "")) for early in prefetched]
-        return begin_ahead(objective, SimpleNamespace(teachers=teachers), gpu)  # type: ignore[arg-type]
+        return make_prefetcher(objective, SimpleNamespace(teachers=teachers), gpu)  # type: ignore[arg-type]
 
     assert begun() is None
     assert begun(False, False) is None
