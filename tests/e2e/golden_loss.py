@@ -5,6 +5,11 @@
 Write it anew only after a change that is meant to change the arithmetic, and say in the commit how far it moved: the
 command prints that. Weights and clips come from seeds. One thread, plain attention and the most portable kernels of
 torch, oneDNN and MKL: what is left to differ between machines is part of a curve's kind.
+
+Instruction sets do not belong to it: an EPYC with AVX-512 gives the stored curve to the last bit also when the C
+library, MKL and numpy are told to do without it (GLIBC_TUNABLES, MKL_ENABLE_INSTRUCTIONS, NPY_DISABLE_CPU_FEATURES).
+The vendor does, as MKL chooses code by it and no Intel CPU has been compared: its curve can only be written on such a
+machine. A machine without a curve is compared with the nearest one within a tolerance, and the test warns of it.
 """
 
 from __future__ import annotations
@@ -66,7 +71,6 @@ def kind() -> dict[str, str]:
     return {
         "machine": platform.machine(),
         "torch": torch.__version__,
-        "capability": torch.backends.cpu.get_cpu_capability(),
         "vendor": _vendor(),
         "deepspeed": metadata.version("deepspeed"),
         "libc": " ".join(platform.libc_ver()),
