@@ -117,7 +117,7 @@ def load_encoder(
         final_norm: keep the norm after the last block; teachers go without.
         hints: as for `read_checkpoint`.
         mapped: leave the weights in the file, memory-mapped, in its dtype and unread, where its format allows it;
-            then whoever reads them first, `engine.shard_teacher`, sees whether they are finite.
+            then whoever reads them first, `teachers.shard_teacher`, sees whether they are finite.
 
     Raises:
         UserError: as `read_checkpoint`, or names every tensor that does not fit.
