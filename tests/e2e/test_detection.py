@@ -142,7 +142,7 @@ def test_a_broken_video_costs_its_boxes_and_a_test_goes_on(
     command = ["detect", "evaluate", weights, videos, *test_options[1:], "--out", out]
     code, output = jobs.run(*command)
     assert code == 0, output
-    assert "2 key frames are left out: test0002 is not there (2)" in output
+    assert "2 key frames are left out: test0002 is not among the videos (2)" in output
     assert "not decoded          2, counted as without any detection" in output
     results = (out / "results.csv").read_bytes()
     assert b"test0001" not in results
