@@ -144,7 +144,7 @@ def test_a_broken_video_costs_its_boxes_and_a_test_goes_on(
     command = ["detect", "evaluate", weights, videos, *test_options[1:], "--out", out]
     code, output = jobs.run(*command)
     assert code == 0, output
-    assert "2 key frames are left out: test0002 is not there (2)" in output
+    assert "2 key frames are left out: test0002 is not among the videos (2)" in output
     assert "not decoded          2, counted as without any detection" in output
     results = (out / "results.csv").read_bytes()
     assert b"test0001" not in results
@@ -180,7 +180,7 @@ def test_bad_input_is_one_message(
     for number, (change, said) in enumerate(
         {
             ("--key_frames.annotations", str(unknown)): "unknown.csv, line 1: action '6' is unknown",
-            ("--key_frames.starts_at", "0"): "train0000 does not reach them",
+            ("--key_frames.starts_at", "0"): "train0000 does not contain these seconds",
             ("--validation.boxes", str(tmp_path / "none.csv")): "none.csv cannot be read",
             ("--detector.from_scratch", "false"): "or train without any by `--detector.from_scratch true`",
             ("--recipe", "finetune/b_k400"): "start it with `mvd-scale finetune`",
