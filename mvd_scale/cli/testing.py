@@ -45,11 +45,11 @@ def evaluate(
     """
     from mvd_scale.config.data import DataConfig
     from mvd_scale.distributed.process_group import destroy_distributed, init_distributed
-    from mvd_scale.evaluation.evaluate import run_evaluation as test
+    from mvd_scale.evaluation.evaluate import run_evaluation
     from mvd_scale.models.precision import usual_precision
 
     ranks = init_distributed(device, timeout_minutes=10)
-    tested = test(
+    tested = run_evaluation(
         checkpoint,
         DataConfig(source=source, root=root),
         {name: value for name, value in views.items() if value is not None},

@@ -19,10 +19,10 @@ def pretrain(recipe: str, overrides: tuple[str, ...]) -> None:
     """
     from mvd_scale.config import load_recipe
     from mvd_scale.training.preemption import exit_on_preemption
-    from mvd_scale.training.pretrain import run_pretraining as run
+    from mvd_scale.training.pretrain import run_pretraining
 
     with exit_on_preemption():
-        run(load_recipe(recipe, list(overrides)))
+        run_pretraining(load_recipe(recipe, list(overrides)))
 
 
 @click.command(context_settings=WITH_OVERRIDES)
@@ -34,11 +34,11 @@ def finetune(recipe: str, overrides: tuple[str, ...]) -> None:
     OVERRIDES are dotted keys of the recipe, such as --training.initial_encoder runs/mine/encoder.safetensors
     """
     from mvd_scale.config import load_finetune_recipe
-    from mvd_scale.training.finetuning.classification import run_classification as run
+    from mvd_scale.training.finetuning.classification import run_classification
     from mvd_scale.training.preemption import exit_on_preemption
 
     with exit_on_preemption():
-        run(load_finetune_recipe(recipe, list(overrides)))
+        run_classification(load_finetune_recipe(recipe, list(overrides)))
 
 
 @click.command()
@@ -60,13 +60,13 @@ def propose(source: str, encoder: Path, out: Path, validation: str | None, folde
     from mvd_scale.checkpoints import read_checkpoint
     from mvd_scale.config.data import DataConfig
     from mvd_scale.data.indexing.build import load_source
-    from mvd_scale.training.finetuning.recipe_proposal import propose as settings
+    from mvd_scale.training.finetuning.recipe_proposal import propose_recipe
     from mvd_scale.utils.io import write_atomic
 
     model = read_checkpoint(encoder).model
     with tempfile.TemporaryDirectory() as scratch:
         manifest = load_source(DataConfig(source=source), Path(scratch))
-    proposal = settings(manifest, model, source=source, encoder=encoder, validation=validation, folder=folder)
+    proposal = propose_recipe(manifest, model, source=source, encoder=encoder, validation=validation, folder=folder)
     command = f"launch/single_node.sh finetune --recipe {out}"
     write_atomic(out, proposal.to_yaml(command))
     click.echo(f"{out}: {proposal.title}\nStart it: {command}")

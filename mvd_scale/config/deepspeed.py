@@ -17,7 +17,7 @@ from mvd_scale.errors import UserError
 _TEACHER = "teacher_zero3"
 
 
-def student_deepspeed(recipe: RunRecipe, world_size: int) -> dict[str, Any]:
+def student_deepspeed_config(recipe: RunRecipe, world_size: int) -> dict[str, Any]:
     """Build the student's DeepSpeed configuration for `world_size` ranks.
 
     Raises:
@@ -39,6 +39,15 @@ def student_deepspeed(recipe: RunRecipe, world_size: int) -> dict[str, Any]:
     )
 
 
+def check_deepspeed_config(recipe: RunRecipe, world_size: int) -> None:
+    """Check that a recipe and its DeepSpeed file fit each other and the number of ranks.
+
+    Raises:
+        UserError: see `student_deepspeed_config`.
+    """
+    student_deepspeed_config(recipe, world_size)
+
+
 def check_stage(recipe: RunRecipe) -> None:
     """Refuse at ZeRO stage 3, which gathers weights layer by layer, a choice that needs whole weights.
 
@@ -50,7 +59,7 @@ def check_stage(recipe: RunRecipe) -> None:
         if zero_stage(recipe) == 3 and getattr(training, key, False) is True:
             raise UserError(
                 f"training.{key} is true, but training.deepspeed {training.deepspeed} is ZeRO stage 3, which gathers "
-                f"parameters layer by layer: use stage 1 or 2, or set training.{key} at auto"
+                f"parameters layer by layer: use stage 1 or 2, or set training.{key} to auto"
             )
 
 

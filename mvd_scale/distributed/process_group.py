@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import socket
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from mvd_scale.distributed.cpu_affinity import CpuBinding, bind_to_cpus, machine_id
 from mvd_scale.distributed.data_rank import DataRank
+from mvd_scale.distributed.free_port import free_port
 from mvd_scale.errors import UserError
 
 
@@ -91,7 +91,13 @@ def init_distributed(device: str, timeout_minutes: float) -> Ranks:
     if "RANK" in os.environ:
         _check_environment()
     else:
-        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+        alone = {
+            "RANK": 0,
+            "LOCAL_RANK": 0,
+            "WORLD_SIZE": 1,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": free_port(host="127.0.0.1"),
+        }
         os.environ.update({key: str(value) for key, value in alone.items()})
     # DeepSpeed chooses its accelerator at its first import.
     os.environ["DS_ACCELERATOR"] = kind
@@ -223,10 +229,3 @@ def import_deepspeed() -> Any:
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

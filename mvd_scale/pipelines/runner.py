@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -30,6 +29,7 @@ from mvd_scale.config.pipeline import (
     TrainStage,
     references,
 )
+from mvd_scale.distributed.free_port import free_port
 from mvd_scale.errors import UserError
 
 logger = logging.getLogger("mvd_scale")
@@ -166,7 +166,7 @@ def _evaluate(pipeline: Pipeline, name: str, ranks: int, lock: int) -> None:
 
 
 def _launch(pipeline: Pipeline, name: str, arguments: list[str], ranks: int, lock: int, device: str) -> None:
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(_free_port())]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(free_port())]
     hosts = ["--hostfile=", "--num_gpus", str(ranks)]
     command += hosts if pipeline.hostfile is None else ["--hostfile", str(pipeline.hostfile)]
     command += ["--no_local_rank", "--quiet", "--module", "mvd_scale", *arguments]
@@ -234,13 +234,6 @@ def _gpus() -> int:
 
 def _usual_ranks() -> int:
     return _gpus() or 2
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _print_summary(pipeline: Pipeline, trained: list[str], ranks: int, seconds: float) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mvd_scale.config import RunRecipe
-from mvd_scale.config.deepspeed import student_deepspeed
+from mvd_scale.config.deepspeed import student_deepspeed_config
 from mvd_scale.distributed.process_group import Ranks, import_deepspeed
 from mvd_scale.models import Student
 from mvd_scale.models.blocks import set_gradient_checkpointing
@@ -33,7 +33,7 @@ def train_engine(
     Raises:
         UserError: the DeepSpeed file contradicts the recipe.
     """
-    config = student_deepspeed(recipe, ranks.world_size)
+    config = student_deepspeed_config(recipe, ranks.world_size)
     if placement.batch_decoders.value:
         assert isinstance(model, Student)
         model.batch_decoders()

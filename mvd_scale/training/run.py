@@ -12,7 +12,7 @@ import torch
 
 from mvd_kernels import attention_backends
 from mvd_scale.config import RunRecipe
-from mvd_scale.config.deepspeed import student_deepspeed
+from mvd_scale.config.deepspeed import check_deepspeed_config
 from mvd_scale.data.loaders.clip_loader import ClipLoader
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.sampling.sampler import mixture_components, steps_per_epoch
@@ -98,7 +98,7 @@ def run_training(job: TrainingJob[Any]) -> None:
     """
     recipe, folder = job.recipe, job.folder
     ranks = init_distributed(recipe.device, recipe.training.collective_timeout_minutes)
-    student_deepspeed(recipe, ranks.world_size)
+    check_deepspeed_config(recipe, ranks.world_size)
     run_on_rank0(ranks, "prepared", job.prepare)
     manifest = job.open(ranks)
     steps = steps_per_epoch(manifest, recipe.data, recipe.training.global_batch)

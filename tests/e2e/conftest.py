@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from mvd_scale.distributed.free_port import free_port
+
 RECIPE = """
 run: {folder: unused}
 device: cpu
@@ -58,7 +60,7 @@ class Jobs:
         if ranks:
             command += ["deepspeed.launcher.runner", "--hostfile=", "--num_gpus", str(ranks), "--master_port", "0"]
             command += ["--no_local_rank", "--quiet", "--module"]
-            command[command.index("0")] = str(free_port())
+            command[command.index("0")] = str(free_port(host="127.0.0.1"))
         process = subprocess.Popen(
             [*command, "mvd_scale", *map(str, arguments)],
             stdout=subprocess.PIPE,
@@ -93,14 +95,6 @@ def plain_steps(steps: int, scratch: Path, *words: str | Path, env: dict[str, st
         check=True, timeout=300,
     )  # fmt: skip
     return json.loads(result.stdout.splitlines()[-1])
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_for(condition: Callable[[], bool], seconds: float, process: subprocess.Popen[str]) -> None:

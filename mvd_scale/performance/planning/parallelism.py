@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from mvd_kernels import bf16_instructions
 from mvd_scale.config import FinetuneRecipe, Recipe, RunRecipe
-from mvd_scale.config.deepspeed import student_deepspeed, teacher_deepspeed_config
+from mvd_scale.config.deepspeed import student_deepspeed_config, teacher_deepspeed_config
 from mvd_scale.config.training import Checkpointing, Precision
 from mvd_scale.models.quantization import QuantizedPrecision
 from mvd_scale.performance.planning.hardware import Gpu, capabilities_of
@@ -134,7 +134,7 @@ def setting_from(placement: Placement, recipe: Recipe | FinetuneRecipe) -> Paral
         micro=placement.micro_batch.value,
         accumulation=placement.accumulation.value,
         stage=placement.zero_stage.value,
-        zero=student_deepspeed(recipe, world)["zero_optimization"],
+        zero=student_deepspeed_config(recipe, world)["zero_optimization"],
         teacher_zero=teacher_deepspeed_config(precision, world)["zero_optimization"],
         precision=placement.precision.value,
         teacher_precision=precision,

@@ -64,7 +64,7 @@ def _inline(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf).splitlines()[0]
 
 
-def propose(
+def propose_recipe(
     manifest: Manifest, model: ModelConfig, *, source: str, encoder: Path, validation: str | None, folder: Path
 ) -> RecipeProposal:
     """Propose settings for labelled videos.

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mvd_scale.config import Recipe
-from mvd_scale.config.deepspeed import student_deepspeed, teacher_deepspeed_config, zero_stage
+from mvd_scale.config.deepspeed import student_deepspeed_config, teacher_deepspeed_config, zero_stage
 from mvd_scale.errors import UserError
 
 from .test_recipe import TINY
@@ -21,7 +21,7 @@ def recipe(deepspeed: str, **training: Any) -> Recipe:
 
 @pytest.mark.parametrize(("name", "stage"), [("zero1", 1), ("zero2", 2), ("zero3", 3), ("zero3_offload", 3)])
 def test_shipped_files_are_filled_by_the_recipe(name: str, stage: int) -> None:
-    config = student_deepspeed(recipe(name, micro_batch=2, precision="bf16", clip_grad=0.5), world_size=2)
+    config = student_deepspeed_config(recipe(name, micro_batch=2, precision="bf16", clip_grad=0.5), world_size=2)
     assert config["train_batch_size"] == 8
     assert config["train_micro_batch_size_per_gpu"] == 2
     assert config["gradient_accumulation_steps"] == 2
@@ -54,22 +54,22 @@ def test_a_contradiction_is_an_error(tmp_path: Path, values: dict[str, Any], mes
     file = tmp_path / "ds.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 1}, **values}))
     with pytest.raises(UserError, match=message):
-        student_deepspeed(recipe(str(file)), world_size=1)
+        student_deepspeed_config(recipe(str(file)), world_size=1)
 
 
 def test_a_value_that_agrees_may_stand(tmp_path: Path) -> None:
     file = tmp_path / "ds.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 1}, "train_batch_size": 8}))
-    assert student_deepspeed(recipe(str(file)), world_size=1)["train_batch_size"] == 8
+    assert student_deepspeed_config(recipe(str(file)), world_size=1)["train_batch_size"] == 8
 
 
 def test_an_unknown_file_lists_the_shipped(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="zero1, zero2, zero3"):
-        student_deepspeed(recipe("zero4"), world_size=1)
+        student_deepspeed_config(recipe("zero4"), world_size=1)
     file = tmp_path / "ds.json"
     file.write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
-        student_deepspeed(recipe(str(file)), world_size=1)
+        student_deepspeed_config(recipe(str(file)), world_size=1)
     file.write_text("{}")
     with pytest.raises(UserError, match="expected 1, 2 or 3"):
         zero_stage(recipe(str(file)))

@@ -23,7 +23,7 @@ from mvd_scale.config import (
     load_finetune_recipe,
     load_recipe,
 )
-from mvd_scale.config.deepspeed import student_deepspeed
+from mvd_scale.config.deepspeed import check_deepspeed_config
 from mvd_scale.config.finetune import MixConfig
 from mvd_scale.models import Classifier, Student
 from mvd_scale.models.detector import Detector
@@ -57,7 +57,7 @@ def test_it_resolves_for_any_usual_number_of_ranks(name: str) -> None:
         micro, accumulation = recipe.micro_batch_and_accumulation(world_size)
         assert micro * accumulation * world_size == recipe.training.global_batch
         assert micro <= (recipe.training.micro_batch or micro)
-        student_deepspeed(recipe, world_size)
+        check_deepspeed_config(recipe, world_size)
 
 
 @pytest.mark.parametrize("name", PRETRAINED)

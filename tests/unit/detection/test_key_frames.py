@@ -36,9 +36,15 @@ def test_what_cannot_be_used_is_left_out_and_named(caplog: pytest.LogCaptureFixt
         found = find_key_frames(wanted, Manifest.from_rows([MOVIE, broken]), 900, "key_frames")
     assert [wanted.frames[number] for number in found.numbers] == [("movie", 902)]
     assert "5 key frames are left out" in caplog.text
-    for reason in ("gone is not there (2)", "broken cannot be used: no frames (1)", "movie does not reach them (2)"):
+    for reason in (
+        "gone is not among the videos (2)",
+        "broken cannot be used: no frames (1)",
+        "movie does not contain these seconds (2)",
+    ):
         assert reason in caplog.text
-    with pytest.raises(UserError, match="no key frame of the annotations can be used, because gone is not there"):
+    with pytest.raises(
+        UserError, match="no key frame of the annotations can be used, because gone is not among the videos"
+    ):
         find_key_frames(boxes_at(("gone", 902)), Manifest.from_rows([MOVIE]), 900, "key_frames")
 
 

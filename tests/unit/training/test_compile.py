@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from mvd_scale.config import DecoderConfig, Recipe
-from mvd_scale.config.deepspeed import student_deepspeed
+from mvd_scale.config.deepspeed import check_deepspeed_config
 from mvd_scale.distributed.process_group import Ranks
 from mvd_scale.errors import UserError
 from mvd_scale.models import Encoder, Student
@@ -168,11 +168,11 @@ def test_weights_that_move_in_place_are_seen(traced_only: None) -> None:
 
 def test_what_gathers_its_parameters_is_not_compiled() -> None:
     with pytest.raises(UserError, match=r"training\.compile is true, .* ZeRO stage 3"):
-        student_deepspeed(recipe(compile=True, deepspeed="zero3"), 1)
+        check_deepspeed_config(recipe(compile=True, deepspeed="zero3"), 1)
     made = recipe(deepspeed="zero3")
     together = made.model_copy(update={"training": made.training.model_copy(update={"batch_decoders": True})})
     with pytest.raises(UserError, match=r"training\.batch_decoders is true, .* ZeRO stage 3"):
-        student_deepspeed(together, 1)
+        check_deepspeed_config(together, 1)
 
 
 class Recorded:

@@ -9,12 +9,12 @@ import pytest
 from mvd_scale.config import FinetuneRecipe, ModelConfig, load_finetune_recipe
 from mvd_scale.data.manifest import Manifest, Row
 from mvd_scale.errors import UserError
-from mvd_scale.training.finetuning.recipe_proposal import propose
+from mvd_scale.training.finetuning.recipe_proposal import propose_recipe
 
 
 def recipe(folder: Path, videos: int, frames: int, size: str = "B", classes: int = 3) -> FinetuneRecipe:
     rows = [Row(name=f"{k}", path=f"/v/{k}", label=k % classes, frames=frames) for k in range(videos)]
-    proposal = propose(
+    proposal = propose_recipe(
         Manifest.from_rows(rows),
         ModelConfig(size=size),
         source="videos",
@@ -69,7 +69,7 @@ def test_clips_fit_into_the_videos(tmp_path: Path, frames: int, sampling: str, s
 def test_a_class_without_videos_is_said(tmp_path: Path) -> None:
     rows = [Row(name="a", path="/a", label=2, frames=9)]
     with pytest.raises(UserError, match="2 of 3 classes have no usable video: 0, 1"):
-        propose(
+        propose_recipe(
             Manifest.from_rows(rows),
             ModelConfig(size="S"),
             source="videos",
@@ -83,7 +83,7 @@ def test_long_paths_stay_whole_and_an_image_encoder_is_given_clips(tmp_path: Pat
     source = "/data/" + "a folder with spaces/" * 9 + "train.csv"
     rows = [Row(name=f"{k}", path=f"/v/{k}", label=k % 2, frames=100) for k in range(40)]
     image = ModelConfig(size="B", frames=1, tubelet=1, positions="sincos2d", class_token=True)
-    made = propose(
+    made = propose_recipe(
         Manifest.from_rows(rows), image, source=source, encoder=Path("mae_b.pth"), validation=None, folder=tmp_path
     )
     (tmp_path / "mine.yaml").write_text(made.to_yaml("mvd-scale finetune"))
