@@ -1,6 +1,6 @@
 """Frozen linear layer in 8 bits for CPUs: twice as fast as bf16 if the CPU has VNNI instructions.
 
-Weights are quantised once, symmetrically, per output channel; activations at each call, per sequence, with a zero
+Weights are quantized once, symmetrically, per output channel; activations at each call, per sequence, with a zero
 point. oneDNN multiplies, adds the bias, applies GELU and converts to the dtype of the input in one pass.
 """
 
@@ -12,12 +12,12 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from mvd_kernels.quantise import quantise
+from mvd_kernels.quantize import quantize
 
 
 @cache
 def _levels() -> int:
-    """Highest level of quantised activations, 255 or 127; the lowest is 0.
+    """Highest level of quantized activations, 255 or 127; the lowest is 0.
 
     Without VNNI or AMX oneDNN adds two products of 8 bits in 16 bits, with saturation, which 7 bits of activations do
     not reach. A trial product decides, not the CPU's flags: ONEDNN_MAX_CPU_ISA may withhold instructions.
@@ -57,11 +57,11 @@ class Int8Linear(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Apply the layer: (..., in) in float32 or bfloat16 to (..., out), same dtype.
 
-        Every sequence (the last two axes) is quantised with its own range, so its result does not depend on the other
+        Every sequence (the last two axes) is quantized with its own range, so its result does not depend on the other
         sequences of the batch. A sequence with a value that is not finite gives NaN.
         """
         sequences = tokens.unsqueeze(0) if tokens.dim() == 2 else tokens.flatten(0, -3)
-        levels, steps, zeros = quantise(sequences, _levels())
+        levels, steps, zeros = quantize(sequences, _levels())
         results = [
             self._sequence(levels[row], step, zero, tokens.dtype)
             for row, (step, zero) in enumerate(zip(steps.tolist(), zeros.tolist(), strict=True))

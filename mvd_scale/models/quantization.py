@@ -1,4 +1,4 @@
-"""Quantisation of frozen transformers to 8 bits: the linear layers of their blocks, most of the arithmetic."""
+"""Quantization of frozen transformers to 8 bits: the linear layers of their blocks, most of the arithmetic."""
 
 from __future__ import annotations
 

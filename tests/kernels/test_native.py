@@ -11,9 +11,9 @@ import torch
 from mvd_kernels import attention, attention_backend, attention_backends
 from mvd_kernels.native import attention as native
 from mvd_kernels.native import library as native_library
-from mvd_kernels.quantise import quantise
+from mvd_kernels.quantize import quantize
 from mvd_kernels.reference.attention import attention as twin
-from mvd_kernels.reference.quantise import quantise as plain_quantise
+from mvd_kernels.reference.quantize import quantize as plain_quantize
 
 CPU = torch.device("cpu")
 refused = native.unsupported_reason(CPU, torch.bfloat16, 64)
@@ -96,10 +96,10 @@ def test_no_clips_no_tokens_and_too_many_queries() -> None:
 @compiled
 def test_the_dtype_of_new_tensors_does_not_matter() -> None:
     sequences = torch.randn(2, 5, 7)
-    expected = quantise(sequences, 255)
+    expected = quantize(sequences, 255)
     torch.set_default_dtype(torch.float64)
     try:
-        found = quantise(sequences, 255)
+        found = quantize(sequences, 255)
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
@@ -130,13 +130,13 @@ def test_what_it_does_not_compute_is_left_to_torch() -> None:
 @compiled
 @pytest.mark.parametrize("levels", [255, 127])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_quantise_is_its_twin(dtype: torch.dtype, levels: int) -> None:
+def test_quantize_is_its_twin(dtype: torch.dtype, levels: int) -> None:
     sequences = torch.randn(5, 331, 113, generator=torch.Generator().manual_seed(0)).to(dtype)
     sequences[1] = 0
     sequences[2] = sequences[2].abs() + 5
     sequences[3, 7, 7] = float("inf")
     sequences[4, 330, 112] = float("nan")
-    ours, expected = quantise(sequences, levels), plain_quantise(sequences, levels)
+    ours, expected = quantize(sequences, levels), plain_quantize(sequences, levels)
     assert ours[1].isnan().tolist() == [False, False, False, True, True]
     torch.testing.assert_close(ours[1], expected[1], equal_nan=True)
     assert torch.equal(ours[2][:3], expected[2][:3])
@@ -159,7 +159,7 @@ def test_without_a_compiler_the_reason_is_named(elsewhere: Path, monkeypatch: py
     assert native_library.library() is None
     assert "install g++" in native_library.build_error()
     sequences = torch.ones(1, 3, 4)
-    torch.testing.assert_close(quantise(sequences, 255), plain_quantise(sequences, 255))
+    torch.testing.assert_close(quantize(sequences, 255), plain_quantize(sequences, 255))
 
 
 def test_a_compiler_that_fails_is_quoted(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:

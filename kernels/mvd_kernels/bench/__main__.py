@@ -12,7 +12,7 @@ import torch
 from mvd_kernels.bench.timing import machine, time_case
 
 OPERATORS = (
-    "attention", "tube_rows", "tube_targets", "masked_distance", "add_layer_norm", "decoder_input", "quantise",
+    "attention", "tube_rows", "tube_targets", "masked_distance", "add_layer_norm", "decoder_input", "quantize",
 )  # fmt: skip
 
 

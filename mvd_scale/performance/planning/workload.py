@@ -54,7 +54,7 @@ class ModelPart:
     """Number of parameters of its largest block."""
 
     linear: int = 0
-    """Number of weights of linear layers in blocks, which can be quantised to 8 bits."""
+    """Number of weights of linear layers in blocks, which can be quantized to 8 bits."""
 
     channels: int = 0
     """Number of output channels of these layers."""

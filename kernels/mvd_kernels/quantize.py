@@ -1,4 +1,4 @@
-"""Quantisation of floating activations to 8 bits.
+"""Quantization of floating activations to 8 bits.
 
 Legend: S sequences.
 """
@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mvd_kernels.native import quantise as native
-from mvd_kernels.reference.quantise import quantise as twin
+from mvd_kernels.native import quantize as native
+from mvd_kernels.reference.quantize import quantize as twin
 
 
-def quantise(sequences: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantise each sequence to 8-bit levels of the range from its minimum to its maximum, extended to contain 0.
+def quantize(sequences: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize each sequence to 8-bit levels of the range from its minimum to its maximum, extended to contain 0.
 
     Args:
         sequences: float32 or bfloat16 (S, ...), on the CPU.
@@ -23,5 +23,5 @@ def quantise(sequences: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
         a value that is not finite gets the step NaN, and its levels are undefined.
     """
     if native.supports(sequences):
-        return native.quantise(sequences, levels)
+        return native.quantize(sequences, levels)
     return twin(sequences, levels)

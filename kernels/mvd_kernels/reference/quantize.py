@@ -1,4 +1,4 @@
-"""`quantise` in plain torch."""
+"""`quantize` in plain torch."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ _LEAST_STEP = 1e-30
 """Least step between two levels; avoids a division by zero for activations that are all close to zero."""
 
 
-def quantise(sequences: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """See `mvd_kernels.quantise`."""
+def quantize(sequences: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See `mvd_kernels.quantize`."""
     numbers = sequences.float().flatten(1)
     low, high = numbers.amin(1).clamp_max(0), numbers.amax(1).clamp_min(0)
     steps = ((high - low) / levels).clamp_min(_LEAST_STEP)

@@ -1,4 +1,4 @@
-// Quantisation of floating activations to 8 bits, with a separate range for each sequence.
+// Quantization of floating activations to 8 bits, with a separate range for each sequence.
 //
 // Legend: S sequences, L values of each.
 
@@ -53,7 +53,7 @@ void to_levels(uint8_t *to, const T *from, int64_t count, float step, float zero
 }
 
 template <typename T>
-void quantise(
+void quantize(
     const T *from, uint8_t *to, float *steps, int32_t *zeros, int64_t S, int64_t L, int64_t levels, int threads
 ) {
     const int64_t chunks = (L + CHUNK - 1) / CHUNK;
@@ -89,15 +89,15 @@ void quantise(
 
 extern "C" {
 
-void mvd_quantise_fp32(
+void mvd_quantize_fp32(
     const float *from, uint8_t *to, float *steps, int32_t *zeros, int64_t S, int64_t L, int64_t levels, int64_t threads
 ) {
-    quantise(from, to, steps, zeros, S, L, levels, threads);
+    quantize(from, to, steps, zeros, S, L, levels, threads);
 }
 
-void mvd_quantise_bf16(
+void mvd_quantize_bf16(
     const uint16_t *from, uint8_t *to, float *steps, int32_t *zeros, int64_t S, int64_t L, int64_t levels, int64_t threads
 ) {
-    quantise(from, to, steps, zeros, S, L, levels, threads);
+    quantize(from, to, steps, zeros, S, L, levels, threads);
 }
 }
