@@ -35,7 +35,7 @@ INCLUDED = {
 """Pages of the site by the files of the repository that they are."""
 
 SCHEMAS: dict[str, tuple[type[BaseModel], str]] = {
-    "pretrain": (Recipe, "`mvd-scale pretrain`, and of `plan`, `profile` and `bench step`"),
+    "pretrain": (Recipe, "`mvd-scale pretrain`, `plan`, `profile` and `bench step`"),
     "finetune": (FinetuneRecipe, "`mvd-scale finetune`"),
     "detect": (DetectionRecipe, "`mvd-scale detect train`"),
     "pipeline": (Pipeline, "`mvd-scale pipeline`"),
@@ -101,8 +101,13 @@ def sections(schema: type[BaseModel]) -> Iterator[tuple[str, list[str]]]:
             plain.append(row(key, field))
     if plain:
         yield "Top level", plain
+    seen: set[str] = set()
     for key, field in nested:
-        yield from _nested(key, field)
+        for heading, rows in _nested(key, field):
+            # Kinds of one section share some of its parts, such as the decoder of targets.
+            if heading not in seen:
+                yield heading, rows
+            seen.add(heading)
 
 
 def _nested(prefix: str, field: FieldInfo) -> Iterator[tuple[str, list[str]]]:

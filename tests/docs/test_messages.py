@@ -1,4 +1,4 @@
-"""Every message that a user can get has an entry in the troubleshooting guide, and no entry is of a message that is gone."""
+"""Every message that a user can get has an entry in the troubleshooting guide, and no entry is of one that is gone."""
 
 from __future__ import annotations
 

@@ -122,3 +122,16 @@ def test_the_picture_of_json_is_read() -> None:
     assert has_key(schema, schema, ["training", "base_lr"])
     assert has_key(schema, schema, ["targets", "image", "distance"])
     assert not has_key(schema, schema, ["training", "base_rate"])
+
+
+@pytest.mark.parametrize("page", [page for page in pages() if page != "CHANGELOG.md"])
+def test_files_that_a_page_names_exist(page: str) -> None:
+    roots = {folder.name: REPOSITORY for folder in REPOSITORY.iterdir() if folder.is_dir()}
+    if page == "docs/architecture.md":
+        # It names the rooms of the two packages without their own folders.
+        for package in (REPOSITORY / "mvd_scale", REPOSITORY / "kernels/mvd_kernels"):
+            roots |= {folder.name: package for folder in package.iterdir() if folder.is_dir()}
+    for code in inline_code(page):
+        found = re.fullmatch(r"([\w.]+)/[\w./-]*", code.removeprefix("./"))
+        if found and found[1] in roots and "NAME" not in code and not code.startswith("build/"):
+            assert (roots[found[1]] / code.removeprefix("./")).exists(), f"{page} names {code}, which is not there"
