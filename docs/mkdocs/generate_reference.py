@@ -263,36 +263,35 @@ def command_section(words: list[str], command: click.Command) -> list[str]:
 
 
 def _paragraphs(text: str | None) -> list[str]:
-    lines = (text or "").splitlines()
-    # The names of arguments in capitals would otherwise be read as plain words.
-    return [re.sub(r"^  +", "", line) for line in lines]
+    lines = [line.strip() for line in (text or "").splitlines()]
+    # Options in code, as a dash may end a line; those in code already stand behind a backtick or within it.
+    return [re.sub(r"(?<!\S)(--[\w.-]*\w)(?=[^`]*(?:`[^`]*`[^`]*)*$)", r"`\1`", line) for line in lines]
 
 
 def _option_row(option: click.Option, context: click.Context) -> str:
     names = ", ".join(f"`{name}`" for name in (*option.opts, *option.secondary_opts))
+    shown = option.get_default(context) if option.show_default else None
+    standard = "required" if option.required else "" if shown is None else f"`{shown}`"
+    return f"| {names} | {_option_value(option)} | {standard} | {cell(option.help)} |"
+
+
+def _option_value(option: click.Option) -> str:
     if option.is_flag:
-        value = "flag"
-    elif isinstance(option.type, click.Choice):
-        value = ", ".join(f"`{choice}`" for choice in option.type.choices)
-    else:
-        value = cell(option.make_metavar(ctx=context)).strip("[]") if _takes_context() else option.type.name
-        limits = getattr(option.type, "_describe_range", None)
-        if limits is not None:
-            value = f"{option.type.name.removesuffix(' range')}, {limits()}"
-    if option.required:
-        standard = "required"
-    elif option.show_default:
-        shown = option.get_default(context)
-        standard = "empty" if shown is None else f"`{shown}`"
-    else:
-        standard = ""
-    return f"| {names} | {value} | {standard} | {cell(option.help)} |"
+        return "flag"
+    if isinstance(option.type, click.Choice):
+        return ", ".join(f"`{choice}`" for choice in option.type.choices)
+    if isinstance(option.type, (click.IntRange, click.FloatRange)):
+        return f"{option.type.name.removesuffix(' range')}, {_limits(option.type)}"
+    return option.metavar or option.type.name
 
 
-def _takes_context() -> bool:
-    import inspect
-
-    return "ctx" in inspect.signature(click.Option.make_metavar).parameters
+def _limits(bounds: click.IntRange | click.FloatRange) -> str:
+    texts = []
+    if bounds.min is not None:
+        texts.append(f"{'>' if bounds.min_open else '≥'} {bounds.min:g}")
+    if bounds.max is not None:
+        texts.append(f"{'<' if bounds.max_open else '≤'} {bounds.max:g}")
+    return " and ".join(texts)
 
 
 # --- recipes ---
@@ -321,7 +320,7 @@ def read_head(text: str) -> dict[str, str]:
         if not line.startswith("#"):
             break
         body = line.lstrip("#")
-        found = re.match(r" (command|hardware|time|published)\s+(.*)", body)
+        found = re.match(r" (command|hardware|time|published|note)\s+(.*)", body)
         if found:
             current, body = found[1], found[2]
         fields[current] = f"{fields.get(current, '')} {body.strip()}".strip()
