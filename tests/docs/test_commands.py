@@ -29,9 +29,9 @@ PROGRAMS = ("pip", "git", "cd", "mkdocs", "./launch/quickstart.sh", "./launch/te
 """Programs that are not checked here, other than mvd-scale and modules of Python."""
 
 SHORTER = {
-    ("pretrain",): ["--training.max_steps", "2"],
-    ("finetune",): ["--training.max_steps", "2"],
-    ("data", "synth"): ["--train", "5", "--test", "2"],
+    ("pretrain",): ["--training.max_steps", "2", "--data.workers", "0"],
+    ("finetune",): ["--training.max_steps", "2", "--data.workers", "0"],
+    ("data", "synth"): ["--train", "5", "--test", "1"],
 }
 """Words added to a command that is run; of an option that is given twice the last value counts."""
 
