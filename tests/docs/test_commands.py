@@ -195,7 +195,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
         input=json.dumps(STEPS),
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=850,
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
@@ -205,6 +205,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # the first one waits for the whole session
 @pytest.mark.parametrize("number", range(len(STEPS)), ids=[step["name"] for step in STEPS])
 def test_the_command_runs(number: int, session: list[dict[str, str]]) -> None:
     assert not session[number]["fault"], f"{session[number]['output']}\n{session[number]['fault']}"
