@@ -22,7 +22,7 @@ import deepspeed  # noqa: F401
 import torch  # noqa: F401
 
 from mvd_scale.cli import cli
-from mvd_scale.logs import configure
+from mvd_scale.logs import configure_logging
 
 
 def run(words: list[str]) -> None:
@@ -63,7 +63,7 @@ def attempt(step: dict[str, Any]) -> dict[str, str]:
 
 def main() -> None:
     steps = json.load(sys.stdin)
-    configure()
+    configure_logging()
     json.dump([attempt(step) for step in steps], sys.stdout)
 
 

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from mvd_scale.cli import cli
-from mvd_scale.config import Recipe, load_any, load_detection, load_finetuning, load_recipe
+from mvd_scale.config import Recipe, load_any_recipe, load_detection_recipe, load_finetune_recipe, load_recipe
 from mvd_scale.config.pipeline import load_pipeline
 
 from .pages import REPOSITORY, Command, all_commands, blocks, commands, inline_code, pages
@@ -37,8 +37,8 @@ SHORTER = {
 
 LOADERS: dict[tuple[str, ...], Callable[[str, list[str]], object]] = {
     ("pretrain",): load_recipe,
-    ("finetune",): load_finetuning,
-    ("detect", "train"): load_detection,
+    ("finetune",): load_finetune_recipe,
+    ("detect", "train"): load_detection_recipe,
     ("pipeline",): load_pipeline,
     ("data", "preview"): load_recipe,
 }
@@ -83,7 +83,7 @@ def load(names: tuple[str, ...], recipe: str, overrides: list[str]) -> None:
     """Read the recipe of a command as it would."""
     loader = LOADERS.get(names)
     if loader is None:
-        loader = load_recipe if isinstance(load_any(recipe), Recipe) else load_finetuning
+        loader = load_recipe if isinstance(load_any_recipe(recipe), Recipe) else load_finetune_recipe
     loader(recipe, overrides)
 
 
@@ -151,7 +151,7 @@ def test_commands_in_the_text_exist(page: str) -> None:
 @pytest.mark.parametrize("name", file_blocks())
 def test_files_that_pages_show_are_recipes(name: str, tmp_path: Path) -> None:
     lay_files(tmp_path)
-    load_any(tmp_path / name)
+    load_any_recipe(tmp_path / name)
 
 
 def test_other_yaml_can_be_read() -> None:

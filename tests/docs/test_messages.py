@@ -75,12 +75,12 @@ def fits(pattern: Pattern, message: str) -> bool:
 
 
 @cache
-def other_texts() -> list[str]:
-    """Messages beside those of `UserError`: of the schema, of the launch scripts, and those put together elsewhere."""
-    scripts = [*(REPOSITORY / "launch").iterdir(), *(REPOSITORY / "mvd_scale/checkpoints").glob("*.py")]
-    texts = [path.read_text(encoding="utf-8") for path in scripts if path.is_file()]
-    texts.append((REPOSITORY / "mvd_scale/config/reading.py").read_text(encoding="utf-8"))
-    return [*texts, *messages(("ValueError",), "mvd_scale/config").values()]
+def all_texts() -> list[str]:
+    """Every text of the code, since some messages are put together elsewhere, and the launch scripts as they are."""
+    trees = (ast.parse(path.read_text(encoding="utf-8")) for path in (REPOSITORY / "mvd_scale").rglob("*.py"))
+    nodes = (node for tree in trees for node in ast.walk(tree))
+    texts = [template(node) for node in nodes if isinstance(node, (ast.Constant, ast.JoinedStr))]
+    return [*texts, *(path.read_text(encoding="utf-8") for path in (REPOSITORY / "launch").iterdir() if path.is_file())]
 
 
 @pytest.mark.parametrize("place", user_errors())
@@ -93,8 +93,7 @@ def test_a_message_has_an_entry(place: str) -> None:
 
 @pytest.mark.parametrize("pattern", entries(), ids=lambda pattern: "…".join(pattern)[:70])
 def test_an_entry_is_of_a_message(pattern: Pattern) -> None:
-    texts = [*user_errors().values(), *other_texts()]
-    assert any(fits(pattern, text) for text in texts), f"no message reads {'…'.join(pattern)!r}"
+    assert any(fits(pattern, text) for text in all_texts()), f"no message reads {'…'.join(pattern)!r}"
 
 
 def test_the_guide_has_entries() -> None:
