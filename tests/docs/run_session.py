@@ -22,7 +22,7 @@ import deepspeed  # noqa: F401
 import torch  # noqa: F401
 
 from mvd_scale.cli import cli
-from mvd_scale.logs import configure_logging
+from mvd_scale.utils.logging import configure_logging
 
 
 def run(words: list[str]) -> None:
