@@ -215,14 +215,14 @@ def _flash_attention() -> Capability:
 
 def _apex() -> Capability:
     module, reason = _load(
-        "apex", "build it from its source, see README.md; the package `apex` of pip is another project"
+        "apex", "build it from its source, see docs/guides/installation.md; the package `apex` of pip is another project"
     )
     if not module:
         return Capability("apex", False, reason=reason)
-    layer_norm, reason = _load("apex.normalization", "build apex from its source, see README.md")
+    layer_norm, reason = _load("apex.normalization", "build apex from its source, see docs/guides/installation.md")
     if not layer_norm:
         return Capability("apex", False, reason=reason)
-    kernels, reason = _load("fused_layer_norm_cuda", "build apex with its CUDA extensions, see README.md")
+    kernels, reason = _load("fused_layer_norm_cuda", "build apex with its CUDA extensions, see docs/guides/installation.md")
     return _on_gpu("apex", _version("apex")) if kernels else Capability("apex", False, reason=reason)
 
 
@@ -236,7 +236,7 @@ def _on_gpu(name: str, detail: str) -> Capability:
 def _dali() -> list[Capability]:
     builds = [name for name in ("nvidia-dali-cuda130", "nvidia-dali-cuda120") if _version(name)]
     if len(builds) > 1:
-        reason = f"{' and '.join(builds)} overwrite each other's files: uninstall one of them, see README.md"
+        reason = f"{' and '.join(builds)} overwrite each other's files: uninstall one of them, see docs/guides/installation.md"
         return [Capability("DALI", False, reason=reason)]
     dali, reason = _load("nvidia.dali", "pip install nvidia-dali-cuda130 (Linux only)")
     if not dali:
