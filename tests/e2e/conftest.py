@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.fork_server import ForkServer, free_port
+
 RECIPE = """
 run: {folder: unused}
 device: cpu
@@ -47,16 +49,16 @@ def recipe(tmp_path: Path) -> Path:
 class Jobs:
     """Commands in process groups of their own, so that a test can kill a whole job."""
 
-    def __init__(self) -> None:
+    def __init__(self, fork_server: ForkServer) -> None:
+        self.fork_server = fork_server
         self.started: list[subprocess.Popen[str]] = []
 
-    def start(self, *arguments: str | Path, ranks: int = 0, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
-        """`mvd-scale ARGUMENTS` in one process, or on `ranks` of them under the `deepspeed` launcher."""
+    def start(self, *arguments: str | Path, ranks: int = 0) -> subprocess.Popen[str]:
+        """`mvd-scale ARGUMENTS` as a user starts it, alone or on `ranks` processes under the `deepspeed` launcher."""
         command = [sys.executable, "-m"]
         if ranks:
-            command += ["deepspeed.launcher.runner", "--hostfile=", "--num_gpus", str(ranks), "--master_port", "0"]
-            command += ["--no_local_rank", "--quiet", "--module"]
-            command[command.index("0")] = str(free_port())
+            command += ["deepspeed.launcher.runner", "--hostfile=", "--num_gpus", str(ranks)]
+            command += ["--master_port", str(free_port()), "--no_local_rank", "--quiet", "--module"]
         process = subprocess.Popen(
             [*command, "mvd_scale", *map(str, arguments)],
             stdout=subprocess.PIPE,
@@ -65,14 +67,18 @@ class Jobs:
             start_new_session=True,
             # A test runner in the background passes on that Ctrl-C is ignored; a terminal does not.
             preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-            env={**os.environ, "DS_ACCELERATOR": "cpu", **(env or {})},
+            env={**os.environ, "DS_ACCELERATOR": "cpu"},
         )
         self.started.append(process)
         return process
 
     def run(self, *arguments: str | Path, ranks: int = 0, env: dict[str, str] | None = None) -> tuple[int, str]:
-        """Exit code and everything that was printed."""
-        process = self.start(*arguments, ranks=ranks, env=env)
+        """Exit code and everything that was printed, by processes that had nothing to import."""
+        return self.fork_server.run("mvd_scale", *arguments, ranks=ranks, env=env)
+
+    def launch(self, *arguments: str | Path, ranks: int) -> tuple[int, str]:
+        """The same under the `deepspeed` launcher, for what a test promises of both together."""
+        process = self.start(*arguments, ranks=ranks)
         output, _ = process.communicate(timeout=400)
         return process.returncode, output
 
@@ -81,14 +87,6 @@ class Jobs:
         """SIGKILL for the whole job."""
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_for(condition: Callable[[], bool], seconds: float, process: subprocess.Popen[str]) -> None:
@@ -100,8 +98,8 @@ def wait_for(condition: Callable[[], bool], seconds: float, process: subprocess.
 
 
 @pytest.fixture
-def jobs() -> Iterator[Jobs]:
-    made = Jobs()
+def jobs(fork_server: ForkServer) -> Iterator[Jobs]:
+    made = Jobs(fork_server)
     yield made
     for process in made.started:
         if process.poll() is None:

@@ -73,7 +73,7 @@ def test_a_half_written_checkpoint_is_passed_over(jobs: Jobs, recipe: Path, clip
 
     # The same folder by another number of ranks: refused, and nothing is lost.
     (run / "summary.json").unlink()
-    code, output = jobs.run(*arguments, ranks=2)
+    code, output = jobs.launch(*arguments, ranks=2)
     assert code != 0
     assert output.count("was written with ranks 1") == 1, output
     assert steps_done(run) == 7
