@@ -57,6 +57,7 @@ def test_a_killed_run_continues_bit_for_bit(jobs: Jobs, recipe: Path, clips: Pat
     assert sorted(p.name for p in (whole / "checkpoints").glob("step_*")) == ["step_00000055", "step_00000060"]
 
 
+@pytest.mark.serial
 def test_a_half_written_checkpoint_is_passed_over(jobs: Jobs, recipe: Path, clips: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = ["pretrain", "--recipe", recipe, "--data.source", clips, "--run.folder", run]
