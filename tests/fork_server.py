@@ -212,11 +212,12 @@ def import_everything() -> None:
     """Import this package and what it imports when it runs."""
     import mvd_scale
 
-    for module in pkgutil.walk_packages(mvd_scale.__path__, "mvd_scale."):
-        if not module.name.endswith("__main__"):
-            importlib.import_module(module.name)
-    for name in LATE_IMPORTS:
-        importlib.import_module(name)
+    names = [module.name for module in pkgutil.walk_packages(mvd_scale.__path__, "mvd_scale.")]
+    for name in (*names, *LATE_IMPORTS):
+        # Who needs an optional package that is not there says so in the job.
+        with suppress(ImportError):
+            if not name.endswith("__main__"):
+                importlib.import_module(name)
     # Else every forked process would search, and so copy, all that was imported when it ends: 2 s.
     gc.collect()
     gc.freeze()

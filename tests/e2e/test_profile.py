@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +45,10 @@ def test_a_profile_is_whole_and_leaves_the_losses_as_they_are(jobs: Jobs, clips:
     with gzip.open(out / "trace.json.gz", "rt") as file:
         assert len(json.load(file)["traceEvents"]) > 1000
 
-    command = [sys.executable, "-m", "tests.e2e.plain_steps", "4", str(tmp_path), "--data.source", str(clips), *WORDS]
-    plain = subprocess.run(
-        command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True, check=True, timeout=300
-    )
-    losses = json.loads(plain.stdout.splitlines()[-1])
+    plain = ("tests.e2e.plain_steps", "4", tmp_path, "--data.source", clips, *WORDS)
+    code, output = jobs.fork_server.run(*plain)
+    assert code == 0, output
+    losses = json.loads(output.splitlines()[-1])
     assert len(set(losses)) == len(losses)
     assert report["losses"] == pytest.approx(losses, rel=1e-6)
 
