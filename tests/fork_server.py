@@ -77,7 +77,7 @@ class ForkServer:
             seconds: longest time until all have ended.
 
         Returns:
-            Exit code, the first that is not zero if there is one, and everything that was printed.
+            Exit code, that of the first rank to fail if one does, and everything that was printed.
 
         Raises:
             TimeoutError: it took longer; nothing of it is left.
@@ -191,7 +191,7 @@ def _become(job: Job, environment: Mapping[str, str], output: int, group: int) -
 
 
 def _wait(processes: Sequence[int]) -> list[int]:
-    """The exit codes of all ranks; when one fails, the others are asked to end, and then made to."""
+    """The exit codes as the ranks end; when one fails, the others are asked to end, and then made to."""
     codes: dict[int, int] = {}
     requests = iter([(0.0, signal.SIGTERM), (SECONDS_TO_LEAVE, signal.SIGKILL)])
     request, failed_at = next(requests), 0.0
@@ -205,7 +205,7 @@ def _wait(processes: Sequence[int]) -> list[int]:
             os.killpg(processes[0], request[1])
             request = next(requests, (float("inf"), signal.SIGKILL))
         time.sleep(0.02)
-    return [codes[process] for process in processes]
+    return list(codes.values())
 
 
 def import_everything() -> None:
