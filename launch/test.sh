@@ -20,11 +20,15 @@ check() {
     echo "== $*"
     "$@" || failed+=("$*")
 }
+# Most tests keep one core busy most of the time. Those of one file share what they start, so they stay together.
+cores="$(nproc)"
+parallel=(-n "$((cores < 4 ? cores : 4))" --dist loadfile)
 check ruff check .
 check ruff format --check .
 check mypy
-check pytest -m "not slow"
-check pytest -m slow
+check pytest "${parallel[@]}" -m "not slow and not serial and not gpu"
+check pytest "${parallel[@]}" -m "slow and not serial and not gpu"
+check pytest -m "serial or gpu"
 
 if ((${#failed[@]})); then
     printf 'failed: %s\n' "${failed[@]}" >&2

@@ -5,26 +5,46 @@ The command prints a free port, or checks that PORT can be used and prints it.
 
 from __future__ import annotations
 
+import errno
+import random
 import socket
 import sys
+from contextlib import suppress
+
+_ATTEMPTS = 100
 
 
 def free_port(wanted: int = 0, host: str = "") -> int:
     """Check that a port can be used, or choose one.
 
     Args:
-        wanted: the port; 0 chooses a free one.
+        wanted: number of the port; 0 chooses a free one.
         host: address to bind; all addresses of this machine if empty.
 
+    Returns:
+        Number of the port. A chosen port lies below those that the kernel gives to outgoing connections (from 32768 on
+        Linux), because one of these could be taken by another process before the ranks meet.
+
     Raises:
-        OSError: the port is in use, or needs rights that this process lacks.
+        OSError: the port is in use, or this process lacks the rights to bind it.
     """
+    if wanted:
+        _bind(host, wanted)
+        return wanted
+    draw = random.SystemRandom()
+    for _ in range(_ATTEMPTS):
+        port = draw.randrange(10_000, 32_768)
+        with suppress(OSError):
+            _bind(host, port)
+            return port
+    raise OSError(errno.EADDRINUSE, f"none of {_ATTEMPTS} random ports is free")
+
+
+def _bind(host: str, port: int) -> None:
     with socket.socket() as probe:
-        # The ranks' own meeting point binds with the same option: a port whose last connections still close is free.
+        # The ranks' own meeting point sets this option too: a port whose last connections still close counts as free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind((host, wanted))
-        port: int = probe.getsockname()[1]
-        return port
+        probe.bind((host, port))
 
 
 def main() -> None:

@@ -21,6 +21,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+_GUIDE = "docs/guides/installation.md"
+
 
 @dataclass(frozen=True)
 class Capability:
@@ -215,14 +217,15 @@ def _flash_attention() -> Capability:
 
 def _apex() -> Capability:
     module, reason = _load(
-        "apex", "build it from its source, see docs/guides/installation.md; the package `apex` of pip is another project"
+        "apex",
+        f"build it from its source, see {_GUIDE}; the package `apex` of pip is another project",
     )
     if not module:
         return Capability("apex", False, reason=reason)
-    layer_norm, reason = _load("apex.normalization", "build apex from its source, see docs/guides/installation.md")
+    layer_norm, reason = _load("apex.normalization", f"build apex from its source, see {_GUIDE}")
     if not layer_norm:
         return Capability("apex", False, reason=reason)
-    kernels, reason = _load("fused_layer_norm_cuda", "build apex with its CUDA extensions, see docs/guides/installation.md")
+    kernels, reason = _load("fused_layer_norm_cuda", f"build apex with its CUDA extensions, see {_GUIDE}")
     return _on_gpu("apex", _version("apex")) if kernels else Capability("apex", False, reason=reason)
 
 
@@ -236,7 +239,7 @@ def _on_gpu(name: str, detail: str) -> Capability:
 def _dali() -> list[Capability]:
     builds = [name for name in ("nvidia-dali-cuda130", "nvidia-dali-cuda120") if _version(name)]
     if len(builds) > 1:
-        reason = f"{' and '.join(builds)} overwrite each other's files: uninstall one of them, see docs/guides/installation.md"
+        reason = f"{' and '.join(builds)} overwrite each other's files: uninstall one of them, see {_GUIDE}"
         return [Capability("DALI", False, reason=reason)]
     dali, reason = _load("nvidia.dali", "pip install nvidia-dali-cuda130 (Linux only)")
     if not dali:

@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mvd_scale.distributed.cpu_affinity import partition_cpus
+from tests.fork_server import ROOT, ForkServer, launched_ranks
 
 from .zero_ranks import teacher
 
 pytestmark = pytest.mark.distributed
-
-ROOT = Path(__file__).parents[2]
 
 SAME_NUMBERS = [
     "zero1",
@@ -36,42 +35,31 @@ SAME_NUMBERS = [
 ]
 
 
-def launch(
-    world_size: int, out: Path, *, per_host: list[int] | None = None, threads: int | None = None
-) -> list[dict[str, Any]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def seen_by(ranks: int, out: Path) -> list[dict[str, Any]]:
+    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def launch(fork_server: ForkServer, hosts: Sequence[int], out: Path) -> list[dict[str, Any]]:
+    """The results of every rank, on hosts of so many."""
     out.mkdir()
-    ambient = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    chosen = {} if threads is None else {"OMP_NUM_THREADS": threads}
-    ranks = []
-    for rank in range(world_size):
-        hosts = per_host or [world_size]
-        host = next(h for h in range(len(hosts)) if rank < sum(hosts[: h + 1]))
-        # As DeepSpeed's launcher numbers them.
-        local = {"LOCAL_RANK": rank % hosts[host], "LOCAL_SIZE": hosts[host], "CROSS_RANK": host}
-        place = {"RANK": rank, "WORLD_SIZE": world_size, **local}
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} | chosen
-        env = ambient | {k: str(v) for k, v in (place | meeting).items()}
-        command = [sys.executable, "-m", "tests.distributed.zero_ranks", str(out)]
-        ranks.append(
-            subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
-    for rank, process in enumerate(ranks):
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, f"rank {rank}:\n{output[-3000:]}"
-    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(world_size)]
+    code, output = fork_server.run("tests.distributed.zero_ranks", out, ranks=hosts, env={"OMP_NUM_THREADS": None})
+    assert code == 0, output[-3000:]
+    return seen_by(sum(hosts), out)
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return launch(1, tmp_path_factory.mktemp("alone") / "out", threads=1)[0]
+    """One rank with as many threads as the user says, which torch reads when it is loaded."""
+    out = tmp_path_factory.mktemp("alone")
+    command = [sys.executable, "-m", "tests.distributed.zero_ranks", str(out)]
+    (rank,) = launched_ranks([1])
+    subprocess.run(command, cwd=ROOT, env={**os.environ, **rank, "OMP_NUM_THREADS": "1"}, check=True, timeout=300)
+    return seen_by(1, out)[0]
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return launch(2, tmp_path_factory.mktemp("two") / "out")
+def two(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> list[dict[str, Any]]:
+    return launch(fork_server, [2], tmp_path_factory.mktemp("two") / "out")
 
 
 @pytest.mark.parametrize("way", SAME_NUMBERS)
@@ -103,9 +91,11 @@ def test_each_rank_keeps_its_share_of_a_teacher_at_rest(two: list[dict[str, Any]
 
 
 @pytest.mark.slow
-def test_on_hosts_of_any_size_a_teacher_is_cut_over_each_or_over_all(alone: dict[str, Any], tmp_path: Path) -> None:
+def test_on_hosts_of_any_size_a_teacher_is_cut_over_each_or_over_all(
+    alone: dict[str, Any], fork_server: ForkServer, tmp_path: Path
+) -> None:
     parts = {"node": [1, 3, 3, 3], "world": [4, 4, 4, 4]}
-    for rank, found in enumerate(launch(4, tmp_path / "out", per_host=[1, 3])):
+    for rank, found in enumerate(launch(fork_server, [1, 3], tmp_path / "out")):
         for over, shares in parts.items():
             assert found[over]["losses"] == pytest.approx(alone["zero2"]["losses"], rel=1e-5)
             for name, count in alone["replicated teachers"]["at_rest"].items():

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from mvd_scale.distributed.free_port import free_port
+from tests.fork_server import ForkServer
 
 RECIPE = """
 run: {folder: unused}
@@ -51,16 +52,16 @@ def recipe(tmp_path: Path) -> Path:
 class Jobs:
     """Commands in process groups of their own, so that a test can kill a whole job."""
 
-    def __init__(self) -> None:
+    def __init__(self, fork_server: ForkServer) -> None:
+        self.fork_server = fork_server
         self.started: list[subprocess.Popen[str]] = []
 
-    def start(self, *arguments: str | Path, ranks: int = 0, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
-        """`mvd-scale ARGUMENTS` in one process, or on `ranks` of them under the `deepspeed` launcher."""
+    def start(self, *arguments: str | Path, ranks: int = 0) -> subprocess.Popen[str]:
+        """`mvd-scale ARGUMENTS` as a user starts it, alone or on `ranks` processes under the `deepspeed` launcher."""
         command = [sys.executable, "-m"]
         if ranks:
-            command += ["deepspeed.launcher.runner", "--hostfile=", "--num_gpus", str(ranks), "--master_port", "0"]
-            command += ["--no_local_rank", "--quiet", "--module"]
-            command[command.index("0")] = str(free_port(host="127.0.0.1"))
+            command += ["deepspeed.launcher.runner", "--hostfile=", "--num_gpus", str(ranks)]
+            command += ["--master_port", str(free_port()), "--no_local_rank", "--quiet", "--module"]
         process = subprocess.Popen(
             [*command, "mvd_scale", *map(str, arguments)],
             stdout=subprocess.PIPE,
@@ -69,14 +70,18 @@ class Jobs:
             start_new_session=True,
             # A test runner in the background passes on that Ctrl-C is ignored; a terminal does not.
             preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-            env={**os.environ, "DS_ACCELERATOR": "cpu", **(env or {})},
+            env={**os.environ, "DS_ACCELERATOR": "cpu"},
         )
         self.started.append(process)
         return process
 
     def run(self, *arguments: str | Path, ranks: int = 0, env: dict[str, str] | None = None) -> tuple[int, str]:
-        """Exit code and everything that was printed."""
-        process = self.start(*arguments, ranks=ranks, env=env)
+        """Exit code and everything that was printed, by processes that had nothing to import."""
+        return self.fork_server.run("mvd_scale", *arguments, ranks=ranks, env=env)
+
+    def launch(self, *arguments: str | Path, ranks: int) -> tuple[int, str]:
+        """The same under the `deepspeed` launcher, for what a test promises of both together."""
+        process = self.start(*arguments, ranks=ranks)
         output, _ = process.communicate(timeout=400)
         return process.returncode, output
 
@@ -87,14 +92,13 @@ class Jobs:
         process.communicate()
 
 
-def plain_steps(steps: int, scratch: Path, *words: str | Path, env: dict[str, str] | None = None) -> dict[str, Any]:
-    """What `plain_steps.py` prints."""
-    command = [sys.executable, "-m", "tests.e2e.plain_steps", str(steps), str(scratch), *map(str, words)]
-    result = subprocess.run(
-        command, cwd=Path(__file__).parents[2], env={**os.environ, **(env or {})}, stdout=subprocess.PIPE, text=True,
-        check=True, timeout=300,
-    )  # fmt: skip
-    return json.loads(result.stdout.splitlines()[-1])
+def plain_steps(
+    jobs: Jobs, steps: int, scratch: Path, *words: str | Path, env: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Losses and parts of some steps of a recipe, as `plain_steps.py` prints them."""
+    code, output = jobs.fork_server.run("tests.e2e.plain_steps", str(steps), scratch, *words, env=env)
+    assert code == 0, output
+    return json.loads(output.splitlines()[-1])
 
 
 def wait_for(condition: Callable[[], bool], seconds: float, process: subprocess.Popen[str]) -> None:
@@ -106,8 +110,8 @@ def wait_for(condition: Callable[[], bool], seconds: float, process: subprocess.
 
 
 @pytest.fixture
-def jobs() -> Iterator[Jobs]:
-    made = Jobs()
+def jobs(fork_server: ForkServer) -> Iterator[Jobs]:
+    made = Jobs(fork_server)
     yield made
     for process in made.started:
         if process.poll() is None:

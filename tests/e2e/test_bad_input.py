@@ -106,8 +106,9 @@ def test_a_port_in_use(jobs: Jobs, recipe: Path, clips: Path, tmp_path: Path) ->
     assert "--master_port" in output
 
 
+@pytest.mark.serial
 def test_all_ranks_fail_with_one_message(jobs: Jobs, recipe: Path, tmp_path: Path) -> None:
-    code, output = jobs.run(
+    code, output = jobs.launch(
         "pretrain", "--recipe", recipe, "--run.folder", tmp_path / "run", "--data.source", tmp_path / "nowhere", ranks=2
     )
     assert code != 0

@@ -45,7 +45,7 @@ def test_a_profile_is_whole_and_leaves_the_losses_as_they_are(jobs: Jobs, clips:
     with gzip.open(out / "trace.json.gz", "rt") as file:
         assert len(json.load(file)["traceEvents"]) > 1000
 
-    plain = plain_steps(4, tmp_path, "quickstart/student", "--data.source", clips, *WORDS)
+    plain = plain_steps(jobs, 4, tmp_path, "quickstart/student", "--data.source", clips, *WORDS)
     losses = [loss for (loss,) in plain["losses"]]
     assert len(set(losses)) == len(losses)
     assert report["losses"] == pytest.approx(losses, rel=1e-6)

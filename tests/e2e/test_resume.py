@@ -57,6 +57,7 @@ def test_a_killed_run_continues_bit_for_bit(jobs: Jobs, recipe: Path, clips: Pat
     assert sorted(p.name for p in (whole / "checkpoints").glob("step_*")) == ["step_00000055", "step_00000060"]
 
 
+@pytest.mark.serial
 def test_a_half_written_checkpoint_is_passed_over(jobs: Jobs, recipe: Path, clips: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = ["pretrain", "--recipe", recipe, "--data.source", clips, "--run.folder", run]
@@ -73,7 +74,7 @@ def test_a_half_written_checkpoint_is_passed_over(jobs: Jobs, recipe: Path, clip
 
     # The same folder by another number of ranks: refused, and nothing is lost.
     (run / "summary.json").unlink()
-    code, output = jobs.run(*arguments, ranks=2)
+    code, output = jobs.launch(*arguments, ranks=2)
     assert code != 0
     assert output.count("was written with ranks 1") == 1, output
     assert steps_done(run) == 7

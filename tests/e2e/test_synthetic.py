@@ -17,6 +17,7 @@ from mvd_scale.checkpoints.weights import save_weights
 from mvd_scale.config import load_finetune_recipe
 from mvd_scale.data.generated.synthetic import DIRECTIONS, FRAMES, SIDE
 from mvd_scale.models import Classifier, Encoder
+from tests.fork_server import ForkServer
 
 from .conftest import Jobs
 
@@ -35,9 +36,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def motion(folder: Path) -> Path:
+def motion(folder: Path, fork_server: ForkServer) -> Path:
     """A finished `mvd-scale pipeline synthetic`."""
-    code, output = Jobs().run("pipeline", "synthetic", "--folder", folder / "motion")
+    code, output = fork_server.run("mvd_scale", "pipeline", "synthetic", "--folder", folder / "motion")
     assert code == 0, output
     assert "test: top-1" in output
     return folder / "motion"

@@ -17,13 +17,13 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 """Then the same steps give the same bits."""
 
 
-def test_a_timer_is_told_of_the_parts_in_order_and_changes_no_loss(clips: Path, tmp_path: Path) -> None:
+def test_a_timer_is_told_of_the_parts_in_order_and_changes_no_loss(jobs: Jobs, clips: Path, tmp_path: Path) -> None:
     words = [
         "quickstart/student", "--data.source", clips, "--training.warmup_epochs", "0", "--training.micro_batch", "1",
         "--targets.average", "{kind: momentum, momentum: 0.9, decoder: {width: 32, depth: 1, heads: 2}}",
     ]  # fmt: skip
-    timed = plain_steps(STEPS, tmp_path, "--timer", *words, env=ONE_THREAD)
-    plain = plain_steps(STEPS, tmp_path, *words, env=ONE_THREAD)
+    timed = plain_steps(jobs, STEPS, tmp_path, "--timer", *words, env=ONE_THREAD)
+    plain = plain_steps(jobs, STEPS, tmp_path, *words, env=ONE_THREAD)
     assert plain["parts"] is None
     assert timed["losses"] == plain["losses"]
     assert len({loss for step in plain["losses"] for loss in step}) == 2 * STEPS
@@ -43,5 +43,5 @@ def test_a_benchmark_makes_the_steps_of_a_run(jobs: Jobs, recipe: Path, clips: P
     assert code == 0, output
     losses = [reading["loss"] for reading in read_metrics(tmp_path / "run" / "metrics.jsonl")]
     assert len(set(losses)) == STEPS
-    measured = plain_steps(STEPS, tmp_path, recipe, *words, env=ONE_THREAD)
+    measured = plain_steps(jobs, STEPS, tmp_path, recipe, *words, env=ONE_THREAD)
     assert measured["losses"] == [[loss] for loss in losses]

@@ -265,6 +265,19 @@ def test_multi_node_without_ssh(launcher: Machine) -> None:
     assert "[--no_ssh][--node_rank][1]" in words
 
 
+def test_all_checks_run_and_those_that_fail_are_named(machine: Machine) -> None:
+    machine.program("nproc", "#!/bin/bash\necho 64\n")
+    for tool in ("ruff", "mypy", "pytest"):
+        machine.program(tool, f'#!/bin/bash\necho {tool} "$@"; [[ "$*" != "check ." && "$*" != "-m serial"* ]]\n')
+    machine.start()
+    result = machine.start("launch/test.sh")
+    parallel = [f"pytest -n 4 --dist loadfile -m {kind} and not serial and not gpu" for kind in ("not slow", "slow")]
+    ran = ["ruff check .", "ruff format --check .", "mypy", *parallel, "pytest -m serial or gpu"]
+    assert result.stdout.splitlines() == [line for command in ran for line in (f"== {command}", command)]
+    assert result.stderr.splitlines() == [f"failed: {ran[0]}", f"failed: {ran[-1]}"]
+    assert result.returncode == 1
+
+
 @pytest.mark.parametrize(
     ("words", "asked"),
     [

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,34 +12,19 @@ from safetensors.torch import load_file
 from mvd_scale.checkpoints.deepspeed_folders import load_deepspeed
 from mvd_scale.checkpoints.reading import read_raw_checkpoint
 from mvd_scale.errors import UserError
+from tests.fork_server import ForkServer
 
 pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    return {stage: _written(tmp_path_factory.mktemp(f"zero{stage}"), stage) for stage in range(4)}
+def folders(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> dict[int, Path]:
+    return {stage: _written(tmp_path_factory.mktemp(f"zero{stage}"), stage, fork_server) for stage in range(4)}
 
 
-def _written(folder: Path, stage: int) -> Path:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, str(Path(__file__).with_name("zero_folder.py")), str(folder), str(stage)]
-    ranks = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **meeting, "RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    for process in ranks:
-        output, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, output[-3000:]
+def _written(folder: Path, stage: int, fork_server: ForkServer) -> Path:
+    code, output = fork_server.run("tests.unit.checkpoints.zero_folder", folder, str(stage), ranks=2)
+    assert code == 0, output[-3000:]
     return folder
 
 

@@ -31,7 +31,7 @@ from tests.batches import BatchLoader
 VIDEO: dict[str, Any] = {"size": "S", "frames": 8, "input_size": 96}
 IMAGE = {**VIDEO, "frames": 1, "tubelet": 1, "positions": "sincos2d", "class_token": True}
 DECODER = {"width": 384, "depth": 2, "heads": 6}
-STEPS = 3
+STEPS = 2
 
 
 def recipe(case: dict[str, Any]) -> Recipe:

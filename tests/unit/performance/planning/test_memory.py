@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,10 +22,9 @@ from mvd_scale.targets import FrozenTeacher, build_targets
 from mvd_scale.targets.build import init_teacher
 from mvd_scale.training.capabilities import make_placement
 from mvd_scale.training.teachers.place import cast_teacher
+from tests.fork_server import ForkServer
 
 from .memory_ranks import clips, held_from, recipe
-
-ROOT = Path(__file__).parents[3]
 
 CASE: dict[str, Any] = {
     "world": 1, "micro": 16, "accumulation": 1, "deepspeed": "zero2", "teachers": "replicated", "checkpointing": "none",
@@ -44,37 +38,27 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def measure(case: dict[str, Any], folder: Path) -> int:
+def measure(case: dict[str, Any], fork_server: ForkServer) -> int:
     """The largest peak of all ranks, each a process of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = []
-    for rank in range(case["world"]):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case["world"], "LOCAL_SIZE": case["world"]}
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        env = os.environ | {key: str(value) for key, value in (place | meeting).items()}
-        command = [sys.executable, "-m", "tests.unit.performance.memory_ranks", json.dumps(case)]
-        with (folder / f"rank{rank}.log").open("w") as log:
-            ranks.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=log, text=True))
-    peaks = []
-    for rank, process in enumerate(ranks):
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, (folder / f"rank{rank}.log").read_text()[-3000:]
-        peaks.append(int(json.loads(output.splitlines()[-1])["peak"]))
+    code, output = fork_server.run(
+        "tests.unit.performance.planning.memory_ranks", json.dumps(case), ranks=case["world"]
+    )
+    assert code == 0, output[-3000:]
+    peaks = [json.loads(line)["peak"] for line in output.splitlines() if line.startswith('{"peak": ')]
+    assert len(peaks) == case["world"]
     return max(peaks)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_a_traced_run_holds_what_was_predicted(name: str, tmp_path: Path) -> None:
+def test_a_traced_run_holds_what_was_predicted(name: str, fork_server: ForkServer) -> None:
     case = CASE | CASES[name]
     made = recipe(case)
     workload = build_workload(made)
     # One batch at a time, without a loader.
     parallel = replace(parallel_config(made, workload, case["world"]), prefetch=0)
     memory = predict_memory(workload, parallel)
-    measured = measure(case, tmp_path)
+    measured = measure(case, fork_server)
     assert memory.peak == pytest.approx(measured, rel=0.1)
     # No part decides alone, so one that is wrong is seen.
     assert max(memory.parts.values()) < 0.5 * measured

@@ -1,0 +1,37 @@
+"""Forked processes are as good as started ones: their exit codes, their output and their end."""
+
+from __future__ import annotations
+
+import time
+
+import psutil
+import pytest
+
+from tests.fork_server import ForkServer
+
+RUN = ("timeit", "-n", "1", "-r", "1")
+"""A module of Python that runs the line after it, and exits with 1 if that fails."""
+
+
+def test_every_rank_has_its_environment_and_all_outputs_come_back(fork_server: ForkServer) -> None:
+    words = "import os; print(os.environ['RANK'], os.environ['LOCAL_RANK'], os.environ['GIVEN'])"
+    code, output = fork_server.run(*RUN, words, ranks=[1, 2], env={"GIVEN": "yes"})
+    assert code == 0
+    assert {"0 0 yes", "1 1 yes", "2 0 yes"} <= set(output.splitlines())
+
+
+def test_a_rank_that_fails_ends_the_others(fork_server: ForkServer) -> None:
+    started = time.monotonic()
+    words = "import os, time; time.sleep(100 if os.environ['RANK'] == '0' else 0); raise ValueError('rank 1')"
+    code, output = fork_server.run(*RUN, words, ranks=2)
+    assert code == 1
+    assert output.count("ValueError: rank 1") == 1
+    assert time.monotonic() - started < 50
+
+
+def test_a_job_that_takes_too_long_leaves_nobody_behind(fork_server: ForkServer) -> None:
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    with pytest.raises(TimeoutError):
+        fork_server.run(*RUN, "import time; time.sleep(100)", ranks=2, seconds=0.5)
+    assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
+    assert fork_server.run("mvd_scale", "--version")[0] == 0
