@@ -90,14 +90,19 @@ def pipeline(file: str, overrides: tuple[str, ...]) -> None:
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/quickstart"), show_default=True)
 @click.option("--ranks", type=click.IntRange(min=1), default=2, show_default=True, help="Processes of every stage.")
 @click.option("--steps", type=click.IntRange(min=1), help="Stop every stage after so many steps.")
-def quickstart(out: Path, ranks: int, steps: int | None) -> None:
-    """Train two teachers on real clips, distil a student from both, fine-tune and test it: `pipeline quickstart`."""
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of every stage that trains.")
+def quickstart(out: Path, ranks: int, steps: int | None, seed: int) -> None:
+    """Train two teachers on real clips, distil a student from both, fine-tune it and compare it with one from scratch.
+
+    The same as `mvd-scale pipeline quickstart`. With another seed choose another folder, too.
+    """
     from mvd_scale.config.pipeline import TrainStage, load_pipeline
     from mvd_scale.pipeline import run_pipeline
 
     overrides = ["--folder", str(out), "--ranks", str(ranks)]
+    trained = [name for name, stage in load_pipeline("quickstart").stages.items() if isinstance(stage, TrainStage)]
+    overrides += [f"--stages.{name}.recipe.seed={seed}" for name in trained]
     if steps is not None:
-        trained = [n for n, stage in load_pipeline("quickstart").stages.items() if isinstance(stage, TrainStage)]
         overrides += [f"--stages.{name}.recipe.training.max_steps={steps}" for name in trained]
     run_pipeline(load_pipeline("quickstart", overrides))
     click.echo(

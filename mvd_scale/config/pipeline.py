@@ -115,6 +115,24 @@ class EvaluateStage(AnyStage):
     """`auto` takes the GPU where there is one."""
 
 
+class CompareStage(AnyStage):
+    """Compares two tests of the same videos; its folder holds `comparison.json`."""
+
+    kind: Literal["compare"]
+
+    first: str
+    """Folder of a test."""
+
+    second: str
+    """Folder of the test that it is compared with."""
+
+    names: tuple[str, str]
+    """The two in words, for the summary."""
+
+    caption: str = ""
+    """Conditions of the comparison, for the summary."""
+
+
 class DrawStage(AnyStage):
     """Draws what a finished run predicts beside what is true, into the folder of that run."""
 
@@ -128,7 +146,7 @@ class DrawStage(AnyStage):
 
 
 Stage = Annotated[
-    SamplesStage | SynthStage | IndexStage | PretrainStage | FinetuneStage | EvaluateStage | DrawStage,
+    SamplesStage | SynthStage | IndexStage | PretrainStage | FinetuneStage | EvaluateStage | CompareStage | DrawStage,
     Field(discriminator="kind"),
 ]
 
