@@ -93,14 +93,21 @@ def pipeline(file: str, overrides: tuple[str, ...]) -> None:
 )  # fmt: skip
 @click.option("--ranks", type=click.IntRange(min=1), default=2, show_default=True, help="Ranks of every stage.")
 @click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps after which every stage stops.")
-def quickstart(out: Path, ranks: int, steps: int | None) -> None:
-    """Run `pipeline quickstart`: train two teachers on real clips, distil a student, fine-tune it and test it."""
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of every stage that trains."
+)
+def quickstart(out: Path, ranks: int, steps: int | None, seed: int) -> None:
+    """Train two teachers on real clips, distil a student from both, fine-tune it and compare it with one from scratch.
+
+    This is `mvd-scale pipeline quickstart`. A run with another seed needs another folder.
+    """
     from mvd_scale.config.pipeline import TrainStage, load_pipeline
     from mvd_scale.pipelines.runner import run_pipeline
 
     overrides = ["--folder", str(out), "--ranks", str(ranks)]
+    trained = [name for name, stage in load_pipeline("quickstart").stages.items() if isinstance(stage, TrainStage)]
+    overrides += [f"--stages.{name}.recipe.seed={seed}" for name in trained]
     if steps is not None:
-        trained = [n for n, stage in load_pipeline("quickstart").stages.items() if isinstance(stage, TrainStage)]
         overrides += [f"--stages.{name}.recipe.training.max_steps={steps}" for name in trained]
     run_pipeline(load_pipeline("quickstart", overrides))
     click.echo(

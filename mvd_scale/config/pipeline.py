@@ -115,6 +115,24 @@ class EvaluateStage(BaseStage):
     """Device of the test. `auto`: a GPU if there is one, else the CPU."""
 
 
+class CompareStage(BaseStage):
+    """Stage that compares two tests of the same videos; its folder holds `comparison.json`."""
+
+    kind: Literal["compare"]
+
+    first: str
+    """Folder of a test."""
+
+    second: str
+    """Folder of the test that the first one is compared with."""
+
+    names: tuple[str, str]
+    """Names of the two tests in the summary."""
+
+    caption: str = ""
+    """Conditions of the comparison, printed below the summary."""
+
+
 class DrawStage(BaseStage):
     """Stage that draws the predictions of a finished run beside the ground truth, into the folder of that run."""
 
@@ -128,7 +146,7 @@ class DrawStage(BaseStage):
 
 
 Stage = Annotated[
-    SamplesStage | SynthStage | IndexStage | PretrainStage | FinetuneStage | EvaluateStage | DrawStage,
+    SamplesStage | SynthStage | IndexStage | PretrainStage | FinetuneStage | EvaluateStage | CompareStage | DrawStage,
     Field(discriminator="kind"),
 ]
 

@@ -14,10 +14,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mvd_scale.config import RunRecipe, finetune_recipe_from_dict, recipe_from_dict
 from mvd_scale.config.pipeline import (
+    CompareStage,
     DrawStage,
     EvaluateStage,
     FinetuneStage,
@@ -31,6 +32,9 @@ from mvd_scale.config.pipeline import (
 )
 from mvd_scale.distributed.free_port import free_port
 from mvd_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 logger = logging.getLogger("mvd_scale")
 
@@ -109,6 +113,7 @@ def _output(pipeline: Pipeline, name: str) -> Path:
         PretrainStage: "encoder.safetensors",
         FinetuneStage: "classifier.safetensors",
         EvaluateStage: "summary.json",
+        CompareStage: "comparison.json",
     }
     return place / made[type(stage)]
 
@@ -127,6 +132,10 @@ def _run_local_stage(pipeline: Pipeline, name: str) -> None:
         write_synthetic_videos(stage.label, place, train=stage.train, test=stage.test)
     elif isinstance(stage, IndexStage):
         _index(stage, place)
+    elif isinstance(stage, CompareStage):
+        from mvd_scale.evaluation.comparison import compare_tests
+
+        compare_tests(Path(stage.first), Path(stage.second)).write(place)
     else:
         assert isinstance(stage, DrawStage)
         from mvd_scale.visualization.predictions import draw_predictions
@@ -260,3 +269,22 @@ def _print_summary(pipeline: Pipeline, trained: list[str], ranks: int, seconds: 
         elif isinstance(pipeline.stages[name], EvaluateStage):
             figures = json.loads(_output(pipeline, name).read_text())
             console.print(f"{name}: top-1 {100 * figures['top1']:.1f} % of {figures['videos']} videos")
+        elif isinstance(pipeline.stages[name], CompareStage):
+            console.print(_comparison(pipeline, name))
+
+
+def _comparison(pipeline: Pipeline, name: str) -> Table:
+    """The accuracies of two tests, their difference, and the conditions."""
+    from rich.table import Table
+
+    from mvd_scale.evaluation.comparison import Comparison
+
+    stage = CompareStage.model_validate(pipeline.resolved(name))
+    comparison = Comparison.load(pipeline.place(name))
+    table = Table(title=f"{name}: {comparison.videos} test videos", caption=stage.caption)
+    table.add_column("classifier")
+    table.add_column("videos named right, %")
+    for row, estimate in zip(stage.names, (comparison.first, comparison.second), strict=True):
+        table.add_row(row, estimate.to_text())
+    table.add_row("difference", comparison.difference.to_text(signed=True))
+    return table

@@ -133,7 +133,8 @@ def make_panels(
         tokens = targets[name].tokens(batch)
         places = torch.arange(recipe.tokens).expand(len(truth), -1) if tokens is None else tokens.cpu()
         if isinstance(recipe.targets[name], PixelTarget):
-            images = [_front_pixels(values, places, model) for values in (truth, guess)]
+            plain = recipe.targets[name].normalize == "none"
+            images = [_front_pixels(v if plain else _spread(v), places, model) for v in (truth, guess)]
         else:
             colours = pca_colors(truth, guess)
             images = [_enlarge(_tokens_to_images(colour, places, model), model) for colour in colours]
@@ -177,10 +178,15 @@ def _enlarge(images: Images, model: ModelConfig) -> Images:
     return images.repeat(model.patch_size, axis=2).repeat(model.patch_size, axis=3)
 
 
+def _spread(normalised: Tensor) -> Tensor:
+    """Two standard deviations to either side of a token's mean fill 0..1."""
+    return normalised.div(4).add(0.5)
+
+
 def _front_pixels(values: Tensor, masked: Tensor, model: ModelConfig) -> Images:
-    """Convert normalised pixels of masked tokens (B, M, t p p 3) to images of the front frames, scaled to 0..1."""
+    """Convert pixels of masked tokens, (B, M, t p p 3) in 0..1, to images of the front frames."""
     side = model.patch_size
-    fronts = values.unflatten(2, (model.tubelet, side, side, 3))[:, :, 0].clamp(-2, 2).div(4).add(0.5)
+    fronts = values.unflatten(2, (model.tubelet, side, side, 3))[:, :, 0].clamp(0, 1)
     time, rows, columns = model.grid
     grid = torch.full((len(values), time * rows * columns, side, side, 3), _HIDDEN)
     grid[torch.arange(len(values)).unsqueeze(1), masked] = fronts

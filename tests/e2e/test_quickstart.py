@@ -1,4 +1,4 @@
-"""The README's first command, shortened: stages by the launcher, a table, pictures, a test."""
+"""The README's first command, shortened: stages by the launcher, a table, pictures, a comparison."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 from PIL import Image
 
 from mvd_scale.utils.io import read_metrics
@@ -45,9 +46,21 @@ def test_the_quickstart(jobs: Jobs, clips: Path, tmp_path: Path) -> None:
         assert stage in output
         with Image.open(out / stage / "predictions.png") as picture:
             assert len(picture.convert("RGB").getcolors(1 << 24) or []) > 100
-    assert json.loads((out / "classifier" / "summary.json").read_text())["steps"] == 12
-    assert json.loads((out / "test" / "summary.json").read_text())["videos"] == 150
-    assert "test: top-1" in output
+        # The README shows one of them.
+        assert (out / stage / "predictions.png").stat().st_size < 150_000
+    for classifier, test in (("classifier", "test"), ("from_scratch", "test_from_scratch")):
+        assert json.loads((out / classifier / "summary.json").read_text())["steps"] == 12
+        assert json.loads((out / test / "summary.json").read_text())["videos"] == 300
+        assert f"{test}: top-1" in output
+    # The two differ in the weights that they start from and in nothing else.
+    recipes = [yaml.safe_load((out / f"{name}.yaml").read_text()) for name in ("classifier", "from_scratch")]
+    for recipe in recipes:
+        del recipe["run"], recipe["training"]["initial_encoder"], recipe["classifier"]["from_scratch"]
+    assert recipes[0] == recipes[1]
+    comparison = json.loads((out / "comparison" / "comparison.json").read_text())
+    assert comparison["videos"] == 300
+    assert "comparison: 300 test videos" in output
+    assert "the same fine-tuning" in " ".join(output.split())
     readings = read_metrics(out / "student" / "metrics.jsonl")
     expected = {
         "loss",
@@ -64,4 +77,4 @@ def test_the_quickstart(jobs: Jobs, clips: Path, tmp_path: Path) -> None:
     # Started again it has nothing left to do.
     code, output = jobs.run("quickstart", "--out", out, "--steps", "12")
     assert code == 0, output
-    assert output.count("is done already") == 11
+    assert output.count("is done already") == 14

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import nn
@@ -24,13 +25,20 @@ class Perfect(nn.Module):
         return self.predictions
 
 
-def test_a_perfect_prediction_is_drawn_like_its_target() -> None:
+@pytest.mark.parametrize("normalize", ["channel", "none"])
+def test_a_perfect_prediction_is_drawn_like_its_target(normalize: str) -> None:
     recipe = Recipe.model_validate(
         {
             "run": {"folder": "run"},
             "model": {"width": 32, "depth": 1, "heads": 2, "frames": 4, "input_size": 32, "patch_size": 8},
             "data": {"mask": {"ratio": 0.5}},
-            "targets": {"pixels": {"kind": "pixels", "decoder": {"width": 32, "depth": 1, "heads": 2}}},
+            "targets": {
+                "pixels": {
+                    "kind": "pixels",
+                    "normalize": normalize,
+                    "decoder": {"width": 32, "depth": 1, "heads": 2},
+                }
+            },
             "training": {"epochs": 2, "global_batch": 2, "base_lr": 1e-3, "warmup_epochs": 0},
         }
     )
@@ -51,6 +59,9 @@ def test_a_perfect_prediction_is_drawn_like_its_target() -> None:
     token = int(batch.masked[0, 0])
     t, h, w = token // 16, token // 4 % 4, token % 4
     assert (panels["what the student sees"][0, t, 8 * h : 8 * h + 8, 8 * w : 8 * w + 8] == 0.5).all()
+    if normalize == "none":
+        target = panels["pixels: target"]
+        assert (np.isclose(target, panels["front frame"]) | (target == 0.5)).all()
     picture = compose([Panel(*item) for item in panels.items()])
     assert picture.shape[1] > 4 * 192
     assert len(Image.fromarray(picture).getcolors(1 << 24) or []) > 100

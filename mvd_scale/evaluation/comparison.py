@@ -1,0 +1,86 @@
+"""Two tests of the same videos side by side: accuracies and their difference, each with its interval.
+
+Legend: X videos.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mvd_scale.errors import UserError
+from mvd_scale.evaluation.results import EvalResult
+from mvd_scale.utils.io import write_atomic
+
+RESAMPLES = 10_000
+"""Draws of the test videos, with replacement."""
+
+FILE = "comparison.json"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure and its 95 % interval, as shares."""
+
+    value: float
+    low: float
+    high: float
+
+    def to_text(self, *, signed: bool = False) -> str:
+        """In percent."""
+        low, value, high = (
+            f"{100 * x:+.1f}" if signed else f"{100 * x:.1f}" for x in (self.low, self.value, self.high)
+        )
+        return f"{value} (95 % interval {low} to {high})"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Top-1 of two classifiers on the same videos; the intervals tell how far the choice of videos moves them."""
+
+    videos: int
+    first: Estimate
+    second: Estimate
+
+    difference: Estimate
+    """First less second, resampled as pairs."""
+
+    def write(self, out: Path) -> None:
+        """Leave `comparison.json`."""
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomic(out / FILE, json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, out: Path) -> Comparison:
+        """A written comparison from its folder."""
+        values = json.loads((out / FILE).read_text())
+        return cls(values.pop("videos"), **{name: Estimate(**estimate) for name, estimate in values.items()})
+
+
+def compare_tests(first: Path, second: Path) -> Comparison:
+    """Compare two finished tests.
+
+    Args:
+        first: folder of a test.
+        second: folder of another one on the same videos.
+
+    Raises:
+        UserError: a folder holds no finished test, or the videos differ.
+    """
+    tests = [EvalResult.load(folder) for folder in (first, second)]
+    outcomes = [test.predictions for test in tests]
+    if list(tests[0].names) != list(tests[1].names) or (outcomes[0].labels != outcomes[1].labels).any():
+        raise UserError(f"{first} and {second} are tests of other videos: they cannot be compared")
+    one, other = ((predictions.predictions == predictions.labels).astype(np.float64) for predictions in outcomes)
+    return Comparison(len(one), bootstrap(one), bootstrap(other), bootstrap(one - other))
+
+
+def bootstrap(values: NDArray[np.float64]) -> Estimate:
+    """Mean of (X,) and the 2.5th and 97.5th percentile of the means of resampled values."""
+    chosen = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    low, high = np.percentile(values[chosen].mean(1), [2.5, 97.5])
+    return Estimate(float(values.mean()), float(low), float(high))
