@@ -238,8 +238,8 @@ class ItemLoader(DaliLoader, Generic[Batch]):
         return {
             "first": self._next,
             "end": self._end,
-            "backend": self._dali_device,
-            "by_host": self._pyav_samples,
+            "dali_device": self._dali_device,
+            "pyav_samples": self._pyav_samples,
             "timeout": self._data.read_timeout,
         }
 
