@@ -210,7 +210,7 @@ class Spy:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seen: dict[str, Any] = {}
         self.compiled: list[nn.Module] = []
-        monkeypatch.setattr(teachers, "cast_frozen", self.lower)
+        monkeypatch.setattr(teachers, "cast_frozen", self.cast_frozen)
         monkeypatch.setattr(teachers, "shard_teacher", self.shard)
         monkeypatch.setattr(compilation, "compile_blocks", self.compiled.append)
         monkeypatch.setattr(engine, "compile_blocks", self.compiled.append)
@@ -296,7 +296,7 @@ def test_the_planner_counts_with_the_same_placement(monkeypatch: pytest.MonkeyPa
         "data_prefetch": parallel.prefetch,
     } == run
     frozen = of_teachers["video"]
-    assert (parallel.eight_bit or parallel.teacher_precision) == frozen["precision"]
+    assert (parallel.quantized or parallel.teacher_precision) == frozen["precision"]
     assert parallel.teacher_precision == frozen["rest"]
     for column, name in (
         (parallel.shards, "shards"),
