@@ -127,7 +127,7 @@ def _read_all(pipe: int, deadline: float) -> bytes:
     Raises:
         TimeoutError: that takes longer.
     """
-    chunks = []
+    chunks: list[bytes] = []
     while True:
         ready, _, _ = select.select([pipe], [], [], max(deadline - time.monotonic(), 0))
         if not ready:
@@ -148,7 +148,7 @@ def serve(connection: Connection) -> Job | None:
     """
     while True:
         try:
-            job = connection.recv()
+            job: Job = connection.recv()
         except EOFError:
             return None
         output = recv_handle(connection)

@@ -26,6 +26,8 @@ def profiled(jobs: Jobs, clips: Path, out: Path, *words: str, ranks: int = 0) ->
     return json.loads((out / "summary.json").read_text())
 
 
+# The arithmetic that the machine could do is timed beside that of the steps.
+@pytest.mark.serial
 def test_a_profile_is_whole_and_leaves_the_losses_as_they_are(jobs: Jobs, clips: Path, tmp_path: Path) -> None:
     out = tmp_path / "profile"
     report = profiled(jobs, clips, out, *WORDS)
