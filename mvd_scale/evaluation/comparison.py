@@ -72,10 +72,10 @@ def compare_tests(first: Path, second: Path) -> Comparison:
         UserError: a folder holds no finished test, or the videos differ.
     """
     tests = [EvalResult.load(folder) for folder in (first, second)]
-    outcomes = [test.predictions for test in tests]
-    if list(tests[0].names) != list(tests[1].names) or (outcomes[0].labels != outcomes[1].labels).any():
+    pair = [test.predictions for test in tests]
+    if list(tests[0].names) != list(tests[1].names) or (pair[0].labels != pair[1].labels).any():
         raise UserError(f"{first} and {second} are tests of other videos: they cannot be compared")
-    one, other = ((predictions.predictions == predictions.labels).astype(np.float64) for predictions in outcomes)
+    one, other = ((predictions.predicted == predictions.labels).astype(np.float64) for predictions in pair)
     return Comparison(len(one), bootstrap(one), bootstrap(other), bootstrap(one - other))
 
 

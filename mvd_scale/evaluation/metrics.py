@@ -34,7 +34,7 @@ class Predictions:
         return scores
 
     @property
-    def predictions(self) -> NDArray[np.int64]:
+    def predicted(self) -> NDArray[np.int64]:
         """Class of the highest score, (X,); -1 if the video could not be decoded or its scores are not finite."""
         return np.where(self.decoded & np.isfinite(self.scores).all(1), self.scores.argmax(1), -1)
 
@@ -56,7 +56,7 @@ class Predictions:
         could not be decoded."""
         classes = self.scores.shape[1]
         table = np.zeros((classes, classes + 1), dtype=np.int64)
-        np.add.at(table, (self.labels, np.where(self.decoded, self.predictions, classes)), 1)
+        np.add.at(table, (self.labels, np.where(self.decoded, self.predicted, classes)), 1)
         return table
 
     @property

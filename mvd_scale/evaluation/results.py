@@ -82,7 +82,7 @@ class EvalResult:
                 "name": list(self.names),
                 "label": predictions.labels,
                 "decoded": predictions.decoded,
-                "prediction": predictions.predictions,
+                "prediction": predictions.predicted,
                 "scores": as_lists(predictions.scores),
                 "views": as_lists(predictions.views.reshape(len(predictions.labels), -1)),
             }

@@ -162,7 +162,7 @@ def hard_videos(tested: EvalResult, manifest: Manifest, count: int) -> tuple[lis
         scores of their true class.
     """
     predictions = tested.predictions
-    scores, predicted_classes = predictions.scores, predictions.predictions
+    scores, predicted_classes = predictions.scores, predictions.predicted
     own = np.take_along_axis(scores, predictions.labels[:, None], 1)[:, 0]
     wrong = np.flatnonzero(predictions.decoded & (predicted_classes != predictions.labels))
     sure = wrong[np.argsort(-scores[wrong].max(1), kind="stable")][:count]

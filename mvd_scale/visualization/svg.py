@@ -62,7 +62,7 @@ def confidences(predictions: Predictions) -> Markup:
     with matplotlib.rc_context(_STYLE):
         figure, axis = _empty(4.2, 3.3)
         sure = predictions.scores.max(1)
-        right = predictions.decoded & (predictions.predictions == predictions.labels)
+        right = predictions.decoded & (predictions.predicted == predictions.labels)
         wrong = predictions.decoded & ~right
         axis.hist(
             [sure[right], sure[wrong]],

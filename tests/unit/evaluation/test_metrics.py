@@ -25,14 +25,14 @@ def test_top_counts_the_highest_scores() -> None:
 
 def test_of_equal_scores_the_lower_class_comes_first() -> None:
     result = predictions([0, 1, 2], [[1, 1, 1]] * 3)
-    assert result.predictions.tolist() == [0, 0, 0]
+    assert result.predicted.tolist() == [0, 0, 0]
     assert [result.top(k) for k in (1, 2, 3)] == [1 / 3, 2 / 3, 1.0]
 
 
 def test_a_video_that_cannot_be_decoded_is_wrong() -> None:
     result = predictions([0, 0], [[1, 0], [1, 0]], [True, False])
     assert result.top(1) == result.top(2) == 0.5
-    assert result.predictions.tolist() == [0, -1]
+    assert result.predicted.tolist() == [0, -1]
     assert result.confusion.tolist() == [[1, 0, 1], [0, 0, 0]]
     assert result.summary()["not_decoded"] == 1
     assert result.view_accuracy.tolist() == [0.5]
