@@ -20,7 +20,7 @@ from triton._C.libtriton import native_specialize_impl
 from triton.backends.compiler import BaseBackend, GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from mvd_kernels.triton_ops.example_inputs import ExampleLaunch, specimens
+from mvd_kernels.triton_ops.example_inputs import ExampleLaunch, example_launches
 from mvd_kernels.triton_ops.launch import Launch
 
 ARCHITECTURES = (80, 90, 100)
@@ -87,7 +87,7 @@ def measure(specimen: ExampleLaunch, architecture: int) -> KernelResources:
 def measure_all(architectures: Iterable[int] = ARCHITECTURES) -> Iterator[KernelResources]:
     """Measure every kernel on every architecture; about 0.5 s per kernel without Triton's cache."""
     architectures = tuple(architectures)
-    for specimen in specimens():
+    for specimen in example_launches():
         for architecture in architectures:
             yield measure(specimen, architecture)
 

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 import triton
 
 from mvd_kernels.compile_report import as_json, measure, measure_all
-from mvd_kernels.triton_ops.example_inputs import specimens
+from mvd_kernels.triton_ops.example_inputs import example_launches
 
 GOLDEN = Path(__file__).with_name("compile_report.json")
 
@@ -42,7 +42,7 @@ def test_nothing_is_spilled_anywhere() -> None:
 
 
 def test_a_spill_is_seen() -> None:
-    specimen = next(s for s in specimens() if s.launch.kernel.__name__ == "add_layer_norm_backward")
+    specimen = next(s for s in example_launches() if s.launch.kernel.__name__ == "add_layer_norm_backward")
     cramped = replace(specimen, launch=replace(specimen.launch, warps=1))
     assert measure(specimen, 90).spilled == 0
     assert measure(cramped, 90).spilled > 0

@@ -48,7 +48,7 @@ class ExampleLaunch:
         return f"{self.launch.kernel.__name__} {self.variant}"
 
 
-def specimens() -> Iterator[ExampleLaunch]:
+def example_launches() -> Iterator[ExampleLaunch]:
     """Yield all kernels in all dtypes; options that do not depend on the dtype in one dtype only."""
     makers: tuple[Callable[[torch.dtype], Iterator[ExampleLaunch]], ...] = (
         _rows,
