@@ -234,7 +234,7 @@ def decide_placement(recipe: RunRecipe, teachers: Sequence[Teacher], devices: De
         devices=devices,
         precision=_named("training.precision", training.precision),
         zero_stage=Decision(stage, f"training.deepspeed is {training.deepspeed}"),
-        micro_batch=Decision(micro, f"{share} and {limit}"),
+        micro_batch=Decision(micro, f"{share}, and {limit}"),
         accumulation=Decision(accumulation, f"{share}, processed in micro batches of {micro}"),
         gradient_checkpointing=_named("training.gradient_checkpointing", training.gradient_checkpointing),
         compile=_switch(
@@ -251,7 +251,7 @@ def decide_placement(recipe: RunRecipe, teachers: Sequence[Teacher], devices: De
 
 
 def needs_compiler(recipe: RunRecipe, kind: DeviceKind) -> bool:
-    """Whether the placement depends on `Capabilities.no_compile`; detecting it takes seconds, so callers ask first."""
+    """Whether the placement depends on `Capabilities.no_compile`, which takes seconds to detect."""
     asked = [recipe.training.compile, *([recipe.teachers.compile] if isinstance(recipe, Recipe) else [])]
     return any(choice is True or (choice == "auto" and kind == "cuda") for choice in asked)
 
@@ -339,7 +339,7 @@ def _shards(
             return Decision(None, f"{reason} and there is one rank")
         above = teacher.parameters > config.auto_shard_above
         reason += (
-            f" and {teacher.parameters:,} parameters are {'more than' if above else 'at most'} "
+            f" and the {teacher.parameters:,} parameters of the teacher {'' if above else 'do not '}exceed "
             f"teachers.auto_shard_above, {config.auto_shard_above:,}"
         )
         if not above:

@@ -75,6 +75,7 @@ class ClipLoader(DaliLoader):
             decoded; None for none.
 
     Raises:
+        ValueError: the batch sizes of `plan` do not divide over ranks, micro batches and copies.
         UserError: an epoch has fewer clips than one global batch. During iteration: more than `data.max_broken` of the
             clips were replaced, or a clip had no decodable substitute.
     """

@@ -150,6 +150,9 @@ def draw_video(seed: int, epoch: int, i: int, components: tuple[MixtureComponent
     A permutation of the epoch maps i to a clip of a component. A component whose clips per epoch are not a multiple of
     its videos continues in the next epoch where it stopped, in an endless sequence of permutations of its videos:
     so over time all its videos are drawn equally often.
+
+    Raises:
+        IndexError: `i` is not below the number of clips of an epoch.
     """
     # The permutation covers the clips of all components in order; `clip` is reduced by the clips of each component that
     # it lies beyond, until it is a number within one component.

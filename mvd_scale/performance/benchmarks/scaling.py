@@ -126,7 +126,7 @@ def measure_growth(
     """Time whole steps of a distillation with teachers of random weights, each point in a separate process.
 
     Args:
-        name: recipe, as for `load_recipe`.
+        name: recipe, see `load_recipe`.
         overrides: dotted overrides; without `data.source` the clips of the `samples` extra are used.
         numbers: at least two values of each quantity that varies; for `tokens`, sides of the student's input in pixels.
         precision: precision of the student; fp16 on GPUs and float32 on CPUs if None.

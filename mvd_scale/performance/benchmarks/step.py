@@ -114,7 +114,7 @@ def measure_step(
     """Time whole optimizer steps of a recipe with teachers of random weights.
 
     Args:
-        name: recipe, as for `load_recipe`.
+        name: recipe, see `load_recipe`.
         precision: precision of the student; fp16 on GPUs and float32 on CPUs if None.
         overrides: dotted overrides; without `data.source` the clips of the `samples` extra are used.
         batch: clips per step over all ranks.

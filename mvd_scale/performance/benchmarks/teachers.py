@@ -95,7 +95,7 @@ def measure_teachers(name: str, overrides: list[str], *, steps: int) -> Teachers
     """Time the teachers of a recipe on one clip, each in every precision that the device supports.
 
     Args:
-        name: recipe, as for `load_recipe`.
+        name: recipe, see `load_recipe`.
         overrides: dotted overrides; teachers without a checkpoint have random weights, and without `data.source` the
             clip is one of the `samples` extra.
         steps: number of timed calls, after one warm-up call; the fastest counts.

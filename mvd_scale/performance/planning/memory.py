@@ -18,7 +18,7 @@ from mvd_scale.training.optimizer import LARGEST_GROUP
 from mvd_scale.training.placement import TeacherShards
 
 CHANNEL: dict[QuantizedPrecision, int] = {"int8": 12, "fp8": 4}
-"""Bytes per output channel beside 8-bit weights: a 32-bit scale; for int8 also a 32-bit zero point and bias."""
+"""Bytes per output channel in addition to 8-bit weights: a 32-bit scale; for int8 also a 32-bit zero point and bias."""
 
 Bytes = dict[str, int]
 """Bytes by part."""

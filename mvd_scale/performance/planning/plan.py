@@ -136,8 +136,8 @@ def make_plan(name: str, overrides: list[str], cluster: Cluster) -> Plan:
         cluster: hardware and data.
 
     Raises:
-        UserError: the recipe cannot be read, its global batch is not divisible over the GPUs, or no micro batch fits
-            in their memory; the message then lists changes that would fit.
+        UserError: the recipe cannot be read, its global batch cannot be split over the GPUs, the GPU does not support a
+            precision, or no micro batch fits in memory; the message then lists changes that fit.
     """
     recipe = load(name, overrides)
     workload = build_workload(recipe)

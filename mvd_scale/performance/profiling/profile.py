@@ -65,7 +65,7 @@ def profile_recipe(
     Speed and utilisation are measured first, on the same number of steps without the profiler.
 
     Args:
-        name: recipe, as for `load_recipe`.
+        name: recipe, see `load_recipe`.
         overrides: dotted overrides; teachers without a checkpoint have random weights, and without `data.source` the
             clips of the `samples` extra are used.
         out: folder for `trace.json.gz` (and `trace_rank1.json.gz` ...), `memory.png`, `modules.txt`, `summary.json`

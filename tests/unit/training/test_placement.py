@@ -125,9 +125,9 @@ CASES: dict[str, tuple[dict[str, Any], Devices, dict[str, Any], dict[str, Any]]]
     "ZeRO-3": (
         {"training__deepspeed": "zero3"}, GPU, {"zero_stage": 3, "compile": False, "batch_decoders": False}, {},
     ),
-    "shards by name": ({"teachers__sharding": "zero3"}, GPU, {}, teacher_change(SHARDED, MOVED)),
+    "shards required": ({"teachers__sharding": "zero3"}, GPU, {}, teacher_change(SHARDED, MOVED)),
     "shards of large teachers": ({"teachers__auto_shard_above": 1000}, GPU, {}, teacher_change(SHARDED, MOVED)),
-    "no shards by name": ({"teachers__auto_shard_above": 1000, "teachers__sharding": "replicated"}, GPU, {}, {}),
+    "no shards required": ({"teachers__auto_shard_above": 1000, "teachers__sharding": "replicated"}, GPU, {}, {}),
     "shards over all hosts": (
         {"teachers__sharding": "zero3", "teachers__shard_over": "world"}, GPU, {}, teacher_change(WORLD, MOVED),
     ),
@@ -166,7 +166,7 @@ CASES: dict[str, tuple[dict[str, Any], Devices, dict[str, Any], dict[str, Any]]]
         {"training__precision": "bf16"}, CPU,
         {"precision": "bf16", "compile": False, "batch_decoders": False}, teacher_change({**EXACT, **ON_CPU}),
     ),
-    "CPU by name": (
+    "CPU with required compilation": (
         {"device": "cpu", "training__precision": "fp32", "training__compile": True, "training__batch_decoders": True,
          "teachers__compile": True}, CPU, {"precision": "fp32"},
         teacher_change({"precision": "fp32", "rest": "fp32", **ON_CPU, "compile": True}),
