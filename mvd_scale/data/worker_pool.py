@@ -34,8 +34,8 @@ def run_chunks(
         work: picklable function that returns one result for each item of a chunk.
         chunks: the items, in chunks that take about a second each.
         workers: number of worker processes.
-        crashed: function that returns the result for an item whose worker process died.
-        few: number of items per worker up to which no process is started; `MAX_INLINE_ITEMS` if None.
+        on_crash: function that returns the result for an item whose worker process died.
+        inline_limit: number of items per worker up to which no process is started; `MAX_INLINE_ITEMS` if None.
 
     Yields:
         index of a chunk and its results, in the order in which chunks are done.

@@ -45,7 +45,7 @@ class KeyFrameSampler(Sampler):
         self.centres = key_frames.centres
 
     def draw_frames(self, rng: Generator, video: int) -> NDArray[np.int64]:
-        """Return the frames around a key frame, int64 (T,); they do not depend on `rng`."""
+        """Return the frame numbers around a key frame, int64 (T,); they do not depend on `rng`."""
         available = int(self.frames[video])
         return frames_around(int(self.centres[video]), available, frames=self.model.frames, stride=self.data.stride)
 
@@ -92,15 +92,18 @@ class KeyFrameLoader(ClipLoader):
         *,
         quarantine_file: Path | None = None,
     ) -> KeyFrameLoader:
-        """The loader of a run that trains a detector; as `ClipLoader.for_run`.
+        """Create the loader of a run that trains a detector; see `ClipLoader.for_run`.
 
         Args:
-            key_frames: as of `KeyFrameLoader`.
-            people: as of `KeyFrameLoader`.
-            recipe: says how clips are cut and batched, and how boxes are jittered.
-            rank: as of `ClipLoader`.
-            steps: optimizer steps from those that are done to the last.
-            report: as of `ClipLoader`.
+            key_frames: see `KeyFrameLoader`.
+            people: see `KeyFrameLoader`.
+            recipe: recipe of the run, with the settings of sampling, batches and jitter.
+            rank: see `ClipLoader`.
+            steps: optimizer steps to load, from the first one that is not completed to the last.
+            quarantine_file: see `ClipLoader`.
+
+        Raises:
+            UserError: see `ClipLoader.for_run`.
         """
         plan, jitter = BatchPlan.for_run(recipe, rank.world_size, steps), recipe.key_frames.jitter
         return cls(
@@ -130,12 +133,12 @@ class KeyFrameLoader(ClipLoader):
         batch = super().__next__()
         boxes, actions = [], []
         for k, attempt in enumerate(self._attempts):
-            placed, done = self._people_of(self._shard.position(first + k), attempt)
-            for copy, corners in enumerate(placed):
-                seen = has_area(corners)
-                clip = np.full((int(seen.sum()), 1), k * len(placed) + copy)
-                boxes.append(np.column_stack([clip, corners[seen]]))
-                actions.append(done[seen])
+            boxes_per_copy, clip_actions = self._people_of(self._shard.position(first + k), attempt)
+            for copy, corners in enumerate(boxes_per_copy):
+                inside = has_area(corners)
+                clip = np.full((int(inside.sum()), 1), k * len(boxes_per_copy) + copy)
+                boxes.append(np.column_stack([clip, corners[inside]]))
+                actions.append(clip_actions[inside])
         return DetectionBatch(
             **{field.name: getattr(batch, field.name) for field in fields(batch)},
             boxes=self._on_device(np.concatenate(boxes)),
@@ -145,8 +148,8 @@ class KeyFrameLoader(ClipLoader):
     def _people_of(self, position: int, attempt: int) -> tuple[list[NDArray[np.float64]], NDArray[np.bool_]]:
         """Return the boxes (P, 4) in each copy of the clip at a position of the stream, and their actions (P, C).
 
-        The plan of the clip (crop and flip) is computed again here: it is a pure function of the position, and that is
-        cheaper than to send it from the worker.
+        The plan of the clip (crop and flip) is computed again here: it is a pure function of the position, and this is
+        cheaper than sending the plan from the worker.
         """
         epoch, i = self._shard.locate(position)
         plan = self._sampler.plan(epoch, i, attempt)

@@ -167,7 +167,7 @@ def make_frame_loader(
     rank: DataRank,
     quarantine_file: Path | None = None,
 ) -> WholeFrameLoader:
-    """The clips of some key frames; arguments as of `WholeFrameLoader`."""
+    """Create the loader of the clips around the key frames `rows` of an evaluation; see `WholeFrameLoader`."""
     return WholeFrameLoader(
         test.key_frames, rows, data, shape=shape, batch=batch, rank=rank, quarantine_file=quarantine_file
     )

@@ -44,7 +44,7 @@ class DetectionTask(FinetuneTask[DetectionRecipe]):
     weights = "detector.safetensors"
 
     def index(self) -> Manifest:
-        """Index the videos, and see that all annotations fit them."""
+        """Index the videos of training and validation, and check that all annotations fit them."""
         recipe = self.recipe
         videos = load_source(recipe.data, self.folder.index)
         find_key_frames(self._truth(), videos, recipe.key_frames.starts_at, "key_frames")
@@ -57,14 +57,14 @@ class DetectionTask(FinetuneTask[DetectionRecipe]):
         return videos
 
     def read(self) -> Manifest:
-        """A row for each key frame."""
+        """Read key frames and people; the manifest has one row per key frame."""
         truth, videos = self._truth(), Manifest.load(self.folder.manifest)
         self.key_frames = find_key_frames(truth, videos, self.recipe.key_frames.starts_at, "key_frames")
         self.people = PersonBoxes.of(truth, self.recipe.detector.classes)
         return self.key_frames.manifest
 
     def create_model(self) -> Detector:
-        """The detector."""
+        """Create the detector with random weights."""
         return Detector(self.recipe.model, self.recipe.detector)
 
     def write(self, path: Path, tensors: dict[str, Tensor]) -> None:
@@ -73,24 +73,24 @@ class DetectionTask(FinetuneTask[DetectionRecipe]):
         save_weights(path, tensors, self.recipe.model, views=views, detector=self.recipe.detector)
 
     def data_digests(self) -> dict[str, Any]:
-        """Videos and boxes."""
+        """Compute digests of the videos and of the boxes with their actions."""
         digest = hashlib.sha256(self.key_frames.centres.tobytes())
         for column in (self.people.frame, self.people.corners, self.people.actions):
             digest.update(column.tobytes())
         return {"videos": self.key_frames.manifest.digest, "people": digest.hexdigest()[:16]}
 
     def objective(self) -> DetectionLoss:
-        """Return the binary cross entropy over actions."""
+        """Create the loss: binary cross entropy over actions."""
         return DetectionLoss()
 
     def load(self, ranks: Ranks, steps: range) -> KeyFrameLoader:
-        """Clips around the key frames."""
+        """Create the loader of clips around the key frames."""
         return KeyFrameLoader.for_training(
             self.key_frames, self.people, self.recipe, ranks.data_rank, steps, quarantine_file=self.folder.quarantine
         )
 
     def measure(self, ranks: Ranks) -> Callable[[Any], float]:
-        """Return a function that computes the frame mAP of a model; each key frame is scored by one rank."""
+        """Create the function that computes the frame mAP of a model; each key frame is scored by one rank."""
         recipe, validation = self.recipe, self.recipe.validation
         assert validation is not None
         test = DetectionTestData.open(
@@ -127,6 +127,6 @@ class DetectionTask(FinetuneTask[DetectionRecipe]):
         score(clip, np.zeros((0, 4)))
 
     def _truth(self) -> Boxes:
-        told = self.recipe.key_frames
-        truth = read_ground_truth(told.annotations, self.recipe.detector.classes)
-        return truth if told.excluded is None else truth.without(read_excluded(told.excluded))
+        config = self.recipe.key_frames
+        truth = read_ground_truth(config.annotations, self.recipe.detector.classes)
+        return truth if config.excluded is None else truth.without(read_excluded(config.excluded))

@@ -60,13 +60,13 @@ class WholeFrameLoader(ItemLoader[FrameBatch]):
     """Iterator over the clips around key frames, each exactly once.
 
     Args:
-        key_frames: all of the test.
-        rows: those of this rank.
-        data: workers, limits and the frames between two frames of a clip.
-        shape: T, and the smaller one of H and W.
-        batch: as of `ItemLoader`.
-        rank: as of `ItemLoader`.
-        report: as of `ItemLoader`.
+        key_frames: key frames of the evaluation.
+        rows: rows of this rank's key frames, int64 (items,).
+        data: numbers of workers and threads, limits, and stride between the frames of a clip.
+        shape: frames of a clip (T), and length of the short side in pixels.
+        batch: see `ItemLoader`.
+        rank: see `ItemLoader`.
+        quarantine_file: see `ItemLoader`.
     """
 
     def __init__(

@@ -12,16 +12,16 @@ from mvd_scale.config.launcher import local_world_size
 
 @dataclass(frozen=True)
 class DataRank:
-    """One process of a job as its data loaders see it; a job of a single process by default."""
+    """Properties of a rank that its data loaders need; by default, those of the only process of a job."""
 
     device: torch.device
-    """Where batches live; on a GPU it is also where they are decoded."""
+    """Device of the batches; a GPU also decodes them."""
 
     rank: int = 0
     world_size: int = 1
 
     cpus: int | None = None
-    """CPUs for data workers and threads; if None, those that this process may use, divided by the ranks of its host."""
+    """Number of CPUs for data workers and threads; if None, those of this process divided by the ranks of its host."""
 
     @property
     def cpu_count(self) -> int:

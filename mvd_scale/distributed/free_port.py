@@ -1,4 +1,4 @@
-"""A free TCP port for ranks to meet at: `python -m mvd_scale.distributed.free_port [PORT]`.
+"""Choice of a free TCP port for the rendezvous of ranks: `python -m mvd_scale.distributed.free_port [PORT]`.
 
 The command prints a free port, or checks that PORT can be used and prints it.
 """
@@ -48,14 +48,14 @@ def _bind(host: str, port: int) -> None:
 
 
 def main() -> None:
-    """Print the port, or end with a message and exit code 1."""
-    wanted = sys.argv[1] if len(sys.argv) > 1 else "0"
-    if not wanted.isdecimal() or int(wanted) > 65535:
-        sys.exit(f"error: MASTER_PORT is {wanted!r}, expected a number up to 65535")
+    """Print the port, or exit with an error message and code 1."""
+    port = sys.argv[1] if len(sys.argv) > 1 else "0"
+    if not port.isdecimal() or int(port) > 65535:
+        sys.exit(f"error: MASTER_PORT is {port!r}, expected a number up to 65535")
     try:
-        print(free_port(int(wanted)))
+        print(free_port(int(port)))
     except OSError as error:
-        sys.exit(f"error: port {wanted} cannot be used ({error.strerror}): choose another MASTER_PORT")
+        sys.exit(f"error: port {port} cannot be used ({error.strerror}): choose another MASTER_PORT")
 
 
 if __name__ == "__main__":

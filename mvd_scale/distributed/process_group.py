@@ -1,4 +1,4 @@
-"""Processes of a run: initialisation of the process group, waiting for each other, and its destruction.
+"""Process group of a run: its initialisation and destruction, and operations that synchronise its ranks.
 
 This module reads the launcher's environment variables; `config.launcher` reads only those that are needed before torch
 is imported.
@@ -35,7 +35,7 @@ class Ranks:
     timeout: timedelta = timedelta(minutes=10)
     """Longest wait for other ranks in a collective operation."""
     host: str = ""
-    """Identifier of the host, different for each host of the job."""
+    """Identifier of this host, unique in the job."""
     binding: CpuBinding | None = None
     """CPUs that this rank is bound to; None if ranks use GPUs, where the binding is not changed."""
 
@@ -51,7 +51,7 @@ class Ranks:
 
     @property
     def data_rank(self) -> DataRank:
-        """This rank as data loaders see it."""
+        """Properties of this rank that data loaders need."""
         return DataRank(self.device, self.rank, self.world_size, self.cpus)
 
 
@@ -156,15 +156,15 @@ def _check_environment() -> None:
     if missing := [name for name in names if name not in os.environ]:
         raise UserError(
             f"RANK is {os.environ['RANK']}, but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set: "
-            "start ranks with the `deepspeed` launcher, or set for each RANK, LOCAL_RANK (its number among those of "
-            "its host; on Slurm $SLURM_LOCALID), WORLD_SIZE, MASTER_ADDR and MASTER_PORT; to run alone, unset RANK"
+            "start ranks with the `deepspeed` launcher, or set RANK, LOCAL_RANK (number of the rank on its host; on "
+            "Slurm $SLURM_LOCALID), WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each; to run one process, unset RANK"
         )
 
 
 def run_on_rank0(ranks: Ranks, name: str, work: Callable[[], Any]) -> Any:
     """Run a function on rank 0, however long it takes; all ranks return its result or raise its `UserError`.
 
-    Rank 0 may use the CPUs of the other ranks meanwhile, which wait.
+    The other ranks wait; meanwhile rank 0 may use their CPUs.
 
     Args:
         ranks: this process among all; all ranks must call this function.
@@ -193,7 +193,7 @@ def run_on_rank0(ranks: Ranks, name: str, work: Callable[[], Any]) -> Any:
 
 
 def barrier_via_store(ranks: Ranks, name: str) -> None:
-    """Wait until all ranks have called this function with this name, however long the slowest takes."""
+    """Wait until all ranks have called this function with the same name; in contrast to a collective, up to 7 days."""
     store = torch.distributed.distributed_c10d._get_default_store()
     store.set(f"mvd_scale/done/{name}/{ranks.rank}", "1")
     store.wait([f"mvd_scale/done/{name}/{rank}" for rank in range(ranks.world_size)], timedelta(days=7))

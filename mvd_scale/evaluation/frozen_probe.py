@@ -69,26 +69,26 @@ class FeatureFolder:
 
 @dataclass(frozen=True)
 class FeatureClassifier:
-    """A way to classify videos by their features."""
+    """Classifier of videos by their features."""
 
     kind: Kind
-    """Also the folder of its results."""
+    """Kind of the classifier, and name of the folder of its results."""
 
     scores: Callable[[FeatureFolder, FeatureFolder, int], Tensor]
-    """From training and test features and C to scores (Y, C) that sum to 1."""
+    """Function from training features, test features and C to scores of the X test videos (X, C) that sum to 1."""
 
 
 @dataclass(frozen=True)
 class ProbedEncoder:
-    """An encoder as it is run for its features."""
+    """Encoder whose features are probed, and settings of its forward pass."""
 
     checkpoint: Path
-    """Weights in any known format."""
+    """File of the weights, in any supported format."""
 
     precision: Precision
 
     batch: int
-    """Videos that a rank decodes together."""
+    """Videos per batch of a rank."""
 
 
 def run_probe(
@@ -105,14 +105,14 @@ def run_probe(
     """Evaluate an encoder by a classifier on its features; reuses features already written. All ranks must call it.
 
     Args:
-        encoder: what is judged.
-        judge: one of `knn_probe`, `linear_probe`, `attentive_probe`.
-        train: labelled videos to learn from.
-        test: labelled videos to be judged by.
-        options: which clip of each video.
-        out: folder of features and results.
-        ranks: each encodes its share.
-        command: the command line, which is kept with the results.
+        encoder: encoder to evaluate.
+        classify: result of `knn_probe`, `linear_probe` or `attentive_probe`.
+        train: labelled videos to train the classifier on.
+        test: labelled videos to evaluate the classifier on.
+        options: options of the features, such as the clip of each video; `pool` is set by the classifier.
+        out: folder for features and results.
+        ranks: this process among all; each rank encodes a share of the videos.
+        command: command line to store with the results.
 
     Raises:
         UserError: weights or videos cannot be read, or the labels of the two sets do not fit each other.
@@ -125,7 +125,7 @@ def run_probe(
             encoder.checkpoint, data, pool_tokens, folder, ranks, batch=encoder.batch, precision=encoder.precision
         )
         folders.append(FeatureFolder(folder))
-    described = f"{classify.kind} probe of one clip in the middle, learnt from {train.source}"
+    described = f"{classify.kind} probe of one clip in the middle, trained on {train.source}"
     origin = Origin(command, [str(encoder.checkpoint)], str(test.source), encoder.precision, described, ["middle"])
     results = out / classify.kind
     run_on_rank0(
@@ -146,13 +146,13 @@ def _judged(
     # Labelled videos without features, which could not be decoded, count as wrong.
     rows = np.flatnonzero(test.manifest.label >= 0)
     views = np.zeros((len(rows), 1, classes), dtype=np.float32)
-    found = np.isin(rows, decoded)
+    has_features = np.isin(rows, decoded)
     places = {row: place for place, row in enumerate(rows.tolist())}
     views[[places[row] for row in decoded], 0] = classify.scores(train, test, classes).numpy()
     out.mkdir(exist_ok=True)
     test.manifest.save(out / "manifest.parquet")
     names = test.manifest.classes or [str(c) for c in range(classes)]
-    predictions = Predictions(test.manifest.label[rows].astype(np.int64), found, views)
+    predictions = Predictions(test.manifest.label[rows].astype(np.int64), has_features, views)
     reasons = failures(test.folder, test.manifest)
     return EvalResult(
         out, predictions, [test.manifest.name[row] for row in rows.tolist()], list(names), origin, reasons
@@ -160,7 +160,7 @@ def _judged(
 
 
 def knn_probe(neighbours: int) -> FeatureClassifier:
-    """Make a classifier by the vote of the nearest training videos."""
+    """Create a classifier by the vote of the `neighbours` nearest training videos."""
 
     def scores(train: FeatureFolder, test: FeatureFolder, classes: int) -> Tensor:
         features, labels = train.whole()
@@ -171,7 +171,7 @@ def knn_probe(neighbours: int) -> FeatureClassifier:
 
 
 def linear_probe(decay: float) -> FeatureClassifier:
-    """Make a linear classifier on pooled features."""
+    """Create a linear classifier on pooled features, with weight decay `decay`."""
 
     def scores(train: FeatureFolder, test: FeatureFolder, classes: int) -> Tensor:
         features, labels = train.whole()
@@ -181,7 +181,7 @@ def linear_probe(decay: float) -> FeatureClassifier:
 
 
 def attentive_probe(epochs: int, lr: float, device: torch.device) -> FeatureClassifier:
-    """Make a classifier by an attentive head on all tokens, trained on `device`."""
+    """Create a classifier by an attentive head on all tokens, trained on `device`."""
 
     def scores(train: FeatureFolder, test: FeatureFolder, classes: int) -> Tensor:
         width = next(train.parts())[0].shape[-1]

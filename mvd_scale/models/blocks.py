@@ -91,8 +91,8 @@ class Block(nn.Module):
 
         Args:
             tokens: (B, N, D).
-            kept: tokens to return, all if None. They attend to all tokens; the MLP computes only them.
-            attend_again: recompute the attention half in the backward pass instead of storing its activations.
+            output_tokens: tokens to return, all if None. They attend to all tokens; the MLP computes only them.
+            recompute_attention: recompute the attention half in the backward pass instead of storing its activations.
         """
         if recompute_attention:
             update = self.drop_path(checkpoint(self._attend, tokens, output_tokens, use_reentrant=False))

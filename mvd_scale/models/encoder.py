@@ -106,8 +106,8 @@ class Encoder(nn.Module):
         Args:
             pixels: (B, T, H, W, 3), uint8 in 0..255 or floating in 0..1.
             tokens: int64 (B, K) indices of the tokens to encode, or None for all.
-            kept: int64 (B, M) positions among the encoded tokens whose features are returned, or None for all of them
-                and the class token.
+            output_tokens: int64 (B, M) positions among the encoded tokens whose features are returned, or None for all
+                of them and the class token.
             rows: (B, K, t p p 3), result of `patchify.rows` if it was already computed.
 
         Returns:

@@ -1,4 +1,4 @@
-"""Precisions of models: their dtypes, the devices that compute them, and the casting of models that are not trained."""
+"""Precisions of models: their dtypes, the devices that support them, and casting of models for inference."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def dtype_of(precision: Precision) -> torch.dtype:
-    """The dtype of weights in a precision."""
+    """Return the dtype of weights in a precision."""
     return _DTYPES[precision]
 
 
 def usual_precision(device: torch.device) -> Precision:
-    """The precision of inference where none is asked for."""
+    """Return the default precision of inference: fp16 on GPUs, fp32 on CPUs."""
     return "fp16" if device.type == "cuda" else "fp32"
 
 
 def refusal(precision: Precision, kind: str, gpu: str, *, bf16: bool) -> str:
-    """Why a device does not compute a precision; empty where it does.
+    """Return the reason why a device does not support a precision; an empty string if it does.
 
     Args:
-        precision: of 16 or 32 bits.
-        kind: of the device, `cuda` or `cpu`.
-        gpu: its name.
-        bf16: whether a GPU computes bf16; every CPU does.
+        precision: precision to check.
+        kind: kind of the device, `cuda` or `cpu`.
+        gpu: name of the GPU.
+        bf16: whether the GPU supports bf16; not read for CPUs, which all do.
     """
     if precision == "fp16" and kind == "cpu":
         return "precision fp16 needs a GPU: on CPUs use bf16 or fp32"
@@ -41,10 +41,10 @@ def refusal(precision: Precision, kind: str, gpu: str, *, bf16: bool) -> str:
 
 
 def check_precision(precision: Precision, device: torch.device) -> None:
-    """Refuse a precision that the device cannot compute.
+    """Check that a device supports a precision.
 
     Raises:
-        UserError: fp16 on a CPU, bf16 on a GPU without it.
+        UserError: the precision is fp16 on a CPU, or bf16 on a GPU without it.
     """
     on_gpu = device.type == "cuda"
     gpu = torch.cuda.get_device_name(device) if on_gpu else ""
@@ -55,16 +55,17 @@ def check_precision(precision: Precision, device: torch.device) -> None:
 def cast_frozen(
     model: nn.Module, precision: FrozenPrecision, device: torch.device, rest: Precision | None = None
 ) -> nn.Module:
-    """Bring a whole model that is not trained to its device and precision.
+    """Move an unsharded model for inference to its device and precision.
 
     Args:
-        model: on the CPU.
-        precision: of its weights and arithmetic.
-        device: where it will run.
-        rest: precision of the layers that are not in 8 bits, where `precision` is of 8 bits; the device's if None.
+        model: model on the CPU; it is modified in place.
+        precision: precision of weights and arithmetic.
+        device: device that the model will run on.
+        rest: for an 8-bit `precision`, precision of the layers that are not quantized; None for the device's default,
+            see `quantize_linear_layers`.
 
     Raises:
-        UserError: the device lacks the precision, or weights are not finite.
+        UserError: the device does not support the precision, or weights are not finite.
     """
     model = model.eval().requires_grad_(False)
     if precision == "int8" or precision == "fp8":
@@ -77,10 +78,10 @@ def cast_frozen(
 
 
 def cast_parameters(layer: nn.Module, precision: Precision, device: torch.device) -> list[str]:
-    """Bring a layer's parameters, but those that ZeRO-3 has cut, to the device and precision.
+    """Move a layer's parameters to a device and precision, except those that ZeRO-3 has sharded already.
 
     Returns:
-        names of the parameters that are not finite.
+        names of the parameters with values that are not finite.
     """
     faults = []
     for name, parameter in layer.named_parameters():
@@ -88,16 +89,19 @@ def cast_parameters(layer: nn.Module, precision: Precision, device: torch.device
             continue
         if not torch.isfinite(parameter).all():
             faults.append(name)
-        # A copy of its own: a view would keep the file mapped.
+        # A copy even if nothing changes: the parameter may be a view of a memory-mapped file.
         parameter.data = parameter.data.to(device, _DTYPES[precision], copy=True)
     return faults
 
 
 def refuse_not_finite(names: Sequence[str]) -> None:
-    """Refuse a model if any of its parameters are not finite.
+    """Raise an error if parameters with values that are not finite were found.
+
+    Args:
+        names: names of such parameters.
 
     Raises:
-        UserError: naming all of them.
+        UserError: `names` is not empty; the message contains all of them.
     """
     if names:
         raise UserError("weights are not finite:\n  " + "\n  ".join(names))

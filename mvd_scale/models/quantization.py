@@ -1,4 +1,4 @@
-"""Quantization of frozen transformers to 8 bits: the linear layers of their blocks, most of the arithmetic."""
+"""Quantization of frozen transformers to 8 bits: the linear layers of their blocks, which do most of the arithmetic."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REFUSED: dict[QuantizedPrecision, str] = {
     "int8": "precision int8 is for CPUs; on GPUs use fp8 (Ada, Hopper or newer) or fp16",
     "fp8": "precision fp8 needs a GPU of the kind Ada, Hopper or newer; use fp16 (CPUs: int8)",
 }
-"""Reason, by precision, for messages when the device does not support it."""
+"""Error message for a device that does not support the precision, by precision."""
 
 
 def quantize_linear_layers(
@@ -66,7 +66,7 @@ def has_fp8(gpu: torch.device) -> bool:
 
 
 def unquantized_precision(kind: QuantizedPrecision, *, bf16: bool) -> Literal["bf16", "fp32"]:
-    """Precision of the weights that are not in 8 bits: bf16, or fp32 beside int8 on a CPU without bf16 instructions.
+    """Return the precision of weights that are not quantized: bf16, or fp32 with int8 on a CPU without bf16.
 
     Args:
         kind: precision of the linear layers.

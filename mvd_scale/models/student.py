@@ -18,17 +18,17 @@ from mvd_scale.models.heads import TokenHead
 
 
 class PredictedTarget(Protocol):
-    """A target as far as its head must know it."""
+    """Properties of a target that its head depends on."""
 
     channels: int
-    """K."""
+    """Number of channels (K)."""
 
 
 class Student(nn.Module):
     """Encoder over visible tokens, and a decoder or token head with its own weights per target (Sec. 3.2, 3.3)."""
 
     def __init__(self, config: ModelConfig, heads: Mapping[str, tuple[HeadConfig, int]]) -> None:
-        """Build with random weights.
+        """Build the student with random weights.
 
         Args:
             config: shape of the encoder.
@@ -45,7 +45,7 @@ class Student(nn.Module):
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, targets: Mapping[str, PredictedTarget]) -> Self:
-        """The student of a recipe with random weights and a head for every target, in the order of `targets`."""
+        """Build the student of a recipe with random weights and a head per target, in the order of `targets`."""
         heads = {name: (recipe.targets[name].head_config, target.channels) for name, target in targets.items()}
         return cls(recipe.model, heads)
 

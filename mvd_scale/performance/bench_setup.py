@@ -1,4 +1,4 @@
-"""The training step of a recipe for benchmarks and profiles: the trainer that a run has, without a run folder."""
+"""Set-up of benchmarks and profiles: the trainer of a recipe, as a run creates it, but without a run folder."""
 
 from __future__ import annotations
 
@@ -25,17 +25,20 @@ from mvd_scale.training.teachers.prefetch import TeacherPrefetcher, make_prefetc
 from mvd_scale.training.trainer import Trainer
 
 BuildTeacher = Callable[[Recipe, str], Encoder | TimmViT]
-"""Gives the frozen model of a recipe's target by its name: `init_teacher` or `load_or_init_teacher`."""
+"""Function from a recipe and a target's name to its frozen model: `init_teacher` or `load_or_init_teacher`."""
 
 
 def bench_recipe(name: str, overrides: list[str], precision: Precision | None, batch: int) -> Recipe:
-    """The recipe with a batch that fits a measurement, in one micro batch unless the overrides say otherwise.
+    """Load a recipe with the batch size of a benchmark, without accumulation unless the overrides set it.
 
     Args:
-        name: as for `load_recipe`.
+        name: recipe, see `load_recipe`.
         overrides: dotted overrides.
-        precision: of the student; fp16 on GPUs and float32 on CPUs if None.
-        batch: clips of a step over all ranks.
+        precision: precision of the student; fp16 on GPUs and float32 on CPUs if None.
+        batch: clips per step over all ranks.
+
+    Raises:
+        UserError: see `load_recipe`.
     """
     precision = precision or ("fp16" if torch.cuda.is_available() else "fp32")
     first = ["--training.precision", precision, "--training.micro_batch", "null"]
@@ -46,17 +49,17 @@ def bench_recipe(name: str, overrides: list[str], precision: Precision | None, b
 def bench_trainer(
     recipe: Recipe, ranks: Ranks, build_teacher: BuildTeacher, *, steps: int, scratch: Path
 ) -> Iterator[Trainer]:
-    """A trainer of a recipe, its clips loading while the `with` block runs. All ranks make one.
+    """Create a trainer of a recipe, whose loader runs until the end of the `with` block. All ranks call it.
 
     Args:
-        recipe: its global batch is the clips of a step; without `data.source` those of the `samples` extra are used.
-        ranks: all of them.
-        build_teacher: gives the frozen models.
-        steps: steps that can be made.
+        recipe: recipe; without `data.source` the clips of the `samples` extra are used.
+        ranks: this process among all.
+        build_teacher: function from recipe and target name to the frozen model of the target.
+        steps: largest number of steps that the trainer can run.
         scratch: folder for videos and manifest.
 
     Raises:
-        UserError: as `build_teacher`, or there are no videos.
+        UserError: see `build_teacher`; or the data source has no usable videos.
     """
     torch.manual_seed(recipe.seed)
     targets = build_targets(recipe, lambda name: build_teacher(recipe, name))
@@ -67,14 +70,14 @@ def bench_trainer(
     repeats = max(recipe.training.global_batch, recipe.data.clips_per_video)
     repeated = recipe.model_copy(update={"data": recipe.data.model_copy(update={"clips_per_video": repeats})})
     sides = teacher_input_sizes(recipe, targets)
-    # After the last step too there is a batch to begin ahead.
+    # One more step than the trainer runs: the last step also starts the next batch in advance.
     with ClipLoader.for_run(manifest, repeated, ranks.data_rank, range(steps + 1), sides=sides) as loader:
         batches = TeacherPrefetcher(loader, make_prefetcher(MaskedDistillation(targets), placement, ranks.device))
         yield Trainer(model, batches, schedule, recipe, ranks)
 
 
 def with_clips(data: DataConfig, scratch: Path) -> DataConfig:
-    """The recipe's videos; without any, the clips of the `samples` extra."""
+    """Return the data config; if it names no videos, with the clips of the `samples` extra written to `scratch`."""
     if data.source is not None or data.mixture is not None:
         return data
     return data.model_copy(update={"source": str(write_sample_clips(scratch / "clips"))})

@@ -1,4 +1,4 @@
-"""The targets of a recipe, with teachers from checkpoints or of random weights."""
+"""Construction of a recipe's targets, with teachers from checkpoints or with random weights."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from mvd_scale.targets.video_teacher import VideoTeacher
 
 
 def build_targets(recipe: Recipe, load_teacher: Callable[[str], Encoder | TimmViT]) -> dict[str, Target]:
-    """The targets of a recipe by name.
+    """Build the targets of a recipe, by name.
 
     Args:
-        recipe: names them.
-        load_teacher: gives the frozen model of a target by its name, on the CPU.
+        recipe: recipe of pre-training or distillation.
+        load_teacher: function from a target's name to its frozen model on the CPU.
 
     Raises:
         UserError: a teacher does not fit the student's token grid.
@@ -52,24 +52,24 @@ def build_targets(recipe: Recipe, load_teacher: Callable[[str], Encoder | TimmVi
 
 
 def load_targets(recipe: Recipe, averages: Path | None = None) -> dict[str, Target]:
-    """The targets of a recipe with their teachers' weights on the CPU, memory-mapped where the file allows it.
+    """Build the targets of a recipe, with teachers' weights on the CPU, memory-mapped if the file format allows it.
 
     Args:
-        recipe: names the teachers' files.
-        averages: folder that holds the moving averages of momentum targets; these start at random without it.
+        recipe: recipe with the teachers' files.
+        averages: folder with the moving averages of momentum targets; None for random weights.
 
     Raises:
-        UserError: a checkpoint is missing, unreadable, of another shape than the recipe says, or does not fit
-            the student's token grid.
+        UserError: a checkpoint is missing, unreadable, of another shape than in the recipe, or does not fit the
+            student's token grid.
     """
     return build_targets(recipe, lambda name: load_teacher(recipe, name, averages))
 
 
 def init_teacher(recipe: Recipe, name: str) -> Encoder | TimmViT:
-    """The frozen model of a target with random weights, built from its shape alone.
+    """Build the frozen model of the target `name` from its shape, with random weights.
 
     Raises:
-        UserError: the recipe does not say its shape.
+        UserError: the recipe does not contain the shape of the model.
     """
     config = recipe.targets[name]
     if isinstance(config, TimmTarget):
@@ -83,10 +83,10 @@ def init_teacher(recipe: Recipe, name: str) -> Encoder | TimmViT:
 
 
 def load_or_init_teacher(recipe: Recipe, name: str) -> Encoder | TimmViT:
-    """The frozen model of a target from the checkpoint that the recipe names, or with random weights if it names none.
+    """Load the frozen model of the target `name` from its checkpoint; without one, build it with random weights.
 
     Raises:
-        UserError: as `load_teacher` and `init_teacher`.
+        UserError: see `load_teacher` and `init_teacher`.
     """
     config = recipe.targets[name]
     if isinstance(config, TimmTarget | TrainedTeacherTarget) and config.checkpoint is not None:

@@ -1,4 +1,4 @@
-"""Construction of targets with frozen teachers that are read from checkpoints."""
+"""Frozen teachers from checkpoints: loading, digests of their weights, and their input sizes."""
 
 from __future__ import annotations
 
@@ -17,26 +17,25 @@ from mvd_scale.targets.target import FrozenTeacher, Target
 
 
 def ema_file(folder: Path, name: str) -> Path:
-    """Path of the moving average of a momentum target in the folder of a run or checkpoint."""
+    """Return the path of the moving average of a momentum target in the folder of a run or checkpoint."""
     return folder / f"momentum_{name}.safetensors"
 
 
 def build_ema_encoder(recipe: Recipe) -> Encoder:
-    """Build the encoder of a momentum target in the student's shape, without stochastic depth; its weights are random
-    until the caller loads some."""
+    """Build the encoder of a momentum target in the student's shape, with random weights and no stochastic depth."""
     return Encoder(recipe.model.model_copy(update={"drop_path": 0.0}), final_norm=False)
 
 
 def load_teacher(recipe: Recipe, name: str, averages: Path | None = None) -> Encoder | TimmViT:
-    """The frozen model of a target on the CPU, memory-mapped where its file allows it.
+    """Load the frozen model of a target on the CPU, memory-mapped if the file format allows it.
 
     Args:
-        recipe: names the teacher's file; pretrained weights of timm come without one.
-        name: of the target.
-        averages: folder that holds the moving averages of momentum targets; these start at random without it.
+        recipe: recipe with the teacher's file; a timm teacher without a file gets timm's pretrained weights.
+        name: name of the target.
+        averages: folder with the moving averages of momentum targets; None for random weights.
 
     Raises:
-        UserError: the checkpoint is missing, unreadable or of another shape than the recipe says.
+        UserError: the checkpoint is missing, unreadable or of another shape than in the recipe.
     """
     config = recipe.targets[name]
     if isinstance(config, MomentumTarget):
@@ -56,8 +55,10 @@ def load_teacher(recipe: Recipe, name: str, averages: Path | None = None) -> Enc
         hints = Hints(shape.heads, None, shape.frames, shape.input_size, shape.positions)
     teacher = load_encoder(config.checkpoint, final_norm=False, hints=hints, mapped=True)
     if config.model is not None:
-        there, here = (model.model_dump(exclude={"drop_path"}) for model in (teacher.config, config.model))
-        differing = ", ".join(f"{key} {there[key]} (recipe: {here[key]})" for key in there if there[key] != here[key])
+        actual, expected = (model.model_dump(exclude={"drop_path"}) for model in (teacher.config, config.model))
+        differing = ", ".join(
+            f"{key} {value} (recipe: {expected[key]})" for key, value in actual.items() if value != expected[key]
+        )
         if differing:
             raise UserError(f"{config.checkpoint} is not the teacher of targets.{name}.model: it has {differing}")
     return teacher
@@ -71,9 +72,9 @@ def _load_timm(config: TimmTarget, student: ModelConfig) -> TimmViT:
 
 
 def weight_digests(recipe: Recipe) -> dict[str, str]:
-    """SHA-256 (first 16 hex digits) of the weights of each teacher and of the encoder's initial weights, by name.
+    """Compute SHA-256 (first 16 hex digits) of the weights of each teacher and of the initial encoder, by name.
 
-    A resumed run compares them with the stored ones to be sure that it continues with the same weights.
+    A resumed run compares them with the stored digests to ensure that it continues with the same weights.
     """
     digests = {}
     paths = {name: getattr(config, "checkpoint", None) for name, config in recipe.targets.items()}
@@ -84,6 +85,6 @@ def weight_digests(recipe: Recipe) -> dict[str, str]:
 
 
 def teacher_input_sizes(recipe: Recipe, targets: Mapping[str, Target]) -> tuple[int, ...]:
-    """Input sides in pixels, other than the student's, at which teachers want the crops."""
+    """List the teachers' input sides in pixels, ascending, without the student's."""
     sides = {target.input_size for target in targets.values() if isinstance(target, FrozenTeacher)}
     return tuple(sorted(sides - {recipe.model.input_size}))

@@ -27,7 +27,7 @@ class MaskedDistillation:
 
     @property
     def teachers(self) -> dict[str, nn.Module]:
-        """The frozen models that it calls, by the name of their target."""
+        """Frozen models that the objective calls, by the name of their target."""
         return {name: target.teacher for name, target in self.targets.items() if isinstance(target, FrozenTeacher)}
 
     def prefetch_features(self, batch: ClipBatch) -> ClipBatch:
@@ -61,14 +61,14 @@ class MaskedDistillation:
         """
         targets = {name: self.targets[name] for name in names}
         encoder_teachers = {name: target for name, target in targets.items() if isinstance(target, EncoderTeacher)}
-        wanted = Counter(teacher.rows_key for teacher in encoder_teachers.values())
+        uses = Counter(teacher.rows_key for teacher in encoder_teachers.values())
         shared: dict[PatchRowsKey | None, Tensor] = {
-            rows: rows.of(batch) for rows, count in wanted.items() if rows is not None and count > 1
+            rows: rows.of(batch) for rows, count in uses.items() if rows is not None and count > 1
         }
-        taken = {
+        features = {
             name: teacher.raw_features(batch, shared.get(teacher.rows_key))
             for name, teacher in encoder_teachers.items()
         }
-        return taken | {
+        return features | {
             name: target.raw_features(batch) for name, target in targets.items() if name not in encoder_teachers
         }

@@ -1,4 +1,4 @@
-"""The placement of a run on the devices and ranks at hand, which are asked here what they can do."""
+"""Placement of a run on its actual devices and ranks, and detection of the devices' capabilities."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def make_placement(recipe: RunRecipe, targets: Mapping[str, Target], ranks: Rank
     """Decide how a recipe runs on its ranks, and log every decision. All ranks call it.
 
     Args:
-        recipe: of pre-training, fine-tuning or detection.
-        targets: with whole teachers; none but in pre-training.
-        ranks: of the run.
+        recipe: recipe of pre-training, fine-tuning or detection.
+        targets: targets of the recipe by name, with unsharded teachers; empty except in pre-training.
+        ranks: this process among all.
 
     Raises:
-        UserError: as `decide_placement`.
+        UserError: see `decide_placement`.
     """
     kind = device_kind(ranks.device)
     hosts = ranks_by_host(ranks).values()
@@ -49,27 +49,27 @@ def make_placement(recipe: RunRecipe, targets: Mapping[str, Target], ranks: Rank
 
 
 def device_kind(device: torch.device) -> DeviceKind:
-    """The kind of a rank's device."""
+    """Return the kind of a rank's device for the placement rules."""
     return "cuda" if device.type == "cuda" else "cpu"
 
 
 def teacher_facts(targets: Mapping[str, Target]) -> list[Teacher]:
-    """The facts of the frozen teachers of targets, in their order."""
+    """Collect the properties of all frozen teachers that their placement depends on, in the order of `targets`."""
     return [teacher_of(name, target) for name, target in targets.items() if isinstance(target, FrozenTeacher)]
 
 
 def teacher_of(name: str, target: FrozenTeacher) -> Teacher:
-    """The facts of a target's frozen teacher, which is whole."""
+    """Collect the properties of one target's frozen teacher, which must not be sharded yet."""
     parameters = sum(parameter.numel() for parameter in target.teacher.parameters())
     return Teacher(name, parameters, moves=not target.prefetchable)
 
 
 def probe_capabilities(device: torch.device, *, compiler: bool) -> Capabilities:
-    """Ask a device what it can do.
+    """Detect the capabilities of a device.
 
     Args:
-        device: of this rank.
-        compiler: whether to look for a compiler too, which takes seconds.
+        device: device of this rank.
+        compiler: whether to check that torch.compile works, which takes seconds.
     """
     no_compile = torch_compile(device.type).reason if compiler else ""
     if device.type == "cpu":
@@ -84,8 +84,8 @@ def probe_capabilities(device: torch.device, *, compiler: bool) -> Capabilities:
 
 @cache
 def ranks_by_host(ranks: Ranks) -> dict[str, list[int]]:
-    """The ranks of every host of the job, which may have different numbers of them. All ranks call it."""
-    told = [ranks.host] * ranks.world_size
+    """Group all ranks by the identifier of their host; hosts may have different numbers of ranks. All ranks call it."""
+    hosts = [ranks.host] * ranks.world_size
     if ranks.world_size > 1:
-        torch.distributed.all_gather_object(told, ranks.host)
-    return {host: [rank for rank, other in enumerate(told) if other == host] for host in dict.fromkeys(told)}
+        torch.distributed.all_gather_object(hosts, ranks.host)
+    return {host: [rank for rank, other in enumerate(hosts) if other == host] for host in dict.fromkeys(hosts)}

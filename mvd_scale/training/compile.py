@@ -1,4 +1,4 @@
-"""Transformer blocks as programs of torch.compile, and frozen teachers made fast by them and by CUDA graphs."""
+"""Compilation of transformer blocks by torch.compile, and acceleration of frozen teachers by it and by CUDA graphs."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from mvd_scale.training.placement import TeacherPlacement
 from mvd_scale.training.teachers.cuda_graph import CudaGraphTeacher
 
 _PROGRAMS = 64
-"""Most programs of all blocks together: of every shape, with gradients or without, for all tokens or those kept. All
-count against one limit, beyond which torch would go on uncompiled in silence."""
+"""Largest number of compiled programs of all blocks together; each combination of input shape, gradients on or off, and
+all or selected output tokens needs one. torch runs blocks uncompiled beyond the limit, without a warning."""
 
 
 def transformer_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The blocks of a transformer, ours or of timm, by name."""
+    """Yield name and module of each block of a transformer of this project or of timm."""
     for name, module in model.named_modules():
         if name.rpartition(".")[0].endswith("blocks"):
             yield name, module
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compile each block by itself when it is first called; those that are alike share one program.
+    """Compile each block separately at its first call; blocks of equal structure share one program.
 
-    Parameters keep their names. Shapes are static: a batch of another size makes another program.
+    Parameters keep their names. Shapes are static: another batch size needs another program.
     """
     for _, block in transformer_blocks(model):
         block.compile(dynamic=False, recompile_limit=_PROGRAMS)
 
 
 def speed_up_teacher(teacher: nn.Module, placed: TeacherPlacement) -> nn.Module:
-    """Compile the blocks of a frozen teacher and record it as a CUDA graph, as its placement says.
+    """Compile the blocks of a frozen teacher and capture its forward pass as a CUDA graph, if its placement says so.
 
     Args:
-        teacher: on its device, in its precision and shards.
-        placed: its decisions.
+        teacher: teacher on its device, in its precision and shards.
+        placed: placement of the teacher.
 
     Returns:
-        the model that is called in its place.
+        model to call instead of `teacher`; the same object without a CUDA graph.
     """
     if placed.compile.value:
         compile_blocks(teacher)

@@ -1,4 +1,4 @@
-"""The student's DeepSpeed engine, and the parts of its parameters that a rank holds."""
+"""The student's DeepSpeed engine, and access to its full and sharded parameters."""
 
 from __future__ import annotations
 
@@ -21,14 +21,19 @@ from mvd_scale.training.placement import Placement
 def train_engine(
     model: nn.Module, groups: list[dict[str, Any]], recipe: RunRecipe, placement: Placement, ranks: Ranks
 ) -> Any:
-    """A model under DeepSpeed ZeRO with its optimizer; parameters are sharded from here on at stage 3.
+    """Create the DeepSpeed engine of a model with its optimizer. All ranks call it.
+
+    At ZeRO stage 3 the model's parameters are sharded after this call.
 
     Args:
-        model: on the CPU.
-        groups: its parameters, as `optim.parameter_groups` cuts them.
-        recipe: DeepSpeed file and optimizer.
-        placement: of the recipe on these ranks.
-        ranks: all of them call this.
+        model: model on the CPU.
+        groups: parameter groups of the model, see `optimizer.parameter_groups`.
+        recipe: recipe with the DeepSpeed file and the optimizer's settings.
+        placement: placement of the recipe on these ranks.
+        ranks: this process among all.
+
+    Returns:
+        engine of `deepspeed.initialize`.
 
     Raises:
         UserError: the DeepSpeed file contradicts the recipe.
@@ -45,16 +50,16 @@ def train_engine(
         config=config,
         dist_init_required=False,
     )
-    # Off by default in float32 at stages 1 and 2: without it a step that is not finite would ruin the weights.
+    # DeepSpeed disables this check in float32 at stages 1 and 2; non-finite gradients would then corrupt the weights.
     engine.optimizer.check_grad_overflow = True
     if placement.compile.value:
-        # Not `engine.compile()`: that makes one program of the whole model.
+        # `engine.compile()` would compile the whole model as one program.
         compile_blocks(engine.module)
     return engine
 
 
 def full_parameters(engine: Any) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of the student by name: whole, float32, on the CPU. All ranks must iterate."""
+    """Yield name and gathered value of every parameter, float32 on the CPU. All ranks must exhaust the iterator."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     for name, parameter in engine.module.named_parameters():
@@ -63,10 +68,15 @@ def full_parameters(engine: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def online_shard(online: nn.Parameter, averaged: nn.Parameter, ranks: Ranks) -> Tensor:
-    """The part of a parameter of the student that this rank keeps of its moving average: float32, flat.
+    """Return the part of a student parameter that matches this rank's part of its moving average: float32, flat.
 
-    At ZeRO stage 3 and with a sharded average both are cut alike and nothing is sent; at stages 1 and 2 every rank has
-    the whole parameter in the precision that it trains in. All ranks call it.
+    All ranks call it. If both the student (ZeRO stage 3) and the average are sharded, their shards match and the call
+    does not communicate. At stages 1 and 2 every rank has the full parameter in the training precision.
+
+    Args:
+        online: parameter of the student.
+        averaged: parameter of the moving average.
+        ranks: this process among all.
     """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
 
@@ -80,7 +90,10 @@ def online_shard(online: nn.Parameter, averaged: nn.Parameter, ranks: Ranks) -> 
 
 
 def local_shard(whole: Tensor, like: nn.Parameter, ranks: Ranks) -> Tensor:
-    """What this rank keeps of a whole tensor if it is cut as the parameter `like` is: flat, padded with zeros."""
+    """Return this rank's shard of a full tensor, sharded like the parameter `like`: flat, padded with zeros.
+
+    If `like` is not sharded, the shard is the whole tensor.
+    """
     flat = whole.flatten()
     if not hasattr(like, "ds_tensor"):
         return flat
@@ -90,7 +103,10 @@ def local_shard(whole: Tensor, like: nn.Parameter, ranks: Ranks) -> Tensor:
 
 
 def gather_full(share: Tensor, like: nn.Parameter, ranks: Ranks) -> Tensor:
-    """The inverse of `local_shard`: a tensor of the shape of `like`. All ranks call it."""
+    """Gather the shards of all ranks to a full tensor of the shape of `like`; inverse of `local_shard`.
+
+    All ranks call it.
+    """
     if not hasattr(like, "ds_tensor"):
         return share.view(like.shape)
     shares = [torch.empty_like(share) for _ in range(ranks.world_size)]
@@ -100,7 +116,7 @@ def gather_full(share: Tensor, like: nn.Parameter, ranks: Ranks) -> Tensor:
 
 
 def write_shard(parameter: nn.Parameter, share: Tensor) -> None:
-    """Put what `local_shard` cuts out into a parameter of a frozen model, sharded or not."""
+    """Write a shard, as `local_shard` returns it, to a parameter of a frozen model, sharded or not."""
     if hasattr(parameter, "ds_tensor"):
         parameter.ds_tensor.data.copy_(share)
     else:

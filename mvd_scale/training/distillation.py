@@ -1,4 +1,4 @@
-"""A student and its targets as a model to train."""
+"""Assembly of a student and its targets into a model in training."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def distillation_model(
     ranks: Ranks,
     schedule: Schedule,
 ) -> TrainedModel:
-    """Bring a student and its teachers to their device, precision and shards. All ranks call it.
+    """Move a student and its teachers to their device, precision and shards. All ranks call it.
 
     Args:
-        student: on the CPU; momentum targets start from its encoder.
-        targets: with whole teachers on the CPU.
+        student: student on the CPU; momentum targets start from its encoder.
+        targets: targets by name, with unsharded teachers on the CPU; their teachers are replaced.
         recipe: recipe of the run.
-        placement: decisions for this recipe on these ranks.
-        ranks: all of them.
+        placement: placement of the recipe on these ranks.
+        ranks: this process among all.
         schedule: schedule of the run.
 
     Raises:
-        UserError: as `train_engine` and `place_teachers`.
+        UserError: see `train_engine` and `place_teachers`.
     """
     initialize_momentum_targets(targets, student)
     place_teachers(targets, placement, ranks)

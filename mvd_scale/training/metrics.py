@@ -1,6 +1,6 @@
-"""Metrics of a run: summed on the device, read together every few steps, written by rank 0.
+"""Metrics of a run: summed on the device, averaged over ranks every few steps, written by rank 0.
 
-Reading is the only operation of the training loop that makes the host wait for the device.
+`Meter.read` is the only operation of the training loop that makes the host wait for the device.
 """
 
 from __future__ import annotations
@@ -31,22 +31,28 @@ logger = logging.getLogger("mvd_scale")
 
 
 class MicroBatchMetrics(NamedTuple):
-    """Figures of one micro batch of this rank. Tensors stay on the device: nothing waits for them."""
+    """Metrics of one micro batch of this rank. Tensors stay on the device, so that the host does not wait for them."""
 
     loss: Tensor
     """Float32 scalar, detached."""
 
     parts: dict[str, Tensor]
-    """The objective's parts, float32 scalars, detached."""
+    """Terms of the objective by name, float32 scalars, detached."""
 
     clips: int
+    """Number of clips, counting every copy."""
 
     waited: float
     """Seconds that the host waited for data."""
 
 
 class Meter:
-    """Accumulator of the metrics between two readings."""
+    """Accumulator of metrics between two readings.
+
+    Args:
+        targets: names of the objective's terms.
+        ranks: this process among all.
+    """
 
     def __init__(self, targets: list[str], ranks: Ranks) -> None:
         self.targets = targets
@@ -62,7 +68,7 @@ class Meter:
         self.started = time.perf_counter()
 
     def add_step(self, micro_batches: Sequence[MicroBatchMetrics]) -> None:
-        """Count the micro batches of an optimizer step."""
+        """Add the metrics of all micro batches of an optimizer step."""
         for micro in micro_batches:
             self.distances += torch.stack([micro.loss, *(micro.parts[name] for name in self.targets)])
             self.clips += micro.clips
@@ -71,11 +77,11 @@ class Meter:
         self.steps += 1
 
     def read(self, overdue: bool, replaced: int) -> tuple[dict[str, float], bool]:
-        """Average the metrics over all ranks since the last reading, and start anew. All ranks must call it.
+        """Average the metrics since the last reading over all ranks, and reset them. All ranks must call it.
 
         Args:
             overdue: whether a checkpoint is overdue by this rank's clock.
-            replaced: number of this rank's clips so far whose videos could not be decoded.
+            replaced: number of this rank's clips so far that were replaced because their video could not be decoded.
 
         Returns:
             metrics by name, and whether a checkpoint is overdue on any rank.
@@ -99,7 +105,15 @@ class Meter:
 
 
 class MetricWriter:
-    """Writer of readings to `metrics.jsonl`, TensorBoard and the terminal; does nothing on ranks other than 0."""
+    """Writer of metrics to `metrics.jsonl`, TensorBoard and the terminal; does nothing on ranks other than 0.
+
+    Args:
+        path: file `metrics.jsonl`; lines after `start_step` are removed on entry.
+        tensorboard: folder for TensorBoard events; None for none.
+        ranks: this process among all.
+        start_step: number of completed optimizer steps.
+        total_steps: last step of the run.
+    """
 
     def __init__(
         self, path: Path, tensorboard: Path | None, ranks: Ranks, *, start_step: int, total_steps: int
@@ -144,10 +158,10 @@ class MetricWriter:
             self.events.add_image(name, value, step, dataformats="HWC")
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Write one reading after `step` optimizer steps."""
+        """Write the metrics that were read after `step` optimizer steps."""
         if not self.active:
             return
-        # JSON has no infinity, which is the gradient norm of a step that overflowed.
+        # JSON cannot represent infinity, the gradient norm of a step that overflowed.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         json.dump({"step": step, **finite}, self.file)
         self.file.write("\n")

@@ -1,7 +1,8 @@
-"""Every rule of placement: from a recipe and what its devices can do to precision, sharding, compilation and prefetch.
+"""Placement rules: from a recipe and the capabilities of its devices to precision, sharding, compilation and prefetch.
 
-Nothing is asked of a device or of another rank here. The engine does as a `Placement` says, after asking the devices at
-hand (`training.device`); the planner reads the same of devices that are not at hand (`performance.hardware`).
+The functions of this module are pure: they query no device and no other rank. The engine carries out a `Placement` for
+the devices of the run, which `training.capabilities` queries. The planner computes the same placement for devices that
+this machine lacks, from the table in `performance.planning.hardware`.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from mvd_scale.models.quantization import REFUSED, unquantized_precision
 
 DeviceKind = Literal["cuda", "cpu"]
 
-GATHERED = "ZeRO-3 gathers parameters inside of every block, which torch.compile cannot follow"
-LAYERWISE = "ZeRO-3 gathers the weights of one layer at a time"
-CALIBRATED = "int8 layers choose their range while they run"
+GATHERED = "ZeRO-3 gathers parameters inside each block, which torch.compile and CUDA graphs cannot capture"
+LAYERWISE = "ZeRO-3 gathers the weights of one layer at a time, and a batched pass needs those of several decoders"
+CALIBRATED = "int8 layers compute their quantization range at run time, which torch.compile cannot capture"
 
 _LABELS = {
     "precision": "precision",
@@ -33,33 +34,33 @@ _LABELS = {
     "batch_decoders": "batched decoders",
     "data_prefetch": "data prefetch",
 }
-"""Names of the decisions of a run, in the order in which they are shown."""
+"""Labels of the decisions of a run by field of `Placement`, in the order in which they are shown."""
 
 _TEACHER_LABELS = {
     "precision": "precision",
-    "rest": "precision outside of blocks' linear layers",
+    "rest": "precision of the other layers",
     "shards": "ZeRO-3 shards",
     "compile": "compile",
     "cuda_graph": "CUDA graph",
     "prefetch": "prefetch",
 }
-"""Names of the decisions of a teacher."""
+"""Labels of the decisions of a teacher by field of `TeacherPlacement`, in the order in which they are shown."""
 
 Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
 class Decision(Generic[Value]):
-    """A choice, and why it was made."""
+    """A chosen value with its reason."""
 
     value: Value
 
     reason: str
-    """It follows "because"."""
+    """Reason of the choice, phrased to follow the word "because"."""
 
     @property
     def shown(self) -> str:
-        """The value in words."""
+        """The value as text; booleans are `on` and `off`, and None is `off`."""
         if self.value is None or isinstance(self.value, bool):
             return "on" if self.value else "off"
         return str(self.value)
@@ -70,135 +71,143 @@ class Decision(Generic[Value]):
 
 @dataclass(frozen=True)
 class Capabilities:
-    """Abilities of the device of every rank, which the caller finds out."""
+    """Features that the device of every rank supports; `training.capabilities` detects them."""
 
     gpu: str = ""
     """Name of the GPU; empty for CPUs."""
 
     bf16: bool = True
-    """Whether a GPU computes bf16, or a CPU has instructions for it."""
+    """Whether the GPU supports bf16, or the CPU has instructions for it."""
 
     fp8: bool = False
     """Whether the GPU has tensor cores for fp8."""
 
     no_compile: str = ""
-    """Why torch.compile makes no programs for the device; empty where it does. Read only if `needs_compiler`."""
+    """Reason why torch.compile does not work on the device; empty if it does. Read only if `needs_compiler`."""
 
 
 @dataclass(frozen=True)
 class Devices:
-    """The ranks of a run, one device each."""
+    """The devices of a run, one per rank."""
 
     kind: DeviceKind
     ranks: int
 
     ranks_per_host: int
-    """The most of any host."""
+    """Largest number of ranks on one host."""
 
     capabilities: Capabilities
 
     def __str__(self) -> str:
-        of_host = f", {self.ranks_per_host} a host" if self.ranks_per_host < self.ranks else ""
-        return f"{self.ranks} x {self.capabilities.gpu or self.kind}{of_host}"
+        per_host = f", {self.ranks_per_host} per host" if self.ranks_per_host < self.ranks else ""
+        return f"{self.ranks} x {self.capabilities.gpu or self.kind}{per_host}"
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """The facts of a frozen teacher that its placement depends on."""
+    """Properties of a frozen teacher that its placement depends on."""
 
     name: str
-    """Of its target."""
+    """Name of the target that the teacher belongs to."""
 
     parameters: int
+    """Number of parameters."""
 
     moves: bool
-    """Whether its weights follow the student's."""
+    """Whether the weights are a moving average of the student's."""
 
 
 @dataclass(frozen=True)
 class TeacherShards:
-    """How ranks share the weights of a teacher by ZeRO-3."""
+    """Sharding of a teacher's weights by ZeRO-3."""
 
     over: Literal["host", "world"]
-    """Whose ranks share them: those of each host, or all."""
+    """Group of ranks that share the weights: the ranks of each host, or all ranks."""
 
     ranks: int
-    """Number of them; of the largest host."""
+    """Number of ranks in the group; the largest host's if hosts differ."""
 
     whole_vectors: bool
-    """Whether vectors stay whole on every rank, which spares their gathers."""
+    """Whether every rank keeps whole vectors (biases, norms), which avoids gathering them."""
 
     def __str__(self) -> str:
-        return f"over {self.ranks} ranks of {'each host' if self.over == 'host' else 'the world'}"
+        return f"over {self.ranks} ranks of each host" if self.over == "host" else f"over all {self.ranks} ranks"
 
 
 @dataclass(frozen=True)
 class TeacherPlacement:
-    """The decisions of one frozen teacher."""
+    """The decisions for one frozen teacher."""
 
     name: str
+    """Name of the target that the teacher belongs to."""
 
     precision: Decision[FrozenPrecision]
+    """Precision of the linear layers in the blocks."""
 
     rest: Decision[Precision]
-    """Precision of the layers that are not in 8 bits; of all layers where none is."""
+    """Precision of all other layers; equal to `precision` unless that is an 8-bit one."""
 
     shards: Decision[TeacherShards | None]
-    """None where every rank holds the whole teacher."""
+    """Sharding of the weights; None if every rank holds the whole teacher."""
 
     compile: Decision[bool]
     cuda_graph: Decision[bool]
 
     prefetch: Decision[bool]
-    """Whether it computes the features of the next micro batch beside the student."""
+    """Whether the teacher computes the features of the next micro batch in parallel with the student's step."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Every decision of a run."""
+    """All placement decisions of a run."""
 
     devices: Devices
     precision: Decision[Precision]
     zero_stage: Decision[int]
 
     micro_batch: Decision[int]
-    """Clips of a rank in one forward pass."""
+    """Clips per forward pass of a rank."""
 
     accumulation: Decision[int]
-    """Micro batches of an optimizer step."""
+    """Micro batches per optimizer step."""
 
     gradient_checkpointing: Decision[Checkpointing]
     compile: Decision[bool]
     batch_decoders: Decision[bool]
 
     data_prefetch: Decision[int]
-    """Batches that are decoded before they are asked for."""
+    """Number of batches that are decoded in advance."""
 
     teachers: tuple[TeacherPlacement, ...]
+    """Decisions for the frozen teachers, in the order of their targets."""
 
     def teacher(self, name: str) -> TeacherPlacement:
-        """The decisions of the teacher of a target."""
+        """Return the decisions for the teacher of the target `name`.
+
+        Raises:
+            StopIteration: the target has no frozen teacher.
+        """
         return next(teacher for teacher in self.teachers if teacher.name == name)
 
     def decisions(self) -> Iterator[tuple[str, Decision[Any]]]:
-        """Every decision by its name; one for all teachers where they agree, else one for each teacher."""
+        """Yield every decision with its label; a decision on which all teachers agree is yielded once for all."""
         for name, label in _LABELS.items():
             yield label, getattr(self, name)
         for name, label in _TEACHER_LABELS.items():
             if name == "rest" and all(teacher.rest == teacher.precision for teacher in self.teachers):
                 continue
-            found = {f"{teacher.name} teacher": getattr(teacher, name) for teacher in self.teachers}
-            if len(set(found.values())) == 1:
-                found = {"teachers": next(iter(found.values()))}
-            for whose, decision in found.items():
-                yield f"{whose}: {label}", decision
+            decisions = {f"{teacher.name} teacher": getattr(teacher, name) for teacher in self.teachers}
+            if len(set(decisions.values())) == 1:
+                decisions = {"teachers": next(iter(decisions.values()))}
+            for owner, decision in decisions.items():
+                yield f"{owner}: {label}", decision
 
     def to_lines(self) -> list[str]:
-        """A table: decision, value and reason."""
+        """Format the decisions as a table with columns decision, value and reason, below a title line."""
         rows = [(name, decision.shown, decision.reason) for name, decision in self.decisions()]
         widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
         return [
-            f"placement on {self.devices}",
+            f"placement on {self.devices} (decision, value, reason)",
             *(f"  {name:<{widths[0]}}  {value:<{widths[1]}}  {reason}" for name, value, reason in rows),
         ]
 
@@ -207,33 +216,33 @@ def decide_placement(recipe: RunRecipe, teachers: Sequence[Teacher], devices: De
     """Decide how a recipe runs on its devices.
 
     Args:
-        recipe: of pre-training, fine-tuning or detection.
-        teachers: the frozen teachers of its targets, in their order.
-        devices: of the run.
+        recipe: recipe of pre-training, fine-tuning or detection.
+        teachers: frozen teachers of the recipe's targets, in the order of the targets; empty without targets.
+        devices: devices of the run.
 
     Raises:
-        UserError: the global batch cannot be split over the ranks, the DeepSpeed file names no stage, or something is
-            asked for by name that the devices or the other choices do not allow.
+        UserError: the global batch cannot be split over the ranks, the DeepSpeed file names no ZeRO stage, or the
+            recipe requires a precision or an option that the devices or other options do not support.
     """
     micro, accumulation = recipe.micro_batch_and_accumulation(devices.ranks)
     check_stage(recipe)
     training, stage = recipe.training, zero_stage(recipe)
     _refuse(training.precision, devices)
-    share = f"a rank's share of training.global_batch is {micro * accumulation} clips"
+    share = f"training.global_batch gives each rank {micro * accumulation} clips per step"
     limit = f"training.micro_batch is {training.micro_batch or 'not set'}"
     return Placement(
         devices=devices,
         precision=_named("training.precision", training.precision),
         zero_stage=Decision(stage, f"training.deepspeed is {training.deepspeed}"),
-        micro_batch=Decision(micro, f"{share} and {limit}"),
-        accumulation=Decision(accumulation, f"{share}, in micro batches of {micro}"),
+        micro_batch=Decision(micro, f"{share}, and {limit}"),
+        accumulation=Decision(accumulation, f"{share}, processed in micro batches of {micro}"),
         gradient_checkpointing=_named("training.gradient_checkpointing", training.gradient_checkpointing),
         compile=_switch(
             "training.compile",
             training.compile,
             devices.kind,
             GATHERED if stage == 3 else devices.capabilities.no_compile,
-            on_cpu="where compiled blocks are hardly faster",
+            on_cpu="on which compiled blocks are hardly faster",
         ),
         batch_decoders=_batch_decoders(recipe, stage, devices.kind),
         data_prefetch=_named("data.prefetch", recipe.data.prefetch),
@@ -242,20 +251,21 @@ def decide_placement(recipe: RunRecipe, teachers: Sequence[Teacher], devices: De
 
 
 def needs_compiler(recipe: RunRecipe, kind: DeviceKind) -> bool:
-    """Whether blocks are compiled if torch.compile works on the device: to find that out takes seconds."""
+    """Whether the placement depends on `Capabilities.no_compile`, which takes seconds to detect."""
     asked = [recipe.training.compile, *([recipe.teachers.compile] if isinstance(recipe, Recipe) else [])]
     return any(choice is True or (choice == "auto" and kind == "cuda") for choice in asked)
 
 
 def teacher_precision(recipe: Recipe, kind: DeviceKind) -> Decision[FrozenPrecision]:
-    """The precision of frozen teachers: fp16 on GPUs, the student's on CPUs, unless the recipe names one."""
+    """Decide the precision of frozen teachers: the recipe's, or for `auto` fp16 on GPUs and the student's on CPUs."""
     asked = recipe.teachers.precision
     if asked != "auto":
         return Decision(asked, f"teachers.precision is {asked}")
     if kind == "cuda":
         return Decision("fp16", "teachers.precision is auto and the device is a GPU")
     return Decision(
-        recipe.training.precision, "teachers.precision is auto and the device is a CPU: it is that of the student"
+        recipe.training.precision,
+        "teachers.precision is auto and the device is a CPU, on which teachers use the student's precision",
     )
 
 
@@ -277,7 +287,7 @@ def _place_teacher(recipe: RunRecipe, teacher: Teacher, devices: Devices) -> Tea
             config.compile,
             kind,
             gathered or calibrated or devices.capabilities.no_compile,
-            on_cpu="where compiled blocks are hardly faster",
+            on_cpu="on which compiled blocks are hardly faster",
         ),
         cuda_graph=_switch(
             "teachers.cuda_graphs",
@@ -291,7 +301,7 @@ def _place_teacher(recipe: RunRecipe, teacher: Teacher, devices: Devices) -> Tea
 
 
 def _refuse(precision: FrozenPrecision, devices: Devices) -> None:
-    """Refuse a precision that the devices do not compute."""
+    """Raise a `UserError` if the devices do not support a precision."""
     gpu = devices.capabilities.gpu
     if precision == "int8" or precision == "fp8":
         computed = devices.kind == "cpu" if precision == "int8" else devices.capabilities.fp8
@@ -303,22 +313,24 @@ def _refuse(precision: FrozenPrecision, devices: Devices) -> None:
 
 
 def _rest(precision: Decision[FrozenPrecision], devices: Devices) -> Decision[Precision]:
-    """The precision of the layers that are not in 8 bits."""
+    """Decide the precision of the layers that are not quantized to 8 bits."""
     kind = precision.value
     if kind != "int8" and kind != "fp8":
         return Decision(kind, precision.reason)
     rest = unquantized_precision(kind, bf16=devices.capabilities.bf16)
     if rest == "fp32":
-        return Decision(rest, f"only linear layers of blocks are in {kind}, and the CPU has no instructions for bf16")
-    return Decision(rest, f"only linear layers of blocks are in {kind}")
+        return Decision(
+            rest, f"only the linear layers of blocks are in {kind}, and the CPU has no instructions for bf16"
+        )
+    return Decision(rest, f"only the linear layers of blocks are in {kind}")
 
 
 def _shards(
     config: TeacherConfig, precision: FrozenPrecision, teacher: Teacher, devices: Devices
 ) -> Decision[TeacherShards | None]:
-    """Whether ranks keep shards of a teacher, and which: memory at rest against the time of gathers."""
+    """Decide whether and how ranks shard a teacher: shards save memory and cost the time of gathers."""
     if precision in ("int8", "fp8"):
-        return Decision(None, f"shards are made of floats, and teachers.precision is {precision}")
+        return Decision(None, f"ZeRO-3 shards only floating-point weights, and teachers.precision is {precision}")
     reason = f"teachers.sharding is {config.sharding}"
     if config.sharding == "replicated":
         return Decision(None, reason)
@@ -327,21 +339,21 @@ def _shards(
             return Decision(None, f"{reason} and there is one rank")
         above = teacher.parameters > config.auto_shard_above
         reason += (
-            f" and {teacher.parameters:,} parameters are {'more than' if above else 'at most'} "
+            f" and the {teacher.parameters:,} parameters of the teacher {'' if above else 'do not '}exceed "
             f"teachers.auto_shard_above, {config.auto_shard_above:,}"
         )
         if not above:
             return Decision(None, reason)
-    over, because = _shard_group(config, teacher, devices)
+    over, group_reason = _shard_group(config, teacher, devices)
     ranks = devices.ranks if over == "world" else devices.ranks_per_host
-    # An average that moves has no use for vectors that are whole: it is updated by its shares.
-    return Decision(TeacherShards(over, ranks, whole_vectors=not teacher.moves), f"{reason}; {because}")
+    # A moving average is updated shard by shard, and whole vectors have no shards.
+    return Decision(TeacherShards(over, ranks, whole_vectors=not teacher.moves), f"{reason}; {group_reason}")
 
 
 def _shard_group(config: TeacherConfig, teacher: Teacher, devices: Devices) -> tuple[Literal["host", "world"], str]:
-    """The ranks that share a teacher, and why."""
+    """Choose the group of ranks that share a teacher, and state the reason."""
     if teacher.moves:
-        return "world", "its weights move, and their shares are those of the student, which is cut over all ranks"
+        return "world", "its weights are updated from the student's shards, which are split over all ranks"
     if config.shard_over == "world":
         return "world", "teachers.shard_over is world"
     if devices.ranks_per_host == devices.ranks:
@@ -353,11 +365,11 @@ def _shard_group(config: TeacherConfig, teacher: Teacher, devices: Devices) -> t
 
 def _prefetch(config: TeacherConfig, teacher: Teacher, kind: DeviceKind) -> Decision[bool]:
     if teacher.moves:
-        return Decision(False, "its weights move with every optimizer step")
+        return Decision(False, "its weights change with every optimizer step")
     if not config.prefetch:
         return Decision(False, "teachers.prefetch is false")
     if kind == "cpu":
-        return Decision(False, "the device is a CPU, which has no streams")
+        return Decision(False, "the device is a CPU, which has no CUDA streams")
     return Decision(True, "teachers.prefetch is true and the device is a GPU")
 
 
@@ -366,13 +378,13 @@ def _batch_decoders(recipe: RunRecipe, stage: int, kind: DeviceKind) -> Decision
         return Decision(False, "the model has no decoders")
     shapes = [target.decoder for target in recipe.targets.values() if target.decoder is not None]
     if len(set(shapes)) == len(shapes):
-        return Decision(False, "no two targets have decoders of one shape")
+        return Decision(False, "no two decoders have the same shape")
     return _switch(
         "training.batch_decoders",
         recipe.training.batch_decoders,
         kind,
         LAYERWISE if stage == 3 else "",
-        on_cpu="where the tokens of a decoder are more than a cache holds",
+        on_cpu="on which the tokens of several decoders do not fit in the cache",
     )
 
 
@@ -381,24 +393,24 @@ def _named(key: str, value: Value) -> Decision[Value]:
 
 
 def _switch(key: str, asked: bool | Literal["auto"], kind: DeviceKind, obstacle: str, *, on_cpu: str) -> Decision[bool]:
-    """Whether something is on that `auto` turns on on GPUs, where nothing stands in its way.
+    """Decide an option that `auto` enables on GPUs unless an obstacle prevents it.
 
     Args:
-        key: of the recipe.
-        asked: its value.
-        kind: of the device.
-        obstacle: why it cannot be on; empty if it can.
-        on_cpu: why `auto` leaves it off on CPUs; it follows "the device is a CPU, ".
+        key: key of the option in the recipe.
+        asked: value of the option in the recipe.
+        kind: kind of the devices.
+        obstacle: reason why the option cannot be enabled; empty if it can.
+        on_cpu: reason why `auto` disables the option on CPUs, phrased to follow "the device is a CPU, ".
 
     Raises:
-        UserError: it is asked for by name and cannot be on.
+        UserError: the recipe sets the option to true and an obstacle prevents it.
     """
     if asked is False:
         return Decision(False, f"{key} is false")
     if asked == "auto" and kind == "cpu":
         return Decision(False, f"{key} is auto and the device is a CPU, {on_cpu}")
     if obstacle and asked is True:
-        raise UserError(f"{key} is true, but {obstacle}; leave it at auto to go on without")
+        raise UserError(f"{key} is true, but {obstacle}; set it to auto to run without it")
     if obstacle:
         return Decision(False, obstacle)
     return Decision(True, f"{key} is true" if asked is True else f"{key} is auto and the device is a GPU")

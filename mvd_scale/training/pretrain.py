@@ -1,4 +1,4 @@
-"""Stage 1 and stage 2: masked feature modelling of whatever targets the recipe names (Algorithm 1)."""
+"""Pre-training and distillation (stages 1 and 2): masked feature modelling of the recipe's targets (Algorithm 1)."""
 
 from __future__ import annotations
 
@@ -29,30 +29,30 @@ from mvd_scale.training.trainer import TrainedModel
 
 
 def run_pretraining(recipe: Recipe) -> None:
-    """Run a recipe of pre-training; as `run_training`."""
+    """Run a recipe of pre-training or distillation; see `run_training`."""
     run_training(Pretraining(recipe, RunFolder(recipe.run.folder)))
 
 
 class Pretraining(TrainingJob[Recipe]):
-    """A student that predicts targets of masked clips."""
+    """Training job of a student that predicts the targets of masked clips."""
 
     def prepare(self) -> None:
-        """As of every job; the videos of a probe are indexed too."""
+        """Prepare as every job does, and index the videos of the probe, if the recipe has one."""
         super().prepare()
         if self.recipe.logging.probe is not None:
             index_probe_videos(self.recipe.logging.probe, self.folder)
 
     def index(self) -> Manifest:
-        """Index the videos."""
+        """Index the training videos."""
         return load_source(self.recipe.data, self.folder.index)
 
     def open(self, ranks: Ranks) -> Manifest:
-        """A row for each video."""
+        """Read the manifest, which has one row per video."""
         self.manifest = Manifest.load(self.folder.manifest)
         return self.manifest
 
     def origin(self, ranks: Ranks) -> dict[str, Any]:
-        """Videos, and teachers with their precision."""
+        """Compute digests of the videos and the teachers' weights, and add the teachers' precision."""
         return {
             "videos": self.manifest.digest,
             "teachers": run_on_rank0(ranks, "teachers", lambda: weight_digests(self.recipe)),
@@ -60,7 +60,7 @@ class Pretraining(TrainingJob[Recipe]):
         }
 
     def build(self, ranks: Ranks, schedule: Schedule) -> TrainedModel:
-        """The student and its teachers."""
+        """Build the student and its targets, and check the fidelity of quantized teachers."""
         recipe = self.recipe
         self.targets = load_targets(recipe)
         self.placement = make_placement(recipe, self.targets, ranks)
@@ -75,22 +75,22 @@ class Pretraining(TrainingJob[Recipe]):
         return distillation_model(student, self.targets, recipe, self.placement, ranks, schedule)
 
     def export(self, engine: Any, folder: Path, ranks: Ranks) -> None:
-        """Write the student, and its encoder alone."""
+        """Write the weights of the student, and of its encoder in a second file."""
         export_student(engine, folder, self.recipe, ranks)
 
     def load(self, ranks: Ranks, steps: range) -> ClipLoader:
-        """Masked clips at the input sides of student and teachers."""
+        """Create the loader of masked clips, resized to the input sides of student and teachers."""
         sides = teacher_input_sizes(self.recipe, self.targets)
         return ClipLoader.for_run(
             self.manifest, self.recipe, ranks.data_rank, steps, sides=sides, quarantine_file=self.folder.quarantine
         )
 
     def prefetch(self, ranks: Ranks) -> BatchStarter | None:
-        """Teachers work one batch ahead where that pays."""
+        """Create the function that computes teacher features one batch in advance, if the placement says so."""
         return make_prefetcher(MaskedDistillation(self.targets), self.placement, ranks.device)
 
     def callbacks(self, ranks: Ranks, schedule: Schedule) -> list[Callback]:
-        """The observers that the recipe asks for."""
+        """Create the callbacks of the recipe's `logging` section: pictures of predictions, and the probe."""
         recipe, folder, logging = self.recipe, self.folder, self.recipe.logging
         callbacks: list[Callback] = []
         if logging.pictures is not None:

@@ -1,4 +1,4 @@
-"""A run from its start, or from its newest checkpoint, to its end. A job says what is trained."""
+"""Execution of a training run from its start or its newest checkpoint to its end, for any `TrainingJob`."""
 
 from __future__ import annotations
 
@@ -33,20 +33,25 @@ AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)
 
 
 class TrainingJob(ABC, Generic[AnyRecipe]):
-    """The model of a run, and its data. `run_training` calls the methods in the order in which they stand here."""
+    """Model and data of a run. `run_training` calls the methods in the order of their definition.
+
+    Args:
+        recipe: recipe of the run.
+        folder: folder of the run.
+    """
 
     rows: str = "videos"
-    """What a row of the manifest is, for the log."""
+    """Plural noun for the rows of the manifest in log lines."""
 
     def __init__(self, recipe: AnyRecipe, folder: RunFolder) -> None:
         self.recipe = recipe
         self.folder = folder
 
     def prepare(self) -> None:
-        """Rank 0's part: see that the folder is free for this run, claim it, and prepare the data.
+        """Check that this run may use the folder, claim it, and index the data. Only rank 0 calls it.
 
         Raises:
-            UserError: the folder holds something else, or the data do not fit.
+            UserError: the folder contains other files or another run, or the data are invalid.
         """
         self.folder.check(self.recipe)
         self.folder.claim()
@@ -54,47 +59,50 @@ class TrainingJob(ABC, Generic[AnyRecipe]):
 
     @abstractmethod
     def index(self) -> Manifest:
-        """Index and check all data on rank 0; the videos of the training.
+        """Index and check all data, and return the manifest of the training videos. Only rank 0 calls it.
 
         Raises:
-            UserError: they do not fit.
+            UserError: the data are invalid, or do not fit the recipe.
         """
 
     @abstractmethod
     def open(self, ranks: Ranks) -> Manifest:
-        """Read what was prepared, on every rank; a row for each clip of an epoch."""
+        """Read the data that `prepare` indexed; the manifest has a row per `rows` item. All ranks call it."""
 
     @abstractmethod
     def origin(self, ranks: Ranks) -> dict[str, Any]:
-        """Digests of the data and the weights that a checkpoint belongs to. All ranks call it."""
+        """Compute digests of the data and weights that the run depends on, serialisable as JSON. All ranks call it.
+
+        A checkpoint stores them; it can be resumed only with equal ones.
+        """
 
     @abstractmethod
     def build(self, ranks: Ranks, schedule: Schedule) -> TrainedModel:
-        """The model under DeepSpeed. All ranks call it, with the same random numbers."""
+        """Build the model and its DeepSpeed engine. All ranks call it, with equally seeded random generators."""
 
     @abstractmethod
     def export(self, engine: Any, folder: Path, ranks: Ranks) -> None:
-        """Write the weights of the model into a folder, float32. All ranks call it."""
+        """Write the model's weights in float32 to a folder. All ranks call it."""
 
     @abstractmethod
     def load(self, ranks: Ranks, steps: range) -> ClipLoader:
-        """The clips of some optimizer steps."""
+        """Create the loader of this rank's clips for the optimizer steps `steps`."""
 
     def prefetch(self, ranks: Ranks) -> BatchStarter | None:
-        """How a batch is begun while the one before it is in use; None fetches each when it is asked for."""
+        """Create the function that starts work on a batch in advance; None loads each batch when it is needed."""
         return None
 
     @abstractmethod
     def callbacks(self, ranks: Ranks, schedule: Schedule) -> Sequence[Callback]:
-        """Who looks at the model between two steps."""
+        """Create the callbacks that run between optimizer steps."""
 
 
 def run_training(job: TrainingJob[Any]) -> None:
-    """Run a job from its start, or from its newest checkpoint, to its end.
+    """Run a job from its start or its newest checkpoint to its end. All ranks call it.
 
     Raises:
-        UserError: something that the user can mend; nothing was overwritten.
-        Stopped: the run was asked to stop; it was saved.
+        UserError: the recipe, the data or the environment is invalid; no result was overwritten.
+        Preempted: the run received a stop signal and saved a checkpoint.
     """
     recipe, folder = job.recipe, job.folder
     ranks = init_distributed(recipe.device, recipe.training.collective_timeout_minutes)
@@ -105,13 +113,13 @@ def run_training(job: TrainingJob[Any]) -> None:
     schedule = Schedule(recipe.training, steps, recipe.lr_batch)
     origin = job.origin(ranks)
     if run_on_rank0(ranks, "finished", lambda: folder.is_finished(schedule.last_step, origin)):
-        logger.info("%s is finished already: see %s", folder.path, folder.summary)
+        logger.info("%s is already finished: see %s", folder.path, folder.summary)
         return destroy_distributed()
 
     torch.manual_seed(recipe.seed)
     model = job.build(ranks, schedule)
     checkpointer = Checkpointer(
-        folder, recipe, ranks, origin, steps, model.averages, lambda engine, where: job.export(engine, where, ranks)
+        folder, recipe, ranks, origin, steps, model.averages, lambda engine, path: job.export(engine, path, ranks)
     )
     start = resume(model.engine, checkpointer, schedule, folder, ranks)
     log_run_summary(recipe, manifest, schedule, ranks, job.rows)
@@ -124,16 +132,19 @@ def run_training(job: TrainingJob[Any]) -> None:
 
 
 def resume(engine: Any, checkpointer: Checkpointer, schedule: Schedule, folder: RunFolder, ranks: Ranks) -> int:
-    """Go on from the newest checkpoint, and forget what a killed run did after it; the steps that are done.
+    """Load the newest checkpoint, and delete metrics and partial files that a killed run wrote after it.
+
+    Returns:
+        number of completed optimizer steps, 0 without a checkpoint.
 
     Raises:
-        UserError: as `Checkpointer.resume`, or there are more than the run shall have.
+        UserError: see `Checkpointer.resume`; or the checkpoint is beyond the last step of the run.
     """
     start = checkpointer.resume(engine)
     if start > schedule.last_step:
         raise UserError(
-            f"{folder.path} has come to step {start} already, beyond its last step {schedule.last_step}; "
-            "raise training.max_steps, or begin a new run in another `--run.folder`"
+            f"{folder.path} has already reached step {start}, beyond its last step {schedule.last_step}; "
+            "raise training.max_steps, or start a new run in another `--run.folder`"
         )
     if ranks.is_main:
         checkpointer.clear_partial()
@@ -144,12 +155,20 @@ def resume(engine: Any, checkpointer: Checkpointer, schedule: Schedule, folder: 
 def log_run_summary(
     recipe: RunRecipe, manifest: Manifest, schedule: Schedule, ranks: Ranks, rows: str = "videos"
 ) -> None:
-    """Log the size of the run; `rows` says what a row of the manifest is."""
+    """Log ranks, batch sizes, attention implementation and number of steps of the run.
+
+    Args:
+        recipe: recipe of the run.
+        manifest: training data.
+        schedule: schedule of the run.
+        ranks: this process among all.
+        rows: plural noun for the rows of the manifest.
+    """
     micro, accumulation = recipe.micro_batch_and_accumulation(ranks.world_size)
     clips = recipe.data.copies * sum(part.clips for part in mixture_components(manifest, recipe.data))
     remainder = clips - schedule.steps_per_epoch * recipe.training.global_batch
     logger.info(
-        "%s: %d ranks on %s, %s, %s; global batch %d = %d ranks x %d clips x %d accumulation",
+        "%s: %d ranks on %s, %s, %s; global batch %d = %d ranks x %d clips x %d accumulation steps",
         recipe.run.folder,
         ranks.world_size,
         ranks.device.type,
@@ -163,9 +182,9 @@ def log_run_summary(
     logger.info("attention of the student: %s", _attention(recipe, ranks))
     short = int((manifest.frames[manifest.usable] < recipe.model.frames * recipe.data.stride).sum())
     if short and recipe.data.sampling != "segments":
-        logger.info("%d %s are of videos shorter than a clip: frames are repeated", short, rows)
+        logger.info("%d %s are in videos shorter than a clip, whose frames are repeated", short, rows)
     logger.info(
-        "%d %s, %d left out; %d steps of an epoch, %d clips of it unused; %d steps in all",
+        "%d %s, %d excluded; %d steps per epoch, which leave %d clips unused; %d steps in total",
         len(manifest.usable),
         rows,
         len(manifest) - len(manifest.usable),
@@ -176,7 +195,7 @@ def log_run_summary(
 
 
 def _attention(recipe: RunRecipe, ranks: Ranks) -> str:
-    """Its implementations in the order of preference, up to the one that is taken, each other one with its reason."""
+    """List attention implementations in order of preference up to the selected one; skipped ones with their reason."""
     assert recipe.model.width is not None
     assert recipe.model.heads is not None
     channels = recipe.model.width // recipe.model.heads
@@ -185,7 +204,7 @@ def _attention(recipe: RunRecipe, ranks: Ranks) -> str:
 
 
 def finish(engine: Any, checkpointer: Checkpointer, folder: RunFolder, ranks: Ranks, step: int) -> None:
-    """Export the weights and leave the figures of the run."""
+    """Export the final weights, and write the summary of the run with its first and last metrics."""
     checkpointer.export(engine, folder.path)
     if ranks.is_main:
         readings = read_metrics(folder.metrics)

@@ -1,6 +1,6 @@
 """The training step and the training loop of every run: pre-training, distillation, fine-tuning and detection.
 
-Benchmarks and profiles make the same steps, with a timer that is told of their parts.
+Benchmarks and profiles run the same steps with a timer attached.
 """
 
 from __future__ import annotations
@@ -33,68 +33,69 @@ class Objective(Protocol):
 
     @property
     def parts(self) -> Sequence[str]:
-        """Names of the numbers that are logged beside the loss."""
+        """Names of the loss terms that are logged in addition to the loss."""
 
     @property
     def teachers(self) -> Mapping[str, nn.Module]:
-        """Frozen models that are called for the loss, by name."""
+        """Frozen models that the loss calls, by name."""
 
     def __call__(self, engine: Any, batch: ClipBatch, /) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of a micro batch, and its parts, detached; float32 scalars."""
+        """Compute the loss of a micro batch and its detached terms by name; float32 scalars."""
 
 
 class StepTimer(Protocol):
-    """Told when each part of a training step begins and ends."""
+    """Timer of the parts of a training step."""
 
     def part(self, name: str) -> AbstractContextManager[None]:
-        """Enter around a part."""
+        """Return a context manager that times its body as the part `name`."""
 
     def watch(self, name: str, module: nn.Module) -> None:
-        """Take every forward pass of a module as a part."""
+        """Register hooks that time every forward pass of a module as the part `name`."""
 
 
 class NoTimer:
-    """The `StepTimer` of steps that nobody times: it does nothing."""
+    """`StepTimer` that does nothing."""
 
     _nothing = nullcontext()
 
     def part(self, name: str) -> AbstractContextManager[None]:
-        """Enter around a part."""
+        """Return a context manager that does nothing."""
         return self._nothing
 
     def watch(self, name: str, module: nn.Module) -> None:
-        """Leave the module alone."""
+        """Register no hooks."""
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model under DeepSpeed with the loss that it minimises."""
+    """DeepSpeed engine of a model with the loss that it minimises."""
 
     engine: Any
+    """Engine of `deepspeed.initialize`."""
 
     objective: Objective
 
     averages: Sequence[ModelEma] = ()
-    """Moving averages of its weights, each moved after every optimizer step."""
+    """Moving averages of the weights, updated after every optimizer step."""
 
 
 class Trainer:
-    """The owner of a model in training.
+    """Owner of a model in training: runs optimizer steps. All ranks create one and call its methods.
 
     Args:
-        model: what is trained.
-        batches: micro batches of this rank, from optimizer step `step` on.
+        model: engine, loss and moving averages.
+        batches: micro batches of this rank, starting with those of optimizer step `step`.
         schedule: learning rate and weight decay by step.
-        recipe: batch, precision, seed and logging.
-        ranks: all of them make one and call its methods.
-        step: optimizer steps that are done.
+        recipe: recipe of the run: batch sizes, precision, seed and logging.
+        ranks: this process among all.
+        step: number of completed optimizer steps.
     """
 
     step: int
-    """Optimizer steps that are done."""
+    """Number of completed optimizer steps."""
 
     batch: ClipBatch
-    """The micro batch that was last taken; there is none before the first step."""
+    """Micro batch of the latest forward pass; unset before the first step."""
 
     def __init__(
         self,
@@ -116,12 +117,12 @@ class Trainer:
 
     @property
     def part_names(self) -> list[str]:
-        """All parts that a step may have, as tables list them."""
+        """Names of all parts that a step may have, in the order of tables."""
         teachers = [f"{name} teacher" for name in self.objective.teachers]
         return ["data wait", *teachers, "student forward", "backward", "optimizer", "moving average"]
 
     def attach(self, timer: StepTimer) -> None:
-        """Tell a timer of the parts of every step from here on. It stays for good: modules are watched by hooks."""
+        """Time the parts of all following steps. A timer cannot be detached: its module hooks stay registered."""
         self._timer = timer
         self.batches.waiting = lambda: timer.part("data wait")
         for name, teacher in self.objective.teachers.items():
@@ -129,26 +130,26 @@ class Trainer:
         timer.watch("student forward", self.engine)
 
     def train_step(self) -> list[MicroBatchMetrics]:
-        """Make one optimizer step. The host does not wait for the device.
+        """Run one optimizer step without waiting for the device.
 
         Returns:
-            figures of its micro batches.
+            metrics of the micro batches of this rank.
 
         Raises:
-            StopIteration: there are no more batches.
-            UserError: on all ranks alike, the gradients are not finite on one of them; no weight was touched.
+            StopIteration: the loader has no more batches.
+            UserError: the gradients of a rank are not finite; raised on all ranks before any weight changed.
         """
         apply_schedule(self.engine.optimizer, self.schedule, self.step)
-        figures = [self._micro_step(micro) for micro in range(self.accumulation)]
+        metrics = [self._micro_step(micro) for micro in range(self.accumulation)]
         check_finite(self.engine, self.recipe.training.precision, self.step)
         for average in self.averages:
             with self._timer.part("moving average"):
                 average.update(self.step)
         self.step += 1
-        return figures
+        return metrics
 
     def _micro_step(self, micro: int) -> MicroBatchMetrics:
-        """Forward and backward pass of one micro batch; DeepSpeed steps its optimizer at the last one."""
+        """Run the forward and backward pass of one micro batch; DeepSpeed steps the optimizer after the last one."""
         reseed(self.recipe, self.step, micro, self.ranks)
         self.batch = next(self.batches)
         loss, parts = self.objective(self.engine, self.batch)
@@ -159,16 +160,16 @@ class Trainer:
         return MicroBatchMetrics(loss.detach(), parts, len(self.batch.pixels), self.batches.waited)
 
     def train(self, folder: RunFolder, checkpointer: Checkpointer, callbacks: CallbackList) -> None:
-        """Make the steps that are left.
+        """Run all remaining steps.
 
         Args:
-            folder: gets the metrics.
-            snapshots: saves the run.
-            observers: look at the model between two steps.
+            folder: run folder, for the metrics.
+            checkpointer: writer of checkpoints.
+            callbacks: callbacks between optimizer steps.
 
         Raises:
-            Stopped: the run was asked to stop; it was saved.
-            UserError: as `train_step`.
+            Preempted: the run received a stop signal and saved a checkpoint.
+            UserError: see `train_step`.
         """
         recipe, last = self.recipe, self.schedule.last_step
         meter = Meter(list(self.objective.parts), self.ranks)
@@ -189,7 +190,7 @@ class Trainer:
                     raise Preempted(stop.exit_code)
 
     def _optimizer_values(self) -> dict[str, float]:
-        """Figures of the optimizer at the last step."""
+        """Collect learning rate, weight decay, gradient norm, loss scale and skipped steps of the latest step."""
         engine, step = self.engine, self.step - 1
         norm = engine.get_global_grad_norm()
         return {
@@ -202,6 +203,6 @@ class Trainer:
 
 
 def reseed(recipe: RunRecipe, step: int, micro: int, ranks: Ranks) -> None:
-    """Make what is drawn in a step a function of its place in the run, so that a resumed run draws the same."""
-    place = np.random.SeedSequence((recipe.seed, step, micro, ranks.rank))
-    torch.manual_seed(int(place.generate_state(1)[0]))
+    """Seed torch by seed, step, micro batch and rank, so that a resumed run draws the same random numbers."""
+    sequence = np.random.SeedSequence((recipe.seed, step, micro, ranks.rank))
+    torch.manual_seed(int(sequence.generate_state(1)[0]))

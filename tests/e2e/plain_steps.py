@@ -1,6 +1,6 @@
-"""Prints the losses of some steps of a recipe, and the parts that a timer was told of if there is one.
+"""Program that prints the losses of some training steps of a recipe, and with `--timer` the parts that a timer saw.
 
-python -m tests.e2e.plain_steps STEPS SCRATCH [--timer] RECIPE RECIPE_WORDS...
+python -m tests.e2e.plain_steps STEPS SCRATCH [--timer] RECIPE OVERRIDES...
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mvd_scale.targets.build import load_or_init_teacher
 
 
 class Recorder:
-    """A timer that writes down which parts begin."""
+    """`StepTimer` that records the names of parts in the order in which they start."""
 
     def __init__(self) -> None:
         self.parts: list[str] = []
@@ -41,8 +41,8 @@ def main(steps: str, scratch: str, *words: str) -> None:
     with bench_trainer(recipe, ranks, load_or_init_teacher, steps=int(steps), scratch=Path(scratch)) as trainer:
         if recorder is not None:
             trainer.attach(recorder)
-        made = [trainer.train_step() for _ in range(int(steps))]
-    losses = [[float(micro.loss) for micro in step] for step in made]
+        metrics = [trainer.train_step() for _ in range(int(steps))]
+    losses = [[float(micro.loss) for micro in step] for step in metrics]
     destroy_distributed()
     print(json.dumps({"losses": losses, "parts": recorder and recorder.parts, "names": trainer.part_names}))
 

@@ -182,7 +182,7 @@ def test_bad_input_is_one_message(
             ("--key_frames.annotations", str(unknown)): "unknown.csv, line 1: action '6' is unknown",
             ("--key_frames.starts_at", "0"): "train0000 does not contain these seconds",
             ("--validation.boxes", str(tmp_path / "none.csv")): "none.csv cannot be read",
-            ("--detector.from_scratch", "false"): "or train without any by `--detector.from_scratch true`",
+            ("--detector.from_scratch", "false"): "or train from scratch with `--detector.from_scratch true`",
             ("--recipe", "finetune/b_k400"): "start it with `mvd-scale finetune`",
         }.items()
     ):

@@ -1,4 +1,4 @@
-"""Run by every rank that `conftest.launch` starts: trains a tiny student on the device and writes down what happened.
+"""Program of the ranks that `conftest.launch` starts: trains a tiny student on the device and writes results as JSON.
 
 torchrun --standalone --nproc_per_node N -m tests.gpu.gpu_ranks DEVICE OUT
 """
@@ -35,21 +35,21 @@ STEPS, POISONED = 6, 3
 
 def main(device: str, out: str) -> None:
     ranks = init_distributed(device, timeout_minutes=3)
-    seen: dict[str, Any] = {"sum over ranks": sum_over_ranks(ranks)}
+    results: dict[str, Any] = {"sum over ranks": sum_over_ranks(ranks)}
     for stage in ("zero1", "zero2", "zero3"):
-        seen[f"fp32, {stage}"] = Run(ranks, stage, "fp32").losses()
+        results[f"fp32, {stage}"] = Run(ranks, stage, "fp32").losses()
     if device == "cuda":
         for stage in ("zero1", "zero2", "zero3"):
-            seen[f"ahead, {stage}"] = Run(ranks, stage, "fp32").losses(ahead=True)
-            seen[f"fp16, {stage}"] = Run(ranks, stage, "fp16").losses()
-            seen[f"overflow, {stage}"] = Run(ranks, stage, "fp16").overflows()
-        seen["sharded teachers"] = sharded_teachers(ranks, "fp16")
-    Path(out, f"rank{ranks.rank}.json").write_text(json.dumps(seen))
+            results[f"ahead, {stage}"] = Run(ranks, stage, "fp32").losses(ahead=True)
+            results[f"fp16, {stage}"] = Run(ranks, stage, "fp16").losses()
+            results[f"overflow, {stage}"] = Run(ranks, stage, "fp16").overflows()
+        results["sharded teachers"] = sharded_teachers(ranks, "fp16")
+    Path(out, f"rank{ranks.rank}.json").write_text(json.dumps(results))
     destroy_distributed()
 
 
 class Run:
-    """A tiny student with two teachers and a pixel branch."""
+    """Training of a tiny student with two teachers and a pixel target."""
 
     def __init__(self, ranks: Ranks, stage: str, precision: str) -> None:
         self.ranks = ranks
@@ -63,7 +63,7 @@ class Run:
         self.engine = self.model.engine
 
     def batches(self, steps: Iterable[int], *, poisoned: bool = False) -> Iterator[ClipBatch]:
-        """The micro batches of this rank."""
+        """Yield the micro batches of this rank for some steps; poisoned ones give gradients that are not finite."""
         micro, accumulation = self.recipe.micro_batch_and_accumulation(self.ranks.world_size)
         for step in steps:
             for turn in range(accumulation):
@@ -71,19 +71,19 @@ class Run:
                 yield clips(step, first, micro, self.ranks.device, poisoned=poisoned)
 
     def trainer(self, batches: Iterator[ClipBatch], begin: BatchStarter | None = None) -> Trainer:
-        """Makes steps of some micro batches."""
+        """Create a trainer that takes its micro batches from `batches`."""
         return Trainer(
             self.model, TeacherPrefetcher(BatchLoader(batches), begin), self.schedule, self.recipe, self.ranks
         )
 
     def step(self, trainer: Trainer) -> float:
-        """The loss of one optimizer step, mean over all ranks."""
+        """Run one optimizer step and return its loss, averaged over all ranks."""
         total = torch.stack([micro.loss for micro in trainer.train_step()]).mean()
         torch.distributed.all_reduce(total)
         return float(total) / self.ranks.world_size
 
     def losses(self, *, ahead: bool = False) -> list[float]:
-        """Of some steps, with teachers at their place or ahead."""
+        """Run `STEPS` steps and return their losses; with `ahead`, teachers compute features one batch in advance."""
         begin = None
         if ahead:
             begin = make_prefetcher(MaskedDistillation(self.targets), self.placement, self.ranks.device)
@@ -92,7 +92,7 @@ class Run:
         return [self.step(trainer) for _ in range(STEPS)]
 
     def overflows(self) -> dict[str, Any]:
-        """What the loss scale and the weights do when gradients are not finite, and afterwards."""
+        """Run steps with gradients that are not finite, and one finite step; return loss scales and weight changes."""
         poisoned = range(2, 2 + POISONED)
         trainer = self.trainer(
             chain(self.batches(range(2)), self.batches(poisoned, poisoned=True), self.batches([poisoned.stop]))
@@ -114,36 +114,36 @@ class Run:
         }
 
     def weights(self) -> float:
-        """A number that changes with any weight."""
+        """Sum the absolute values of all weights, a number that changes with any weight."""
         return float(sum(full.double().abs().sum() for _, full in full_parameters(self.engine)))
 
 
 def sharded_teachers(ranks: Ranks, precision: str) -> dict[str, dict[str, float]]:
-    """Features of sharded teachers beside those of the same ones whole and in float32 on the CPU."""
-    made = placed(recipe("zero2", precision, "zero3", GLOBAL_BATCH), precision)
-    here = build_targets(made, teacher)
-    place_teachers(here, make_placement(made, here, ranks), ranks)
-    seen = {}
-    for name, whole in build_targets(made, teacher).items():
-        sharded = here[name]
+    """Compare features of sharded teachers with those of the same teachers, unsharded and in float32 on the CPU."""
+    config = placed(recipe("zero2", precision, "zero3", GLOBAL_BATCH), precision)
+    sharded_targets = build_targets(config, teacher)
+    place_teachers(sharded_targets, make_placement(config, sharded_targets, ranks), ranks)
+    results = {}
+    for name, whole in build_targets(config, teacher).items():
+        sharded = sharded_targets[name]
         if not isinstance(whole, FrozenTeacher) or not isinstance(sharded, FrozenTeacher):
             continue
-        got = sharded.raw_features(clips(0, 0, GLOBAL_BATCH, ranks.device)).float().cpu()
-        wanted = whole.raw_features(clips(0, 0, GLOBAL_BATCH, torch.device("cpu")))
-        seen[name] = {
-            "cosine": float(torch.nn.functional.cosine_similarity(got, wanted, dim=-1).min()),
-            "error": float((got - wanted).norm() / wanted.norm()),
+        features = sharded.raw_features(clips(0, 0, GLOBAL_BATCH, ranks.device)).float().cpu()
+        expected = whole.raw_features(clips(0, 0, GLOBAL_BATCH, torch.device("cpu")))
+        results[name] = {
+            "cosine": float(torch.nn.functional.cosine_similarity(features, expected, dim=-1).min()),
+            "error": float((features - expected).norm() / expected.norm()),
             "held": held_at_rest(sharded.teacher),
             "whole": sum(p.numel() for p in whole.teacher.parameters()),
         }
-    return seen
+    return results
 
 
-def placed(made: Recipe, precision: str) -> Recipe:
-    """For whichever device the ranks have joined on, teachers in the student's precision, decoders as on GPUs."""
-    teachers = made.teachers.model_copy(update={"precision": precision})
-    training = made.training.model_copy(update={"batch_decoders": "auto"})
-    return made.model_copy(update={"device": "auto", "teachers": teachers, "training": training})
+def placed(base: Recipe, precision: str) -> Recipe:
+    """Copy a recipe with automatic device and decoder batching, and with teachers in the student's precision."""
+    teachers = base.teachers.model_copy(update={"precision": precision})
+    training = base.training.model_copy(update={"batch_decoders": "auto"})
+    return base.model_copy(update={"device": "auto", "teachers": teachers, "training": training})
 
 
 def clips(step: int, first: int, count: int, device: torch.device, *, poisoned: bool = False) -> ClipBatch:

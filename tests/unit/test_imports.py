@@ -1,4 +1,4 @@
-"""Imports run one way: a package imports from the layers below its own, and no modules form a circle."""
+"""Direction of imports: a package imports only from the layers below its own, and modules form no cycle."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ LAYERS = (
     {"detection", "performance", "pipelines"},
     {"cli"},
 )
-"""Packages and modules of `mvd_scale`, from the lowest layer up. Those of one layer do not import each other."""
+"""Packages and modules of `mvd_scale`, from the lowest layer up. Packages of one layer do not import each other."""
 
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 
 LAZY = {"mvd_scale": {"mvd_scale.evaluation.predict"}}
-"""Imports that a module makes only when one of its attributes is asked for."""
+"""Imports that a module executes only at the first access to one of its attributes."""
 
 MOST_FILES = 16
-"""Modules of a package without packages of its own."""
+"""Largest number of modules in a package without sub-packages."""
 
 
 def modules() -> dict[str, Path]:
-    """All modules of the repository by dotted name."""
-    found = {}
+    """Collect the paths of all modules of the repository by dotted name."""
+    paths = {}
     for root in (ROOT, ROOT / "kernels"):
         for package in ("mvd_scale", "mvd_kernels"):
             for path in (root / package).rglob("*.py"):
-                found[".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")] = path
-    return found
+                paths[".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")] = path
+    return paths
 
 
 MODULES = modules()
 
 
 def imports(module: str) -> Iterator[str]:
-    """Modules of the repository that a module imports, at its top or inside of a function."""
+    """Yield the modules of the repository that a module imports, at its top or inside a function."""
     for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in MODULES)
@@ -77,13 +77,14 @@ def test_imports_point_to_lower_layers() -> None:
         f"{module} imports {imported}"
         for module, below in EDGES.items()
         for imported in below
-        if (here := module.split(".")[1:2]) and (there := imported.split(".")[1:2])
-        if here != there and here[0] in LAYER and there[0] in LAYER and LAYER[there[0]] >= LAYER[here[0]]
+        if (importer := module.split(".")[1:2]) and (target := imported.split(".")[1:2])
+        if importer != target and importer[0] in LAYER and target[0] in LAYER
+        if LAYER[target[0]] >= LAYER[importer[0]]
     ]
     assert not upward, "\n".join(upward)
 
 
-def test_kernels_import_nothing_of_the_program() -> None:
+def test_kernels_do_not_import_mvd_scale() -> None:
     assert not [
         (module, imported)
         for module, below in EDGES.items()
@@ -92,8 +93,8 @@ def test_kernels_import_nothing_of_the_program() -> None:
     ]
 
 
-def test_no_modules_form_a_circle() -> None:
-    # A package's `__init__` that gathers its modules' names is imported together with each of them by Python itself.
+def test_modules_form_no_import_cycle() -> None:
+    # Self-references are dropped: a package whose `__init__` re-exports names of its modules imports itself.
     edges = {module: {other for other in below if other != module} for module, below in EDGES.items()}
     try:
         TopologicalSorter(edges).prepare()
@@ -101,8 +102,8 @@ def test_no_modules_form_a_circle() -> None:
         pytest.fail(" imports ".join(reversed(error.args[1])))
 
 
-def test_packages_stay_small_or_have_packages_of_their_own() -> None:
-    full = []
+def test_large_packages_have_sub_packages() -> None:
+    too_large = []
     for module, path in MODULES.items():
         folder = path.parent
         if (
@@ -110,5 +111,5 @@ def test_packages_stay_small_or_have_packages_of_their_own() -> None:
             and not list(folder.glob("*/__init__.py"))
             and len(list(folder.glob("*.py"))) > MOST_FILES
         ):
-            full.append(module)
-    assert not full
+            too_large.append(module)
+    assert not too_large

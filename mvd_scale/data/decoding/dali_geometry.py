@@ -25,17 +25,17 @@ from torch.nn import functional
 Filter = Literal["bilinear", "bicubic"]
 
 Sample = dict[str, DataNode]
-"""Arrays of one sample in the graph, by the names of `source.FIELDS`."""
+"""Arrays of one sample in the graph, by the names of `sample_source.FIELDS`."""
 
 
 @dataclass(frozen=True)
 class Resampling:
-    """How frames are resized."""
+    """Filter settings for resizing frames."""
 
     filter: Filter
 
     antialias: bool
-    """Whether the filter widens where it shrinks."""
+    """Whether the filter widens when it shrinks frames."""
 
 
 _DALI_FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
@@ -56,12 +56,12 @@ def upright(
 
     Args:
         sample: arrays of the sample: `mirror`; `anchor` and `shape` of the box if `cut`; `transpose` if `turned`.
-        frames: uint8 (T, H, W, 3), layout FHWC, as coded.
-        size: height and width in pixels to resize to, before turning; float32 (2,) on the host where samples differ.
-        resampling: how to resize.
-        copy: which copy of the sample.
-        cut: whether to cut the copy's box out first.
-        turned: whether clips may lie on their side.
+        frames: uint8 (T, H, W, 3), layout FHWC, in coded orientation.
+        size: height and width in pixels to resize to, before rotation; float32 (2,) on the host if samples differ.
+        resampling: filter settings.
+        copy: index of the copy of the sample.
+        cut: whether to crop to the box of the copy first.
+        turned: whether clips may be rotated by 90 or 270 degrees.
         on_gpu: whether the frames are on a GPU.
 
     Returns:
@@ -79,7 +79,17 @@ def upright(
 
 @do_not_convert  # type: ignore[untyped-decorator]
 def resize(clip: DataNode, size: tuple[int, int], *, filter: Filter, on_gpu: bool) -> DataNode:
-    """A clip at another size, antialiased where it shrinks."""
+    """Resize a clip, with antialiasing when it shrinks.
+
+    Args:
+        clip: uint8 (T, H, W, 3).
+        size: height and width in pixels to resize to.
+        filter: interpolation.
+        on_gpu: whether the clip is on a GPU.
+
+    Returns:
+        uint8 (T, height, width, 3).
+    """
     resampling = Resampling(filter, antialias=True)
     if on_gpu:
         return _resize_by_dali(clip, size, resampling, None)

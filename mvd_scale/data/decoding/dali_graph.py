@@ -53,7 +53,7 @@ def build_pipeline(
     Args:
         source: callback that prepares single samples.
         body: function from the arrays of a sample and its decoded frames (uint8 FHWC, on the device) to outputs.
-        frames: frames of a sample (T); a still image is repeated so often.
+        frames: frames of a sample (T); a still image is repeated to T frames.
         batch: samples per run (B).
         device_id: index of the GPU that decodes and resizes; None for the CPU.
         threads: CPU threads of the graph.
@@ -167,13 +167,12 @@ def training_graph_body(
         there are several copies; then visible, int64 (C, V), and masked, int64 (C, M).
     """
     operations = count_operations(data.augment)
-    # Antialiased where they shrink, as the published code's filters (PIL) are.
+    # The filters antialias when they shrink frames, as PIL does in the published code.
     resampling = Resampling(data.crop.interpolation, antialias=True)
 
     def body(sample: Sample, frames: DataNode) -> tuple[DataNode, ...]:
         copies = []
         for copy in range(data.copies):
-            # Both filters antialias when they shrink frames, as PIL does in the published code.
             cut = [
                 upright(sample, frames, (side, side), resampling, copy=copy, cut=True, turned=turned, on_gpu=on_gpu)
                 for side in sides

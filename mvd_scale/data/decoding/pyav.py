@@ -156,7 +156,7 @@ def _decode(stream: av.VideoStream, packets: Iterator[av.Packet], index_by_pts: 
     Args:
         stream: the stream of the packets.
         packets: packets in file order; the first one is a keyframe.
-        place_of: index in display order, by presentation time in ticks of the stream.
+        index_by_pts: index in display order, by presentation time in ticks of the stream.
     """
     context, convert = stream.codec_context, _Converter()
     pictures: DecodedFrames = {}

@@ -116,11 +116,11 @@ class VideoSource(ABC):
     """Callback of a graph's `external_source`: from DALI's sample number to the arrays of one sample.
 
     Args:
-        manifest: the videos.
+        manifest: manifest of the videos.
         first: number of the first sample, which DALI numbers 0.
         end: number after the last sample.
-        backend: device on which DALI decodes.
-        by_host: samples whose video DALI failed to decode: PyAV decodes them, or a substitute replaces them.
+        dali_device: device on which DALI decodes.
+        pyav_samples: samples whose video DALI failed to decode: PyAV decodes them, or a substitute replaces them.
         timeout: seconds after which a video counts as unreadable.
     """
 
@@ -152,7 +152,7 @@ class VideoSource(ABC):
             signal.signal(signal.SIGTERM, _exit_after_grace_period)
 
     def __call__(self, sample: Any) -> tuple[NDArray[Any], ...]:
-        """Arrays of one sample, in the order of `fields`, for a `nvidia.dali.types.SampleInfo`.
+        """Return the arrays of one sample, in the order of `fields`, for a `nvidia.dali.types.SampleInfo`.
 
         Raises:
             StopIteration: the sample is `end` or later.
@@ -182,11 +182,11 @@ class VideoSource(ABC):
 
     @abstractmethod
     def sample(self, n: int) -> Arrays:
-        """Arrays of sample `n`, by the names of `FIELDS`."""
+        """Return the arrays of sample `n`, by the names of `FIELDS`."""
 
     @abstractmethod
     def dali_input(self, n: int) -> tuple[NDArray[np.uint8], NDArray[np.int64], Row] | None:
-        """Encoded bytes, frame numbers and video of sample `n` if DALI decodes it, else None.
+        """Return encoded bytes, frame numbers and video of sample `n` if DALI decodes it, else None.
 
         Returns:
             uint8 (bytes,), int64 (T,), and the row of the video.
@@ -199,7 +199,7 @@ class VideoSource(ABC):
             row: row of the manifest.
             frames: indices of the frames in display order, int64 (T,).
             box: box in the coded frame, for PyAV; None for the whole frame.
-            by_host: decode by PyAV even if DALI supports the codec.
+            pyav_samples: decode by PyAV even if DALI supports the codec.
 
         Raises:
             DecodeError: the video cannot be read or decoded, or its frames are not of the size in the manifest.
@@ -210,7 +210,7 @@ class VideoSource(ABC):
     def decoding(
         self, media: DecoderInput, frames: NDArray[np.int64], row: int, failures: list[dict[str, object]]
     ) -> Arrays:
-        """Arrays of the fields that all sources share: the input of the decoders, and row, label and failures.
+        """Return the arrays of the fields that all sources share: input of the decoders, row, label and failures.
 
         Args:
             media: encoded bytes or decoded frames.
@@ -234,11 +234,10 @@ class ClipSource(VideoSource):
     """Source of the training clips of one rank; sample n is the rank's n-th clip.
 
     Args:
-        manifest: the videos.
-        sampler: plans of the clips of its usable rows.
-        share: positions in the stream that belong to the rank.
-        by_host: as for `VideoSource`, but positions in the stream instead of samples.
-        others: other arguments of `VideoSource`.
+        manifest: manifest of the videos.
+        sampler: sampler of the clips of its usable rows.
+        shard: positions in the stream that belong to the rank.
+        others: other arguments of `VideoSource`; `pyav_samples` are positions in the stream instead of samples.
     """
 
     def __init__(self, manifest: Manifest, sampler: Sampler, shard: RankShard, **others: Any) -> None:
@@ -319,7 +318,7 @@ class VideoTable:
         return Row(name="", path=self.path[row], codec=self.codec[row], pixel_format=self.pixel_format[row], **numbers)
 
     def failure(self, row: int, error: DecodeError) -> dict[str, object]:
-        """Record of a video that could not be decoded: row, path and reason."""
+        """Create the record of a video that could not be decoded: row, path and reason."""
         return {"row": row, "path": self.path[row], "error": error.reason}
 
 
@@ -357,7 +356,10 @@ def flip_axes(flip: bool, video: Row) -> tuple[bool, bool]:
 
 
 def decode_backend(codec: str, pixel_format: str, dali_device: DaliDevice) -> DecodeBackend:
-    """Implementation that decodes a video. It follows from codec and pixel format only, so that pixels do so too."""
+    """Choose the implementation that decodes a video.
+
+    The choice depends only on codec, pixel format and device, so that the pixels of a video do so too.
+    """
     if codec in IMAGE_CODECS:
         return DecodeBackend.DALI_IMAGE
     if codec in DALI_CODECS[dali_device] and pixel_format in DALI_PIXEL_FORMATS:
@@ -366,7 +368,7 @@ def decode_backend(codec: str, pixel_format: str, dali_device: DaliDevice) -> De
 
 
 def decode_backends(manifest: Manifest, dali_device: DaliDevice) -> list[DecodeBackend]:
-    """Implementations that the usable videos need: by their codecs, and PyAV for videos that DALI fails to decode."""
+    """List the implementations that the usable videos need: by codec, and PyAV for videos that DALI fails to decode."""
     kinds = {(manifest.codec[row], manifest.pixel_format[row]) for row in manifest.usable}
     return sorted({decode_backend(*kind, dali_device) for kind in kinds} | {DecodeBackend.PYAV})
 

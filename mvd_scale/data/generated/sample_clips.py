@@ -133,6 +133,8 @@ def _encode(frames: list[av.VideoFrame], file: Path) -> None:
     partial = file.with_name(f".{file.name}")
     with av.open(str(partial), "w", format="webm" if vp9 else "mp4") as container:
         stream = container.add_stream("libvpx-vp9" if vp9 else "libx264", rate=FPS)
+        # The pixels of several encoder threads would depend on the number of cores.
+        stream.codec_context.thread_count = 1
         stream.width, stream.height, stream.pix_fmt = frames[0].width, frames[0].height, "yuv420p"
         stream.options = {"deadline": "realtime", "cpu-used": "8", "crf": "32"} if vp9 else {"preset": "veryfast"}
         for number, frame in enumerate(frames):

@@ -164,6 +164,8 @@ def encode_video(frames: list[Picture], file: Path) -> None:
     partial = file.with_name(f".{file.name}")
     with av.open(str(partial), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=FPS)
+        # The pixels of several encoder threads would depend on the number of cores.
+        stream.codec_context.thread_count = 1
         height, width, _ = frames[0].shape
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.options = {"preset": "veryfast", "crf": _QUALITY}

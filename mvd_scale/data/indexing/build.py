@@ -107,7 +107,7 @@ def build_manifest(
         root: as `ListOptions.root`.
         workers: number of worker processes; a small number of videos is probed in this process.
         options: properties that lists do not state themselves.
-        probing: time limit in seconds, and whether to verify.
+        prober: time limit in seconds, and whether to verify.
         part: (3, 64) for the third of 64 equal parts of the listing; `merge` combines the parts.
         journal: file that records every probed video, so that an interrupted index resumes.
 

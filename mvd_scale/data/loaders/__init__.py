@@ -1,1 +1,1 @@
-"""Iterators over batches: training clips, views of a test, one video."""
+"""Data loaders: iterators over batches of training clips, of test views, and of the views of a single video."""

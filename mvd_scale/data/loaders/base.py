@@ -1,4 +1,4 @@
-"""The base of all loaders: a DALI graph that is fed samples, and its recovery from broken videos."""
+"""Base class of all loaders: a DALI graph over a sample source, and its recovery from videos that fail to decode."""
 
 from __future__ import annotations
 
@@ -47,12 +47,13 @@ class DaliLoader(ABC):
     """Base class of loaders: a DALI graph that recovers from decode errors, and the count of videos that fail.
 
     Args:
-        manifest: the videos.
-        data: workers, threads and limits.
-        batch: samples of one run of the graph.
-        samples: numbers of the samples to give, in steps of one.
-        rank: where batches live, and the CPUs of workers and threads.
-        report: file to append a JSON line (row, path, error, step) to for each video that could not be decoded.
+        manifest: manifest of the videos.
+        data: numbers of workers and threads, and limits.
+        batch: samples per run of the graph.
+        samples: numbers of the samples to load, consecutive.
+        rank: rank that the loader serves: device of the batches, and CPUs for workers and threads.
+        quarantine_file: file to append a JSON line (row, path, error, step) to for each video that could not be
+            decoded; None for none.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class DaliLoader(ABC):
 
     @property
     def step(self) -> int:
-        """Progress of the loader, which the report records with each failure: number of the next sample."""
+        """Progress of the loader, which `quarantine_file` records with each failure: number of the next sample."""
         return self._next
 
     def run(self) -> Outputs:
@@ -219,12 +220,12 @@ class DaliLoader(ABC):
 
 
 def worker_count(data: DataConfig, rank: DataRank) -> int:
-    """Worker processes of one rank: `data.workers`, or its CPUs, less one for itself."""
+    """Number of worker processes of one rank: `data.workers`, or for `auto` its CPUs less one for the rank itself."""
     return max(rank.cpu_count - 1, 0) if data.workers == "auto" else data.workers
 
 
 def thread_count(data: DataConfig, rank: DataRank) -> int:
-    """Threads of one rank's graph: `data.threads`, or its CPUs."""
+    """Number of threads of one rank's graph: `data.threads`, or for `auto` its CPUs."""
     return max(rank.cpu_count, 1) if data.threads == "auto" else data.threads
 
 

@@ -1,8 +1,8 @@
-"""Training loader: micro batches of one rank, in a stream of clips that depends on the seed alone.
+"""Training loader: micro batches of one rank, in a stream of clips that depends only on the seed.
 
-    Share (which clips) -> ClipSource in workers -> DALI graph -> ClipBatch
-                                                      |
-                              decode error: find the clips, pass them to PyAV, rebuild the graph, continue
+    RankShard (which clips) -> ClipSource in workers -> DALI graph -> ClipBatch
+                                                          |
+                                  decode error: find the clips, pass them to PyAV, rebuild the graph, continue
 
 Legend: B clips, T frames.
 """
@@ -29,7 +29,7 @@ from mvd_scale.distributed.data_rank import DataRank
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The optimizer steps of a run and the batches that they are made of. Sizes count every copy of a clip."""
+    """Optimizer steps to load, and their batch sizes. Sizes count every copy of a clip."""
 
     global_batch: int
     """Clips of one optimizer step over all ranks."""
@@ -42,7 +42,7 @@ class BatchPlan:
 
     @classmethod
     def for_run(cls, recipe: RunRecipe, world_size: int, steps: range) -> BatchPlan:
-        """The batches of a recipe on a number of ranks.
+        """Plan the batches of a recipe on `world_size` ranks for the optimizer steps `steps`.
 
         Raises:
             UserError: the global batch cannot be split over the ranks.
@@ -51,7 +51,7 @@ class BatchPlan:
 
     @classmethod
     def one_batch(cls, clips: int) -> BatchPlan:
-        """A single batch of the first optimizer step."""
+        """Plan a single batch of `clips` clips, from the first optimizer step."""
         return cls(clips, clips, range(1))
 
 
@@ -60,20 +60,22 @@ class ClipLoader(DaliLoader):
 
     Clip k of optimizer step s is the same for any numbers of ranks, workers and micro batches: the whole state of the
     loader is the step. A clip whose video cannot be decoded is replaced by a deterministic substitute; `substituted`
-    counts these clips, and the report lists each video once. All batch sizes count every copy of a clip
+    counts these clips, and `quarantine_file` lists each video once. All batch sizes count every copy of a clip
     (`data.copies`).
 
     Args:
-        manifest: the videos.
+        manifest: manifest of the videos.
         data: sampling, crop, augmentation and mask of clips.
-        model: shape of a clip.
-        seed: of order, frames, crops and masks.
-        plan: sizes of batches, and the optimizer steps to load.
-        rank: which part of each global batch to load, where to, and the CPUs of workers and threads.
+        model: model config, which sets the shape of a clip.
+        seed: seed of order, frames, crops and masks.
+        plan: batch sizes, and the optimizer steps to load.
+        rank: rank that the loader serves: its part of each global batch, device, and CPUs for workers and threads.
         sides: further input sides, in pixels, to resize each crop to (`ClipBatch.at`).
-        report: file to append a JSON line (row, path, error, step) to for each video that could not be decoded.
+        quarantine_file: file to append a JSON line (row, path, error, step) to for each video that could not be
+            decoded; None for none.
 
     Raises:
+        ValueError: the batch sizes of `plan` do not divide over ranks, micro batches and copies.
         UserError: an epoch has fewer clips than one global batch. During iteration: more than `data.max_broken` of the
             clips were replaced, or a clip had no decodable substitute.
     """
@@ -118,18 +120,18 @@ class ClipLoader(DaliLoader):
         sides: tuple[int, ...] = (),
         quarantine_file: Path | None = None,
     ) -> ClipLoader:
-        """The loader of a training run.
+        """Create the loader of a training run.
 
         Args:
-            manifest: its videos.
-            recipe: says how clips are cut, masked and batched.
-            rank: as of `ClipLoader`.
-            steps: optimizer steps from those that are done to the last.
-            sides: as of `ClipLoader`.
-            report: as of `ClipLoader`.
+            manifest: manifest of the training videos.
+            recipe: recipe of the run, with the settings of sampling, masks and batches.
+            rank: see `ClipLoader`.
+            steps: optimizer steps to load, from the first one that is not completed to the last.
+            sides: see `ClipLoader`.
+            quarantine_file: see `ClipLoader`.
 
         Raises:
-            UserError: as `ClipLoader`, or the global batch cannot be split over the ranks.
+            UserError: see `ClipLoader`; or the global batch cannot be split over the ranks.
         """
         plan = BatchPlan.for_run(recipe, rank.world_size, steps)
         return ClipLoader(
@@ -145,7 +147,7 @@ class ClipLoader(DaliLoader):
 
     @property
     def step(self) -> int:
-        """Number of optimizer steps whose clips have all been returned: the whole state of the loader."""
+        """Number of optimizer steps whose clips have all been returned; it is the whole state of the loader."""
         return self._next // self._shard.clips_per_step
 
     def __iter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""Test views of a single video, from a file or from frames in memory, identical to those of the multi-view test.
+"""Test views of a single video, from a file or from frames in memory; equal to the views of the multi-view test.
 
 Legend: F frames of a video, H W pixels, V views, T frames of a clip, S side of a crop.
 """
@@ -29,7 +29,7 @@ _DATA = DataConfig(workers=0, prefetch=1)
 
 
 def views_of_file(path: str, views: ViewsConfig, model: ModelConfig, device: torch.device) -> Tensor:
-    """Test views of a video file or URL: uint8 (V, T, S, S, 3) on the device.
+    """Load the test views of a video file or URL: uint8 (V, T, S, S, 3) on the device.
 
     Raises:
         DecodeError: the file is missing, or cannot be decoded.
@@ -41,7 +41,17 @@ def views_of_file(path: str, views: ViewsConfig, model: ModelConfig, device: tor
 
 
 def views_of_frames(frames: NDArray[np.uint8], views: ViewsConfig, model: ModelConfig, device: torch.device) -> Tensor:
-    """Test views of RGB frames in display orientation, uint8 (F, H, W, 3): uint8 (V, T, S, S, 3) on the device."""
+    """Cut the test views of RGB frames in display orientation.
+
+    Args:
+        frames: uint8 (F, H, W, 3).
+        views: test views.
+        model: model config, which sets T and S.
+        device: device of the result.
+
+    Returns:
+        uint8 (V, T, S, S, 3).
+    """
     count, height, width, _ = frames.shape
     video = Row("frames", "frames", frames=count, height=height, width=width, codec="rawvideo", pixel_format="rgb24")
     return _cut(partial(_FramesLoader, frames), video, views, model, device)
@@ -59,17 +69,17 @@ class _FramesSource(ViewSource):
 
 
 class _OneVideo(ViewLoader):
-    """View loader that raises an error for a video that cannot be decoded, instead of logging it."""
+    """View loader that raises a `DecodeError` for a video that cannot be decoded, instead of logging it."""
 
     def _report_failure(self, failure: Failure) -> None:
         raise DecodeError(failure["path"], failure["error"])
 
 
 class _FramesLoader(_OneVideo):
-    """Takes frames from memory instead of a file."""
+    """View loader of frames in memory."""
 
     def __init__(self, pictures: NDArray[np.uint8], *arguments: Any, **others: Any) -> None:
-        # The graph is built over the source, so that its frames come first.
+        # Set before the base class builds the graph, which calls `_source`.
         self._pictures = pictures
         super().__init__(*arguments, **others)
 

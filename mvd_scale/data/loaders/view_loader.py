@@ -42,11 +42,11 @@ _PADDING = -1
 
 
 def view_items(manifest: Manifest, views: ViewsConfig, *, frames: int) -> NDArray[np.int64]:
-    """Items to load: one per usable video, or, for sliding clips, one per group of `views.clips` clips of a video.
+    """List the items to load: one per usable video, or, for sliding clips, one per group of `views.clips` clips.
 
     Args:
-        manifest: the videos.
-        views: clips and crops of each video.
+        manifest: manifest of the videos.
+        views: test views.
         frames: frames of a clip (T).
 
     Returns:
@@ -61,17 +61,17 @@ def view_items(manifest: Manifest, views: ViewsConfig, *, frames: int) -> NDArra
 
 @dataclass(frozen=True)
 class ViewShape:
-    """Size of a view."""
+    """Shape of a view."""
 
     frames: int
-    """T."""
+    """Frames of a clip (T)."""
 
     side: int
-    """S in pixels; of views that are not cropped, the length of the short side."""
+    """Side of a crop in pixels (S); for views that are not cropped, the length of the short side."""
 
     @classmethod
     def of(cls, model: ModelConfig) -> ViewShape:
-        """The size that a model takes."""
+        """Return the view shape that a model expects."""
         return cls(model.frames, model.input_size)
 
 
@@ -161,13 +161,13 @@ class ItemLoader(DaliLoader, Generic[Batch]):
     counts.
 
     Args:
-        manifest: the videos.
-        data: workers, threads and time limit of the decoding.
-        items: this rank's; row of the manifest and first clip, int64 (items, 2).
-        frames: of one item.
-        batch: items of a batch; the last one may have fewer.
-        rank: where batches live, and the CPUs of workers and threads.
-        report: file to append a JSON line to for each video that could not be decoded.
+        manifest: manifest of the videos.
+        data: numbers of workers and threads, and time limit of the decoding.
+        items: items of this rank: row of the manifest and index of the first clip, int64 (items, 2).
+        frames: frames of one item.
+        batch: items per batch; the last batch may have fewer.
+        rank: rank that the loader serves: device of the batches, and CPUs for workers and threads.
+        quarantine_file: file to append a JSON line to for each video that could not be decoded; None for none.
     """
 
     _failure_suffix = ""
@@ -208,14 +208,14 @@ class ItemLoader(DaliLoader, Generic[Batch]):
 
         Args:
             outputs: outputs of the body, padded to the batch size.
-            kept: indices of the samples that are not padding, int64 (B,): the first B ones.
+            valid: indices of the samples that are not padding, int64 (B,): the first B ones.
             items: items of these samples, int64 (B, 2).
             decoded: whether their videos could be decoded, bool (B,).
         """
 
     @abstractmethod
     def _body(self, turned: bool) -> Callable[[Sample, DataNode], tuple[DataNode, ...]]:
-        """Body of the graph: function from the arrays of a sample and its decoded frames to the outputs.
+        """Return the body of the graph: a function from the arrays of a sample and its decoded frames to outputs.
 
         Args:
             turned: whether some videos are rotated by 90 or 270 degrees.
@@ -261,14 +261,14 @@ class ViewLoader(ItemLoader[ViewBatch]):
     """Iterator over the test views of videos, each of them exactly once.
 
     Args:
-        manifest: the videos.
-        data: workers, threads and time limit of the decoding.
-        views: which views.
-        items: this rank's part of `view_items`.
-        shape: T and S.
-        batch: as of `ItemLoader`.
-        rank: as of `ItemLoader`.
-        report: as of `ItemLoader`.
+        manifest: manifest of the videos.
+        data: numbers of workers and threads, and time limit of the decoding.
+        views: test views.
+        items: items of this rank, a part of `view_items`.
+        shape: frames and side of a view.
+        batch: see `ItemLoader`.
+        rank: see `ItemLoader`.
+        quarantine_file: see `ItemLoader`.
     """
 
     def __init__(
@@ -320,7 +320,7 @@ class ViewLoader(ItemLoader[ViewBatch]):
 
 
 def whole_frames(sample: Sample, frames: DataNode, *, turned: bool, on_gpu: bool) -> DataNode:
-    """Whole frames, resized and as shown."""
+    """Resize whole frames, without a crop, and rotate them to display orientation."""
     return upright(sample, frames, sample["size"], _AS_OPENCV, copy=0, cut=False, turned=turned, on_gpu=on_gpu)
 
 

@@ -26,7 +26,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Operation(IntEnum):
-    """Operations that the DALI graph can apply to a clip. The value that each one takes stands in brackets."""
+    """Operations that the DALI graph can apply to a clip. The value of each one is given in brackets."""
 
     NONE = 0
     WARP = 1
@@ -96,7 +96,7 @@ def draw_augmentation(rng: Generator, augment: AugmentConfig, frames: int, side:
 
 
 def count_operations(augment: AugmentConfig) -> int:
-    """Number of operations (K) that `augment` applies to each clip."""
+    """Count the operations (K) that `augment` applies to each clip."""
     drawn = 0 if augment.rand_augment is None else augment.rand_augment.operations
     jitter = augment.color_jitter
     return drawn + (0 if jitter is None else 3 + bool(jitter.hue))
@@ -105,7 +105,7 @@ def count_operations(augment: AugmentConfig) -> int:
 def draw_erase_box(rng: Generator, erasing: RandomErasing, side: int) -> tuple[int, int, int, int]:
     """Draw the box to erase: top, left, height and width in pixels.
 
-    All four are 0 where no box is erased: with probability 1 - `erasing.probability`, or where ten draws do not fit.
+    All four are 0 if no box is erased: with probability 1 - `erasing.probability`, or if ten drawn boxes do not fit.
     """
     if rng.random() >= erasing.probability:
         return 0, 0, 0, 0
@@ -162,7 +162,7 @@ _FACTORS = {
 
 
 def make_operation(name: str, share: float, sign: float, side: int) -> tuple[Operation, Value]:
-    """Operation of timm's "increasing" set, and its value, at a given strength.
+    """Return an operation of timm's "increasing" set, and its value, at a given strength.
 
     Args:
         name: one of the fifteen names in `_NAMES`.

@@ -50,9 +50,16 @@ def corner_crop(rng: Generator, scales: tuple[float, ...], height: int, width: i
 def random_resized_crop(
     rng: Generator, area: tuple[float, float], aspect: tuple[float, float], height: int, width: int
 ) -> Box:
-    """Draw a box of random area and log-uniform aspect ratio (width over height), torchvision's rule, used by MAE.
+    """Draw a box of random area and log-uniform aspect ratio (width over height), by torchvision's rule, as MAE does.
 
-    After ten draws that do not fit into the frame, it is the largest centred box of an allowed aspect ratio.
+    If ten drawn boxes do not fit into the frame, the result is the largest centred box of an allowed aspect ratio.
+
+    Args:
+        rng: random generator of the clip.
+        area: smallest and largest area, as shares of the frame.
+        aspect: smallest and largest aspect ratio.
+        height: height of the frame in pixels.
+        width: width of the frame in pixels.
     """
     for _ in range(10):
         pixels = height * width * rng.uniform(*area)

@@ -12,7 +12,7 @@ from mvd_scale.config.data import ViewsConfig
 
 
 def view_frame_indices(views: ViewsConfig, total: int, *, frames: int) -> NDArray[np.int64]:
-    """Frame numbers of all test clips of a video of `total` frames (F): int64 (clips, T)."""
+    """List the frame numbers of all test clips of a video of `total` frames (F): int64 (clips, T)."""
     if views.sampling == "dense":
         return dense_views(total, frames=frames, stride=views.stride, views=views.clips)
     if views.sampling == "uniform":
@@ -22,12 +22,12 @@ def view_frame_indices(views: ViewsConfig, total: int, *, frames: int) -> NDArra
 
 
 def dense_views(total: int, *, frames: int, stride: int, views: int) -> NDArray[np.int64]:
-    """Clips of every `stride`-th frame, spread evenly from the start to the end of the video (Kinetics-400: 5 views).
+    """Spread clips of every `stride`-th frame evenly from the start to the end of the video (Kinetics-400: 5 views).
 
     Args:
         total: frames of the video (F).
         frames: frames of a clip (T).
-        stride: frames from one frame of a clip to the next; the last such frame of a too short video is repeated.
+        stride: frames from one frame of a clip to the next; in too short a video, the last such frame is repeated.
         views: number of clips; a single clip lies in the middle.
 
     Returns:
@@ -41,7 +41,7 @@ def dense_views(total: int, *, frames: int, stride: int, views: int) -> NDArray[
 
 
 def uniform_views(total: int, *, frames: int, views: int) -> NDArray[np.int64]:
-    """Interleaved clips of evenly spread frames: the video is divided into T x views segments (Something-Something V2).
+    """Interleave clips of evenly spread frames, one frame from each of T x views segments (Something-Something V2).
 
     Args:
         total: frames of the video (F).
@@ -58,10 +58,10 @@ def uniform_views(total: int, *, frames: int, views: int) -> NDArray[np.int64]:
 
 
 def sliding_views(total: int, *, frames: int, stride: int, every: int) -> NDArray[np.int64]:
-    """Clips of every `stride`-th frame that start `every` frames apart; the last one reaches the end of the video.
+    """List clips of every `stride`-th frame that start `every` frames apart; the last one reaches the end of the video.
 
     Returns:
-        frame numbers, int64 (clips, T); beyond the end of the video its last frame is repeated.
+        frame numbers, int64 (clips, T); the last frame of the video stands for frames beyond it.
     """
     count = 1 + max(-(-(total - frames * stride) // every), 0)
     starts = np.arange(count, dtype=np.int64)[:, None] * every
@@ -69,12 +69,12 @@ def sliding_views(total: int, *, frames: int, stride: int, every: int) -> NDArra
 
 
 def resized_size(height: int, width: int, *, side: int) -> tuple[int, int]:
-    """Height and width of a frame after resizing its shorter side to `side` pixels; the longer side is rounded down."""
+    """Compute height and width after resizing the shorter side to `side` pixels; the longer side is rounded down."""
     return (side * height // width, side) if width < height else (side, side * width // height)
 
 
 def crop_corners(height: int, width: int, *, side: int, crops: int) -> list[tuple[int, int]]:
-    """Top and left of square crops that are spread evenly along the longer side of a frame.
+    """List top and left, in pixels, of square crops that are spread evenly along the longer side of a frame.
 
     Args:
         height: height of the frame in pixels.

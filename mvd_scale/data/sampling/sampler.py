@@ -133,7 +133,7 @@ class MixtureComponent:
 
 
 def mixture_components(manifest: Manifest, data: DataConfig) -> tuple[MixtureComponent, ...]:
-    """Components of a mixture: videos, clips per epoch and stride of each data set."""
+    """List videos, clips per epoch and stride of each data set of a mixture."""
     counts = np.bincount(manifest.dataset[manifest.usable], minlength=len(data.mixture or [0])).tolist()
     shares = [(source.weight, source.stride) for source in (data.mixture or {}).values()] or [(1.0, None)]
     components, first = [], 0
@@ -145,11 +145,14 @@ def mixture_components(manifest: Manifest, data: DataConfig) -> tuple[MixtureCom
 
 
 def draw_video(seed: int, epoch: int, i: int, components: tuple[MixtureComponent, ...]) -> int:
-    """Index, among the usable videos, of the video that clip `i` of an epoch shows.
+    """Return the index, among the usable videos, of the video that clip `i` of an epoch shows.
 
     A permutation of the epoch maps i to a clip of a component. A component whose clips per epoch are not a multiple of
     its videos continues in the next epoch where it stopped, in an endless sequence of permutations of its videos:
     so over time all its videos are drawn equally often.
+
+    Raises:
+        IndexError: `i` is not below the number of clips of an epoch.
     """
     # The permutation covers the clips of all components in order; `clip` is reduced by the clips of each component that
     # it lies beyond, until it is a number within one component.
@@ -189,17 +192,17 @@ class RankShard:
         return self.global_batch // self.world_size
 
     def position(self, n: int) -> int:
-        """Position in the stream of this rank's n-th clip, counted from the start of training."""
+        """Return the position in the stream of this rank's n-th clip, counted from the start of training."""
         step, offset = divmod(n, self.clips_per_step)
         return step * self.global_batch + self.rank * self.clips_per_step + offset
 
     def locate(self, position: int) -> tuple[int, int]:
-        """Epoch, and number of the clip in the epoch, of a position in the stream."""
+        """Return the epoch of a position in the stream, and the number of its clip in that epoch."""
         return divmod(position, self.clips // self.global_batch * self.global_batch)
 
 
 def steps_per_epoch(manifest: Manifest, data: DataConfig, global_batch: int) -> int:
-    """Number of optimizer steps of one epoch: whole global batches; the remaining clips are dropped.
+    """Compute the number of optimizer steps per epoch: whole global batches; the remaining clips are dropped.
 
     Raises:
         UserError: an epoch has fewer clips than one global batch.
@@ -219,18 +222,18 @@ def steps_per_epoch(manifest: Manifest, data: DataConfig, global_batch: int) -> 
 
 @lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, clips: int) -> NDArray[np.int64]:
-    """Order of an epoch: a permutation of its clips, int64 (clips,)."""
+    """Draw the order of an epoch: a permutation of its clips, int64 (clips,)."""
     return _generator(_ORDER, seed, epoch).permutation(clips)
 
 
 @lru_cache(maxsize=8)
 def round_order(seed: int, round_: int, part: int, videos: int) -> NDArray[np.int64]:
-    """Order of one round through the videos of a mixture component: a permutation, int64 (videos,)."""
+    """Draw the order of one round through the videos of a mixture component: a permutation, int64 (videos,)."""
     return _generator(_ROUND, seed, round_, part).permutation(videos)
 
 
 def box_generator(seed: int, epoch: int, i: int, attempt: int) -> Generator:
-    """Random generator for the jitter of boxes in a clip (action detection); arguments as `Sampler.plan`."""
+    """Create the random generator for the jitter of boxes in a clip (action detection); see `Sampler.plan`."""
     return _generator(_BOXES, seed, epoch, i, attempt)
 
 

@@ -61,9 +61,9 @@ class MethodsReport(Report):
         """Format as a table: time, memory, and both relative to the first."""
         first = next(iter(self.steps.values()))
         head = (
-            f"{first.precision}, {first.ranks} ranks, {first.clips_per_step} clips a step, "
+            f"{first.precision}, {first.ranks} ranks, {first.clips_per_step} clips per step, "
             f"mean of {first.steps} steps\n{self.machine.title()}\n"
-            f"  {'way':<28}{'ms a step':>12}{'ratio':>8}{'peak GiB':>10}{'ratio':>8}"
+            f"  {'variant':<28}{'ms per step':>12}{'ratio':>8}{'peak GiB':>10}{'ratio':>8}"
         )
         rows = [
             f"  {name:<28}{step.milliseconds_per_step:>12.0f}"

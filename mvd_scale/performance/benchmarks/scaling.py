@@ -30,14 +30,14 @@ UNITS: dict[Quantity, str] = {"tokens": "tokens of a frame", "frames": "frames",
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """Cost of a step at one number of a quantity."""
+    """Cost of a step at one value of a quantity."""
 
     count: int
     seconds: float
     """Seconds per step."""
 
     gib: float
-    """Peak memory of a rank in GiB; on CPUs without the memory that the process used before the model was built."""
+    """Peak memory of a rank in GiB, without the memory that the process used before it built the model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class PowerLaw:
         return cls(float(power), math.exp(offset))
 
     def at(self, count: float) -> float:
-        """Cost at a count."""
+        """Evaluate the cost at a count."""
         return self.factor * count**self.power
 
 
@@ -88,7 +88,7 @@ class GrowthReport(Report):
         return {key: getattr(self, key) for key in ("recipe", "overrides", "precision", "base")} | counts
 
     def values(self) -> Iterator[tuple[str, Metric]]:
-        """Yield time and memory of every point; and the powers, which are not judged."""
+        """Yield time and memory of every point, and the powers, which are not judged."""
         for quantity, points in self.points.items():
             for point in points:
                 yield f"{quantity} {point.count}: step, s", Metric(point.seconds)
@@ -98,20 +98,20 @@ class GrowthReport(Report):
 
     def to_text(self) -> str:
         """Format as a table, one line per point, with the powers below each quantity."""
-        lines = [self.title(), self.machine.title(), f"  {'':<26}{'s a step':>10}{'peak GiB':>10}"]
+        lines = [self.title(), self.machine.title(), f"  {'':<26}{'s per step':>12}{'peak GiB':>10}"]
         for quantity, points in self.points.items():
             lines += [
-                f"  {f'{UNITS[quantity]} {point.count}':<26}{point.seconds:>10.3f}{point.gib:>10.3f}"
+                f"  {f'{UNITS[quantity]} {point.count}':<26}{point.seconds:>12.3f}{point.gib:>10.3f}"
                 for point in points
             ]
             time, memory = self.time(quantity).power, self.memory(quantity).power
-            lines.append(f"  {f'power of {quantity}':<26}{time:>10.2f}{memory:>10.2f}")
+            lines.append(f"  {f'power of {quantity}':<26}{time:>12.2f}{memory:>10.2f}")
         return "\n".join(lines)
 
     def title(self) -> str:
         """Describe the measurement in one line."""
         base = ", ".join(f"{UNITS[quantity]} {count}" for quantity, count in self.base.items())
-        return f"{self.recipe}, {self.precision}; {base} where they do not vary; mean of {self.steps} steps"
+        return f"{self.recipe}, {self.precision}; {base} unless varied; mean of {self.steps} steps"
 
 
 def measure_growth(
@@ -126,7 +126,7 @@ def measure_growth(
     """Time whole steps of a distillation with teachers of random weights, each point in a separate process.
 
     Args:
-        name: recipe, as for `load_recipe`.
+        name: recipe, see `load_recipe`.
         overrides: dotted overrides; without `data.source` the clips of the `samples` extra are used.
         numbers: at least two values of each quantity that varies; for `tokens`, sides of the student's input in pixels.
         precision: precision of the student; fp16 on GPUs and float32 on CPUs if None.
@@ -143,21 +143,23 @@ def measure_growth(
     for quantity, given in numbers.items():
         for number in sorted(given):
             case = _case(recipe, quantity, number)
-            changed = bench_recipe(name, [*overrides, *case.words], precision, case.batch)
+            changed = bench_recipe(name, [*overrides, *case.overrides], precision, case.batch)
             count = _counts(changed)[quantity]
             cases.setdefault(quantity, {})[count] = _Case((), batch) if count == base[quantity] else case
     if not cases:
-        raise UserError("nothing varies: give numbers of at least one of tokens, frames, batch and depth")
-    for quantity, found in cases.items():
-        if len(found) < 2:
-            raise UserError(f"{quantity} has a single point: its power needs two different numbers at least")
+        raise UserError("nothing varies: give values of at least one of tokens, frames, batch and depth")
+    for quantity, by_count in cases.items():
+        if len(by_count) < 2:
+            raise UserError(f"{quantity} has a single point: its power needs at least two different values")
 
     costs: dict[_Case, tuple[StepReport, float]] = {}
-    for quantity, found in cases.items():
-        for count, case in found.items():
+    for quantity, by_count in cases.items():
+        for count, case in by_count.items():
             if case not in costs:
                 logger.info("%s %d", UNITS[quantity], count)
-                costs[case] = run_in_subprocess(_cost, name, [*overrides, *case.words], precision, case.batch, steps)
+                costs[case] = run_in_subprocess(
+                    _cost, name, [*overrides, *case.overrides], precision, case.batch, steps
+                )
     return GrowthReport(
         machine=next(iter(costs.values()))[0].machine,
         recipe=name,
@@ -166,17 +168,17 @@ def measure_growth(
         steps=steps,
         base=base,
         points={
-            quantity: [_point(count, *costs[case]) for count, case in found.items()]
-            for quantity, found in cases.items()
+            quantity: [_point(count, *costs[case]) for count, case in by_count.items()]
+            for quantity, by_count in cases.items()
         },
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Case:
-    """Key of a step to measure; equal keys are measured once."""
+    """Settings of a step to measure; steps of equal settings are measured once."""
 
-    words: tuple[str, ...]
+    overrides: tuple[str, ...]
     """Dotted overrides in addition to the user's."""
 
     batch: int
@@ -193,31 +195,31 @@ def _counts(recipe: Recipe) -> dict[Quantity, int]:
 
 
 def _case(recipe: Recipe, quantity: Quantity, number: int) -> _Case:
-    """Make the overrides that give one quantity another value."""
+    """Create the overrides that give one quantity another value."""
     if quantity == "batch":
         return _Case((), number)
     models = {"model": recipe.model}
     for name, target in recipe.targets.items():
         if isinstance(target, TrainedTeacherTarget) and target.model is not None:
             models[f"targets.{name}.model"] = target.model
-    words: list[str] = []
+    overrides: list[str] = []
     for key, model in models.items():
         if quantity == "tokens":
             # A teacher with another patch size gets the input size that gives the student's token grid.
             side = number if key == "model" else number // recipe.model.patch_size * model.patch_size
-            words += [f"--{key}.input_size", str(side)]
+            overrides += [f"--{key}.input_size", str(side)]
         elif quantity == "depth":
             shape = {"size": "null", "width": model.width, "heads": model.heads, "depth": number}
-            words += [word for field, value in shape.items() for word in (f"--{key}.{field}", str(value))]
+            overrides += [word for field, value in shape.items() for word in (f"--{key}.{field}", str(value))]
         elif model.frames > 1:
-            words += [f"--{key}.frames", str(number)]
-    return _Case(tuple(words), recipe.training.global_batch)
+            overrides += [f"--{key}.frames", str(number)]
+    return _Case(tuple(overrides), recipe.training.global_batch)
 
 
 def _cost(
     name: str, overrides: list[str], precision: Precision | None, batch: int, steps: int
 ) -> tuple[StepReport, float]:
-    """A step of this process, and what the process held before, in GiB."""
+    """Measure a step in this process, and the memory in GiB that the process held before."""
     recipe = bench_recipe(name, overrides, precision, batch)
     ranks = init_distributed(recipe.device, recipe.training.collective_timeout_minutes)
     held = peak_memory_gib(ranks.device)

@@ -26,7 +26,7 @@ _WARM_UP = 2
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepReport(Report):
-    """Mean over the timed steps; `milliseconds` are those of each part per step on rank 0."""
+    """Report of `bench step`: means over the timed steps of rank 0."""
 
     kind: Literal["step"] = "step"
     recipe: str
@@ -37,6 +37,8 @@ class StepReport(Report):
     clips_per_step: int
     steps: int
     milliseconds: dict[str, float]
+    """Milliseconds per step, by part."""
+
     milliseconds_per_step: float
     clips_per_second: float
     peak_memory_gib: float
@@ -58,7 +60,7 @@ class StepReport(Report):
         """Format as a table of parts with their shares of the step."""
         head = (
             f"{self.recipe}, {self.precision}, teachers {self.teacher_sharding}, {self.ranks} ranks, "
-            f"{self.clips_per_step} clips a step, mean of {self.steps} steps\n{self.machine.title()}"
+            f"{self.clips_per_step} clips per step, mean of {self.steps} steps\n{self.machine.title()}"
         )
         rows = [
             f"  {part:<20}{spent:>12.1f} ms{spent / self.milliseconds_per_step:>8.1%}"
@@ -66,17 +68,17 @@ class StepReport(Report):
         ]
         foot = (
             f"  {'step':<20}{self.milliseconds_per_step:>12.1f} ms{1:>8.1%}\n"
-            f"  {self.clips_per_second:.3f} clips/s, peak memory {self.peak_memory_gib:.2f} GiB a rank"
+            f"  {self.clips_per_second:.3f} clips/s, peak memory {self.peak_memory_gib:.2f} GiB per rank"
         )
         return "\n".join([head, *rows, foot])
 
 
 class Stopwatch:
-    """Timer of parts in seconds; on a GPU each part ends with a synchronisation, so parts do not overlap.
+    """`StepTimer` that sums the seconds of each part; on a GPU it synchronises at both ends of a part.
 
-    Teachers do not overlap with the student either: the step takes as long as without `teachers.prefetch`.
-    `mvd-scale profile` times steps without synchronisation. Rows of the patch embedding that several teachers share
-    belong to no part.
+    Parts therefore do not overlap, and neither do teachers with the student: the step takes as long as without
+    `teachers.prefetch`. `mvd-scale profile` times steps without synchronisation. The time of patch-embedding rows that
+    several teachers share belongs to no part.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -112,11 +114,14 @@ def measure_step(
     """Time whole optimizer steps of a recipe with teachers of random weights.
 
     Args:
-        name: recipe, as for `load_recipe`.
+        name: recipe, see `load_recipe`.
         precision: precision of the student; fp16 on GPUs and float32 on CPUs if None.
         overrides: dotted overrides; without `data.source` the clips of the `samples` extra are used.
         batch: clips per step over all ranks.
         steps: number of timed steps, after two warm-up steps.
+
+    Raises:
+        UserError: see `bench_recipe` and `bench_trainer`.
     """
     recipe = bench_recipe(name, overrides, precision, batch)
     ranks = init_distributed(recipe.device, recipe.training.collective_timeout_minutes)

@@ -52,7 +52,7 @@ class TeacherSpeed:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TeachersReport(Report):
-    """All figures of one run on one machine."""
+    """Report of `bench teachers`."""
 
     kind: Literal["teachers"] = "teachers"
     recipe: str
@@ -77,12 +77,12 @@ class TeachersReport(Report):
         lines = [
             f"{self.recipe}, {self.weights} weights, one clip",
             self.machine.title(),
-            f"{'target':<12}{'precision':<11}{'ms a clip':>10}{'speed-up':>10}{'cosine':>10}{'rel. error':>12}"
+            f"{'target':<12}{'precision':<11}{'ms/clip':>10}{'speed-up':>10}{'cosine':>10}{'rel. error':>12}"
             f"{'loss':>10}",
         ]
         base = {figure.target: figure.milliseconds for figure in self.figures if figure.precision == "fp32"}
         for figure in self.figures:
-            refused = "" if figure.cosine >= LEAST_COSINE else f"  under {LEAST_COSINE}: needs teachers.accept_inexact"
+            refused = "" if figure.cosine >= LEAST_COSINE else f"  below {LEAST_COSINE}: needs teachers.accept_inexact"
             lines.append(
                 f"{figure.target:<12}{figure.precision:<11}{figure.milliseconds:>10.0f}"
                 f"{base[figure.target] / figure.milliseconds:>9.2f}x{figure.cosine:>10.5f}"
@@ -95,7 +95,7 @@ def measure_teachers(name: str, overrides: list[str], *, steps: int) -> Teachers
     """Time the teachers of a recipe on one clip, each in every precision that the device supports.
 
     Args:
-        name: recipe, as for `load_recipe`.
+        name: recipe, see `load_recipe`.
         overrides: dotted overrides; teachers without a checkpoint have random weights, and without `data.source` the
             clip is one of the `samples` extra.
         steps: number of timed calls, after one warm-up call; the fastest counts.
@@ -107,7 +107,7 @@ def measure_teachers(name: str, overrides: list[str], *, steps: int) -> Teachers
     device = choose_device(recipe.device)
     torch.manual_seed(recipe.seed)
     targets = build_targets(recipe, lambda target: load_or_init_teacher(recipe, target))
-    teachers = {target: found for target, found in targets.items() if _frozen(found)}
+    teachers = {key: target for key, target in targets.items() if _frozen(target)}
     if not teachers:
         raise UserError(
             f"recipe {name} has no frozen teacher: expected a recipe of distillation, such as distill/b_from_b"
@@ -118,25 +118,25 @@ def measure_teachers(name: str, overrides: list[str], *, steps: int) -> Teachers
         clips = first_clip(targets, recipe, manifest, device)
     figures: list[TeacherSpeed] = []
     absent: dict[str, str] = {}
-    for target, found in teachers.items():
-        whole = found.teacher
+    for key, target in teachers.items():
+        unchanged = target.teacher
         for precision in PRECISIONS[device.type]:
             try:
-                found.teacher = cast_frozen(copy.deepcopy(whole), precision, device)
+                target.teacher = cast_frozen(copy.deepcopy(unchanged), precision, device)
             except UserError as error:
                 absent[precision] = str(error)
                 continue
-            features = found.features(clips)
-            loss = _loss(target, found, student, clips)
+            features = target.features(clips)
+            loss = _loss(key, target, student, clips)
             if precision == "fp32":
-                true, true_loss = features, loss
-            fidelity = Fidelity.of(features, true)
-            spent = min(_seconds(found, clips) for _ in range(steps))
-            change = loss / true_loss - 1
+                reference, reference_loss = features, loss
+            fidelity = Fidelity.of(features, reference)
+            seconds = min(_seconds(target, clips) for _ in range(steps))
+            change = loss / reference_loss - 1
             figures.append(
-                TeacherSpeed(target, precision, 1000 * spent, fidelity.cosine, fidelity.relative_error, change)
+                TeacherSpeed(key, precision, 1000 * seconds, fidelity.cosine, fidelity.relative_error, change)
             )
-        found.teacher = whole
+        target.teacher = unchanged
     checkpoints = [getattr(config, "checkpoint", None) for config in recipe.targets.values()]
     return TeachersReport(
         machine=this_machine(device),

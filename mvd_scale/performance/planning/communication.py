@@ -37,8 +37,8 @@ def collectives(workload: Workload, parallel: ParallelConfig, gpu: Gpu, per_node
     """List the collectives of an optimizer step; none on a single rank.
 
     Args:
-        work: the parts of the step.
-        setting: ranks, accumulation and ZeRO settings.
+        workload: models of the step.
+        parallel: ranks, accumulation and ZeRO settings.
         gpu: gives the bandwidths of the links.
         per_node: GPUs per machine.
     """

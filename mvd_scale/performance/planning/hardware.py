@@ -1,12 +1,13 @@
-"""Data sheets of GPUs, and the share of their peak that transformers are assumed to reach.
+"""Data-sheet figures of GPUs, and the share of their peak that transformers are assumed to reach.
 
-All figures are per GPU of the SXM form and for dense arithmetic, which is half of the data sheets' figures with
-sparsity. None was measured by this project.
+All figures are per GPU in the SXM form factor and for dense arithmetic, which is half of the data sheets' figures with
+sparsity. This project measured none of them.
 
 Peaks, memory, bandwidths and NVLink were checked against quotations of the data sheets: glennklockwood.com/garden
 (A100, H100, B200), aiwiki.ai (H200), Dell's guide to V100 servers, the table of HGX B200 at zdszero.github.io, which
 also has B200's 7 decoders, and torch's out-of-memory messages (H200, B200). No source was found for V100's tensor
-cores, the network cards before Hopper, the other numbers of decoders, and all decoding rates: these are from memory.
+cores, the network cards before Hopper, the other numbers of decoders, and all decoding rates: these are quoted from
+memory, without a source.
 """
 
 from __future__ import annotations
@@ -26,24 +27,24 @@ TERA, GIGA, GIB = 1e12, 1e9, 2**30
 
 @dataclass(frozen=True)
 class Gpu:
-    """One type of GPU, and the network of the usual machine with eight of them."""
+    """One type of GPU, and the network of the usual host with eight of them."""
 
     name: str
 
     memory: float
-    """Memory that a program sees, bytes."""
+    """Memory that is available to programs, bytes."""
 
     peak: dict[FrozenPrecision, float]
-    """Peak FLOP/s by precision; fp32 without TF32, which is torch's default. No int8, which is for CPUs only."""
+    """Peak FLOP/s by precision; fp32 is without TF32, as is torch's default. int8 is absent: it is for CPUs only."""
 
     bandwidth: float
     """Memory bandwidth, bytes/s."""
 
     nvlink: float
-    """Bytes/s that one GPU can send to the other GPUs of its machine."""
+    """Bytes/s that one GPU can send to the other GPUs of its host."""
 
     network: float
-    """Bytes/s per GPU to other machines: the bandwidth of the machine's network cards divided by eight."""
+    """Bytes/s per GPU to other hosts: the bandwidth of the host's network cards divided by eight."""
 
     decoders: int
     """Number of NVDEC engines."""
@@ -159,17 +160,17 @@ def find_kernel(gpu: Gpu, name: str | None) -> AttentionKernel:
 
 
 def capabilities_of(gpu: Gpu) -> Capabilities:
-    """What a type of GPU can do, with a compiler on its machines."""
+    """Return the capabilities of a type of GPU; torch.compile is assumed to work on its hosts."""
     return Capabilities(gpu=gpu.name, bf16="bf16" in gpu.peak, fp8="fp8" in gpu.peak)
 
 
 def usable_memory(gpu: Gpu) -> float:
-    """Bytes of a GPU's memory that are available for tensors."""
+    """Compute the bytes of a GPU's memory that are available for tensors."""
     return (gpu.memory - RESERVED) * (1 - FRAGMENTED)
 
 
 def width_factor(width: int) -> float:
-    """Share of `Gpu.efficiency` that a transformer narrower than 1280 reaches: an assumption.
+    """Estimate the share of `Gpu.efficiency` that a transformer narrower than 1280 reaches: an assumption.
 
     Narrow models have matrix products of few columns, and the cost of norms and activations per FLOP grows as
     1 / width.
@@ -180,7 +181,7 @@ def width_factor(width: int) -> float:
 def sustained_flops(
     gpu: Gpu, precision: FrozenPrecision, kernel: AttentionKernel, width: int, efficiency: float | None
 ) -> float:
-    """FLOP/s that a transformer of some width is assumed to reach.
+    """Estimate the FLOP/s that a transformer of a given width reaches.
 
     Args:
         gpu: type of GPU.
@@ -198,6 +199,6 @@ def sustained_flops(
         raise UserError(f"{gpu.name} has no {precision}: set training.precision or teachers.precision to fp16")
     if efficiency is not None:
         return gpu.peak[precision] * efficiency
-    # In fp32 there are no tensor cores: arithmetic is so slow that memory traffic and launches hardly matter.
+    # fp32 does not use tensor cores: arithmetic is so slow that memory traffic and launches hardly matter.
     share = 0.75 if precision == "fp32" else gpu.efficiency[kernel] * width_factor(width)
     return gpu.peak[precision] * share

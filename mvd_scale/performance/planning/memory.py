@@ -1,6 +1,6 @@
 """Prediction of the memory of a rank in bytes, by phase of the step and by part.
 
-The rules follow the code of this project and of DeepSpeed, and were found by tracing every allocation.
+The rules follow the code of this project and of DeepSpeed, and were derived from traces of every allocation.
 `tests/unit/performance/planning/test_memory.py` requires the prediction to be within 10 % of a traced run.
 """
 
@@ -18,7 +18,7 @@ from mvd_scale.training.optimizer import LARGEST_GROUP
 from mvd_scale.training.placement import TeacherShards
 
 CHANNEL: dict[QuantizedPrecision, int] = {"int8": 12, "fp8": 4}
-"""Bytes per output channel beside 8-bit weights: a 32-bit scale; for int8 also a 32-bit zero point and bias."""
+"""Bytes per output channel in addition to 8-bit weights: a 32-bit scale; for int8 also a 32-bit zero point and bias."""
 
 Bytes = dict[str, int]
 """Bytes by part."""
@@ -54,8 +54,8 @@ def predict_memory(workload: Workload, parallel: ParallelConfig) -> Memory:
     end of the backward pass, or the optimizer step.
 
     Args:
-        work: the parts of the step.
-        setting: ranks, micro batch, ZeRO settings and precision.
+        workload: models of the step.
+        parallel: ranks, micro batch, ZeRO settings and precision.
     """
     size, clips = SIZES[parallel.precision], parallel.micro
     teachers = list(zip(workload.teachers, parallel.sharded, parallel.prefetched, parallel.graphed, strict=True))
@@ -68,8 +68,8 @@ def predict_memory(workload: Workload, parallel: ParallelConfig) -> Memory:
     if ahead:
         features = clips * SIZES[parallel.teacher_precision] * sum(part.predicted for part, *_ in ahead)
         rest = _sum(rest, {"prefetched features": features, "batches": clips * workload.pixels})
-    # A teacher that computes the next micro batch beside the student can have its peak at any time of the step; of
-    # several, which run one after the other, the largest counts.
+    # A teacher that computes the next micro batch in parallel with the student can have its peak at any time of the
+    # step. Several such teachers run one after the other, so that only the largest one counts.
     working = [_teacher_forward_bytes(part, sharded, parallel) for part, sharded, graphed in ahead if not graphed]
     if working:
         rest = _sum(rest, max(working, key=lambda needs: sum(needs.values())))
@@ -108,14 +108,14 @@ def predict_memory(workload: Workload, parallel: ParallelConfig) -> Memory:
 
 
 def activations(part: ModelPart, size: int, *, checkpointing: Checkpointing) -> int:
-    """Bytes that a trained part saves per clip for its backward pass."""
+    """Compute the bytes that a trained part saves per clip for its backward pass."""
     blocks = part.blocks
     others = sum(layer.saved(size) for layer in part.layers if layer not in blocks)
     return others + sum(block.saved(size, checkpointing) for block in blocks)
 
 
 def inference(part: ModelPart, size: int) -> int:
-    """Bytes that a teacher's forward pass needs per clip: rows of its patch embedding, input, and largest block."""
+    """Compute the bytes of a teacher's forward pass per clip: rows of the patch embedding, input, and largest block."""
     rows = [layer.rows * layer.inputs * size for layer in part.layers if isinstance(layer, LinearCost)]
     blocks = part.blocks
     if not blocks:
@@ -124,7 +124,7 @@ def inference(part: ModelPart, size: int) -> int:
 
 
 def backward_workspace(part: ModelPart, size: int, *, checkpointing: Checkpointing) -> int:
-    """Bytes per clip that the backward pass of a part needs beside the saved activations.
+    """Compute the bytes per clip that the backward pass of a part needs in addition to the saved activations.
 
     A checkpointed block is recomputed first, so its activations exist once more. A checkpointed attention half is
     recomputed after the tensors saved by its MLP are released, which are as large, so it adds nothing.
@@ -136,8 +136,8 @@ def backward_workspace(part: ModelPart, size: int, *, checkpointing: Checkpointi
 def _groups(workload: Workload, *, batched: bool) -> list[list[ModelPart]]:
     """Group the parts that run at the same time at the start of the backward pass.
 
-    These are decoders: those of one shape form a group if they are batched; otherwise the last decoder alone. Without
-    decoders it is the encoder.
+    These parts are decoders: decoders of the same shape form a group if they are batched; otherwise the last decoder
+    runs alone. Without decoders, the encoder runs first.
     """
     encoder, *heads = workload.trained
     decoders = [part for part in heads if part.blocks]
@@ -152,14 +152,14 @@ def _groups(workload: Workload, *, batched: bool) -> list[list[ModelPart]]:
 
 
 def _stacked(part: ModelPart, checkpointing: Checkpointing) -> int:
-    """Number of a decoder's weights that are stacked for the batched pass and saved for the backward pass."""
+    """Count a decoder's weights that are stacked for the batched pass and saved for the backward pass."""
     embed = part.layers[0]
     assert isinstance(embed, LinearCost)
     return embed.inputs * embed.outputs + sum(block.weights(checkpointing) for block in part.blocks)
 
 
 def _persistent_bytes(workload: Workload, parallel: ParallelConfig) -> Bytes:
-    """Bytes that exist during the whole step, by part."""
+    """Compute the bytes that exist during the whole step, by part."""
     size, share = SIZES[parallel.precision], -(-workload.parameters // parallel.world)
     offloaded = parallel.zero.get("offload_optimizer", {}).get("device") in ("cpu", "nvme")
     weights_offloaded = parallel.zero.get("offload_param", {}).get("device") in ("cpu", "nvme")
@@ -189,52 +189,52 @@ def _persistent_bytes(workload: Workload, parallel: ParallelConfig) -> Bytes:
 def _persistent_teacher_bytes(part: ModelPart, parallel: ParallelConfig, shards: TeacherShards | None) -> int:
     size = SIZES[parallel.teacher_precision]
     if parallel.quantized is not None:
-        eighths = part.linear + CHANNEL[parallel.quantized] * part.channels
-        return eighths + size * (part.parameters - part.linear)
+        quantized = part.linear + CHANNEL[parallel.quantized] * part.channels
+        return quantized + size * (part.parameters - part.linear)
     if shards is None:
         return size * part.parameters
     return size * (-(-part.parameters // shards.ranks) + (part.unsharded if shards.whole_vectors else 0))
 
 
 def _teacher_forward_bytes(part: ModelPart, sharded: bool, parallel: ParallelConfig) -> Bytes:
-    """Bytes that a forward pass of a teacher adds, by part."""
+    """Compute the bytes that a forward pass of a teacher adds, by part."""
     size = SIZES[parallel.teacher_precision]
     gathered = _teacher_gathered(part, parallel.teacher_zero, size) if sharded and parallel.world > 1 else 0
     return {"gathered weights": gathered, "workspace": parallel.micro * inference(part, size)}
 
 
 def _gathered(parameters: int, zero: dict[str, Any], size: int) -> int:
-    """Bytes of gathered weights at stage 3: live parameters between the two passes, and a prefetch bucket."""
+    """Compute the bytes of gathered weights at stage 3: live parameters between the passes, and a prefetch bucket."""
     return size * (
         min(parameters, zero["stage3_max_live_parameters"]) + min(parameters, zero["stage3_prefetch_bucket_size"])
     )
 
 
 def _teacher_gathered(part: ModelPart, zero: dict[str, Any], size: int) -> int:
-    """Bytes of a teacher's gathered weights: its largest block, prefetched blocks, and the bucket they arrive in."""
+    """Compute the bytes of a teacher's gathered weights: largest block, prefetched blocks, and their gather bucket."""
     ahead = min(part.parameters, zero["stage3_prefetch_bucket_size"])
     return size * (min(part.parameters, part.largest + ahead) + ahead)
 
 
 def _buckets(parallel: ParallelConfig, size: int) -> int:
-    """Bytes of the gradient buckets of stages 1 and 2: two buckets if reduction overlaps with the backward pass."""
+    """Compute the bytes of gradient buckets at stages 1 and 2: two if reduction overlaps with the backward pass."""
     if parallel.stage == 3 or not parallel.zero["contiguous_gradients"]:
         return 0
     return size * parallel.zero["reduce_bucket_size"] * (2 if parallel.zero["overlap_comm"] else 1)
 
 
 def _gradients_after_backward(gradients: int, parallel: ParallelConfig, size: int) -> int:
-    """Bytes of gradients at the end of the backward pass: this rank's share, or at stage 3 two copies of a bucket."""
+    """Compute the bytes of gradients after the backward pass: a rank's share, or at stage 3 two copies of a bucket."""
     if parallel.stage == 3:
         return 2 * min(gradients, size * parallel.zero["reduce_bucket_size"])
-    # With accumulation they are part of `_persistent_bytes`.
+    # With accumulation, `_persistent_bytes` counts the gradients.
     return 0 if parallel.accumulation > 1 else -(-gradients // parallel.world)
 
 
 def _gradients_in_optimizer_step(gradients: int, parallel: ParallelConfig, size: int) -> int:
-    """Bytes of gradients in the optimizer step: this rank's share.
+    """Compute the bytes of gradients in the optimizer step: a rank's share.
 
-    Stages 1 and 2 handle one group of parameters after the other, each flattened and converted to float32.
+    Stages 1 and 2 process one parameter group after the other, each flattened and converted to float32.
     """
     share = -(-gradients // parallel.world)
     if parallel.stage == 3:

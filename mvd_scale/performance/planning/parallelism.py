@@ -1,4 +1,4 @@
-"""A recipe's placement on GPUs that are not at hand, as the numbers that time and memory depend on."""
+"""Placement of a recipe on a given cluster, and the values of it that time and memory depend on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mvd_scale.performance.planning.workload import Workload
 from mvd_scale.training.placement import Capabilities, Devices, Placement, TeacherShards, decide_placement
 
 SIZES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
-"""Bytes of an element."""
+"""Bytes per element."""
 
 
 AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)
@@ -23,47 +23,52 @@ AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Everything besides the models that time and memory depend on."""
+    """All settings, other than the models, that time and memory depend on."""
 
     world: int
+    """Number of ranks."""
+
     micro: int
+    """Clips per micro batch of a rank."""
+
     accumulation: int
+    """Micro batches per optimizer step."""
 
     stage: int
-    """Of ZeRO."""
+    """ZeRO stage of the student."""
 
     zero: dict[str, Any]
-    """`zero_optimization` of the student's DeepSpeed file."""
+    """Section `zero_optimization` of the student's DeepSpeed file."""
 
     teacher_zero: dict[str, Any]
-    """The same of a sharded teacher's."""
+    """Section `zero_optimization` of a sharded teacher's DeepSpeed config."""
 
     precision: Precision
     teacher_precision: Precision
 
     quantized: QuantizedPrecision | None
-    """Of the linear layers in the teachers' blocks; None where they are as the rest, in `teacher_precision`."""
+    """8-bit precision of the linear layers in the teachers' blocks; None if they are in `teacher_precision` too."""
 
     shards: tuple[TeacherShards | None, ...]
-    """Of each teacher, how ranks share its weights; None where each holds all of them."""
+    """Sharding of each teacher; None if every rank holds the whole teacher."""
 
     prefetched: tuple[bool, ...]
-    """Of each teacher, whether it works on the next micro batch beside the student."""
+    """Whether each teacher computes the features of the next micro batch in parallel with the student's step."""
 
     graphed: tuple[bool, ...]
-    """Of each teacher, whether it is recorded as a CUDA graph, which keeps the memory of a forward pass."""
+    """Whether each teacher runs as a CUDA graph, which permanently holds the memory of a forward pass."""
 
     batched: bool
-    """Whether decoders of one shape run as one batched pass."""
+    """Whether decoders of the same shape run as one batched pass."""
 
     checkpointing: Checkpointing
 
     prefetch: int
-    """Batches that are decoded before they are asked for."""
+    """Number of batches that are decoded in advance."""
 
     @property
     def sharded(self) -> tuple[bool, ...]:
-        """Of each teacher, whether ranks keep shards of it."""
+        """Whether each teacher is sharded."""
         return tuple(shards is not None for shards in self.shards)
 
 
@@ -75,17 +80,17 @@ def placement_on(
     per_node: int | None = None,
     gpu: Gpu | None = None,
 ) -> Placement:
-    """The placement of a recipe on some GPUs, or on CPUs if that is its device.
+    """Decide the placement of a recipe on a number of GPUs, or on CPUs if the recipe's device is `cpu`.
 
     Args:
-        recipe: what is trained.
-        work: its parts.
-        world: ranks.
-        per_node: ranks of a machine; all of them if None.
-        gpu: the type; one with every precision if None.
+        recipe: recipe of pre-training or fine-tuning.
+        workload: workload of the recipe.
+        world: number of ranks.
+        per_node: ranks per host; all ranks if None.
+        gpu: type of GPU; if None, one that supports every precision.
 
     Raises:
-        UserError: as `decide_placement`.
+        UserError: see `decide_placement`.
     """
     if recipe.device == "cpu":
         devices = Devices("cpu", world, min(per_node or world, world), Capabilities(bf16=bf16_instructions()))
@@ -104,19 +109,19 @@ def parallel_config(
     micro: int | None = None,
     gpu: Gpu | None = None,
 ) -> ParallelConfig:
-    """The setting of a recipe on some GPUs.
+    """Determine the settings of a recipe on a number of GPUs.
 
     Args:
-        recipe: what is trained.
-        work: its parts.
-        world: ranks.
-        per_node: ranks of a machine; all of them if None.
+        recipe: recipe of pre-training or fine-tuning.
+        workload: workload of the recipe.
+        world: number of ranks.
+        per_node: ranks per host; all ranks if None.
         micro: micro batch, a divisor of a rank's share of the global batch; the recipe's if None.
-        gpu: as for `placement_on`.
+        gpu: type of GPU; if None, one that supports every precision.
 
     Raises:
-        UserError: the global batch cannot be split so, the DeepSpeed file contradicts the recipe, or the GPU cannot do
-            something that the recipe asks for by name.
+        UserError: the global batch cannot be split over the ranks, the DeepSpeed file contradicts the recipe, or the
+            GPU does not support something that the recipe requires.
     """
     if micro is not None:
         recipe = with_training(recipe, micro_batch=micro)
@@ -124,7 +129,11 @@ def parallel_config(
 
 
 def setting_from(placement: Placement, recipe: Recipe | FinetuneRecipe) -> ParallelConfig:
-    """The numbers of a placement, and those that the DeepSpeed files add."""
+    """Collect the settings of a placement, and those of the DeepSpeed files.
+
+    Raises:
+        UserError: the DeepSpeed file contradicts the recipe.
+    """
     world, teachers = placement.devices.ranks, placement.teachers
     # All teachers of a recipe have one precision.
     precision = teachers[0].rest.value if teachers else placement.precision.value
@@ -149,10 +158,10 @@ def setting_from(placement: Placement, recipe: Recipe | FinetuneRecipe) -> Paral
 
 
 def with_training(recipe: AnyRecipe, **values: object) -> AnyRecipe:
-    """A recipe with other values in its section `training`."""
+    """Copy a recipe with other values in its section `training`."""
     return recipe.model_copy(update={"training": recipe.training.model_copy(update=values)})
 
 
 def with_teachers(recipe: Recipe, **values: object) -> Recipe:
-    """A recipe with other values in its section `teachers`."""
+    """Copy a recipe with other values in its section `teachers`."""
     return recipe.model_copy(update={"teachers": recipe.teachers.model_copy(update=values)})

@@ -38,11 +38,16 @@ from mvd_scale.training.placement import Placement
 
 @dataclass(frozen=True)
 class Cluster:
-    """Hardware and data that a plan is made for."""
+    """Hardware and data of a plan."""
 
     gpu: Gpu
+
     gpus: int
+    """Number of GPUs, one rank each."""
+
     per_node: int
+    """GPUs per host."""
+
     kernel: AttentionKernel
 
     efficiency: float | None
@@ -51,7 +56,7 @@ class Cluster:
     video: VideoFormat
 
     videos: int
-    """Number of videos of an epoch."""
+    """Number of videos per epoch."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ class Plan:
 
     @property
     def best(self) -> MicroBatchForecast:
-        """The fastest micro batch that fits in memory; of equally fast ones the largest."""
+        """Fastest micro batch that fits in memory; among equally fast ones, the largest."""
         return max((c for c in self.candidates if c.fits), key=lambda c: (c.clips_per_second, c.micro))
 
 
@@ -126,20 +131,21 @@ def make_plan(name: str, overrides: list[str], cluster: Cluster) -> Plan:
     """Predict resources and time of a run.
 
     Args:
-        name: a recipe of pre-training or fine-tuning.
+        name: recipe of pre-training or fine-tuning, see `load`.
         overrides: dotted overrides.
-        cluster: the GPUs.
+        cluster: hardware and data.
 
     Raises:
-        UserError: the recipe cannot be read, its global batch is not divisible over the GPUs, or no micro batch fits
-            in their memory; the message then lists changes that would fit.
+        UserError: the recipe cannot be read, its global batch cannot be split over the GPUs, the GPU does not support a
+            precision, or no micro batch fits in memory; the message then lists changes that fit.
     """
     recipe = load(name, overrides)
     workload = build_workload(recipe)
     placement = _placement(recipe, workload, cluster)
-    usual = setting_from(placement, recipe)
-    of_teachers = [usual.quantized or usual.teacher_precision] if workload.teachers else []
-    for precision in (*of_teachers, usual.precision):
+    requested = setting_from(placement, recipe)
+    teacher_precisions = [requested.quantized or requested.teacher_precision] if workload.teachers else []
+    # Raises a `UserError` if the GPU does not support one of the precisions.
+    for precision in (*teacher_precisions, requested.precision):
         sustained_flops(cluster.gpu, precision, cluster.kernel, 1, cluster.efficiency)
     recipes = [with_training(recipe, micro_batch=micro) for micro in micro_batches(recipe, cluster.gpus)]
     settings = [_setting(changed, workload, cluster) for changed in recipes]
@@ -148,10 +154,10 @@ def make_plan(name: str, overrides: list[str], cluster: Cluster) -> Plan:
         raise UserError(_what_fits(recipe, workload, settings[0], cluster))
     fitting = [parallel for parallel, candidate in zip(settings, candidates, strict=True) if candidate.fits]
     # The micro batch that the run would use; if it does not fit, the largest smaller one that does.
-    parallel = max((s for s in fitting if s.micro <= usual.micro), key=lambda s: s.micro)
-    if parallel.micro != usual.micro:
+    parallel = max((s for s in fitting if s.micro <= requested.micro), key=lambda s: s.micro)
+    if parallel.micro != requested.micro:
         placement = _placement(with_training(recipe, micro_batch=parallel.micro), workload, cluster)
-    return _plan(name, recipe, workload, placement, cluster, candidates, usual.micro)
+    return _plan(name, recipe, workload, placement, cluster, candidates, requested.micro)
 
 
 def make_cluster(
@@ -169,14 +175,14 @@ def make_cluster(
     Raises:
         UserError: the GPU or the attention kernel is unknown, or `gpus` is not a multiple of `per_node`.
     """
-    found = find_gpu(gpu)
+    gpu_type = find_gpu(gpu)
     per_node = min(per_node, gpus)
     if gpus % per_node:
         below = gpus // per_node * per_node
         raise UserError(
             f"--gpus {gpus} is not a multiple of --per-node {per_node}: use {below} or {below + per_node} GPUs"
         )
-    return Cluster(found, gpus, per_node, find_kernel(found, attention), efficiency, video, videos)
+    return Cluster(gpu_type, gpus, per_node, find_kernel(gpu_type, attention), efficiency, video, videos)
 
 
 def with_stage(overrides: list[str], stage: int | None) -> list[str]:
@@ -272,14 +278,14 @@ def _decode_capacity(recipe: Recipe | FinetuneRecipe, cluster: Cluster) -> float
 
 
 def _step_seconds(recipe: Recipe | FinetuneRecipe, phases: list[PhaseTime], cluster: Cluster) -> float:
-    """Seconds per step: the longer one of computing and decoding, which overlap."""
+    """Compute the seconds per step: the longer one of computing and decoding, which overlap."""
     capacity = _decode_capacity(recipe, cluster)
     decoding = recipe.training.global_batch / capacity if capacity is not None else 0.0
     return max(sum(phase.seconds for phase in phases), decoding)
 
 
 def _limit(phases: list[PhaseTime], step_seconds: float) -> str:
-    """Name of the resource that bounds the largest part of the step's time."""
+    """Find the resource that bounds the largest part of the step's time."""
     if step_seconds > sum(phase.seconds for phase in phases):
         return "decoding"
     bounded: dict[str, float] = defaultdict(float)
@@ -340,23 +346,29 @@ def _plan(
 
 
 def _what_fits(recipe: Recipe | FinetuneRecipe, workload: Workload, parallel: ParallelConfig, cluster: Cluster) -> str:
-    """Compose the message for a smallest micro batch that does not fit, with the changes that would fit."""
+    """Compose the error message for a smallest micro batch that does not fit, with the changes that would fit."""
     needed, usable = predict_memory(workload, parallel).peak, usable_memory(cluster.gpu)
     recipe = with_training(recipe, micro_batch=parallel.micro)
-    settings = {words: _setting(changed, workload, cluster) for words, changed in _changes(recipe, parallel).items()}
-    helps = [words for words, changed in settings.items() if predict_memory(workload, changed).peak <= usable]
-    helps += [f"--gpu {gpu.name}" for gpu in GPUS.values() if needed <= usable_memory(gpu)]
+    settings = {
+        options: _setting(changed, workload, cluster) for options, changed in _changes(recipe, parallel).items()
+    }
+    fitting = [options for options, changed in settings.items() if predict_memory(workload, changed).peak <= usable]
+    fitting += [f"--gpu {gpu.name}" for gpu in GPUS.values() if needed <= usable_memory(gpu)]
     return (
         f"a rank needs {needed / GIB:.1f} GiB even with a micro batch of {parallel.micro}, and {cluster.gpu.name} has "
         f"{usable / GIB:.1f} GiB for tensors; "
-        + (f"what would fit: {', or '.join(helps)}" if helps else "nothing in the table would fit: take more GPUs")
+        + (
+            f"changes that fit: {', or '.join(fitting)}"
+            if fitting
+            else "no change or GPU in the table fits: use more GPUs"
+        )
     )
 
 
 def _changes(recipe: Recipe | FinetuneRecipe, parallel: ParallelConfig) -> dict[str, Recipe | FinetuneRecipe]:
-    """Changes of a recipe that save memory, by the words that ask for them."""
+    """List changed recipes that need less memory, by the command-line options of the change."""
     again, shard = "--training.gradient_checkpointing", "--teachers.sharding zero3"
-    # Asked for by name, they would be refused at stage 3.
+    # If the recipe sets these options to true, the placement raises an error at stage 3.
     whole: dict[str, object] = {"compile": "auto"}
     if isinstance(recipe, Recipe):
         whole["batch_decoders"] = "auto"

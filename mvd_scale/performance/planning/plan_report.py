@@ -16,10 +16,10 @@ def to_json(plan: Plan) -> str:
     values = dataclasses.asdict(plan)
     values["memory"] |= {"peak_phase": plan.memory.peak_phase, "peak": plan.memory.peak, "parts": plan.memory.parts}
     values["best"] = dataclasses.asdict(plan.best)
-    for told, part in zip(values["flops"], plan.flops, strict=True):
-        told["total"] = part.total
-    for told, phase in zip(values["phases"], plan.phases, strict=True):
-        told["seconds"] = phase.seconds
+    for fields, part in zip(values["flops"], plan.flops, strict=True):
+        fields["total"] = part.total
+    for fields, phase in zip(values["phases"], plan.phases, strict=True):
+        fields["seconds"] = phase.seconds
     return json.dumps(values, indent=2)
 
 
@@ -41,7 +41,7 @@ def _head(plan: Plan) -> Iterator[str]:
     yield (
         f"{plan.recipe} on {cluster.gpus} {cluster.gpu.name} ({nodes} x {cluster.per_node}), "
         f"{parallel.precision}, ZeRO {parallel.stage}, {teachers}; "
-        f"{parallel.micro} clips x {parallel.accumulation} accumulation a rank"
+        f"{parallel.micro} clips x {parallel.accumulation} accumulation steps per rank"
     )
     if parallel.micro != plan.recipe_micro:
         yield f"  the recipe's micro batch of {plan.recipe_micro} does not fit"
@@ -54,20 +54,20 @@ def _placement(plan: Plan) -> Iterator[str]:
 
 def _flops(plan: Plan) -> Iterator[str]:
     whole = sum(part.total for part in plan.flops)
-    yield f"\n  {'GFLOPs a clip':<26}{'forward':>10}{'backward':>10}{'again':>10}{'share':>8}"
+    yield f"\n  {'GFLOPs per clip':<26}{'forward':>10}{'backward':>10}{'recomputed':>12}{'share':>8}"
     for part in plan.flops:
         yield (
-            f"  {part.part:<26}{part.forward / 1e9:>10.1f}{part.backward / 1e9:>10.1f}{part.recomputed / 1e9:>10.1f}"
+            f"  {part.part:<26}{part.forward / 1e9:>10.1f}{part.backward / 1e9:>10.1f}{part.recomputed / 1e9:>12.1f}"
             f"{part.total / whole:>8.1%}"
         )
     sums = [
         sum(column) / 1e9 for column in zip(*((p.forward, p.backward, p.recomputed) for p in plan.flops), strict=True)
     ]
-    yield f"  {'all':<26}{sums[0]:>10.1f}{sums[1]:>10.1f}{sums[2]:>10.1f}{whole / 1e9:>10.1f} GFLOPs"
+    yield f"  {'all':<26}{sums[0]:>10.1f}{sums[1]:>10.1f}{sums[2]:>12.1f}{whole / 1e9:>10.1f} GFLOPs"
 
 
 def _memory(plan: Plan) -> Iterator[str]:
-    yield f"\n  {'GiB a rank':<26}{'peak':>10}   at its peak: {plan.memory.peak_phase}"
+    yield f"\n  {'GiB per rank':<26}{'peak':>10}   at its peak: {plan.memory.peak_phase}"
     for part, held in plan.memory.parts.items():
         if held:
             yield f"  {part:<26}{held / GIB:>10.2f}"
@@ -77,7 +77,7 @@ def _memory(plan: Plan) -> Iterator[str]:
 def _communication(plan: Plan) -> Iterator[str]:
     if not plan.messages:
         return
-    yield f"\n  {'a step sends':<26}{'collective':>16}{'times':>7}{'GB sent':>10}{'ms':>10}"
+    yield f"\n  {'messages per step':<26}{'collective':>16}{'times':>7}{'GB sent':>10}{'ms':>10}"
     for message in plan.messages:
         yield (
             f"  {message.name:<26}{message.kind:>16}{message.times:>7}{message.sent / 1e9:>10.2f}"
@@ -90,40 +90,40 @@ def _decoding(plan: Plan) -> Iterator[str]:
         return
     gpu = plan.cluster.gpu
     yield (
-        f"\n  decoding: {plan.decoded_frames:.0f} frames a clip; needed {plan.decode_needed:.0f} clips/s, "
-        f"NVDEC gives {plan.decode_capacity:.0f} ({gpu.decoders} engines a GPU)"
+        f"\n  decoding: {plan.decoded_frames:.0f} frames per clip; needed {plan.decode_needed:.0f} clips/s, "
+        f"NVDEC decodes {plan.decode_capacity:.0f} ({gpu.decoders} engines per GPU)"
     )
 
 
 def _time(plan: Plan) -> Iterator[str]:
-    yield f"\n  {'ms a step':<14}{'arithmetic':>12}{'launching':>12}{'sending':>12}{'taken':>12}"
+    yield f"\n  {'ms per step':<14}{'arithmetic':>12}{'launches':>12}{'messages':>12}{'total':>12}"
     for phase in plan.phases:
         columns = (phase.arithmetic, phase.launching, phase.communication, phase.seconds)
         yield f"  {phase.phase:<14}" + "".join(f"{1000 * seconds:>12.1f}" for seconds in columns)
     yield (
         f"  step {plan.step_seconds:.3f} s, {plan.clips_per_second:.0f} clips/s "
-        f"({plan.clips_per_second / plan.cluster.gpus:.1f} a GPU), epoch {plan.epoch_seconds / 60:.1f} min, "
+        f"({plan.clips_per_second / plan.cluster.gpus:.1f} per GPU), epoch {plan.epoch_seconds / 60:.1f} min, "
         f"run {plan.run_hours:.1f} h"
     )
     yield f"  the limit is {plan.limit}; {plan.arithmetic_share:.1%} of the peak arithmetic is used"
 
 
 def _micro_batches(plan: Plan) -> Iterator[str]:
-    yield f"\n  {'micro batch':<14}{'GiB a rank':>12}{'clips/s':>12}"
+    yield f"\n  {'micro batch':<14}{'GiB per rank':>14}{'clips/s':>12}"
     for candidate in plan.candidates:
-        told = "" if candidate.fits else "  does not fit"
+        note = "" if candidate.fits else "  does not fit"
         best = "  best" if candidate == plan.best else ""
-        yield f"  {candidate.micro:<14}{candidate.memory / GIB:>12.2f}{candidate.clips_per_second:>12.0f}{told}{best}"
+        yield f"  {candidate.micro:<14}{candidate.memory / GIB:>14.2f}{candidate.clips_per_second:>12.0f}{note}{best}"
 
 
 def _policies(plan: Plan) -> Iterator[str]:
-    yield f"\n  {'checkpointing':<14}{'GFLOPs again':>14}{'activations':>13}{'GiB a rank':>12}{'clips/s':>10}"
+    yield f"\n  {'checkpointing':<14}{'recomputed':>14}{'activations':>13}{'GiB per rank':>14}{'clips/s':>10}"
     for name, policy in plan.policies.items():
-        told = "" if policy.fits else "  does not fit"
+        note = "" if policy.fits else "  does not fit"
         chosen = "  the recipe's" if name == plan.parallel.checkpointing else ""
         yield (
-            f"  {name:<14}{policy.recomputed / 1e9:>14.1f}{policy.activations / GIB:>13.2f}{policy.memory / GIB:>12.2f}"
-            f"{policy.clips_per_second:>10.0f}{told}{chosen}"
+            f"  {name:<14}{policy.recomputed / 1e9:>14.1f}{policy.activations / GIB:>13.2f}{policy.memory / GIB:>14.2f}"
+            f"{policy.clips_per_second:>10.0f}{note}{chosen}"
         )
 
 
@@ -147,14 +147,14 @@ def _assumptions(plan: Plan) -> Iterator[str]:
     if parallel.quantized is not None:
         yield (
             f"  the same shares of {cluster.gpu.peak[parallel.quantized] / 1e12:.0f} TFLOP/s for the teachers' linear "
-            f"layers in {parallel.quantized}; nothing for the rounding of what goes in"
+            f"layers in {parallel.quantized}; the time for quantizing their inputs is not counted"
         )
     yield (
         f"  {LINK_SHARE:.0%} of links; {LAUNCH * 1e6:.0f} us to launch a kernel; {RESERVED / GIB:.1f} GiB and "
         f"{FRAGMENTED:.0%} of memory lost"
     )
     if any(parallel.prefetched):
-        yield "  phases run one after the other: time saved by teachers that run beside the student is not counted"
+        yield "  phases are added up: the time saved by teachers that run in parallel with the student is not counted"
     yield (
         f"  {cluster.videos} videos of {cluster.video.height} lines, a key frame every {cluster.video.keyframes} "
         "(--videos, --height, --keyframes)"

@@ -68,7 +68,7 @@ def compare_with_paper(
         recipe: name of the recipe.
         gpu: type of GPU of the plan.
         gpus: number of GPUs of the plan.
-        work: the parts of the step.
+        workload: models of the step.
         clips: number of clips of the whole run.
         hours: hours that the plan predicts.
         computing: hours that the plan predicts if decoding takes no time.

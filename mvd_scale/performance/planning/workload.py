@@ -1,6 +1,6 @@
 """Workload of a recipe: the layers of each model of the training step, per clip.
 
-When a model changes the amount of work that it does, its description here must change too.
+The descriptions of models in this module must be kept consistent with the models themselves.
 
 Legend: N tokens of a clip, V visible tokens, M tokens at which a target is predicted, D width.
 """
@@ -63,7 +63,7 @@ class ModelPart:
     """FLOPs in these layers."""
 
     teacher: Teacher | None = None
-    """The facts that the placement of a teacher depends on."""
+    """Properties of a teacher that its placement depends on; None for other parts."""
 
     @property
     def blocks(self) -> list[BlockCost]:
@@ -233,29 +233,29 @@ def _teacher_part(target_name: str, target: FrozenTeacher, recipe: Recipe) -> Mo
         "linear": sum(weight.numel() for weight in linear),
         "channels": sum(len(weight) for weight in linear),
     }
-    wanted = {"masked": masked_tokens(recipe), "visible": recipe.visible_tokens, "all": recipe.tokens}
-    given = wanted[target.config.tokens] * target.channels
+    token_counts = {"masked": masked_tokens(recipe), "visible": recipe.visible_tokens, "all": recipe.tokens}
+    values = token_counts[target.config.tokens] * target.channels
     if isinstance(teacher, TimmViT):
         seen = recipe.tokens + teacher.vit.num_prefix_tokens * recipe.model.grid[0]
         counts |= {"products": 2 * seen * counts["linear"], "counted": _counted(teacher, recipe.model)}
         # The peak of a block with an MLP ratio of 4; timm's models have about that ratio.
         opaque = 12 * seen * teacher.width
         return ModelPart(
-            name, teacher.width, (), given, opaque=opaque, teacher=teacher_of(target_name, target), **counts
+            name, teacher.width, (), values, opaque=opaque, teacher=teacher_of(target_name, target), **counts
         )
     assert isinstance(teacher, Encoder)
     model = teacher.config
     sequences = recipe.model.grid[0] if isinstance(target, ImageTeacher) else 1
     tokens = recipe.tokens // sequences
     seen = tokens + model.class_token
-    outputs = seen if target.config.tokens == "all" else wanted[target.config.tokens] // sequences
+    outputs = seen if target.config.tokens == "all" else token_counts[target.config.tokens] // sequences
     if isinstance(target, ImageTeacher) and not target.tubes:
         outputs = seen
     embedding = LinearCost(sequences * tokens, 3 * model.tubelet * model.patch_size**2, _width(model))
     blocks = encoder_blocks(model, seen, outputs=outputs, sequences=sequences)
     counts["products"] = sum(block.products for block in blocks)
     return ModelPart(
-        name, _width(model), (embedding, *blocks), given, teacher=teacher_of(target_name, target), **counts
+        name, _width(model), (embedding, *blocks), values, teacher=teacher_of(target_name, target), **counts
     )
 
 

@@ -33,7 +33,7 @@ _OPERATORS = 15
 
 
 class Annotations:
-    """Timer that marks parts in a trace, without a synchronisation of the device, which would change the timing."""
+    """`StepTimer` that marks parts in a trace, without synchronisation of the device, which would change the timing."""
 
     def __init__(self) -> None:
         self._open: dict[str, Any] = {}
@@ -65,7 +65,7 @@ def profile_recipe(
     Speed and utilisation are measured first, on the same number of steps without the profiler.
 
     Args:
-        name: recipe, as for `load_recipe`.
+        name: recipe, see `load_recipe`.
         overrides: dotted overrides; teachers without a checkpoint have random weights, and without `data.source` the
             clips of the `samples` extra are used.
         out: folder for `trace.json.gz` (and `trace_rank1.json.gz` ...), `memory.png`, `modules.txt`, `summary.json`
@@ -75,21 +75,22 @@ def profile_recipe(
         steps: number of profiled steps.
 
     Raises:
-        UserError: as `bench_trainer`.
+        UserError: see `bench_trainer`.
     """
     recipe = bench_recipe(name, overrides, precision, batch)
     ranks = init_distributed(recipe.device, recipe.training.collective_timeout_minutes)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        made = _WARM_UP + 2 * steps
-        with bench_trainer(recipe, ranks, load_or_init_teacher, steps=made, scratch=Path(scratch)) as trainer:
+        total = _WARM_UP + 2 * steps
+        with bench_trainer(recipe, ranks, load_or_init_teacher, steps=total, scratch=Path(scratch)) as trainer:
             trainer.attach(Annotations())
             losses = [_mean_loss(trainer.train_step()) for _ in range(_WARM_UP)]
             plain = _timed(trainer, steps, losses)
             with _profiler(ranks) as profiler:
                 profiled = _timed(trainer, steps, losses)
             peak_memory = peak_memory_gib(ranks.device)
-            # Last: it exchanges functions of torch for a while. Into compiled blocks it could not look.
+            # After all measurements, because the table patches functions of torch; eager, because it cannot see the
+            # modules inside compiled blocks.
             table = module_table(trainer.engine.module, out / "modules.txt", write=ranks.is_main)
             with torch.compiler.set_stance("force_eager"), table, torch.no_grad():
                 trainer.objective(trainer.engine, trainer.batch)
@@ -138,7 +139,7 @@ def _profiler(ranks: Ranks) -> profile:
 
 
 def _timed(trainer: Trainer, steps: int, losses: list[Tensor]) -> float:
-    """Seconds of some steps, from the end of all earlier work to the end of theirs."""
+    """Run steps and append their losses; return the seconds from the end of all earlier work to the end of theirs."""
     started = _now(trainer.ranks)
     for _ in range(steps):
         with record_function(STEP):
@@ -147,7 +148,7 @@ def _timed(trainer: Trainer, steps: int, losses: list[Tensor]) -> float:
 
 
 def _mean_loss(step: list[MicroBatchMetrics]) -> Tensor:
-    """Mean loss of this rank's micro batches in a step, a float32 scalar on the device."""
+    """Average the loss over this rank's micro batches of a step: float32 scalar on the device."""
     return torch.stack([micro.loss for micro in step]).mean()
 
 
@@ -177,28 +178,29 @@ def _collectives(spans: list[Span], steps: int) -> list[Operator]:
     by_name: dict[str, list[Span]] = defaultdict(list)
     for span in spans:
         by_name[span.name].append(span)
-    found = [
+    operators = [
         Operator(name, len(same) / steps, 1000 * sum(span.seconds for span in same) / steps)
         for name, same in by_name.items()
     ]
-    return sorted(found, key=lambda operator: -operator.milliseconds)
+    return sorted(operators, key=lambda operator: -operator.milliseconds)
 
 
-def _operators(profiler: profile, notes: set[str], steps: int) -> list[Operator]:
+def _operators(profiler: profile, annotations: set[str], steps: int) -> list[Operator]:
     """List the operators that take most time on the device, without annotations, collectives and bare kernels."""
     on_gpu = ProfilerActivity.CUDA in profiler.activities
-    found = []
+    operators = []
     for average in profiler.key_averages():
-        spent = average.self_device_time_total if on_gpu else average.self_cpu_time_total
-        of_host = average.device_type.name == "CPU"
-        if of_host and average.key not in notes and not average.key.startswith(("gloo:", "nccl:")):
-            found.append(Operator(average.key, average.count / steps, spent / 1000 / steps))
-    return sorted(found, key=lambda operator: -operator.milliseconds)[:_OPERATORS]
+        microseconds = average.self_device_time_total if on_gpu else average.self_cpu_time_total
+        # Entries of the GPU are kernels, whose time the operator that launched them includes already.
+        on_host = average.device_type.name == "CPU"
+        if on_host and average.key not in annotations and not average.key.startswith(("gloo:", "nccl:")):
+            operators.append(Operator(average.key, average.count / steps, microseconds / 1000 / steps))
+    return sorted(operators, key=lambda operator: -operator.milliseconds)[:_OPERATORS]
 
 
 def _write(report: ProfileReport, trace: Trace, out: Path) -> None:
     (out / "summary.json").write_text(report.to_json() + "\n", encoding="utf-8")
     (out / "summary.txt").write_text(report.to_text() + "\n", encoding="utf-8")
-    label = "tensors on the GPU" if report.machine.device != "cpu" else "tensors made in these steps"
+    label = "tensors on the GPU" if report.machine.device != "cpu" else "tensors allocated in these steps"
     title = f"{report.recipe}, {report.precision}, {report.clips_per_step} clips on {report.ranks} ranks: rank 0"
     plot_memory(trace, title, label, out / "memory.png")

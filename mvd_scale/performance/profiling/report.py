@@ -91,20 +91,20 @@ class ProfileReport(Report):
         """Format as one page."""
         overhead = self.profiled_milliseconds_per_step / self.milliseconds_per_step - 1
         rate = self.flops_per_step / self.milliseconds_per_step / 1e9
-        where = "tensors of the GPU" if self.machine.device != "cpu" else "tensors made in these steps"
+        where = "tensors of the GPU" if self.machine.device != "cpu" else "tensors allocated in these steps"
         lines = [
             f"{self.recipe}, {self.precision}, teachers {self.teacher_sharding}, {self.ranks} ranks, "
-            f"{self.clips_per_step} clips a step, {self.steps} steps",
+            f"{self.clips_per_step} clips per step, {self.steps} steps",
             *([f"with {' '.join(self.overrides)}"] if self.overrides else []),
             self.machine.title(),
             "",
             f"step           {self.milliseconds_per_step:.1f} ms, {self.clips_per_second:.3f} clips/s; "
             f"under the profiler {self.profiled_milliseconds_per_step:.1f} ms ({overhead:+.1%})",
-            f"arithmetic     {self.flops_per_step / 1e12:.4g} TFLOP a step and rank, {rate:.4g} TFLOP/s",
+            f"arithmetic     {self.flops_per_step / 1e12:.4g} TFLOP per step and rank, {rate:.4g} TFLOP/s",
             f"utilisation    {self.utilisation:.1%} of {self.peak_flops_per_second / 1e12:.4g} TFLOP/s "
             f"({self.peak_source})",
             f"data wait      {self.data_wait_share:.1%} of a step",
-            f"communication  {self.communication_milliseconds:.1f} ms a step, "
+            f"communication  {self.communication_milliseconds:.1f} ms per step, "
             f"{self.communication_milliseconds / self.profiled_milliseconds_per_step:.1%}",
             f"memory         peak {self.peak_memory_gib:.2f} GiB; {where} at most {self.highest_tensors_gib:.3f} GiB, "
             f"in: {self.highest_in}",

@@ -1,4 +1,4 @@
-"""The task of naming the classes of labelled videos."""
+"""Fine-tuning for the classification of labelled videos: the task, and its entry point."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from mvd_scale.training.finetuning.finetune import FinetuneTask, run_finetune
 
 
 def run_classification(recipe: FinetuneRecipe) -> None:
-    """Run a recipe of fine-tuning; as `run_finetune`."""
+    """Run a recipe of fine-tuning; see `run_finetune`."""
     run_finetune(ClassificationTask(recipe, RunFolder(recipe.run.folder)))
 
 
 class ClassificationTask(FinetuneTask[FinetuneRecipe]):
-    """Classification of whole videos."""
+    """Task of classifying whole videos."""
 
     figure = "top1"
     weights = "classifier.safetensors"
 
     def index(self) -> Manifest:
-        """Index the videos and check their labels."""
+        """Index the videos of training and validation, and check their labels."""
         recipe = self.recipe
         manifest = load_source(recipe.data, self.folder.index)
         classes = class_count(manifest, recipe.classifier.classes)
@@ -51,40 +51,43 @@ class ClassificationTask(FinetuneTask[FinetuneRecipe]):
         return manifest
 
     def read(self) -> Manifest:
-        """A row for each video."""
+        """Read the manifest, which has one row per video, and the number of classes."""
         self.manifest = Manifest.load(self.folder.manifest)
         self.classes = class_count(self.manifest, self.recipe.classifier.classes)
         return self.manifest
 
     def create_model(self) -> Classifier:
-        """The classifier."""
+        """Create the classifier with random weights."""
         head = self.recipe.classifier
         return Classifier(self.recipe.model, self.classes, dropout=head.dropout, init_scale=head.init_scale)
 
     def write(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        """With classes and views."""
+        """Write the weights, with the names of the classes and the test views as metadata."""
         save_weights(path, tensors, self.recipe.model, classes=self.manifest.classes, views=self.recipe.test)
 
     def data_digests(self) -> dict[str, Any]:
-        """Videos and labels."""
+        """Compute digests of the videos and of their labels."""
         labels = self.manifest.label[self.manifest.usable]
         return {"videos": self.manifest.digest, "labels": hashlib.sha256(labels.tobytes()).hexdigest()[:16]}
 
     def objective(self) -> ClassificationLoss:
-        """Cross entropy."""
+        """Create the cross-entropy loss."""
         return ClassificationLoss(self.recipe, self.classes)
 
     def load(self, ranks: Ranks, steps: range) -> ClipLoader:
-        """Clips of the videos."""
+        """Create the loader of training clips."""
         return ClipLoader.for_run(
             self.manifest, self.recipe, ranks.data_rank, steps, quarantine_file=self.folder.quarantine
         )
 
     def measure(self, ranks: Ranks) -> Callable[[Any], float]:
-        """Share of videos that are named right by the clip in their middle; one that cannot be decoded is wrong."""
+        """Create the function that computes top-1 accuracy on the clip in the middle of each validation video.
+
+        A video that cannot be decoded counts as wrong.
+        """
         assert self.recipe.validation is not None
         manifest = Manifest.load(self.folder.tested)
-        # Those that the index left out count as wrong too.
+        # The count includes the labelled videos that the index excluded, so that they count as wrong too.
         videos = int((manifest.label >= 0).sum())
         evaluator = CenterClipEvaluator(
             manifest, self.recipe.data, self.recipe.model, ranks, self.recipe.validation.batch

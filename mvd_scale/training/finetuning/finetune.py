@@ -1,4 +1,4 @@
-"""Stage 3: a pre-trained encoder is taught a task (Sec. 4.2). What differs from task to task is one class each."""
+"""Fine-tuning (stage 3): training of a pre-trained encoder on a task (Sec. 4.2); each task is one subclass."""
 
 from __future__ import annotations
 
@@ -34,50 +34,50 @@ AnyRecipe = TypeVar("AnyRecipe", bound=TaskRecipe)
 
 
 class FinetuneTask(TrainingJob[AnyRecipe]):
-    """A task that an encoder is taught, and its data."""
+    """Training job of an encoder on a task; subclasses define the task's data, model, loss and metric."""
 
     figure: str
-    """What a validation measures; more is better."""
+    """Name of the metric that a validation computes, a share (0 to 1); higher is better."""
 
     weights: str
-    """File of a run in which the trained model is kept."""
+    """Name of the file in the run folder that stores the trained model."""
 
     @abstractmethod
     def read(self) -> Manifest:
-        """Read what was prepared, on every rank; a row for each clip of an epoch."""
+        """Read the data that `prepare` indexed; the manifest has a row per `rows` item. All ranks call it."""
 
     @abstractmethod
     def data_digests(self) -> dict[str, Any]:
-        """Digests of the data that a checkpoint belongs to."""
+        """Compute digests of the training data, serialisable as JSON."""
 
     @abstractmethod
     def create_model(self) -> Classifier | Detector:
-        """The model, whose `encoder` is pre-trained."""
+        """Create the model with random weights; `build` loads the pre-trained weights of its `encoder`."""
 
     @abstractmethod
     def write(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        """Write the weights of the model into a file."""
+        """Write the model's weights with their metadata to a file."""
 
     @abstractmethod
     def objective(self) -> Objective:
-        """What the training minimises."""
+        """Create the loss that the training minimises."""
 
     @abstractmethod
     def measure(self, ranks: Ranks) -> Callable[[Any], float]:
-        """Of the model in training, or its average, on the validation set. All ranks call what is returned."""
+        """Create the function from a model to its `figure` on the validation set. All ranks must call that function."""
 
     def open(self, ranks: Ranks) -> Manifest:
-        """As of every job.
+        """Read the data, and check that all ranks read the same.
 
         Raises:
-            UserError: on all ranks alike, one of them sees other data.
+            UserError: the data of a rank differ from those of rank 0; raised on all ranks.
         """
         manifest = self.read()
         _agree(self.data_digests(), ranks)
         return manifest
 
     def origin(self, ranks: Ranks) -> dict[str, Any]:
-        """The data, and the weights that the encoder starts from."""
+        """Compute digests of the data and of the encoder's initial weights. All ranks call it."""
         weights = self.recipe.training.initial_encoder
         digest = run_on_rank0(
             ranks, "weights", lambda: None if weights is None else tensors_digest(read_raw_checkpoint(weights).tensors)
@@ -85,7 +85,7 @@ class FinetuneTask(TrainingJob[AnyRecipe]):
         return self.data_digests() | {"initial encoder": digest}
 
     def build(self, ranks: Ranks, schedule: Schedule) -> TrainedModel:
-        """The model of the task, started from the encoder's weights, and its moving average if there is to be one."""
+        """Build the model from the initial weights of the encoder, and its moving average if the recipe has one."""
         training = self.recipe.training
         model = self.create_model()
         if training.initial_encoder is not None:
@@ -98,13 +98,13 @@ class FinetuneTask(TrainingJob[AnyRecipe]):
         return TrainedModel(engine, self.objective(), averages)
 
     def export(self, engine: Any, folder: Path, ranks: Ranks) -> None:
-        """Write the whole model."""
+        """Write the weights of the whole model. All ranks call it."""
         tensors = {name: full for name, full in full_parameters(engine) if ranks.is_main}
         if ranks.is_main:
             self.write(folder / self.weights, tensors)
 
     def callbacks(self, ranks: Ranks, schedule: Schedule) -> list[Callback]:
-        """The validation, if the recipe has one."""
+        """Create the validation callback, if the recipe has a validation."""
         if self.recipe.validation is None:
             return []
         every, steps = self.recipe.validation.every_epochs, schedule.steps_per_epoch
@@ -113,7 +113,7 @@ class FinetuneTask(TrainingJob[AnyRecipe]):
         return [ValidationCallback(every, steps, self.figure, measure, self.folder, ranks, self.averaged, keep)]
 
     def _keep(self, engine: Any, folder: Path, *, ranks: Ranks) -> Path:
-        """Write the weights that were judged, and say where. All ranks call it."""
+        """Write the weights whose metric decides what is best, and return their path. All ranks call it."""
         if self.averaged is None:
             self.export(engine, folder, ranks)
         elif ranks.is_main:
@@ -122,26 +122,27 @@ class FinetuneTask(TrainingJob[AnyRecipe]):
 
 
 def run_finetune(task: FinetuneTask[Any]) -> None:
-    """Run a task from its start, or from its newest checkpoint, to its end; as `run_training`.
+    """Run a task from its start or its newest checkpoint to its end; see `run_training`.
 
     Raises:
-        UserError: as `run_training`, or there are no weights to start from and the recipe does not forgo them.
+        UserError: see `run_training`; or the recipe has neither `training.initial_encoder` nor `from_scratch`.
     """
     recipe = task.recipe
     if recipe.training.initial_encoder is None and not recipe.head.from_scratch:
         raise UserError(
             "training.initial_encoder is missing: name the pre-trained weights with "
-            f"`--training.initial_encoder PATH`, or train without any by `--{recipe.head_section}.from_scratch true`"
+            f"`--training.initial_encoder PATH`, or train from scratch with `--{recipe.head_section}.from_scratch true`"
         )
     run_training(task)
 
 
-def _agree(origin: dict[str, Any], ranks: Ranks) -> None:
-    told: list[Any] = [None] * ranks.world_size
-    torch.distributed.all_gather_object(told, origin)
-    differing = [rank for rank, there in enumerate(told) if there != told[0]]
+def _agree(digests: dict[str, Any], ranks: Ranks) -> None:
+    """Raise a `UserError` on all ranks if the data digests of any rank differ from those of rank 0."""
+    gathered: list[Any] = [None] * ranks.world_size
+    torch.distributed.all_gather_object(gathered, digests)
+    differing = [rank for rank, other in enumerate(gathered) if other != gathered[0]]
     if differing:
-        raise UserError(f"rank {differing[0]} sees other data than rank 0: give all hosts the same files")
+        raise UserError(f"rank {differing[0]} reads other data than rank 0: all hosts need the same files")
 
 
 def _average(averaged: nn.Module, engine: Any, task: FinetuneTask[Any], ranks: Ranks) -> ModelEma:

@@ -22,7 +22,7 @@ logger = logging.getLogger("mvd_scale")
 
 
 class ValidationCallback(Callback):
-    """Observer that measures a metric of the model every few epochs and stores the best weights.
+    """Callback that measures a metric of the model every few epochs and stores the best weights.
 
     Args:
         every_epochs: epochs between two measurements.
@@ -68,8 +68,8 @@ class ValidationCallback(Callback):
                 file.write(json.dumps({"step": step, **values, "judged": judged}) + "\n")
             for name, value in values.items():
                 writer.show(step, f"validation/{name}", value)
-            words = "  ".join(f"{name} {100 * value:.1f} %" for name, value in values.items())
-            logger.info("step %d  validation: %s  (best so far %.1f %%)", step, words, 100 * max(best, judged))
+            text = "  ".join(f"{name} {100 * value:.1f} %" for name, value in values.items())
+            logger.info("step %d  validation: %s  (best so far %.1f %%)", step, text, 100 * max(best, judged))
 
     def _best(self, step: int) -> float:
         """Best value before a step; later lines are from a killed run that went beyond its checkpoint."""

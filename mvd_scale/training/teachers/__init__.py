@@ -1,1 +1,1 @@
-"""Frozen teachers during training: device, precision and shards, prefetch, CUDA graphs, fidelity."""
+"""Frozen teachers during training: placement, precision, sharding, prefetch, CUDA graphs and fidelity."""

@@ -1,4 +1,4 @@
-"""Whole frozen teachers as CUDA graphs."""
+"""CUDA graphs of the forward pass of frozen teachers."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 _WARM_UP = 3
-"""Forward passes before a graph is recorded, in which blocks are compiled and libraries choose their kernels."""
+"""Number of forward passes before the capture, in which blocks are compiled and libraries choose their kernels."""
 
 
 class CudaGraphTeacher(nn.Module):
-    """A frozen model whose forward pass is recorded at its first call and replayed: one launch instead of hundreds.
+    """Frozen model whose first call captures its forward pass as a CUDA graph, which later calls replay.
 
-    Calls with other shapes than the first run as they would without. Weights may move, in place.
+    A replay is one launch instead of hundreds. Calls with other shapes than the first one run without the graph.
+    Weights may be updated in place between calls.
     """
 
     def __init__(self, teacher: nn.Module) -> None:
@@ -24,7 +25,12 @@ class CudaGraphTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixels: Tensor, output_tokens: Tensor | None = None) -> Tensor:
-        """As the teacher; the result is the caller's own."""
+        """Return the teacher's output for these inputs; later calls do not overwrite it.
+
+        Args:
+            pixels: clips or frames, uint8, as the teacher expects them.
+            output_tokens: indices of the tokens to return, int64; None for all tokens.
+        """
         inputs = [pixels] if output_tokens is None else [pixels, output_tokens]
         if self._captured is None:
             self._captured = CapturedGraph(self._run, inputs)
@@ -40,11 +46,11 @@ class CudaGraphTeacher(nn.Module):
 
 
 class CapturedGraph:
-    """A function of tensors as a CUDA graph, with the buffers that it reads and writes.
+    """CUDA graph of a function of tensors, with its input and output buffers.
 
     Args:
-        function: launches the same kernels on the same addresses at every call.
-        inputs: of the shapes that it will have.
+        function: function that launches the same kernels on the same addresses at every call.
+        inputs: example inputs, which fix shapes and dtypes.
     """
 
     def __init__(self, function: Callable[..., Tensor], inputs: list[Tensor]) -> None:
@@ -57,19 +63,19 @@ class CapturedGraph:
                 function(*self.inputs)
         torch.cuda.current_stream(device).wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
-        # Threads of the loader and of NCCL go on meanwhile, and what they ask of the driver must not end the recording.
+        # In this mode, driver calls of other threads (loader, NCCL) during the capture do not abort it.
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.output = function(*self.inputs)
         self.free = torch.cuda.Event()
 
     def fits(self, inputs: list[Tensor]) -> bool:
-        """Whether the inputs have the shapes that were recorded."""
+        """Whether the inputs have the shapes and dtypes of the captured ones."""
         return [(given.shape, given.dtype) for given in inputs] == [(mine.shape, mine.dtype) for mine in self.inputs]
 
     def replay(self, inputs: list[Tensor]) -> Tensor:
-        """The function of other values, on the current stream; a tensor of its own, which no later call overwrites."""
+        """Compute the function of other values on the current stream; later calls do not overwrite the result."""
         stream = torch.cuda.current_stream(self.output.device)
-        # The call before may have been on another stream, where the buffers are still in use.
+        # The previous call may have been on another stream, which may still use the buffers.
         stream.wait_event(self.free)
         for mine, given in zip(self.inputs, inputs, strict=True):
             mine.copy_(given)

@@ -1,4 +1,4 @@
-"""How true the features of a teacher in low precision are to those of the same one in float32."""
+"""Fidelity of a teacher's features in 8-bit precision, relative to its features in float32."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from mvd_scale.training.placement import Placement, TeacherPlacement
 from mvd_scale.training.teachers.place import cast_teacher
 
 LEAST_COSINE = 0.999
-"""Mean over tokens, under which a precision is not accepted without being asked for (`teachers.accept_inexact`)."""
+"""Smallest mean cosine over tokens at which a precision is accepted without `teachers.accept_inexact`."""
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Of features to those in float32."""
+    """Agreement of features with the float32 features of the same teacher."""
 
     cosine: float
-    """Mean over tokens."""
+    """Mean cosine over tokens."""
 
     relative_error: float
-    """Norm of the difference by the norm of all features."""
+    """Norm of the difference divided by the norm of the float32 features."""
 
     @classmethod
     def of(cls, features: Tensor, true: Tensor) -> Fidelity:
-        """Compare (B, M, D) with the true ones."""
+        """Compare features with float32 features of the same shape, (B, M, D)."""
         features, true = features.float(), true.float()
         cosine = F.cosine_similarity(features, true, dim=-1).mean()
         return cls(float(cosine), float((features - true).norm() / true.norm()))
@@ -46,17 +46,18 @@ class Fidelity:
 def check_fidelity(
     targets: Mapping[str, Target], recipe: Recipe, placement: Placement, manifest: Manifest, device: torch.device
 ) -> None:
-    """Try every teacher that is to be in 8 bits on a clip of the run, before it is.
+    """Check the features of every teacher that will be quantized to 8 bits on one clip of the run.
 
     Args:
-        targets: with whole teachers on the CPU.
-        recipe: the run's.
-        placement: of the recipe.
-        manifest: its videos.
-        device: where teachers will run.
+        targets: targets by name, with unsharded teachers on the CPU.
+        recipe: recipe of the run.
+        placement: placement of the recipe.
+        manifest: videos of the run.
+        device: device that the teachers will run on.
 
     Raises:
-        UserError: features of a teacher have a mean cosine under `LEAST_COSINE` with the true ones.
+        UserError: the mean cosine of a teacher's features with its float32 features is below `LEAST_COSINE`, and
+            `teachers.accept_inexact` is false.
     """
     eight_bit = {placed.name: placed for placed in placement.teachers if placed.precision.value in ("int8", "fp8")}
     if not eight_bit or recipe.teachers.accept_inexact:
@@ -70,12 +71,12 @@ def check_fidelity(
             raise UserError(
                 f"teachers.precision {placed.precision.value}: features of targets.{name} have a mean cosine of "
                 f"{fidelity.cosine:.5f} with those in float32, less than {LEAST_COSINE}. Choose bf16 or fp16, or "
-                "accept it with `--teachers.accept_inexact true`"
+                "accept this precision with `--teachers.accept_inexact true`"
             )
 
 
 def lowered(target: FrozenTeacher, placed: TeacherPlacement, clips: ClipBatch, device: torch.device) -> Fidelity:
-    """Fidelity of a copy of a teacher in its placement's precision; the teacher itself stays in float32 on the CPU."""
+    """Measure the fidelity of a copy of a teacher in its placement's precision; the teacher itself does not change."""
     teacher = target.teacher
     try:
         target.teacher = copy.deepcopy(teacher).to(device, torch.float32)
@@ -87,7 +88,7 @@ def lowered(target: FrozenTeacher, placed: TeacherPlacement, clips: ClipBatch, d
 
 
 def first_clip(targets: Mapping[str, Target], recipe: Recipe, manifest: Manifest, device: torch.device) -> ClipBatch:
-    """A batch of one clip as the run sees them."""
+    """Load the first clip of the run, with all of its copies, as one batch on `device`."""
     data = recipe.data.model_copy(update={"workers": 0})
     plan, sides = BatchPlan.one_batch(data.copies), teacher_input_sizes(recipe, targets)
     with ClipLoader(manifest, data, recipe.model, recipe.seed, plan=plan, rank=DataRank(device), sides=sides) as loader:

@@ -1,4 +1,4 @@
-"""Frozen teachers on the ranks: brought to the device, precision and shards that their placement says."""
+"""Transfer of frozen teachers to the device, precision and shards of their placement."""
 
 from __future__ import annotations
 
@@ -21,20 +21,33 @@ from mvd_scale.training.placement import Placement, TeacherPlacement
 
 
 def place_teachers(targets: Mapping[str, Target], placement: Placement, ranks: Ranks) -> None:
-    """Bring the frozen teachers of all targets to their device, precision and shards."""
+    """Move the frozen teachers of all targets to their device, precision and shards. All ranks call it.
+
+    Raises:
+        UserError: see `place_teacher`.
+    """
     for name, target in targets.items():
         if isinstance(target, FrozenTeacher):
             placed = placement.teacher(name)
             target.teacher = place_teacher(target.teacher, placed, ranks)
             if isinstance(target, EncoderTeacher):
-                # Copying rows into a recording would cost more than making them there.
+                # Copying shared rows into the buffers of a CUDA graph would cost more than computing them again.
                 target.accepts_rows = not placed.cuda_graph.value
 
 
 def place_teacher(teacher: nn.Module, placed: TeacherPlacement, ranks: Ranks) -> nn.Module:
-    """Bring a frozen teacher to its device and precision; sharded, each rank keeps a part of it at rest.
+    """Move a frozen teacher to its device, precision and shards. All ranks call it.
 
-    The result is called like the encoder. It has no optimizer and is never part of a checkpoint.
+    Args:
+        teacher: teacher on the CPU.
+        placed: placement of the teacher.
+        ranks: this process among all.
+
+    Returns:
+        model that is called like the teacher; it has no optimizer and is never part of a checkpoint.
+
+    Raises:
+        UserError: the device does not support the precision, or weights are not finite.
     """
     teacher = teacher.eval().requires_grad_(False)
     shards = placed.shards.value
@@ -45,7 +58,7 @@ def place_teacher(teacher: nn.Module, placed: TeacherPlacement, ranks: Ranks) ->
 
 
 def cast_teacher(teacher: nn.Module, placed: TeacherPlacement, device: torch.device) -> nn.Module:
-    """Cast a whole frozen teacher to its precision; see `cast_frozen`."""
+    """Cast an unsharded frozen teacher to its precision on a device; see `cast_frozen`."""
     return cast_frozen(teacher, placed.precision.value, device, placed.rest.value)
 
 
@@ -57,13 +70,23 @@ def shard_teacher(
     keep_vectors: bool = True,
     over: Literal["host", "world"] = "world",
 ) -> nn.Module:
-    """Cut a frozen teacher into ZeRO-3 shards, one layer after the other, over the ranks of each host or over all.
+    """Shard a frozen teacher by ZeRO-3, one layer after the other. All ranks call it.
 
-    A layer whose weights are still memory-mapped is read here, so that no rank ever holds more of the teacher than
-    its share and one layer. Vectors also stay whole on every rank, which spares their gathers, unless told otherwise.
+    Memory-mapped weights are read layer by layer, so that no rank ever holds more of the teacher than its shards and
+    one layer.
+
+    Args:
+        teacher: teacher on the CPU.
+        precision: precision of all weights.
+        ranks: this process among all.
+        keep_vectors: whether every rank keeps whole vectors, which avoids gathering them.
+        over: group of ranks that share the weights: the ranks of each host, or all ranks.
+
+    Returns:
+        DeepSpeed engine without an optimizer, which is called like the teacher.
 
     Raises:
-        UserError: weights that are not finite; all are named.
+        UserError: weights are not finite; the message names all of them.
     """
     deepspeed = import_deepspeed()
     config = teacher_deepspeed_config(precision, ranks.world_size)
@@ -85,8 +108,8 @@ def shard_teacher(
 
 @cache
 def _host_group(ranks: Ranks) -> Any:
-    """The process group of this host's ranks. All ranks call it."""
-    # Every rank takes part in making every group.
+    """Create the process group of this host's ranks. All ranks call it."""
+    # `new_group` is a collective operation: every rank must take part in creating every group.
     groups = {
         host: torch.distributed.new_group(members, timeout=ranks.timeout)
         for host, members in ranks_by_host(ranks).items()
@@ -95,7 +118,7 @@ def _host_group(ranks: Ranks) -> Any:
 
 
 def _layers(teacher: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The blocks of a transformer by name, then the whole, for what stands outside of blocks."""
+    """Yield name prefix and module of each block, then of the whole transformer for its remaining layers."""
     for name, block in transformer_blocks(teacher):
         yield f"{name}.", block
     yield "", teacher

@@ -1,16 +1,16 @@
-"""The batches of a run, on a GPU each with the features of its teachers, which are computed one batch ahead.
+"""Prefetch of batches: on a GPU, teachers compute the features of the next batch in parallel with the student's step.
 
     student's stream    ... | forward i, backward i, step i         | forward i+1 ...
-    side stream         ... | clips i+1 decoded -> teachers of i+1  | clips i+2 ...
+    prefetch stream     ... | clips i+1 decoded -> teachers of i+1  | clips i+2 ...
 
-The host begins a batch before the student takes the one before it. Streams wait for each other; the host waits for
-neither, only DeepSpeed makes it wait for the GPU: where it reduces gradients, looks for overflows, or has many gathers
-of a sharded teacher under way. DALI decodes on streams of its own, `data.prefetch` batches before, and only the side
-stream waits for it.
+The host starts batch i+1 before the student takes batch i. The streams wait for each other by events, which do not
+block the host. Only DeepSpeed makes the host wait for the GPU: when it reduces gradients, checks for overflows, or has
+many gathers of a sharded teacher in flight. DALI decodes on its own streams, `data.prefetch` batches in advance, and
+only the prefetch stream waits for it.
 
-A sharded teacher gathers its weights on a stream of its own, which DeepSpeed orders with the one that is current. All
-ranks begin the same things in the same order, and so their collectives; those of a host and those of the world may be
-under way at once, as in other hybrid sharding.
+A sharded teacher gathers its weights on its own stream, which DeepSpeed orders relative to the current stream. All
+ranks start the same operations in the same order, so their collectives match; collectives of a host's group and of the
+world may overlap, as in other implementations of hybrid sharding.
 """
 
 from __future__ import annotations
@@ -30,24 +30,26 @@ from mvd_scale.targets import MaskedDistillation
 from mvd_scale.training.placement import Placement
 
 BatchStarter = Callable[[Callable[[], ClipBatch]], Callable[[], ClipBatch]]
-"""Takes what fetches a batch, begins work on it, and gives what hands it over to the student."""
+"""Function that starts work on a batch: from a function that loads it to a function that returns it when ready."""
 
 
 class TeacherPrefetcher:
-    """Iterator over the batches of a loader, in its order.
+    """Iterator over the batches of a loader, in its order, which starts each batch one step in advance.
+
+    A batch that was started but not returned when a run ends is loaded again by the resumed run: the loader's state
+    remains the number of completed optimizer steps.
 
     Args:
-        loader: its state stays the number of optimizer steps done: a batch that was begun but not handed out when a run
-            ends is loaded again when it is resumed.
-        begin: begins a batch while the one before it is in use; None fetches each when it is asked for.
-        waiting: entered around each wait for the loader.
+        loader: loader of the micro batches.
+        begin: function that starts work on the next batch; None loads each batch when it is needed.
+        waiting: factory of a context manager that encloses each wait for the loader.
     """
 
     waited = 0.0
-    """Seconds that the last `next` waited for the loader."""
+    """Seconds that the latest `next` waited for the loader."""
 
     substituted = 0
-    """Clips so far, of the batches handed out, whose videos could not be decoded."""
+    """Number of clips in the returned batches that were replaced because their video could not be decoded."""
 
     def __init__(
         self,
@@ -74,7 +76,7 @@ class TeacherPrefetcher:
         return wait_ready()
 
     def _begin_another(self) -> bool:
-        """Whether there was another batch."""
+        """Start work on the next batch; return whether the loader had one."""
         try:
             self._begun.append((self._begin(self._fetch), self._loader.substituted))
         except StopIteration:
@@ -82,31 +84,31 @@ class TeacherPrefetcher:
         return True
 
     def _fetch(self) -> ClipBatch:
-        asked = time.perf_counter()
+        started = time.perf_counter()
         with self.waiting():
             batch = next(self._loader)
-        self.waited += time.perf_counter() - asked
+        self.waited += time.perf_counter() - started
         return batch
 
 
 class PrefetchStream:
-    """Decodes a batch and computes the features of its teachers beside what the GPU does else.
+    """CUDA stream that prepares a batch and computes its teacher features in parallel with the current stream.
 
     Args:
-        device: a GPU.
-        teach: adds features to a batch; what it reads besides is on the device and stays as it is.
+        device: GPU of this rank.
+        teach: function that adds teacher features to a batch; the weights that it reads must not change.
     """
 
     def __init__(self, device: torch.device, teach: Callable[[ClipBatch], ClipBatch]) -> None:
         self._device, self._teach = device, teach
         self._stream = torch.cuda.Stream(device)
-        # Teachers may still be on their way to the GPU.
+        # Copies of the teachers' weights to the GPU may still be in flight.
         self._stream.wait_stream(torch.cuda.current_stream(device))
 
     def __call__(self, fetch: Callable[[], ClipBatch]) -> Callable[[], ClipBatch]:
-        """Begin a batch; what it gives lets the stream that is current then wait for it."""
+        """Start work on a batch; the returned function makes the stream that is current at its call wait for it."""
         with torch.cuda.stream(self._stream):
-            # Copied, because DALI takes its memory back in the order of this stream alone.
+            # Clones, because DALI reuses its buffers in the order of this stream only.
             batch = self._teach(fetch().map(Tensor.clone))
             done = self._stream.record_event()
 
@@ -125,7 +127,7 @@ class PrefetchStream:
 
 
 def make_prefetcher(objective: MaskedDistillation, placement: Placement, device: torch.device) -> BatchStarter | None:
-    """The way in which batches of a distillation are begun ahead; None where no teacher computes its features ahead."""
+    """Create the function that computes teacher features in advance; None if no teacher is placed with prefetch."""
     early = any(teacher.prefetch.value for teacher in placement.teachers)
     return PrefetchStream(device, objective.prefetch_features) if early else None
 

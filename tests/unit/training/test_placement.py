@@ -1,4 +1,4 @@
-"""Every rule of placement, one input after the other; the engine does what it says and the planner counts with it."""
+"""Placement rules: each input changes the expected decisions, and engine and planner follow them."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ CPU = Devices("cpu", 8, 4, Capabilities(bf16=True))
 
 BASE = {"precision": "fp16", "zero_stage": 2, "micro_batch": 4, "accumulation": 2, "gradient_checkpointing": "none",
         "compile": True, "batch_decoders": True, "data_prefetch": 2}  # fmt: skip
-"""Decisions of `recipe()` on `GPU`."""
+"""Values of the decisions for `recipe()` on `GPU`."""
 
 FROZEN = {"precision": "fp16", "rest": "fp16", "shards": None, "compile": True, "cuda_graph": True, "prefetch": True}
 MOVING = {**FROZEN, "prefetch": False}
@@ -72,7 +72,7 @@ ON_CPU = {"compile": False, "cuda_graph": False, "prefetch": False}
 
 
 def recipe(**changes: Any) -> Recipe:
-    """The recipe with `section__key` changed."""
+    """Create the test recipe with changed values; `section__key` changes a key of a section."""
     values: dict[str, Any] = {
         "run": {"folder": "unused"},
         "model": SHAPE,
@@ -88,12 +88,12 @@ def recipe(**changes: Any) -> Recipe:
     return Recipe.model_validate(values)
 
 
-def targets_of(made: Recipe) -> Any:
-    return build_targets(made, lambda name: Encoder(made.model, final_norm=False))
+def targets_of(config: Recipe) -> Any:
+    return build_targets(config, lambda name: Encoder(config.model, final_norm=False))
 
 
-def facts(made: Recipe) -> list[Teacher]:
-    return teacher_facts(targets_of(made))
+def facts(config: Recipe) -> list[Teacher]:
+    return teacher_facts(targets_of(config))
 
 
 def values_of(decisions: Any, names: Any) -> dict[str, Any]:
@@ -109,7 +109,7 @@ MOVED = {**SHARDED, "shards": TeacherShards("world", 8, False)}
 EXACT = {"precision": "bf16", "rest": "bf16"}
 
 CASES: dict[str, tuple[dict[str, Any], Devices, dict[str, Any], dict[str, Any]]] = {
-    # What changes: the recipe, the devices, the run's decisions, and those of each teacher.
+    # Changes of the recipe, devices, changed decisions of the run, and changed decisions of each teacher.
     "nothing": ({}, GPU, {}, {}),
     "student in bf16": ({"training__precision": "bf16"}, GPU, {"precision": "bf16"}, {}),
     "teachers in bf16": ({"teachers__precision": "bf16"}, GPU, {}, teacher_change(EXACT)),
@@ -125,9 +125,9 @@ CASES: dict[str, tuple[dict[str, Any], Devices, dict[str, Any], dict[str, Any]]]
     "ZeRO-3": (
         {"training__deepspeed": "zero3"}, GPU, {"zero_stage": 3, "compile": False, "batch_decoders": False}, {},
     ),
-    "shards by name": ({"teachers__sharding": "zero3"}, GPU, {}, teacher_change(SHARDED, MOVED)),
+    "shards required": ({"teachers__sharding": "zero3"}, GPU, {}, teacher_change(SHARDED, MOVED)),
     "shards of large teachers": ({"teachers__auto_shard_above": 1000}, GPU, {}, teacher_change(SHARDED, MOVED)),
-    "no shards by name": ({"teachers__auto_shard_above": 1000, "teachers__sharding": "replicated"}, GPU, {}, {}),
+    "no shards required": ({"teachers__auto_shard_above": 1000, "teachers__sharding": "replicated"}, GPU, {}, {}),
     "shards over all hosts": (
         {"teachers__sharding": "zero3", "teachers__shard_over": "world"}, GPU, {}, teacher_change(WORLD, MOVED),
     ),
@@ -166,7 +166,7 @@ CASES: dict[str, tuple[dict[str, Any], Devices, dict[str, Any], dict[str, Any]]]
         {"training__precision": "bf16"}, CPU,
         {"precision": "bf16", "compile": False, "batch_decoders": False}, teacher_change({**EXACT, **ON_CPU}),
     ),
-    "CPU by name": (
+    "CPU with required compilation": (
         {"device": "cpu", "training__precision": "fp32", "training__compile": True, "training__batch_decoders": True,
          "teachers__compile": True}, CPU, {"precision": "fp32"},
         teacher_change({"precision": "fp32", "rest": "fp32", **ON_CPU, "compile": True}),
@@ -193,10 +193,10 @@ def expected(case: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_each_input_changes_what_it_should(case: str) -> None:
+def test_each_input_changes_the_expected_decisions(case: str) -> None:
     changes, devices, _, _ = CASES[case]
-    made = recipe(**changes)
-    placement = decide_placement(made, facts(made), devices)
+    config = recipe(**changes)
+    placement = decide_placement(config, facts(config), devices)
     run, of_teachers = expected(case)
     assert values_of(placement, BASE) == run
     assert {teacher.name: values_of(teacher, FROZEN) for teacher in placement.teachers} == of_teachers
@@ -205,7 +205,7 @@ def test_each_input_changes_what_it_should(case: str) -> None:
 
 
 class Spy:
-    """Records what the engine calls for a placement, with stand-ins for DeepSpeed, CUDA graphs and 8 bits."""
+    """Recorder of the engine's calls for a placement, with substitutes for DeepSpeed, sharding and quantization."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seen: dict[str, Any] = {}
@@ -229,22 +229,22 @@ class Spy:
         self.config = config
         return (SimpleNamespace(module=model, optimizer=SimpleNamespace()),)
 
-    def run(self, made: Recipe, placement: Placement) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-        """Decisions as the engine carries them out."""
+    def run(self, config: Recipe, placement: Placement) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+        """Set up a run, and return the decisions that its calls amount to, for the run and by teacher."""
         ranks = Ranks(0, 0, placement.devices.ranks, torch.device("cpu"))
-        targets = targets_of(made)
+        targets = targets_of(config)
         student = Student(
-            made.model, {name: (made.targets[name].head_config, t.channels) for name, t in targets.items()}
+            config.model, {name: (config.targets[name].head_config, t.channels) for name, t in targets.items()}
         )
         place_teachers(targets, placement, ranks)
-        trained = train_engine(student, [{"params": list(student.parameters())}], made, placement, ranks)
+        trained = train_engine(student, [{"params": list(student.parameters())}], config, placement, ranks)
         begun = make_prefetcher(MaskedDistillation(targets), placement, ranks.device) is not None
-        config = self.config
+        deepspeed = self.config
         run = {
-            "precision": next((p for p in ("fp16", "bf16") if config[p]["enabled"]), "fp32"),
-            "zero_stage": config["zero_optimization"]["stage"],
-            "micro_batch": config["train_micro_batch_size_per_gpu"],
-            "accumulation": config["gradient_accumulation_steps"],
+            "precision": next((p for p in ("fp16", "bf16") if deepspeed[p]["enabled"]), "fp32"),
+            "zero_stage": deepspeed["zero_optimization"]["stage"],
+            "micro_batch": deepspeed["train_micro_batch_size_per_gpu"],
+            "accumulation": deepspeed["gradient_accumulation_steps"],
             "gradient_checkpointing": student.encoder.blocks.gradient_checkpointing,
             "compile": any(module is trained.module for module in self.compiled),
             "batch_decoders": len(student.grouped_decoders) > 0,
@@ -260,31 +260,31 @@ class Spy:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_engine_does_as_it_is_placed(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+def test_the_engine_follows_the_placement(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     changes, devices, _, _ = CASES[case]
-    made = recipe(**changes)
-    run, of_teachers = Spy(monkeypatch).run(made, decide_placement(made, facts(made), devices))
-    wanted, wanted_of_teachers = expected(case)
-    del wanted["data_prefetch"]
-    for decisions in wanted_of_teachers.values():
+    config = recipe(**changes)
+    run, of_teachers = Spy(monkeypatch).run(config, decide_placement(config, facts(config), devices))
+    expected_run, expected_of_teachers = expected(case)
+    del expected_run["data_prefetch"]
+    for decisions in expected_of_teachers.values():
         shards = decisions["shards"]
         decisions["shards"] = shards and (shards.over, shards.whole_vectors)
-    assert run == wanted
-    assert of_teachers == wanted_of_teachers
+    assert run == expected_run
+    assert of_teachers == expected_of_teachers
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_planner_counts_with_the_same_placement(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+def test_the_planner_uses_the_same_placement(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     changes, devices, _, _ = CASES[case]
-    made = recipe(**changes).model_copy(update={"device": devices.kind})
+    config = recipe(**changes).model_copy(update={"device": devices.kind})
     monkeypatch.setattr("mvd_scale.performance.planning.parallelism.capabilities_of", lambda gpu: devices.capabilities)
     monkeypatch.setattr(
         "mvd_scale.performance.planning.parallelism.bf16_instructions", lambda: devices.capabilities.bf16
     )
-    workload = build_workload(made)
-    placement = placement_on(made, workload, devices.ranks, per_node=devices.ranks_per_host, gpu=GPUS["H100"])
-    assert placement == decide_placement(made, facts(made), devices)
-    parallel, (run, of_teachers) = setting_from(placement, made), expected(case)
+    workload = build_workload(config)
+    placement = placement_on(config, workload, devices.ranks, per_node=devices.ranks_per_host, gpu=GPUS["H100"])
+    assert placement == decide_placement(config, facts(config), devices)
+    parallel, (run, of_teachers) = setting_from(placement, config), expected(case)
     assert {
         "precision": parallel.precision,
         "zero_stage": parallel.stage,
@@ -330,23 +330,23 @@ def test_the_planner_counts_with_the_same_placement(monkeypatch: pytest.MonkeyPa
         ({"teachers__precision": "int8", "targets": {"video": VIDEO}}, GPU, f"H100: {REFUSED['int8']}"),
         (
             {"training__compile": True}, replace(GPU, capabilities=Capabilities("H100", no_compile="it lacks gcc")),
-            "training.compile is true, but it lacks gcc; leave it at auto to go on without",
+            "training.compile is true, but it lacks gcc; set it to auto to run without it",
         ),
         (
             {"teachers__compile": True}, replace(GPU, capabilities=Capabilities("H100", no_compile="it lacks gcc")),
-            "teachers.compile is true, but it lacks gcc; leave it at auto to go on without",
+            "teachers.compile is true, but it lacks gcc; set it to auto to run without it",
         ),
         (
             {"teachers__compile": True, "teachers__auto_shard_above": 1000}, GPU,
-            f"teachers.compile is true, but {GATHERED}; leave it at auto to go on without",
+            f"teachers.compile is true, but {GATHERED}; set it to auto to run without it",
         ),
         (
             {"teachers__cuda_graphs": True, "teachers__auto_shard_above": 1000}, GPU,
-            f"teachers.cuda_graphs is true, but {GATHERED}; leave it at auto to go on without",
+            f"teachers.cuda_graphs is true, but {GATHERED}; set it to auto to run without it",
         ),
         (
             {"training__precision": "bf16", "teachers__cuda_graphs": True}, CPU,
-            "teachers.cuda_graphs is true, but there is no GPU; leave it at auto to go on without",
+            "teachers.cuda_graphs is true, but there is no GPU; set it to auto to run without it",
         ),
         ({"training__compile": True, "training__deepspeed": "zero3"}, GPU, "training.compile is true, but .* stage 3"),
         (
@@ -356,25 +356,23 @@ def test_the_planner_counts_with_the_same_placement(monkeypatch: pytest.MonkeyPa
         ({"training__global_batch": 60}, GPU, "training.global_batch 60 cannot be split over 8 ranks"),
     ],
 )  # fmt: skip
-def test_what_is_asked_for_by_name_and_cannot_be_is_one_message(
-    changes: dict[str, Any], devices: Devices, message: str
-) -> None:
-    made = recipe(**changes)
+def test_unsupported_requirements_raise_an_error(changes: dict[str, Any], devices: Devices, message: str) -> None:
+    config = recipe(**changes)
     with pytest.raises(UserError, match=message.replace("(", r"\(").replace(")", r"\)")):
-        decide_placement(made, facts(made), devices)
+        decide_placement(config, facts(config), devices)
 
 
 def test_reasons_name_the_keys_and_the_obstacles() -> None:
-    made = recipe(training__deepspeed="zero3", teachers__sharding="zero3")
-    placement = decide_placement(made, facts(made), GPU)
+    config = recipe(training__deepspeed="zero3", teachers__sharding="zero3")
+    placement = decide_placement(config, facts(config), GPU)
     assert str(placement.teachers[0].precision) == "fp16, because teachers.precision is auto and the device is a GPU"
     assert str(placement.compile) == f"off, because {GATHERED}"
     assert str(placement.batch_decoders) == f"off, because {LAYERWISE}"
     assert placement.teachers[0].cuda_graph.reason == GATHERED
     text = "\n".join(placement.to_lines())
-    assert text.startswith("placement on 8 x H100, 4 a host")
+    assert text.startswith("placement on 8 x H100, 4 per host (decision, value, reason)")
     assert "over 4 ranks of each host" in text
-    # One row for what teachers have in common, and one each where they differ.
+    # One row for a decision that teachers share, and one row per teacher if they differ.
     assert text.count("teachers: precision") == 1
     assert text.count("teacher: prefetch") == 2
     eight = recipe(training__precision="fp32", teachers__precision="int8", targets={"video": VIDEO})
@@ -386,31 +384,31 @@ def test_reasons_name_the_keys_and_the_obstacles() -> None:
 
 
 @pytest.mark.parametrize(
-    "made",
+    "config",
     [
         load_finetune_recipe("finetune/b_k400", ["--run.folder", "x"]),
         load_detection_recipe("detection/b_ava", ["--run.folder", "x"]),
     ],
 )
-def test_other_runs_are_placed_without_teachers(made: RunRecipe) -> None:
-    assert isinstance(made, FinetuneRecipe | DetectionRecipe)
-    placement = decide_placement(made, [], GPU)
+def test_finetuning_and_detection_have_no_teachers(config: RunRecipe) -> None:
+    assert isinstance(config, FinetuneRecipe | DetectionRecipe)
+    placement = decide_placement(config, [], GPU)
     assert placement.teachers == ()
     assert placement.batch_decoders.value is False
     assert placement.compile.value is True
-    assert placement.precision.value == made.training.precision
+    assert placement.precision.value == config.training.precision
 
 
 def test_a_run_logs_its_placement(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(logging.getLogger("mvd_scale"), "propagate", True)
-    made = recipe(training__precision="fp32")
+    config = recipe(training__precision="fp32")
     with caplog.at_level("INFO"):
-        placement = make_placement(made, targets_of(made), Ranks(0, 0, 1, torch.device("cpu")))
+        placement = make_placement(config, targets_of(config), Ranks(0, 0, 1, torch.device("cpu")))
     assert caplog.messages == placement.to_lines()
     assert len(caplog.messages) > 10
 
 
-def test_the_compiler_is_looked_for_only_where_it_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_compiler_is_checked_only_if_blocks_may_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not needs_compiler(recipe(), "cpu")
     assert needs_compiler(recipe(), "cuda")
     assert needs_compiler(recipe(teachers__compile=True), "cpu")
@@ -423,32 +421,32 @@ def test_the_compiler_is_looked_for_only_where_it_counts(monkeypatch: pytest.Mon
     monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", refuse)
     cpu = torch.device("cpu")
     assert probe_capabilities(cpu, compiler=False).no_compile == ""
-    made = recipe(training__precision="fp32", training__compile=True)
+    config = recipe(training__precision="fp32", training__compile=True)
     with pytest.raises(UserError, match=r"training\.compile is true, but .* install g\+\+"):
-        make_placement(made, targets_of(made), Ranks(0, 0, 1, cpu))
+        make_placement(config, targets_of(config), Ranks(0, 0, 1, cpu))
 
 
-def test_a_gpu_is_asked_what_it_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_capabilities_of_a_gpu_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capabilities, "_triton", lambda: capabilities.Capability("Triton", False, reason="gone"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A100")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    found = probe_capabilities(torch.device("cuda", 0), compiler=True)
-    assert found == Capabilities("A100", bf16=True, fp8=False, no_compile="Triton is off: gone")
-    made = recipe()
-    placement = decide_placement(made, facts(made), replace(GPU, capabilities=found))
+    detected = probe_capabilities(torch.device("cuda", 0), compiler=True)
+    assert detected == Capabilities("A100", bf16=True, fp8=False, no_compile="Triton is off: gone")
+    config = recipe()
+    placement = decide_placement(config, facts(config), replace(GPU, capabilities=detected))
     assert str(placement.compile) == "off, because Triton is off: gone"
 
 
-def test_hosts_are_counted_by_their_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    def gather(told: list[str], _: str) -> None:
-        told[:] = ["a", "b", "a"]
+def test_ranks_are_grouped_by_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gather(hosts: list[str], _: str) -> None:
+        hosts[:] = ["a", "b", "a"]
 
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     ranks = Ranks(1, 0, 3, torch.device("cpu"), host="b")
     assert ranks_by_host(ranks) == {"a": [0, 2], "b": [1]}
-    made = recipe(training__precision="fp32", training__global_batch=96, teachers__sharding="zero3")
-    placement = make_placement(made, targets_of(made), ranks)
+    config = recipe(training__precision="fp32", training__global_batch=96, teachers__sharding="zero3")
+    placement = make_placement(config, targets_of(config), ranks)
     assert placement.devices.ranks_per_host == 2
     assert placement.teacher("video").shards.value == TeacherShards("host", 2, True)
 
@@ -467,43 +465,43 @@ OBEDIENT = [
     "performance/planning/parallelism.py", "performance/planning/plan.py", "performance/planning/plan_report.py",
     "performance/planning/memory.py", "performance/planning/step_time.py", "performance/planning/communication.py",
 ]  # fmt: skip
-"""Modules of the engine and the planner."""
+"""Modules of the engine and the planner, which must not contain placement rules."""
 
 
 def rules_in(source: str) -> list[str]:
-    """Places of a module that decide by themselves: they read a key that the placement owns, or compare with `auto`."""
-    found = []
+    """List places of a module that contain a placement rule: they read a key of `OWNED`, or compare with `auto`."""
+    places = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute):
             section = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
             if node.attr in OWNED.get(section, ()):
-                found.append(f"{section}.{node.attr}, line {node.lineno}")
+                places.append(f"{section}.{node.attr}, line {node.lineno}")
         if isinstance(node, ast.Compare) and "auto" in {getattr(part, "value", None) for part in ast.walk(node)}:
-            found.append(f"auto, line {node.lineno}")
+            places.append(f"auto, line {node.lineno}")
         if isinstance(node, ast.ImportFrom):
             names = {alias.name for alias in node.names}
-            found += [f"{name}, line {node.lineno}" for name in names & {"TeacherConfig", "TrainingConfig"}]
-    return found
+            places += [f"{name}, line {node.lineno}" for name in names & {"TeacherConfig", "TrainingConfig"}]
+    return places
 
 
 @pytest.mark.parametrize("module", OBEDIENT)
-def test_engine_and_planner_have_no_rule_of_their_own(module: str) -> None:
+def test_engine_and_planner_contain_no_placement_rule(module: str) -> None:
     assert rules_in((Path(mvd_scale.__file__).parent / module).read_text()) == []
 
 
-def test_a_rule_elsewhere_would_be_seen() -> None:
+def test_placement_rules_are_detected() -> None:
     assert rules_in("if recipe.teachers.sharding == 'auto': pass") == ["auto, line 1", "teachers.sharding, line 1"]
     assert rules_in("training = recipe.training\ntraining.compile") == ["training.compile, line 2"]
     assert rules_in("from mvd_scale.config import TeacherConfig") == ["TeacherConfig, line 1"]
 
 
-def test_every_key_that_is_owned_exists() -> None:
-    made = recipe()
+def test_all_keys_of_the_placement_exist() -> None:
+    config = recipe()
     for section, keys in OWNED.items():
-        assert keys <= type(getattr(made, section)).model_fields.keys()
+        assert keys <= type(getattr(config, section)).model_fields.keys()
 
 
-def test_the_placement_asks_nobody() -> None:
+def test_the_placement_module_queries_no_device() -> None:
     source = (Path(mvd_scale.__file__).parent / "training/placement.py").read_text()
     imported = {node.module for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)}
     imported |= {

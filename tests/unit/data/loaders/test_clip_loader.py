@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 
 
 def load(manifest: Manifest, data: DataConfig = DATA, **changes: object) -> ClipLoader:
-    """Of five steps on the only rank, unless `changes` of `BatchPlan`, `DataRank` and `ClipLoader` say otherwise."""
+    """Create a loader of five steps on a single rank; `changes` are arguments of its plan, its rank or the loader."""
     steps = range(changes.pop("start_step", 0), changes.pop("total_steps", 5))
     plan = BatchPlan(changes.pop("global_batch", 4), changes.pop("micro_batch", 4), steps)
     rank = DataRank(CPU, changes.pop("rank", 0), changes.pop("world_size", 1))

@@ -273,7 +273,7 @@ def test_bad_input_ends_in_one_message(words: list[str], said: str) -> None:
 def test_what_stage_3_refuses_does_not_keep_it_from_being_named() -> None:
     big = ["--model.size", "null", "--model.width", "4096", "--model.depth", "40", "--model.heads", "32"]
     asked = ["--training.batch_decoders", "true", "--training.compile", "true"]
-    with pytest.raises(UserError, match=r"what would fit: .*--stage 3"):
+    with pytest.raises(UserError, match=r"changes that fit: .*--stage 3"):
         plan("distill/b_from_b", *big, *asked, gpu="V100", gpus=32)
 
 
@@ -283,7 +283,7 @@ def test_what_fits_on_no_micro_batch_says_what_would() -> None:
         plan("pretrain/videomae_b_k400", *big, gpu="V100", gpus=16)
     message = str(caught.value)
     assert "even with a micro batch of 1" in message
-    wanted = message.partition("what would fit: ")[2].split(", or ")
+    wanted = message.partition("changes that fit: ")[2].split(", or ")
     assert "--stage 3" in wanted
     assert "--training.gradient_checkpointing block" not in wanted
     assert "--gpu B200" in wanted

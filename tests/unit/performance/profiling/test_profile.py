@@ -214,7 +214,7 @@ def test_the_page_says_what_was_measured(device):
     )
     text = report.to_text()
     assert all(len(line) <= 120 for line in text.splitlines())
-    for said in ("50.0% of 0.1 TFLOP/s (a data sheet)", "110.0 ms (+10.0%)", "11.0 ms a step, 10.0%", "in: backward"):
+    for said in ("50.0% of 0.1 TFLOP/s (a data sheet)", "110.0 ms (+10.0%)", "11.0 ms per step, 10.0%", "in: backward"):
         assert said in text
     # The rate is over the time of the device that computes.
     (row,) = [line for line in text.splitlines() if line.startswith("backward ")]
