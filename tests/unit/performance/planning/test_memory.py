@@ -54,7 +54,7 @@ def measure(case: dict[str, Any], folder: Path) -> int:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case["world"], "LOCAL_SIZE": case["world"]}
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         env = os.environ | {key: str(value) for key, value in (place | meeting).items()}
-        command = [sys.executable, "-m", "tests.unit.performance.memory_ranks", json.dumps(case)]
+        command = [sys.executable, "-m", "tests.unit.performance.planning.memory_ranks", json.dumps(case)]
         with (folder / f"rank{rank}.log").open("w") as log:
             ranks.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=log, text=True))
     peaks = []

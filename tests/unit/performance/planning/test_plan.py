@@ -252,7 +252,7 @@ def test_an_efficiency_of_ones_own_replaces_the_assumed_one() -> None:
         (["--gpus", "12"], "use 8 or 16 GPUs"),
         (["--gpus", "24"], "Start 16 or 32 ranks"),
         (["--gpu", "V100", "--training.precision", "bf16"], "V100 has no bf16"),
-        (["--gpu", "V100", "--attention", "flash-attn"], "V100 has sdpa only"),
+        (["--gpu", "V100", "--attention", "flash-attn"], "V100 supports sdpa only"),
         (["--gpu", "A100", "--teachers.precision", "fp8"], "A100: precision fp8 needs a GPU of the kind Ada"),
         (["--teachers.precision", "int8"], "H100: precision int8 is for CPUs"),
         (["--stage", "2", "--training.deepspeed=zero3"], "--stage cannot be combined with --training.deepspeed"),
