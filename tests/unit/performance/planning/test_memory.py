@@ -30,7 +30,7 @@ from mvd_scale.training.teachers.place import cast_teacher
 
 from .memory_ranks import clips, held_from, recipe
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 CASE: dict[str, Any] = {
     "world": 1, "micro": 16, "accumulation": 1, "deepspeed": "zero2", "teachers": "replicated", "checkpointing": "none",
