@@ -92,7 +92,7 @@ def render(tested: EvalResult, manifest: Manifest, *, hardest: int) -> str:
     picture, span = ("", 1) if few else heat_map(confusion[:, :-1])
     sure, low = hard_videos(tested, manifest, hardest)
     environment = Environment(
-        loader=PackageLoader("mvd_scale", "evaluation"),
+        loader=PackageLoader("mvd_scale", "visualization"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

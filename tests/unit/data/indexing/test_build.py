@@ -200,7 +200,7 @@ def test_an_index_goes_on_where_it_was_killed(tmp_path, videos, monkeypatch):
 
 
 def test_processes_find_what_one_finds(videos, monkeypatch):
-    monkeypatch.setattr("mvd_scale.data.worker_pool.FEW", 0)
+    monkeypatch.setattr("mvd_scale.data.worker_pool.MAX_INLINE_ITEMS", 0)
     monkeypatch.setattr("mvd_scale.data.indexing.build.CHUNK", 2)
     assert build_manifest(videos, workers=2).rows == build_manifest(videos, workers=1).rows
 
@@ -214,7 +214,7 @@ def kill_at_three(numbers: Sequence[int]) -> list[int]:
 def test_a_video_that_kills_its_process_kills_nothing_else(monkeypatch, pytestconfig):
     monkeypatch.syspath_prepend(pytestconfig.rootpath)  # so that a new process can import `kill_at_three`
     chunks = [[0, 1], [2, 3, 4], [5], [6, 7]]
-    results = dict(run_chunks(kill_at_three, chunks, 2, lambda number: -number, few=0))
+    results = dict(run_chunks(kill_at_three, chunks, 2, lambda number: -number, inline_limit=0))
     assert results == {0: [0, 10], 1: [20, -3, 40], 2: [50], 3: [60, 70]}
 
 

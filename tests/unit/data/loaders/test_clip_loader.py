@@ -320,8 +320,8 @@ if __name__ == "__main__":
     import torch
     from mvd_scale.config.data import DataConfig
     from mvd_scale.config.model import ModelConfig
-    from mvd_scale.data.index import build_manifest
-    from mvd_scale.data.loader import BatchPlan, ClipLoader
+    from mvd_scale.data.indexing.build import build_manifest
+    from mvd_scale.data.loaders.clip_loader import BatchPlan, ClipLoader
     from mvd_scale.distributed.data_rank import DataRank
     model = ModelConfig(width=16, depth=1, heads=1, frames=4, input_size=32, patch_size=8)
     manifest, plan = build_manifest(Path(sys.argv[1]), workers=1), BatchPlan(4, 4, range(1000))

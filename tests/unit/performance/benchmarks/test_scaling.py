@@ -42,7 +42,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         step = STEP.__class__(**vars(STEP) | {"milliseconds_per_step": milliseconds, "peak_memory_gib": 3.0})
         return step, 3.0 - recipe.model.depth
 
-    monkeypatch.setattr(growth, "apart", cost)
+    monkeypatch.setattr(growth, "run_in_subprocess", cost)
     return recipes
 
 
