@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mvd_kernels.dispatch import uses_triton
-from mvd_kernels.reference.add_layer_norm import add_layer_norm as twin
+from mvd_kernels.reference.add_layer_norm import add_layer_norm as reference
 
 
 def add_layer_norm(
@@ -45,4 +45,4 @@ def add_layer_norm(
         from mvd_kernels.triton_ops.add_layer_norm import add_layer_norm as fused
 
         return fused(residual, update, weight, bias, eps)
-    return twin(residual, update, weight, bias, eps)
+    return reference(residual, update, weight, bias, eps)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mvd_kernels.native import attention as native
-from mvd_kernels.reference.attention import attention as twin
+from mvd_kernels.reference.attention import attention as reference
 
 
 # The functions import with plain statements, which torch.compile can trace; no machine needs all three packages.
@@ -162,4 +162,4 @@ def attention(qkv: Tensor, queries: int | None = None) -> Tensor:
     # torch.compile cannot trace the C++ function; torch's own attention can be traced.
     if name == "native" and not torch.compiler.is_compiling():
         return native.attention(qkv, queries or qkv.shape[1]).flatten(2)
-    return twin(qkv, queries)
+    return reference(qkv, queries)

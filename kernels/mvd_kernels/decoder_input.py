@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mvd_kernels.dispatch import uses_triton
-from mvd_kernels.reference.decoder_input import decoder_input as twin
+from mvd_kernels.reference.decoder_input import decoder_input as reference
 
 
 def decoder_input(embedded: Tensor, mask_token: Tensor, positions: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
@@ -41,4 +41,4 @@ def decoder_input(embedded: Tensor, mask_token: Tensor, positions: Tensor, visib
         from mvd_kernels.triton_ops.decoder_input import decoder_input as fused
 
         return fused(embedded, mask_token, positions, visible, masked)
-    return twin(embedded, mask_token, positions, visible, masked)
+    return reference(embedded, mask_token, positions, visible, masked)

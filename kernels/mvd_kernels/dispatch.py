@@ -1,4 +1,4 @@
-"""Choice of the implementation of an operator: its Triton kernel or its plain-torch twin."""
+"""Choice of the implementation of an operator: its Triton kernel or its plain-torch reference."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 from mvd_kernels.dispatch import uses_triton
-from mvd_kernels.reference.masked_distance import masked_distance as twin
+from mvd_kernels.reference.masked_distance import masked_distance as reference
 
 Distance = Literal["smooth_l1", "l1", "l2", "cosine"]
 
@@ -37,4 +37,4 @@ def masked_distance(
         from mvd_kernels.triton_ops.masked_distance import masked_distance as fused
 
         return fused(predictions, features, masked, distance=distance, norm=norm)
-    return twin(predictions, features, masked, distance=distance, norm=norm)
+    return reference(predictions, features, masked, distance=distance, norm=norm)

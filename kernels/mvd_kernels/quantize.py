@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mvd_kernels.native import quantize as native
-from mvd_kernels.reference.quantize import quantize as twin
+from mvd_kernels.reference.quantize import quantize as reference
 
 
 def quantize(sequences: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -24,4 +24,4 @@ def quantize(sequences: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     if native.supports(sequences):
         return native.quantize(sequences, levels)
-    return twin(sequences, levels)
+    return reference(sequences, levels)

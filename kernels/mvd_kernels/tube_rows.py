@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mvd_kernels.dispatch import uses_triton
-from mvd_kernels.reference.tube_rows import tube_rows as twin
+from mvd_kernels.reference.tube_rows import tube_rows as reference
 from mvd_kernels.tubes import token_grid
 
 
@@ -49,4 +49,4 @@ def tube_rows(
         from mvd_kernels.triton_ops.tube_rows import tube_rows as fused
 
         return fused(pixels, tokens, tubelet=tubelet, patch=patch, mean=mean, std=std, dtype=dtype)
-    return twin(pixels, tokens, tubelet=tubelet, patch=patch, mean=mean, std=std, dtype=dtype)
+    return reference(pixels, tokens, tubelet=tubelet, patch=patch, mean=mean, std=std, dtype=dtype)

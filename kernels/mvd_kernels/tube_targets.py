@@ -11,7 +11,7 @@ from typing import Literal
 from torch import Tensor
 
 from mvd_kernels.dispatch import uses_triton
-from mvd_kernels.reference.tube_targets import tube_targets as twin
+from mvd_kernels.reference.tube_targets import tube_targets as reference
 from mvd_kernels.tubes import token_grid
 
 Normalize = Literal["none", "channel", "patch"]
@@ -44,7 +44,7 @@ def tube_targets(
         from mvd_kernels.triton_ops.tube_targets import tube_targets as fused
 
         return fused(pixels, tokens, tubelet=tubelet, patch=patch, normalize=normalize)
-    return twin(pixels, tokens, tubelet=tubelet, patch=patch, normalize=normalize)
+    return reference(pixels, tokens, tubelet=tubelet, patch=patch, normalize=normalize)
 
 
 def tube_pixels(pixels: Tensor, tokens: Tensor | None, *, tubelet: int, patch: int) -> Tensor:

@@ -74,7 +74,7 @@ def compare_tests(first: Path, second: Path) -> Comparison:
     tests = [EvalResult.load(folder) for folder in (first, second)]
     pair = [test.predictions for test in tests]
     if list(tests[0].names) != list(tests[1].names) or (pair[0].labels != pair[1].labels).any():
-        raise UserError(f"{first} and {second} are tests of other videos: they cannot be compared")
+        raise UserError(f"{first} and {second} are evaluations of different videos: they cannot be compared")
     one, other = ((predictions.predicted == predictions.labels).astype(np.float64) for predictions in pair)
     return Comparison(len(one), bootstrap(one), bootstrap(other), bootstrap(one - other))
 

@@ -20,7 +20,7 @@ NO_KERNELS = {
 
 @pytest.fixture(scope="session", autouse=True)
 def gpu() -> None:
-    """The twins run on any machine."""
+    """The references run on any machine."""
 
 
 def test_every_kernel_has_a_case() -> None:

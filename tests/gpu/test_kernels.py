@@ -1,6 +1,6 @@
-"""Kernels against their twins.
+"""Kernels against their references.
 
-The twin computes on the CPU in float32 from the same rounded values. An error is the largest difference over the
+The reference computes on the CPU in float32 from the same rounded values. An error is the largest difference over the
 largest value, of outputs and of gradients.
 """
 
@@ -31,29 +31,29 @@ def test_a_kernel_equals_its_twin(case: Case, dtype: torch.dtype, gpu: torch.dev
         pytest.skip(f"{torch.cuda.get_device_name(gpu)} has no bf16")
     rounded = {name: _cast(tensor, dtype) for name, tensor in case.inputs(torch.Generator().manual_seed(0)).items()}
     here = {name: _leaf(tensor.to(gpu), name in case.gradients) for name, tensor in rounded.items()}
-    twin = {name: _leaf(_cast(tensor, torch.float32), name in case.gradients) for name, tensor in rounded.items()}
+    reference = {name: _leaf(_cast(tensor, torch.float32), name in case.gradients) for name, tensor in rounded.items()}
     results = _outputs(case.call(kernel, here, dtype))
-    expected = _outputs(case.call(kernel, twin, torch.float32))
+    expected = _outputs(case.call(kernel, reference, torch.float32))
     errors = {"outputs": max(map(_error, results, expected))}
     if case.gradients:
-        errors["gradients"] = _gradient_error(results, expected, here, twin, case.gradients)
+        errors["gradients"] = _gradient_error(results, expected, here, reference, case.gradients)
     for name, error in errors.items():
         figure(f"error of {name}", error)
     assert max(errors.values()) < TOLERANCE[dtype], errors
 
 
 def _gradient_error(
-    results: list[Tensor], expected: list[Tensor], here: Inputs, twin: Inputs, names: tuple[str, ...]
+    results: list[Tensor], expected: list[Tensor], here: Inputs, reference: Inputs, names: tuple[str, ...]
 ) -> float:
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(tensor.shape, generator=generator) for tensor in expected]
     if not expected[0].dim():
         # A mean over many values has gradients too small for fp16, as they are without a loss scale.
-        weights = [torch.tensor(float(max(twin[name].numel() for name in names)))]
+        weights = [torch.tensor(float(max(reference[name].numel() for name in names)))]
     weights = [weight.to(result.dtype) for weight, result in zip(weights, results, strict=True)]
     torch.autograd.backward(results, [weight.to(r.device) for weight, r in zip(weights, results, strict=True)])
     torch.autograd.backward(expected, [weight.float() for weight in weights])
-    pairs = [(here[name].grad, twin[name].grad) for name in names]
+    pairs = [(here[name].grad, reference[name].grad) for name in names]
     assert all(got is not None and wanted is not None for got, wanted in pairs)
     return max(_error(got, wanted) for got, wanted in pairs if got is not None and wanted is not None)
 

@@ -55,7 +55,7 @@ def kernel(request: pytest.FixtureRequest) -> Evaluate:
         pytest.skip("needs an NVIDIA GPU")
 
     def run(call: Call) -> tuple[list[Tensor], list[Tensor]]:
-        results, gradients = evaluate(call.to("cuda"), "fused")
+        results, gradients = evaluate(call.to("cuda"), "triton_ops")
         return [tensor.cpu() for tensor in results], [tensor.cpu() for tensor in gradients]
 
     return run

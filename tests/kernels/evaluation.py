@@ -37,9 +37,9 @@ class Call:
     compiled: bool = False
 
     def function(self, room: str) -> Callable[..., Any]:
-        """The operator as it stands in `twins` or `fused`."""
+        """The operator as it stands in `reference` or `triton_ops`."""
         function = getattr(import_module(f"mvd_kernels.{room}.{self.operator}"), self.operator)
-        if self.compiled and room == "fused":
+        if self.compiled and room == "triton_ops":
             return torch.compile(function, backend="aot_eager", fullgraph=True)
         return function
 
@@ -75,7 +75,7 @@ def serve() -> None:
         except EOFError:
             return
         try:
-            answer: Any = evaluate(call, "fused")
+            answer: Any = evaluate(call, "triton_ops")
         except Exception:
             answer = traceback.format_exc()
         answers.write(pickle.dumps(answer))

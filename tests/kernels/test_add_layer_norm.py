@@ -1,4 +1,4 @@
-"""A residual sum and its LayerNorm against their formulas, the kernel against its twin, with all gradients."""
+"""A residual sum and its LayerNorm against their formulas, the kernel against its reference, with all gradients."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_each_part_of_the_first_axis_has_its_norm() -> None:
 
 def assert_alike(kernel: Evaluate, call: Call, tolerance: float) -> None:
     results, gradients = kernel(call)
-    expected, expected_gradients = evaluate(call, "twins")
+    expected, expected_gradients = evaluate(call, "reference")
     for result, wanted in zip([*results, *gradients], [*expected, *expected_gradients], strict=True):
         assert result.dtype == wanted.dtype
         assert result.shape == wanted.shape

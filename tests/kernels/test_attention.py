@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mvd_kernels import attention, attention_backend, attention_backends
 from mvd_kernels.attention import FLASH_ATTENTION_RELEASES, FlashAttentionRelease
-from mvd_kernels.reference.attention import attention as twin
+from mvd_kernels.reference.attention import attention as reference
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
@@ -53,7 +53,7 @@ def install(machine: pytest.MonkeyPatch, backend: FlashAttentionRelease) -> None
 
     def packed(qkv: Tensor) -> Tensor:
         clips, count, _, heads, channels = qkv.shape
-        return twin(qkv).view(clips, count, heads, channels)
+        return reference(qkv).view(clips, count, heads, channels)
 
     def apart(queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, None]:
         return packed(torch.stack([queries, keys, values], 2)), None
@@ -100,9 +100,9 @@ def test_every_release_is_called_by_its_own_rules(machine: pytest.MonkeyPatch, b
     install(machine, backend)
     qkv = torch.randn(2, 5, 3, 2, 8)
     machine.setattr(import_module("mvd_kernels.attention"), "attention_backend", lambda *_: backend.name)
-    torch.testing.assert_close(attention(qkv), twin(qkv))
+    torch.testing.assert_close(attention(qkv), reference(qkv))
     compiled = torch.compile(attention, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(qkv), twin(qkv))
+    torch.testing.assert_close(compiled(qkv), reference(qkv))
 
 
 def test_a_compiled_program_chooses_as_any_other(machine: pytest.MonkeyPatch) -> None:
@@ -126,7 +126,7 @@ def test_flash_attention_equals_torch(backend: FlashAttentionRelease, channels: 
         pytest.skip(f"{backend.name}: {reason}")
     qkv = torch.randn(2, 130, 3, 4, channels, device=GPU, dtype=torch.bfloat16)
     fused, plain = qkv.clone().requires_grad_(), qkv.double().requires_grad_()
-    result, expected = backend.attend(fused).flatten(2), twin(plain)
+    result, expected = backend.attend(fused).flatten(2), reference(plain)
     torch.testing.assert_close(result.double(), expected, atol=2e-2, rtol=2e-2)
     upstream = torch.randn_like(result)
     (gradient,) = torch.autograd.grad(result, fused, upstream)

@@ -21,7 +21,7 @@ def test_the_table_names_device_and_versions(tmp_path: Path) -> None:
     assert result.exit_code == 0
     with file.open() as table:
         lines = list(csv.DictReader(table))
-    assert {line["way"] for line in lines} == ({"twin", "triton"} if torch.cuda.is_available() else {"twin"})
+    assert {line["way"] for line in lines} == ({"reference", "triton"} if torch.cuda.is_available() else {"reference"})
     for line in lines:
         assert line["torch"] == torch.__version__
         assert line["device"] in result.output
@@ -43,7 +43,7 @@ def test_passes_are_timed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append("forward")
         return 2 * leaf
 
-    case = BenchmarkCase("", torch.float32, {"twin": call}, (leaf,))
+    case = BenchmarkCase("", torch.float32, {"reference": call}, (leaf,))
     passes = [line.passes for line in timing.time_case(case, torch.device("cpu"))]
     assert passes == ["forward", "backward", "full"]
     assert len(seen) == 3  # once forward, once to have something to go back through, once full

@@ -1,4 +1,4 @@
-"""The input of a decoder, token by token; the kernel against its twin."""
+"""The input of a decoder, token by token; the kernel against its reference."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_missing_tokens_are_refused() -> None:
 
 def assert_alike(kernel: Evaluate, call: Call, tolerance: float) -> None:
     results, gradients = kernel(call)
-    expected, expected_gradients = evaluate(call, "twins")
+    expected, expected_gradients = evaluate(call, "reference")
     for result, wanted in zip([*results, *gradients], [*expected, *expected_gradients], strict=True):
         assert result.dtype == wanted.dtype
         torch.testing.assert_close(result, wanted, atol=tolerance, rtol=tolerance)

@@ -1,4 +1,4 @@
-"""Each operator passes all its arguments to its Triton kernel on a GPU, and to its twin elsewhere."""
+"""Each operator passes all its arguments to its Triton kernel on a GPU, and to its reference elsewhere."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def test_an_operator_hands_on_all_arguments(operator: str, on_gpu: bool, monkeyp
         return lambda *arguments, **keywords: (room, arguments, keywords)
 
     monkeypatch.setattr(module, "uses_triton", answer)
-    monkeypatch.setattr(module, "twin", reached("twins"))
-    monkeypatch.setattr(import_module(f"mvd_kernels.triton_ops.{operator}"), operator, reached("fused"))
+    monkeypatch.setattr(module, "reference", reached("reference"))
+    monkeypatch.setattr(import_module(f"mvd_kernels.triton_ops.{operator}"), operator, reached("triton_ops"))
     arguments, keywords = CALLS[operator]
     room, passed, named = getattr(mvd_kernels, operator)(*arguments, **keywords)
-    assert room == ("fused" if on_gpu else "twins")
+    assert room == ("triton_ops" if on_gpu else "reference")
     assert passed == arguments
     assert named == keywords
     assert asked[0] is arguments[0]

@@ -1,4 +1,4 @@
-"""Eq. 2 against sums written out, its kernel against its twin; the gradient reaches predictions only."""
+"""Eq. 2 against sums written out, its kernel against its reference; the gradient reaches predictions only."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def call(
 
 def assert_alike(kernel: Evaluate, call: Call, tolerance: float) -> None:
     (result,), (gradient,) = kernel(call)
-    (expected,), (expected_gradient,) = evaluate(call, "twins")
+    (expected,), (expected_gradient,) = evaluate(call, "reference")
     assert result.dtype == torch.float32
     torch.testing.assert_close(result, expected, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(gradient, expected_gradient, atol=tolerance, rtol=tolerance)

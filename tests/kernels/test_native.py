@@ -12,7 +12,7 @@ from mvd_kernels import attention, attention_backend, attention_backends
 from mvd_kernels.native import attention as native
 from mvd_kernels.native import library as native_library
 from mvd_kernels.quantize import quantize
-from mvd_kernels.reference.attention import attention as twin
+from mvd_kernels.reference.attention import attention as reference
 from mvd_kernels.reference.quantize import quantize as plain_quantize
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def test_attention_is_that_of_float32(
     torch.manual_seed(0)
     ours = torch.randn(clips, tokens, 3, heads, channels).bfloat16().requires_grad_()
     true = ours.detach().float().requires_grad_()
-    result, expected = attention_of(ours, queries, threads), twin(true, queries)
+    result, expected = attention_of(ours, queries, threads), reference(true, queries)
     assert result.dtype == torch.bfloat16
     # Half a step of bf16 is 0.2 to 0.4 % of a number.
     assert (result.float() - expected).norm() < 0.004 * expected.norm()
@@ -67,7 +67,7 @@ def test_scores_of_any_size_are_softened() -> None:
     qkv = torch.zeros(1, 40, 3, 1, 32)
     qkv[..., 0] = torch.linspace(-200, 200, 40).view(1, 40, 1, 1)
     qkv = qkv.bfloat16()
-    torch.testing.assert_close(attention(qkv).float(), twin(qkv.float()), rtol=0.01, atol=1e-3)
+    torch.testing.assert_close(attention(qkv).float(), reference(qkv.float()), rtol=0.01, atol=1e-3)
 
 
 @on_bf16_cpus
@@ -76,7 +76,7 @@ def test_low_scores_have_finite_gradients_beside_padding() -> None:
     qkv[:, :, 0, :, 0], qkv[:, :, 1, :, 0], qkv[:, :, 2] = 40, -40, torch.randn(1, 40, 1, 32)
     ours, true = qkv.bfloat16().requires_grad_(), qkv.bfloat16().float().requires_grad_()
     attention(ours).square().sum().backward()
-    twin(true).square().sum().backward()
+    reference(true).square().sum().backward()
     assert ours.grad is not None
     assert true.grad is not None
     torch.testing.assert_close(ours.grad[:, :, 2].float(), true.grad[:, :, 2], rtol=0.02, atol=1e-3)
@@ -118,7 +118,7 @@ def test_what_is_not_finite_is_seen(value: float) -> None:
 @on_bf16_cpus
 def test_a_view_of_a_larger_tensor_is_read_as_it_is() -> None:
     qkv = torch.randn(2, 3, 40, 2, 64).bfloat16().permute(0, 2, 1, 3, 4)
-    torch.testing.assert_close(attention(qkv).float(), twin(qkv.float()), rtol=0.01, atol=0.01)
+    torch.testing.assert_close(attention(qkv).float(), reference(qkv.float()), rtol=0.01, atol=0.01)
 
 
 def test_what_it_does_not_compute_is_left_to_torch() -> None:

@@ -1,4 +1,4 @@
-"""Rows of chosen tokens against slices written out, the kernel against its twin."""
+"""Rows of chosen tokens against slices written out, the kernel against its reference."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def assert_alike(
     keywords = {"mean": MEAN, "std": STD, "dtype": torch.float32, **keywords}
     call = Call("tube_rows", (pixels, tokens), keywords, compiled=compiled)
     (result,), _ = kernel(call)
-    (expected,), _ = evaluate(call, "twins")
+    (expected,), _ = evaluate(call, "reference")
     assert result.dtype == call.keywords["dtype"]
     # Triton's interpreter cuts float32 to bfloat16 where a GPU rounds: one unit in the last place.
     tolerance = {torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}[result.dtype]

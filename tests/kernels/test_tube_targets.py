@@ -1,4 +1,4 @@
-"""Pixel targets of chosen tokens against their formulas, the kernel against its twin."""
+"""Pixel targets of chosen tokens against their formulas, the kernel against its reference."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def assert_alike(
 ) -> None:
     call = Call("tube_targets", (pixels, tokens), keywords, compiled=compiled)
     (result,), _ = kernel(call)
-    (expected,), _ = evaluate(call, "twins")
+    (expected,), _ = evaluate(call, "reference")
     assert result.dtype == torch.float32
     torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
 

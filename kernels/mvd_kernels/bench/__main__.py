@@ -1,4 +1,4 @@
-"""`python -m mvd_kernels.bench [OPERATOR]... [--csv FILE]`: times of the operators by kernel and by twin."""
+"""`python -m mvd_kernels.bench [OPERATOR]... [--csv FILE]`: times of the operators by kernel and by reference."""
 
 from __future__ import annotations
 

@@ -44,10 +44,10 @@ def clips(device: torch.device) -> int:
 def implementations(
     operator: str, device: torch.device, *arguments: Any, **keywords: Any
 ) -> dict[str, Callable[[], Any]]:
-    """Make the calls of an operator by its twin and, on GPUs, by its Triton kernel; {implementation: call}."""
-    rooms = {"twin": "twins"}
+    """Make the calls of an operator by its reference and, on GPUs, by its Triton kernel; {implementation: call}."""
+    rooms = {"reference": "reference"}
     if uses_triton(torch.empty(0, device=device)):
-        rooms["triton"] = "fused"
+        rooms["triton"] = "triton_ops"
     functions = {way: getattr(import_module(f"mvd_kernels.{room}.{operator}"), operator) for way, room in rooms.items()}
     return {way: partial(function, *arguments, **keywords) for way, function in functions.items()}
 

@@ -1,4 +1,4 @@
-"""Gather of tubes, which the twins of the operators on tubes share."""
+"""Gather of tubes, which the references of the operators on tubes share."""
 
 from __future__ import annotations
 

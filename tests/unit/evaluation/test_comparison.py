@@ -55,7 +55,7 @@ def test_a_test_beside_itself_does_not_differ(tmp_path: Path) -> None:
 def test_other_videos_are_refused(tmp_path: Path) -> None:
     right = np.ones(VIDEOS, dtype=np.bool_)
     first, second = finished(tmp_path / "one", right), finished(tmp_path / "two", right, name="other")
-    with pytest.raises(UserError, match="tests of other videos: they cannot be compared"):
+    with pytest.raises(UserError, match="evaluations of different videos: they cannot be compared"):
         compare_tests(first, second)
 
 
