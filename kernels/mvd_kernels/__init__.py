@@ -1,8 +1,8 @@
 """Operators of the distillation step: Triton kernels on GPUs, plain torch elsewhere. Does not import `mvd_scale`.
 
 Each operator has five files of the same name: one here (its contract, and the choice of the implementation), one in
-`reference` (plain torch), one in `triton_ops` (Triton kernels, their launch and autograd), one in `bench`, and a test. `native`
-contains C++ versions of the few operators that are faster with one on CPUs.
+`reference` (plain torch), one in `triton_ops` (Triton kernels, their launch and autograd), one in `bench`, and a
+test. `native` contains C++ versions of the few operators that are faster with one on CPUs.
 """
 
 from mvd_kernels.add_layer_norm import add_layer_norm
