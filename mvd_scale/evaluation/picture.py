@@ -124,9 +124,10 @@ def panels_from(
         truth, guess = (values.float().cpu() for values in pair)
         tokens = targets[name].tokens(batch)
         places = torch.arange(recipe.tokens).expand(len(truth), -1) if tokens is None else tokens.cpu()
-        if isinstance(recipe.targets[name], PixelTarget):
-            plain = recipe.targets[name].normalize == "none"
-            images = [_front_pixels(v if plain else _spread(v), places, model) for v in (truth, guess)]
+        config = recipe.targets[name]
+        if isinstance(config, PixelTarget):
+            pixels = (truth, guess) if config.normalize == "none" else (_spread(truth), _spread(guess))
+            images = [_front_pixels(values, places, model) for values in pixels]
         else:
             colours = principal_colours(truth, guess)
             images = [_enlarge(_tokens_to_images(colour, places, model), model) for colour in colours]
