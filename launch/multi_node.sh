@@ -32,7 +32,7 @@ fi
 if [[ -n "${NODE_RANK:-}" ]]; then
     [[ -n "${MASTER_ADDR:-}" ]] || mvd_fail "NODE_RANK is set, but MASTER_ADDR is not: set MASTER_ADDR to the address of the first host"
     if ((NODE_RANK == 0)); then
-        python -m mvd_scale.distributed.free_port "${MASTER_PORT:-29500}" >/dev/null
+        python "$mvd_root/mvd_scale/distributed/free_port.py" "${MASTER_PORT:-29500}" >/dev/null
     fi
     options+=(--no_ssh --node_rank "$NODE_RANK")
 fi

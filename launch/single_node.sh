@@ -10,7 +10,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 (($#)) || mvd_fail "no subcommand: expected, for example, $0 pretrain --recipe distill/b_from_b"
 
-port="$(python -m mvd_scale.distributed.free_port ${MASTER_PORT:+"$MASTER_PORT"})"
+port="$(python "$mvd_root/mvd_scale/distributed/free_port.py" ${MASTER_PORT:+"$MASTER_PORT"})"
 options=(--hostfile= --master_port "$port" --module --no_local_rank --quiet)
 
 if [[ "${DS_ACCELERATOR:-}" == cpu ]] || ! nvidia-smi --list-gpus 2>/dev/null | grep -q '^GPU'; then

@@ -53,10 +53,10 @@ def test_videomae(videomae: Vectors, tmp_path: Path, form: str) -> None:
     torch.testing.assert_close(target.features(batch), videomae["target"], **OUTPUT)
     predictions = student(batch.pixels, batch.visible, batch.masked)["pixels"]
     torch.testing.assert_close(predictions.detach(), videomae["pred"], **OUTPUT)
-    loss = target.distance(predictions, target.raw(batch))
+    loss = target.distance(predictions, target.raw_features(batch))
     assert loss.item() == pytest.approx(float(videomae.metadata["loss"]), **LOSS)
     plain = Pixels(PixelTarget(decoder=UNUSED, normalize="none"), checkpoint.model)
-    raw = plain.distance(predictions, plain.raw(batch))
+    raw = plain.distance(predictions, plain.raw_features(batch))
     assert raw.item() == pytest.approx(float(videomae.metadata["loss_raw_pixels"]), **LOSS)
     loss.backward()
     assert_gradients(videomae, published_gradients(checkpoint, student, "videomae"))
@@ -90,7 +90,7 @@ def test_mae(mae: Vectors, tmp_path: Path, form: str) -> None:
     torch.testing.assert_close(seen, mae["pred"].gather(1, _rows(batch.visible, mae["pred"])), **OUTPUT)
 
     target = Pixels(PixelTarget(decoder=UNUSED, normalize="patch"), model)
-    loss = target.distance(predictions, target.raw(batch))
+    loss = target.distance(predictions, target.raw_features(batch))
     assert loss.item() == pytest.approx(float(mae.metadata["loss"]), **LOSS)
     loss.backward()
     assert_gradients(mae, published_gradients(checkpoint, student, "mae"))

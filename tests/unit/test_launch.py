@@ -86,6 +86,9 @@ def machine(tmp_path: Path) -> Machine:
     programs.mkdir()
     shutil.copytree(LAUNCH, root / "launch")
     shutil.copy(REPOSITORY / "pyproject.toml", root)
+    port = Path("mvd_scale", "distributed", "free_port.py")
+    (root / port).parent.mkdir(parents=True)
+    shutil.copy(REPOSITORY / port, root / port)
     for tool in TOOLS:
         found = shutil.which(tool)
         assert found, f"this machine has no {tool}"

@@ -59,7 +59,7 @@ def test_predictions_and_gradients_are_those_of_each_in_turn(
 ) -> None:
     apart, together = student(**case), student(**case)
     together.batch_decoders()
-    assert [list(dict(group.decoders)) for group in together.together] == groups  # type: ignore[arg-type]
+    assert [list(dict(group.decoders)) for group in together.grouped_decoders] == groups  # type: ignore[arg-type]
     called: list[str] = []
     for model in (apart, together):
         set_gradient_checkpointing(model, checkpointing)
@@ -69,7 +69,7 @@ def test_predictions_and_gradients_are_those_of_each_in_turn(
     called.clear()
     torch.testing.assert_close(learnt(together, clips), expected, rtol=1e-4, atol=1e-5)
     assert called == [name for name in together.decoders if not any(name in group for group in groups)]
-    stacks = [group.blocks for group in together.together]
+    stacks = [group.blocks for group in together.grouped_decoders]
     assert [stack.gradient_checkpointing for stack in stacks] == [checkpointing] * len(groups)  # type: ignore[union-attr]
 
 

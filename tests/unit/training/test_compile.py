@@ -216,12 +216,12 @@ def test_a_teacher_is_recorded_once_and_runs_other_shapes_as_before(monkeypatch:
 def test_a_recorded_teacher_is_given_pixels(recorded: bool) -> None:
     made = recipe()
     targets = build_targets(made, lambda name: Encoder(made.model, final_norm=False))
-    assert targets["video"].tube_rows is not None  # type: ignore[attr-defined]
+    assert targets["video"].rows_key is not None  # type: ignore[attr-defined]
     placement = decide_placement(made, teacher_facts(targets), Devices("cpu", 1, 1, Capabilities()))
     placed = replace(placement.teacher("video"), compile=Decision(False, ""), cuda_graph=Decision(recorded, ""))
     place_teachers(targets, replace(placement, teachers=(placed,)), Ranks(0, 0, 1, CPU))
     assert isinstance(targets["video"].teacher, CudaGraphTeacher) == recorded  # type: ignore[attr-defined]
-    assert (targets["video"].tube_rows is None) == recorded  # type: ignore[attr-defined]
+    assert (targets["video"].rows_key is None) == recorded  # type: ignore[attr-defined]
 
 
 def test_compiled_stochastic_depth_leaves_out_its_share_and_keeps_the_mean(traced_only: None) -> None:

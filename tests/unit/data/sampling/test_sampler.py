@@ -82,7 +82,7 @@ def test_a_tube_mask_hides_the_same_patches_in_every_slice_and_always_as_many(se
 def test_running_cells_take_the_same_share_of_every_tube(seed, share, grid):
     time, height, width = grid
     whole = draw_mask(default_rng(seed), MaskConfig(ratio=0.7), grid)
-    visible, decoded = draw_mask(default_rng(seed), MaskConfig(ratio=0.7, decode=share), grid)
+    visible, decoded = draw_mask(default_rng(seed), MaskConfig(ratio=0.7, decode_ratio=share), grid)
     assert visible.tolist() == whole[0].tolist()
     assert set(decoded) <= set(whole[1])
     assert len(decoded) == share * len(whole[1])
