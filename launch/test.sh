@@ -22,6 +22,8 @@ check() {
 }
 # Most tests keep one core busy most of the time. Those of one file share what they start, so they stay together.
 cores="$(nproc)"
+# Threads that wait give their core to the other tests at once.
+export OMP_WAIT_POLICY=passive
 parallel=(-n "$((cores < 4 ? cores : 4))" --dist loadfile)
 check ruff check .
 check ruff format --check .
