@@ -26,5 +26,5 @@ class DropPath(timm.layers.DropPath):
         # A compiled program draws other clips than timm would: it has its own random generator in any case.
         if not self.training or not torch.compiler.is_compiling():
             return super().forward(x)
-        output_tokens = torch.rand(len(x), 1, 1, device=x.device) < self.keep
-        return x * (output_tokens / self.keep).to(x.dtype)
+        kept = torch.rand(len(x), 1, 1, device=x.device) < self.keep
+        return x * (kept / self.keep).to(x.dtype)

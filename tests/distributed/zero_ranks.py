@@ -129,9 +129,9 @@ def train(ranks: Ranks, made: Recipe, *, poison_last: bool = False, out: Path | 
             break
         total = torch.stack([micro.loss for micro in trainer.train_step()]).mean()
         for average in averages:
-            output_tokens = average.momentum(step)
+            decay = average.momentum(step)
             now = encoder_weights(engine)
-            expected = {name: output_tokens * old + (1 - output_tokens) * now[name] for name, old in expected.items()}
+            expected = {name: decay * old + (1 - decay) * now[name] for name, old in expected.items()}
         torch.distributed.all_reduce(total)
         losses.append(float(total) / ranks.world_size)
     return average_values(averages, expected, out, ranks) | {

@@ -37,18 +37,18 @@ def test_a_graphed_teacher_gives_the_features_of_the_same_one_without(gpu: torch
     ours = copy.deepcopy(teacher)
     if compiled:
         compile_blocks(ours)
-    graphed, output_tokens = CudaGraphTeacher(ours), []
+    graphed, recorded = CudaGraphTeacher(ours), []
     for seed in range(4):
         pixels, tokens = clips(seed, gpu)
         # One micro batch after the other, on either stream.
         stream = torch.cuda.Stream(gpu) if seed % 2 else torch.cuda.current_stream(gpu)
         stream.wait_stream(torch.cuda.current_stream(gpu))
         with torch.cuda.stream(stream):
-            output_tokens.append((graphed(pixels, output_tokens=tokens), pixels, tokens))
+            recorded.append((graphed(pixels, output_tokens=tokens), pixels, tokens))
     torch.cuda.synchronize(gpu)
     with torch.no_grad():
         # No later call has written over them.
-        for features, pixels, tokens in output_tokens:
+        for features, pixels, tokens in recorded:
             torch.testing.assert_close(features, teacher(pixels, output_tokens=tokens), rtol=1e-2, atol=1e-2)
         few, tokens = pixels[:1], tokens[:1]
         torch.testing.assert_close(
@@ -58,7 +58,7 @@ def test_a_graphed_teacher_gives_the_features_of_the_same_one_without(gpu: torch
         for moved, parameter in zip(ours.parameters(), teacher.parameters(), strict=True):
             parameter.mul_(1.1)
             moved.data.copy_(parameter)
-        features, pixels, tokens = output_tokens[0]
+        features, pixels, tokens = recorded[0]
         moved_features = graphed(pixels, output_tokens=tokens)
         assert not torch.allclose(moved_features, features, rtol=1e-2, atol=1e-2)
         torch.testing.assert_close(moved_features, teacher(pixels, output_tokens=tokens), rtol=1e-2, atol=1e-2)

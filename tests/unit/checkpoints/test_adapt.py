@@ -76,12 +76,12 @@ def test_an_image_model_inflates_to_clips_that_embed_still_frames_alike(tmp_path
     assert (checkpoint.model.frames, checkpoint.model.tubelet, checkpoint.model.positions) == (4, 2, "sincos3d")
     video = build_encoder(checkpoint, final_norm=True)
     frame = torch.rand(1, 1, 48, 48, 3)
-    output_tokens: list[torch.Tensor] = []
+    embedded: list[torch.Tensor] = []
     for model in (encoder, video):
-        model.patch_embed.register_forward_hook(lambda module, taken, given: output_tokens.append(given))
+        model.patch_embed.register_forward_hook(lambda module, taken, given: embedded.append(given))
     encoder(frame)
     video(frame.expand(-1, 4, -1, -1, -1).contiguous())
-    torch.testing.assert_close(output_tokens[1], output_tokens[0].repeat(2, 1))
+    torch.testing.assert_close(embedded[1], embedded[0].repeat(2, 1))
 
 
 def test_what_cannot_be_is_refused_with_the_reason(tmp_path: Path) -> None:

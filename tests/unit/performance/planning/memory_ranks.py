@@ -97,9 +97,9 @@ def main(case: dict[str, Any]) -> None:
     ranks = init_distributed("cpu", timeout_minutes=2)
     # From before the models are built, so that nothing is missed.
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        output_tokens = train(recipe(case), ranks)
+        trainer = train(recipe(case), ranks)
     _, peak = held_from(profiler, "step 1")
-    del output_tokens
+    del trainer
     destroy_distributed()
     print(json.dumps({"peak": peak}))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -44,7 +45,8 @@ def measure(case: dict[str, Any], fork_server: ForkServer) -> int:
         "tests.unit.performance.planning.memory_ranks", json.dumps(case), ranks=case["world"]
     )
     assert code == 0, output[-3000:]
-    peaks = [json.loads(line)["peak"] for line in output.splitlines() if line.startswith('{"peak": ')]
+    # Ranks share a pipe: two of their lines may come as one.
+    peaks = [int(peak) for peak in re.findall(r'{"peak": (\d+)}', output)]
     assert len(peaks) == case["world"]
     return max(peaks)
 
@@ -125,8 +127,8 @@ def test_what_a_stage_shards_shrinks_with_the_ranks() -> None:
             whole = many[phase]["weights"] / parts["weights"]
             assert (whole < 0.05) == (stage == 3), phase
     # With accumulation, stage 1 keeps gradients whole.
-    output_tokens = {stage: many["optimizer step"]["gradients"] for stage, (_, many) in shares.items()}
-    assert output_tokens[1] > 10 * output_tokens[2]
+    gradients = {stage: many["optimizer step"]["gradients"] for stage, (_, many) in shares.items()}
+    assert gradients[1] > 10 * gradients[2]
 
 
 def test_checkpointing_and_smaller_micro_batches_save_activations() -> None:
@@ -135,12 +137,12 @@ def test_checkpointing_and_smaller_micro_batches_save_activations() -> None:
     parallel = parallel_config(made, workload, 32)
     phase = "start of the backward pass"
     checkpointed = predict_memory(workload, parallel).phases[phase]["activations"]
-    output_tokens, without_attention = (
+    stored, without_attention = (
         predict_memory(workload, replace(parallel, checkpointing=policy)).phases[phase]["activations"]
         for policy in ("none", "attention")
     )
-    assert checkpointed < 0.1 * output_tokens
-    assert 0.6 * output_tokens < without_attention < 0.75 * output_tokens
+    assert checkpointed < 0.1 * stored
+    assert 0.6 * stored < without_attention < 0.75 * stored
     half = predict_memory(workload, replace(parallel, micro=parallel.micro // 2)).phases[phase]["activations"]
     assert 2 * half == checkpointed
 
