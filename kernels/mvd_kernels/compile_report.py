@@ -31,14 +31,14 @@ class KernelResources:
     """Resources of one compiled kernel.
 
     Attributes:
-        specimen: the launch that it was compiled for.
+        example: the launch that it was compiled for.
         architecture: compute capability, such as 90.
         registers: registers per thread.
         shared: shared memory per program, bytes; from sm_90 on this includes 1 KiB of the driver's.
         spilled: memory per thread for values that do not fit in registers, bytes.
     """
 
-    specimen: ExampleLaunch
+    example: ExampleLaunch
     architecture: int
     registers: int
     shared: int
@@ -47,7 +47,7 @@ class KernelResources:
     @property
     def name(self) -> str:
         """Name of kernel, variant and architecture."""
-        return f"{self.specimen.name} sm_{self.architecture}"
+        return f"{self.example.name} sm_{self.architecture}"
 
 
 def compile_launch(launch: Launch, architecture: int) -> CompiledKernel:
@@ -71,9 +71,9 @@ def compile_launch(launch: Launch, architecture: int) -> CompiledKernel:
     return triton.compile(source, GPUTarget("cuda", architecture, 32), {"num_warps": launch.warps})
 
 
-def measure(specimen: ExampleLaunch, architecture: int) -> KernelResources:
+def measure(example: ExampleLaunch, architecture: int) -> KernelResources:
     """Compile a kernel and read its resources from the binary."""
-    kernel = compile_launch(specimen.launch, architecture)
+    kernel = compile_launch(example.launch, architecture)
     with TemporaryDirectory() as folder:
         file = Path(folder, "kernel.cubin")
         file.write_bytes(kernel.asm["cubin"])
@@ -81,15 +81,15 @@ def measure(specimen: ExampleLaunch, architecture: int) -> KernelResources:
         listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     used = {name: int(number) for name, number in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", listing)}
     shared = used["SHARED"] + kernel.metadata.shared
-    return KernelResources(specimen, architecture, used["REG"], shared, used["STACK"] + used["LOCAL"])
+    return KernelResources(example, architecture, used["REG"], shared, used["STACK"] + used["LOCAL"])
 
 
 def measure_all(architectures: Iterable[int] = ARCHITECTURES) -> Iterator[KernelResources]:
     """Measure every kernel on every architecture; about 0.5 s per kernel without Triton's cache."""
     architectures = tuple(architectures)
-    for specimen in example_launches():
+    for example in example_launches():
         for architecture in architectures:
-            yield measure(specimen, architecture)
+            yield measure(example, architecture)
 
 
 def as_json(resources: Iterable[KernelResources]) -> str:
@@ -100,7 +100,7 @@ def as_json(resources: Iterable[KernelResources]) -> str:
     lines = []
     for r in resources:
         taken = {"registers": r.registers, "shared": r.shared, "spilled": r.spilled}
-        moved = {"read": round(r.specimen.read, 1), "written": round(r.specimen.written, 1)}
+        moved = {"read": round(r.example.read, 1), "written": round(r.example.written, 1)}
         lines.append(f"  {json.dumps(r.name)}: {json.dumps(taken | moved)}")
     kernels = ",\n".join(lines)
     return f'{{\n "triton": "{triton.__version__}",\n "kernels": {{\n{kernels}\n }}\n}}'
@@ -116,7 +116,7 @@ def main(to_json: bool) -> None:
     head = ("kernel", "arch", "warps", "registers", "shared, B", "spilled, B", "read, B/row", "written, B/row")
     click.echo("{:<52}{:>7}{:>7}{:>11}{:>11}{:>12}{:>13}{:>16}".format(*head))
     for r in measure_all():
-        s = r.specimen
+        s = r.example
         click.echo(
             f"{s.name:<52}{f'sm_{r.architecture}':>7}{s.launch.warps:>7}{r.registers:>11}{r.shared:>11}{r.spilled:>12}"
             f"{s.read:>13.0f}{s.written:>16.0f}"

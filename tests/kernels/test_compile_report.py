@@ -22,7 +22,7 @@ GOLDEN = Path(__file__).with_name("compile_report.json")
 def test_every_kernel_takes_what_it_took() -> None:
     golden = json.loads(GOLDEN.read_text())
     if golden["triton"] != triton.__version__:
-        pytest.skip(f"resources.json is of Triton {golden['triton']}; {triton.__version__} compiles otherwise")
+        pytest.skip(f"compile_report.json is of Triton {golden['triton']}; {triton.__version__} compiles otherwise")
     measured = json.loads(as_json(measure_all()))["kernels"]
     changed = [
         f"{name}: {golden['kernels'].get(name)} -> {measured.get(name)}"
@@ -42,7 +42,7 @@ def test_nothing_is_spilled_anywhere() -> None:
 
 
 def test_a_spill_is_seen() -> None:
-    specimen = next(s for s in example_launches() if s.launch.kernel.__name__ == "add_layer_norm_backward")
-    cramped = replace(specimen, launch=replace(specimen.launch, warps=1))
-    assert measure(specimen, 90).spilled == 0
+    example = next(s for s in example_launches() if s.launch.kernel.__name__ == "add_layer_norm_backward")
+    cramped = replace(example, launch=replace(example.launch, warps=1))
+    assert measure(example, 90).spilled == 0
     assert measure(cramped, 90).spilled > 0
