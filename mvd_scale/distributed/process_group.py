@@ -6,6 +6,7 @@ is imported.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -22,6 +23,9 @@ from mvd_scale.distributed.cpu_affinity import CpuBinding, bind_to_cpus, machine
 from mvd_scale.distributed.data_rank import DataRank
 from mvd_scale.distributed.free_port import free_port
 from mvd_scale.errors import UserError
+
+_GC_INTERVALS = (700, 10, 10)
+"""Python's own intervals of garbage collection, which the command line lengthens for its start."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,9 @@ def init_distributed(device: str, timeout_minutes: float) -> Ranks:
     # DeepSpeed chooses its accelerator at its first import.
     os.environ["DS_ACCELERATOR"] = kind
     deepspeed = import_deepspeed()
+    # Modules live as long as the process: collections in the steps need not pass over them.
+    gc.freeze()
+    gc.set_threshold(*_GC_INTERVALS)
 
     local_rank = int(os.environ["LOCAL_RANK"])
     if kind == "cuda":

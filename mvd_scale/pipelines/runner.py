@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import fcntl
 import hashlib
 import json
@@ -175,9 +176,13 @@ def _evaluate(pipeline: Pipeline, name: str, ranks: int, lock: int) -> None:
 
 
 def _launch(pipeline: Pipeline, name: str, arguments: list[str], ranks: int, lock: int, device: str) -> None:
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(free_port())]
-    hosts = ["--hostfile=", "--num_gpus", str(ranks)]
-    command += hosts if pipeline.hostfile is None else ["--hostfile", str(pipeline.hostfile)]
+    if pipeline.hostfile is None:
+        # What the `deepspeed` command runs on a single host, without the 3 seconds that the command takes.
+        hosts = base64.urlsafe_b64encode(json.dumps({"localhost": _device_ids(ranks)}).encode()).decode()
+        launcher = ["deepspeed.launcher.launch", f"--world_info={hosts}", "--master_addr", "127.0.0.1"]
+    else:
+        launcher = ["deepspeed.launcher.runner", "--hostfile", str(pipeline.hostfile)]
+    command = [sys.executable, "-m", *launcher, "--master_port", str(free_port())]
     command += ["--no_local_rank", "--quiet", "--module", "mvd_scale", *arguments]
     # `held` is the write end of the pipe by which the guard notices that this process ended.
     alive, held = os.pipe()
@@ -239,6 +244,12 @@ def _gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+def _device_ids(ranks: int) -> list[str]:
+    """Devices of the ranks of a single host: of those that CUDA_VISIBLE_DEVICES names, if it is set."""
+    visible = [number for number in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if number]
+    return visible[:ranks] if len(visible) >= ranks else [str(number) for number in range(ranks)]
 
 
 def _usual_ranks() -> int:

@@ -11,7 +11,10 @@ Training and test videos have different objects and backgrounds.
 from __future__ import annotations
 
 import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -63,18 +66,21 @@ def write_synthetic_videos(kind: Kind, out: Path, *, train: int, test: int, seed
     others = sorted(set(out.rglob("*.mp4")) - wanted)
     if others:
         raise UserError(f"{out} holds other videos, such as {others[0]}: choose another folder, or remove these videos")
-    made = 0
-    for split, count in counts.items():
-        pictures = {name: load_picture(name) for name in (*TEXTURES, *BACKGROUNDS[split])}
-        for label, name in enumerate(classes):
-            folder = out / split / name
-            folder.mkdir(parents=True, exist_ok=True)
-            for number in range(count):
-                file = folder / f"{number:05d}.mp4"
-                if not file.exists():
-                    rng = default_rng((seed, kind == "motion", split == "test", label, number))
-                    encode_video(draw_video(kind, label, split == "test", pictures, rng), file)
-                    made += 1
+    pictures = {name: load_picture(name) for name in (*TEXTURES, *BACKGROUNDS["train"], *BACKGROUNDS["test"])}
+
+    def write(split: str, label: int, number: int) -> bool:
+        file = out / split / classes[label] / f"{number:05d}.mp4"
+        if file.exists():
+            return False
+        rng = default_rng((seed, kind == "motion", split == "test", label, number))
+        encode_video(draw_video(kind, label, split == "test", pictures, rng), file)
+        return True
+
+    for split, name in product(counts, classes):
+        (out / split / name).mkdir(parents=True, exist_ok=True)
+    videos = [(s, label, n) for s, count in counts.items() for label in range(len(classes)) for n in range(count)]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        made = sum(pool.map(write, *zip(*videos, strict=True)))
     log.info("%d videos of %d classes written to %s", made, len(classes), out)
     return out
 
