@@ -72,8 +72,8 @@ def main() -> None:
 def _collect_garbage_rarely() -> None:
     """Let the collector of cycles run rarely until the ranks connect, and not at the end.
 
-    It would pass again and again over the objects that the imports of torch and DeepSpeed make: 2.5 of the 6 seconds that
-    a process takes for its start and its end. `init_distributed` restores the usual intervals.
+    It would pass again and again over the objects that the imports of torch and DeepSpeed make: 2.5 of the 6 seconds
+    that a process takes for its start and its end. `init_distributed` restores the usual intervals.
     """
     gc.set_threshold(50_000)
     atexit.register(gc.freeze)

@@ -178,7 +178,7 @@ def _evaluate(pipeline: Pipeline, name: str, ranks: int, lock: int) -> None:
 def _launch(pipeline: Pipeline, name: str, arguments: list[str], ranks: int, lock: int, device: str) -> None:
     if pipeline.hostfile is None:
         # What the `deepspeed` command runs on a single host, without the 3 seconds that the command takes.
-        hosts = base64.urlsafe_b64encode(json.dumps({"localhost": _device_ids(ranks)}).encode()).decode()
+        hosts = base64.urlsafe_b64encode(json.dumps({"localhost": device_ids(ranks)}).encode()).decode()
         launcher = ["deepspeed.launcher.launch", f"--world_info={hosts}", "--master_addr", "127.0.0.1"]
     else:
         launcher = ["deepspeed.launcher.runner", "--hostfile", str(pipeline.hostfile)]
@@ -246,7 +246,7 @@ def _gpus() -> int:
     return torch.cuda.device_count()
 
 
-def _device_ids(ranks: int) -> list[str]:
+def device_ids(ranks: int) -> list[str]:
     """Devices of the ranks of a single host: of those that CUDA_VISIBLE_DEVICES names, if it is set."""
     visible = [number for number in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if number]
     return visible[:ranks] if len(visible) >= ranks else [str(number) for number in range(ranks)]
