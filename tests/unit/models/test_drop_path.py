@@ -135,3 +135,17 @@ def test_a_last_layer_is_not_computed_again_because_of_dropped_updates() -> None
     checkpoint(layers, torch.randn(2, 3, 4, requires_grad=True), use_reentrant=False).sum().backward()
     # Forward, and again up to the input of the last layer, which stops it there.
     assert calls == ["0", "1", "2", "0", "1"]
+
+
+def test_dropped_updates_keep_no_memory_for_the_backward_pass() -> None:
+    kept = {}
+    for rate in (0.0, 0.5):
+        kept[rate] = 0
+
+        def count(tensor: Tensor, rate: float = rate) -> Tensor:
+            kept[rate] += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            Blocks(32, 3, 2, drop_path=rate)(torch.randn(2, 12, 32))
+    assert kept[0.5] == kept[0.0] > 0
