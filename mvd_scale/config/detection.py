@@ -26,8 +26,8 @@ class DetectionTraining(FinetuneTraining):
     """Number of optimizer steps without overflow after which the loss scale of fp16 doubles."""
 
     hysteresis: int = Field(default=1, gt=0)
-    """Number of overflows at which the loss scale of fp16 halves, counted since it last doubled: 1 for every overflow.
-    Each overflow skips its optimizer step."""
+    """Number of overflows, counted since the loss scale of fp16 last doubled, from which on each halves it. With 1
+    every overflow halves it; with 2 the first one only skips its optimizer step, as all do."""
 
 
 class DetectorConfig(TaskHeadConfig):

@@ -35,8 +35,8 @@ class FinetuneTraining(TrainingConfig):
     """Number of optimizer steps without overflow after which the loss scale of fp16 doubles."""
 
     hysteresis: int = Field(default=2, gt=0)
-    """Number of overflows at which the loss scale of fp16 halves, counted since it last doubled: with 2, the first one
-    only skips its optimizer step."""
+    """Number of overflows, counted since the loss scale of fp16 last doubled, from which on each halves it. With 1
+    every overflow halves it; with 2 the first one only skips its optimizer step, as all do."""
 
     layer_decay: float = Field(default=0.75, gt=0, le=1)
     """Factor on the learning rate from each layer to the layer below it; the head has factor 1."""
