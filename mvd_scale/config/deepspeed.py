@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mvd_scale.config.recipe import RunRecipe
-from mvd_scale.config.training import Precision
+from mvd_scale.config.training import Precision, TrainingConfig
 from mvd_scale.errors import UserError
 
 _TEACHER = "teacher_zero3"
@@ -35,6 +35,7 @@ def student_deepspeed_config(recipe: RunRecipe, world_size: int) -> dict[str, An
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": training.clip_grad or 0.0,
             **_precision(training.precision),
+            **_loss_scale(training),
         },
     )
 
@@ -92,6 +93,11 @@ def _section(values: dict[str, Any], name: str, file: str) -> dict[str, Any]:
 
 def _precision(precision: Precision) -> dict[str, Any]:
     return {"fp16.enabled": precision == "fp16", "bf16.enabled": precision == "bf16"}
+
+
+def _loss_scale(training: TrainingConfig) -> dict[str, Any]:
+    keys = ("initial_scale_power", "loss_scale_window", "hysteresis")
+    return {f"fp16.{key}": getattr(training, key) for key in keys}
 
 
 def _read(name_or_path: str) -> dict[str, Any]:

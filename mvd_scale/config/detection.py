@@ -12,8 +12,22 @@ from pydantic import Field, NonNegativeFloat, model_validator
 from typing_extensions import Self
 
 from mvd_scale.config.data import Probability
-from mvd_scale.config.finetune import TaskHeadConfig, TaskRecipe, ValidationConfig
+from mvd_scale.config.finetune import FinetuneTraining, TaskHeadConfig, TaskRecipe, ValidationConfig
 from mvd_scale.config.section import Section
+
+
+class DetectionTraining(FinetuneTraining):
+    """Optimisation of the encoder and the head under DeepSpeed; the loss scale is that of torch, as published."""
+
+    initial_scale_power: int = Field(default=16, ge=0)
+    """Loss scale of fp16 at the first step, as a power of two."""
+
+    loss_scale_window: int = Field(default=2000, gt=0)
+    """Number of optimizer steps without overflow after which the loss scale of fp16 doubles."""
+
+    hysteresis: int = Field(default=1, gt=0)
+    """Number of overflows, counted since the loss scale of fp16 last doubled, from which on each halves it. With 1
+    every overflow halves it; with 2 the first one only skips its optimizer step, as all do."""
 
 
 class DetectorConfig(TaskHeadConfig):
@@ -74,6 +88,9 @@ class DetectionRecipe(TaskRecipe):
     """Recipe of one run of `mvd-scale detect train`."""
 
     head_section = "detector"
+
+    training: DetectionTraining
+    """Optimisation of the encoder and the head."""
 
     detector: DetectorConfig
     """The detection head."""

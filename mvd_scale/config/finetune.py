@@ -28,6 +28,16 @@ class FinetuneTraining(TrainingConfig):
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay rates of AdamW's first and second moment."""
 
+    initial_scale_power: int = Field(default=7, ge=0)
+    """Loss scale of fp16 at the first step, as a power of two."""
+
+    loss_scale_window: int = Field(default=128, gt=0)
+    """Number of optimizer steps without overflow after which the loss scale of fp16 doubles."""
+
+    hysteresis: int = Field(default=2, gt=0)
+    """Number of overflows, counted since the loss scale of fp16 last doubled, from which on each halves it. With 1
+    every overflow halves it; with 2 the first one only skips its optimizer step, as all do."""
+
     layer_decay: float = Field(default=0.75, gt=0, le=1)
     """Factor on the learning rate from each layer to the layer below it; the head has factor 1."""
 

@@ -54,13 +54,18 @@ class ModelConfig(Section):
     """Number of frames per token."""
 
     positions: Positions = "sincos3d"
-    """Fixed position table: `sincos3d` (MVD), `sinusoid` over the token index (VideoMAE), or `sincos2d` (MAE)."""
+    """Fixed position table: `sincos3d` (MVD), `sinusoid` over the token index (VideoMAE), or `sincos2d` (MAE).
+
+    Initial weights follow: with `sincos2d`, an image model, the patch embedding is Xavier uniform and mask tokens are
+    normal, as MAE's; otherwise the patch embedding has PyTorch's default weights and mask tokens are cut at one
+    standard deviation, as those of MVD and VideoMAE."""
 
     class_token: bool = False
     """Prepend a class token, as image models do."""
 
     drop_path: float = Field(default=0.0, ge=0, lt=1)
-    """Drop probability of stochastic depth in the last block; it grows linearly from 0 in the first block."""
+    """Drop probability of stochastic depth in the last block of the encoder, and of each decoder that gives no rate of
+    its own; it grows linearly from 0 in the first block."""
 
     @model_validator(mode="before")
     @classmethod
@@ -97,6 +102,11 @@ class ModelConfig(Section):
                 "set them equal (an image model), or use sincos3d"
             )
         return self
+
+    @property
+    def is_image_model(self) -> bool:
+        """Whether this is a model of single images, with MAE's initial weights."""
+        return self.positions == "sincos2d"
 
     @property
     def grid(self) -> tuple[int, int, int]:

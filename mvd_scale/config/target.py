@@ -28,7 +28,12 @@ class DecoderConfig(Section):
     """Number of attention heads; must divide `width`."""
 
     embed_bias: bool = True
-    """Whether the projection from the encoder has a bias (true for MVD and MAE, false for VideoMAE)."""
+    """Whether the projection from the encoder has a bias. Initial weights follow: with a bias they are Xavier uniform
+    (MVD, MAE), without one PyTorch's default (VideoMAE)."""
+
+    drop_path: float | None = Field(default=None, ge=0, lt=1)
+    """Drop probability of stochastic depth in the last block; it grows linearly from 0 in the first block.
+    `model.drop_path` if omitted, as in MVD."""
 
 
 class TokenHeadConfig(Section):

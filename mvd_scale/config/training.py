@@ -45,6 +45,10 @@ class TrainingConfig(Section):
     warmup_epochs: float = Field(default=40, ge=0)
     """Number of epochs of linear warm-up from 0."""
 
+    warmup_endpoint: bool = True
+    """Whether the last step of the warm-up has the peak learning rate already (true for MVD and VideoMAE), or only the
+    step after it (false for MAE)."""
+
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Decay rates of AdamW's first and second moment."""
 
@@ -52,7 +56,7 @@ class TrainingConfig(Section):
     """AdamW's epsilon."""
 
     weight_decay: float = Field(default=0.05, ge=0)
-    """Decoupled weight decay; not applied to biases, norms, tokens and other one-dimensional parameters."""
+    """Decoupled weight decay; not applied to biases, norms and other one-dimensional parameters."""
 
     weight_decay_end: float | None = Field(default=None, ge=0)
     """Weight decay at the last step, reached along a cosine; constant if omitted."""
@@ -62,6 +66,16 @@ class TrainingConfig(Section):
 
     precision: Precision = "fp32"
     """Precision of the student. fp16 uses dynamic loss scaling."""
+
+    initial_scale_power: int = Field(default=16, ge=0)
+    """Loss scale of fp16 at the first step, as a power of two."""
+
+    loss_scale_window: int = Field(default=2000, gt=0)
+    """Number of optimizer steps without overflow after which the loss scale of fp16 doubles."""
+
+    hysteresis: int = Field(default=1, gt=0)
+    """Number of overflows, counted since the loss scale of fp16 last doubled, from which on each halves it. With 1
+    every overflow halves it; with 2 the first one only skips its optimizer step, as all do."""
 
     deepspeed: str = "zero2"
     """DeepSpeed configuration: the name of a file in `ds_configs/`, or the path of another JSON file."""
@@ -83,6 +97,9 @@ class TrainingConfig(Section):
 
 class PretrainTraining(TrainingConfig):
     """Optimisation of a student in pre-training or distillation."""
+
+    decay_tokens: bool = True
+    """Whether weight decay applies to mask tokens and class tokens (true for MVD and MAE, false for VideoMAE)."""
 
     batch_decoders: bool | Literal["auto"] = "auto"
     """Run decoders of the same shape as one batched pass, each with its own weights. `auto`: do so on GPUs, but not on

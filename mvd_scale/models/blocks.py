@@ -159,14 +159,3 @@ def set_gradient_checkpointing(model: nn.Module, checkpointing: Checkpointing) -
     for module in model.modules():
         if isinstance(module, Blocks):
             module.gradient_checkpointing = checkpointing
-
-
-def init_pretrain_weights(module: nn.Module) -> None:
-    """Initialise one module for pre-training as published (linear layers Xavier uniform, biases 0).
-
-    Meant for `Module.apply`.
-    """
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

@@ -5,13 +5,12 @@ Legend: B clips, T frames, H W pixels, C classes.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from mvd_kernels import LayerNorm
 from mvd_scale.config import ModelConfig
-from mvd_scale.models.blocks import QKV
 from mvd_scale.models.encoder import Encoder
+from mvd_scale.models.initialization import init_finetune_weights
 
 
 class Classifier(nn.Module):
@@ -31,21 +30,10 @@ class Classifier(nn.Module):
         self.norm = LayerNorm(self.encoder.width)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(self.encoder.width, classes)
-        self.apply(init_finetune_weights)
-        with torch.no_grad():
-            self.head.weight *= init_scale
+        init_finetune_weights(self.encoder.blocks, self.head, init_scale)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Compute class scores (logits) of clips: uint8 (B, T, H, W, 3) to (B, C)."""
         tokens = self.encoder(pixels)
         scores: Tensor = self.head(self.dropout(self.norm(tokens.mean(dim=1))))
         return scores
-
-
-def init_finetune_weights(module: nn.Module) -> None:
-    """Initialise one module for fine-tuning as published, before an encoder is loaded; meant for `Module.apply`."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
-    elif isinstance(module, QKV):
-        nn.init.trunc_normal_(module.weight, std=0.02)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from mvd_kernels import LayerNorm, decoder_input
 from mvd_scale.config import DecoderConfig, ModelConfig
-from mvd_scale.models.blocks import Blocks, init_pretrain_weights
+from mvd_scale.models.blocks import Blocks
 from mvd_scale.models.grouped import GroupedLinear, grouped_blocks
+from mvd_scale.models.initialization import init_mask_token, init_pretrain_weights
 from mvd_scale.models.positions import position_table
 
 
@@ -30,11 +31,15 @@ class Decoder(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))
         table = position_table(encoder.positions, encoder.grid, config.width)
         self.register_buffer("positions", table, persistent=False)
-        self.blocks = Blocks(config.width, config.depth, config.heads, encoder.mlp_ratio)
+        drop_path = encoder.drop_path if config.drop_path is None else config.drop_path
+        self.blocks = Blocks(config.width, config.depth, config.heads, encoder.mlp_ratio, drop_path)
         self.norm = LayerNorm(config.width)
         self.head = nn.Linear(config.width, out_channels)
-        self.apply(init_pretrain_weights)
-        nn.init.normal_(self.mask_token, std=0.02)
+        self.blocks.apply(init_pretrain_weights)
+        init_pretrain_weights(self.head)
+        if config.embed_bias:
+            init_pretrain_weights(self.embed)
+        init_mask_token(self.mask_token, encoder)
 
     def forward(self, encoded: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
         """Predict the target at masked tokens.

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from mvd_scale.config import DetectorConfig, ModelConfig
 from mvd_scale.errors import UserError
-from mvd_scale.models.classifier import init_finetune_weights
 from mvd_scale.models.encoder import Encoder
+from mvd_scale.models.initialization import init_finetune_weights
 
 
 class Detector(nn.Module):
@@ -35,9 +34,7 @@ class Detector(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(self.encoder.width, config.classes)
         self._align = _roi_align()
-        self.apply(init_finetune_weights)
-        with torch.no_grad():
-            self.head.weight *= config.init_scale
+        init_finetune_weights(self.encoder.blocks, self.head, config.init_scale)
 
     def forward(self, pixels: Tensor, boxes: Tensor) -> Tensor:
         """Compute scores before the sigmoid (logits).

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from mvd_kernels import LayerNorm, tube_rows
 from mvd_scale.config import ModelConfig
-from mvd_scale.models.blocks import Blocks, init_pretrain_weights
+from mvd_scale.models.blocks import Blocks
+from mvd_scale.models.initialization import init_patch_embed, init_pretrain_weights
 from mvd_scale.models.positions import position_table, resize_positions
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -64,7 +65,8 @@ class Encoder(nn.Module):
         self.register_buffer("positions", table, persistent=False)
         self.blocks = Blocks(config.width, config.depth, config.heads, config.mlp_ratio, config.drop_path)
         self.norm = LayerNorm(config.width) if final_norm else None
-        self.apply(init_pretrain_weights)
+        init_patch_embed(self.patch_embed, config)
+        self.blocks.apply(init_pretrain_weights)
         if self.class_token is not None:
             nn.init.normal_(self.class_token, std=0.02)
 

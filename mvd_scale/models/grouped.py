@@ -76,6 +76,7 @@ class GroupedBlock(Block):
         self.norm2 = GroupedAddNorm(block.norm2 for block in blocks)
         self.mlp.fc1 = GroupedLinear(block.mlp.fc1 for block in blocks)
         self.mlp.fc2 = GroupedLinear(block.mlp.fc2 for block in blocks)
+        self.drop_path = blocks[0].drop_path
 
 
 def grouped_blocks(stacks: Iterable[Blocks]) -> Blocks:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from mvd_scale.config import ModelConfig, TokenHeadConfig
-from mvd_scale.models.blocks import init_pretrain_weights
+from mvd_scale.models.initialization import init_pretrain_weights
 
 
 class TokenHead(nn.Module):

@@ -40,6 +40,7 @@ def distillation_model(
     """
     initialize_momentum_targets(targets, student)
     place_teachers(targets, placement, ranks)
-    groups = parameter_groups(student, recipe.training.weight_decay)
+    training = recipe.training
+    groups = parameter_groups(student, training.weight_decay, decay_tokens=training.decay_tokens)
     engine = train_engine(student, groups, recipe, placement, ranks)
     return TrainedModel(engine, MaskedDistillation(targets), build_momentum_emas(targets, engine, schedule, ranks))

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from mvd_scale.config import TrainingConfig
 
 
-def cosine_schedule(step: int, *, total: int, start: float, end: float, warmup: int = 0) -> float:
+def cosine_schedule(
+    step: int, *, total: int, start: float, end: float, warmup: int = 0, endpoint: bool = True
+) -> float:
     """Compute a linear warm-up from 0 followed by half a cosine, as in the published schedules.
 
     Args:
@@ -16,10 +18,12 @@ def cosine_schedule(step: int, *, total: int, start: float, end: float, warmup: 
         total: number of steps of the schedule.
         start: value at the end of the warm-up.
         end: value at step `total`.
-        warmup: number of warm-up steps; the last one has the value `start`.
+        warmup: number of warm-up steps.
+        endpoint: whether the last warm-up step has the value `start` already (MVD, VideoMAE), or only the step after it
+            (MAE).
     """
     if step < warmup:
-        return start * step / max(warmup - 1, 1)
+        return start * step / max(warmup - endpoint, 1)
     progress = (step - warmup) / max(total - warmup, 1)
     return end + 0.5 * (start - end) * (1 + math.cos(math.pi * progress))
 
@@ -52,6 +56,7 @@ class Schedule:
             start=self.training.base_lr * scale,
             end=self.training.min_lr * scale,
             warmup=int(self.training.warmup_epochs * self.steps_per_epoch),
+            endpoint=self.training.warmup_endpoint,
         )
 
     def weight_decay(self, step: int) -> float:

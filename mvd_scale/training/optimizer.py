@@ -20,14 +20,19 @@ time to float32, so this limits the memory of the optimizer step."""
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, lr_scale: Callable[[str], float] = lambda name: 1.0
+    model: nn.Module,
+    weight_decay: float,
+    lr_scale: Callable[[str], float] = lambda name: 1.0,
+    *,
+    decay_tokens: bool = True,
 ) -> list[dict[str, Any]]:
-    """Group the trainable parameters; biases, norms, tokens and other one-dimensional ones get no weight decay.
+    """Group the trainable parameters; biases, norms and other one-dimensional ones get no weight decay.
 
     Args:
         model: the model to train.
         weight_decay: weight decay of all other parameters.
         lr_scale: function from the name of a parameter to a factor on its learning rate.
+        decay_tokens: whether mask tokens and class tokens get weight decay.
 
     Returns:
         groups for an optimizer, with the additional keys `decays` and `lr_scale`.
@@ -35,7 +40,7 @@ def parameter_groups(
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays = parameter.ndim > 1 and not name.endswith(_TOKENS)
+            decays = parameter.ndim > 1 and (decay_tokens or not name.endswith(_TOKENS))
             groups.setdefault((lr_scale(name), decays), []).append(parameter)
     return [
         {"params": part, "weight_decay": weight_decay if decays else 0.0, "decays": decays, "lr_scale": scale}

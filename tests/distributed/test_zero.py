@@ -71,6 +71,18 @@ def test_two_ranks_give_the_losses_of_one(way: str, alone: dict[str, Any], two: 
     assert two[0][way]["weights"] == pytest.approx(alone["zero1"]["weights"], rel=1e-4)
 
 
+@pytest.mark.parametrize("again", ["none", "block", "attention"])
+def test_zero3_drops_the_same_updates(again: str, alone: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    for rank in (alone, two[0]):
+        reference, way = rank["dropped updates, zero1, none again"], rank[f"dropped updates, zero3, {again} again"]
+        assert way["losses"] == pytest.approx(reference["losses"], rel=2e-5)
+        assert way["weights"] == pytest.approx(reference["weights"], rel=1e-4)
+    # Each rank draws for its own clips.
+    assert two[0]["dropped updates, zero1, none again"]["losses"] != pytest.approx(
+        alone["dropped updates, zero1, none again"]["losses"], rel=1e-3
+    )
+
+
 @pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3", "decoders together"])
 def test_bf16_stays_near_float32(stage: str, alone: dict[str, Any], two: list[dict[str, Any]]) -> None:
     assert two[0][f"bf16, {stage}"]["losses"] == pytest.approx(alone["zero1"]["losses"], rel=3e-2)

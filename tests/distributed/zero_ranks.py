@@ -42,6 +42,7 @@ FROZEN: dict[str, Any] = {
     "video": {"kind": "video_teacher", "decoder": DECODER},
     "pixels": {"kind": "pixels", "decoder": DECODER},
 }
+DROPPED: dict[str, Any] = {"video": {**FROZEN["video"], "decoder": {**DECODER, "depth": 2, "drop_path": 0.5}}}
 MOMENTUM: dict[str, Any] = {"average": {"kind": "momentum", "momentum": 0.8, "norm": True, "decoder": DECODER}}
 
 
@@ -197,6 +198,9 @@ def main(out: Path) -> None:
     again = recipe("zero1", "fp32", "zero3", 4, checkpointing="block", together=True)
     results["decoders together, block again"] = train(ranks, again)
     results["replicated teachers"] = train(ranks, recipe("zero2", "fp32", "replicated", 4))
+    for stage, again in (("zero1", "none"), ("zero3", "none"), ("zero3", "block"), ("zero3", "attention")):
+        made = recipe(stage, "fp32", "replicated", 4, DROPPED, again)
+        results[f"dropped updates, {stage}, {again} again"] = train(ranks, made)
     for stage in ("zero1", "zero2", "zero3"):
         for sharding in ("zero3", "replicated"):
             made = recipe(stage, "fp32", sharding, 4, MOMENTUM)

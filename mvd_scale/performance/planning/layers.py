@@ -89,9 +89,6 @@ class BlockCost:
     sequences: int = 1
     """Sequences per clip; for an image model every front frame is a sequence."""
 
-    drop_path: bool = False
-    """Whether the block has stochastic depth."""
-
     def weights(self, checkpointing: Checkpointing) -> int:
         """Number of weights of the linear layers that checkpointing does not recompute."""
         attention, mlp = 4 * self.width**2, 2 * self.width * self.hidden
@@ -136,10 +133,10 @@ class BlockCost:
         """FLOPs per clip that gradient checkpointing adds.
 
         Torch stops recomputing at the last tensor that the backward pass needs. For a block that is the input of the
-        MLP's second layer, unless stochastic depth follows; for the attention half, the input of the output projection.
+        MLP's second layer; for the attention half, the input of the output projection.
         """
         if checkpointing == "block":
-            return self.forward - (0 if self.drop_path else self.sequences * self._half_mlp)
+            return self.forward - self.sequences * self._half_mlp
         return self.sequences * (self._packed + self._attention) if checkpointing == "attention" else 0
 
     def saved(self, size: int, checkpointing: Checkpointing = "none") -> int:

@@ -166,9 +166,8 @@ def encoder_blocks(model: ModelConfig, tokens: int, *, outputs: int, sequences: 
     """Describe the blocks of an encoder; the last block computes only `outputs` tokens of each sequence."""
     assert model.depth is not None
     assert model.heads is not None
-    dropped = model.drop_path > 0
     last = (tokens, outputs)
-    return _stack(_width(model), model.depth, model.heads, model.mlp_ratio, tokens, last, sequences, dropped=dropped)
+    return _stack(_width(model), model.depth, model.heads, model.mlp_ratio, tokens, last, sequences)
 
 
 def decoder_part(
@@ -275,8 +274,6 @@ def _stack(
     tokens: int,
     last: tuple[int, int],
     sequences: int = 1,
-    *,
-    dropped: bool = False,
 ) -> tuple[BlockCost, ...]:
     """Describe a stack of blocks on all tokens; `last` gives the number of queries and of outputs of the last block."""
     hidden = int(width * mlp_ratio)
@@ -289,8 +286,6 @@ def _stack(
             hidden=hidden,
             heads=heads,
             sequences=sequences,
-            # Stochastic depth grows from a rate of 0 at the first block.
-            drop_path=dropped and i > 0,
         )
         for i in range(depth)
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mvd_scale.config import Recipe
+from mvd_scale.config import Recipe, load_any_recipe
 from mvd_scale.config.deepspeed import student_deepspeed_config, teacher_deepspeed_config, zero_stage
 from mvd_scale.errors import UserError
 
@@ -32,6 +32,36 @@ def test_shipped_files_are_filled_by_the_recipe(name: str, stage: int) -> None:
     assert "auto" not in json.dumps(config)
 
 
+@pytest.mark.parametrize("file", ["zero1", "zero2", "zero3", "zero3_offload"])
+@pytest.mark.parametrize(
+    ("name", "power", "window", "hysteresis"),
+    [
+        ("pretrain/mae_b", 16, 2000, 1),
+        ("pretrain/videomae_b_k400", 16, 2000, 1),
+        ("distill/b_from_b", 16, 2000, 1),
+        ("finetune/b_k400", 7, 128, 2),
+        ("detection/b_ava", 16, 2000, 1),
+    ],
+)
+def test_the_loss_scale_is_that_of_the_kind_of_recipe(
+    name: str, power: int, window: int, hysteresis: int, file: str
+) -> None:
+    """torch's scaler where the published code uses it, DeepSpeed's with its own settings in fine-tuning."""
+    made = load_any_recipe(name)
+    training = made.training.model_copy(update={"deepspeed": file})
+    fp16 = student_deepspeed_config(made.model_copy(update={"training": training}), world_size=8)["fp16"]
+    assert fp16 == {
+        "enabled": True, "loss_scale": 0, "initial_scale_power": power, "loss_scale_window": window,
+        "hysteresis": hysteresis,
+    }  # fmt: skip
+
+
+def test_a_recipe_may_set_the_loss_scale() -> None:
+    made = recipe("zero2", initial_scale_power=12, loss_scale_window=500, hysteresis=3)
+    fp16 = student_deepspeed_config(made, world_size=1)["fp16"]
+    assert (fp16["initial_scale_power"], fp16["loss_scale_window"], fp16["hysteresis"]) == (12, 500, 3)
+
+
 def test_the_teachers_file_has_no_optimizer_and_spares_the_student() -> None:
     config = teacher_deepspeed_config("fp32", world_size=2)
     assert config["zero_optimization"]["stage"] == 3
@@ -44,6 +74,8 @@ def test_the_teachers_file_has_no_optimizer_and_spares_the_student() -> None:
     [
         ({"train_batch_size": 16}, "train_batch_size is 16, but the recipe requires 8"),
         ({"bf16": {"enabled": True}}, "bf16.enabled is True, but the recipe requires False"),
+        ({"fp16": {"loss_scale_window": 128}}, "fp16.loss_scale_window is 128, but the recipe requires 2000"),
+        ({"fp16": {"hysteresis": 2}}, "fp16.hysteresis is 2, but the recipe requires 1"),
         ({"bf16": True}, "bf16 is True, expected a JSON object"),
         ({"zero_optimization": 5}, "zero_optimization is 5, expected a JSON object"),
         ({"zero_optimization": {"stage": 0}}, "stage is 0, expected 1, 2 or 3"),

@@ -16,10 +16,11 @@ from torch._dynamo.utils import counters
 
 from mvd_scale.config import DecoderConfig, Recipe
 from mvd_scale.config.deepspeed import check_deepspeed_config
+from mvd_scale.config.training import Checkpointing
 from mvd_scale.distributed.process_group import Ranks
 from mvd_scale.errors import UserError
 from mvd_scale.models import Encoder, Student
-from mvd_scale.models.blocks import Blocks
+from mvd_scale.models.blocks import Blocks, set_gradient_checkpointing
 from mvd_scale.models.drop_path import DropPath
 from mvd_scale.targets import build_targets
 from mvd_scale.training import capabilities as device
@@ -107,8 +108,30 @@ def test_decoders_together_are_programs_of_their_own(traced_only: None, programs
     assert not counters["graph_break"]
 
 
-def two_decoders(made: Recipe, depth: int = 1) -> Student:
-    shape = DecoderConfig(width=16, depth=depth, heads=2)
+@pytest.mark.parametrize("again", ["block", "attention"])
+def test_compiled_decoders_together_drop_the_same_updates_when_recomputed(
+    again: Checkpointing, traced_only: None, programs: dict[str, int]
+) -> None:
+    pixels = torch.randint(0, 256, (4, 4, 32, 32, 3), dtype=torch.uint8)
+    tokens = torch.arange(4).expand(4, 4)
+    results = []
+    for checkpointing in ("none", again):
+        torch.manual_seed(0)
+        student = two_decoders(recipe(), depth=2, drop_path=0.5)
+        student.batch_decoders()
+        set_gradient_checkpointing(student, checkpointing)  # type: ignore[arg-type]
+        compile_blocks(student.grouped_decoders)
+        torch.manual_seed(1)
+        predicted = student(pixels, tokens, tokens + 4)
+        sum(values.square().sum() for values in predicted.values()).backward()
+        gradients = {name: parameter.grad for name, parameter in student.named_parameters()}
+        results.append((predicted, gradients))
+    torch.testing.assert_close(results[1], results[0])
+    assert not counters["graph_break"]
+
+
+def two_decoders(made: Recipe, depth: int = 1, drop_path: float | None = None) -> Student:
+    shape = DecoderConfig(width=16, depth=depth, heads=2, drop_path=drop_path)
     return Student(made.model, {"image": (shape, 8), "video": (shape, 32)})
 
 
