@@ -207,7 +207,7 @@ RESULTS = {
     "ablations/momentum_b_from_in1k": ["81.8", "70.8"],
     "ablations/per_token_b": ["80.9", "70.5"],
 }
-"""Figures that the head of a recipe states as published: top-1 on K400 and SSv2, or on its own data; frame mAP of AVA."""
+"""Figures that the head of a recipe states as published: top-1 on K400 and SSv2 or its own data; frame mAP of AVA."""
 
 
 def test_every_recipe_of_a_published_kind_is_in_a_table() -> None:
