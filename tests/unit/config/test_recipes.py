@@ -43,7 +43,7 @@ def test_a_head_states_command_hardware_time_and_result(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*FINETUNED, *DETECTING])
 def test_a_head_tests_the_last_weights_and_names_no_test_list_as_validation(name: str) -> None:
-    """Published figures are of the last epoch: a run folder, not its best.safetensors, which the test list would choose."""
+    """Published figures are of the last epoch, a run folder; the test list would choose its best.safetensors."""
     head = "".join(line for line in text_of(name).splitlines() if line.startswith("#"))
     command = head[head.index("command ") : head.index("hardware ")]
     assert "--validation" not in command
