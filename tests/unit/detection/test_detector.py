@@ -60,7 +60,7 @@ def test_scores_are_of_the_strongest_cell_of_each_box(detector: Detector) -> Non
 
 
 def test_boxes_are_read_as_by_the_published_code(detector: Detector) -> None:
-    """A box is not shifted by half a cell, and one of less than a cell is read as one cell: RoIAlign by its definition."""
+    """A box is not shifted by half a cell, and one of less than a cell is read as one: RoIAlign by its definition."""
     seen: list[torch.Tensor] = []
     detector.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     # Features that are the column and the row of their cell: bilinear samples are the places of the samples.
