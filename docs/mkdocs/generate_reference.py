@@ -320,7 +320,7 @@ def read_head(text: str) -> dict[str, str]:
         if not line.startswith("#"):
             break
         body = line.lstrip("#")
-        found = re.match(r" (command|hardware|time|published|note)\s+(.*)", body)
+        found = re.match(r" (command|test|hardware|time|published|note)\s+(.*)", body)
         if found:
             current, body = found[1], found[2]
         fields[current] = f"{fields.get(current, '')} {body.strip()}".strip()

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,12 @@ from mvd_scale.checkpoints.deepspeed_folders import find_deepspeed, load_deepspe
 from mvd_scale.checkpoints.pickles import load_pickle
 from mvd_scale.errors import UserError
 
+logger = logging.getLogger("mvd_scale")
+
 _WRAPPERS = ("model", "module", "state_dict")
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WEIGHTS = (
     "student.safetensors",
-    "best.safetensors",
     "classifier.safetensors",
     "detector.safetensors",
     "encoder.safetensors",
@@ -32,7 +35,13 @@ _WEIGHTS = (
     "pytorch_model.bin",
 )
 """Files that represent a folder, in order of preference, the most complete first: those of our runs and checkpoints,
-then those of Hugging Face."""
+then those of Hugging Face. Of a run these are the weights after its last step, which the published figures are of."""
+
+_BY_NAME = {
+    "best.safetensors": "the best weights of its validation",
+    "average.safetensors": "the moving average of its weights",
+}
+"""Files of a run that do not represent it: they are read only where the file itself is named."""
 
 
 def digest(path: Path) -> str:
@@ -97,19 +106,37 @@ def _read_folder(path: Path) -> RawCheckpoint:
     for name in _WEIGHTS:
         if (path / name).is_file():
             source = _read_file(path / name)
+            _log_choice(path, path / name)
             return RawCheckpoint(path, source.tensors, source.metadata, source.config, source.recipe)
     for name in _INDICES:
         if (path / name).is_file():
+            _log_choice(path, path / name)
             return _read_file(path / name)
     deepspeed = find_deepspeed(path)
     if deepspeed is not None:
+        _log_choice(path, deepspeed)
         return RawCheckpoint(path, load_deepspeed(deepspeed), recipe=_recipe_near(deepspeed))
     steps = sorted(step for step in path.glob("checkpoints/step_*") if step.suffix != ".partial")
     if steps:
         return _read_folder(steps[-1])
-    raise UserError(
-        f"{path} holds no checkpoint: expected a run folder, a DeepSpeed folder, {', '.join((*_INDICES, *_WEIGHTS))}"
+    named = "".join(
+        f". Its {name}, {meaning}, is read if that file is named"
+        for name, meaning in _BY_NAME.items()
+        if (path / name).is_file()
     )
+    raise UserError(
+        f"{path} holds no checkpoint: expected a run folder, a DeepSpeed folder, "
+        f"{', '.join((*_INDICES, *_WEIGHTS))}{named}"
+    )
+
+
+@cache
+def _log_choice(folder: Path, chosen: Path) -> None:
+    """Log once which file of a folder is read, and which files of its run are not unless they are named."""
+    others = "; ".join(
+        f"not {folder / name}, {meaning}" for name, meaning in _BY_NAME.items() if (folder / name).is_file()
+    )
+    logger.info("%s: reads %s%s", folder, chosen, f" ({others})" if others else "")
 
 
 def _read_file(path: Path) -> RawCheckpoint:

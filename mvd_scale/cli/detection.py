@@ -94,7 +94,8 @@ def evaluate(
 ) -> None:
     """Compute the frame mAP of a CHECKPOINT on the videos of SOURCE. An interrupted command resumes when started again.
 
-    SOURCE is a manifest, or any other source that `data index` accepts.
+    CHECKPOINT is a file of weights or a run folder. Of a run the last weights are tested; those of the best validation
+    are tested if RUN/best.safetensors is named. SOURCE is a manifest, or any other source that `data index` accepts.
     """
     from mvd_scale.config.data import DataConfig
     from mvd_scale.config.detection import DetectionTest

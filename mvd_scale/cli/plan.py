@@ -29,6 +29,10 @@ from mvd_scale.cli.options import WITH_OVERRIDES, overrides_argument
     "--keyframes", type=click.IntRange(min=1), default=250, show_default=True,
     help="Frames from one keyframe of the videos to the next.",
 )  # fmt: skip
+@click.option(
+    "--video-frames", type=click.IntRange(min=1), default=300, show_default=True,
+    help="Frames of a video; counts where data.sampling spans whole videos.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 @overrides_argument
 def plan(
@@ -42,6 +46,7 @@ def plan(
     videos: int,
     height: int,
     keyframes: int,
+    video_frames: int,
     as_json: bool,
     overrides: tuple[str, ...],
 ) -> None:
@@ -53,7 +58,7 @@ def plan(
     from mvd_scale.performance.planning.plan_report import to_json, to_text
     from mvd_scale.performance.planning.video_decoding import VideoFormat
 
-    video = VideoFormat(height, keyframes)
+    video = VideoFormat(height, keyframes, video_frames)
     cluster = make_cluster(
         gpu, gpus, per_node, attention=attention, efficiency=efficiency, video=video, videos=videos
     )  # fmt: skip

@@ -39,7 +39,9 @@ def evaluate(
 ) -> None:
     """Test a fine-tuned CHECKPOINT on the videos of SOURCE with several views per video.
 
-    SOURCE is a manifest, or any other source that `data index` accepts. Published tests use 5 x 3 dense views on
+    CHECKPOINT is a file of weights or a run folder. Of a run the last weights are tested; those of the best validation
+    are tested if RUN/best.safetensors is named. SOURCE is a manifest, or any other source that `data index` accepts.
+    Published tests use 5 x 3 dense views on
     Kinetics, UCF101 and HMDB51, and 2 x 3 uniform views on Something-Something. An interrupted command resumes when
     started again.
     """
@@ -68,7 +70,10 @@ def evaluate(
 
 @click.command()
 @click.argument("videos", nargs=-1, required=True, metavar="VIDEO...")
-@click.option("--checkpoint", type=click.Path(path_type=Path), required=True, help="Fine-tuned weights, or run folder.")
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path), required=True,
+    help="Fine-tuned weights, or a run folder, which means its last weights.",
+)  # fmt: skip
 @click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Number of classes to print.")
 @view_options
 @precision_option
@@ -185,9 +190,9 @@ def features(
 ) -> None:
     """Write features of the videos of SOURCE, computed by the encoder of a CHECKPOINT, into shards.
 
-    CHECKPOINT is in any format that `inspect` knows. SOURCE is a manifest, or any other source that `data index`
-    accepts. To run on several ranks: launch/single_node.sh features ... An interrupted command resumes when started
-    again.
+    CHECKPOINT is in any format that `inspect` knows; of a run folder the last weights are read. SOURCE is a manifest,
+    or any other source that `data index` accepts. To run on several ranks: launch/single_node.sh features ... An
+    interrupted command resumes when started again.
     """
     from mvd_scale.config.data import DataConfig, ViewsConfig
     from mvd_scale.distributed.process_group import destroy_distributed, init_distributed

@@ -45,7 +45,7 @@ def finetune(recipe: str, overrides: tuple[str, ...]) -> None:
 @click.argument("source")
 @click.option("--encoder", type=click.Path(path_type=Path), required=True, help="Pre-trained weights of the encoder.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Recipe to write (.yaml).")
-@click.option("--validation", help="Labelled videos to test on after every epoch.")
+@click.option("--validation", help="Labelled videos that choose the best epoch: neither trained on nor tested.")
 @click.option(
     "--folder", type=click.Path(path_type=Path), default=Path("runs/mine"), show_default=True, help="Run folder."
 )

@@ -237,10 +237,12 @@ class DataConfig(Section):
     mixture: dict[str, MixtureSource] | None = Field(default=None, min_length=1)
     """Several data sets by name, instead of `source`."""
 
-    sampling: Literal["dense", "window", "segments"] = "dense"
+    sampling: Literal["dense", "window", "segments", "whole_segments"] = "dense"
     """Frames of a clip. `dense`: every `stride`-th frame from a random start (pre-training). `window`: frames spread
     evenly over a window of frames x stride frames (fine-tuning on Kinetics). `segments`: a random frame of each of
-    equal segments of the video (TSN; fine-tuning on Something-Something)."""
+    equal segments from the first frame to the last (TSN; MVD's fine-tuning on Something-Something V2).
+    `whole_segments`: segments of whole numbers of frames, without the frames that remain at the end; a video of fewer
+    frames than segments gives its first frame only (VideoMAE's fine-tuning on Something-Something V2)."""
 
     stride: int = Field(default=4, gt=0)
     """Frames from one sampled frame to the next (the "rate" of the paper); a clip spans frames x stride frames."""
@@ -290,10 +292,15 @@ class DataConfig(Section):
                     f"data.mixture.{name}: the name of a data set must consist of letters, digits and underscores, and "
                     "must not begin with a digit"
                 )
-        if self.sampling == "segments" and self.mixture is not None:
+        if self.spans_whole_videos and self.mixture is not None:
             strides = [name for name, part in self.mixture.items() if part.stride is not None]
             if strides:
                 raise ValueError(
-                    f"data.mixture.{strides[0]}.stride has no effect with data.sampling segments: remove it"
+                    f"data.mixture.{strides[0]}.stride has no effect with data.sampling {self.sampling}: remove it"
                 )
         return self
+
+    @property
+    def spans_whole_videos(self) -> bool:
+        """Whether a clip spans its whole video, so that `stride` has no effect."""
+        return self.sampling in ("segments", "whole_segments")

@@ -81,7 +81,7 @@ class DetectionTest(KeyFramesConfig):
 
 
 class DetectionValidation(ValidationConfig, DetectionTest):
-    """Key frames that are tested during training; the weights of the highest frame mAP are kept."""
+    """Key frames that are tested during training; `best.safetensors` keeps the weights of the highest frame mAP."""
 
 
 class DetectionRecipe(TaskRecipe):

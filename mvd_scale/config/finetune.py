@@ -42,8 +42,9 @@ class FinetuneTraining(TrainingConfig):
     """Factor on the learning rate from each layer to the layer below it; the head has factor 1."""
 
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
-    """Decay of an exponential moving average of the weights, which is tested in addition to the weights; null for no
-    average."""
+    """Decay of an exponential moving average of the weights, or null for no average. It is written to
+    `average.safetensors`, and the validation judges by it. A run folder as a checkpoint still means the weights
+    themselves, as in the published test: name the file to test the average."""
 
 
 class TaskHeadConfig(Section):
@@ -92,7 +93,11 @@ class MixConfig(Section):
 
 
 class ValidationConfig(Section):
-    """Labelled videos to test during training, one clip from the middle of each; the best weights are kept."""
+    """Labelled videos to test during training, one clip from the middle of each.
+
+    The weights of the highest figure are kept in `best.safetensors`, beside the last ones, and are tested where that
+    file is named. If these videos are those of the test too, the best weights were chosen on the test.
+    """
 
     source: str
     """Labelled videos, as `data.source`."""

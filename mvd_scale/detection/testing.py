@@ -23,7 +23,6 @@ from mvd_scale.config import DataConfig, DetectorConfig
 from mvd_scale.config.detection import DetectionTest
 from mvd_scale.data.loaders.view_loader import ViewShape
 from mvd_scale.data.manifest import Manifest
-from mvd_scale.data.sampling.augment import IMAGENET_MEAN
 from mvd_scale.detection.annotations import read_actions, read_excluded, read_ground_truth, read_person_boxes
 from mvd_scale.detection.boxes import Boxes, KeyFrame
 from mvd_scale.detection.key_frames import KeyFrames, find_key_frames
@@ -31,8 +30,9 @@ from mvd_scale.detection.metrics import FrameMap, compute_frame_map
 from mvd_scale.detection.people import widen_boxes
 from mvd_scale.detection.whole_frames import FrameBatch, WholeFrameLoader
 from mvd_scale.distributed.data_rank import DataRank
+from mvd_scale.models.detector import AVA_MEAN
 
-PADDING_COLOR = tuple(round(255 * level) for level in IMAGENET_MEAN)
+PADDING_COLOR = tuple(round(255 * level) for level in AVA_MEAN)
 """Colour of the padding up to a multiple of the patch size: about 0 after normalisation."""
 
 

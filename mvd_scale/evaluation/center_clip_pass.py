@@ -33,7 +33,7 @@ class CenterClipEvaluator:
         self.ranks = ranks
         self.batch = batch
         self.views = ViewsConfig(
-            sampling="uniform" if data.sampling == "segments" else "dense", stride=data.stride, clips=1, crops=1
+            sampling="uniform" if data.spans_whole_videos else "dense", stride=data.stride, clips=1, crops=1
         )
         items = view_items(manifest, self.views, frames=model.frames)
         self.items = items[manifest.label[items[:, 0]] >= 0]

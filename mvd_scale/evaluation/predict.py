@@ -94,8 +94,8 @@ def load_classifier(
     """Read a fine-tuned classifier that can be called with videos.
 
     Args:
-        path: file or folder in any format that `mvd-scale inspect` reads; of a run folder the best weights are used if
-            it contains them.
+        path: file or folder in any format that `mvd-scale inspect` reads. Of a run folder the last weights are used;
+            those of the best validation must be named: `RUN/best.safetensors`.
         device: `auto`, `cuda` or `cpu`.
         precision: precision of the classifier; by default fp16 on GPUs and fp32 on CPUs. `int8` is fastest on CPUs.
         sampling: choice of the frames of a clip. By default this and the following arguments are those stored with the

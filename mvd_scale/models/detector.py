@@ -14,6 +14,11 @@ from mvd_scale.errors import UserError
 from mvd_scale.models.encoder import Encoder
 from mvd_scale.models.initialization import init_finetune_weights
 
+AVA_MEAN = (122.7717 / 255, 115.9465 / 255, 102.9801 / 255)
+AVA_STD = (0.225, 0.225, 0.225)
+"""Normalisation of pixels in VideoMAE's code for AVA; it differs from that of the pre-training by up to 0.02 deviations
+in the mean and 2 % in the scale."""
+
 
 class Detector(nn.Module):
     """Detector that scores all actions for each box.
@@ -21,7 +26,9 @@ class Detector(nn.Module):
     The last feature map is averaged over time, RoIAlign samples it within the box, and the maximum over the samples
     goes to a linear head.
 
-    The pre-trained final norm is applied before the average, as in the published code (VideoMAE).
+    As in the published code (VideoMAE's for AVA), the pre-trained final norm is applied before the average, pixels are
+    normalised by `AVA_MEAN` and `AVA_STD`, and RoIAlign does not shift boxes by half a cell and widens those that are
+    narrower than one cell to one (`aligned=False`).
 
     Raises:
         UserError: torchvision is not installed.
@@ -31,6 +38,7 @@ class Detector(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = Encoder(model, final_norm=True)
+        self.encoder.mean, self.encoder.std = AVA_MEAN, AVA_STD
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(self.encoder.width, config.classes)
         self._align = _roi_align()
@@ -54,7 +62,8 @@ class Detector(nn.Module):
             boxes,
             output_size=self.config.resolution,
             spatial_scale=1 / self.encoder.config.patch_size,
-            aligned=True,
+            sampling_ratio=0,
+            aligned=False,
         )
         scores: Tensor = self.head(self.dropout(cells.amax(dim=(2, 3)).to(tokens.dtype)))
         return scores

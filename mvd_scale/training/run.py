@@ -181,7 +181,7 @@ def log_run_summary(
     )
     logger.info("attention of the student: %s", _attention(recipe, ranks))
     short = int((manifest.frames[manifest.usable] < recipe.model.frames * recipe.data.stride).sum())
-    if short and recipe.data.sampling != "segments":
+    if short and not recipe.data.spans_whole_videos:
         logger.info("%d %s are in videos shorter than a clip, whose frames are repeated", short, rows)
     logger.info(
         "%d %s, %d excluded; %d steps per epoch, which leave %d clips unused; %d steps in total",

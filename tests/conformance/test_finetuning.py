@@ -1,17 +1,20 @@
-"""Stage 3 as its authors' code computes it: logits, schedules, layer-wise decay, test views."""
+"""Stage 3 as its authors' code computes it: logits, schedules, layer-wise decay, training frames, test views."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.random import default_rng
 
 from mvd_scale.checkpoints import Hints, build_classifier, export_checkpoint, read_checkpoint
 from mvd_scale.checkpoints.formats.mvd import MVD_CLASSIFIER
 from mvd_scale.checkpoints.formats.names import to_native_name
 from mvd_scale.data.sampling.eval_views import crop_corners, dense_views, uniform_views
+from mvd_scale.data.sampling.frames import draw_frames
 from mvd_scale.training.lr_schedule import cosine_schedule
 from mvd_scale.training.optimizer import layer_index, layer_scale
 
@@ -68,3 +71,19 @@ def test_views(views: Any) -> None:
     for size, corners in views["crops_yx"].items():
         height, width = map(int, size.split("x"))
         assert [list(corner) for corner in crop_corners(height, width, side=224, crops=3)] == corners
+
+
+def test_segments(segments: Any) -> None:
+    """Frame i takes every number of its published range, both ends included, and no other, equally often."""
+    parts = segments["parts"]
+    for length, ranges in segments["ranges"].items():
+        low, high = np.array(ranges).T
+        widest = int((high - low).max()) + 1
+        # A number that is drawn with probability 1 / n is missed by 40 n draws once in 10^17.
+        rng, draws = default_rng(int(length)), max(40 * widest, 400)
+        clips = np.stack([draw_frames(rng, "segments", int(length), parts, 4) for _ in range(draws)])
+        assert clips.dtype == np.int64
+        for i in range(parts):
+            seen, counts = np.unique(clips[:, i], return_counts=True)
+            assert seen.tolist() == list(range(low[i], high[i] + 1)), f"frame {i} of {length}"
+            assert np.abs(counts - draws / len(seen)).max() < 6 * np.sqrt(draws / len(seen)), f"frame {i} of {length}"

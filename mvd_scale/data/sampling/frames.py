@@ -13,7 +13,9 @@ def draw_frames(rng: Generator, rule: str, available: int, frames: int, stride: 
         return dense_frames(rng, available, frames, stride)
     if rule == "window":
         return window_frames(rng, available, frames, stride)
-    return segment_frames(rng, available, frames)
+    if rule == "segments":
+        return segment_frames(rng, available, frames)
+    return whole_segment_frames(rng, available, frames)
 
 
 def dense_frames(rng: Generator, available: int, frames: int, stride: int) -> NDArray[np.int64]:
@@ -51,10 +53,24 @@ def window_frames(rng: Generator, available: int, frames: int, stride: int) -> N
 
 
 def segment_frames(rng: Generator, available: int, frames: int) -> NDArray[np.int64]:
-    """Draw one random frame number from each of `frames` equal segments of the video (TSN).
+    """Draw one random frame number from each of `frames` equal segments of the whole video (TSN).
 
-    The published fine-tuning rule for Something-Something V2. As published, frames that remain at the end after the
-    division are never drawn, and a video with fewer frames than segments gives its first frame only.
+    The rule by which MVD fine-tunes on Something-Something V2. The segments divide the span from the first to the last
+    frame. Their borders are rounded (halves to even) and belong to both neighbours, so a frame may be drawn twice. A
+    video with fewer frames than segments gives frames of its whole length too, some of them several times.
+
+    Returns:
+        int64 (frames,), ascending, within 0 .. available - 1.
+    """
+    borders = np.round(np.arange(frames + 1) * ((available - 1) / frames)).astype(np.int64)
+    return rng.integers(borders[:-1], borders[1:], endpoint=True)
+
+
+def whole_segment_frames(rng: Generator, available: int, frames: int) -> NDArray[np.int64]:
+    """Draw one random frame number from each of `frames` segments with a whole number of frames each.
+
+    The rule by which VideoMAE fine-tunes on Something-Something V2. As published, frames that remain at the end after
+    the division are never drawn, and a video with fewer frames than segments gives its first frame only.
 
     Returns:
         int64 (frames,), ascending, within 0 .. available - 1.

@@ -156,7 +156,7 @@ def _assumptions(plan: Plan) -> Iterator[str]:
     if any(parallel.prefetched):
         yield "  phases are added up: the time saved by teachers that run in parallel with the student is not counted"
     yield (
-        f"  {cluster.videos} videos of {cluster.video.height} lines, a key frame every {cluster.video.keyframes} "
-        "(--videos, --height, --keyframes)"
+        f"  {cluster.videos} videos of {cluster.video.height} lines and {cluster.video.frames} frames, a key frame "
+        f"every {cluster.video.keyframes} (--videos, --height, --video-frames, --keyframes)"
     )
     yield f"  {cluster.gpu.name}: {cluster.gpu.source}"

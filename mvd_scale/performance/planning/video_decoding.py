@@ -24,6 +24,9 @@ class VideoFormat:
     keyframes: int = 250
     """Frames from one key frame to the next; 250 is x264's default."""
 
+    frames: int = 300
+    """Frames of a video: 10 seconds at 30 Hz, as on Kinetics-400. Only clips that span whole videos depend on it."""
+
     @property
     def pixels(self) -> int:
         """Pixels of a frame of aspect ratio 4:3."""
@@ -31,7 +34,12 @@ class VideoFormat:
 
 
 def decoded_frames(data: DataConfig, model: ModelConfig, video: VideoFormat) -> float:
-    """Mean number of frames decoded per clip: its span, plus half of the distance between key frames."""
+    """Mean number of frames decoded per clip: its span, plus half of the distance between key frames.
+
+    A clip that spans its whole video (`segments`, `whole_segments`) starts near the first frame, which is a key frame.
+    """
+    if data.spans_whole_videos:
+        return float(video.frames)
     return (model.frames - 1) * data.stride + 1 + (video.keyframes - 1) / 2
 
 

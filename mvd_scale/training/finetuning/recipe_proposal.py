@@ -47,7 +47,11 @@ class RecipeProposal:
 
     def to_yaml(self, command: str) -> str:
         """Format as YAML with the reasons as comments; `command` is the command line that runs the recipe."""
-        lines = [f"# {self.title}", "#", f"# command   {command}", "# hardware  any; the micro batch is that of 32 GB"]
+        folder = self.values["run"]["folder"]
+        weights = f"{folder}/best.safetensors" if "validation" in self.values else folder
+        lines = [f"# {self.title}", "#", f"# command   {command}"]
+        lines += [f"# test      launch/single_node.sh evaluate {weights} TEST_VIDEOS --out {folder}/test"]
+        lines += ["# hardware  any; the micro batch is that of 32 GB"]
         lines += ["# time      not measured", "# published none", "base: finetune/own_videos"]
         for section, values in self.values.items():
             lines.append(f"{section}:")
@@ -122,6 +126,7 @@ def propose_recipe(
         "training.epochs": f"{epochs * steps} steps in all",
         "training.global_batch": f"two copies of {batch} videos: {steps} steps of an epoch",
         "training.base_lr": "of 256 clips without their copies; scaled with the batch",
+        "validation.source": "chooses the epoch of best.safetensors, so it must not hold videos of the test",
     }
     return RecipeProposal(
         values, reasons, f"Fine-tuning on {videos} videos of {classes} classes, {frames} frames long (median)."

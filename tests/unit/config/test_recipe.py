@@ -199,6 +199,7 @@ def test_what_may_change_between_a_start_and_its_resumption() -> None:
         (["--data.mixture", "{a: {source: x}}", "--data.source", "y"], "not both"),
         (["--data.mixture", "{a b: {source: x}}"], "letters, digits and underscores"),
         (["--data.mixture", "{a: {source: x, stride: 2}}", "--data.sampling", "segments"], "has no effect"),
+        (["--data.mixture", "{a: {source: x, stride: 2}}", "--data.sampling", "whole_segments"], "has no effect"),
         (["--data.mixture", "{a: {source: x, weight: 0}}"], "data.mixture.a.weight"),
         (["--data.augment", "{jitter: {}}"], "data.augment.jitter: unknown key"),
     ],

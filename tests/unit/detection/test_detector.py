@@ -25,6 +25,7 @@ from mvd_scale.detection.objective import DetectionLoss
 from mvd_scale.detection.testing import BoxScorer, DetectionTestData
 from mvd_scale.errors import UserError
 from mvd_scale.models import Encoder
+from mvd_scale.models.encoder import IMAGENET_MEAN, IMAGENET_STD
 from mvd_scale.models.positions import resize_positions
 
 from .conftest import START, Scene
@@ -53,9 +54,37 @@ def test_scores_are_of_the_strongest_cell_of_each_box(detector: Detector) -> Non
     """The head sees the mean over time, cut to each box by 7 x 7 cells, of which the maximum is taken."""
     tokens = detector.encoder(clips())
     features = tokens.view(2, 2, 4, 4, 32).mean(1).permute(0, 3, 1, 2)
-    cells = ops.roi_align(features, BOXES, 7, 1 / 8, aligned=True)
+    cells = ops.roi_align(features, BOXES, 7, 1 / 8, sampling_ratio=0, aligned=False)
     expected = detector.head(cells.flatten(2).max(2).values)
     torch.testing.assert_close(detector(clips(), BOXES), expected)
+
+
+def test_boxes_are_read_as_by_the_published_code(detector: Detector) -> None:
+    """A box is not shifted by half a cell, and one of less than a cell is read as one: RoIAlign by its definition."""
+    seen: list[torch.Tensor] = []
+    detector.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    # Features that are the column and the row of their cell: bilinear samples are the places of the samples.
+    columns, rows = torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="xy")
+    tokens = torch.stack([columns, rows, *[torch.zeros(4, 4)] * 30], -1).flatten(0, 1).repeat(1, 2, 1)
+    detector.encoder.forward = lambda pixels: tokens  # type: ignore[method-assign,assignment]
+    for box, cells in (((8.0, 4.0, 22.0, 18.0), (1.0, 0.5, 1.75, 1.75)), ((8.0, 4.0, 9.0, 5.0), (1.0, 0.5, 1.0, 1.0))):
+        detector(clips()[:1], torch.tensor([[0, *box]]))
+        left, top, width, height = cells
+        # Two samples or fewer in each of 7 cells: the last one lies half a sample before the end of the box.
+        samples = -(-int(max(width, 1) * 8) // 56)
+        last = torch.tensor([left + width * (1 - 0.5 / 7 / samples), top + height * (1 - 0.5 / 7 / samples)])
+        torch.testing.assert_close(seen.pop()[0, :2], last)
+
+
+def test_pixels_are_normalised_as_by_the_published_code_for_ava(detector: Detector) -> None:
+    plain = Encoder(MODEL)
+    plain.load_state_dict(detector.encoder.state_dict())
+    mean, std = torch.tensor([122.7717, 115.9465, 102.9801]), torch.tensor([57.375] * 3)
+    normalised = (clips().float() - mean) / std
+    # What an encoder with ImageNet's mean and deviation must be given for the same normalised pixels.
+    given = normalised * torch.tensor(IMAGENET_STD) + torch.tensor(IMAGENET_MEAN)
+    torch.testing.assert_close(detector.encoder(clips()), plain(given), rtol=0, atol=2e-5)
+    assert (detector.encoder(clips()) - plain(clips())).abs().max() > 1e-3
 
 
 def test_frames_of_any_size_are_seen_by_resized_positions(detector: Detector) -> None:
@@ -63,6 +92,7 @@ def test_frames_of_any_size_are_seen_by_resized_positions(detector: Detector) ->
     encoder = detector.encoder
     table = resize_positions(encoder.positions, (2, 4, 4), (2, 4, 7))
     wide = Encoder(MODEL)
+    wide.mean, wide.std = encoder.mean, encoder.std
     wide.load_state_dict(encoder.state_dict())
     wide.config = ModelConfig(width=32, depth=2, heads=2, frames=4, input_size=56, patch_size=8)
     wide.register_buffer("positions", resize_positions(encoder.positions, (2, 4, 4), (2, 7, 7)), persistent=False)
@@ -118,6 +148,7 @@ def test_a_detector_comes_back_as_it_was_and_is_no_classifier(detector: Detector
     with pytest.raises(UserError, match="no classification head"):
         build_classifier(read)
     encoder = Encoder(MODEL)
+    encoder.mean, encoder.std = detector.encoder.mean, detector.encoder.std
     load_initial_encoder(encoder, file)
     assert torch.equal(encoder(clips()), detector.encoder(clips()))
     save_weights(file, encoder.state_dict(), MODEL)

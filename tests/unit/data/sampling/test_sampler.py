@@ -12,7 +12,13 @@ from mvd_scale.config.data import CenterCrop, CornerCrop, DataConfig, MaskConfig
 from mvd_scale.config.model import ModelConfig
 from mvd_scale.data.manifest import Manifest, Row
 from mvd_scale.data.sampling.crops import corner_crop, draw_crop
-from mvd_scale.data.sampling.frames import dense_frames, draw_frames, segment_frames, window_frames
+from mvd_scale.data.sampling.frames import (
+    dense_frames,
+    draw_frames,
+    segment_frames,
+    whole_segment_frames,
+    window_frames,
+)
 from mvd_scale.data.sampling.masks import draw_mask, running_cell_mask
 from mvd_scale.data.sampling.sampler import RankShard, Sampler, steps_per_epoch
 from mvd_scale.errors import UserError
@@ -120,7 +126,7 @@ def test_frames_lie_inside_the_video(seed, available, frames, stride):
 
 @given(
     seed=st.integers(0, 100),
-    rule=st.sampled_from(["dense", "window", "segments"]),
+    rule=st.sampled_from(["dense", "window", "segments", "whole_segments"]),
     available=st.integers(1, 200),
     frames=st.integers(1, 16),
     stride=st.integers(1, 5),
@@ -149,11 +155,29 @@ def test_windows_follow_the_published_rule(available):
         assert window_frames(default_rng(seed), available, 16, 4).tolist() == published(default_rng(seed))
 
 
-def test_segments_take_any_frame_of_every_equal_part():
-    clips = np.stack([segment_frames(default_rng(seed), 35, 8) for seed in range(400)])
+@pytest.mark.parametrize("available", [1, 2, 5, 15, 16, 17, 45, 200])
+def test_segments_reach_from_the_first_frame_to_the_last(available):
+    clips = np.stack([segment_frames(default_rng(seed), available, 16) for seed in range(400)])
+    assert clips[:, 0].min() == 0
+    assert clips[:, -1].max() == available - 1
+    borders = [round((available - 1) / 16 * i) for i in range(17)]
+    for part in range(16):
+        assert set(clips[:, part]) == set(range(borders[part], borders[part + 1] + 1))
+
+
+def test_whole_segments_take_any_frame_of_every_part_of_whole_frames():
+    clips = np.stack([whole_segment_frames(default_rng(seed), 35, 8) for seed in range(400)])
     for part in range(8):
         assert set(clips[:, part]) == set(range(part * 4, part * 4 + 4))
-    assert segment_frames(default_rng(0), 7, 8).tolist() == [0] * 8
+    assert whole_segment_frames(default_rng(0), 7, 8).tolist() == [0] * 8
+
+
+@pytest.mark.parametrize("rule", ["segments", "whole_segments"])
+def test_the_clips_of_a_rule_are_those_of_its_function(rule):
+    function = {"segments": segment_frames, "whole_segments": whole_segment_frames}[rule]
+    for seed in range(20):
+        drawn = draw_frames(default_rng(seed), rule, 45, 16, 4)
+        assert drawn.tolist() == function(default_rng(seed), 45, 16).tolist()
 
 
 @pytest.mark.parametrize("available", [1, 2, 3, 10, 63, 64, 65, 100])

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from mvd_scale.cli import cli
-from mvd_scale.config import load_recipe
+from mvd_scale.config import load_finetune_recipe, load_recipe
 from mvd_scale.errors import UserError
 from mvd_scale.performance.planning.communication import seconds_of
 from mvd_scale.performance.planning.hardware import GPUS, LINK_SHARE, usable_memory
@@ -68,6 +68,11 @@ def test_frames_before_a_clip_are_decoded_from_the_last_key_frame() -> None:
     # 15 strides of 4 and a frame; nothing before it where each frame is a key frame.
     assert decoded_frames(recipe.data, recipe.model, VideoFormat(keyframes=1)) == 61
     assert decoded_frames(recipe.data, recipe.model, VideoFormat(keyframes=251)) == 61 + 125
+    # A clip that spans its video needs all of it, wherever key frames are.
+    whole = load_finetune_recipe("finetune/b_ssv2")
+    for rule in ("segments", "whole_segments"):
+        data = whole.data.model_copy(update={"sampling": rule})
+        assert decoded_frames(data, whole.model, VideoFormat(keyframes=12, frames=45)) == 45
     gpu, video = GPUS["A100"], VideoFormat(height=1247, keyframes=1)
     assert decoded_clips(gpu, recipe.data, recipe.model, video) == pytest.approx(2250 / 61, rel=1e-3)
 

@@ -41,6 +41,20 @@ def test_it_is_a_recipe_that_one_gpu_and_eight_can_run(tmp_path: Path, videos: i
     assert made.training.initial_encoder == Path("encoder.safetensors")
 
 
+def test_its_head_tests_the_best_epoch_where_a_third_set_chooses_it_and_else_the_last(tmp_path: Path) -> None:
+    rows = [Row(name=f"{k}", path=f"/v/{k}", label=k % 2, frames=100) for k in range(40)]
+    for validation, weights in ((None, "runs/mine"), ("held_out", "runs/mine/best.safetensors")):
+        made = propose_recipe(
+            Manifest.from_rows(rows),
+            ModelConfig(size="S"),
+            source="videos",
+            encoder=Path("e"),
+            validation=validation,
+            folder=Path("runs/mine"),
+        )
+        assert f"evaluate {weights} TEST_VIDEOS --out runs/mine/test\n" in made.to_yaml("mvd-scale finetune")
+
+
 def test_at_ucf101_s_size_it_is_ucf101_s(tmp_path: Path) -> None:
     made, published = recipe(tmp_path, 9_537, 180), load_finetune_recipe("finetune/b_ucf101")
     assert made.training.epochs == published.training.epochs
