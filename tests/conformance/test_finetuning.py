@@ -1,16 +1,20 @@
-"""Stage 3 as its authors' code computes it: logits, schedules, layer-wise decay, test views."""
+"""Stage 3 as its authors' code computes it: logits, schedules, layer-wise decay, training crops, test views."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from nvidia.dali import fn, pipeline_def, types
 
 from mvd_scale.checkpoints import Hints, build_classifier, export_checkpoint, read_checkpoint
 from mvd_scale.checkpoints.formats.mvd import MVD_CLASSIFIER
 from mvd_scale.checkpoints.formats.names import to_native_name
+from mvd_scale.config import load_finetune_recipe
+from mvd_scale.data.decoding.dali_geometry import Resampling, upright
 from mvd_scale.data.sampling.eval_views import crop_corners, dense_views, uniform_views
 from mvd_scale.training.lr_schedule import cosine_schedule
 from mvd_scale.training.optimizer import layer_index, layer_scale
@@ -68,3 +72,28 @@ def test_views(views: Any) -> None:
     for size, corners in views["crops_yx"].items():
         height, width = map(int, size.split("x"))
         assert [list(corner) for corner in crop_corners(height, width, side=224, crops=3)] == corners
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_training_crop(traincrop: Vectors, on_gpu: bool) -> None:
+    """The crop of a recipe of fine-tuning; DALI's operators, which a GPU uses, take frames on the host too."""
+    crop = load_finetune_recipe("finetune/b_k400").data.crop
+    resampling = Resampling(crop.interpolation, crop.antialias)
+    for number, case in enumerate(traincrop.config):
+        frames = traincrop[f"frame{number}"].numpy()[None]
+        (top, left, height, width), side = case["box"], case["side"]
+
+        @pipeline_def(batch_size=1, num_threads=1, device_id=None, enable_conditionals=True)
+        def graph(frames=frames, box=(top, left, height, width), side=side) -> object:
+            clip = fn.external_source(lambda: [frames], dtype=types.UINT8, ndim=4, layout="FHWC")
+            sample = {
+                "anchor": types.Constant(np.array([box[:2]], np.int32)),
+                "shape": types.Constant(np.array([box[2:]], np.int32)),
+                "mirror": types.Constant(np.zeros((1, 2), np.int32)),
+            }
+            how = {"copy": 0, "cut": "first", "turned": False, "on_gpu": on_gpu}
+            return upright(sample, clip, (side, side), resampling, **how)
+
+        (clips,) = graph().run()
+        ours, published = np.array(clips.at(0))[0].astype(int), traincrop[f"out{number}"].numpy()
+        assert np.abs(ours - np.round(published)).max() <= 1

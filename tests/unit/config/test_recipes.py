@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from importlib import resources
+from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from mvd_scale.config import (
     DecoderConfig,
@@ -220,11 +222,31 @@ def test_fine_tuning_is_as_published(
     assert recipe.mix == MixConfig(mixup=0.8, cutmix=1.0, switch=0.5)
     ssv2 = name.endswith("ssv2")
     assert (data.flip, data.sampling) == ((0, "segments") if ssv2 else (0.5, "window"))
-    assert (data.crop.kind, data.crop.area) == ("random_resized", (0.08, 1.0))
+    assert (data.crop.kind, data.crop.area, data.crop.antialias) == ("random_resized", (0.08, 1.0), False)
     randomly = data.augment.rand_augment
     assert (randomly.operations, randomly.magnitude, randomly.deviation) == (4, 7, 0.5)
     assert data.augment.erasing.probability == 0.25
     assert (recipe.test.sampling, recipe.test.clips, recipe.test.crops) == ("uniform" if ssv2 else "dense", *views)
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_crops_are_resized_as_in_the_published_code_of_their_stage(name: str) -> None:
+    """PIL antialiases where pre-training shrinks a crop; torch and OpenCV do not in fine-tuning and detection."""
+    crop = load_any_recipe(name).data.crop
+    assert crop.antialias == (name in PRETRAINED)
+
+
+@pytest.mark.parametrize(
+    ("load", "name"), [(load_finetune_recipe, "finetune/b_k400"), (load_recipe, "distill/b_from_b")]
+)
+def test_a_recipe_that_does_not_mention_antialiasing_gets_that_of_its_stage(load: Any, name: str) -> None:
+    published = load(name)
+    values = yaml.safe_load(published.to_yaml())
+    for crop in (published.data.crop.model_dump(exclude={"antialias"}), {"kind": "center"}):
+        recipe = type(published).model_validate(values | {"data": values["data"] | {"crop": crop}})
+        assert recipe.data.crop.antialias == published.data.crop.antialias
+    for wanted in (False, True):
+        assert load(name, ["--data.crop.antialias", str(wanted).lower()]).data.crop.antialias is wanted
 
 
 @pytest.mark.parametrize(
@@ -241,7 +263,7 @@ def test_detection_is_as_published(size: str, lr: float, epochs: int, layer_deca
     assert (recipe.model.frames, data.stride, recipe.model.input_size) == (16, 4, 224)
     assert (recipe.model.drop_path, detector.dropout, detector.init_scale) == (0.2, 0, 0.001)
     assert (detector.classes, detector.resolution, detector.widen) == (80, 7, (0.1, 0.05))
-    assert data.crop == ShortSideCrop(sides=(256, 256))
+    assert data.crop == ShortSideCrop(sides=(256, 256), antialias=False)
     assert data.flip == 0.5
     assert recipe.key_frames.jitter == (0.2, 0.1, 0.1, 0.05)
 
