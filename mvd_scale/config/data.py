@@ -26,7 +26,19 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Interpolation = Literal["bilinear", "bicubic"]
 
 
-class CornerCrop(Section):
+class CropSection(Section):
+    """Base of the rules for the crop: how it is resized to the model's input."""
+
+    interpolation: Interpolation = "bilinear"
+    """Filter that resizes the crop."""
+
+    antialias: bool = True
+    """Whether the filter widens where the crop shrinks, as PIL's does, which the published pre-training uses. If
+    omitted: true in recipes of pre-training; false in those of fine-tuning and action detection, whose published code
+    resizes by torch and OpenCV without antialiasing."""
+
+
+class CornerCrop(CropSection):
     """Multi-scale corner crop: one scale for each of height and width, at one of 13 fixed positions."""
 
     kind: Literal["corner"] = "corner"
@@ -34,11 +46,8 @@ class CornerCrop(Section):
     scales: tuple[Share, ...] = Field(default=(1.0, 0.875, 0.75, 0.66), min_length=1)
     """Height and width of the crop as shares of the frame's short side; the two differ by at most one list entry."""
 
-    interpolation: Interpolation = "bilinear"
-    """Filter that resizes the crop, with antialiasing where it shrinks."""
 
-
-class RandomResizedCrop(Section):
+class RandomResizedCrop(CropSection):
     """Crop of random area and aspect ratio, torchvision's rule (MAE; fine-tuning with areas from 0.08)."""
 
     kind: Literal["random_resized"] = "random_resized"
@@ -50,19 +59,17 @@ class RandomResizedCrop(Section):
     """Smallest and largest aspect ratio, width divided by height."""
 
     interpolation: Interpolation = "bicubic"
-    """Filter that resizes the crop, with antialiasing where it shrinks."""
+    """Filter that resizes the crop."""
 
 
-class ShortSideCrop(Section):
-    """Random square of the input size, after resizing the short side to a random length (action detection)."""
+class ShortSideCrop(CropSection):
+    """Random square of the input size from frames that are resized as a whole, their short side to a random length
+    (action detection)."""
 
     kind: Literal["short_side"] = "short_side"
 
     sides: tuple[PositiveInt, PositiveInt] = (256, 256)
     """Smallest and largest length of the resized short side, in pixels."""
-
-    interpolation: Interpolation = "bilinear"
-    """Filter that resizes the crop, with antialiasing where it shrinks."""
 
     @model_validator(mode="after")
     def _check_sides(self) -> Self:
@@ -71,13 +78,10 @@ class ShortSideCrop(Section):
         return self
 
 
-class CenterCrop(Section):
+class CenterCrop(CropSection):
     """Largest centred square of the frame."""
 
     kind: Literal["center"] = "center"
-
-    interpolation: Interpolation = "bilinear"
-    """Filter that resizes the crop, with antialiasing where it shrinks."""
 
 
 Crop = Annotated[CornerCrop | RandomResizedCrop | ShortSideCrop | CenterCrop, Field(discriminator="kind")]
@@ -105,9 +109,11 @@ class MaskConfig(Section):
 
 
 class RandAugment(Section):
-    """Random image operations on whole clips, the same for every frame (RandAugment, increasing set; fine-tuning).
+    """Random image operations, the same for every frame of a clip (RandAugment, increasing set; fine-tuning).
 
-    They are applied to the crop after resizing.
+    They come before the crop, as in the published code: warps turn and shift whole frames and bring in a grey of 128
+    from beyond the frame's border; contrast, autocontrast and equalize use the statistics of the whole frame. On CPUs
+    the pixels are those of PIL with bicubic warps; on GPUs DALI's operators differ by rounding, and warp bilinearly.
     """
 
     operations: int = Field(default=4, gt=0)
@@ -124,7 +130,8 @@ class RandAugment(Section):
 
 
 class ColorJitter(Section):
-    """Random brightness, contrast, saturation and hue, one factor each for a whole clip, applied in this order."""
+    """Random brightness, contrast, saturation and hue of the resized crop, one factor each for a whole clip, applied in
+    this order."""
 
     brightness: Probability = 0.4
     """Largest change x of the brightness: the factor is drawn from 1 - x to 1 + x."""
@@ -140,7 +147,10 @@ class ColorJitter(Section):
 
 
 class RandomErasing(Section):
-    """Random box that is filled with noise, the same box in every frame (fine-tuning)."""
+    """Random box of the resized crop that is filled with noise, the same box in every frame (fine-tuning).
+
+    The noise is standard normal after the normalisation of the pixels, cut at black and white.
+    """
 
     probability: Probability = 0.25
     """Probability with which a clip gets a box."""
@@ -153,16 +163,16 @@ class RandomErasing(Section):
 
 
 class AugmentConfig(Section):
-    """Augmentations of a clip after crop and flip, applied in this order; none by default, as in pre-training."""
+    """Augmentations of a clip, applied in this order; none by default, as in pre-training."""
 
     rand_augment: RandAugment | None = None
-    """Random image operations; null for none."""
+    """Random image operations on whole frames before the crop; null for none."""
 
     color_jitter: ColorJitter | None = None
-    """Random changes of brightness, contrast, saturation and hue; null for none."""
+    """Random changes of brightness, contrast, saturation and hue after crop and flip; null for none."""
 
     erasing: RandomErasing | None = None
-    """Random box filled with noise; null for none."""
+    """Random box filled with noise, last of all; null for none."""
 
 
 class ViewsConfig(Section):
@@ -257,7 +267,7 @@ class DataConfig(Section):
     """Probability of a horizontal flip."""
 
     augment: AugmentConfig = AugmentConfig()
-    """Augmentations of the clip after crop and flip."""
+    """Augmentations of the clip: RandAugment before the crop, the others after crop and flip."""
 
     copies: int = Field(default=1, gt=0)
     """Number of copies of every decoded clip, each with its own crop, flip, augmentation and mask (repeated

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
-from mvd_scale.config.data import Probability, TestViews, ViewsConfig
+from mvd_scale.config.data import DataConfig, Probability, TestViews, ViewsConfig
 from mvd_scale.config.recipe import RunRecipe
 from mvd_scale.config.section import Section
 from mvd_scale.config.training import Decay, TrainingConfig
@@ -129,6 +129,14 @@ class TaskRecipe(RunRecipe):
         """Section of the recipe that describes the head."""
         section: TaskHeadConfig = getattr(self, self.head_section)
         return section
+
+    @field_validator("data")
+    @classmethod
+    def _resize_without_antialiasing(cls, data: DataConfig) -> DataConfig:
+        """Set `crop.antialias` to false where the recipe does not set it: the published code of all tasks has none."""
+        if "antialias" in data.crop.model_fields_set:
+            return data
+        return data.model_copy(update={"crop": data.crop.model_copy(update={"antialias": False})})
 
     @model_validator(mode="after")
     def _check_task(self) -> Self:

@@ -154,9 +154,8 @@ class KeyFrameLoader(ClipLoader):
         epoch, i = self._shard.locate(position)
         plan = self._sampler.plan(epoch, i, attempt)
         people = self._people.on(int(self._key_frames.numbers[plan.row]))
-        corners, manifest = self._people.corners[people], self._manifest
-        size, side = (int(manifest.height[plan.row]), int(manifest.width[plan.row])), self._model.input_size
-        placed = [transform_boxes(corners, copy, size, side) for copy in plan.copies]
+        corners, side = self._people.corners[people], self._model.input_size
+        placed = [transform_boxes(corners, copy, side) for copy in plan.copies]
         rng = box_generator(self._sampler.seed, epoch, i, attempt)
         return [jitter_boxes(rng, boxes, self._jitter, side) for boxes in placed], self._people.actions[people]
 

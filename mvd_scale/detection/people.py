@@ -47,19 +47,18 @@ class PersonBoxes:
         return slice(first, end)
 
 
-def transform_boxes(corners: Corners, plan: CopyPlan, size: tuple[int, int], side: int) -> Corners:
+def transform_boxes(corners: Corners, plan: CopyPlan, side: int) -> Corners:
     """Transform boxes of a frame into a training clip of it; parts outside of the clip are cut off.
 
     Args:
         corners: fractions of the upright frame, (P, 4).
         plan: crop and flip of the clip.
-        size: height and width of the upright frame, in pixels.
         side: side of the clip, in pixels.
 
     Returns:
         (P, 4) in pixels of the clip; a box that is entirely outside has no area.
     """
-    (height, width), (top, left, crop_height, crop_width) = size, plan.crop
+    (height, width), (top, left, crop_height, crop_width) = plan.crop.frame, plan.crop.box
     scale = np.array([side / crop_width, side / crop_height] * 2)
     boxes = (corners * [width, height, width, height] - [left, top, left, top]) * scale
     if plan.flip:

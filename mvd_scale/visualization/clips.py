@@ -144,7 +144,7 @@ def _caption(batch: ClipBatch, manifest: Manifest, plan: ClipPlan, clip: int, co
             [*lines, "in place of a video that", "cannot be decoded:", _shorten(manifest.name[plan.row], 38)]
         )
     copy = plan.copies[clip % copies]
-    top, left, height, width = copy.crop
+    top, left, height, width = copy.crop.box
     steps = np.unique(np.diff(plan.frames)).tolist()
     stride = f"every {steps[0]}" if len(steps) == 1 else f"{min(steps)} to {max(steps)} apart" if steps else ""
     lines += [

@@ -19,7 +19,7 @@ from mvd_scale.checkpoints import Checkpoint, to_published
 from mvd_scale.models.encoder import IMAGENET_MEAN, IMAGENET_STD
 
 FOLDER = Path(os.environ.get("MVD_REFERENCE_DIR") or Path(__file__).resolve().parents[3] / "shared" / "reference")
-KINDS = ("mvd", "videomae", "mae", "classifier", "schedules", "views", "segments")
+KINDS = ("mvd", "videomae", "mae", "classifier", "schedules", "views", "segments", "traincrop")
 
 OUTPUT = {"rtol": 0.0, "atol": 2e-5}
 LOSS = {"rel": 0.0, "abs": 1e-5}
@@ -87,6 +87,11 @@ def mae(request: pytest.FixtureRequest) -> Vectors:
 
 @pytest.fixture
 def classifier(request: pytest.FixtureRequest) -> Vectors:
+    return _read(request.param)
+
+
+@pytest.fixture
+def traincrop(request: pytest.FixtureRequest) -> Vectors:
     return _read(request.param)
 
 

@@ -1,4 +1,4 @@
-"""Stage 3 as its authors' code computes it: logits, schedules, layer-wise decay, training frames, test views."""
+"""Stage 3 as its authors' code computes it: logits, schedules, layer-wise decay, frames and crops, test views."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 from numpy.random import default_rng
+from nvidia.dali import fn, pipeline_def, types
 
 from mvd_scale.checkpoints import Hints, build_classifier, export_checkpoint, read_checkpoint
 from mvd_scale.checkpoints.formats.mvd import MVD_CLASSIFIER
 from mvd_scale.checkpoints.formats.names import to_native_name
+from mvd_scale.config import load_finetune_recipe
+from mvd_scale.data.decoding.dali_geometry import Resampling, upright
 from mvd_scale.data.sampling.eval_views import crop_corners, dense_views, uniform_views
 from mvd_scale.data.sampling.frames import draw_frames
 from mvd_scale.training.lr_schedule import cosine_schedule
@@ -87,3 +90,28 @@ def test_segments(segments: Any) -> None:
             seen, counts = np.unique(clips[:, i], return_counts=True)
             assert seen.tolist() == list(range(low[i], high[i] + 1)), f"frame {i} of {length}"
             assert np.abs(counts - draws / len(seen)).max() < 6 * np.sqrt(draws / len(seen)), f"frame {i} of {length}"
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_training_crop(traincrop: Vectors, on_gpu: bool) -> None:
+    """The crop of a recipe of fine-tuning; DALI's operators, which a GPU uses, take frames on the host too."""
+    crop = load_finetune_recipe("finetune/b_k400").data.crop
+    resampling = Resampling(crop.interpolation, crop.antialias)
+    for number, case in enumerate(traincrop.config):
+        frames = traincrop[f"frame{number}"].numpy()[None]
+        (top, left, height, width), side = case["box"], case["side"]
+
+        @pipeline_def(batch_size=1, num_threads=1, device_id=None, enable_conditionals=True)
+        def graph(frames=frames, box=(top, left, height, width), side=side) -> object:
+            clip = fn.external_source(lambda: [frames], dtype=types.UINT8, ndim=4, layout="FHWC")
+            sample = {
+                "anchor": types.Constant(np.array([box[:2]], np.int32)),
+                "shape": types.Constant(np.array([box[2:]], np.int32)),
+                "mirror": types.Constant(np.zeros((1, 2), np.int32)),
+            }
+            how = {"copy": 0, "cut": "first", "turned": False, "on_gpu": on_gpu}
+            return upright(sample, clip, (side, side), resampling, **how)
+
+        (clips,) = graph().run()
+        ours, published = np.array(clips.at(0))[0].astype(int), traincrop[f"out{number}"].numpy()
+        assert np.abs(ours - np.round(published)).max() <= 1

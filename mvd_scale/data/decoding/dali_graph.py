@@ -1,8 +1,8 @@
-"""DALI graph of all loaders, for the CPU and the GPU: decode, crop, resize, rotate, flip, augment.
+"""DALI graph of all loaders, for the CPU and the GPU: decode, augment, crop, resize, rotate, flip, augment.
 
-    external_source (worker processes) --> encoded video --> decoders.video --+
-                                       |-> encoded image --> decoders.image --+--> slice -> resize -> rotate -> augment
-                                       '-> frames by PyAV, cut to the crop ---+      (once for every copy)
+    external_source (worker processes) --> encoded video --> decoders.video --+    RandAugment -> slice -> resize
+                                       |-> encoded image --> decoders.image --+--> -> rotate -> flip -> jitter -> erase
+                                       '-> frames by PyAV, cut to what it needs    (once for every copy)
 
 Nothing in the graph draws random numbers: they all come from the sampler.
 
@@ -12,6 +12,7 @@ Legend: B clips, C copies, T frames, H W pixels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -20,18 +21,18 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline, do_not_convert
 
-from mvd_scale.config.data import DataConfig
-from mvd_scale.data.decoding.dali_augment import apply_operation, erase
-from mvd_scale.data.decoding.dali_geometry import Resampling, Sample, resize, upright
+from mvd_scale.config.data import AugmentConfig, DataConfig, ShortSideCrop
+from mvd_scale.data.decoding.dali_augment import color_jitter, erase, rand_augment_by_dali, rand_augment_on_host
+from mvd_scale.data.decoding.dali_geometry import Cut, Resampling, Sample, resize, upright
 from mvd_scale.data.decoding.sample_source import DecodeBackend, VideoSource
 from mvd_scale.data.manifest import IMAGE_CODECS, Row
-from mvd_scale.data.sampling.augment import count_operations
 
 _TYPES: dict[Any, types.DALIDataType] = {
     np.int32: types.INT32,
     np.int64: types.INT64,
     np.uint8: types.UINT8,
     np.float32: types.FLOAT,
+    np.float64: types.FLOAT64,
 }
 
 
@@ -152,7 +153,7 @@ def decode_image(encoded: DataNode, length: int, on_gpu: bool) -> DataNode:
 
 
 def training_graph_body(
-    data: DataConfig, sides: Sequence[int], *, turned: bool, on_gpu: bool
+    data: DataConfig, sides: Sequence[int], *, turned: bool, on_gpu: bool, threads: int
 ) -> Callable[[Sample, DataNode], tuple[DataNode, ...]]:
     """Body of the graph of a training loader: from a sample and its frames to pixels, visible and masked tokens.
 
@@ -161,36 +162,44 @@ def training_graph_body(
         sides: input sides in pixels; all of them show the same crop.
         turned: whether some videos are rotated by 90 or 270 degrees.
         on_gpu: whether the device is a GPU.
+        threads: CPU threads of RandAugment on the host.
 
     Returns:
         function that returns, on the device, for each of `sides` uint8 (T, side, side, 3), with a leading axis C if
         there are several copies; then visible, int64 (C, V), and masked, int64 (C, M).
     """
-    operations = count_operations(data.augment)
-    # The filters antialias when they shrink frames, as PIL does in the published code.
-    resampling = Resampling(data.crop.interpolation, antialias=True)
+    augment, resampling = data.augment, Resampling(data.crop.interpolation, data.crop.antialias)
+    whole = isinstance(data.crop, ShortSideCrop)
+    pool = ThreadPoolExecutor(threads, "rand-augment")
+    # Jitter and erased boxes are of the first side, and so is the cut from resized frames: the other sides are then
+    # resized from the finished clip. Without these, each side is resized from the frames themselves.
+    shared = whole or augment != AugmentConfig()
 
     def body(sample: Sample, frames: DataNode) -> tuple[DataNode, ...]:
         copies = []
         for copy in range(data.copies):
-            cut = [
-                upright(sample, frames, (side, side), resampling, copy=copy, cut=True, turned=turned, on_gpu=on_gpu)
-                for side in sides
-            ]
-            if operations or data.augment.erasing is not None:
-                clip = cut[0]
-                for number in range(operations):
-                    clip = apply_operation(
-                        clip, sample["operations"][copy, number], sample["values"][copy, number], on_gpu
-                    )
-                if data.augment.erasing is not None:
-                    clip = erase(clip, sample["erase"][copy], sample["noise"][copy], sides[0], on_gpu)
-                # Boxes and warps are in pixels of the first side: the other sides are resized from the augmented clip.
-                others = [
-                    resize(clip, (side, side), filter=data.crop.interpolation, on_gpu=on_gpu) for side in sides[1:]
-                ]
-                cut = [clip, *others]
-            copies.append(cut)
+            cut: Cut | None = "last" if whole else "first"
+            source = frames
+            if augment.rand_augment is not None:
+                if on_gpu:
+                    operations = augment.rand_augment.operations
+                    source = rand_augment_by_dali(sample, frames, copy=copy, operations=operations, on_gpu=True)
+                else:
+                    source = rand_augment_on_host(sample, frames, copy=copy, pool=pool)
+                cut = "last" if whole else None
+            clips = []
+            for side in sides[:1] if shared else sides:
+                size = sample["frame_size"][copy] if whole else (side, side)
+                clips.append(
+                    upright(sample, source, size, resampling, copy=copy, cut=cut, turned=turned, on_gpu=on_gpu)
+                )
+            if augment.color_jitter is not None:
+                clips[0] = color_jitter(clips[0], sample["jitter"][copy], augment.color_jitter, on_gpu)
+            if augment.erasing is not None:
+                clips[0] = erase(clips[0], sample["erase"][copy], sample["noise"][copy], sides[0], on_gpu)
+            if shared:
+                clips += [resize(clips[0], (side, side), resampling, on_gpu=on_gpu) for side in sides[1:]]
+            copies.append(clips)
         return _outputs(sample, copies, on_gpu)
 
     return body

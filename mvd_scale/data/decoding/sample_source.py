@@ -2,7 +2,7 @@
 
 DALI spawns the workers, which import this module: it must not import torch, so that they start faster.
 
-Legend: T frames, C copies, K operations, V visible, M masked.
+Legend: T frames, C copies, K operations, J values of jitter, V visible, M masked.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mvd_scale.config.data import ShortSideCrop
 from mvd_scale.data.decoding.pyav import decode_frames
 from mvd_scale.data.manifest import IMAGE_CODECS, Manifest, Row
 from mvd_scale.data.sampling.crops import Box
-from mvd_scale.data.sampling.sampler import ClipPlan, RankShard, Sampler
+from mvd_scale.data.sampling.regions import localize_warps, plan_regions, rotate_warps
+from mvd_scale.data.sampling.sampler import ClipPlan, CopyPlan, RankShard, Sampler
 from mvd_scale.data.storage import DecodeError, read_bytes, run_with_timeout
 from mvd_scale.data.worker_pool import exit_with_parent
 
@@ -103,8 +105,11 @@ FIELDS = {
         Field("inverse", np.int32, 1),
         Field("visible", np.int64, 2),
         Field("masked", np.int64, 2),
+        Field("frame_size", np.float32, 2),
         Field("operations", np.int32, 2),
-        Field("values", np.float32, 3),
+        Field("values", np.float64, 3),
+        Field("regions", np.int32, 3),
+        Field("jitter", np.float32, 2),
         Field("erase", np.int32, 2),
         Field("noise", np.uint8, 5),
     )
@@ -247,10 +252,16 @@ class ClipSource(VideoSource):
 
     @property
     def extra_fields(self) -> set[str]:
-        augment = self.sampler.data.augment
-        used = {"anchor", "shape", "mirror", "visible", "masked"}
-        if augment.rand_augment is not None or augment.color_jitter is not None:
-            used |= {"operations", "values"}
+        crop, augment = self.sampler.data.crop, self.sampler.data.augment
+        used = {"mirror", "visible", "masked"}
+        if isinstance(crop, ShortSideCrop):
+            used.add("frame_size")
+        if isinstance(crop, ShortSideCrop) or augment.rand_augment is None:
+            used |= {"anchor", "shape"}
+        if augment.rand_augment is not None:
+            used |= {"operations", "values", "regions"}
+        if augment.color_jitter is not None:
+            used.add("jitter")
         if augment.erasing is not None:
             used |= {"erase", "noise"}
         return used
@@ -279,27 +290,66 @@ class ClipSource(VideoSource):
         return None
 
     def _media(self, plan: ClipPlan, position: int) -> DecoderInput:
-        # Frames decoded by PyAV are cropped to the smallest box that contains the crops of all copies: copying whole
+        # Frames decoded by PyAV are cropped to the smallest box that contains what all copies need: copying whole
         # frames through shared memory would take longer.
-        box = _hull([coded_box(copy.crop, self.videos[plan.row]) for copy in plan.copies])
+        video = self.videos[plan.row]
+        box = _hull([CodedCopy.of(copy, video).source for copy in plan.copies])
         return self.prepare(plan.row, plan.frames, box, pyav_samples=position in self.pyav_samples)
 
     def _arrays(self, plan: ClipPlan, media: DecoderInput, row: int, failures: list[dict[str, object]]) -> Arrays:
-        video, copies = self.videos[plan.row], plan.copies
-        boxes = np.array([coded_box(copy.crop, video) for copy in copies], dtype=np.int32)
-        augments = [copy.augment for copy in copies]
+        video, augments = self.videos[plan.row], [copy.augment for copy in plan.copies]
+        copies = [CodedCopy.of(copy, video) for copy in plan.copies]
+        origin = np.array([media.top, media.left, 0, 0], dtype=np.int32)
+        # A box in resized frames does not move with the part of the frame that was decoded: it is the whole frame then.
+        boxes = np.array([copy.box for copy in copies], dtype=np.int32) - origin
         return self.decoding(media, plan.frames, row, failures) | {
             "transpose": np.array(video.rotation % 180 != 0, dtype=np.int32),
-            "anchor": boxes[:, :2] - np.array([media.top, media.left], dtype=np.int32),
+            "anchor": boxes[:, :2],
             "shape": boxes[:, 2:],
-            "mirror": np.array([flip_axes(copy.flip, video) for copy in copies], dtype=np.int32),
-            "visible": np.stack([copy.visible for copy in copies]),
-            "masked": np.stack([copy.masked for copy in copies]),
+            "mirror": np.array([flip_axes(copy.flip, video) for copy in plan.copies], dtype=np.int32),
+            "frame_size": np.array([copy.frame for copy in copies], dtype=np.float32),
+            "visible": np.stack([copy.visible for copy in plan.copies]),
+            "masked": np.stack([copy.masked for copy in plan.copies]),
             "operations": np.stack([augment.operations for augment in augments]),
-            "values": np.stack([augment.values for augment in augments]),
+            "values": np.stack([copy.values for copy in copies]),
+            "regions": np.stack([copy.regions for copy in copies]) - origin,
+            "jitter": np.stack([augment.jitter for augment in augments]),
             "erase": np.array([augment.erase for augment in augments], dtype=np.int32),
             "noise": _stack_noise([augment.noise for augment in augments]),
         }
+
+
+class CodedCopy(NamedTuple):
+    """Crop and operations of one copy of a clip in the orientation in which its frames are coded."""
+
+    frame: tuple[int, int]
+    """Height and width of the frame that the crop is cut from, see `CropPlan.frame`."""
+
+    box: Box
+    """Box of the crop in that frame."""
+
+    regions: NDArray[np.int32]
+    """Regions of the decoded frame that the operations read, and the one that remains: int32 (K + 1, 4)."""
+
+    values: NDArray[np.float64]
+    """Values of the operations, with matrices of warps for positions in the regions: float64 (K, 6)."""
+
+    @property
+    def source(self) -> Box:
+        """Box of the decoded frame that the copy needs."""
+        top, left, height, width = self.regions[0].tolist()
+        return top, left, height, width
+
+    @classmethod
+    def of(cls, copy: CopyPlan, video: Row) -> CodedCopy:
+        """Convert the plan of a copy, which is in display orientation."""
+        size, augment, crop = (video.height, video.width), copy.augment, copy.crop
+        box = coded_box(crop.box, crop.frame, video.rotation)
+        frame = crop.frame[::-1] if video.rotation % 180 else crop.frame
+        wanted = box if crop.frame == size else (0, 0, *video.coded_size)
+        values = rotate_warps(augment.operations, augment.values, size, video.rotation)
+        regions = plan_regions(augment.operations, values, wanted, video.coded_size)
+        return cls(frame, box, regions, localize_warps(augment.operations, values, regions))
 
 
 class VideoTable:
@@ -335,15 +385,21 @@ class _Texts:
         return self.buffer[start : int(self.ends[row])].decode("utf-8", "surrogateescape")
 
 
-def coded_box(box: Box, video: Row) -> Box:
-    """Convert a box of the displayed frame to the coded frame, which `video.rotation` turns into the displayed one."""
+def coded_box(box: Box, size: tuple[int, int], rotation: int) -> Box:
+    """Convert a box of a displayed frame to the coded frame.
+
+    Args:
+        box: box in the displayed frame.
+        size: height and width of the displayed frame.
+        rotation: angle by which the coded frame is rotated counterclockwise for display: 0, 90, 180 or 270 degrees.
+    """
     top, left, height, width = box
-    if video.rotation == 90:
-        return left, video.height - top - height, width, height
-    if video.rotation == 180:
-        return video.height - top - height, video.width - left - width, height, width
-    if video.rotation == 270:
-        return video.width - left - width, top, width, height
+    if rotation == 90:
+        return left, size[0] - top - height, width, height
+    if rotation == 180:
+        return size[0] - top - height, size[1] - left - width, height, width
+    if rotation == 270:
+        return size[1] - left - width, top, width, height
     return box
 
 

@@ -173,7 +173,13 @@ class ClipLoader(DaliLoader):
         source = self._source()
         return build_pipeline(
             source,
-            training_graph_body(self._data, self.sides, turned=source.turned, on_gpu=self._device_id is not None),
+            training_graph_body(
+                self._data,
+                self.sides,
+                turned=source.turned,
+                on_gpu=self._device_id is not None,
+                threads=self._threads,
+            ),
             frames=self._model.frames,
             batch=self._batch,
             device_id=self._device_id,

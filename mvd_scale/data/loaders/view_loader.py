@@ -321,7 +321,7 @@ class ViewLoader(ItemLoader[ViewBatch]):
 
 def whole_frames(sample: Sample, frames: DataNode, *, turned: bool, on_gpu: bool) -> DataNode:
     """Resize whole frames, without a crop, and rotate them to display orientation."""
-    return upright(sample, frames, sample["size"], _AS_OPENCV, copy=0, cut=False, turned=turned, on_gpu=on_gpu)
+    return upright(sample, frames, sample["size"], _AS_OPENCV, copy=0, cut=None, turned=turned, on_gpu=on_gpu)
 
 
 @do_not_convert  # type: ignore[untyped-decorator]

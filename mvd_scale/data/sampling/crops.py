@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.random import Generator
 
 from mvd_scale.config.data import CenterCrop, CornerCrop, RandomResizedCrop, ShortSideCrop
+from mvd_scale.data.sampling.eval_views import resized_size
 
 Box = tuple[int, int, int, int]
 """Top, left, height and width in pixels."""
+
+
+@dataclass(frozen=True)
+class CropPlan:
+    """Crop of a clip: a box in the displayed frame, which may be resized as a whole first."""
+
+    frame: tuple[int, int]
+    """Height and width of the frame that the box is cut from, in pixels: the size of the displayed frame, or the size
+    to which the whole frame is resized first."""
+
+    box: Box
+    """Box in that frame."""
 
 
 def draw_crop(
@@ -17,16 +32,18 @@ def draw_crop(
     height: int,
     width: int,
     input_size: int,
-) -> Box:
-    """Draw a box in a frame of height x width pixels, to be resized to input_size x input_size."""
-    if isinstance(crop, CornerCrop):
-        return corner_crop(rng, crop.scales, height, width, input_size)
-    if isinstance(crop, RandomResizedCrop):
-        return random_resized_crop(rng, crop.area, crop.aspect, height, width)
+) -> CropPlan:
+    """Draw the crop of frames of height x width pixels, to be resized to input_size x input_size."""
     if isinstance(crop, ShortSideCrop):
         return short_side_crop(rng, crop.sides, height, width, input_size)
-    side = min(height, width)
-    return (height - side) // 2, (width - side) // 2, side, side
+    if isinstance(crop, CornerCrop):
+        box = corner_crop(rng, crop.scales, height, width, input_size)
+    elif isinstance(crop, RandomResizedCrop):
+        box = random_resized_crop(rng, crop.area, crop.aspect, height, width)
+    else:
+        side = min(height, width)
+        box = (height - side) // 2, (width - side) // 2, side, side
+    return CropPlan((height, width), box)
 
 
 def corner_crop(rng: Generator, scales: tuple[float, ...], height: int, width: int, input_size: int) -> Box:
@@ -75,12 +92,13 @@ def random_resized_crop(
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
-def short_side_crop(rng: Generator, sides: tuple[int, int], height: int, width: int, input_size: int) -> Box:
-    """Draw the box that a square of `input_size` pixels covers after the short side is resized to a length in `sides`.
+def short_side_crop(rng: Generator, sides: tuple[int, int], height: int, width: int, input_size: int) -> CropPlan:
+    """Draw a square of `input_size` pixels from frames whose short side is resized to a length in `sides`.
 
-    The length (between the two `sides`, in pixels) and the position are drawn uniformly. The box is given in whole
-    pixels of the frame before resizing.
+    The length (between the two `sides`, in pixels) and the position are drawn uniformly. The position is drawn as in
+    the published code for AVA, which never takes the last one.
     """
-    short = min(height, width)
-    side = min(round(input_size * short / int(rng.integers(sides[0], sides[1] + 1))), short)
-    return int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1)), side, side
+    short = int(rng.integers(sides[0], sides[1] + 1))
+    resized = resized_size(height, width, side=short)
+    top, left = (int(rng.random() * (length - input_size)) for length in resized)
+    return CropPlan(resized, (top, left, input_size, input_size))

@@ -19,7 +19,7 @@ from mvd_scale.config.data import DataConfig
 from mvd_scale.config.model import ModelConfig
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.sampling.augment import Augmentation, draw_augmentation
-from mvd_scale.data.sampling.crops import Box, draw_crop
+from mvd_scale.data.sampling.crops import CropPlan, draw_crop
 from mvd_scale.data.sampling.frames import draw_frames
 from mvd_scale.data.sampling.masks import draw_mask
 from mvd_scale.errors import UserError
@@ -32,14 +32,14 @@ _ORDER, _CLIP, _ROUND, _BOXES = 1, 2, 3, 4
 class CopyPlan:
     """All random choices for one copy of a clip."""
 
-    crop: Box
-    """Box of the crop in the displayed frame, in pixels."""
+    crop: CropPlan
+    """Box of the crop in the displayed frame."""
 
     flip: bool
     """Whether to flip the clip left to right."""
 
     augment: Augmentation
-    """Augmentation of the resized crop."""
+    """Operations before the crop, jitter and an erased box after it."""
 
     visible: NDArray[np.int64]
     """Indices of the visible tokens, ascending, time-major: int64 (V,)."""
@@ -105,7 +105,9 @@ class Sampler:
             crop = draw_crop(rng, data.crop, height, width, model.input_size)
             flip = bool(rng.random() < data.flip)
             visible, masked = draw_mask(rng, data.mask, model.grid)
-            augment = draw_augmentation(rng, data.augment, model.frames, model.input_size)
+            augment = draw_augmentation(
+                rng, data.augment, frames=model.frames, size=(height, width), side=model.input_size
+            )
             copies.append(CopyPlan(crop, flip, augment, visible, masked))
         return ClipPlan(int(self.rows[video]), frames, tuple(copies))
 

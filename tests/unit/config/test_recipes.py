@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from importlib import resources
+from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from mvd_scale.config import (
     DetectionRecipe,
@@ -98,6 +100,26 @@ def test_its_detector_builds(name: str) -> None:
     with torch.device("meta"):
         model = Detector(recipe.model, recipe.detector)
     assert model.head.out_features == recipe.detector.classes
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_crops_are_resized_as_in_the_published_code_of_their_stage(name: str) -> None:
+    """PIL antialiases where pre-training shrinks a crop; torch and OpenCV do not in fine-tuning and detection."""
+    crop = load_any_recipe(name).data.crop
+    assert crop.antialias == (name in PRETRAINED)
+
+
+@pytest.mark.parametrize(
+    ("load", "name"), [(load_finetune_recipe, "finetune/b_k400"), (load_recipe, "distill/b_from_b")]
+)
+def test_a_recipe_that_does_not_mention_antialiasing_gets_that_of_its_stage(load: Any, name: str) -> None:
+    published = load(name)
+    values = yaml.safe_load(published.to_yaml())
+    for crop in (published.data.crop.model_dump(exclude={"antialias"}), {"kind": "center"}):
+        recipe = type(published).model_validate(values | {"data": values["data"] | {"crop": crop}})
+        assert recipe.data.crop.antialias == published.data.crop.antialias
+    for wanted in (False, True):
+        assert load(name, ["--data.crop.antialias", str(wanted).lower()]).data.crop.antialias is wanted
 
 
 def test_every_run_has_a_folder_of_its_own() -> None:

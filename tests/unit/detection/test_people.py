@@ -33,15 +33,16 @@ def test_a_rectangle_stays_under_its_box(seed: int, height: int, width: int, cro
     x, y = sorted(rng.integers(width + 1, size=2)), sorted(rng.integers(height + 1, size=2))
     frame = torch.zeros(height, width)
     frame[y[0] : y[1], x[0] : x[1]] = 1
-    augment = draw_augmentation(rng, AugmentConfig(), 1, SIDE)
+    augment = draw_augmentation(rng, AugmentConfig(), frames=1, size=(height, width), side=SIDE)
     plan = CopyPlan(draw_crop(rng, crop, height, width, SIDE), flip, augment, NONE, NONE)
 
-    top, left, crop_height, crop_width = plan.crop
-    cut = frame[top : top + crop_height, left : left + crop_width]
-    clip = interpolate(cut[None, None], size=(SIDE, SIDE), mode="bilinear", antialias=True)[0, 0]
+    top, left, crop_height, crop_width = plan.crop.box
+    resized = interpolate(frame[None, None], size=plan.crop.frame, mode="bilinear", antialias=True)
+    cut = resized[..., top : top + crop_height, left : left + crop_width]
+    clip = interpolate(cut, size=(SIDE, SIDE), mode="bilinear", antialias=True)[0, 0]
     clip = clip.flip(1) if flip else clip
     corners = np.array([[x[0] / width, y[0] / height, x[1] / width, y[1] / height]])
-    box = transform_boxes(corners, plan, (height, width), SIDE)
+    box = transform_boxes(corners, plan, SIDE)
     # A filter moves no mass over a border but within the frame: sums tell edges to a part of a pixel.
     area = (box[:, 2:] - box[:, :2]).prod()
     assert abs(float(clip.sum()) - area) <= 0.03 * area + 2 * (box[0, 2] - box[0, 0] + box[0, 3] - box[0, 1]) + 1e-6

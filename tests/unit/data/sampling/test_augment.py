@@ -10,43 +10,14 @@ from matplotlib.colors import rgb_to_hsv
 from numpy.random import default_rng
 from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
-from PIL import Image
+from PIL import Image, ImageEnhance
 from skimage import data as pictures
-from timm.data import auto_augment as timm_ops
 
 from mvd_scale.config.data import AugmentConfig, ColorJitter, RandAugment, RandomErasing
-from mvd_scale.data.decoding.dali_augment import apply_operation, erase
-from mvd_scale.data.sampling.augment import (
-    Operation,
-    count_operations,
-    draw_augmentation,
-    draw_erase_box,
-    make_operation,
-)
+from mvd_scale.data.decoding.dali_augment import color_jitter, erase
+from mvd_scale.data.sampling.augment import Augmentation, Operation, draw_augmentation, draw_erase_box
 
 T, SIDE = 3, 64
-FILL = {"fillcolor": (128, 128, 128), "resample": Image.Resampling.BILINEAR}
-
-TIMM = {  # the same operation in timm, on PIL images
-    "autocontrast": (timm_ops.auto_contrast, None),
-    "equalize": (timm_ops.equalize, None),
-    "invert": (timm_ops.invert, None),
-    "rotate": (timm_ops.rotate, timm_ops._rotate_level_to_arg),
-    "posterize": (timm_ops.posterize, timm_ops._posterize_increasing_level_to_arg),
-    "solarize": (timm_ops.solarize, timm_ops._solarize_increasing_level_to_arg),
-    "solarize_add": (timm_ops.solarize_add, timm_ops._solarize_add_level_to_arg),
-    "color": (timm_ops.color, timm_ops._enhance_increasing_level_to_arg),
-    "contrast": (timm_ops.contrast, timm_ops._enhance_increasing_level_to_arg),
-    "brightness": (timm_ops.brightness, timm_ops._enhance_increasing_level_to_arg),
-    "sharpness": (timm_ops.sharpness, timm_ops._enhance_increasing_level_to_arg),
-    "shear_x": (timm_ops.shear_x, timm_ops._shear_level_to_arg),
-    "shear_y": (timm_ops.shear_y, timm_ops._shear_level_to_arg),
-    "translate_x": (timm_ops.translate_x_rel, timm_ops._translate_rel_level_to_arg),
-    "translate_y": (timm_ops.translate_y_rel, timm_ops._translate_rel_level_to_arg),
-}
-
-LARGEST = {"rotate": 2, "shear_x": 1, "shear_y": 1, "translate_x": 1, "translate_y": 1, "equalize": 6, "sharpness": 1}
-"""Allowed mean difference in levels: PIL differs at borders (warps, sharpness) and in rounding (equalize)."""
 
 
 def clip() -> NDArray[np.uint8]:
@@ -55,71 +26,57 @@ def clip() -> NDArray[np.uint8]:
     return np.stack([picture[40 * k : 40 * k + SIDE * 4 : 4, 100 : 100 + SIDE * 4 : 4] // (k + 1) for k in range(T)])
 
 
-def by_pil(name: str, share: float, sign: float) -> NDArray[np.uint8]:
-    function, level_to_arg = TIMM[name]
-    arguments: tuple[float, ...] = () if level_to_arg is None else level_to_arg(10 * share, {"translate_pct": 0.45})
-    if name in ("rotate", "shear_x", "shear_y", "translate_x", "translate_y"):
-        arguments = (sign * abs(arguments[0]),)
-    elif name in ("color", "contrast", "brightness", "sharpness"):
-        arguments = (max(0.1, 1 + sign * share * 0.9),)
-    return np.stack([np.asarray(function(Image.fromarray(frame), *arguments, **FILL)) for frame in clip()])
+def jittered(values: NDArray[np.float32], jitter: ColorJitter) -> NDArray[np.uint8]:
+    """The clip under each row of values."""
 
-
-def by_graph(operations: list[tuple[Operation, tuple[float, ...]]]) -> NDArray[np.uint8]:
-    values = np.zeros((len(operations), 6), np.float32)
-    for number, (_, value) in enumerate(operations):
-        values[number, : len(value)] = value
-
-    @pipeline_def(batch_size=len(operations), num_threads=1, device_id=None, enable_conditionals=True)
+    @pipeline_def(batch_size=len(values), num_threads=1, device_id=None)
     def graph():
-        frames = fn.external_source(lambda: [clip()] * len(operations), layout="FHWC", dtype=types.UINT8, ndim=4)
-        codes = [np.array(operation, np.int32) for operation, _ in operations]
-        operation = fn.external_source(lambda: codes, dtype=types.INT32, ndim=0)
+        frames = fn.external_source(lambda: [clip()] * len(values), layout="FHWC", dtype=types.UINT8, ndim=4)
         value = fn.external_source(lambda: list(values), dtype=types.FLOAT, ndim=1)
-        return apply_operation(frames, operation, value, on_gpu=False)
+        return color_jitter(frames, value, jitter, on_gpu=False)
 
     (result,) = graph().run()
-    return np.stack([np.array(result[k]) for k in range(len(operations))])
+    return np.stack([np.array(result[k]) for k in range(len(values))])
 
 
-def test_every_operation_of_a_mixed_batch_does_what_pil_does():
-    cases = [(name, share, sign) for name in TIMM for share, sign in ((0.7, 1.0), (0.4, -1.0))]
-    got = by_graph([make_operation(name, share, sign, SIDE) for name, share, sign in cases])
-    for (name, share, sign), result in zip(cases, got, strict=True):
-        expected = by_pil(name, share, sign)
-        difference = np.abs(result.astype(int) - expected)
-        if name in LARGEST:
-            assert difference.mean() < LARGEST[name], (name, difference.mean())
-        else:
-            assert difference.max() <= 1, (name, share, sign, difference.max())
-        assert np.abs(expected.astype(int) - clip()).mean() > 2 * difference.mean(), name
+def draw(augment: AugmentConfig, seed: int = 0, *, frames: int = T, side: int = SIDE) -> Augmentation:
+    return draw_augmentation(default_rng(seed), augment, frames=frames, size=(96, 128), side=side)
+
+
+@pytest.mark.parametrize("values", [(0.7, 1.3, 0.6), (1.2, 0.5, 1.4)])
+def test_jitter_is_brightness_contrast_and_saturation_of_pil_in_this_order(values):
+    (got,) = jittered(np.array([values], np.float32), ColorJitter(hue=0))
+    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    for frame, result in zip(clip(), got, strict=True):
+        picture = Image.fromarray(frame)
+        for enhancer, factor in zip(enhancers, values, strict=True):
+            picture = enhancer(picture).enhance(factor)
+        assert np.abs(result.astype(int) - np.asarray(picture)).max() <= 2
 
 
 def test_hues_turn_by_the_angle_and_greys_stay():
     angles = (20.0, -20.0)
     before = rgb_to_hsv(clip()[0] / 255)
     coloured = (before[..., 1] > 0.4) & (before[..., 2] > 0.3)
-    for angle, turned in zip(angles, by_graph([(Operation.HUE, (angle,)) for angle in angles]), strict=True):
+    values = np.array([(1, 1, 1, angle) for angle in (*angles, 0)], np.float32)
+    *both, still = jittered(values, ColorJitter(hue=20))
+    for angle, turned in zip(angles, both, strict=True):
         after = rgb_to_hsv(turned[0] / 255)
         shift = ((after[..., 0] - before[..., 0])[coloured] * 360 + 180) % 360 - 180
         assert np.sign(np.median(shift)) == np.sign(angle)
         assert abs(np.median(shift) - angle) < 8
         grey = np.ptp(clip()[0].astype(int), axis=-1) < 3
         assert np.abs(turned[0].astype(int) - clip()[0])[grey].max() <= 3
-    assert np.abs(by_graph([(Operation.HUE, (0.0,))])[0].astype(int) - clip()).max() <= 2
+    assert np.abs(still.astype(int) - clip()).max() <= 2
 
 
 def test_a_hue_is_drawn_only_where_one_is_asked_for():
     for hue, expected in ((0.0, 3), (20.0, 4)):
         augment = AugmentConfig(color_jitter=ColorJitter(hue=hue))
-        drawn = draw_augmentation(default_rng(0), augment, T, SIDE)
-        assert len(drawn.operations) == count_operations(augment) == expected
-    assert drawn.operations[-1] == Operation.HUE
-    assert 0 < abs(drawn.values[-1, 0]) <= 20
-
-
-def test_what_is_not_applied_changes_nothing():
-    assert np.array_equal(by_graph([(Operation.NONE, ())])[0], clip())
+        drawn = draw(augment)
+        assert drawn.jitter.shape == (expected,)
+        assert drawn.operations.shape == (0,)
+    assert 0 < abs(drawn.jitter[-1]) <= 20
 
 
 @pytest.mark.parametrize("box", [(10, 20, 30, 15), (0, 0, 5, 5), (50, 40, 14, 24), (0, 0, 0, 0)])
@@ -141,26 +98,39 @@ def test_an_erased_box_holds_the_noise_and_nothing_else_changes(box):
 
 def test_operations_are_drawn_alike_and_half_of_them_applied():
     augment = AugmentConfig(rand_augment=RandAugment())
-    drawn = [draw_augmentation(default_rng(seed), augment, T, SIDE) for seed in range(2000)]
+    drawn = [draw(augment, seed) for seed in range(2000)]
     assert all(len(one.operations) == 4 and one.values.shape == (4, 6) for one in drawn)
     counts = Counter(int(code) for one in drawn for code in one.operations)
     assert counts[Operation.NONE] / 8000 == pytest.approx(0.5, abs=0.03)
     # Of the fifteen operations, five are warps and two solarize.
     assert counts[Operation.WARP] / 8000 == pytest.approx(0.5 * 5 / 15, abs=0.02)
     assert counts[Operation.SOLARIZE] / 8000 == pytest.approx(0.5 * 2 / 15, abs=0.02)
-    assert set(counts) == set(Operation) - {Operation.HUE}
+    assert set(counts) == set(Operation)
     factors = [one.values[k, 0] for one in drawn for k in range(4) if one.operations[k] == Operation.BRIGHTNESS]
     assert min(factors) == pytest.approx(1 - 0.7 * 0.9, abs=0.2)
     assert max(factors) == pytest.approx(1 + 0.7 * 0.9, abs=0.2)
 
 
+def test_warps_are_drawn_for_the_whole_frame():
+    augment = AugmentConfig(rand_augment=RandAugment(operations=1, magnitude=10, deviation=0, probability=1))
+    warps = [
+        one.values[0] for one in (draw(augment, seed) for seed in range(300)) if one.operations[0] == Operation.WARP
+    ]
+    shifts = {
+        (round(value[2], 6), round(value[5], 6)) for value in warps if (value[[0, 1, 3, 4]] == [1, 0, 0, 1]).all()
+    }
+    assert shifts == {(57.6, 0), (-57.6, 0), (0, 43.2), (0, -43.2)}  # 0.45 of 128 and of 96 pixels
+    turns = [value.reshape(2, 3) for value in warps if value[0] < 1]
+    assert turns
+    for turn in turns:
+        np.testing.assert_allclose(turn @ [64, 48, 1], [64, 48], atol=1e-6)
+        assert turn[0, 0] == pytest.approx(np.cos(np.pi / 6))
+
+
 def test_jitter_draws_within_its_range():
     augment = AugmentConfig(color_jitter=ColorJitter(brightness=0.2, contrast=0.4, saturation=0))
-    drawn = [draw_augmentation(default_rng(seed), augment, T, SIDE) for seed in range(300)]
-    assert {tuple(one.operations) for one in drawn} == {
-        (Operation.BRIGHTNESS, Operation.CONTRAST, Operation.SATURATION)
-    }
-    values = np.stack([one.values[:, 0] for one in drawn])
+    drawn = [draw(augment, seed) for seed in range(300)]
+    values = np.stack([one.jitter for one in drawn])
     assert values.min(axis=0) == pytest.approx([0.8, 0.6, 1], abs=0.02)
     assert values.max(axis=0) == pytest.approx([1.2, 1.4, 1], abs=0.02)
 
@@ -182,7 +152,7 @@ def test_erasing_is_as_frequent_and_as_large_as_asked():
 
 def test_the_noise_is_normal_after_normalisation():
     augment = AugmentConfig(erasing=RandomErasing(probability=1, area=(0.3, 0.33), aspect=(1, 1.01)))
-    noise = draw_augmentation(default_rng(0), augment, 8, 224).noise
+    noise = draw(augment, frames=8, side=224).noise
     assert noise.shape[0] == 8
     normalised = (noise / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     assert normalised.mean() == pytest.approx(0, abs=0.05)
@@ -191,6 +161,6 @@ def test_the_noise_is_normal_after_normalisation():
 
 
 def test_no_augmentation_draws_nothing():
-    nothing = draw_augmentation(default_rng(0), AugmentConfig(), T, SIDE)
+    nothing = draw(AugmentConfig())
     assert nothing.operations.shape == (0,)
-    assert nothing.noise.size == 0
+    assert nothing.jitter.size == nothing.noise.size == 0
