@@ -35,9 +35,10 @@ def warp_function(
         function from a frame, uint8 (H, W, 3), to the warped one, uint8 (height, width, 3).
     """
     (a, b, c, d, e, f), (height, width) = matrix.tolist(), size
-    if (a, d, e) == (1, 0, 1) and f == int(f):
+    # Lines beyond the border, which a translation by whole pixels asks for, are left to PIL.
+    if (a, d, e) == (1, 0, 1) and f == int(f) and 0 <= f <= frame_size[0] - height:
         return _Shift(c + b * (np.arange(height) + 0.5), int(f), width, frame_size, axis=1)
-    if (a, b, e) == (1, 0, 1) and c == int(c):
+    if (a, b, e) == (1, 0, 1) and c == int(c) and 0 <= c <= frame_size[1] - width:
         return _Shift(f + d * (np.arange(width) + 0.5), int(c), height, frame_size, axis=0)
 
     def by_pil(frame: Frame) -> Frame:
