@@ -113,7 +113,8 @@ class RandAugment(Section):
 
     They come before the crop, as in the published code: warps turn and shift whole frames and bring in a grey of 128
     from beyond the frame's border; contrast, autocontrast and equalize use the statistics of the whole frame. On CPUs
-    the pixels are those of PIL with bicubic warps; on GPUs DALI's operators differ by rounding, and warp bilinearly.
+    the pixels are those of PIL with bicubic warps. On GPUs DALI warps bilinearly, which changes a crop with one warp by
+    1 level of 255 on average.
     """
 
     operations: int = Field(default=4, gt=0)

@@ -20,8 +20,9 @@ from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import do_not_convert
 
 from mvd_scale.config.data import ColorJitter
+from mvd_scale.data.decoding.bicubic_warp import FILL
 from mvd_scale.data.decoding.dali_geometry import Sample
-from mvd_scale.data.decoding.frame_operations import FILL, apply_operations
+from mvd_scale.data.decoding.frame_operations import apply_operations
 from mvd_scale.data.sampling.augment import Operation
 
 _WHITE = np.uint8(255)

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Executor
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 
+from mvd_scale.data.decoding.bicubic_warp import warp_function
 from mvd_scale.data.sampling.augment import Operation
 from mvd_scale.data.sampling.regions import STATISTICS
-
-FILL = 128
-"""Grey level of pixels that a warp takes from outside of the frame, as in the published code."""
 
 Clip = NDArray[np.uint8]
 """Frames: uint8 (T, H, W, 3)."""
@@ -63,16 +62,20 @@ def apply_operations(
         if operation == Operation.NONE:
             continue
         if operation in STATISTICS:
-            clip = look_up(clip, tables)
+            clip = look_up(clip, tables, pool)
             tables = _statistics_tables(operation, clip, float(value[0]), pool)
             clip = _cut(clip, before[:2], after)
-        elif operation in _PICTURES:
-            clip = _pictures(_PICTURES[operation], look_up(clip, tables), value, before[:2], after, pool)
-            tables = None
+        elif operation == Operation.WARP:
+            warp = warp_function(value, (int(before[2]), int(before[3])), (int(after[2]), int(after[3])))
+            clip, tables = np.stack(list(pool.map(warp, look_up(clip, tables, pool)))), None
+        elif operation in _ENHANCERS:
+            enhance = partial(_enhance, _ENHANCERS[operation], float(value[0]))
+            clip, tables = np.stack(list(pool.map(enhance, look_up(clip, tables, pool)))), None
+            clip = _cut(clip, before[:2], after)
         else:
             table = level_table(operation, float(value[0]))
             tables = table if tables is None else table[tables]
-    return look_up(clip, tables)
+    return look_up(clip, tables, pool)
 
 
 def check_box(shape: tuple[int, ...], box: tuple[int, int, int, int]) -> None:
@@ -103,17 +106,16 @@ def level_table(operation: Operation, value: float) -> Tables:
     raise ValueError(operation)
 
 
-def look_up(clip: Clip, tables: Tables | None) -> Clip:
+def look_up(clip: Clip, tables: Tables | None, pool: Executor) -> Clip:
     """Replace the levels of a clip by those of the tables; None leaves it as it is."""
     if tables is None:
         return clip
-    if tables.ndim == 1:
-        return np.take(tables, clip)
-    result = np.empty_like(clip)
-    for frame, changed, table in zip(clip, result, tables, strict=True):
-        for channel in range(3):
-            changed[..., channel] = np.take(table[channel], frame[..., channel])
-    return result
+    each = np.broadcast_to(tables, (len(clip), 3, 256)).reshape(len(clip), 768)
+    return np.stack(list(pool.map(_look_up, clip, each)))
+
+
+def _look_up(frame: NDArray[np.uint8], table: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.asarray(Image.fromarray(frame).point(table.tolist()))
 
 
 def _blend(degenerate: NDArray[np.float32] | np.float32, factor: float) -> Tables:
@@ -159,45 +161,13 @@ def _equalize(counts: NDArray[np.int64]) -> Tables:
     return np.minimum((step // 2 + below) // step, 255).astype(np.uint8)
 
 
-def _warp(picture: Image.Image, value: NDArray[np.float64], size: tuple[int, int]) -> Image.Image:
-    return picture.transform(
-        size, Image.Transform.AFFINE, value.tolist(), Image.Resampling.BICUBIC, fillcolor=(FILL,) * 3
-    )
+_ENHANCERS = {Operation.SATURATION: ImageEnhance.Color, Operation.SHARPNESS: ImageEnhance.Sharpness}
 
 
-def _saturate(picture: Image.Image, value: NDArray[np.float64], size: tuple[int, int]) -> Image.Image:
-    return ImageEnhance.Color(picture).enhance(float(value[0]))
-
-
-def _sharpen(picture: Image.Image, value: NDArray[np.float64], size: tuple[int, int]) -> Image.Image:
-    return ImageEnhance.Sharpness(picture).enhance(float(value[0]))
-
-
-_PICTURES: dict[Operation, Callable[[Image.Image, NDArray[np.float64], tuple[int, int]], Image.Image]] = {
-    Operation.WARP: _warp,
-    Operation.SATURATION: _saturate,
-    Operation.SHARPNESS: _sharpen,
-}
-"""Operations by PIL, which get the width and height of the region that they must give."""
-
-
-def _pictures(
-    function: Callable[[Image.Image, NDArray[np.float64], tuple[int, int]], Image.Image],
-    clip: Clip,
-    value: NDArray[np.float64],
-    origin: NDArray[np.int32],
-    region: NDArray[np.int32],
-    pool: Executor,
-) -> Clip:
-    """Apply an operation of PIL to each frame, and cut out the region where its result is larger."""
-    height, width = region[2:].tolist()
-
-    def one_frame(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        picture = np.asarray(function(Image.fromarray(frame), value, (width, height)))
-        top, left = (0, 0) if function is _warp else (region[:2] - origin).tolist()
-        return picture[top : top + height, left : left + width]
-
-    return np.stack(list(pool.map(one_frame, clip)))
+def _enhance(
+    enhancer: Callable[[Image.Image], ImageEnhance._Enhance], factor: float, frame: NDArray[np.uint8]
+) -> NDArray[np.uint8]:
+    return np.asarray(enhancer(Image.fromarray(frame)).enhance(factor))
 
 
 def _cut(clip: Clip, origin: NDArray[np.int32], region: NDArray[np.int32]) -> Clip:

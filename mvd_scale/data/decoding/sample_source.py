@@ -252,11 +252,11 @@ class ClipSource(VideoSource):
 
     @property
     def extra_fields(self) -> set[str]:
-        crop, augment = self.sampler.data.crop, self.sampler.data.augment
+        augment = self.sampler.data.augment
         used = {"mirror", "visible", "masked"}
-        if isinstance(crop, ShortSideCrop):
+        if self._whole:
             used.add("frame_size")
-        if isinstance(crop, ShortSideCrop) or augment.rand_augment is None:
+        if self._whole or augment.rand_augment is None:
             used |= {"anchor", "shape"}
         if augment.rand_augment is not None:
             used |= {"operations", "values", "regions"}
@@ -289,16 +289,21 @@ class ClipSource(VideoSource):
             return (media.data, plan.frames, self.videos[plan.row]) if media.decoder is not DecodeBackend.PYAV else None
         return None
 
+    @property
+    def _whole(self) -> bool:
+        """Whether crops are cut from frames that are resized as a whole."""
+        return isinstance(self.sampler.data.crop, ShortSideCrop)
+
     def _media(self, plan: ClipPlan, position: int) -> DecoderInput:
         # Frames decoded by PyAV are cropped to the smallest box that contains what all copies need: copying whole
         # frames through shared memory would take longer.
         video = self.videos[plan.row]
-        box = _hull([CodedCopy.of(copy, video).source for copy in plan.copies])
+        box = _hull([CodedCopy.of(copy, video, whole=self._whole).source for copy in plan.copies])
         return self.prepare(plan.row, plan.frames, box, pyav_samples=position in self.pyav_samples)
 
     def _arrays(self, plan: ClipPlan, media: DecoderInput, row: int, failures: list[dict[str, object]]) -> Arrays:
         video, augments = self.videos[plan.row], [copy.augment for copy in plan.copies]
-        copies = [CodedCopy.of(copy, video) for copy in plan.copies]
+        copies = [CodedCopy.of(copy, video, whole=self._whole) for copy in plan.copies]
         origin = np.array([media.top, media.left, 0, 0], dtype=np.int32)
         # A box in resized frames does not move with the part of the frame that was decoded: it is the whole frame then.
         boxes = np.array([copy.box for copy in copies], dtype=np.int32) - origin
@@ -341,12 +346,18 @@ class CodedCopy(NamedTuple):
         return top, left, height, width
 
     @classmethod
-    def of(cls, copy: CopyPlan, video: Row) -> CodedCopy:
-        """Convert the plan of a copy, which is in display orientation."""
+    def of(cls, copy: CopyPlan, video: Row, *, whole: bool) -> CodedCopy:
+        """Convert the plan of a copy, which is in display orientation.
+
+        Args:
+            copy: plan of the copy.
+            video: row of the video.
+            whole: whether the crop is cut from frames that are resized as a whole.
+        """
         size, augment, crop = (video.height, video.width), copy.augment, copy.crop
         box = coded_box(crop.box, crop.frame, video.rotation)
         frame = crop.frame[::-1] if video.rotation % 180 else crop.frame
-        wanted = box if crop.frame == size else (0, 0, *video.coded_size)
+        wanted = (0, 0, *video.coded_size) if whole else box
         values = rotate_warps(augment.operations, augment.values, size, video.rotation)
         regions = plan_regions(augment.operations, values, wanted, video.coded_size)
         return cls(frame, box, regions, localize_warps(augment.operations, values, regions))

@@ -119,7 +119,8 @@ def test_a_recipe_that_does_not_mention_antialiasing_gets_that_of_its_stage(load
         recipe = type(published).model_validate(values | {"data": values["data"] | {"crop": crop}})
         assert recipe.data.crop.antialias == published.data.crop.antialias
     for wanted in (False, True):
-        assert load(name, ["--data.crop.antialias", str(wanted).lower()]).data.crop.antialias is wanted
+        crop = f"{{kind: {published.data.crop.kind}, antialias: {str(wanted).lower()}}}"
+        assert load(name, ["--data.crop", crop]).data.crop.antialias is wanted
 
 
 def test_every_run_has_a_folder_of_its_own() -> None:

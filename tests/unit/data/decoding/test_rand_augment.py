@@ -16,6 +16,7 @@ from PIL import Image
 from skimage import data as pictures
 from timm.data import auto_augment as timm_ops
 
+from mvd_scale.data.decoding.bicubic_warp import warp_function
 from mvd_scale.data.decoding.dali_augment import rand_augment_by_dali, rand_augment_on_host
 from mvd_scale.data.decoding.frame_operations import apply_operations
 from mvd_scale.data.decoding.sample_source import CodedCopy, flip_axes
@@ -59,7 +60,7 @@ class Drawn(NamedTuple):
     sign: float
 
 
-SHARES = st.integers(0, 999).map(lambda n: (n + 0.1234567) / 1000)
+SHARES = st.integers(50, 999).map(lambda n: (n + 0.1234567) / 1000)
 """Not round, as drawn shares are: a shift by exactly half a pixel turns the last digit of a sum into a level."""
 
 OPERATION = st.builds(Drawn, st.sampled_from(sorted(TIMM)), SHARES, st.sampled_from([-1.0, 1.0]))
@@ -94,7 +95,7 @@ def planned(drawn: Sequence[Drawn], box: Box, size: tuple[int, int] = (HEIGHT, W
     nothing = (0, 0, 0, 0), np.zeros((FRAMES, 0, 0, 3), np.uint8)
     augment = Augmentation(codes, values, np.empty(0, np.float32), *nothing)
     video = Row(name="", path="", height=size[0], width=size[1], rotation=rotation)
-    return CodedCopy.of(CopyPlan(CropPlan(size, box), False, augment, NONE, NONE), video)
+    return CodedCopy.of(CopyPlan(CropPlan(size, box), False, augment, NONE, NONE), video, whole=False)
 
 
 def on_host(frames: NDArray[np.uint8], drawn: Sequence[Drawn], copy: CodedCopy) -> NDArray[np.uint8]:
@@ -170,6 +171,22 @@ def test_a_video_that_is_displayed_rotated(drawn: list[Drawn], box: Box, rotatio
     changed = (upright != expected).any(axis=-1).mean()
     assert changed < 1e-2 or any(one.name in STATISTICS for one in drawn)
     assert np.abs(upright.astype(int) - expected).mean() < 0.05
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    place=st.sampled_from([1, 2, 3, 5]),
+    amount=st.floats(-1, 1),
+    size=st.sampled_from([(HEIGHT, WIDTH), (40, 60), (1, 1)]),
+)
+def test_shears_and_translations_are_those_of_pil_to_the_bit(place: int, amount: float, size: tuple[int, int]) -> None:
+    matrix = np.array([1.0, 0, 0, 0, 1, 0])
+    matrix[place] = amount * (0.5 if place in (1, 3) else 150)
+    frame = clip()[0]
+    expected = Image.fromarray(frame).transform(
+        size[::-1], Image.Transform.AFFINE, matrix.tolist(), Image.Resampling.BICUBIC, fillcolor=(128,) * 3
+    )
+    np.testing.assert_array_equal(warp_function(matrix, frame.shape[:2], size)(frame), np.asarray(expected))
 
 
 def test_only_what_the_crop_needs_is_read() -> None:

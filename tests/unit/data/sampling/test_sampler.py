@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.random import default_rng
 
-from mvd_scale.config.data import CenterCrop, CornerCrop, DataConfig, MaskConfig, RandomResizedCrop
+from mvd_scale.config.data import CenterCrop, CornerCrop, DataConfig, MaskConfig, RandomResizedCrop, ShortSideCrop
 from mvd_scale.config.model import ModelConfig
 from mvd_scale.data.manifest import Manifest, Row
 from mvd_scale.data.sampling.crops import corner_crop, draw_crop
@@ -205,13 +205,29 @@ def test_frames_follow_the_published_rule(available, stride):
     crop=st.sampled_from([CornerCrop(), RandomResizedCrop(), CenterCrop()]),
 )
 def test_the_crop_lies_inside_the_frame(seed, height, width, crop):
-    y, x, h, w = draw_crop(default_rng(seed), crop, height, width, 224)
+    plan = draw_crop(default_rng(seed), crop, height, width, 224)
+    assert plan.frame == (height, width)
+    y, x, h, w = plan.box
     assert y >= 0
     assert x >= 0
     assert h > 0
     assert w > 0
     assert y + h <= height
     assert x + w <= width
+
+
+@given(seed=st.integers(0, 1000), height=st.integers(60, 400), width=st.integers(60, 400))
+def test_a_short_side_crop_is_cut_from_the_resized_frame_at_the_published_places(seed, height, width):
+    """VideoMAE's code for AVA resizes the short side, rounds the other one down, and never takes the last position."""
+    plan = draw_crop(default_rng(seed), ShortSideCrop(sides=(230, 260)), height, width, 224)
+    short = min(plan.frame)
+    assert 230 <= short <= 260
+    upright = width < height
+    assert plan.frame == ((int(short * height / width), short) if upright else (short, int(short * width / height)))
+    top, left, *size = plan.box
+    assert size == [224, 224]
+    assert 0 <= top < max(plan.frame[0] - 224, 1)
+    assert 0 <= left < max(plan.frame[1] - 224, 1)
 
 
 def test_corner_crop_draws_every_published_size_and_place_and_no_other():
@@ -308,7 +324,7 @@ def test_the_stream_is_the_one_of_earlier_releases():
     """Check fixed draws of the sampler: if these values change, no earlier run can resume."""
     plan = make_sampler(flip=0.5).plan(2, 3)
     copy = plan.copies[0]
-    assert (plan.row, plan.frames.tolist(), copy.crop, copy.flip) == (0, [0, 2, 4, 6], (6, 16, 36, 32), False)
+    assert (plan.row, plan.frames.tolist(), copy.crop.box, copy.flip) == (0, [0, 2, 4, 6], (6, 16, 36, 32), False)
     assert copy.visible[:4].tolist() == [1, 14, 17, 30]
 
 
