@@ -38,6 +38,9 @@ LEVELS = 3.0
 more than this."""
 
 
+PLAIN = DataConfig(workers=0)
+
+
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     """Real clips, H.264 and VP9 by turns."""
@@ -99,6 +102,19 @@ def test_the_loader_gives_on_the_gpu_the_clips_that_it_gives_on_the_cpu(
     assert levels.max() < LEVELS
 
 
+def test_rand_augment_on_the_gpu_differs_by_the_filter_of_warps_only(
+    manifest: Manifest, gpu: torch.device, figure: Figure
+) -> None:
+    augment = {"rand_augment": {"probability": 1}, "color_jitter": {}, "erasing": {"probability": 1}}
+    crop = {"kind": "random_resized", "interpolation": "bilinear", "antialias": False}
+    data = DataConfig.model_validate({"workers": 0, "copies": 2, "crop": crop, "flip": 0.5, "augment": augment})
+    there, here = one_batch(manifest, gpu, data), one_batch(manifest, torch.device("cpu"), data)
+    levels = (there.pixels.cpu().float() - here.pixels.float()).abs().flatten(1).mean(1)
+    figure("median mean difference of a clip", float(levels.median()))
+    # Decoding differs by up to LEVELS, warps by 1 to 3, and equalize and autocontrast may double this.
+    assert levels.median() < 2 * LEVELS
+
+
 def by_dali(video: Row, frames: NDArray[np.int64]) -> NDArray[np.uint8]:
     encoded = read_bytes(video.path)
 
@@ -111,10 +127,10 @@ def by_dali(video: Row, frames: NDArray[np.int64]) -> NDArray[np.uint8]:
     return as_tensor(clips)[0].cpu().numpy()
 
 
-def one_batch(manifest: Manifest, device: torch.device) -> ClipBatch:
+def one_batch(manifest: Manifest, device: torch.device, data: DataConfig = PLAIN) -> ClipBatch:
     model = ModelConfig.model_validate({"size": "S", "input_size": 112, "frames": 8})
     plan, rank = BatchPlan.one_batch(16), DataRank(device)
-    with ClipLoader(manifest, DataConfig(workers=0), model, 0, plan=plan, rank=rank) as loader:
+    with ClipLoader(manifest, data, model, 0, plan=plan, rank=rank) as loader:
         return next(loader)
 
 
