@@ -24,7 +24,6 @@ from itertools import chain
 
 import av
 import numpy as np
-from av.error import InvalidDataError
 from numpy.typing import NDArray
 
 from mvd_scale.data.decoding.pillow import animated_webp_frames
@@ -165,13 +164,22 @@ def displayed_frames(video: Row, data: bytes | None = None) -> Iterator[av.Video
                 continue
             try:
                 yield from context.decode(packet)
-            except InvalidDataError:
+            except av.FFmpegError:
                 continue
 
 
 def is_picture_format(name: str) -> bool:
     """Whether FFmpeg's name of a container is one of single pictures, or of pictures one after the other."""
     return name == "image2" or name.endswith("_pipe")
+
+
+def is_clean_start(frame: av.VideoFrame, head: av.Packet | None) -> bool:
+    """Whether the first frame out of the decoder is the keyframe of the first packet.
+
+    It is not after a gradual refresh (a recovery point), where an open group of pictures has leading frames, and where
+    an edit list hides the keyframe.
+    """
+    return head is not None and bool(frame.key_frame) and frame.pts == head.pts
 
 
 def _preference(stream: av.VideoStream) -> tuple[bool, int]:
@@ -217,7 +225,7 @@ def _seek_and_decode(video: Row, index_by_pts: dict[int, int]) -> DecodedFrames 
             if head is None or not head.is_keyframe or head.pts is None or head.dts is None:
                 return None
             if head.pts <= first:
-                pictures = _decode(stream, chain([head], packets), index_by_pts, from_start=False)
+                pictures = _decode(stream, chain([head], packets), index_by_pts, skips=_may_skip(video, stream))
                 if pictures is not None:
                     return pictures
             if head.dts > target or target <= video.first_pts - MAX_REORDER * video.pts_step:
@@ -239,7 +247,7 @@ def _decode_from_start(video: Row, requested: set[int]) -> DecodedFrames:
         first = min(index_by_pts)
         keyframes = [n for n, packet in enumerate(packets) if n and packet.is_keyframe and (packet.pts or 0) <= first]
         for start in keyframes[: -MAX_STARTS - 1 : -1]:
-            pictures = _decode(stream, iter(packets[start:]), index_by_pts, from_start=False)
+            pictures = _decode(stream, iter(packets[start:]), index_by_pts, skips=_may_skip(video, stream))
             if pictures is not None:
                 return pictures
             stream.codec_context.flush_buffers()
@@ -273,7 +281,12 @@ def _demux(container: av.container.InputContainer, stream: av.VideoStream, video
 
 
 def _decode(
-    stream: av.VideoStream, packets: Iterator[av.Packet], index_by_pts: dict[int, int], *, from_start: bool
+    stream: av.VideoStream,
+    packets: Iterator[av.Packet],
+    index_by_pts: dict[int, int],
+    *,
+    from_start: bool = False,
+    skips: bool = False,
 ) -> DecodedFrames | None:
     """Decode packets until the frames of all times in `index_by_pts` are decoded.
 
@@ -282,12 +295,12 @@ def _decode(
         packets: packets in file order; the first one is a keyframe, or the first of the file.
         index_by_pts: index in display order, by presentation time in ticks of the stream.
         from_start: whether the first packet is the first of the file.
+        skips: whether to leave out frames that are not asked for and that no other frame needs.
 
     Returns:
         the frames; from a keyframe amid the file None if the start is not clean, or a frame is not found.
     """
     context, convert = stream.codec_context, RgbConverter()
-    skips = not from_start and _may_skip(context)  # the last resort must not depend on what was skipped
     pictures: DecodedFrames = {}
     head: av.Packet | None = None
     started = False
@@ -301,12 +314,12 @@ def _decode(
             head = head or packet
         try:
             frames = context.decode(packet)
-        except InvalidDataError:
-            if started:
+        except av.FFmpegError:
+            if started or not from_start:
                 raise
             frames = []  # between the keyframes at which a recording began, see `displayed_frames`
         for frame in frames:
-            if not started and not from_start and not _is_clean_start(frame, head):
+            if not started and not from_start and not is_clean_start(frame, head):
                 return None
             started = True
             place = index_by_pts.get(frame.pts)
@@ -317,19 +330,14 @@ def _decode(
     return pictures if from_start else None
 
 
-def _is_clean_start(frame: av.VideoFrame, head: av.Packet | None) -> bool:
-    """Whether the first frame out of the decoder is the keyframe of the first packet.
+def _may_skip(video: Row, stream: av.VideoStream) -> bool:
+    """Whether `skip_frame` may be set, see `SKIPPABLE_DECODERS`.
 
-    It is not after a gradual refresh (a recovery point), where an open group of pictures has leading frames, and where
-    an edit list hides the keyframe.
+    It may not where packets were lost: the decoder then shows copies of the frame before, whichever was decoded.
     """
-    return head is not None and bool(frame.key_frame) and frame.pts == head.pts
-
-
-def _may_skip(context: av.VideoCodecContext) -> bool:
-    """Whether `skip_frame` may be set for this decoder, see `SKIPPABLE_DECODERS`."""
-    if context.name != "hevc":
-        return context.name in SKIPPABLE_DECODERS
+    context = stream.codec_context
+    if video.access != "packets" or context.name != "hevc":
+        return video.access == "packets" and context.name in SKIPPABLE_DECODERS
     # Byte 21 of `hvcC` (ISO/IEC 14496-15, 8.3.3.1) states the number of temporal layers: 1 is a stream without layers.
     header = bytes(context.extradata or b"")
     return len(header) > 21 and header[0] == 1 and header[21] >> 3 & 7 == 1

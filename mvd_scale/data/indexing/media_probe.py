@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -26,8 +27,10 @@ from mvd_scale.data.decoding.pyav import (
     choose_stream,
     decode_frames,
     displayed_frames,
+    is_clean_start,
     is_picture_format,
     open_video,
+    video_stream,
 )
 from mvd_scale.data.manifest import WHOLE_FILE, Row
 from mvd_scale.data.orientation import Orientation, orientation_of_matrix
@@ -50,6 +53,9 @@ _MATRICES = {0: "rgb", 1: "bt709", 2: "bt601", 4: "fcc", 5: "bt601", 6: "bt601",
 _CUT_ANYWHERE = frozenset({"mpegts", "mpeg"})
 """Containers, by FFmpeg's name, made to be cut anywhere: an incomplete packet at their end is nothing unusual."""
 
+_LUMA_FORMATS = frozenset({"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p", "nv12", "gray"})
+"""Pixel formats whose first plane is luma, a byte per pixel."""
+
 _FULL_RANGE, _PROGRESSIVE = 2, 1
 """FFmpeg's numbers of the full range, and of frames that are not fields."""
 
@@ -59,7 +65,7 @@ def probe_video(video: Row, *, timeout: float, verify: bool = False) -> Row:
 
     Every packet is read, because the headers of a truncated file may still state its full length. The first keyframe
     is decoded, because orientation, pixel format and colours are known only from a decoded frame. Where packets prove
-    too little, the whole file is decoded; this may take as long again as the video lasts.
+    too little, the whole file is decoded, up to twice; this may take as long as the video lasts in addition.
 
     Args:
         video: row with name, path and label, and with offset and size for a video in a shard. A row that is left out
@@ -301,48 +307,137 @@ def _probe_by_decoding(row: Row, packets: _Packets) -> Row:
     """Complete the row of a video by decoding all of it."""
     times: list[int | None] = []
     keys: list[bool] = []
+    prints: list[int] = []
     first: av.VideoFrame | None = None
     for frame in displayed_frames(row):
         first = first or frame
         times.append(frame.pts)
         keys.append(bool(frame.key_frame))
+        prints.append(_fingerprint(frame))
     if first is None:
         known = any(packets.keys)
         raise DecodeError(row.path, "no frame can be decoded" if known else "no keyframe: nothing can be decoded")
     row = _with_picture(row, first)
     row = replace(row, frames=len(times), keyframe_interval=_keyframe_interval([None] * len(keys), keys))
     rising = [time for time in times if time is not None]
-    if len(rising) < len(times) or any(later <= earlier for earlier, later in pairwise(rising)):
-        duration = _duration(0, len(times), None, row.fps)
-        return replace(
-            row, access="count", first_pts=0, pts_step=0, variable_rate=False, duration=duration, plain=False
-        )
-    return _with_times(row, packets, rising, first.time_base)
+    if len(rising) == len(times) and all(earlier < later for earlier, later in pairwise(rising)):
+        return _with_times(row, packets, dict(zip(rising, prints, strict=True)), first.time_base)
+    duration = _duration(0, len(times), None, row.fps)
+    return replace(row, access="count", first_pts=0, pts_step=0, variable_rate=False, duration=duration, plain=False)
 
 
-def _with_times(row: Row, packets: _Packets, times: list[int], tick: Fraction | None) -> Row:
+def _with_times(row: Row, packets: _Packets, prints: dict[int, int], tick: Fraction | None) -> Row:
     """Row of a decoded video whose frames have rising times.
 
     A seek by them is safe in containers that store times; elsewhere only if frames are stored in the order in which
-    they are displayed. Without a seek, times serve if they are those of the packets, which are read from the start.
+    they are displayed. Without a seek, times serve if they are those of the packets, which are read from the start. In
+    either case, every keyframe must be a start from which the same frames are decoded.
+
+    Args:
+        row: row of the video.
+        packets: its packets.
+        prints: fingerprint of each frame by its time, ascending.
+        tick: unit of the times in seconds.
     """
+    times = list(prints)
     timing, shown = _timing(list(times)), packets.shown_times
     seekable = packets.format in SEEKABLE_FORMATS or (packets.format == "avi" and not packets.reorders)
     by_step = seekable and bool(timing.step)
     by_times = None not in shown and sorted(set(shown)) == times  # type: ignore[type-var]
+    by_count = not (by_step or by_times) or not _are_clean_starts(row, prints)
     span = times[-1] - times[0]
     measured = float((len(times) - 1) / (span * tick)) if span and tick else row.fps
     return replace(
         row,
-        access="times" if by_step or by_times else "count",
+        access="count" if by_count else "times",
         first_pts=timing.first,
-        pts_step=timing.step if by_step else 0,
+        pts_step=timing.step if by_step and not by_count else 0,
         variable_rate=timing.variable,
         # The container's rate may count frames that are not displayed.
         fps=row.fps if abs(row.fps - measured) <= 0.02 * measured else measured,
         duration=_duration(span, len(times), tick, row.fps),
-        plain=row.plain and by_times and seekable,
+        plain=row.plain and by_times and seekable and not by_count,
     )
+
+
+def _fingerprint(frame: av.VideoFrame) -> int:
+    """Checksum of a frame's pixels: of its luma, or of its RGB where luma is no plane of bytes."""
+    if frame.format.name in _LUMA_FORMATS:
+        plane = frame.planes[0]
+        luma = np.ndarray((plane.height, plane.width), np.uint8, plane, strides=(plane.line_size, 1))
+        return zlib.crc32(np.ascontiguousarray(luma))
+    return zlib.crc32(np.ascontiguousarray(RgbConverter()(frame)))
+
+
+def _are_clean_starts(row: Row, prints: dict[int, int]) -> bool:
+    """Whether decoding from every keyframe gives the frames that decoding from the start of the file gives.
+
+    They differ where a keyframe is none (a wrong mark, a gradual refresh), and where frames refer to lost ones. The
+    packets are read once: each keyframe begins a decoder of its own, which is also fed the frames that are stored after
+    the next keyframe but displayed before it. Two decoders, used by turns, are enough for that.
+    """
+    found: dict[int, int] = {}
+    with open_video(row) as container, open_video(row) as other:
+        stream = video_stream(container, row)
+        runs = _Run(stream.codec_context), _Run(video_stream(other, row).codec_context)
+        newest, older = runs
+        for packet in container.demux(stream):
+            if not packet.size:
+                continue
+            if packet.is_keyframe and newest.fed:
+                older.close(found)
+                newest, older = older, newest
+                newest.begin(packet)
+            newest.feed(packet, found)
+            if older.open:
+                older.feed(packet, found) if newest.leads(packet) else older.close(found)
+        for run in runs:
+            run.close(found)
+    return all(run.clean for run in runs) and found == prints
+
+
+class _Run:
+    """Decoding from one keyframe on, or from the start of the file."""
+
+    def __init__(self, context: av.VideoCodecContext) -> None:
+        self.context = context
+        self.head: av.Packet | None = None
+        self.fed = self.open = self.started = False
+        self.clean = True
+
+    def begin(self, head: av.Packet) -> None:
+        """Begin anew at a keyframe."""
+        if self.fed:
+            self.context.flush_buffers()
+        self.head, self.started = head, False
+
+    def leads(self, packet: av.Packet) -> bool:
+        """Whether a packet is the keyframe, or is displayed before it; such frames refer to earlier ones."""
+        head = self.head
+        if head is None or head.pts is None or packet.pts is None:
+            return False
+        return bool(packet.pts <= head.pts)
+
+    def feed(self, packet: av.Packet | None, found: dict[int, int]) -> None:
+        """Decode a packet, or what remains, and record the fingerprints of the frames by their times."""
+        self.fed = self.open = True
+        try:
+            frames = self.context.decode(packet)
+        except av.FFmpegError:
+            return
+        for frame in frames:
+            self.clean &= self.started or self.head is None or is_clean_start(frame, self.head)
+            self.started = True
+            if self.head is not None and frame.pts is not None and frame.pts < self.head.pts:
+                continue  # displayed before the keyframe: nobody looks for it from here
+            value = _fingerprint(frame)
+            self.clean &= found.setdefault(frame.pts, value) == value
+
+    def close(self, found: dict[int, int]) -> None:
+        """Decode what remains."""
+        if self.open:
+            self.feed(None, found)
+        self.open = False
 
 
 def _size(path: str) -> int:
