@@ -41,6 +41,8 @@ class Coding:
     pixel_format: str = "yuv420p"
     group: int = 12
     b_frames: int = 0
+    hidden_bit: int = 0
+    """Bit of the first byte of a packet that shows its frame: a copy without it stands before every keyframe."""
 
 
 _ALL = ("mp4", "mov", "mkv", "avi", "ts")
@@ -68,6 +70,8 @@ CODINGS = {
         Coding(
             "vp9", "libvpx-vp9", ("webm", "mp4", "mkv"), {"lag-in-frames": "16", "deadline": "good", "cpu-used": "5"}
         ),
+        Coding("vp8-hidden", "libvpx", ("webm", "mkv"), {"deadline": "good"}, hidden_bit=0x10),
+        Coding("vp9-hidden", "libvpx-vp9", ("webm", "mkv"), {"deadline": "good", "cpu-used": "5"}, hidden_bit=0x02),
         Coding("av1", "libsvtav1", ("mp4", "mkv", "webm"), {"preset": "10"}),
         Coding("mjpeg", "mjpeg", ("avi", "mov", "mkv"), pixel_format="yuvj420p"),
         Coding("png", "png", ("mov", "avi"), pixel_format="rgb24"),
@@ -168,6 +172,8 @@ def write(name: str, container: str, cut: str, folder: Path) -> Path:
     with av.open(io.BytesIO(_encode(name, "nut" if container in ("avi", "gif") else "mov"))) as source:
         stream = source.streams.video[0]
         packets = CUTS[cut]([packet for packet in source.demux(stream) if packet.size])
+        if coding.hidden_bit:
+            packets = list(_with_hidden_copies(packets, coding.hidden_bit))
         options = {"avoid_negative_ts": "disabled"} if container in ISO else {}
         with av.open(str(path), "w", format=FORMATS.get(container), options=options) as out:
             target = out.add_stream_from_template(stream, opaque=True)
@@ -217,6 +223,16 @@ def _encode(name: str, form: str) -> bytes:
 
 def _picture(number: int) -> NDArray[np.uint8]:
     return draw_barcode(number, SIDE)
+
+
+def _with_hidden_copies(packets: Packets, bit: int) -> Iterator[av.Packet]:
+    for number, packet in enumerate(packets):
+        if packet.is_keyframe and number:
+            data = bytes(packet)
+            copy = av.Packet(bytes([data[0] & ~bit]) + data[1:])
+            copy.pts, copy.dts, copy.time_base, copy.is_keyframe = packet.pts, packet.dts, packet.time_base, True
+            yield copy
+        yield packet
 
 
 def _swap_parts(data: bytes) -> bytes:

@@ -225,7 +225,7 @@ def _seek_and_decode(video: Row, index_by_pts: dict[int, int]) -> DecodedFrames 
             if head is None or not head.is_keyframe or head.pts is None or head.dts is None:
                 return None
             if head.pts <= first:
-                pictures = _decode(stream, chain([head], packets), index_by_pts, skips=_may_skip(video, stream))
+                pictures = _decode(video, stream, chain([head], packets), index_by_pts)
                 if pictures is not None:
                     return pictures
             if head.dts > target or target <= video.first_pts - MAX_REORDER * video.pts_step:
@@ -247,17 +247,18 @@ def _decode_from_start(video: Row, requested: set[int]) -> DecodedFrames:
         first = min(index_by_pts)
         keyframes = [n for n, packet in enumerate(packets) if n and packet.is_keyframe and (packet.pts or 0) <= first]
         for start in keyframes[: -MAX_STARTS - 1 : -1]:
-            pictures = _decode(stream, iter(packets[start:]), index_by_pts, skips=_may_skip(video, stream))
+            pictures = _decode(video, stream, iter(packets[start:]), index_by_pts)
             if pictures is not None:
                 return pictures
             stream.codec_context.flush_buffers()
-        return _decode(stream, iter(packets), index_by_pts, from_start=True) or {}
+        return _decode(video, stream, iter(packets), index_by_pts, from_start=True) or {}
 
 
 def _index_by_pts(video: Row, packets: list[av.Packet], requested: set[int]) -> dict[int, int]:
     if video.pts_step:
         return {video.first_pts + place * video.pts_step: place for place in requested}
-    times = sorted(packet.pts for packet in packets if not packet.is_discard and packet.pts is not None)
+    # A packet that shows nothing has the time of the frame after it.
+    times = sorted({packet.pts for packet in packets if not packet.is_discard and packet.pts is not None})
     if max(requested) >= len(times):
         raise DecodeError(video.path, f"frame {max(requested)} was requested, but the video has {len(times)} frames")
     return {times[place]: place for place in requested}
@@ -266,41 +267,43 @@ def _index_by_pts(video: Row, packets: list[av.Packet], requested: set[int]) -> 
 def _demux(container: av.container.InputContainer, stream: av.VideoStream, video: Row, last: int) -> list[av.Packet]:
     """Packets of a stream in file order, up to those that the frame `last` may need."""
     packets: list[av.Packet] = []
+    counted: set[int | None] = set()
     # Frames may be stored up to REORDER packets after frames that are displayed later.
-    later, limit = 0, MAX_REORDER if video.pts_step else last + 1 + MAX_REORDER
+    limit = MAX_REORDER if video.pts_step else last + 1 + MAX_REORDER
     end = video.first_pts + last * video.pts_step
     for packet in container.demux(stream):
         if not packet.size:
             continue
         packets.append(packet)
-        if not packet.is_discard:
-            later += not video.pts_step or packet.pts is None or packet.pts > end
-        if later == limit:
+        if not packet.is_discard and (not video.pts_step or packet.pts is None or packet.pts > end):
+            counted.add(packet.pts)
+        if len(counted) == limit:
             break
     return packets
 
 
 def _decode(
+    video: Row,
     stream: av.VideoStream,
     packets: Iterator[av.Packet],
     index_by_pts: dict[int, int],
     *,
     from_start: bool = False,
-    skips: bool = False,
 ) -> DecodedFrames | None:
     """Decode packets until the frames of all times in `index_by_pts` are decoded.
 
     Args:
+        video: row of the manifest.
         stream: the stream of the packets.
         packets: packets in file order; the first one is a keyframe, or the first of the file.
         index_by_pts: index in display order, by presentation time in ticks of the stream.
         from_start: whether the first packet is the first of the file.
-        skips: whether to leave out frames that are not asked for and that no other frame needs.
 
     Returns:
         the frames; from a keyframe amid the file None if the start is not clean, or a frame is not found.
     """
     context, convert = stream.codec_context, RgbConverter()
+    skips = not from_start and _may_skip(video, context)  # the last resort must not depend on what was skipped
     pictures: DecodedFrames = {}
     head: av.Packet | None = None
     started = False
@@ -323,19 +326,19 @@ def _decode(
                 return None
             started = True
             place = index_by_pts.get(frame.pts)
-            if place is not None and not frame.is_corrupt:
+            # The index has counted frames that are displayed damaged only where it has decoded them.
+            if place is not None and not (frame.is_corrupt and video.access == "packets"):
                 pictures[place] = convert(frame)
         if len(pictures) == len(index_by_pts):
             return pictures
     return pictures if from_start else None
 
 
-def _may_skip(video: Row, stream: av.VideoStream) -> bool:
+def _may_skip(video: Row, context: av.VideoCodecContext) -> bool:
     """Whether `skip_frame` may be set, see `SKIPPABLE_DECODERS`.
 
     It may not where packets were lost: the decoder then shows copies of the frame before, whichever was decoded.
     """
-    context = stream.codec_context
     if video.access != "packets" or context.name != "hevc":
         return video.access == "packets" and context.name in SKIPPABLE_DECODERS
     # Byte 21 of `hvcC` (ISO/IEC 14496-15, 8.3.3.1) states the number of temporal layers: 1 is a stream without layers.

@@ -50,8 +50,8 @@ the number of the chunk; in MPEG-TS and others, times after a seek may differ fr
 _MATRICES = {0: "rgb", 1: "bt709", 2: "bt601", 4: "fcc", 5: "bt601", 6: "bt601", 7: "smpte240m", 9: "bt2020"}
 """Matrices that FFmpeg converts, by their number in ITU-T H.273; 2 is unspecified, for which FFmpeg takes BT.601."""
 
-_CUT_ANYWHERE = frozenset({"mpegts", "mpeg"})
-"""Containers, by FFmpeg's name, made to be cut anywhere: an incomplete packet at their end is nothing unusual."""
+_WITH_INDEX = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "avi"})
+"""Containers, by FFmpeg's name, whose last packet is complete; recordings in other ones end anywhere."""
 
 _LUMA_FORMATS = frozenset({"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p", "nv12", "gray"})
 """Pixel formats whose first plane is luma, a byte per pixel."""
@@ -160,8 +160,10 @@ def _probe(video: Row) -> tuple[Row, _Packets | None]:
         timing = _timing(packets.times)
         row = _row_of_packets(video, container, stream, packets, timing)
         if _is_torn(row, stream, packets):
-            counts = f"{len(packets.times)} frames readable of {stream.frames}"
-            raise DecodeError(video.path, f"truncated: {counts if stream.frames else packets.torn}")
+            count = f"{len(packets.times)} frames readable"
+            raise DecodeError(
+                video.path, f"truncated: {count} of {stream.frames}" if stream.frames else f"truncated: {count}"
+            )
         if not row.still and not _are_frames(stream, packets, timing):
             return row, packets
         picture = _first_picture(stream, packets)
@@ -291,16 +293,27 @@ def _has_closed_groups(packets: _Packets) -> bool:
 
 def _is_torn(row: Row, stream: av.VideoStream, packets: _Packets) -> bool:
     """Whether the file ends before its last packet: then a decoder cannot read it to its end."""
-    if packets.torn or (packets.corrupt and packets.format not in _CUT_ANYWHERE):
+    if packets.torn or (packets.corrupt and packets.format in _WITH_INDEX):
         return True
     if len(packets.times) >= stream.frames:
         return False
     # The header counts more frames than there are packets. An edit list hides frames, and AVI counts chunks of no
-    # bytes: the file is only torn if its index, or its outermost chunk, reaches beyond its end.
+    # bytes: the file is only torn if the list of its frames reaches beyond its end.
     if packets.format == "avi":
-        head = read_bytes(row.path, max(row.offset, 0), 8)
-        return int.from_bytes(head[4:8].tobytes(), "little") + 7 > row.size
+        return _end_of_avi_frames(row) > row.size
     return max((entry.pos + entry.size for entry in stream.index_entries), default=0) > row.size > 0
+
+
+def _end_of_avi_frames(row: Row) -> int:
+    """Place of the first byte after the chunk `movi`, which holds the frames of an AVI; 0 if there is none."""
+    place = 12  # after the head of the outermost chunk
+    while place + 12 <= row.size:
+        head = read_bytes(row.path, max(row.offset, 0) + place, 12).tobytes()
+        end = place + 8 + int.from_bytes(head[4:8], "little")
+        if head[8:] == b"movi":
+            return end
+        place = end + end % 2
+    return 0
 
 
 def _probe_by_decoding(row: Row, packets: _Packets) -> Row:
@@ -365,8 +378,8 @@ def _fingerprint(frame: av.VideoFrame) -> int:
     if frame.format.name in _LUMA_FORMATS:
         plane = frame.planes[0]
         luma = np.ndarray((plane.height, plane.width), np.uint8, plane, strides=(plane.line_size, 1))
-        return zlib.crc32(np.ascontiguousarray(luma))
-    return zlib.crc32(np.ascontiguousarray(RgbConverter()(frame)))
+        return zlib.crc32(luma.tobytes())
+    return zlib.crc32(RgbConverter()(frame).tobytes())
 
 
 def _are_clean_starts(row: Row, prints: dict[int, int]) -> bool:

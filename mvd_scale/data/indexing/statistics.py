@@ -128,8 +128,8 @@ class Statistics:
         if self.slow:
             lines += [
                 "",
-                f"{self.slow} videos are decoded from their start for every clip, because their times cannot be relied "
-                "on. `mvd-scale data shard --encode h264` makes files of them that are read at once",
+                f"{self.slow} videos are decoded from their start for every clip: their times cannot be relied on.",
+                "Files made of them by `mvd-scale data shard --encode h264` are read at once.",
             ]
         if self.videos:
             lines += _section("duration in seconds", _histogram(self.durations))
