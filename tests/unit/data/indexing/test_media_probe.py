@@ -9,8 +9,10 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
+from mvd_scale.cli import cli
 from mvd_scale.config.data import DataConfig
 from mvd_scale.data.decoding.pyav import decode_frames
 from mvd_scale.data.decoding.sample_source import DecodeBackend, decode_backend
@@ -206,3 +208,15 @@ def test_packets_are_proof_for_the_usual_files(tmp_path: Path) -> None:
         assert (row.access, row.plain) == ("packets", True), (coding, container)
     assert not probe(streams.write("hevc-open", "mp4", "whole", tmp_path)).plain
     assert probe(streams.write("av1", "mp4", "whole", tmp_path)).access == "packets"
+
+
+def test_the_command_sets_stills_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(draw_barcode(5)).resize((64, 48)).save(tmp_path / "a.jpg", exif=exif)
+    for options, size in (([], (48, 64)), (["--upright-stills"], (64, 48))):
+        out = tmp_path / "m.parquet"
+        arguments = ["data", "index", str(tmp_path / "a.jpg"), "--out", str(out), *options]
+        CliRunner().invoke(cli, arguments, catch_exceptions=False)
+        row = Manifest.load(out).row(0)
+        assert (row.height, row.width) == size
