@@ -239,8 +239,8 @@ class DataConfig(Section):
 
     upright_stills: bool = False
     """Show still images, of training and validation, as their orientation tags (EXIF) say. By default they stand as
-    they are coded, as in the published image recipes. Videos are always shown as a player shows them. Other commands take
-    upright images from a manifest of `mvd-scale data index --upright-stills`."""
+    they are coded, as in the published image recipes. Videos are always shown as a player shows them. Other commands
+    take upright images from a manifest of `mvd-scale data index --upright-stills`."""
 
     sampling: Literal["dense", "window", "segments"] = "dense"
     """Frames of a clip. `dense`: every `stride`-th frame from a random start (pre-training). `window`: frames spread
