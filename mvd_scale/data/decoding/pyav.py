@@ -304,6 +304,7 @@ def _decode(
     """
     context, convert = stream.codec_context, RgbConverter()
     skips = not from_start and _may_skip(video, context)  # the last resort must not depend on what was skipped
+    context.skip_frame = "DEFAULT"
     pictures: DecodedFrames = {}
     head: av.Packet | None = None
     started = False
@@ -318,8 +319,11 @@ def _decode(
         try:
             frames = context.decode(packet)
         except av.FFmpegError:
-            if started or not from_start:
+            # The index has seen what such packets do to the frames after them only where it has decoded them.
+            if started and video.access == "packets":
                 raise
+            if not started and not from_start:
+                return None
             frames = []  # between the keyframes at which a recording began, see `displayed_frames`
         for frame in frames:
             if not started and not from_start and not is_clean_start(frame, head):

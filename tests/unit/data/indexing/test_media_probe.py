@@ -195,11 +195,19 @@ def test_hidden_frames_of_vp8_and_vp9(tmp_path: Path) -> None:
     superframe = b"\x80\x00" + b"\xc1"
     found = [_hides_vp9(memoryview(data)) for data in (shown, hidden, existing, superframe, b"\x80\x00\xc2")]
     assert found == [False, True, False, False, True]
-    # The writer puts the frames of VP9 that are hidden into one packet with those that are displayed.
-    for coding, access in (("vp8-hidden", "times"), ("vp9-hidden", "packets")):
-        row = probe(streams.write(coding, "webm", "whole", tmp_path))
-        assert (row.access, row.plain) == (access, access == "packets")
-        assert numbers(row) == list(range(streams.FRAMES))
+    row = probe(streams.write("vp8-hidden", "webm", "whole", tmp_path))
+    assert (row.access, row.plain) == ("count", False)
+    assert numbers(row) == [number for number in range(streams.FRAMES) if number % 9 != 5]
+
+
+def test_wrong_marks_of_keyframes_are_found_out(tmp_path: Path) -> None:
+    path = streams.write("mpeg4", "mp4", "marked", tmp_path)
+    row = probe(path)
+    assert (row.access, row.plain) == ("count", False)
+    # If the index had believed them, decoding would not: the first frame after such a seek is no keyframe.
+    believed = replace(row, access="times", first_pts=0, pts_step=512)
+    for place in range(row.frames):
+        assert read_barcode(decode_frames(believed, np.array([place]))[0]) == place
 
 
 def test_packets_are_proof_for_the_usual_files(tmp_path: Path) -> None:
