@@ -8,7 +8,6 @@ from pathlib import Path
 import av
 import pytest
 
-from mvd_scale.data.indexing.build import build_manifest
 from mvd_scale.data.indexing.media_probe import probe_video
 from mvd_scale.data.manifest import Manifest, Row
 from tests import streams
@@ -52,11 +51,11 @@ def test_every_frame_of_a_file(coding: str, container: str, cut: str, tmp_path: 
             assert numbers == [shown[place] for place in places], (way.__name__, places)
 
 
-@pytest.mark.parametrize("stream", QUICK[::6], ids="-".join)
+@pytest.mark.parametrize("stream", [stream for stream in QUICK if stream[2] != "amid"][::6], ids="-".join)
 def test_every_frame_of_the_loaders_and_of_a_shard(stream: tuple[str, str, str], tmp_path: Path) -> None:
     path = streams.write(*stream, tmp_path)
     shown = streams.decode_all(path)
-    manifest = build_manifest(path, workers=1)
+    manifest = Manifest.from_rows([probe_video(Row(name=path.name, path=str(path)), timeout=60)])
     reads = [*ways.read_training_clips(manifest), *ways.read_views(manifest), *ways.read_shard(manifest, tmp_path)]
     for places, numbers in reads:
         assert numbers == [shown[place] for place in places]
