@@ -41,26 +41,29 @@ class Coding:
     group: int = 12
     b_frames: int = 0
     hidden_bit: int = 0
-    """Bit of the first byte of a packet that shows its frame. Every ninth packet is without it, and so is a copy before
-    every keyframe, which has the same time."""
+    """Bit of the first byte of a packet that shows its frame: every ninth packet is without it."""
+
+    copy_bit: int = 0
+    """Likewise: a copy without it, of the same time, stands before every keyframe."""
 
 
 _ALL = ("mp4", "mov", "mkv", "avi", "ts")
+_MOST = ("mp4", "mkv", "avi", "ts")
 
 CODINGS = {
     coding.name: coding
     for coding in (
         Coding("h264", "libx264", _ALL, {"preset": "veryfast"}),
-        Coding("h264-b", "libx264", _ALL, {"preset": "veryfast", "b-pyramid": "normal"}, b_frames=3),
-        Coding("h264-open", "libx264", _ALL, {"preset": "veryfast", "x264-params": "open_gop=1"}, b_frames=2),
-        Coding("h264-refresh", "libx264", _ALL, {"preset": "veryfast", "x264-params": "intra-refresh=1:ref=1"}),
-        Coding("h264-scenes", "libx264", _ALL, {"x264-params": "scenecut=100:min-keyint=30:ref=3"}, group=60),
-        Coding("h264-fields", "libx264", _ALL, {"preset": "veryfast", "x264-params": "interlaced=1"}, b_frames=2),
+        Coding("h264-b", "libx264", _MOST, {"preset": "veryfast", "b-pyramid": "normal"}, b_frames=3),
+        Coding("h264-open", "libx264", _MOST, {"preset": "veryfast", "x264-params": "open_gop=1"}, b_frames=2),
+        Coding("h264-refresh", "libx264", _MOST, {"preset": "veryfast", "x264-params": "intra-refresh=1:ref=1"}),
+        Coding("h264-scenes", "libx264", _MOST, {"x264-params": "scenecut=100:min-keyint=30:ref=3"}, group=60),
+        Coding("h264-fields", "libx264", _MOST, {"preset": "veryfast", "x264-params": "interlaced=1"}, b_frames=2),
         Coding("hevc", "libx265", ("mp4", "mkv", "ts"), {"x265-params": "log-level=none:open-gop=0"}, b_frames=3),
         Coding("hevc-open", "libx265", ("mp4", "mkv", "ts"), {"x265-params": "log-level=none:open-gop=1"}, b_frames=3),
         Coding("hevc-layers", "libx265", ("mp4", "mkv", "ts"), {"x265-params": "log-level=none:temporal-layers=3"}),
         Coding("mpeg4", "mpeg4", ("mp4", "mov", "mkv", "avi")),
-        Coding("mpeg4-b", "mpeg4", ("mp4", "mov", "mkv", "avi"), b_frames=2),
+        Coding("mpeg4-b", "mpeg4", ("mp4", "mkv", "avi"), b_frames=2),
         Coding("mpeg2", "mpeg2video", ("mkv", "ts", "mpg", "mp4")),
         Coding("mpeg2-b", "mpeg2video", ("mkv", "ts", "mpg", "mp4"), b_frames=2),
         Coding("mpeg1-b", "mpeg1video", ("mkv", "mpg"), b_frames=2),
@@ -71,6 +74,7 @@ CODINGS = {
             "vp9", "libvpx-vp9", ("webm", "mp4", "mkv"), {"lag-in-frames": "16", "deadline": "good", "cpu-used": "5"}
         ),
         Coding("vp8-hidden", "libvpx", ("webm", "mkv"), {"deadline": "good"}, hidden_bit=0x10),
+        Coding("vp8-altref", "libvpx", ("webm", "mkv"), {"deadline": "good"}, copy_bit=0x10),
         Coding("av1", "libsvtav1", ("mp4", "mkv", "webm"), {"preset": "10"}),
         Coding("mjpeg", "mjpeg", ("avi", "mov", "mkv"), pixel_format="yuvj420p"),
         Coding("png", "png", ("mov", "avi"), pixel_format="rgb24"),
@@ -178,8 +182,8 @@ def write(name: str, container: str, cut: str, folder: Path) -> Path:
     with av.open(io.BytesIO(_encode(name, "nut" if container in ("avi", "gif") else "mov"))) as source:
         stream = source.streams.video[0]
         packets = CUTS[cut]([packet for packet in source.demux(stream) if packet.size])
-        if coding.hidden_bit:
-            packets = list(_with_hidden_frames(packets, coding.hidden_bit))
+        if coding.hidden_bit or coding.copy_bit:
+            packets = list(_with_hidden_frames(packets, coding))
         options = {"avoid_negative_ts": "disabled"} if container in ISO else {}
         with av.open(str(path), "w", format=FORMATS.get(container), options=options) as out:
             target = out.add_stream_from_template(stream, opaque=True)
@@ -231,15 +235,15 @@ def _picture(number: int) -> NDArray[np.uint8]:
     return draw_barcode(number, SIDE)
 
 
-def _with_hidden_frames(packets: Packets, bit: int) -> Iterator[av.Packet]:
+def _with_hidden_frames(packets: Packets, coding: Coding) -> Iterator[av.Packet]:
     for number, packet in enumerate(packets):
         data = bytes(packet)
-        hidden = av.Packet(bytes([data[0] & ~bit]) + data[1:])
+        hidden = av.Packet(bytes([data[0] & ~(coding.hidden_bit | coding.copy_bit)]) + data[1:])
         hidden.pts, hidden.dts, hidden.time_base = packet.pts, packet.dts, packet.time_base
         hidden.is_keyframe = packet.is_keyframe
-        if packet.is_keyframe and number:
+        if coding.copy_bit and packet.is_keyframe and number:
             yield hidden
-        yield hidden if number % 9 == 5 else packet
+        yield hidden if coding.hidden_bit and number % 9 == 5 else packet
 
 
 def _swap_parts(data: bytes) -> bytes:
