@@ -29,7 +29,7 @@ _manifest_out = click.option(
 )
 @click.option("--workers", type=click.IntRange(min=1), help="Worker processes; the number of CPU cores if omitted.")
 @click.option("--part", type=PartType(), help="Index one part only, such as 3/64; `data merge` combines the parts.")
-@click.option("--verify", is_flag=True, help="Decode the first, middle and last frame of every video.")
+@click.option("--verify", is_flag=True, help="Decode the first, middle and last frame of every video as training does.")
 @click.option(
     "--timeout", type=click.FloatRange(min=0.1), default=60.0, show_default=True,
     help="Seconds after which a video counts as unreadable.",
@@ -38,6 +38,7 @@ _manifest_out = click.option(
     "--split", type=click.Choice(["train", "validation", "test"]),
     help="Split of a list that holds several; all if omitted.",
 )  # fmt: skip
+@click.option("--upright-stills", is_flag=True, help="Show still images as their orientation tags (EXIF) say.")
 @click.option("--fold", type=click.IntRange(1, 3), default=1, show_default=True, help="Official split of HMDB51.")
 @click.option("--classes", help="File with the names of the classes: classInd.txt, labels.json.")
 def index(
@@ -51,6 +52,7 @@ def index(
     split: str | None,
     fold: int,
     classes: str | None,
+    upright_stills: bool,
 ) -> None:
     """Probe every video of some sources once, and write a manifest. An interrupted command resumes when started again.
 
@@ -69,6 +71,8 @@ def index(
         part=part,
         journal=journal,
     )
+    if upright_stills:
+        manifest = manifest.with_upright_stills()
     manifest.save(out)
     journal.unlink()
     click.echo(f"{out}: {len(manifest)} videos, {len(manifest) - len(manifest.usable)} left out")

@@ -248,6 +248,11 @@ class DataConfig(Section):
     mixture: dict[str, MixtureSource] | None = Field(default=None, min_length=1)
     """Several data sets by name, instead of `source`."""
 
+    upright_stills: bool = False
+    """Show still images, of training and validation, as their orientation tags (EXIF) say. By default they stand as
+    they are coded, as in the published image recipes. Videos are always shown as a player shows them. Other commands
+    take upright images from a manifest of `mvd-scale data index --upright-stills`."""
+
     sampling: Literal["dense", "window", "segments", "whole_segments"] = "dense"
     """Frames of a clip. `dense`: every `stride`-th frame from a random start (pre-training). `window`: frames spread
     evenly over a window of frames x stride frames (fine-tuning on Kinetics). `segments`: a random frame of each of

@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import fsspec
 import numpy as np
@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from typing_extensions import Self
 
+from mvd_scale.data.orientation import orientation_of_exif
 from mvd_scale.errors import UserError
 
 SCHEMA = pa.schema(
@@ -32,8 +33,15 @@ SCHEMA = pa.schema(
         ("height", pa.int64()),
         ("width", pa.int64()),
         ("rotation", pa.int64()),
+        ("mirrored", pa.bool_()),
+        ("exif_orientation", pa.int64()),
+        ("still", pa.bool_()),
+        ("stream", pa.int64()),
         ("codec", pa.string()),
         ("pixel_format", pa.string()),
+        ("colour", pa.string()),
+        ("access", pa.string()),
+        ("plain", pa.bool_()),
         ("keyframe_interval", pa.int64()),
         ("first_pts", pa.int64()),
         ("pts_step", pa.int64()),
@@ -47,8 +55,8 @@ _ORIGIN = b"mvd_scale"
 WHOLE_FILE = -1
 """`offset` of a video that is a file of its own, not a range of a shard."""
 
-IMAGE_CODECS = frozenset({"jpeg", "png", "bmp", "tiff", "webp"})
-"""Values of `codec` for still images, which count as videos of one frame."""
+Access = Literal["packets", "times", "count"]
+"""Proof of the frames of a video, and the way to find one of them, see `Row.access`."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,7 @@ class Row:
     """Size of the encoded video in bytes."""
 
     frames: int = 0
-    """Number of frames in the container; 0 in a row that is left out."""
+    """Number of frames that the decoder puts out; 0 in a row that is left out."""
 
     fps: float = 0.0
     """Average frames per second; 0 if the container does not state it."""
@@ -83,19 +91,45 @@ class Row:
     """Duration in seconds."""
 
     height: int = 0
-    """Height in pixels as displayed, after `rotation`."""
+    """Height in pixels as displayed, after `mirrored` and `rotation`."""
 
     width: int = 0
-    """Width in pixels as displayed, after `rotation`."""
+    """Width in pixels as displayed, after `mirrored` and `rotation`."""
 
     rotation: int = 0
     """Counterclockwise rotation, in degrees, from the coded frame to the displayed one: 0, 90, 180 or 270."""
 
+    mirrored: bool = False
+    """Whether the coded frame is mirrored left-right before it is rotated."""
+
+    exif_orientation: int = 1
+    """Orientation tag (EXIF, 1 to 8) of a still image, which height, width and rotation ignore until
+    `with_upright_stills`."""
+
+    still: bool = False
+    """Whether the file is a single still image, which counts as a video of one frame."""
+
+    stream: int = 0
+    """Index, among all streams of the container, of the video stream that is decoded."""
+
     codec: str = ""
-    """FFmpeg's name of the codec: h264, hevc, vp9 ...; for a still image, one of `IMAGE_CODECS`."""
+    """FFmpeg's name of the codec: h264, hevc, vp9 ...; for a still image jpeg, png, bmp, tiff or webp."""
 
     pixel_format: str = ""
     """FFmpeg's name of the pixel format: yuv420p, yuv420p10le ..."""
+
+    colour: str = "bt601"
+    """Matrix by which the stream's tags convert YUV to RGB: bt601 (also where they are silent, as FFmpeg does), bt709,
+    bt2020 ..., followed by ` full` for samples of the full range of 0 to 255."""
+
+    access: Access = "packets"
+    """Proof of the frames, and the way to find one. `packets`: reading the packets proves that each is one frame, in
+    order and evenly spaced. `times`: the whole file was decoded; the times of the decoder's output rise strictly and
+    can be relied on. `count`: it was decoded, but its times cannot be relied on: frames are counted from the start."""
+
+    plain: bool = True
+    """Whether every packet is one displayed frame, every group of pictures is closed, and the file has one video
+    stream: then DALI, which builds its own index of the packets, finds the same frames."""
 
     keyframe_interval: int = 0
     """Largest number of frames from one keyframe to the next, or to the end."""
@@ -104,7 +138,7 @@ class Row:
     """Presentation time of the first frame, in ticks of the stream."""
 
     pts_step: int = 0
-    """Ticks from each frame to the next; 0 if they differ or are unknown: then the decoder must count frames."""
+    """Ticks from each frame to the next, where a seek by them is safe; 0 if they differ, or cannot be relied on."""
 
     dataset: int = 0
     """Index of the data set of a mixture to which the video belongs; 0 without a mixture."""
@@ -114,7 +148,7 @@ class Row:
 
     @property
     def coded_size(self) -> tuple[int, int]:
-        """Height and width in pixels of a decoded frame, before `rotation`."""
+        """Height and width in pixels of a decoded frame, before `mirrored` and `rotation`."""
         return (self.width, self.height) if self.rotation % 180 else (self.height, self.width)
 
 
@@ -137,8 +171,15 @@ class Manifest:
     height: NDArray[np.int64]
     width: NDArray[np.int64]
     rotation: NDArray[np.int64]
+    mirrored: NDArray[np.bool_]
+    exif_orientation: NDArray[np.int64]
+    still: NDArray[np.bool_]
+    stream: NDArray[np.int64]
     codec: list[str]
     pixel_format: list[str]
+    colour: list[str]
+    access: list[str]
+    plain: NDArray[np.bool_]
     keyframe_interval: NDArray[np.int64]
     first_pts: NDArray[np.int64]
     pts_step: NDArray[np.int64]
@@ -191,6 +232,11 @@ class Manifest:
         """Row numbers of the videos that training may draw, ascending: int64 (usable,)."""
         return np.array([row for row, reason in enumerate(self.left_out) if reason is None], dtype=np.int64)
 
+    def with_upright_stills(self) -> Self:
+        """Manifest whose still images are displayed as their orientation tags (EXIF) say, not as they are coded."""
+        rows = [_upright(row) if row.still and row.exif_orientation != 1 else row for row in self.rows]
+        return type(self).from_rows(rows, source=self.source, classes=self.classes, part=self.part)
+
     @property
     def digest(self) -> str:
         """Hash of everything that the stream of clips depends on: 16 hexadecimal digits.
@@ -242,3 +288,10 @@ class Manifest:
         }
         part = None if about["part"] is None else (about["part"][0], about["part"][1])
         return cls(**columns, source=about["source"], classes=tuple(about["classes"]), part=part)
+
+
+def _upright(still: Row) -> Row:
+    rotation, mirrored = orientation_of_exif(still.exif_orientation)
+    height, width = (still.width, still.height) if rotation % 180 else (still.height, still.width)
+    # Without its tag, the row stays as it is if it is set upright again.
+    return replace(still, rotation=rotation, mirrored=mirrored, height=height, width=width, exif_orientation=1)

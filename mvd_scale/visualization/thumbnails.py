@@ -10,6 +10,7 @@ from PIL import Image
 
 from mvd_scale.data.decoding.pyav import decode_frames
 from mvd_scale.data.manifest import Row
+from mvd_scale.data.orientation import orient
 from mvd_scale.data.storage import run_with_timeout
 
 HEIGHT = 112
@@ -28,7 +29,7 @@ def thumbnails(video: Row) -> list[str]:
     """
     places = np.unique((2 * np.arange(_FRAMES) + 1) * video.frames // (2 * _FRAMES))
     frames = run_with_timeout(_SECONDS, video.path, decode_frames, video, places)
-    return [_data_url(Image.fromarray(np.rot90(frame, video.rotation // 90))) for frame in frames]
+    return [_data_url(Image.fromarray(orient(frame, video.rotation, video.mirrored))) for frame in frames]
 
 
 def _data_url(picture: Image.Image) -> str:

@@ -25,7 +25,7 @@ from mvd_scale.config.data import AugmentConfig, DataConfig, ShortSideCrop
 from mvd_scale.data.decoding.dali_augment import color_jitter, erase, rand_augment_by_dali, rand_augment_on_host
 from mvd_scale.data.decoding.dali_geometry import Cut, Resampling, Sample, resize, upright
 from mvd_scale.data.decoding.sample_source import DecodeBackend, VideoSource
-from mvd_scale.data.manifest import IMAGE_CODECS, Row
+from mvd_scale.data.manifest import Row
 
 _TYPES: dict[Any, types.DALIDataType] = {
     np.int32: types.INT32,
@@ -143,7 +143,7 @@ def decode_video(encoded: DataNode, frames: DataNode | list[int], on_gpu: bool) 
 def decode_image(encoded: DataNode, length: int, on_gpu: bool) -> DataNode:
     """Decode a still image by DALI and repeat it to a clip of `length` frames: uint8 (T, H, W, 3).
 
-    The orientation tag (EXIF) is ignored, as in the published image recipes.
+    The orientation tag (EXIF) is ignored here; `data.upright_stills` applies it as the orientation of any video.
     """
     image = fn.decoders.image(
         encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB, adjust_orientation=False
@@ -223,13 +223,12 @@ def dali_decodes(encoded: NDArray[np.uint8], frames: NDArray[np.int64], video: R
         video: row of the manifest.
         device_id: index of the GPU that decodes; None for the CPU.
     """
-    still = video.codec in IMAGE_CODECS
 
     @pipeline_def(batch_size=1, num_threads=1, device_id=device_id)  # type: ignore[untyped-decorator]
     def one_clip() -> Any:
         data = fn.external_source(lambda: [encoded], dtype=types.UINT8, ndim=1)
         on_gpu = device_id is not None
-        return decode_image(data, 1, on_gpu) if still else decode_video(data, frames.tolist(), on_gpu)
+        return decode_image(data, 1, on_gpu) if video.still else decode_video(data, frames.tolist(), on_gpu)
 
     try:
         (clips,) = one_clip().run()

@@ -12,6 +12,7 @@ import os
 import signal
 import threading
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from enum import IntEnum
 from multiprocessing import parent_process
@@ -22,9 +23,10 @@ from numpy.typing import NDArray
 
 from mvd_scale.config.data import ShortSideCrop
 from mvd_scale.data.decoding.pyav import decode_frames
-from mvd_scale.data.manifest import IMAGE_CODECS, Manifest, Row
+from mvd_scale.data.manifest import Manifest, Row
+from mvd_scale.data.orientation import Orientation, mirror_axes
 from mvd_scale.data.sampling.crops import Box
-from mvd_scale.data.sampling.regions import localize_warps, plan_regions, rotate_warps
+from mvd_scale.data.sampling.regions import localize_warps, orient_warps, plan_regions
 from mvd_scale.data.sampling.sampler import ClipPlan, CopyPlan, RankShard, Sampler
 from mvd_scale.data.storage import DecodeError, read_bytes, run_with_timeout
 from mvd_scale.data.worker_pool import exit_with_parent
@@ -50,8 +52,10 @@ DALI_CODECS: dict[DaliDevice, frozenset[str]] = {
 }
 """Codecs that DALI 2.4 decodes; PyAV decodes the rest."""
 
-DALI_PIXEL_FORMATS = frozenset({"yuv420p", "yuvj420p"})
-"""Pixel formats that all DALI decoders accept: 8 bits, 4:2:0."""
+DALI_COLOURS = frozenset({("yuv420p", "bt601"), ("yuvj420p", "bt601 full")})
+"""Pixel format and colour of the streams that DALI converts to RGB as their tags say. All its decoders accept 8 bits,
+4:2:0. On the CPU it ignores the tags, except that FFmpeg's format yuvj420p is of full range; its kernel for the GPU
+knows the matrix of BT.601 alone. PyAV decodes what is tagged BT.709 or BT.2020."""
 
 
 class DecodeBackend(IntEnum):
@@ -355,10 +359,10 @@ class CodedCopy(NamedTuple):
             whole: whether the crop is cut from frames that are resized as a whole.
         """
         size, augment, crop = (video.height, video.width), copy.augment, copy.crop
-        box = coded_box(crop.box, crop.frame, video.rotation)
+        box = coded_box(crop.box, crop.frame, video)
         frame = crop.frame[::-1] if video.rotation % 180 else crop.frame
         wanted = (0, 0, *video.coded_size) if whole else box
-        values = rotate_warps(augment.operations, augment.values, size, video.rotation)
+        values = orient_warps(augment.operations, augment.values, size, Orientation(video.rotation, video.mirrored))
         regions = plan_regions(augment.operations, values, wanted, video.coded_size)
         return cls(frame, box, regions, localize_warps(augment.operations, values, regions))
 
@@ -367,16 +371,17 @@ class VideoTable:
     """Properties of the videos that decoding needs, in compact arrays that are cheap to pickle for many processes."""
 
     def __init__(self, manifest: Manifest) -> None:
-        columns = ("offset", "size", "height", "width", "rotation", "first_pts", "pts_step", "label")
-        self.numbers = {name: getattr(manifest, name) for name in columns}
+        columns = ("offset", "size", "height", "width", "rotation", "stream", "first_pts", "pts_step", "label")
+        flags = ("mirrored", "still", "plain")
+        self.columns = {name: getattr(manifest, name) for name in (*columns, *flags)}
         self.label = manifest.label
         self.path = _Texts(manifest.path)
-        self.codec = _Texts(manifest.codec)
-        self.pixel_format = _Texts(manifest.pixel_format)
+        self.texts = {name: _Texts(getattr(manifest, name)) for name in ("codec", "pixel_format", "colour", "access")}
 
     def __getitem__(self, row: int) -> Row:
-        numbers: dict[str, Any] = {name: int(column[row]) for name, column in self.numbers.items()}
-        return Row(name="", path=self.path[row], codec=self.codec[row], pixel_format=self.pixel_format[row], **numbers)
+        values: dict[str, Any] = {name: column[row].item() for name, column in self.columns.items()}
+        values |= {name: text[row] for name, text in self.texts.items()}
+        return Row(name="", path=self.path[row], **values)
 
     def failure(self, row: int, error: DecodeError) -> dict[str, object]:
         """Create the record of a video that could not be decoded: row, path and reason."""
@@ -396,54 +401,64 @@ class _Texts:
         return self.buffer[start : int(self.ends[row])].decode("utf-8", "surrogateescape")
 
 
-def coded_box(box: Box, size: tuple[int, int], rotation: int) -> Box:
-    """Convert a box of a displayed frame to the coded frame.
+def coded_box(box: Box, size: tuple[int, int], video: Row) -> Box:
+    """Convert a box of a displayed frame to the coded frame, which is transposed and mirrored to be displayed.
 
     Args:
         box: box in the displayed frame.
-        size: height and width of the displayed frame.
-        rotation: angle by which the coded frame is rotated counterclockwise for display: 0, 90, 180 or 270 degrees.
+        size: height and width of the displayed frame, which may have been resized.
+        video: row of the video, of which the orientation counts.
     """
     top, left, height, width = box
-    if rotation == 90:
-        return left, size[0] - top - height, width, height
-    if rotation == 180:
-        return size[0] - top - height, size[1] - left - width, height, width
-    if rotation == 270:
-        return size[1] - left - width, top, width, height
-    return box
+    left_right, up_down = mirror_axes(video.rotation, video.mirrored)
+    if left_right:
+        left = size[1] - left - width
+    if up_down:
+        top = size[0] - top - height
+    return (left, top, width, height) if video.rotation % 180 else (top, left, height, width)
 
 
 def flip_axes(flip: bool, video: Row) -> tuple[bool, bool]:
     """Whether to mirror a frame left-right and up-down, after transposing it, to get the displayed frame, flipped.
 
-    Rotations by 90 and 270 degrees are a transposition followed by one mirroring, by 180 degrees both mirrorings.
+    Only videos rotated by 90 or 270 degrees are transposed, see `orientation`.
     """
-    return flip ^ (video.rotation in (180, 270)), video.rotation in (90, 180)
+    left_right, up_down = mirror_axes(video.rotation, video.mirrored)
+    return flip ^ left_right, up_down
 
 
-def decode_backend(codec: str, pixel_format: str, dali_device: DaliDevice) -> DecodeBackend:
-    """Choose the implementation that decodes a video.
+def decode_backend(video: Row, dali_device: DaliDevice) -> DecodeBackend:
+    """Choose the implementation that decodes a video: DALI only where it gives the same frames and colours as PyAV.
 
-    The choice depends only on codec, pixel format and device, so that the pixels of a video do so too.
+    The choice depends only on the manifest and the device, so that the pixels of a video do so too.
     """
-    if codec in IMAGE_CODECS:
+    if video.still:
         return DecodeBackend.DALI_IMAGE
-    if codec in DALI_CODECS[dali_device] and pixel_format in DALI_PIXEL_FORMATS:
+    if video.plain and video.codec in DALI_CODECS[dali_device] and (video.pixel_format, video.colour) in DALI_COLOURS:
         return DecodeBackend.DALI_VIDEO
     return DecodeBackend.PYAV
 
 
+def count_backends(manifest: Manifest, dali_device: DaliDevice) -> Counter[DecodeBackend]:
+    """Count the usable videos by the implementation that decodes them."""
+    columns = (manifest.still, manifest.plain, manifest.codec, manifest.pixel_format, manifest.colour)
+    kinds = Counter(tuple(column[row] for column in columns) for row in manifest.usable)
+    counts: Counter[DecodeBackend] = Counter()
+    for (still, plain, codec, pixel_format, colour), count in kinds.items():
+        video = Row("", "", still=still, plain=plain, codec=codec, pixel_format=pixel_format, colour=colour)
+        counts[decode_backend(video, dali_device)] += count
+    return counts
+
+
 def decode_backends(manifest: Manifest, dali_device: DaliDevice) -> list[DecodeBackend]:
-    """List the implementations that the usable videos need: by codec, and PyAV for videos that DALI fails to decode."""
-    kinds = {(manifest.codec[row], manifest.pixel_format[row]) for row in manifest.usable}
-    return sorted({decode_backend(*kind, dali_device) for kind in kinds} | {DecodeBackend.PYAV})
+    """List the implementations that the usable videos need, and PyAV for videos that DALI fails to decode."""
+    return sorted({*count_backends(manifest, dali_device), DecodeBackend.PYAV})
 
 
 def _prepare(
     video: Row, frames: NDArray[np.int64], box: Box | None, dali_device: DaliDevice, pyav_samples: bool
 ) -> DecoderInput:
-    decoder = DecodeBackend.PYAV if pyav_samples else decode_backend(video.codec, video.pixel_format, dali_device)
+    decoder = DecodeBackend.PYAV if pyav_samples else decode_backend(video, dali_device)
     if decoder is not DecodeBackend.PYAV:
         return DecoderInput(decoder, read_bytes(video.path, video.offset, video.size))
     top, left = box[:2] if box is not None else (0, 0)

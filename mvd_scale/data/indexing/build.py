@@ -52,6 +52,7 @@ def load_source(data: DataConfig, cache_folder: Path) -> Manifest:
     A `.parquet` file is read. Any other source is indexed, and the manifest is cached in `cache_folder`. A cached
     manifest is used again if it describes the same source and no file of the source is newer. The rows of a mixture
     follow one data set after the other, numbered in the column `dataset`; classes of the same name become one class.
+    With `data.upright_stills`, still images are displayed as their orientation tags say.
 
     Raises:
         UserError: there is no source; also as `build_manifest` and `Manifest.load`.
@@ -62,12 +63,13 @@ def load_source(data: DataConfig, cache_folder: Path) -> Manifest:
                 "data.source is missing: give a folder of videos, an annotation file or a manifest "
                 "with `--data.source PATH`"
             )
-        return _open_one(data.source, data.root, cache_folder / "manifest.parquet")
-    manifests = [
-        _open_one(part.source, part.root, cache_folder / f"manifest_{name}.parquet")
-        for name, part in data.mixture.items()
-    ]
-    return concat_manifests(manifests)
+        manifest = _open_one(data.source, data.root, cache_folder / "manifest.parquet")
+    else:
+        parts = data.mixture.items()
+        manifest = concat_manifests(
+            [_open_one(part.source, part.root, cache_folder / f"manifest_{name}.parquet") for name, part in parts]
+        )
+    return manifest.with_upright_stills() if data.upright_stills else manifest
 
 
 def concat_manifests(manifests: Sequence[Manifest]) -> Manifest:
@@ -217,7 +219,7 @@ class _Journal:
     def __init__(self, path: Path | None, prober: VideoProber) -> None:
         self.path = path
         self.known: dict[str, Row] = {}
-        self._head = json.dumps({"verify": prober.verify, "version": 1})
+        self._head = json.dumps({"verify": prober.verify, "version": 2})
         self._file: IO[str] | None = None
 
     def __enter__(self) -> _Journal:

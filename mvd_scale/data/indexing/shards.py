@@ -22,7 +22,7 @@ from pathlib import Path
 
 from mvd_scale.data.indexing.media_probe import probe_video
 from mvd_scale.data.indexing.transcode import TranscodeOptions, transcode
-from mvd_scale.data.manifest import IMAGE_CODECS, Manifest, Row
+from mvd_scale.data.manifest import Manifest, Row
 from mvd_scale.data.storage import DecodeError, absolute, filesystem_of, is_url, read_bytes, run_with_timeout
 from mvd_scale.data.worker_pool import run_chunks
 from mvd_scale.errors import UserError
@@ -31,15 +31,8 @@ from mvd_scale.utils.progress import ProgressReporter
 SETTINGS = "shards.json"
 """File in the output folder that records the videos and options from which the shards are made."""
 
-_SUFFIXES = {
-    "jpeg": ".jpg",
-    "png": ".png",
-    "bmp": ".bmp",
-    "tiff": ".tif",
-    "webp": ".webp",
-    "vp8": ".webm",
-    "vp9": ".webm",
-}
+_STILL_SUFFIXES = {"jpeg": ".jpg", "png": ".png", "bmp": ".bmp", "tiff": ".tif", "webp": ".webp"}
+_VIDEO_SUFFIXES = {"vp8": ".webm", "vp9": ".webm", "gif": ".gif", "apng": ".png", "webp": ".webp"}
 
 log = logging.getLogger("mvd_scale")
 
@@ -78,7 +71,7 @@ class _Writer:
                     rows.append(replace(video, left_out=error.reason))
                     continue
                 # Members are numbered: names from outside are never used as paths.
-                member = tarfile.TarInfo(f"{number:09d}{_SUFFIXES.get(row.codec, '.mp4')}")
+                member = tarfile.TarInfo(f"{number:09d}{_suffix(row)}")
                 member.size = len(data)
                 start = target.file.tell()
                 tar.addfile(member, io.BytesIO(data))
@@ -91,7 +84,7 @@ class _Writer:
     def _read(self, video: Row) -> tuple[Row, bytes]:
         read = run_with_timeout(self.timeout, video.path, read_bytes, video.path, video.offset, video.size)
         data = read.tobytes()
-        if self.encoding is None or video.codec in IMAGE_CODECS:
+        if self.encoding is None or video.still:
             return video, data
         with tempfile.TemporaryDirectory() as scratch:
             file = Path(scratch) / f"video{self.encoding.suffix}"
@@ -183,6 +176,10 @@ def shard_path(folder: str, number: int) -> str:
 def index_path(shard: str) -> str:
     """Path or URL of the index of a shard, the rows of its videos as JSON."""
     return shard.removesuffix(".tar") + ".json"
+
+
+def _suffix(video: Row) -> str:
+    return (_STILL_SUFFIXES if video.still else _VIDEO_SUFFIXES).get(video.codec, ".mp4")
 
 
 def _divide(manifest: Manifest, size: int) -> list[_Task]:

@@ -12,7 +12,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mvd_scale.data.decoding.sample_source import DaliDevice, DecodeBackend, count_backends
 from mvd_scale.data.manifest import WHOLE_FILE, Manifest
+
+_ACCESS = {
+    "packets": "the index of their packets",
+    "times": "times, which the whole file was decoded for",
+    "count": "counting, times cannot be relied on",
+}
+"""Ways in which frames are found, by `Row.access`."""
+
+_DECODERS = {
+    DecodeBackend.PYAV: "PyAV",
+    DecodeBackend.DALI_VIDEO: "DALI's video decoder",
+    DecodeBackend.DALI_IMAGE: "DALI's image decoder",
+}
+_DEVICES: dict[DaliDevice, str] = {"cpu": "a CPU", "mixed": "a GPU"}
 
 _SHOWN = 10
 """Largest number of entries of a list that are shown; the others are summed up in one line."""
@@ -52,7 +67,13 @@ class Statistics:
     variable_rate: int
     """Number of videos of variable frame rate."""
     rotated: int
-    """Number of videos with a rotation."""
+    """Number of videos that are displayed rotated or mirrored."""
+    access: list[tuple[str, int]]
+    """Way in which frames are found (`_ACCESS`) and number of videos, most frequent first; without still images."""
+    slow: int
+    """Number of videos whose frames are counted from the start of the file, for every clip."""
+    decoders: list[tuple[str, int]]
+    """Implementation that decodes on the CPU, or on the GPU, and number of videos."""
     in_shards: int
     """Number of videos that are ranges of a shard."""
     reasons: list[tuple[str, int, str]]
@@ -81,7 +102,14 @@ class Statistics:
             widths=manifest.width[rows],
             keyframe_intervals=manifest.keyframe_interval[rows],
             variable_rate=int(manifest.variable_rate[rows].sum()),
-            rotated=int((manifest.rotation[rows] != 0).sum()),
+            rotated=int(((manifest.rotation[rows] != 0) | manifest.mirrored[rows]).sum()),
+            access=Counter(_ACCESS[manifest.access[row]] for row in rows if not manifest.still[row]).most_common(),
+            slow=sum(manifest.access[row] == "count" for row in rows),
+            decoders=[
+                (f"{_DECODERS[backend]} on {place}", count)
+                for device, place in _DEVICES.items()
+                for backend, count in sorted(count_backends(manifest, device).items())
+            ],
             in_shards=int((manifest.offset[rows] != WHOLE_FILE).sum()),
             reasons=_reasons(manifest),
         )
@@ -90,10 +118,19 @@ class Statistics:
         """Statistics as plain text of about one page."""
         lines = [
             f"{self.videos} videos, {self.hours:.3g} hours, {self.gigabytes:.3g} GB; {self.left_out} left out",
-            f"{self.in_shards} in shards, {self.variable_rate} of variable frame rate, {self.rotated} rotated",
+            f"{self.in_shards} in shards, {self.variable_rate} of variable frame rate, "
+            f"{self.rotated} rotated or mirrored",
             *_section("codecs", self.codecs),
             *_section("pixel formats", self.pixel_formats),
+            *_section("frames are found by", self.access),
+            *_section("decoded by", self.decoders),
         ]
+        if self.slow:
+            lines += [
+                "",
+                f"{self.slow} videos are decoded from their start for every clip: their times cannot be relied on.",
+                "Files made of them by `mvd-scale data shard --encode h264` are read at once.",
+            ]
         if self.videos:
             lines += _section("duration in seconds", _histogram(self.durations))
             lines += _section("height x width", _sizes(self.heights, self.widths))

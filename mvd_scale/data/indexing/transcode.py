@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
 import av
 import numpy as np
+from numpy.typing import NDArray
 
-from mvd_scale.data.decoding.pyav import video_stream
+from mvd_scale.data.decoding.pyav import RgbConverter, displayed_frames
 from mvd_scale.data.manifest import Row
+from mvd_scale.data.orientation import orient
 
 Codec = Literal["h264", "hevc", "vp9", "av1"]
 
 _ENCODERS = {"h264": "libx264", "hevc": "libx265", "vp9": "libvpx-vp9", "av1": "libsvtav1"}
 _QUALITY: dict[str, int] = {"h264": 20, "hevc": 22, "vp9": 28, "av1": 28}
 """Default constant rate factor of each codec, at which the loss is hard to see."""
+
+_BT601 = frozenset({2, 5, 6})
+"""Matrices that FFmpeg takes for BT.601, by their number in ITU-T H.273: without a tag, 625 lines, 525 lines."""
+
+_SMPTE170M, _LIMITED = 6, 1
+"""FFmpeg's numbers of the matrix of 525 lines, and of the limited range of samples."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,10 @@ class TranscodeOptions:
 
 
 def transcode(video: Row, data: bytes, encoding: TranscodeOptions, out: Path) -> None:
-    """Transcode a video: every frame at its time, in display orientation, as 8-bit 4:2:0, without sound.
+    """Transcode a video: every displayed frame, numbered anew, in display orientation, as 8-bit 4:2:0, without sound.
+
+    The frames of the result have equal durations, by the average rate of the video, so that each is found by its time.
+    Their colours are tagged BT.601, limited range, which every decoder honours.
 
     Args:
         video: row of the video in the manifest.
@@ -53,23 +64,20 @@ def transcode(video: Row, data: bytes, encoding: TranscodeOptions, out: Path) ->
         ValueError, OSError: the video cannot be decoded or encoded (PyAV's errors are subclasses of these).
     """
     width, height = _size(video, encoding.short_side)
-    with (
-        av.open(io.BytesIO(data)) as source,
-        av.open(str(out), "w", options={"movflags": "faststart"} if out.suffix == ".mp4" else {}) as result,
-    ):
-        stream = video_stream(source, video.path)
-        encoder = result.add_stream(
-            _ENCODERS[encoding.codec], rate=stream.average_rate or 25, options=_options(encoding)
-        )
+    rate = Fraction(video.fps).limit_denominator(100_000) or Fraction(25)
+    with av.open(str(out), "w", options={"movflags": "faststart"} if out.suffix == ".mp4" else {}) as result:
+        encoder = result.add_stream(_ENCODERS[encoding.codec], rate=rate, options=_options(encoding))
         encoder.width, encoder.height, encoder.pix_fmt = width, height, "yuv420p"
         encoder.gop_size = encoding.keyframes
-        encoder.codec_context.thread_count = 1
-        if stream.time_base is not None:
-            encoder.time_base = encoder.codec_context.time_base = stream.time_base
-        for frame in source.decode(stream):
-            upright = _turn(frame, video.rotation) if video.rotation else frame
+        context = encoder.codec_context
+        context.thread_count = 1
+        context.colorspace, context.color_range = _SMPTE170M, _LIMITED
+        convert = RgbConverter()
+        for number, frame in enumerate(displayed_frames(video, data)):
+            upright = frame if _is_upright(frame, video) else _turn(convert(frame), video)
             shrunk = upright.reformat(width=width, height=height, format="yuv420p", interpolation="AREA")
-            shrunk.pts, shrunk.time_base = frame.pts, frame.time_base
+            shrunk.colorspace, shrunk.color_range = _SMPTE170M, _LIMITED
+            shrunk.pts, shrunk.time_base = number, 1 / rate
             shrunk.pict_type = av.video.frame.PictureType.NONE
             result.mux(encoder.encode(shrunk))
         result.mux(encoder.encode())
@@ -81,9 +89,17 @@ def _size(video: Row, short_side: int | None) -> tuple[int, int]:
     return max(2, round(video.width * scale / 2) * 2), max(2, round(video.height * scale / 2) * 2)
 
 
-def _turn(frame: av.VideoFrame, rotation: int) -> av.VideoFrame:
-    picture = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), rotation // 90))
-    return av.VideoFrame.from_ndarray(picture, format="rgb24")
+def _is_upright(frame: av.VideoFrame, video: Row) -> bool:
+    """Whether a frame needs only a resize: it stands as it is displayed, and its colours are those of the result."""
+    turned = video.rotation or video.mirrored
+    return (
+        not turned and frame.format.name == "yuv420p" and frame.colorspace in _BT601 and frame.color_range <= _LIMITED
+    )
+
+
+def _turn(picture: NDArray[np.uint8], video: Row) -> av.VideoFrame:
+    upright = orient(picture, video.rotation, video.mirrored)
+    return av.VideoFrame.from_ndarray(np.ascontiguousarray(upright), format="rgb24")
 
 
 def _options(encoding: TranscodeOptions) -> dict[str, str]:

@@ -14,6 +14,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from mvd_scale.data.orientation import Orientation, mirror_axes
 from mvd_scale.data.sampling.augment import Operation
 from mvd_scale.data.sampling.crops import Box
 
@@ -63,8 +64,8 @@ def localize_warps(
     return local
 
 
-def rotate_warps(
-    operations: NDArray[np.int32], values: NDArray[np.float64], size: tuple[int, int], rotation: int
+def orient_warps(
+    operations: NDArray[np.int32], values: NDArray[np.float64], size: tuple[int, int], orientation: Orientation
 ) -> NDArray[np.float64]:
     """Rewrite matrices of warps from displayed frames to coded ones.
 
@@ -72,19 +73,17 @@ def rotate_warps(
         operations: members of `Operation`, int32 (K,).
         values: their values, float64 (K, 6).
         size: height and width of the displayed frame in pixels.
-        rotation: angle by which coded frames are rotated counterclockwise for display: 0, 90, 180 or 270 degrees.
+        orientation: way from the coded frame to the displayed one.
 
     Returns:
         float64 (K, 6).
     """
     height, width = size
+    left_right, up_down = mirror_axes(*orientation)
     # Displayed positions (x, y, 1) to coded ones.
-    to_coded = {
-        0: np.eye(3),
-        90: np.array([[0.0, -1, height], [1, 0, 0], [0, 0, 1]]),
-        180: np.array([[-1.0, 0, width], [0, -1, height], [0, 0, 1]]),
-        270: np.array([[0.0, 1, 0], [-1, 0, width], [0, 0, 1]]),
-    }[rotation]
+    x = np.array([-1.0, 0, width] if left_right else [1.0, 0, 0])
+    y = np.array([0, -1.0, height] if up_down else [0, 1.0, 0])
+    to_coded = np.stack([y, x, [0, 0, 1]] if orientation.rotation % 180 else [x, y, [0, 0, 1]])
     turned = values.copy()
     for k in np.flatnonzero(operations == Operation.WARP):
         displayed = np.vstack([values[k].reshape(2, 3), [0, 0, 1]])

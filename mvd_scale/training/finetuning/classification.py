@@ -44,7 +44,8 @@ class ClassificationTask(FinetuneTask[FinetuneRecipe]):
         if recipe.validation is not None:
             cache = self.folder.tested.parent
             cache.mkdir(exist_ok=True)
-            source = DataConfig(source=recipe.validation.source, root=recipe.validation.root)
+            told, upright = recipe.validation, recipe.data.upright_stills
+            source = DataConfig(source=told.source, root=told.root, upright_stills=upright)
             tested = load_source(source, cache)
             check_labels(tested, classes, "validation.source", like=manifest)
             tested.save(self.folder.tested)

@@ -85,7 +85,9 @@ def by_timm(frame: NDArray[np.uint8], drawn: Sequence[Drawn]) -> NDArray[np.uint
     return np.asarray(picture)
 
 
-def planned(drawn: Sequence[Drawn], box: Box, size: tuple[int, int] = (HEIGHT, WIDTH), rotation: int = 0) -> CodedCopy:
+def planned(
+    drawn: Sequence[Drawn], box: Box, size: tuple[int, int] = (HEIGHT, WIDTH), rotation: int = 0, mirrored: bool = False
+) -> CodedCopy:
     """A copy of a clip with these operations and this crop, as the source sends it to the graph."""
     made = [make_operation(*one, size) for one in drawn]
     values = np.zeros((len(made), 6))
@@ -94,7 +96,7 @@ def planned(drawn: Sequence[Drawn], box: Box, size: tuple[int, int] = (HEIGHT, W
     codes = np.array([operation for operation, _ in made], np.int32)
     nothing = (0, 0, 0, 0), np.zeros((FRAMES, 0, 0, 3), np.uint8)
     augment = Augmentation(codes, values, np.empty(0, np.float32), *nothing)
-    video = Row(name="", path="", height=size[0], width=size[1], rotation=rotation)
+    video = Row(name="", path="", height=size[0], width=size[1], rotation=rotation, mirrored=mirrored)
     return CodedCopy.of(CopyPlan(CropPlan(size, box), False, augment, NONE, NONE), video, whole=False)
 
 
@@ -155,15 +157,24 @@ def test_every_operation_is_that_of_timm(name: str) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(drawn=st.lists(OPERATION, max_size=4), box=boxes(), rotation=st.sampled_from([90, 180, 270]))
-def test_a_video_that_is_displayed_rotated(drawn: list[Drawn], box: Box, rotation: int) -> None:
+@given(
+    drawn=st.lists(OPERATION, max_size=4),
+    box=boxes(),
+    rotation=st.sampled_from([0, 90, 180, 270]),
+    mirrored=st.booleans(),
+)
+def test_a_video_that_is_displayed_rotated_or_mirrored(
+    drawn: list[Drawn], box: Box, rotation: int, mirrored: bool
+) -> None:
     """Operations act on the displayed frame, as if the video had been stored upright."""
     displayed = clip()
     coded = np.rot90(displayed, -rotation // 90, axes=(1, 2))
+    if mirrored:
+        coded = coded[:, :, ::-1]
     expected = on_host(displayed, drawn, planned(drawn, box))
-    got = on_host(np.ascontiguousarray(coded), drawn, planned(drawn, box, rotation=rotation))
+    got = on_host(np.ascontiguousarray(coded), drawn, planned(drawn, box, rotation=rotation, mirrored=mirrored))
     upright = got.swapaxes(1, 2) if rotation % 180 else got
-    video = Row(name="", path="", height=HEIGHT, width=WIDTH, rotation=rotation)
+    video = Row(name="", path="", height=HEIGHT, width=WIDTH, rotation=rotation, mirrored=mirrored)
     mirrors = flip_axes(False, video)
     upright = upright[:, :: -1 if mirrors[1] else 1, :: -1 if mirrors[0] else 1]
     assert upright.shape == expected.shape

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,9 @@ def manifest(videos: int = 400, classes: int = 30) -> Manifest:
             keyframe_interval=int(rng.integers(12, 250)),
             rotation=90 if k == 3 else 0,
             variable_rate=k in (4, 5),
+            access="count" if k < 7 else "times" if k < 20 else "packets",
+            plain=k >= 20,
+            colour="bt709" if k == 50 else "bt601",
             label=int(rng.integers(classes - 1)),
         )
         for k in range(videos)
@@ -48,6 +52,18 @@ def test_the_text_tells_what_is_there_and_what_is_not():
     assert "7  truncated: n frames readable of n, such as bad0" in text
     assert "2  empty file, such as bad7" in text
     assert max(map(len, text.splitlines())) < 120
+
+
+def test_the_text_tells_what_is_slow_and_why():
+    text = Statistics.from_manifest(manifest()).to_text()
+    assert re.search("the index of their packets +380 ", text)
+    assert re.search("times, which the whole file was decoded for +13 ", text)
+    assert "7 videos are decoded from their start for every clip" in text
+    assert "`mvd-scale data shard --encode h264`" in text
+    on_gpu = next(line for line in text.splitlines() if "PyAV on a GPU" in line)
+    assert " 21 " in on_gpu  # 20 whose packets are no frames, and one of other colours
+    fast = Statistics.from_manifest(Manifest.from_rows([Row("a", "a", frames=1)])).to_text()
+    assert "--encode" not in fast
 
 
 def test_counts_add_up():
