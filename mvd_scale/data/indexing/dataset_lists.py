@@ -40,7 +40,7 @@ from mvd_scale.errors import UserError
 
 _HMDB_MARKS = {"train": "1", "test": "2", None: "12"}
 _SPLITS = {"train": "train", "validation": "val", "test": "test"}
-_NUMBER_LIKE = re.compile(r"[-+\d.,;|/ ]*\d[-+\d.,;|/ ]*([eE][-+]?\d+)?")
+_NUMBER_LIKE = re.compile(r"[-+\d.,;|/\s]*\d[-+\d.,;|/\s]*([eE][-+]?\d+)?")
 """Text that is no name: a number in any writing, or several."""
 
 LIST_FORMS = (
@@ -224,7 +224,7 @@ def _check_names(file: str, texts: Sequence[tuple[int, str]], numbers: Sequence[
     for (line, text), number in zip(texts, numbers, strict=True):
         if text and number is None and _NUMBER_LIKE.fullmatch(text):
             raise UserError(
-                f"{file}:{line}: the label {text} is no number of a class: expected a whole number, from 0 on"
+                f"{file}:{line}: the label {text!r} is no number of a class: expected one whole number, from 0 on"
             )
     named = next((line, text) for (line, text), number in zip(texts, numbers, strict=True) if number is None)
     for (line, text), number in zip(texts, numbers, strict=True):

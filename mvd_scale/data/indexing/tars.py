@@ -121,5 +121,5 @@ def _log_lonely(path: str, rows: Sequence[Row], beside: Sequence[str]) -> None:
 
 
 def _key(name: str) -> str:
-    folder, base = posixpath.split(name)
+    folder, base = posixpath.split(posixpath.normpath(name))
     return posixpath.join(folder, base.partition(".")[0])
