@@ -5,6 +5,7 @@ Legend: X videos, V views, C classes.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from mvd_scale.evaluation.metrics import Predictions
 from mvd_scale.evaluation.results import EvalResult, Origin, as_lists
 from mvd_scale.evaluation.scorer import ClipScorer, views_from_checkpoint
 from mvd_scale.evaluation.sharded_run import ResultShards, failures
+
+logger = logging.getLogger("mvd_scale")
 
 _SHARD = 32
 """Videos per shard of scores: the unit of work of a rank, and the most that is lost if the process is killed."""
@@ -149,6 +152,12 @@ def ensemble_results(folders: Sequence[Path], out: Path, command: str) -> EvalRe
 
 
 def _check_names(tested: Sequence[str], learnt: Sequence[str]) -> None:
+    if learnt and not tested:
+        logger.warning(
+            "the labels of the test are numbers: they are taken as those of the checkpoint's classes, 0 for %s, 1 for "
+            "%s and so on. `mvd-scale data index --classes` states the names",
+            *[*learnt, "another"][:2],
+        )
     if tested and learnt and list(tested) != list(learnt):
         differing = [c for c, (one, other) in enumerate(zip(tested, learnt, strict=False)) if one != other]
         where = f"class {differing[0]} is {tested[differing[0]]!r}, there {learnt[differing[0]]!r}" if differing else ""
