@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,11 @@ from torch import Tensor
 from mvd_scale.checkpoints.deepspeed_folders import find_deepspeed, load_deepspeed
 from mvd_scale.checkpoints.pickles import load_pickle
 from mvd_scale.errors import UserError
+
+logger = logging.getLogger("mvd_scale")
+
+TORN = ".torn"
+"""Suffix of a checkpoint that lost files and was set aside."""
 
 _WRAPPERS = ("model", "module", "state_dict")
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -104,12 +110,31 @@ def _read_folder(path: Path) -> RawCheckpoint:
     deepspeed = find_deepspeed(path)
     if deepspeed is not None:
         return RawCheckpoint(path, load_deepspeed(deepspeed), recipe=_recipe_near(deepspeed))
-    steps = sorted(step for step in path.glob("checkpoints/step_*") if step.suffix != ".partial")
+    steps = sorted(step for step in path.glob("checkpoints/step_*") if step.suffix not in (".partial", TORN))
     if steps:
-        return _read_folder(steps[-1])
+        return _read_newest(steps)
     raise UserError(
         f"{path} holds no checkpoint: expected a run folder, a DeepSpeed folder, {', '.join((*_INDICES, *_WEIGHTS))}"
     )
+
+
+def _read_newest(steps: Sequence[Path]) -> RawCheckpoint:
+    """Read the newest checkpoint of a run that can be read.
+
+    Raises:
+        UserError: none can; the message is about the newest.
+    """
+    faults: list[UserError] = []
+    for step in reversed(steps):
+        try:
+            source = _read_folder(step)
+        except UserError as error:
+            faults.append(error)
+            continue
+        for fault in faults:
+            logger.warning("a torn checkpoint is passed over, and the one before it is used: %s", fault)
+        return source
+    raise faults[0]
 
 
 def _read_file(path: Path) -> RawCheckpoint:
