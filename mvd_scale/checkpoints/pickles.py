@@ -11,7 +11,11 @@ from typing import Any
 import torch
 from typing_extensions import Self
 
+from mvd_scale.checkpoints import pickle_protocols
+from mvd_scale.checkpoints.pickle_protocols import newer_protocol
 from mvd_scale.errors import UserError
+
+_REWRITTEN = {"weights_only": False, "pickle_module": pickle_protocols}
 
 
 class _Placeholder:
@@ -70,17 +74,19 @@ def load_pickle(path: Path) -> Any:
     Raises:
         UserError: the file contains code, is damaged, or was not written by `torch.save`.
     """
-    mapped = zipfile.is_zipfile(path)
+    mapped, protocol = zipfile.is_zipfile(path), newer_protocol(path)
+    # `weights_only` is torch's name for its own unpickler, of which that of `pickle_protocols` is a kind.
+    how: dict[str, Any] = {"weights_only": True} if protocol is None else _REWRITTEN
     with torch.serialization.safe_globals([(_Placeholder, name) for name in _HARMLESS]):
         try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            return torch.load(path, map_location="cpu", mmap=mapped, **how)
         except pickle.UnpicklingError as error:
             names = _foreign_names(path) if mapped else ""
             if names or "global" in str(error).lower():
                 raise UserError(_refusal(path, names)) from error
-            raise _damaged(path, error) from error
+            raise _damaged(path, error, protocol) from error
         except _FAILURES as error:
-            raise _damaged(path, error) from error
+            raise _damaged(path, error, protocol) from error
 
 
 def _foreign_names(path: Path) -> str:
@@ -90,8 +96,10 @@ def _foreign_names(path: Path) -> str:
         return ""
 
 
-def _damaged(path: Path, error: Exception) -> UserError:
+def _damaged(path: Path, error: Exception, protocol: int | None) -> UserError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if protocol is not None:
+        reason += f"; it was saved with pickle protocol {protocol}"
     return UserError(
         f"{path} is damaged, truncated, or not a file of `torch.save` ({reason}); download or copy it again"
     )

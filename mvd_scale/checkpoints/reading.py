@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mvd_scale.checkpoints.deepspeed_folders import find_deepspeed, load_deepspeed
+from mvd_scale.checkpoints.pickle_protocols import newer_protocol
 from mvd_scale.checkpoints.pickles import load_pickle
 from mvd_scale.errors import UserError
 
@@ -147,7 +148,7 @@ def _read_file(path: Path) -> RawCheckpoint:
     if head[8:9] == b"{" or path.suffix == ".safetensors":
         tensors, metadata = _read_safetensors(path)
         return RawCheckpoint(path, tensors, metadata, config, _recipe_near(path.parent))
-    if head[:2] not in (b"PK", b"\x80\x02"):
+    if head[:2] not in (b"PK", b"\x80\x02") and newer_protocol(path) is None:
         raise UserError(
             f"{path} holds no weights: it is neither a safetensors file nor a file of `torch.save` "
             f"({'empty' if not head else f'it begins with {head!r}'})"
