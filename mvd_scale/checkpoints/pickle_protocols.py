@@ -11,6 +11,7 @@ import pickle
 import pickletools
 import struct
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -81,7 +82,8 @@ def as_protocol_2(file: IO[bytes]) -> bytes:
     written: list[tuple[bytes, str | None]] = []
     memo: dict[int, str | None] = {}
     try:
-        for opcode, argument, _ in pickletools.genops(file):
+        operations: Iterator[tuple[pickletools.OpcodeInfo, Any, int | None]] = pickletools.genops(file)
+        for opcode, argument, _ in operations:
             name = _RENAMED.get(opcode.name, opcode.name)
             if name in _PUTS:
                 place = len(memo) if name == "MEMOIZE" else int(argument)

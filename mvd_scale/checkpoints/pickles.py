@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shlex
 import struct
 import zipfile
 from pathlib import Path
@@ -105,13 +106,19 @@ def _damaged(path: Path, error: Exception, protocol: int | None) -> UserError:
     )
 
 
+CONVERSION = (
+    "import sys, torch; g = lambda v: v.state_dict() if hasattr(v, 'state_dict') else v; "
+    "f = lambda v: {k: f(g(w)) if isinstance(g(w), dict) else w for k, w in v.items() "
+    "if isinstance(k, str) and (isinstance(g(w), dict) or torch.is_tensor(w))}; "
+    "torch.save(f(g(torch.load(sys.argv[1], map_location='cpu', weights_only=False))), 'converted.pth')"
+)
+"""Program that keeps the tensors of a file and the dictionaries around them. It runs the code of the file."""
+
+
 def _refusal(path: Path, names: str) -> str:
     return (
         f"{path} is a pickle that contains code{f' ({names})' if names else ''} and was not loaded: loading it would "
         "run that code on this machine. If you trust its author, convert it in a container without network and "
-        "secrets:\n"
-        '  python -c "import torch; from safetensors.torch import save_file; '
-        f"c = torch.load('{path.name}', map_location='cpu', weights_only=False); c = c.get('model', c); "
-        "save_file({k: v.clone() for k, v in c.items() if torch.is_tensor(v)}, 'converted.safetensors')\"\n"
-        "and use converted.safetensors here"
+        f'secrets:\n  python -c "{CONVERSION}" {shlex.quote(path.name)}\n'
+        "and use converted.pth here"
     )

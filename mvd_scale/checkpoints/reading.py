@@ -20,6 +20,7 @@ from torch import Tensor
 from mvd_scale.checkpoints.deepspeed_folders import find_deepspeed, load_deepspeed
 from mvd_scale.checkpoints.pickle_protocols import newer_protocol
 from mvd_scale.checkpoints.pickles import load_pickle
+from mvd_scale.checkpoints.wrappers import unwrap
 from mvd_scale.errors import UserError
 
 logger = logging.getLogger("mvd_scale")
@@ -27,7 +28,6 @@ logger = logging.getLogger("mvd_scale")
 TORN = ".torn"
 """Suffix of a checkpoint that lost files and was set aside."""
 
-_WRAPPERS = ("model", "module", "state_dict")
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WEIGHTS = (
     "student.safetensors",
@@ -82,17 +82,21 @@ class RawCheckpoint:
     """Path of the recipe of the run that wrote the file; None if there is none nearby."""
 
 
-def read_raw_checkpoint(path: Path) -> RawCheckpoint:
+def read_raw_checkpoint(path: Path, key: str | None = None) -> RawCheckpoint:
     """Read safetensors (single or sharded), files of `torch.save`, folders of Hugging Face, DeepSpeed and our runs.
 
+    Args:
+        path: file or folder.
+        key: entry of a file of `torch.save` that holds the weights, where several do.
+
     Raises:
-        UserError: the path does not exist, is damaged, of an unknown kind or without tensors, or is a pickle that
-            contains code.
+        UserError: the path does not exist, is damaged, of an unknown kind or without tensors, is a pickle that contains
+            code, or holds several models.
     """
     if path.is_dir():
         source = _read_folder(path)
     elif path.is_file():
-        source = _read_file(path)
+        source = _read_file(path, key)
     else:
         raise UserError(f"checkpoint {path} does not exist: expected a file of weights or a folder that contains one")
     if not source.tensors:
@@ -138,7 +142,7 @@ def _read_newest(steps: Sequence[Path]) -> RawCheckpoint:
     raise faults[0]
 
 
-def _read_file(path: Path) -> RawCheckpoint:
+def _read_file(path: Path, key: str | None = None) -> RawCheckpoint:
     if path.name.endswith(".index.json"):
         tensors = _read_shards(path)
         return RawCheckpoint(path, tensors, config=_read_json(path.with_name("config.json")))
@@ -153,7 +157,7 @@ def _read_file(path: Path) -> RawCheckpoint:
             f"{path} holds no weights: it is neither a safetensors file nor a file of `torch.save` "
             f"({'empty' if not head else f'it begins with {head!r}'})"
         )
-    return RawCheckpoint(path, _unwrap(load_pickle(path)), config=config)
+    return RawCheckpoint(path, unwrap(load_pickle(path), path, key), config=config)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -193,18 +197,6 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
             f"{index} lists tensors that its shards do not contain: {', '.join(missing)}; download the shards again"
         )
     return {tensor: shards[shard][tensor] for tensor, shard in places.items()}
-
-
-def _unwrap(loaded: object) -> dict[str, Tensor]:
-    # 8 levels are more than any real file has; the limit ends the loop for a dictionary that contains itself.
-    for _ in range(8):
-        if not isinstance(loaded, dict):
-            break
-        inner = next((loaded[key] for key in _WRAPPERS if isinstance(loaded.get(key), dict)), None)
-        if inner is None:
-            return {k: v for k, v in loaded.items() if isinstance(k, str) and isinstance(v, Tensor)}
-        loaded = inner
-    return {}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

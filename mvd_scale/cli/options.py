@@ -99,6 +99,7 @@ def shape_options(command: Any) -> Any:
     count = click.IntRange(min=1)
     tables = click.Choice(["sincos3d", "sinusoid", "sincos2d"])
     for option in (
+        click.option("--key", help="Entry that holds the weights, in a file of several models, such as teacher."),
         click.option(
             "--positions", type=tables, help="Position table of the training, for a checkpoint that holds none."
         ),
