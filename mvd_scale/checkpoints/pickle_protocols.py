@@ -11,6 +11,7 @@ import pickle
 import pickletools
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -44,7 +45,8 @@ def newer_protocol(path: Path) -> int | None:
         else:
             with path.open("rb") as file:
                 head = file.read(2)
-    except (OSError, zipfile.BadZipFile):
+    except (OSError, EOFError, RuntimeError, ValueError, LookupError, struct.error, zipfile.BadZipFile, zlib.error):
+        # What is damaged has no protocol; torch's reader says what is wrong.
         return None
     return head[1] if len(head) == 2 and head[:1] == _CODES["PROTO"] and head[1] in _READ else None
 

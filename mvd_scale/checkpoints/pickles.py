@@ -107,12 +107,14 @@ def _damaged(path: Path, error: Exception, protocol: int | None) -> UserError:
 
 
 CONVERSION = (
-    "import sys, torch; g = lambda v: v.state_dict() if hasattr(v, 'state_dict') else v; "
-    "f = lambda v: {k: f(g(w)) if isinstance(g(w), dict) else w for k, w in v.items() "
-    "if isinstance(k, str) and (isinstance(g(w), dict) or torch.is_tensor(w))}; "
-    "torch.save(f(g(torch.load(sys.argv[1], map_location='cpu', weights_only=False))), 'converted.pth')"
+    "import sys, torch; from safetensors.torch import save_file; "
+    "g = lambda v: v.state_dict() if hasattr(v, 'state_dict') else v; "
+    "f = lambda v, p='': {n: t for k, w in v.items() if isinstance(k, str) for n, t in "
+    "(f(g(w), p + k + '/') if isinstance(g(w), dict) else {p + k: w}).items() if torch.is_tensor(t)}; "
+    "c = f(g(torch.load(sys.argv[1], map_location='cpu', weights_only=False))); "
+    "save_file({n: t.detach().clone().contiguous() for n, t in c.items()}, 'converted.safetensors')"
 )
-"""Program that keeps the tensors of a file and the dictionaries around them. It runs the code of the file."""
+"""Program that writes the tensors of a file, named `wrapper/name` in its dictionaries. It runs the code of the file."""
 
 
 def _refusal(path: Path, names: str) -> str:
@@ -120,5 +122,5 @@ def _refusal(path: Path, names: str) -> str:
         f"{path} is a pickle that contains code{f' ({names})' if names else ''} and was not loaded: loading it would "
         "run that code on this machine. If you trust its author, convert it in a container without network and "
         f'secrets:\n  python -c "{CONVERSION}" {shlex.quote(path.name)}\n'
-        "and use converted.pth here"
+        "and use converted.safetensors here"
     )

@@ -20,7 +20,7 @@ from torch import Tensor
 from mvd_scale.checkpoints.deepspeed_folders import find_deepspeed, load_deepspeed
 from mvd_scale.checkpoints.pickle_protocols import newer_protocol
 from mvd_scale.checkpoints.pickles import load_pickle
-from mvd_scale.checkpoints.wrappers import unwrap
+from mvd_scale.checkpoints.wrappers import SEPARATOR, nested, unwrap
 from mvd_scale.errors import UserError
 
 logger = logging.getLogger("mvd_scale")
@@ -151,6 +151,8 @@ def _read_file(path: Path, key: str | None = None) -> RawCheckpoint:
     config = _read_json(path.with_name("config.json"))
     if head[8:9] == b"{" or path.suffix == ".safetensors":
         tensors, metadata = _read_safetensors(path)
+        if any(SEPARATOR in name for name in tensors):
+            tensors = unwrap(nested(tensors), path, key)
         return RawCheckpoint(path, tensors, metadata, config, _recipe_near(path.parent))
     if head[:2] not in (b"PK", b"\x80\x02") and newer_protocol(path) is None:
         raise UserError(

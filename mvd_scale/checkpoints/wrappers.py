@@ -22,6 +22,28 @@ _FAMILIES = (
 )
 
 
+SEPARATOR = "/"
+"""Between the keys of nested dictionaries, in a safetensors file that was converted from them."""
+
+
+def nested(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The dictionaries that a file was converted from, by the separators in its names.
+
+    A name that leads through a tensor, which no dictionary has, stays as it is.
+    """
+    whole: dict[str, Any] = {}
+    for name, tensor in sorted(tensors.items()):
+        *keys, last = name.split(SEPARATOR)
+        place: Any = whole
+        for key in keys:
+            place = place.setdefault(key, {}) if isinstance(place, dict) else None
+        if isinstance(place, dict):
+            place[last] = tensor
+        else:
+            whole[name] = tensor
+    return whole
+
+
 def unwrap(loaded: object, path: Path, key: str | None = None) -> dict[str, Tensor]:
     """The tensors of the one model in a file, by name.
 

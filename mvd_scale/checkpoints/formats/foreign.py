@@ -18,6 +18,11 @@ def _has(*ends: str) -> Callable[[Tensors], bool]:
     return lambda tensors: any(name.endswith(ends) for name in tensors)
 
 
+def _has_layer_scale(tensors: Tensors) -> bool:
+    names = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight")
+    return patch_axes(tensors, *names) == 4 and _has("ls1.gamma", "gamma_1", "layer_scale1.lambda1")(tensors)
+
+
 def _is_clip_model_of_unknown_positions(tensors: Tensors) -> bool:
     # VideoMAE and MVD, which store no table either, have no bias of the keys.
     fused = _has("attn.qkv.bias")(tensors) and not _has("attn.q_bias")(tensors)
@@ -31,7 +36,7 @@ _FOREIGN: tuple[tuple[Callable[[Tensors], bool], str, str], ...] = (
         "its encoder has a class token and separate position tables of space and time",
     ),
     (
-        _has("ls1.gamma", "gamma_1", "layer_scale1.lambda1"),
+        _has_layer_scale,
         "DINOv2 or another model with LayerScale",
         "its blocks scale each residual branch; a timm teacher (kind: timm) reads it",
     ),

@@ -96,7 +96,7 @@ def test_the_conversion_that_a_refusal_offers_works(tmp_path: Path, wrapper: str
     (command,) = (line for line in str(refusal.value).splitlines() if line.startswith("  python -c "))
     words = shlex.split(command)
     subprocess.run([sys.executable, *words[1:]], cwd=tmp_path, check=True)
-    checkpoint = read_checkpoint(tmp_path / "converted.pth", VIDEO)
+    checkpoint = read_checkpoint(tmp_path / "converted.safetensors", VIDEO)
     build_encoder(checkpoint, final_norm=True)
     assert torch.equal(checkpoint.encoder["positions"], weights["pos_embed"][0])
 
