@@ -23,6 +23,7 @@ from typing import Any
 
 from mvd_scale.data.filesystem import exists, is_media, join
 from mvd_scale.data.indexing.list_tables import (
+    CLEAR_PATH_COLUMNS,
     KINETICS_COLUMNS,
     LABEL_COLUMNS,
     PATH_COLUMNS,
@@ -236,7 +237,8 @@ def _check_names(file: str, texts: Sequence[tuple[int, str]], numbers: Sequence[
 
 
 def _csv(table: Table, options: ListOptions) -> Listing:
-    paths = [name for name in PATH_COLUMNS if name in table.header]
+    paths = [name for name in CLEAR_PATH_COLUMNS if name in table.header]
+    paths = paths or [name for name in PATH_COLUMNS if name in table.header]
     if len(paths) > 1:
         raise UserError(
             f"{table.file}:1: the columns {' and '.join(paths)} can both be the path of the video: rename all but one"
@@ -248,7 +250,10 @@ def _csv(table: Table, options: ListOptions) -> Listing:
         _check_fields(table, line, fields)
         if not fields[path].strip():
             raise UserError(f"{table.file}:{line}: no path in the column {paths[0]}: expected the path of a video")
-        records.append((line, [fields[path], fields[label] if label is not None else ""]))
+        text = fields[label] if label is not None else ""
+        # With semicolons between fields, the decimal sign is a comma.
+        text = re.sub(r"^\s*([-+]?\d+),0{1,2}\s*$", r"\1", text) if table.delimiter == ";" else text
+        records.append((line, [fields[path], text]))
     return _listing(table.file, records, options, anywhere=options.root is not None)
 
 

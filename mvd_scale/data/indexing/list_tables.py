@@ -17,7 +17,10 @@ from mvd_scale.errors import UserError
 
 Record = tuple[int, list[str]]
 
-PATH_COLUMNS = ("path", "video", "file", "filename", "video_path", "file_path", "filepath")
+CLEAR_PATH_COLUMNS = ("path", "file_path", "filepath", "video_path", "clip_path")
+"""Columns that are the path of the video, whatever other columns there are."""
+
+PATH_COLUMNS = (*CLEAR_PATH_COLUMNS, "file", "filename", "file_name", "video", "video_name", "video_id")
 LABEL_COLUMNS = ("label", "class", "label_id", "class_id", "class_name", "category")
 KINETICS_COLUMNS = frozenset({"youtube_id", "time_start", "time_end"})
 
@@ -197,7 +200,7 @@ def _records(file: str, text: str, delimiter: str, skipped: int) -> Iterator[Rec
 def _words(text: str, skipped: int) -> Iterator[Record]:
     """Records of a list by spaces: the path, in quotes or not, and the last word of the line."""
     for number, line in enumerate(io.StringIO(text, newline=""), start=1 + skipped):
-        words = _quoted(line) if line.startswith('"') else line.rsplit(None, 1)
+        words = _quoted(line) if '"' in line else line.rsplit(None, 1)
         if words:
             words[0] = words[0].strip()
             yield number, words
@@ -208,4 +211,4 @@ def _quoted(line: str) -> list[str]:
         words = next(csv.reader([line.strip()], delimiter=_SPACE, skipinitialspace=True, strict=True))
     except csv.Error:
         return line.rsplit(None, 1)
-    return [word for word in words if word] if len(words) <= 2 else line.rsplit(None, 1)
+    return words if len(words) == 2 and all(words) else line.rsplit(None, 1)
