@@ -24,6 +24,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 HOSTFILE="${HOSTFILE:-hostfile}"
 [[ -f "$HOSTFILE" ]] || mvd_fail "no hostfile at $HOSTFILE: write one like $mvd_root/launch/hostfile.example, and set HOSTFILE to its path"
+# DeepSpeed's launcher answers a malformed hostfile with a traceback, or starts nothing without a word.
+python -m mvd_scale.distributed.hostfile "$HOSTFILE" ${NODE_RANK:+"$NODE_RANK"}
 
 options=(--hostfile "$HOSTFILE" --master_port "${MASTER_PORT:-29500}" --module --no_local_rank --quiet)
 if [[ -n "${MASTER_ADDR:-}" ]]; then

@@ -34,6 +34,9 @@ class Hints:
     positions: Positions | None = None
     """Position table that the model was trained with, for files that contain none."""
 
+    key: str | None = None
+    """Entry that holds the weights, in a file of several models."""
+
 
 @dataclass(frozen=True)
 class DecoderWeights:

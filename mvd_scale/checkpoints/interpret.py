@@ -13,8 +13,9 @@ from torch import Tensor
 
 from mvd_scale.checkpoints import native
 from mvd_scale.checkpoints.checkpoint import Checkpoint, Hints
-from mvd_scale.checkpoints.formats import recognise, strip_prefixes
-from mvd_scale.checkpoints.formats.format import Format
+from mvd_scale.checkpoints.formats import is_ambiguous, recognise, strip_prefixes
+from mvd_scale.checkpoints.formats.foreign import find_foreign
+from mvd_scale.checkpoints.formats.format import Format, unnamed_classes
 from mvd_scale.checkpoints.formats.names import pack_attention, to_native_name
 from mvd_scale.checkpoints.reading import RawCheckpoint
 from mvd_scale.checkpoints.shapes import (
@@ -47,14 +48,34 @@ def interpret(source: RawCheckpoint, hints: Hints) -> Checkpoint:
     if native.is_native(source):
         return native.interpret(source, hints)
     tensors = strip_prefixes(source.tensors)
+    _refuse_foreign(source, tensors, hints)
     form = recognise(tensors, hints.positions)
     if form is None:
         return native.interpret(replace(source, tensors=tensors), hints)
+    if hints.positions is None and is_ambiguous(form):
+        raise _ambiguous(source)
     ours, unexpected, unused = _rename(tensors, form)
     try:
         return _assemble(source, form, _merge(hints, form.facts(source.config)), ours, unexpected, unused)
     except ValidationError as error:
         raise UserError(f"{source.path} ({form.name}) has shapes that describe no valid model: {error}") from error
+
+
+def _refuse_foreign(source: RawCheckpoint, tensors: Mapping[str, Tensor], hints: Hints) -> None:
+    foreign = find_foreign(tensors, positions_given=hints.positions is not None)
+    if foreign is not None:
+        raise UserError(
+            f"{source.path} is a file of {foreign[0]}, which is not read: {foreign[1]}. Formats that are read: MAE, "
+            "VideoMAE, MVD, timm, Hugging Face, I-JEPA, V-JEPA, DINO"
+        )
+
+
+def _ambiguous(source: RawCheckpoint) -> UserError:
+    return UserError(
+        f"{source.path} is a fine-tuned classifier of MVD or of VideoMAE, whose files are alike, but whose code adds "
+        "different position tables: say which with --positions sincos3d (MVD) or --positions sinusoid (VideoMAE). "
+        "`mvd-scale import FILE --as classifier --positions TABLE --out NEW` writes a file that every command reads"
+    )
 
 
 def _merge(hints: Hints, facts: Hints) -> Hints:
@@ -128,7 +149,27 @@ def _assemble(
         if positions is not None and not _is_decoder_table(positions, model, part.config.width):
             unexpected[f"positions of decoder {target} that are not the fixed table {model.positions}"] = positions
     head = {name: tensor for name, tensor in tensors.items() if name.startswith(("norm.", "head."))}
-    return Checkpoint(str(source.path), form.name, model, encoder, decoders, {}, head, unexpected, tuple(unused))
+    whole = Checkpoint(str(source.path), form.name, model, encoder, decoders, {}, head, unexpected, tuple(unused))
+    return replace(whole, class_names=_class_names(source, form, whole.classes))
+
+
+def _class_names(source: RawCheckpoint, form: Format, classes: int | None) -> tuple[str, ...]:
+    """Names of the classes in the `config.json` of Hugging Face; none if it only numbers them.
+
+    Raises:
+        UserError: it has another number of names than the head has outputs, or does not number them from 0.
+    """
+    told = source.config.get("id2label")
+    if classes is None or not isinstance(told, dict) or form.config is None:
+        return ()
+    numbered = {str(label): str(name) for label, name in told.items()}
+    if numbered.keys() != {str(label) for label in range(classes)}:
+        raise UserError(
+            f"id2label in the config.json beside {source.path} names {len(told)} classes, but its head has {classes}, "
+            f"0 to {classes - 1}: take the config.json of the same model"
+        )
+    names = tuple(numbered[str(label)] for label in range(classes))
+    return () if names == unnamed_classes(classes) else names
 
 
 def _place(

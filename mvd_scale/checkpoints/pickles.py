@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shlex
 import struct
 import zipfile
 from pathlib import Path
@@ -11,7 +12,11 @@ from typing import Any
 import torch
 from typing_extensions import Self
 
+from mvd_scale.checkpoints import pickle_protocols
+from mvd_scale.checkpoints.pickle_protocols import newer_protocol
 from mvd_scale.errors import UserError
+
+_REWRITTEN = {"weights_only": False, "pickle_module": pickle_protocols}
 
 
 class _Placeholder:
@@ -70,17 +75,19 @@ def load_pickle(path: Path) -> Any:
     Raises:
         UserError: the file contains code, is damaged, or was not written by `torch.save`.
     """
-    mapped = zipfile.is_zipfile(path)
+    mapped, protocol = zipfile.is_zipfile(path), newer_protocol(path)
+    # `weights_only` is torch's name for its own unpickler, of which that of `pickle_protocols` is a kind.
+    how: dict[str, Any] = {"weights_only": True} if protocol is None else _REWRITTEN
     with torch.serialization.safe_globals([(_Placeholder, name) for name in _HARMLESS]):
         try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            return torch.load(path, map_location="cpu", mmap=mapped, **how)
         except pickle.UnpicklingError as error:
             names = _foreign_names(path) if mapped else ""
             if names or "global" in str(error).lower():
                 raise UserError(_refusal(path, names)) from error
-            raise _damaged(path, error) from error
+            raise _damaged(path, error, protocol) from error
         except _FAILURES as error:
-            raise _damaged(path, error) from error
+            raise _damaged(path, error, protocol) from error
 
 
 def _foreign_names(path: Path) -> str:
@@ -90,20 +97,30 @@ def _foreign_names(path: Path) -> str:
         return ""
 
 
-def _damaged(path: Path, error: Exception) -> UserError:
+def _damaged(path: Path, error: Exception, protocol: int | None) -> UserError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if protocol is not None:
+        reason += f"; it was saved with pickle protocol {protocol}"
     return UserError(
         f"{path} is damaged, truncated, or not a file of `torch.save` ({reason}); download or copy it again"
     )
+
+
+CONVERSION = (
+    "import sys, torch; from safetensors.torch import save_file; "
+    "g = lambda v: v.state_dict() if hasattr(v, 'state_dict') else v; "
+    "f = lambda v, p='': {n: t for k, w in v.items() if isinstance(k, str) for n, t in "
+    "(f(g(w), p + k + '/') if isinstance(g(w), dict) else {p + k: w}).items() if torch.is_tensor(t)}; "
+    "c = f(g(torch.load(sys.argv[1], map_location='cpu', weights_only=False))); "
+    "save_file({n: t.detach().clone().contiguous() for n, t in c.items()}, 'converted.safetensors')"
+)
+"""Program that writes the tensors of a file, named `wrapper/name` in its dictionaries. It runs the code of the file."""
 
 
 def _refusal(path: Path, names: str) -> str:
     return (
         f"{path} is a pickle that contains code{f' ({names})' if names else ''} and was not loaded: loading it would "
         "run that code on this machine. If you trust its author, convert it in a container without network and "
-        "secrets:\n"
-        '  python -c "import torch; from safetensors.torch import save_file; '
-        f"c = torch.load('{path.name}', map_location='cpu', weights_only=False); c = c.get('model', c); "
-        "save_file({k: v.clone() for k, v in c.items() if torch.is_tensor(v)}, 'converted.safetensors')\"\n"
+        f'secrets:\n  python -c "{CONVERSION}" {shlex.quote(path.name)}\n'
         "and use converted.safetensors here"
     )

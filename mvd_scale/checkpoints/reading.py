@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -19,12 +19,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mvd_scale.checkpoints.deepspeed_folders import find_deepspeed, load_deepspeed
+from mvd_scale.checkpoints.pickle_protocols import newer_protocol
 from mvd_scale.checkpoints.pickles import load_pickle
+from mvd_scale.checkpoints.wrappers import SEPARATOR, nested, unwrap
 from mvd_scale.errors import UserError
 
 logger = logging.getLogger("mvd_scale")
 
-_WRAPPERS = ("model", "module", "state_dict")
+TORN = ".torn"
+"""Suffix of a checkpoint that lost files and was set aside."""
+
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WEIGHTS = (
     "student.safetensors",
@@ -84,17 +88,21 @@ class RawCheckpoint:
     """Path of the recipe of the run that wrote the file; None if there is none nearby."""
 
 
-def read_raw_checkpoint(path: Path) -> RawCheckpoint:
+def read_raw_checkpoint(path: Path, key: str | None = None) -> RawCheckpoint:
     """Read safetensors (single or sharded), files of `torch.save`, folders of Hugging Face, DeepSpeed and our runs.
 
+    Args:
+        path: file or folder.
+        key: entry of a file of `torch.save` that holds the weights, where several do.
+
     Raises:
-        UserError: the path does not exist, is damaged, of an unknown kind or without tensors, or is a pickle that
-            contains code.
+        UserError: the path does not exist, is damaged, of an unknown kind or without tensors, is a pickle that contains
+            code, or holds several models.
     """
     if path.is_dir():
         source = _read_folder(path)
     elif path.is_file():
-        source = _read_file(path)
+        source = _read_file(path, key)
     else:
         raise UserError(f"checkpoint {path} does not exist: expected a file of weights or a folder that contains one")
     if not source.tensors:
@@ -116,9 +124,9 @@ def _read_folder(path: Path) -> RawCheckpoint:
     if deepspeed is not None:
         _log_choice(path, deepspeed)
         return RawCheckpoint(path, load_deepspeed(deepspeed), recipe=_recipe_near(deepspeed))
-    steps = sorted(step for step in path.glob("checkpoints/step_*") if step.suffix != ".partial")
+    steps = sorted(step for step in path.glob("checkpoints/step_*") if step.suffix not in (".partial", TORN))
     if steps:
-        return _read_folder(steps[-1])
+        return _read_newest(steps)
     named = "".join(
         f". Its {name}, {meaning}, is read if that file is named"
         for name, meaning in _BY_NAME.items()
@@ -139,7 +147,26 @@ def _log_choice(folder: Path, chosen: Path) -> None:
     logger.info("%s: reads %s%s", folder, chosen, f" ({others})" if others else "")
 
 
-def _read_file(path: Path) -> RawCheckpoint:
+def _read_newest(steps: Sequence[Path]) -> RawCheckpoint:
+    """Read the newest checkpoint of a run that can be read.
+
+    Raises:
+        UserError: none can; the message is about the newest.
+    """
+    faults: list[UserError] = []
+    for step in reversed(steps):
+        try:
+            source = _read_folder(step)
+        except UserError as error:
+            faults.append(error)
+            continue
+        for fault in faults:
+            logger.warning("a torn checkpoint is passed over, and the one before it is used: %s", fault)
+        return source
+    raise faults[0]
+
+
+def _read_file(path: Path, key: str | None = None) -> RawCheckpoint:
     if path.name.endswith(".index.json"):
         tensors = _read_shards(path)
         return RawCheckpoint(path, tensors, config=_read_json(path.with_name("config.json")))
@@ -148,13 +175,15 @@ def _read_file(path: Path) -> RawCheckpoint:
     config = _read_json(path.with_name("config.json"))
     if head[8:9] == b"{" or path.suffix == ".safetensors":
         tensors, metadata = _read_safetensors(path)
+        if any(SEPARATOR in name for name in tensors):
+            tensors = unwrap(nested(tensors), path, key)
         return RawCheckpoint(path, tensors, metadata, config, _recipe_near(path.parent))
-    if head[:2] not in (b"PK", b"\x80\x02"):
+    if head[:2] not in (b"PK", b"\x80\x02") and newer_protocol(path) is None:
         raise UserError(
             f"{path} holds no weights: it is neither a safetensors file nor a file of `torch.save` "
             f"({'empty' if not head else f'it begins with {head!r}'})"
         )
-    return RawCheckpoint(path, _unwrap(load_pickle(path)), config=config)
+    return RawCheckpoint(path, unwrap(load_pickle(path), path, key), config=config)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -194,18 +223,6 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
             f"{index} lists tensors that its shards do not contain: {', '.join(missing)}; download the shards again"
         )
     return {tensor: shards[shard][tensor] for tensor, shard in places.items()}
-
-
-def _unwrap(loaded: object) -> dict[str, Tensor]:
-    # 8 levels are more than any real file has; the limit ends the loop for a dictionary that contains itself.
-    for _ in range(8):
-        if not isinstance(loaded, dict):
-            break
-        inner = next((loaded[key] for key in _WRAPPERS if isinstance(loaded.get(key), dict)), None)
-        if inner is None:
-            return {k: v for k, v in loaded.items() if isinstance(k, str) and isinstance(v, Tensor)}
-        loaded = inner
-    return {}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -43,7 +43,8 @@ def import_checkpoint(checkpoint: Checkpoint, role: Role, out: Path) -> None:
         model = build_encoder(checkpoint, final_norm=checkpoint.final_norm)
     decoders = {name: decoder.config for name, decoder in checkpoint.decoders.items()} if role == "student" else None
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_weights(out, model.state_dict(), checkpoint.model, decoders)
+    classes, views = (checkpoint.class_names, checkpoint.views) if role == "classifier" else ((), None)
+    save_weights(out, model.state_dict(), checkpoint.model, decoders, classes=classes, views=views)
 
 
 def describe_checkpoint(checkpoint: Checkpoint) -> str:
@@ -69,6 +70,8 @@ def describe_checkpoint(checkpoint: Checkpoint) -> str:
             f"width {deep.width}, depth {deep.depth}, heads {deep.heads}, {decoder.channels} channels"
         )
     lines["classes"] = "none" if checkpoint.classes is None else str(checkpoint.classes)
+    if checkpoint.class_names:
+        lines["classes"] += f" ({', '.join(checkpoint.class_names[:3])}{' ...' * (len(checkpoint.class_names) > 3)})"
     for name, head in checkpoint.token_heads.items():
         lines[f"{head.config.kind} head {name}"] = f"{head.channels} channels"
     count = sum(tensor.numel() for name, tensor in checkpoint.tensors().items() if not name.endswith("positions"))

@@ -47,7 +47,7 @@ def read_checkpoint(path: Path, hints: Hints = Hints()) -> Checkpoint:  # noqa: 
         UserError: the file is unreadable, contains code or has no known format, or the model cannot be adapted to the
             wanted clips.
     """
-    checkpoint = interpret(read_raw_checkpoint(path), hints)
+    checkpoint = interpret(read_raw_checkpoint(path, hints.key), hints)
     return adapt(checkpoint, frames=hints.frames, input_size=hints.input_size)
 
 

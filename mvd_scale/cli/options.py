@@ -85,6 +85,14 @@ def view_options(command: Any) -> Any:
     return command
 
 
+def positions_option(command: Decorated) -> Decorated:
+    """Add the option `--positions` of weights that do not hold their position table."""
+    return click.option(
+        "--positions", type=click.Choice(["sincos3d", "sinusoid", "sincos2d"]),
+        help="Position table of the training, for weights that hold none: sincos3d for MVD, sinusoid for VideoMAE.",
+    )(command)  # fmt: skip
+
+
 def precision_option(command: Decorated) -> Decorated:
     """Add the option `--precision` of a model that is not trained."""
     return click.option(
@@ -97,11 +105,9 @@ def precision_option(command: Decorated) -> Decorated:
 def shape_options(command: Any) -> Any:
     """Add options for properties that a checkpoint may not state itself."""
     count = click.IntRange(min=1)
-    tables = click.Choice(["sincos3d", "sinusoid", "sincos2d"])
     for option in (
-        click.option(
-            "--positions", type=tables, help="Position table of the training, for a checkpoint that holds none."
-        ),
+        click.option("--key", help="Entry that holds the weights, in a file of several models, such as teacher."),
+        positions_option,
         click.option(
             "--input-size", type=count, help="Input side in pixels to adapt to; that of the checkpoint if omitted."
         ),

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mvd_scale.cli.options import command_line
+from mvd_scale.cli.options import command_line, positions_option
 from mvd_scale.config.training import Precision
 
 
@@ -40,6 +40,7 @@ def _probing(command: Any) -> Any:
         click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for features and results."),
         click.option("--test", required=True, help="Labelled videos to test the classifier on."),
         click.option("--train", required=True, help="Labelled videos to fit the classifier to."),
+        positions_option,
         click.argument("checkpoint", type=click.Path(path_type=Path)),
     ):  # fmt: skip
         command = option(command)
@@ -95,6 +96,7 @@ def _probe(
     stride: int,
     batch: int,
     precision: Precision | None,
+    positions: Any,
     root: str | None,
     device: str,
 ) -> None:
@@ -106,7 +108,7 @@ def _probe(
 
     ranks = init_distributed(device, timeout_minutes=10)
     tested = run_probe(
-        ProbedEncoder(checkpoint, precision or usual_precision(ranks.device), batch),
+        ProbedEncoder(checkpoint, precision or usual_precision(ranks.device), batch, positions),
         classify(ranks.device),
         DataConfig(source=train, root=root),
         DataConfig(source=test, root=root),

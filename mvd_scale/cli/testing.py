@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mvd_scale.cli.options import command_line, precision_option, view_options
+from mvd_scale.cli.options import command_line, positions_option, precision_option, view_options
 from mvd_scale.config.training import FrozenPrecision, Precision
 
 
@@ -18,6 +18,7 @@ from mvd_scale.config.training import FrozenPrecision, Precision
 @view_options
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Videos per batch.")
 @precision_option
+@positions_option
 @click.option("--root", help="Folder or URL to which the paths of a list are relative.")
 @click.option(
     "--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True,
@@ -33,6 +34,7 @@ def evaluate(
     page: Path | None,
     batch: int,
     precision: FrozenPrecision | None,
+    positions: Any,
     root: str | None,
     device: str,
     **views: Any,
@@ -45,6 +47,7 @@ def evaluate(
     Kinetics, UCF101 and HMDB51, and 2 x 3 uniform views on Something-Something. An interrupted command resumes when
     started again.
     """
+    from mvd_scale.checkpoints import Hints, read_checkpoint
     from mvd_scale.config.data import DataConfig
     from mvd_scale.distributed.process_group import destroy_distributed, init_distributed
     from mvd_scale.evaluation.evaluate import run_evaluation
@@ -52,7 +55,7 @@ def evaluate(
 
     ranks = init_distributed(device, timeout_minutes=10)
     tested = run_evaluation(
-        checkpoint,
+        read_checkpoint(checkpoint, Hints(positions=positions)),
         DataConfig(source=source, root=root),
         {name: value for name, value in views.items() if value is not None},
         out,
@@ -77,6 +80,7 @@ def evaluate(
 @click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Number of classes to print.")
 @view_options
 @precision_option
+@positions_option
 @click.option(
     "--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True,
     help="Device; auto takes the GPU if there is one.",
@@ -164,6 +168,7 @@ def _write_report(test: Path, page: Path, hardest: int = 8) -> None:
     "--precision", type=click.Choice(["fp32", "bf16", "fp16"]),
     help="Precision of the encoder; fp16 on GPUs and fp32 on CPUs if omitted.",
 )  # fmt: skip
+@positions_option
 @click.option("--root", help="Folder or URL to which the paths of a list are relative.")
 @click.option(
     "--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True,
@@ -185,6 +190,7 @@ def features(
     shard: int,
     batch: int,
     precision: Precision | None,
+    positions: Any,
     root: str | None,
     device: str,
 ) -> None:
@@ -194,6 +200,7 @@ def features(
     or any other source that `data index` accepts. To run on several ranks: launch/single_node.sh features ... An
     interrupted command resumes when started again.
     """
+    from mvd_scale.checkpoints import Hints, read_checkpoint
     from mvd_scale.config.data import DataConfig, ViewsConfig
     from mvd_scale.distributed.process_group import destroy_distributed, init_distributed
     from mvd_scale.evaluation.features import FeatureOptions, write_features
@@ -204,7 +211,7 @@ def features(
     views = ViewsConfig(sampling=sampling, stride=stride, every=every, clips=clips, crops=crops)
     ranks = init_distributed(device, timeout_minutes=10)
     written, failed = write_features(
-        checkpoint,
+        read_checkpoint(checkpoint, Hints(positions=positions)),
         DataConfig(source=source, root=root),
         FeatureOptions(views, layer, pool, norm, kind, shard),
         out,

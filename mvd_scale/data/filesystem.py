@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 from collections.abc import Callable
 from typing import BinaryIO, cast
 
@@ -12,10 +13,31 @@ from mvd_scale.data.storage import absolute, filesystem_of, is_url
 
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".3gp", ".ogv"}
+    | {".mpe", ".m2v", ".asf", ".f4v", ".mts", ".m2ts", ".vob", ".3g2", ".ogm", ".rm", ".rmvb", ".divx", ".mjpeg"}
+    | {".gif"}
 )
 
-
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
+
+
+MEDIA_SUFFIXES = VIDEO_SUFFIXES | IMAGE_SUFFIXES
+
+_NOTHING = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information"})
+"""Names of files and folders that systems add beside those of the user; hidden ones come on top of them."""
+
+
+def is_media(path: str) -> bool:
+    """Whether a path has the suffix of a video or of a still image."""
+    return posixpath.splitext(path)[1].lower() in MEDIA_SUFFIXES
+
+
+def is_nothing(path: str) -> bool:
+    """Whether a relative path leads through something that is not the user's: hidden, or made by a system.
+
+    Hidden are names with a dot at their beginning: among them AppleDouble's `._NAME`, which has the suffix of a video,
+    and `.ipynb_checkpoints`, which holds copies.
+    """
+    return any(part in _NOTHING or part.startswith(".") for part in path.split("/") if part not in (".", ".."))
 
 
 def is_dir(path: str) -> bool:
@@ -40,18 +62,22 @@ def open_file(path: str) -> BinaryIO:
 
 
 def find_files(folder: str, predicate: Callable[[str], bool]) -> list[str]:
-    """Paths below a folder or URL for which `predicate(path)` is true, sorted.
+    """Paths below a folder or URL for which `predicate(path)` is true, sorted; without those that are nothing.
 
     Symbolic links are followed; each folder is visited once, even if several links lead to it.
     """
     if is_url(folder):
         filesystem, inner = filesystem_of(folder)
-        return sorted(filesystem.unstrip_protocol(path) for path in filesystem.find(inner) if predicate(path))
+        length = len(str(inner).rstrip("/"))
+        paths = [path for path in filesystem.find(inner) if not is_nothing(path[length:])]
+        return sorted(filesystem.unstrip_protocol(path) for path in paths if predicate(path))
     seen = {os.path.realpath(folder)}
     found: list[str] = []
     for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not _visited(os.path.join(parent, name), seen))
-        found += [os.path.join(parent, name) for name in names if predicate(name)]
+        folders[:] = sorted(
+            name for name in folders if not is_nothing(name) and not _visited(os.path.join(parent, name), seen)
+        )
+        found += [os.path.join(parent, name) for name in names if not is_nothing(name) and predicate(name)]
     return sorted(found)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from pyarrow.fs import LocalFileSystem
 from typing_extensions import Self
 
 from mvd_scale.data.orientation import orientation_of_exif
@@ -268,8 +269,7 @@ class Manifest:
             UserError: the file does not exist, is not Parquet, or lacks a column.
         """
         try:
-            with fsspec.open(str(path), "rb") as file:
-                table = pq.read_table(file)
+            table = _read_parquet(str(path))
         except (OSError, ImportError, pa.ArrowInvalid) as error:
             raise UserError(
                 f"cannot read the manifest {path}: {error}. Expected a Parquet file that this program wrote; "
@@ -295,3 +295,15 @@ def _upright(still: Row) -> Row:
     height, width = (still.width, still.height) if rotation % 180 else (still.height, still.width)
     # Without its tag, the row stays as it is if it is set upright again.
     return replace(still, rotation=rotation, mirrored=mirrored, height=height, width=width, exif_orientation=1)
+
+
+def _read_parquet(path: str) -> pa.Table:
+    """Read a file by its path, and a URL through memory.
+
+    Arrow's threads never get a file object of Python: one of them may still hold it when the interpreter ends, and
+    aborts the process.
+    """
+    if "://" not in path:
+        return pq.read_table(path, filesystem=LocalFileSystem())
+    with fsspec.open(path, "rb") as file:
+        return pq.read_table(pa.BufferReader(file.read()))

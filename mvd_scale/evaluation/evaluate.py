@@ -5,6 +5,7 @@ Legend: X videos, V views, C classes.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from mvd_scale.checkpoints.checkpoint import Checkpoint
 from mvd_scale.checkpoints.reading import tensors_digest
 from mvd_scale.checkpoints.weights import build_classifier, read_checkpoint
 from mvd_scale.config.data import DataConfig, ViewsConfig
@@ -28,12 +30,14 @@ from mvd_scale.evaluation.results import EvalResult, Origin, as_lists
 from mvd_scale.evaluation.scorer import ClipScorer, views_from_checkpoint
 from mvd_scale.evaluation.sharded_run import ResultShards, failures
 
+logger = logging.getLogger("mvd_scale")
+
 _SHARD = 32
 """Videos per shard of scores: the unit of work of a rank, and the most that is lost if the process is killed."""
 
 
 def run_evaluation(
-    checkpoint: Path,
+    checkpoint: Path | Checkpoint,
     data: DataConfig,
     views: Mapping[str, Any],
     out: Path,
@@ -46,7 +50,7 @@ def run_evaluation(
     """Evaluate a classifier on all videos of a source; continues an interrupted evaluation. All ranks must call it.
 
     Args:
-        checkpoint: a fine-tuned classifier in any known format.
+        checkpoint: a fine-tuned classifier in any known format, or what was read of it.
         data: `source` and `root` give the videos; workers and time limit apply to decoding.
         views: fields of `ViewsConfig` that replace those stored in the checkpoint.
         out: folder for the results.
@@ -61,19 +65,19 @@ def run_evaluation(
     Raises:
         UserError: weights, videos or labels do not fit each other, or `out` holds another evaluation.
     """
-    read = read_checkpoint(checkpoint)
+    read = checkpoint if isinstance(checkpoint, Checkpoint) else read_checkpoint(checkpoint)
     score = ClipScorer(build_classifier(read), ranks.device, precision)
     classes = read.classes
     assert classes is not None
     chosen = views_from_checkpoint(read, views)
     shards = ResultShards(out, "scores", "parquet", _SHARD)
     settings: dict[str, Any] = {
-        "checkpoint": str(checkpoint), "source": data.source, "root": data.root, "views": chosen.model_dump(),
+        "checkpoint": read.source, "source": data.source, "root": data.root, "views": chosen.model_dump(),
         "precision": precision,
     }  # fmt: skip
 
     def prepare() -> None:
-        shards.claim(settings | {"weights": tensors_digest(read.tensors())})
+        shards.claim(settings | {"weights": tensors_digest(read.tensors()), "positions": read.model.positions})
         manifest = shards.open(data)
         check_labels(manifest, classes, "the test")
         _check_names(manifest.classes, read.class_names)
@@ -93,7 +97,7 @@ def run_evaluation(
     )
     known = read.class_names or manifest.classes or [str(c) for c in range(classes)]
     predictions, names = _outcome(manifest, files, (chosen.clips * chosen.crops, classes))
-    origin = Origin(command, [str(checkpoint)], str(data.source), precision, *_words(chosen))
+    origin = Origin(command, [read.source], str(data.source), precision, *_words(chosen))
     reasons = failures(out, manifest)
     tested = EvalResult(out, predictions, names, list(known), origin, reasons)
     run_on_rank0(ranks, f"figures {out}", tested.write)
@@ -149,6 +153,12 @@ def ensemble_results(folders: Sequence[Path], out: Path, command: str) -> EvalRe
 
 
 def _check_names(tested: Sequence[str], learnt: Sequence[str]) -> None:
+    if learnt and not tested:
+        logger.warning(
+            "the labels of the test are numbers: they are taken as those of the checkpoint's classes, 0 for %s, 1 for "
+            "%s and so on. `mvd-scale data index --classes` states the names",
+            *[*learnt, "another"][:2],
+        )
     if tested and learnt and list(tested) != list(learnt):
         differing = [c for c, (one, other) in enumerate(zip(tested, learnt, strict=False)) if one != other]
         where = f"class {differing[0]} is {tested[differing[0]]!r}, there {learnt[differing[0]]!r}" if differing else ""

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mvd_scale.checkpoints.checkpoint import Checkpoint
 from mvd_scale.checkpoints.reading import tensors_digest
 from mvd_scale.checkpoints.weights import build_encoder, read_checkpoint
 from mvd_scale.config.data import DataConfig, ViewsConfig
@@ -93,7 +94,7 @@ def pool_tokens(tokens: Tensor, grid: tuple[int, int, int], pool: Pool) -> Tenso
 
 
 def write_features(
-    checkpoint: Path,
+    checkpoint: Path | Checkpoint,
     data: DataConfig,
     options: FeatureOptions,
     out: Path,
@@ -105,7 +106,7 @@ def write_features(
     """Write the features of all videos of a source; continues an interrupted extraction. All ranks must call it.
 
     Args:
-        checkpoint: weights in any known format.
+        checkpoint: weights in any known format, or what was read of them.
         data: `source` and `root` give the videos; workers and time limit apply to decoding.
         options: views, layer, pooling and file format.
         out: folder for the shards, `index.parquet` and `features.json`.
@@ -120,19 +121,19 @@ def write_features(
         UserError: weights or videos cannot be read, or `out` holds other features.
     """
     check_precision(precision, ranks.device)
-    read = read_checkpoint(checkpoint)
+    read = checkpoint if isinstance(checkpoint, Checkpoint) else read_checkpoint(checkpoint)
     extract = FeatureExtractor(
         build_encoder(read, final_norm=read.final_norm), options, ranks.device, dtype_of(precision)
     )
     model, shards = read.model, ResultShards(out, "features", options.format, options.shard)
     settings = {
-        "checkpoint": str(checkpoint), "source": data.source, "root": data.root, "precision": precision,
+        "checkpoint": read.source, "source": data.source, "root": data.root, "precision": precision,
         "frames": model.frames, "input_size": model.input_size, **asdict(options),
         "views": options.views.model_dump(),
     }  # fmt: skip
 
     def prepare() -> None:
-        shards.claim(settings | {"weights": tensors_digest(read.tensors())})
+        shards.claim(settings | {"weights": tensors_digest(read.tensors()), "positions": read.model.positions})
         shards.open(data).save(shards.manifest)
 
     run_on_rank0(ranks, f"features {out}", prepare)

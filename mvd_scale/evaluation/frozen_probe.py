@@ -18,7 +18,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mvd_scale.checkpoints import Hints, read_checkpoint
 from mvd_scale.config.data import DataConfig
+from mvd_scale.config.model import Positions
 from mvd_scale.config.training import Precision
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.distributed.process_group import Ranks, run_on_rank0
@@ -90,6 +92,9 @@ class ProbedEncoder:
     batch: int
     """Videos per batch of a rank."""
 
+    positions: Positions | None = None
+    """Position table of the training, for weights that do not hold it."""
+
 
 def run_probe(
     encoder: ProbedEncoder,
@@ -121,9 +126,8 @@ def run_probe(
     pool_tokens, folders = replace(options, pool=pool), []
     for part, data in (("train", train), ("test", test)):
         folder = out / f"{part}_{'tokens' if pool == 'none' else 'features'}"
-        write_features(
-            encoder.checkpoint, data, pool_tokens, folder, ranks, batch=encoder.batch, precision=encoder.precision
-        )
+        weights = read_checkpoint(encoder.checkpoint, Hints(positions=encoder.positions))
+        write_features(weights, data, pool_tokens, folder, ranks, batch=encoder.batch, precision=encoder.precision)
         folders.append(FeatureFolder(folder))
     described = f"{classify.kind} probe of one clip in the middle, trained on {train.source}"
     origin = Origin(command, [str(encoder.checkpoint)], str(test.source), encoder.precision, described, ["middle"])

@@ -30,7 +30,7 @@ def check_labels(
         classes: number of outputs of the head.
         key: key of the recipe, for messages.
         every_class: also require a video of each class.
-        like: manifest whose class names must be the same, in the same order.
+        like: manifest whose class names must be the same, in the same order; without names, there must be none.
 
     Raises:
         UserError: a check failed; the message names the first video or class that violates it.
@@ -58,7 +58,13 @@ def check_labels(
         if len(absent):
             names = ", ".join(manifest.classes[c] if manifest.classes else str(c) for c in absent[:5])
             raise UserError(f"{key}: {len(absent)} of {classes} classes have no usable video: {names}")
-    if like is not None and like.classes and manifest.classes and like.classes != manifest.classes:
+    if like is not None and bool(like.classes) != bool(manifest.classes):
+        raise UserError(
+            f"{key}: the classes are {'names' if manifest.classes else 'numbers'} here, but "
+            f"{'names' if like.classes else 'numbers'} in the training videos, and nothing says which is which: give "
+            "both lists the same, or index the one of numbers with the file of the names, --classes"
+        )
+    if like is not None and like.classes != manifest.classes:
         differing = next(c for c in range(classes) if like.classes[c] != manifest.classes[c])
         raise UserError(
             f"{key}: class {differing} is {manifest.classes[differing]!r} here, but {like.classes[differing]!r} in the "

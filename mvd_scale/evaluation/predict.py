@@ -17,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mvd_scale.checkpoints import Checkpoint, build_classifier, read_checkpoint
+from mvd_scale.checkpoints import Checkpoint, Hints, build_classifier, read_checkpoint
 from mvd_scale.config.data import ViewsConfig
+from mvd_scale.config.model import Positions
 from mvd_scale.config.training import FrozenPrecision
 from mvd_scale.data.loaders.single_video import views_of_file, views_of_frames
 from mvd_scale.data.storage import DecodeError
@@ -90,6 +91,7 @@ def load_classifier(
     stride: int | None = None,
     clips: int | None = None,
     crops: int | None = None,
+    positions: Positions | None = None,
 ) -> VideoClassifier:
     """Read a fine-tuned classifier that can be called with videos.
 
@@ -103,13 +105,14 @@ def load_classifier(
         stride: distance between two frames of a dense clip, in frames of the video.
         clips: number of clips over time.
         crops: number of crops per clip.
+        positions: position table of the training, for a file that does not hold it.
 
     Raises:
         UserError: the weights cannot be read or have no classification head, the device or its precision is not
             available, or the views are not valid.
     """
     place = choose_device(device)
-    checkpoint = read_checkpoint(Path(path))
+    checkpoint = read_checkpoint(Path(path), Hints(positions=positions))
     changes = {"sampling": sampling, "stride": stride, "clips": clips, "crops": crops}
     views = views_from_checkpoint(checkpoint, {name: value for name, value in changes.items() if value is not None})
     return VideoClassifier(checkpoint, views, place, precision or usual_precision(place))

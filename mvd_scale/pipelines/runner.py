@@ -32,6 +32,7 @@ from mvd_scale.config.pipeline import (
     references,
 )
 from mvd_scale.distributed.free_port import free_port
+from mvd_scale.distributed.hostfile import read_hostfile
 from mvd_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,17 +48,19 @@ def run_pipeline(pipeline: Pipeline) -> None:
     """Run all stages of a pipeline that are not finished.
 
     Raises:
-        UserError: a recipe is invalid or cannot be split over the ranks, before any stage starts; another process runs
-            the pipeline; or a stage failed.
+        UserError: the hostfile is malformed, a recipe is invalid or cannot be split over the ranks, before any stage
+            starts; another process runs the pipeline; or a stage failed.
     """
     started = time.monotonic()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     # All recipes are checked before the first stage starts, so that a fault shows at once, not after hours.
     recipes = {name: stage_recipe(pipeline, name) for name in pipeline.stages if _trains(pipeline, name)}
-    ranks = pipeline.ranks or _usual_ranks()
     if pipeline.hostfile is None:
-        for recipe in recipes.values():
-            recipe.micro_batch_and_accumulation(ranks)
+        ranks = pipeline.ranks or _usual_ranks()
+    else:
+        ranks = sum(read_hostfile(str(pipeline.hostfile)).values())
+    for recipe in recipes.values():
+        recipe.micro_batch_and_accumulation(ranks)
     with _exclusive_lock(pipeline.folder) as lock:
         for number, name in enumerate(pipeline.stages, start=1):
             stage, mark = pipeline.stages[name], pipeline.folder / f".{name}.done"

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 
+from mvd_scale.checkpoints.reading import TORN
 from mvd_scale.checkpoints.weights import save_weights
 from mvd_scale.config import Recipe, RunRecipe
 from mvd_scale.config.deepspeed import zero_stage
 from mvd_scale.distributed.process_group import Ranks, run_on_rank0
 from mvd_scale.errors import UserError
 from mvd_scale.run_dir import RunFolder
+from mvd_scale.training.checkpoint_files import find_damage, record_files
 from mvd_scale.training.deepspeed_engine import full_parameters
 from mvd_scale.training.ema import ModelEma
 from mvd_scale.utils.io import write_atomic
@@ -30,7 +32,7 @@ _LAYOUT = "layout.json"
 
 
 class Checkpointer:
-    """Checkpoints of one run: `step_N` is a complete one; `step_N.partial` is one that is still being written."""
+    """Checkpoints of one run: `step_N` was written to its end; `step_N.partial` was not; `step_N.torn` lost files."""
 
     def __init__(
         self,
@@ -53,11 +55,6 @@ class Checkpointer:
         self.intervals = [interval for interval in (by_epoch, every.every_steps) if interval]
         self.saved_at = time.monotonic()
 
-    def newest(self) -> int | None:
-        """Step of the newest complete checkpoint; None without one."""
-        steps = self._steps()
-        return steps[-1] if steps else None
-
     def should_save(self, step: int) -> bool:
         """Whether a checkpoint must be saved after this step by the count of steps; the same on all ranks."""
         return any(step % interval == 0 for interval in self.intervals)
@@ -79,6 +76,7 @@ class Checkpointer:
         self.export(engine, partial)
         if self.ranks.is_main:
             write_atomic(partial / _LAYOUT, json.dumps(self._layout()))
+            record_files(partial)
         torch.distributed.barrier()
         if self.ranks.is_main:
             partial.rename(self.path / name)
@@ -89,16 +87,16 @@ class Checkpointer:
         logger.info("saved checkpoint %s", self.path / name)
 
     def resume(self, engine: Any) -> int:
-        """Load the newest complete checkpoint. All ranks must call it.
+        """Load the newest checkpoint that is whole, and set torn ones aside. All ranks must call it.
 
         Returns:
             the number of optimizer steps of the checkpoint; 0 without one.
 
         Raises:
             UserError: the checkpoint was written with another number of ranks, ZeRO stage or precision, other videos or
-                other teachers, or it is incomplete.
+                other teachers; or there are checkpoints, and none of them is whole.
         """
-        step = run_on_rank0(self.ranks, "resumed", self.newest)
+        step = run_on_rank0(self.ranks, "resumed", self._set_torn_aside)
         if step is None:
             return 0
         tag = f"{_PREFIX}{step:08d}"
@@ -132,6 +130,37 @@ class Checkpointer:
         """Remove checkpoints that a killed run did not finish writing."""
         for partial in self.path.glob(f"{_PREFIX}*{_PARTIAL}"):
             shutil.rmtree(partial)
+
+    def _set_torn_aside(self) -> int | None:
+        """Rename torn checkpoints, so that none of them is taken again, until one is whole.
+
+        Returns:
+            step of the newest whole checkpoint; None if there are no checkpoints.
+
+        Raises:
+            UserError: none is whole; then none is renamed.
+        """
+        torn: dict[Path, str] = {}
+        for step in reversed(self._steps()):
+            folder = self.path / f"{_PREFIX}{step:08d}"
+            reason = find_damage(folder)
+            if reason is None:
+                for old, why in torn.items():
+                    aside = old.with_name(old.name + TORN)
+                    shutil.rmtree(aside, ignore_errors=True)
+                    old.rename(aside)
+                    logger.warning(
+                        "checkpoint %s is torn: %s. It is now %s; the one before it is used", old, why, aside
+                    )
+                return step
+            torn[folder] = reason
+        if torn:
+            said = "; ".join(f"{folder.name}: {reason}" for folder, reason in torn.items())
+            raise UserError(
+                f"no checkpoint in {self.path} is whole ({said}): copy one of them there again, or start a new run in "
+                "another `--run.folder`"
+            )
+        return None
 
     def _layout(self) -> dict[str, Any]:
         return {

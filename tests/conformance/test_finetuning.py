@@ -27,7 +27,8 @@ from .conftest import OUTPUT, Vectors, publish
 def test_logits(classifier: Vectors, tmp_path: Path) -> None:
     config = classifier.config
     file = publish(tmp_path, classifier.under("model."), "pth")
-    checkpoint = read_checkpoint(file, Hints(heads=config["heads"], frames=config["T"], input_size=config["S"]))
+    shape = {"heads": config["heads"], "frames": config["T"], "input_size": config["S"]}
+    checkpoint = read_checkpoint(file, Hints(**shape, positions="sincos3d"))
     assert (checkpoint.format, checkpoint.kind, checkpoint.unexpected) == ("mvd", "classifier", {})
     assert checkpoint.classes == classifier["logits"].shape[1]
     with torch.no_grad():

@@ -80,6 +80,23 @@ def test_a_half_written_checkpoint_is_passed_over(jobs: Jobs, recipe: Path, clip
     assert steps_done(run) == 7
 
 
+def test_a_torn_checkpoint_is_passed_over(jobs: Jobs, recipe: Path, clips: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = ["pretrain", "--recipe", recipe, "--data.source", clips, "--run.folder", run]
+    code, output = jobs.run(*arguments, "--training.max_steps", "10")
+    assert code == 0, output
+    (run / "summary.json").unlink()
+    torn = run / "checkpoints" / "step_00000010"
+    (file,) = torn.glob("mp_rank_00_model_states.pt")
+    file.write_bytes(file.read_bytes()[:-1000])
+    code, output = jobs.run(*arguments, "--training.max_steps", "12")
+    assert code == 0, output
+    assert "step_00000010 is torn: mp_rank_00_model_states.pt has" in output
+    assert "resumed from" in output
+    assert torn.with_name("step_00000010.torn").is_dir()
+    assert [step for step, *_ in numbers(run)] == list(range(1, 13))
+
+
 def test_a_run_that_is_asked_to_stop_saves_first(jobs: Jobs, recipe: Path, clips: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = ["pretrain", "--recipe", recipe, "--data.source", clips, "--run.folder", run]

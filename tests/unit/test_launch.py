@@ -86,9 +86,9 @@ def machine(tmp_path: Path) -> Machine:
     programs.mkdir()
     shutil.copytree(LAUNCH, root / "launch")
     shutil.copy(REPOSITORY / "pyproject.toml", root)
-    port = Path("mvd_scale", "distributed", "free_port.py")
-    (root / port).parent.mkdir(parents=True)
-    shutil.copy(REPOSITORY / port, root / port)
+    (root / "mvd_scale" / "distributed").mkdir(parents=True)
+    for file in ("errors.py", "distributed/free_port.py", "distributed/hostfile.py"):
+        shutil.copy(REPOSITORY / "mvd_scale" / file, root / "mvd_scale" / file)
     for tool in TOOLS:
         found = shutil.which(tool)
         assert found, f"this machine has no {tool}"
@@ -257,6 +257,16 @@ def test_a_missing_subcommand_is_an_error(launcher: Machine, script: str) -> Non
 
 def test_multi_node_needs_a_hostfile(launcher: Machine) -> None:
     assert "no hostfile at hostfile" in one_error(launcher.start("launch/multi_node.sh pretrain"))
+
+
+def test_a_malformed_hostfile_is_one_message(launcher: Machine) -> None:
+    (launcher.root / "hosts").write_text("node-1 slots=2\nnode-2\n")
+    env = {"HOSTFILE": "hosts", "NODE_RANK": "0", "MASTER_ADDR": "10.0.0.1"}
+    result = launcher.start("launch/multi_node.sh pretrain", **env)
+    assert "hostfile hosts:2: 'node-2' is malformed, it has no slots" in one_error(result)
+    assert (result.returncode, result.stdout) == (2, "")
+    env |= {"HOSTFILE": "launch/hostfile.example", "NODE_RANK": "2"}
+    assert "NODE_RANK is 2, but" in one_error(launcher.start("launch/multi_node.sh pretrain", **env))
 
 
 def test_multi_node_without_ssh(launcher: Machine) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from mvd_scale.checkpoints.formats.format import Format
 from mvd_scale.checkpoints.formats.hf_mae import HF_MAE
 from mvd_scale.checkpoints.formats.hf_videomae import HF_VIDEOMAE
+from mvd_scale.checkpoints.formats.jepa import DINO, I_JEPA, V_JEPA
 from mvd_scale.checkpoints.formats.mae import MAE
 from mvd_scale.checkpoints.formats.mvd import MVD, MVD_CLASSIFIER
 from mvd_scale.checkpoints.formats.timm import TIMM
@@ -24,7 +25,10 @@ FAMILIES: dict[str, tuple[Format, ...]] = {
 }
 """Formats that can be written, by the value of `mvd-scale export --to`."""
 
-_ORDER = (HF_MAE, HF_VIDEOMAE, VIDEOMAE, MVD, MAE, MVD_CLASSIFIER, VIDEOMAE_FINETUNED, TIMM)
+_ORDER = (
+    *(HF_MAE, HF_VIDEOMAE, VIDEOMAE, V_JEPA, MVD, MAE, MVD_CLASSIFIER, VIDEOMAE_FINETUNED),
+    *(DINO, I_JEPA, TIMM),
+)
 """Order of recognition, the most specific keys first: later formats also match files of earlier ones."""
 
 _PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.", "encoder.")
@@ -34,8 +38,8 @@ _PATCHES = ("patch_embed.proj.weight", "patch_embed.weight", "embeddings.patch_e
 def recognise(tensors: Mapping[str, Tensor], positions: Positions | None) -> Format | None:
     """Recognise the published format of a state dict without wrapper prefixes.
 
-    Fine-tuned classifiers of VideoMAE and MVD have the same keys: they are taken for MVD's (sincos3d) unless
-    `positions` is `sinusoid`.
+    Fine-tuned classifiers of VideoMAE and MVD have the same keys: `is_ambiguous` tells whether `positions` must say
+    which one it is. They are VideoMAE's if it is `sinusoid`, else MVD's.
 
     Args:
         tensors: tensors by the names of the file.
@@ -46,6 +50,11 @@ def recognise(tensors: Mapping[str, Tensor], positions: Positions | None) -> For
     """
     found = next((form for form in _ORDER if form.recognise(tensors)), None)
     return VIDEOMAE_FINETUNED if found is MVD_CLASSIFIER and positions == "sinusoid" else found
+
+
+def is_ambiguous(form: Format) -> bool:
+    """Whether files of this format can be of another one, which adds another position table."""
+    return form is MVD_CLASSIFIER
 
 
 def strip_prefixes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

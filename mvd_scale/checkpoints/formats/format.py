@@ -88,3 +88,8 @@ def int_or_none(config: Mapping[str, Any], key: str) -> int | None:
     """Read an integer from the `config.json` of another library; None if it is absent or no integer."""
     value = config.get(key)
     return value if type(value) is int else None
+
+
+def unnamed_classes(classes: int) -> tuple[str, ...]:
+    """Names that Hugging Face gives to classes without names."""
+    return tuple(f"LABEL_{label}" for label in range(classes))

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from mvd_scale.checkpoints.checkpoint import Checkpoint, Hints
-from mvd_scale.checkpoints.formats.format import HF_LEAVES, Format, int_or_none, patch_axes
+from mvd_scale.checkpoints.formats.format import HF_LEAVES, Format, int_or_none, patch_axes, unnamed_classes
 
 _PATCHES = "embeddings.patch_embeddings.projection."
 _CLASSES = {
@@ -62,8 +62,9 @@ def _config(checkpoint: Checkpoint) -> dict[str, Any]:
             "decoder_intermediate_size": int(decoder.config.width * model.mlp_ratio),
         }
     if checkpoint.classes is not None:
-        labels = {str(label): f"LABEL_{label}" for label in range(checkpoint.classes)}
-        config |= {"id2label": labels, "label2id": {name: int(label) for label, name in labels.items()}}
+        names = checkpoint.class_names or unnamed_classes(checkpoint.classes)
+        config["id2label"] = {str(label): name for label, name in enumerate(names)}
+        config["label2id"] = {name: label for label, name in enumerate(names)}
     return config
 
 

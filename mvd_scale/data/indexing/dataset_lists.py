@@ -2,17 +2,18 @@
 
 | list                                | path of a video                   | class of a video                 |
 |-------------------------------------|-----------------------------------|----------------------------------|
-| `path label` lines, no header       | as written, up to the last space  | an integer, -1 for no class      |
-| csv with a header                   | column path, video, file, filename | column label or class, if any   |
+| `path label` lines, no header       | as written, up to the last space  | a number or a name, -1 for none  |
+| `path,label`, also by tab or `;`    | first field                       | last field, likewise             |
+| `path 0 -1` in every line           | as written                        | none                             |
+| csv with a header                   | column path, video, file ...      | column label or class, if any    |
 | Kinetics (label, youtube_id, ...)   | id_start_end, in any folder       | names, numbered alphabetically   |
 | Something-Something (json)          | id, in any folder                 | template, numbered by labels.json |
 | UCF101 (trainlist01, testlist01)    | as written, or in any folder      | folder, numbered by classInd.txt |
-| HMDB51 (class_test_split1)          | as written, in any folder         | names, numbered alphabetically   |
+| HMDB51 (class_test_split1)          | in the folder of its class        | names, numbered alphabetically   |
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import posixpath
 import re
@@ -20,46 +21,54 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from mvd_scale.data.filesystem import (
-    IMAGE_SUFFIXES,
-    VIDEO_SUFFIXES,
-    exists,
-    find_files,
-    is_dir,
-    join,
-    open_file,
-    relative,
+from mvd_scale.data.filesystem import exists, is_media, join
+from mvd_scale.data.indexing.list_tables import (
+    CLEAR_PATH_COLUMNS,
+    KINETICS_COLUMNS,
+    LABEL_COLUMNS,
+    PATH_COLUMNS,
+    Record,
+    Table,
+    label_number,
+    read_table,
+    read_text,
+    whole_number,
 )
 from mvd_scale.data.indexing.listing import Listing, ListOptions
-from mvd_scale.data.manifest import Row
-from mvd_scale.data.storage import absolute
+from mvd_scale.data.indexing.video_finder import VideoFinder
+from mvd_scale.data.storage import is_url
 from mvd_scale.errors import UserError
 
-_PATH_COLUMNS = ("path", "video", "file", "filename")
-_LABEL_COLUMNS = ("label", "class")
 _HMDB_MARKS = {"train": "1", "test": "2", None: "12"}
 _SPLITS = {"train": "train", "validation": "val", "test": "test"}
+_NUMBER_LIKE = re.compile(r"[-+\d.,;|/\s]*\d[-+\d.,;|/\s]*([eE][-+]?\d+)?")
+"""Text that is no name: a number in any writing, or several."""
+
+LIST_FORMS = (
+    "Lists that are read: `path label` with the label after the last space; the same by comma, tab or semicolon; a csv "
+    "with a header, of which the columns path and label are taken, and others are not"
+)
 
 
 def read_list(file: str, options: ListOptions) -> Listing:
     """Videos of one list, whose format is recognised by its content.
 
     Raises:
-        UserError: the list is empty, is not a text file, is of no known format, or has a malformed line.
+        UserError: the list is empty, is not a text file, is of no known format, or has a malformed line; or a line can
+            mean several videos.
     """
     if posixpath.splitext(file)[1].lower() == ".json":
         return _something(file, options)
-    lines = _lines(file)
-    if not lines:
-        raise UserError(f"the list {file} is empty: expected one `path label` per line, or a CSV file with a header")
-    header = [name.strip().lower() for name in lines[0][1].split(",")]
-    if {"youtube_id", "time_start", "time_end"} <= set(header):
-        return _kinetics(file, header, lines[1:], options)
-    if len(set(header) & set(_PATH_COLUMNS)) == 1:
-        return _table(file, header, lines[1:], options)
+    table = read_table(file)
+    if set(table.header) >= KINETICS_COLUMNS:
+        return _kinetics(table, options)
+    if table.header:
+        return _csv(table, options)
     if re.fullmatch(r"(train|test)list0[123]\.txt", posixpath.basename(file)):
-        return _ucf(file, lines, options)
-    return _plain(file, lines, options)
+        videos = [_first(fields) for _, fields in table.records]
+        if all("/" in video for video in videos):
+            return _ucf(table, videos, options)
+    return _plain(table, options)
 
 
 def list_folds(files: Sequence[str], folder: str, options: ListOptions) -> Listing:
@@ -79,167 +88,318 @@ def list_folds(files: Sequence[str], folder: str, options: ListOptions) -> Listi
     if not chosen:
         raise UserError(f"{folder} holds no files *{ending}: expected one such file for every class")
     names = [posixpath.basename(file).removesuffix(ending) for file in chosen]
-    found = _VideoFinder(options.root or folder)
     rows = []
+    finder = VideoFinder(folder, options.root or folder, anywhere=True, folders=names)
     for label, file in enumerate(chosen):
-        for number, line in _lines(file):
-            video, _, mark = line.rpartition(" ")
+        finder.file = file
+        for line, fields in read_table(file).records:
+            video, mark = _first(fields[:-1]), fields[-1].strip()
             if mark not in ("0", "1", "2") or not video:
-                raise UserError(f"{file}:{number}: {line!r} is malformed: expected `video.avi MARK`, MARK 0, 1 or 2")
+                raise UserError(
+                    f"{file}:{line}: {' '.join(fields)!r} is malformed: expected `video.avi MARK`, MARK 0, 1 or 2"
+                )
             if mark in _HMDB_MARKS[options.split]:
-                rows.append(found.row(video.strip(), label, f"{names[label]}/{video.strip()}"))
+                rows.append(finder.row(line, f"{names[label]}/{video}", label))
+    finder.log_found()
     return Listing(rows, tuple(names))
 
 
-def _plain(file: str, lines: list[tuple[int, str]], options: ListOptions) -> Listing:
+def _plain(table: Table, options: ListOptions) -> Listing:
+    table = _without_bounds(table)
+    root = options.root or _folder_of(table.file)
+    named = all(
+        len(fields) == 2 and is_media(fields[0]) and _NUMBER_LIKE.fullmatch(fields[1]) is None
+        for _, fields in table.records
+    )
+    for line, fields in table.records:
+        _check_columns(table, line, fields, root)
+        if not fields[0] or (not named and whole_number(fields[1]) is None):
+            raise _no_label(table.file, line, table.delimiter.join(fields))
+    return _listing(table.file, table.records, options, anywhere=options.root is not None)
+
+
+def _listing(file: str, records: Sequence[Record], options: ListOptions, *, anywhere: bool) -> Listing:
+    """Listing of records of two fields each, path and label."""
+    labels, classes = _labels(file, [(line, fields[1].strip()) for line, fields in records], options.classes)
+    paths = [fields[0].strip() for _, fields in records]
+    folders = {posixpath.basename(start) for start in {path.rpartition("/")[0] for path in paths}} | set(classes)
     root = options.root or _folder_of(file)
-    rows = []
-    for number, line in lines:
-        path, _, label = line.rpartition(" ")
-        if not path or not label.removeprefix("-").isdecimal():
-            raise UserError(
-                f"{file}:{number}: no label in {line!r}: expected `path label`, where the label is an integer after "
-                "the last space. Write -1 for a video without a class"
-            )
-        rows.append(_row(root, path.strip(), max(int(label), -1)))
-    return Listing(rows, _named_classes(options.classes))
-
-
-def _table(file: str, header: list[str], lines: list[tuple[int, str]], options: ListOptions) -> Listing:
-    root = options.root or _folder_of(file)
-    path_column = next(name for name in _PATH_COLUMNS if name in header)
-    label_column = next((name for name in _LABEL_COLUMNS if name in header), None)
-    entries = _parse(file, header, lines)
-    paths = [entry[path_column].strip() for entry in entries]
-    labels = [entry[label_column].strip() for entry in entries] if label_column else [""] * len(entries)
-    if all(re.fullmatch(r"-?\d+|", label) for label in labels):
-        numbers = [max(int(label or -1), -1) for label in labels]
-        classes = _named_classes(options.classes)
-    else:
-        classes = _named_classes(options.classes) or tuple(sorted(set(labels) - {""}))
-        numbers = [_number(file, label, classes) if label else -1 for label in labels]
-    return Listing([_row(root, path, label) for path, label in zip(paths, numbers, strict=True)], classes)
-
-
-def _kinetics(file: str, header: list[str], lines: list[tuple[int, str]], options: ListOptions) -> Listing:
-    entries = _parse(file, header, lines)
-    if options.split and "split" in header:
-        wanted = _SPLITS[options.split]
-        entries = [entry for entry in entries if entry["split"].startswith(wanted)]
-        if not entries:
-            raise UserError(
-                f"{file} lists no videos of the split {options.split}: give --split one of the values of its column "
-                "`split`"
-            )
-    named = [entry["label"].strip() for entry in entries] if "label" in header else [""] * len(entries)
-    classes = _named_classes(options.classes) or tuple(sorted(set(named) - {""}))
-    found = _VideoFinder(options.root or _folder_of(file))
-    rows = []
-    for entry, name in zip(entries, named, strict=True):
-        stem = f"{entry['youtube_id']}_{int(entry['time_start']):06d}_{int(entry['time_end']):06d}"
-        rows.append(found.row(f"{stem}.mp4", _number(file, name, classes) if name else -1))
+    finder = VideoFinder(file, root, anywhere=anywhere and not is_url(root), folders=folders)
+    names = [classes[label] if classes and label >= 0 else "" for label in labels]
+    rows = [
+        finder.row(line, path, label, name)
+        for (line, _), path, label, name in zip(records, paths, labels, names, strict=True)
+    ]
+    finder.log_found()
     return Listing(rows, classes)
 
 
+def _check_columns(table: Table, line: int, fields: list[str], root: str) -> None:
+    """Check that a record without a header has two columns.
+
+    Raises:
+        UserError: it has fewer or more; the message names the forms that are read.
+    """
+    if table.delimiter != " " and len(fields) > 2 and not "".join(fields[2:]).strip():
+        # Spreadsheets write a delimiter for each empty cell.
+        del fields[2:]
+    if len(fields) < 2:
+        raise _no_label(table.file, line, fields[0])
+    by_words = table.delimiter == " " and not is_media(fields[0])
+    columns = _columns_of_words(fields) if by_words else fields
+    if len(columns) == 2 or (by_words and exists(join(root, fields[0]))):
+        return
+    where = f"{table.file}:{line}: {len(columns)} columns in {table.delimiter.join(fields)!r}"
+    if (
+        len(columns) in (3, 4)
+        and not is_media(columns[0])
+        and all(column.strip().isdecimal() for column in columns[1:])
+    ):
+        raise UserError(
+            f"{where}: this is a list of folders of frames (`path frames label`, `path start frames label`), and only "
+            "videos are read. Make a video of each folder, for example with `ffmpeg -framerate 25 -i "
+            f"FOLDER/img_%05d.jpg FOLDER.mp4`, and list these. {LIST_FORMS}"
+        )
+    raise UserError(f"{where}, expected 2, a path and one label. {LIST_FORMS}")
+
+
+def _columns_of_words(fields: list[str]) -> list[str]:
+    """The columns of a line by spaces that has no video up to its last space: the first number ends the path."""
+    path, columns = fields[0], fields[1:]
+    while True:
+        start, _, word = path.rpartition(" ")
+        if not start or whole_number(word) is None:
+            return [path, *columns]
+        path, columns = start.strip(), [word, *columns]
+
+
+def _without_bounds(table: Table) -> Table:
+    """The table with the label -1 if every line is `path 0 -1`: VideoMAE V2's form for whole videos without a class."""
+    records: list[Record] = []
+    for line, fields in table.records:
+        words = [*fields[0].rsplit(None, 1), *fields[1:]] if table.delimiter == " " else [*map(str.strip, fields)]
+        if words[1:] != ["0", "-1"] or not is_media(words[0]):
+            return table
+        records.append((line, [words[0], "-1"]))
+    return Table(table.file, records)
+
+
+def _no_label(file: str, line: int, text: str) -> UserError:
+    return UserError(
+        f"{file}:{line}: no label in {text!r}: expected `path label`, where the label is one integer after the last "
+        "space or comma, or in every line a name. Write -1 for a video without a class. If this line is a header, call "
+        "its columns path and label"
+    )
+
+
+def _labels(file: str, texts: Sequence[tuple[int, str]], classes_file: str | None) -> tuple[list[int], tuple[str, ...]]:
+    """Class numbers and class names of the labels of a list, which are whole numbers in any writing, or names.
+
+    Raises:
+        UserError: numbers and names are mixed without a file of the names, a number is not whole or beyond the classes,
+            or a name is not one of the classes.
+    """
+    classes = _named_classes(classes_file)
+    numbers = [label_number(text) for _, text in texts]
+    if None not in numbers:
+        whole = [number for number in numbers if number is not None]
+        beyond = next((n for n, number in enumerate(whole) if classes and number >= len(classes)), None)
+        if beyond is not None:
+            raise UserError(
+                f"{file}:{texts[beyond][0]}: label {whole[beyond]}, but {classes_file} has {len(classes)} classes, "
+                f"0 to {len(classes) - 1}: give the file of classes that belongs to this list"
+            )
+        return whole, classes
+    if not classes:
+        _check_names(file, texts, numbers)
+        classes = tuple(sorted({text for _, text in texts} - {""}))
+    return [_number(file, line, text, classes) if text else -1 for line, text in texts], classes
+
+
+def _check_names(file: str, texts: Sequence[tuple[int, str]], numbers: Sequence[int | None]) -> None:
+    """Check that labels, some of which are no classes' numbers, are names.
+
+    Raises:
+        UserError: one is a number.
+    """
+    for (line, text), number in zip(texts, numbers, strict=True):
+        if text and number is None and _NUMBER_LIKE.fullmatch(text):
+            raise UserError(
+                f"{file}:{line}: the label {text!r} is no number of a class: expected one whole number, from 0 on"
+            )
+    named = next((line, text) for (line, text), number in zip(texts, numbers, strict=True) if number is None)
+    for (line, text), number in zip(texts, numbers, strict=True):
+        if text and number is not None:
+            raise UserError(
+                f"{file}:{line}: the label {text!r} is a number, but {named[1]!r} in line {named[0]} is a name: write "
+                "all labels as numbers, or all as names. If classes are called so, give a file of them with --classes"
+            )
+
+
+def _csv(table: Table, options: ListOptions) -> Listing:
+    paths = [name for name in CLEAR_PATH_COLUMNS if name in table.header]
+    paths = paths or [name for name in PATH_COLUMNS if name in table.header]
+    if len(paths) > 1:
+        raise UserError(
+            f"{table.file}:1: the columns {' and '.join(paths)} can both be the path of the video: rename all but one"
+        )
+    path = table.header.index(paths[0])
+    label = next((table.header.index(name) for name in LABEL_COLUMNS if name in table.header), None)
+    records: list[Record] = []
+    for line, fields in table.records:
+        _check_fields(table, line, fields)
+        if not fields[path].strip():
+            raise UserError(f"{table.file}:{line}: no path in the column {paths[0]}: expected the path of a video")
+        text = fields[label] if label is not None else ""
+        # With semicolons between fields, the decimal sign is a comma.
+        text = re.sub(r"^\s*([-+]?\d+),0{1,2}\s*$", r"\1", text) if table.delimiter == ";" else text
+        records.append((line, [fields[path], text]))
+    return _listing(table.file, records, options, anywhere=options.root is not None)
+
+
+def _check_fields(table: Table, line: int, fields: list[str]) -> None:
+    """Check that a record has as many fields as the header; empty ones at its end are dropped.
+
+    Raises:
+        UserError: it has not.
+    """
+    while len(fields) > len(table.header) and not fields[-1].strip():
+        fields.pop()
+    if len(fields) != len(table.header):
+        raise UserError(
+            f"{table.file}:{line}: {len(fields)} fields, expected {len(table.header)} as in the header; put a field "
+            "that holds the delimiter in quotes"
+        )
+
+
+def _kinetics(table: Table, options: ListOptions) -> Listing:
+    column = {name: number for number, name in enumerate(table.header)}
+    records = table.records
+    for line, fields in records:
+        _check_fields(table, line, fields)
+    if options.split and "split" in column:
+        wanted = _SPLITS[options.split]
+        records = [record for record in records if record[1][column["split"]].strip().startswith(wanted)]
+        if not records:
+            raise UserError(
+                f"{table.file} lists no videos of the split {options.split}: give --split one of the values of its "
+                "column `split`"
+            )
+    texts = [(line, fields[column["label"]].strip() if "label" in column else "") for line, fields in records]
+    labels, classes = _labels(table.file, texts, options.classes)
+    root = options.root or _folder_of(table.file)
+    finder = VideoFinder(table.file, root, anywhere=True, folders=classes)
+    rows = []
+    for (line, fields), (_, name), label in zip(records, texts, labels, strict=True):
+        start, end = (_seconds(table.file, line, fields[column[name]]) for name in ("time_start", "time_end"))
+        stem = f"{fields[column['youtube_id']].strip()}_{start:06d}_{end:06d}"
+        rows.append(finder.row(line, f"{stem}.mp4", label, name))
+    finder.log_found()
+    return Listing(rows, classes)
+
+
+def _seconds(file: str, line: int, text: str) -> int:
+    number = whole_number(text)
+    if number is None:
+        raise UserError(f"{file}:{line}: the time {text!r} is malformed: expected whole seconds")
+    return number
+
+
 def _something(file: str, options: ListOptions) -> Listing:
-    try:
-        entries = json.loads(_text(file))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from error
+    entries = _json(file)
     if not isinstance(entries, list) or not all(isinstance(entry, dict) and "id" in entry for entry in entries):
         raise UserError(
             f"{file} is not a list of Something-Something: expected [{{'id': ..., 'template': ...}}, ...]. Give the "
             "file of the class names (labels.json) with --classes"
         )
-    classes = _named_classes(options.classes or _beside(file, "labels.json", "something-something-v2-labels.json"))
+    beside = _beside(file, "labels.json", "something-something-v2-labels.json")
+    classes = _named_classes(options.classes or beside)
     templates = [re.sub(r"[\[\]]", "", entry.get("template", "")) for entry in entries]
     if any(templates) and not classes:
         classes = tuple(sorted(set(templates) - {""}))
-    found = _VideoFinder(options.root or _folder_of(file))
-    return Listing(
-        [
-            found.row(f"{entry['id']}.webm", _number(file, template, classes) if template else -1)
-            for entry, template in zip(entries, templates, strict=True)
-        ],
-        classes,
-    )
+    finder = VideoFinder(file, options.root or _folder_of(file), anywhere=True)
+    rows = [
+        finder.row(number, f"{entry['id']}.webm", _number(file, number, template, classes) if template else -1)
+        for number, (entry, template) in enumerate(zip(entries, templates, strict=True), start=1)
+    ]
+    finder.log_found()
+    return Listing(rows, classes)
 
 
-def _ucf(file: str, lines: list[tuple[int, str]], options: ListOptions) -> Listing:
-    classes = _named_classes(options.classes or _beside(file, "classInd.txt"))
-    videos = [line.split()[0] for _, line in lines]
-    folders = [posixpath.dirname(video) for video in videos]
+def _ucf(table: Table, videos: Sequence[str], options: ListOptions) -> Listing:
+    classes = _named_classes(options.classes or _beside(table.file, "classInd.txt"))
+    folders = [posixpath.basename(posixpath.dirname(video)) for video in videos]
     classes = classes or tuple(sorted(set(folders)))
-    found = _VideoFinder(options.root or _folder_of(file))
-    return Listing(
-        [
-            found.row(video, _number(file, folder, classes), video)
-            for video, folder in zip(videos, folders, strict=True)
-        ],
-        classes,
-    )
+    root = options.root or _folder_of(table.file)
+    finder = VideoFinder(table.file, root, anywhere=True, folders={*classes, *folders})
+    rows = [
+        finder.row(line, video, _number(table.file, line, folder, classes))
+        for (line, _), video, folder in zip(table.records, videos, folders, strict=True)
+    ]
+    finder.log_found()
+    return Listing(rows, classes)
 
 
-class _VideoFinder:
-    """Video files below a folder, by stem: official lists give file names, and folders differ between installations.
-
-    Raises:
-        UserError: the folder does not exist.
-    """
-
-    def __init__(self, root: str) -> None:
-        if not is_dir(root):
-            raise UserError(f"data.root {root} is not a folder: expected the folder that holds the videos of the list")
-        self.root = root
-        suffixes = VIDEO_SUFFIXES | IMAGE_SUFFIXES
-        paths = find_files(root, lambda path: posixpath.splitext(path)[1].lower() in suffixes)
-        self.by_stem = {posixpath.splitext(posixpath.basename(path))[0]: path for path in paths}
-
-    def row(self, video: str, label: int, name: str | None = None) -> Row:
-        """Row of a video, found by its stem anywhere below the root; a missing one gets the path `root/video`."""
-        stem = posixpath.splitext(posixpath.basename(video))[0]
-        path = self.by_stem.get(stem, join(self.root, video))
-        return Row(name=name or relative(path, self.root), path=absolute(path), label=label)
-
-
-def _row(root: str, path: str, label: int) -> Row:
-    whole = absolute(join(root, path))
-    return Row(name=relative(whole, absolute(root)), path=whole, label=label)
+def _first(fields: Sequence[str]) -> str:
+    """Path at the beginning of a record of UCF101 or HMDB51, which may have spaces; a number ends it."""
+    return " ".join(fields[:-1] if len(fields) > 1 and whole_number(fields[-1]) is not None else fields).strip()
 
 
 def _named_classes(file: str | None) -> tuple[str, ...]:
     """Read class names in the order of their labels; none if `file` is None.
 
-    Formats: a JSON object {name: number from 0}, lines `number name` with numbers from 1, or one name per line.
+    Formats: a JSON object {name: number from 0}; lines `number name`, `number,name` and the like with numbers from 0 or
+    1, with or without a header; or one name per line.
 
     Raises:
-        UserError: the file is malformed, or its numbers have gaps or repeat.
+        UserError: the file is malformed, its numbers have gaps or repeat, or a name repeats.
     """
     if file is None:
         return ()
-    text = _text(file)
     if posixpath.splitext(file)[1].lower() == ".json":
-        numbers: Any = json.loads(text)
-        if not isinstance(numbers, dict):
-            raise UserError(f"{file}: expected a JSON object of class names and numbers, {{name: number}}")
-        pairs = sorted((int(number), name) for name, number in numbers.items())
+        pairs = _classes_of_json(file)
     else:
-        split = [line.strip().partition(" ") for line in text.splitlines() if line.strip()]
-        if all(number.isdecimal() for number, _, _ in split):
-            pairs = sorted((int(number) - 1, name.strip()) for number, _, name in split)
+        lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+        if lines and re.fullmatch(r"(id|index|number|label)[\s,;]+(name|class|label)", lines[0], re.IGNORECASE):
+            lines = lines[1:]
+        split = [re.fullmatch(r"(\d+)(?:\s*[,;\t]\s*|\s+)(.+)", line) for line in lines]
+        numbered = [(int(found[1]), found[2].strip().strip('"')) for found in split if found]
+        if len(numbered) == len(lines):
+            first = min((number for number, _ in numbered), default=0)
+            pairs = sorted((number - min(first, 1), name) for number, name in numbered)
         else:
-            pairs = [(number, line.strip()) for number, line in enumerate(filter(str.strip, text.splitlines()))]
+            pairs = list(enumerate(lines))
     if [number for number, _ in pairs] != list(range(len(pairs))):
         raise UserError(f"{file}: the class numbers have gaps or repeat: expected consecutive numbers, each once")
-    return tuple(name for _, name in pairs)
+    names = [name for _, name in pairs]
+    twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
+    if twice is not None:
+        raise UserError(f"{file}: the class {twice!r} is named more than once: expected each name once")
+    return tuple(names)
 
 
-def _number(file: str, name: str, classes: tuple[str, ...]) -> int:
+def _classes_of_json(file: str) -> list[tuple[int, str]]:
+    numbers = _json(file)
+    values = list(numbers.values()) if isinstance(numbers, dict) else [None]
+    whole = [whole_number(str(value)) for value in values]
+    if not isinstance(numbers, dict) or None in whole:
+        raise UserError(f"{file}: expected a JSON object of class names and numbers, {{name: number}}")
+    return sorted((number, name) for number, name in zip(whole, numbers, strict=True) if number is not None)
+
+
+def _json(file: str) -> Any:
+    try:
+        return json.loads(read_text(file))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}:{error.lineno}: the file is not valid JSON: {error}") from error
+
+
+def _number(file: str, line: int, name: str, classes: tuple[str, ...]) -> int:
     try:
         return _numbers(classes)[name]
     except KeyError as error:
         raise UserError(
-            f"{file}: the class {name!r} is not one of the {len(classes)} known classes "
+            f"{file}:{line}: the class {name!r} is not one of the {len(classes)} known classes "
             f"({', '.join(classes[:3])} ...): give the class file that belongs to this list with --classes"
         ) from error
 
@@ -256,26 +416,3 @@ def _folder_of(file: str) -> str:
 def _beside(file: str, *names: str) -> str | None:
     candidates = [join(_folder_of(file), name) for name in names]
     return next((path for path in candidates if exists(path)), None)
-
-
-def _parse(file: str, header: list[str], lines: list[tuple[int, str]]) -> list[dict[str, str]]:
-    entries = []
-    for (number, _), values in zip(lines, csv.reader([line for _, line in lines]), strict=True):
-        if len(values) != len(header):
-            raise UserError(f"{file}:{number}: {len(values)} fields, expected {len(header)} as in the header")
-        entries.append(dict(zip(header, values, strict=True)))
-    return entries
-
-
-def _lines(file: str) -> list[tuple[int, str]]:
-    """Lines that are not empty, each with its number from 1."""
-    numbered = enumerate(_text(file).splitlines(), start=1)
-    return [(number, line.strip()) for number, line in numbered if line.strip()]
-
-
-def _text(file: str) -> str:
-    with open_file(file) as opened:
-        try:
-            return opened.read().decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file} is not a text file: expected a list of videos, or a folder of videos") from error

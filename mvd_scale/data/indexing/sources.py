@@ -1,28 +1,38 @@
 """Listing of the videos of a source: names, paths and labels, before any file is opened.
 
 folder, glob, single file -> every video and still image in it; labels from class folders
-text, csv, json           -> lists in the formats of public data sets, see `lists.py`
-tar                       -> members that are videos or still images
+text, csv, json           -> lists in the formats of public data sets, see `dataset_lists.py`
+tar                       -> members that are videos or still images, see `tars.py`
+
+Files that are hidden or made by a system are nothing (`filesystem.is_nothing`); of other files that are not taken, the
+log has the number.
 """
 
 from __future__ import annotations
 
+import logging
 import posixpath
-import tarfile
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from glob import glob, has_magic
 
-from mvd_scale.data.filesystem import IMAGE_SUFFIXES, VIDEO_SUFFIXES, exists, find_files, is_dir, open_file, relative
+from mvd_scale.data.filesystem import MEDIA_SUFFIXES, exists, find_files, is_dir, is_media, is_nothing, relative
 from mvd_scale.data.indexing.listing import Listing, ListOptions, merge_listings
 from mvd_scale.data.manifest import Row
 from mvd_scale.data.storage import absolute, filesystem_of, is_url
 from mvd_scale.errors import UserError
 
+log = logging.getLogger("mvd_scale")
+
 LIST_SUFFIXES = frozenset({".txt", ".csv", ".tsv", ".json", ".list"})
 
+_SHOWN = 6
+"""Largest number of suffixes that a message has."""
+
 SOURCE_FORMS = (
-    "a folder, a glob, a video, a list (`path label` lines; a csv with a header; the lists of Kinetics, "
+    "a folder, a glob, a video, a list (`path label` lines; a csv; the lists of Kinetics, "
     "Something-Something, UCF101 and HMDB51), a tar file, or an fsspec URL of one of these"
 )
 
@@ -52,40 +62,51 @@ def list_videos(sources: Sequence[str], options: ListOptions) -> Listing:
 
 def _list_one(source: str, options: ListOptions) -> Listing:
     from mvd_scale.data.indexing.dataset_lists import list_folds, read_list
+    from mvd_scale.data.indexing.tars import list_tar
 
     suffix = posixpath.splitext(source)[1].lower()
     if is_dir(source):
         folds = find_files(source, _is_fold)
         return list_folds(folds, source, options) if folds else _list_folder(source)
     if has_magic(source) and not exists(source):
-        paths = sorted(_glob(source))
+        paths = _glob(source)
         if not paths:
             raise UserError(f"no file matches {source}: expected a pattern such as 'videos/*/*.mp4', in quotes")
         if all(_is_fold(path) for path in paths):
             return list_folds(paths, posixpath.dirname(source), options)
+        if all(is_media(path) and not is_dir(path) for path in paths):
+            return _list_paths(paths, _fixed_part(source))
         return list_videos(paths, options)
     if not exists(source):
         raise UserError(f"data.source {source} does not exist: expected a manifest (.parquet), or {SOURCE_FORMS}")
     if suffix == ".tar":
-        return _list_tar(source)
+        return list_tar(source)
     if suffix in LIST_SUFFIXES:
         if _is_fold(source):
             return list_folds([source], posixpath.dirname(source), options)
         return read_list(source, options)
-    if suffix in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
+    if suffix in MEDIA_SUFFIXES:
         return Listing([Row(name=posixpath.basename(source), path=absolute(source))])
     raise UserError(f"{source} cannot be indexed: expected {SOURCE_FORMS}")
 
 
 def _list_folder(folder: str) -> Listing:
     """Videos below a folder, sorted by name; with labels if every video lies in a sub-folder, which names its class."""
-    paths = find_files(folder, _is_video)
+    files = find_files(folder, lambda _: True)
+    paths = [path for path in files if is_media(path)]
+    others = count_by_kind(path for path in files if not is_media(path))
     if not paths:
+        holds = f", which holds {others}" if others else ""
         raise UserError(
-            f"no videos in the folder {folder}: expected files with one of the suffixes "
-            f"{' '.join(sorted(VIDEO_SUFFIXES | IMAGE_SUFFIXES))} in it or in its sub-folders. Give the folder that "
-            "holds the videos"
+            f"no videos in the folder {folder}{holds}: expected files with one of the suffixes "
+            f"{' '.join(sorted(MEDIA_SUFFIXES))} in it or in its sub-folders. Give the folder that holds the videos"
         )
+    if others:
+        log.info("%d files of %s are not taken, by their suffixes: %s", len(files) - len(paths), folder, others)
+    return _list_paths(paths, folder)
+
+
+def _list_paths(paths: Sequence[str], folder: str) -> Listing:
     names = [relative(path, folder) for path in paths]
     rows = [_with_valid_name(Row(name=name, path=absolute(path))) for name, path in zip(names, paths, strict=True)]
     names = [row.name for row in rows]
@@ -96,37 +117,12 @@ def _list_folder(folder: str) -> Listing:
     return Listing([replace(row, label=number[row.name.split("/")[0]]) for row in rows], tuple(classes))
 
 
-def _list_tar(path: str) -> Listing:
-    """Members of a tar file that are videos; labels from `.cls` members of the same stem (WebDataset)."""
-    rows, labels = [], {}
-    try:
-        with open_file(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            for member in archive:
-                stem, suffix = posixpath.splitext(member.name)
-                if member.isreg() and not member.issparse():
-                    if _is_video(member.name):
-                        rows.append(
-                            Row(name=member.name, path=absolute(path), offset=member.offset_data, size=member.size)
-                        )
-                    elif suffix == ".cls":
-                        content = archive.extractfile(member)
-                        assert content is not None
-                        labels[stem] = content.read(64).decode(errors="replace").strip()
-    except tarfile.TarError as error:
-        raise UserError(
-            f"{path} cannot be read as a tar file: {error}. Expected an uncompressed tar file: videos are read from it "
-            "by byte offset"
-        ) from error
-    if not rows:
-        raise UserError(
-            f"no videos in {path}: expected members with one of the suffixes "
-            f"{' '.join(sorted(VIDEO_SUFFIXES | IMAGE_SUFFIXES))}"
-        )
-    for stem, label in labels.items():
-        if not label.isdecimal():
-            raise UserError(f"{path}: {stem}.cls holds {label!r}: expected the number of a class, from 0 on")
-    stems = [posixpath.splitext(row.name)[0] for row in rows]
-    return Listing([replace(row, label=int(labels.get(stem, -1))) for row, stem in zip(rows, stems, strict=True)])
+def count_by_kind(paths: Iterable[str]) -> str:
+    """Numbers of files by suffix, the most frequent first, in words; empty if there are none."""
+    counts = Counter(posixpath.splitext(path)[1].lower() or "no suffix" for path in paths).most_common()
+    rest = sum(count for _, count in counts[_SHOWN:])
+    shown = [f"{count} {suffix}" for suffix, count in counts[:_SHOWN]]
+    return ", ".join(shown + [f"{rest} others"] * bool(rest))
 
 
 def _with_valid_name(row: Row) -> Row:
@@ -139,15 +135,22 @@ def _with_valid_name(row: Row) -> Row:
     return row
 
 
-def _glob(pattern: str) -> Iterable[str]:
+def _glob(pattern: str) -> list[str]:
+    """Paths that match a pattern, sorted; those that are nothing only if the pattern has their names."""
     if is_url(pattern):
         filesystem, inner = filesystem_of(pattern)
-        return [filesystem.unstrip_protocol(path) for path in filesystem.glob(inner)]
-    return glob(pattern, recursive=True)
+        paths = [str(filesystem.unstrip_protocol(path)) for path in filesystem.glob(inner)]
+        return sorted(path for path in paths if not is_nothing(relative(path, _fixed_part(pattern))))
+    start = _fixed_part(pattern)
+    wished = "/." in pattern.removeprefix(start)
+    return sorted(path for path in glob(pattern, recursive=True) if wished or not is_nothing(path.removeprefix(start)))
 
 
-def _is_video(path: str) -> bool:
-    return posixpath.splitext(path)[1].lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES
+def _fixed_part(pattern: str) -> str:
+    """The folders at the beginning of a glob that have no magic; the current folder if there are none."""
+    found = re.search(r"[*?\[]", pattern)
+    assert found is not None
+    return posixpath.dirname(pattern[: found.start()]) or "."
 
 
 def _is_fold(path: str) -> bool:

@@ -163,16 +163,18 @@ def test_roles_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     assert not out.exists()
 
 
-@pytest.mark.parametrize(("positions", "family"), [(None, "mvd"), ("sinusoid", "videomae")])
+@pytest.mark.parametrize(("positions", "family"), [("sincos3d", "mvd"), ("sinusoid", "videomae")])
 def test_fine_tuned_files_of_videomae_and_mvd_differ_by_the_hint_alone(
-    tmp_path: Path, positions: str | None, family: str
+    tmp_path: Path, positions: str, family: str
 ) -> None:
-    config = VIDEO.model_copy(update={"positions": positions or "sincos3d"})
+    config = VIDEO.model_copy(update={"positions": positions})
     save_weights(tmp_path / "native.safetensors", Classifier(config, 5).state_dict(), config)
     export_checkpoint(read_checkpoint(tmp_path / "native.safetensors"), family, tmp_path / "out.pth")
     hints = Hints(heads=2, frames=4, input_size=32, positions=positions)  # type: ignore[arg-type]
     checkpoint = read_checkpoint(tmp_path / "out.pth", hints)
     assert (checkpoint.format, checkpoint.model, checkpoint.classes) == (family, config, 5)
+    with pytest.raises(UserError, match=r"fine-tuned classifier of MVD or of VideoMAE.*say which with --positions"):
+        read_checkpoint(tmp_path / "out.pth", Hints(heads=2, frames=4, input_size=32))
 
 
 @pytest.mark.parametrize(("frames", "side"), [(4, 64), (16, 32), (64, 16)])

@@ -8,7 +8,7 @@ import pytest
 
 from mvd_scale.config.pipeline import EvaluateStage, TrainStage, list_pipelines, load_pipeline, references
 from mvd_scale.errors import UserError
-from mvd_scale.pipelines.runner import stage_recipe
+from mvd_scale.pipelines.runner import run_pipeline, stage_recipe
 
 TWO = """
 folder: out
@@ -70,3 +70,21 @@ def test_views_of_a_test_change_only_what_they_name(tmp_path: Path) -> None:
     stage = EvaluateStage.model_validate(load_pipeline(written(tmp_path, text)).resolved("test"))
     assert stage.views is not None
     assert stage.views.model_dump(exclude_unset=True) == {"crops": 1}
+
+
+@pytest.mark.parametrize(
+    ("hosts", "said"),
+    [
+        ("a slots=2\nb\n", r"hostfile .*hosts:2: 'b' is malformed"),
+        ("a slots=5\nb slots=2\n", r"cannot be split over 7 ranks"),
+    ],
+)
+def test_a_hostfile_is_read_before_the_first_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hosts: str, said: str
+) -> None:
+    monkeypatch.setattr("mvd_scale.pipelines.runner.signal.signal", lambda *_: None)
+    (tmp_path / "hosts").write_text(hosts)
+    text = TWO.replace("folder: out", f"folder: {tmp_path}/out\nhostfile: {tmp_path}/hosts")
+    with pytest.raises(UserError, match=said):
+        run_pipeline(load_pipeline(written(tmp_path, text)))
+    assert not (tmp_path / "out").exists()

@@ -46,3 +46,12 @@ def test_a_test_may_leave_classes_out_but_not_name_others() -> None:
     check_labels(manifest([1], ("run", "swim")), 2, "validation.source", like=learnt)
     with pytest.raises(UserError, match=r"class 0 is 'jump' here, but 'run'"):
         check_labels(manifest([1], ("jump", "swim")), 2, "validation.source", like=learnt)
+
+
+@pytest.mark.parametrize(("here", "there"), [("names", "numbers"), ("numbers", "names")])
+def test_names_are_not_compared_with_numbers(here: str, there: str) -> None:
+    named, numbered = manifest([0, 1], ("run", "swim")), manifest([0, 1])
+    tested, learnt = (named, numbered) if here == "names" else (numbered, named)
+    with pytest.raises(UserError, match=f"the classes are {here} here, but {there} in the training videos"):
+        check_labels(tested, 2, "validation.source", like=learnt)
+    check_labels(numbered, 2, "validation.source", like=numbered)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import tarfile
 from pathlib import Path
@@ -66,6 +67,9 @@ def test_globs(tmp_path):
     touch(tmp_path, "x/a.mp4", "y/b.mp4", "y/c.txt")
     listing = list_videos([f"{tmp_path}/*/*.mp4"], ListOptions())
     assert [row.path for row in listing.rows] == [str(tmp_path / "x/a.mp4"), str(tmp_path / "y/b.mp4")]
+    assert [(row.name, row.label) for row in listing.rows] == [("x/a.mp4", 0), ("y/b.mp4", 1)]
+    assert listing.classes == ("x", "y")
+    assert listed(f"{tmp_path}/x/*.mp4") == ([("a.mp4", -1)], ())
     with pytest.raises(UserError, match="no file matches"):
         list_videos([f"{tmp_path}/*/*.webm"], ListOptions())
 
@@ -171,6 +175,76 @@ def test_tar_files_and_labels_of_webdataset(tmp_path):
     (tmp_path / "bad.tar").write_bytes(b"not a tar" * 200)
     with pytest.raises(UserError, match="cannot be read as a tar file"):
         list_videos([str(tmp_path / "bad.tar")], ListOptions())
+
+
+def tar(path: Path, **members: str) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content.encode()))
+    return path
+
+
+def test_a_key_of_webdataset_ends_at_the_first_dot(tmp_path, caplog):
+    members = {
+        "./a/0.left.mp4": "x",
+        "a/0.cls": "3",
+        "1.mp4": "x",
+        "1.seg.cls": "4.0",
+        "v1.5.mp4": "x",
+        "v1.6.mp4": "x",
+    }
+    labels = {"v1.5.cls": "7", "v1.6.cls": "8"}
+    path = tar(tmp_path / "s.tar", **members, **labels)
+    assert [label for _, label in listed(path)[0]] == [3, 4, 7, 8]
+    path = tar(tmp_path / "s.tar", **{"a/0.left.mp4": "x", "a/0.cls": "3", "b/0.mp4": "x", "c/9.json": "{}"})
+    with caplog.at_level(logging.INFO, logger="mvd_scale"):
+        assert listed(path)[0] == [("a/0.left.mp4", 3), ("b/0.mp4", -1)]
+    assert "1 members of" in caplog.text
+    assert "describe videos that it does not hold, such as c/9.json" in caplog.text
+    assert "1 of 2 videos of" in caplog.text
+    assert "have no label, because a .cls member of the same key is missing, such as b/0.mp4" in caplog.text
+    path = tar(tmp_path / "s.tar", **{"0.mp4": "x", "0.a.cls": "3", "0.b.cls": "4"})
+    with pytest.raises(UserError, match=r"0.mp4 has several labels, \[3, 4\]"):
+        listed(path)
+    with pytest.raises(UserError, match=r"0.cls holds 'cat': expected the number of a class"):
+        listed(tar(tmp_path / "s.tar", **{"0.mp4": "x", "0.cls": "cat"}))
+
+
+HIDDEN = (
+    "__MACOSX/run/._a.mp4",
+    "run/._a.mp4",
+    "run/.hidden.mp4",
+    "run/.ipynb_checkpoints/a.mp4",
+    "@eaDir/a.mp4/s.jpg",
+)
+
+
+def test_hidden_files_and_those_of_systems_are_nothing(tmp_path):
+    source = tmp_path / ".cache" / "set"
+    touch(source, "run/a.mp4", "walk/b.mp4", *HIDDEN)
+    expected = ([("run/a.mp4", 0), ("walk/b.mp4", 1)], ("run", "walk"))
+    assert listed(source) == expected
+    assert listed(f"{source}/**/*.mp4") == expected
+    memory = fsspec.filesystem("memory")
+    for name in ("run/a.mp4", "walk/b.mp4", *HIDDEN):
+        memory.pipe_file(f"/hidden/{name}", b"x")
+    assert listed("memory://hidden") == expected
+    path = tar(tmp_path / "s.tar", **dict.fromkeys(("./run/a.mp4", *HIDDEN), "x"))
+    assert [name for name, _ in listed(path)[0]] == ["./run/a.mp4"]
+    assert listed(f"{source}/run/.hidden.*")[0] == [(".hidden.mp4", -1)]
+
+
+def test_files_that_are_not_taken_are_counted_by_kind(tmp_path, caplog):
+    touch(tmp_path, "v/a.mp4", "v/b.gif", "v/c.txt", "v/d.txt", "v/e.npy", "v/README")
+    with caplog.at_level(logging.INFO, logger="mvd_scale"):
+        assert [name for name, _ in listed(tmp_path / "v")[0]] == ["a.mp4", "b.gif"]
+    assert "4 files of" in caplog.text
+    assert "are not taken, by their suffixes: 2 .txt, 1 no suffix, 1 .npy" in caplog.text
+    touch(tmp_path, "w/a.txt", "w/b.heic")
+    with pytest.raises(UserError, match=r"no videos in the folder .*w, which holds 1 .txt, 1 .heic: expected"):
+        listed(tmp_path / "w")
 
 
 def test_urls(tmp_path):

@@ -1,0 +1,125 @@
+"""Listing of the videos of a tar file, with the labels that lie beside them as in WebDataset.
+
+The members of one sample have one key: their folder and their name up to its first dot. `000.video.mp4` and `000.cls`
+are the sample `000`.
+"""
+
+from __future__ import annotations
+
+import logging
+import posixpath
+import tarfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from mvd_scale.data.filesystem import MEDIA_SUFFIXES, is_media, is_nothing, open_file
+from mvd_scale.data.indexing.list_tables import label_number
+from mvd_scale.data.indexing.listing import Listing
+from mvd_scale.data.manifest import Row
+from mvd_scale.data.storage import absolute
+from mvd_scale.errors import UserError
+
+log = logging.getLogger("mvd_scale")
+
+_LABEL = ".cls"
+_BESIDE = frozenset({_LABEL, ".json", ".txt"})
+"""Suffixes of members that describe a video of the same key; labels are taken from `.cls`."""
+
+
+@dataclass
+class _Members:
+    """Members of a tar file that matter."""
+
+    videos: list[Row] = field(default_factory=list)
+    """Rows without labels."""
+
+    labels: dict[str, str] = field(default_factory=dict)
+    """Contents of label files, by name without suffix."""
+
+    beside: list[str] = field(default_factory=list)
+    """Names of all members that describe a video."""
+
+
+def list_tar(path: str) -> Listing:
+    """Videos and still images of a tar file, with the label of the `.cls` member of the same key.
+
+    Raises:
+        UserError: the file is no uncompressed tar file or holds no videos, a label is no number, or the videos of one
+            key have several labels.
+    """
+    members = _read(path)
+    if not members.videos:
+        raise UserError(
+            f"no videos in {path}: expected members with one of the suffixes {' '.join(sorted(MEDIA_SUFFIXES))}"
+        )
+    labels = {stem: _label(path, stem, text) for stem, text in members.labels.items()}
+    rows = _labelled(path, members.videos, labels)
+    _log_lonely(path, rows, members.beside)
+    return Listing(rows)
+
+
+def _read(path: str) -> _Members:
+    members = _Members()
+    try:
+        with open_file(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            for member in archive:
+                if not member.isreg() or member.issparse() or is_nothing(member.name):
+                    continue
+                stem, suffix = posixpath.splitext(member.name)
+                if is_media(member.name):
+                    video = Row(member.name, absolute(path), offset=member.offset_data, size=member.size)
+                    members.videos.append(video)
+                elif suffix in _BESIDE:
+                    members.beside.append(member.name)
+                if suffix == _LABEL:
+                    content = archive.extractfile(member)
+                    assert content is not None
+                    members.labels[stem] = content.read(64).decode(errors="replace").strip()
+    except tarfile.TarError as error:
+        raise UserError(
+            f"{path} cannot be read as a tar file: {error}. Expected an uncompressed tar file: videos are read from it "
+            "by byte offset"
+        ) from error
+    return members
+
+
+def _label(path: str, stem: str, text: str) -> int:
+    number = label_number(text)
+    if number is None or not text:
+        raise UserError(f"{path}: {stem}.cls holds {text!r}: expected the number of a class, from 0 on")
+    return number
+
+
+def _labelled(path: str, videos: Sequence[Row], labels: Mapping[str, int]) -> list[Row]:
+    """Rows with labels: of the member that has the whole name of the video but the suffix, else of that of its key."""
+    keyed: dict[str, set[int]] = {}
+    for stem, label in labels.items():
+        keyed.setdefault(_key(stem), set()).add(label)
+    rows = []
+    for video in videos:
+        stem = posixpath.splitext(video.name)[0]
+        choice = {labels[stem]} if stem in labels else keyed.get(_key(video.name), {-1})
+        if len(choice) > 1:
+            raise UserError(
+                f"{path}: {video.name} has several labels, {sorted(choice)}: expected one .cls member for the key "
+                f"{_key(video.name)}, which ends at the first dot of a name"
+            )
+        rows.append(replace(video, label=min(choice)))
+    return rows
+
+
+def _log_lonely(path: str, rows: Sequence[Row], beside: Sequence[str]) -> None:
+    """Log descriptions without a video, and videos without a label where others have one."""
+    keys = {_key(row.name) for row in rows}
+    lonely = [name for name in beside if _key(name) not in keys]
+    if lonely:
+        log.warning("%d members of %s describe videos that it does not hold, such as %s", len(lonely), path, lonely[0])
+    unlabelled = [row.name for row in rows if row.label < 0]
+    if 0 < len(unlabelled) < len(rows):
+        text = "%d of %d videos of %s have no label, because a .cls member of the same key is missing, such as %s"
+        log.warning(text, len(unlabelled), len(rows), path, unlabelled[0])
+
+
+def _key(name: str) -> str:
+    folder, base = posixpath.split(posixpath.normpath(name))
+    return posixpath.join(folder, base.partition(".")[0])
