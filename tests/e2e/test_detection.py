@@ -30,7 +30,7 @@ data: {{stride: 6, mask: null, workers: 0, crop: {{kind: short_side, sides: [64,
 detector: {{classes: 5, init_scale: 1.0, from_scratch: true}}
 key_frames: {{annotations: unused, starts_at: 900}}
 training:
-  {{epochs: 12, global_batch: 12, micro_batch: 3, base_lr: 4e-2, warmup_epochs: 1, layer_decay: 1.0, deepspeed: zero2}}
+  {{epochs: 36, global_batch: 12, micro_batch: 3, base_lr: 4e-2, warmup_epochs: 1, layer_decay: 1.0, deepspeed: zero2}}
 checkpoints: {{every_epochs: null, every_steps: 10, keep: 2}}
 logging: {{every_steps: 1, tensorboard: false}}
 """
@@ -55,7 +55,7 @@ def start(tmp_path: Path, ava: Path) -> Callable[..., list[str | Path]]:
     recipe.write_text(RECIPE)
     files = {"annotations": "test.csv", "boxes": "people.csv", "actions": "actions.pbtxt"}
     validation = {name: str(ava / file) for name, file in files.items()}
-    validation |= {"source": str(ava / "test"), "starts_at": 900, "short_side": 64, "every_epochs": 6}
+    validation |= {"source": str(ava / "test"), "starts_at": 900, "short_side": 64, "every_epochs": 18}
 
     def command(folder: str, *others: str) -> list[str | Path]:
         places = {
@@ -76,7 +76,7 @@ def test_it_learns_and_a_killed_run_ends_where_one_ends_that_was_left_alone(
     code, output = jobs.run(*start("alone"), ranks=2)
     assert code == 0, output
     losses = [json.loads(line)["loss"] for line in (tmp_path / "alone" / "metrics.jsonl").read_text().splitlines()]
-    assert len(losses) == 36
+    assert len(losses) == 108
     assert sum(losses[-8:]) < 0.85 * sum(losses[:8])
 
     process = jobs.start(*start("killed"), ranks=2)

@@ -19,7 +19,7 @@ from mvd_scale.data.decoding import pyav as decode
 from mvd_scale.data.generated.sample_clips import write_sample_clips
 from mvd_scale.data.indexing.build import build_manifest
 from mvd_scale.data.loaders.view_loader import ViewLoader, ViewShape, view_items
-from mvd_scale.data.manifest import Manifest
+from mvd_scale.data.manifest import Manifest, Row
 from mvd_scale.data.sampling.eval_views import view_frame_indices
 from mvd_scale.distributed.data_rank import DataRank
 from mvd_scale.performance.benchmarks.baselines import loaders as baseline_loaders
@@ -88,9 +88,12 @@ def test_the_frames_that_are_told_are_those_that_are_decoded(
 def test_ours_decodes_a_video_once_for_all_views(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     count, plainly = [0], decode._decode
 
-    def counting(stream: Any, *others: Any) -> Any:
+    def counting(video: Row, stream: Any, *others: Any, **options: Any) -> Any:
         class Context:
             skip_frame = "DEFAULT"
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(stream.codec_context, name)
 
             def decode(self, packet: av.Packet | None) -> list[av.VideoFrame]:
                 stream.codec_context.skip_frame = self.skip_frame
@@ -98,7 +101,7 @@ def test_ours_decodes_a_video_once_for_all_views(manifest: Manifest, monkeypatch
                 count[0] += len(frames)
                 return frames
 
-        return plainly(SimpleNamespace(codec_context=Context()), *others)
+        return plainly(video, SimpleNamespace(codec_context=Context()), *others, **options)
 
     monkeypatch.setattr(decode, "_decode", counting)
     places = view_frame_indices(VIEWS, int(manifest.frames[0]), frames=T)
