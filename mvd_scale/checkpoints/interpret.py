@@ -73,7 +73,8 @@ def _refuse_foreign(source: RawCheckpoint, tensors: Mapping[str, Tensor], hints:
 def _ambiguous(source: RawCheckpoint) -> UserError:
     return UserError(
         f"{source.path} is a fine-tuned classifier of MVD or of VideoMAE, whose files are alike, but whose code adds "
-        "different position tables: say which with --positions sincos3d (MVD) or --positions sinusoid (VideoMAE). "
+        "different position tables: say which with --positions sincos3d (MVD) or --positions sinusoid (VideoMAE), or "
+        "by training.initial_positions in a recipe. "
         "`mvd-scale import FILE --as classifier --positions TABLE --out NEW` writes a file that every command reads"
     )
 

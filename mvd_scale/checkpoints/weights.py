@@ -16,6 +16,7 @@ from mvd_scale.checkpoints.interpret import interpret
 from mvd_scale.checkpoints.native import save_weights
 from mvd_scale.checkpoints.reading import read_raw_checkpoint
 from mvd_scale.config import DetectorConfig, HeadConfig, ModelConfig
+from mvd_scale.config.model import Positions
 from mvd_scale.errors import UserError
 from mvd_scale.models import Classifier, Encoder, Student
 from mvd_scale.models.detector import Detector
@@ -141,17 +142,22 @@ def load_encoder(
     return encoder
 
 
-def load_initial_encoder(encoder: Encoder, path: Path) -> None:
+def load_initial_encoder(encoder: Encoder, path: Path, positions: Positions | None = None) -> None:
     """Load the weights from which the training of an encoder starts; an image model is inflated to clips.
 
     The encoder keeps its own positions and, if the checkpoint has no final norm, its own final norm. A class token or
     final norm of the checkpoint is ignored if the encoder has none.
 
+    Args:
+        encoder: encoder to fill.
+        path: file or folder, see `read_checkpoint`.
+        positions: position table of the checkpoint's training, for a file that does not tell.
+
     Raises:
         UserError: see `read_checkpoint`; tensors do not fit, and the message names each of them; or the weights were
             trained with another number of heads or other positions, which the shapes of tensors do not show.
     """
-    checkpoint, model = read_checkpoint(path), encoder.config
+    checkpoint, model = read_checkpoint(path, Hints(positions=positions)), encoder.config
     tubelet = model.tubelet if checkpoint.model.frames == 1 and model.frames > 1 else None
     _check_arithmetic(checkpoint, model, inflated=tubelet is not None)
     checkpoint = adapt(checkpoint, frames=model.frames, input_size=model.input_size, tubelet=tubelet)

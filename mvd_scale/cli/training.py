@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from mvd_scale.cli.options import WITH_OVERRIDES, overrides_argument
+from mvd_scale.cli.options import WITH_OVERRIDES, overrides_argument, positions_option
+
+if TYPE_CHECKING:
+    from mvd_scale.config.model import Positions
 
 
 @click.command(context_settings=WITH_OVERRIDES)
@@ -49,7 +53,10 @@ def finetune(recipe: str, overrides: tuple[str, ...]) -> None:
 @click.option(
     "--folder", type=click.Path(path_type=Path), default=Path("runs/mine"), show_default=True, help="Run folder."
 )
-def propose(source: str, encoder: Path, out: Path, validation: str | None, folder: Path) -> None:
+@positions_option
+def propose(
+    source: str, encoder: Path, out: Path, validation: str | None, folder: Path, positions: Positions | None
+) -> None:
     """Write a recipe that fine-tunes an encoder on the labelled videos of SOURCE, suited to their number and length.
 
     SOURCE is a folder with one sub-folder per class, a CSV file of paths and labels, or any other source that
@@ -57,16 +64,17 @@ def propose(source: str, encoder: Path, out: Path, validation: str | None, folde
     """
     import tempfile
 
-    from mvd_scale.checkpoints import read_checkpoint
+    from mvd_scale.checkpoints import Hints, read_checkpoint
     from mvd_scale.config.data import DataConfig
     from mvd_scale.data.indexing.build import load_source
-    from mvd_scale.training.finetuning.recipe_proposal import propose_recipe
+    from mvd_scale.training.finetuning.recipe_proposal import InitialEncoder, propose_recipe
     from mvd_scale.utils.io import write_atomic
 
-    model = read_checkpoint(encoder).model
+    model = read_checkpoint(encoder, Hints(positions=positions)).model
     with tempfile.TemporaryDirectory() as scratch:
         manifest = load_source(DataConfig(source=source), Path(scratch))
-    proposal = propose_recipe(manifest, model, source=source, encoder=encoder, validation=validation, folder=folder)
+    weights = InitialEncoder(encoder, positions)
+    proposal = propose_recipe(manifest, model, source=source, weights=weights, validation=validation, folder=folder)
     command = f"launch/single_node.sh finetune --recipe {out}"
     write_atomic(out, proposal.to_yaml(command))
     click.echo(f"{out}: {proposal.title}\nStart it: {command}")

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from mvd_scale.config.model import Positions
 from mvd_scale.config.section import Section
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -35,6 +36,10 @@ class TrainingConfig(Section):
     initial_encoder: Path | None = None
     """Initial weights of the encoder, in any format that `mvd-scale inspect` knows; random weights if omitted. An image
     model is inflated to clips; decoders start with random weights."""
+
+    initial_positions: Positions | None = None
+    """Position table with which `initial_encoder` was trained, for a file that does not tell: a fine-tuned classifier
+    of MVD (`sincos3d`) or VideoMAE (`sinusoid`)."""
 
     base_lr: float = Field(gt=0)
     """Peak learning rate for a global batch of 256; scaled linearly with the batch."""

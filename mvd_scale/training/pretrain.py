@@ -65,8 +65,9 @@ class Pretraining(TrainingJob[Recipe]):
         self.targets = load_targets(recipe)
         self.placement = make_placement(recipe, self.targets, ranks)
         student = Student.from_recipe(recipe, self.targets)
-        if recipe.training.initial_encoder is not None:
-            load_initial_encoder(student.encoder, recipe.training.initial_encoder)
+        training = recipe.training
+        if training.initial_encoder is not None:
+            load_initial_encoder(student.encoder, training.initial_encoder, training.initial_positions)
         run_on_rank0(
             ranks,
             "fidelity",

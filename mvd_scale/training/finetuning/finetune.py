@@ -89,7 +89,7 @@ class FinetuneTask(TrainingJob[AnyRecipe]):
         training = self.recipe.training
         model = self.create_model()
         if training.initial_encoder is not None:
-            load_initial_encoder(model.encoder, training.initial_encoder)
+            load_initial_encoder(model.encoder, training.initial_encoder, training.initial_positions)
         self.averaged = copy.deepcopy(model).to(ranks.device) if training.ema_decay else None
         depth, decay = len(model.encoder.blocks), training.layer_decay
         groups = parameter_groups(model, training.weight_decay, lambda name: layer_scale(name, depth, decay))

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
 
-from mvd_scale.config.model import ModelConfig
+from mvd_scale.config.model import ModelConfig, Positions
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.evaluation.labels import check_labels, class_count
 
@@ -68,8 +68,23 @@ def _inline(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf).splitlines()[0]
 
 
+class InitialEncoder(NamedTuple):
+    """Weights from which a fine-tuning starts."""
+
+    path: Path
+
+    positions: Positions | None = None
+    """Position table of their training, for a file that does not tell."""
+
+
 def propose_recipe(
-    manifest: Manifest, model: ModelConfig, *, source: str, encoder: Path, validation: str | None, folder: Path
+    manifest: Manifest,
+    model: ModelConfig,
+    *,
+    source: str,
+    weights: InitialEncoder,
+    validation: str | None,
+    folder: Path,
 ) -> RecipeProposal:
     """Propose settings for labelled videos.
 
@@ -77,7 +92,7 @@ def propose_recipe(
         manifest: the training videos.
         model: shape of the pre-trained encoder.
         source: source of the videos, for the recipe.
-        encoder: path of the pre-trained weights.
+        weights: the pre-trained weights.
         validation: source of videos that are evaluated after every epoch, or None.
         folder: folder of the run.
 
@@ -101,7 +116,8 @@ def propose_recipe(
     epochs = _epochs(videos, steps)
     data, test, why = _clips(frames, model.frames)
     training: dict[str, Any] = {
-        "initial_encoder": str(encoder),
+        "initial_encoder": str(weights.path),
+        **({} if weights.positions is None else {"initial_positions": weights.positions}),
         "epochs": epochs,
         "warmup_epochs": min(5, epochs // 10),
         "global_batch": 2 * batch,

@@ -20,6 +20,7 @@ from mvd_scale.checkpoints import (
     to_published,
 )
 from mvd_scale.checkpoints.native import save_weights
+from mvd_scale.checkpoints.weights import load_initial_encoder
 from mvd_scale.config import DecoderConfig, ModelConfig
 from mvd_scale.errors import UserError
 from mvd_scale.models import Classifier, Encoder, Student
@@ -175,6 +176,21 @@ def test_fine_tuned_files_of_videomae_and_mvd_differ_by_the_hint_alone(
     assert (checkpoint.format, checkpoint.model, checkpoint.classes) == (family, config, 5)
     with pytest.raises(UserError, match=r"fine-tuned classifier of MVD or of VideoMAE.*say which with --positions"):
         read_checkpoint(tmp_path / "out.pth", Hints(heads=2, frames=4, input_size=32))
+
+
+def test_training_starts_from_a_fine_tuned_file_whose_positions_the_recipe_states(tmp_path: Path) -> None:
+    config = ModelConfig(width=384, depth=1, heads=6, frames=4, input_size=32)
+    classifier = Classifier(config, 5)
+    save_weights(tmp_path / "native.safetensors", classifier.state_dict(), config)
+    export_checkpoint(read_checkpoint(tmp_path / "native.safetensors"), "mvd", tmp_path / "out.pth")
+    encoder = Encoder(config, final_norm=False)
+    with pytest.raises(UserError, match=r"by training\.initial_positions in a recipe"):
+        load_initial_encoder(encoder, tmp_path / "out.pth")
+    with pytest.raises(UserError, match=r"with positions sinusoid, the recipe has model\.positions sincos3d"):
+        load_initial_encoder(encoder, tmp_path / "out.pth", "sinusoid")
+    load_initial_encoder(encoder, tmp_path / "out.pth", "sincos3d")
+    for name, tensor in classifier.encoder.state_dict().items():
+        assert torch.equal(encoder.state_dict()[name], tensor)
 
 
 @pytest.mark.parametrize(("frames", "side"), [(4, 64), (16, 32), (64, 16)])

@@ -9,7 +9,7 @@ import pytest
 from mvd_scale.config import FinetuneRecipe, ModelConfig, load_finetune_recipe
 from mvd_scale.data.manifest import Manifest, Row
 from mvd_scale.errors import UserError
-from mvd_scale.training.finetuning.recipe_proposal import propose_recipe
+from mvd_scale.training.finetuning.recipe_proposal import InitialEncoder, propose_recipe
 
 
 def recipe(folder: Path, videos: int, frames: int, size: str = "B", classes: int = 3) -> FinetuneRecipe:
@@ -18,7 +18,7 @@ def recipe(folder: Path, videos: int, frames: int, size: str = "B", classes: int
         Manifest.from_rows(rows),
         ModelConfig(size=size),
         source="videos",
-        encoder=Path("encoder.safetensors"),
+        weights=InitialEncoder(Path("encoder.safetensors")),
         validation="held_out",
         folder=folder / "run",
     )
@@ -48,7 +48,7 @@ def test_its_head_tests_the_best_epoch_where_a_third_set_chooses_it_and_else_the
             Manifest.from_rows(rows),
             ModelConfig(size="S"),
             source="videos",
-            encoder=Path("e"),
+            weights=InitialEncoder(Path("e")),
             validation=validation,
             folder=Path("runs/mine"),
         )
@@ -87,7 +87,7 @@ def test_a_class_without_videos_is_said(tmp_path: Path) -> None:
             Manifest.from_rows(rows),
             ModelConfig(size="S"),
             source="videos",
-            encoder=Path("e"),
+            weights=InitialEncoder(Path("e")),
             validation=None,
             folder=tmp_path,
         )
@@ -98,7 +98,12 @@ def test_long_paths_stay_whole_and_an_image_encoder_is_given_clips(tmp_path: Pat
     rows = [Row(name=f"{k}", path=f"/v/{k}", label=k % 2, frames=100) for k in range(40)]
     image = ModelConfig(size="B", frames=1, tubelet=1, positions="sincos2d", class_token=True)
     made = propose_recipe(
-        Manifest.from_rows(rows), image, source=source, encoder=Path("mae_b.pth"), validation=None, folder=tmp_path
+        Manifest.from_rows(rows),
+        image,
+        source=source,
+        weights=InitialEncoder(Path("mae_b.pth")),
+        validation=None,
+        folder=tmp_path,
     )
     (tmp_path / "mine.yaml").write_text(made.to_yaml("mvd-scale finetune"))
     loaded = load_finetune_recipe(tmp_path / "mine.yaml")
