@@ -14,7 +14,10 @@ RUN = ("timeit", "-n", "1", "-r", "1")
 
 
 def test_every_rank_has_its_environment_and_all_outputs_come_back(fork_server: ForkServer) -> None:
-    words = "import os; print(os.environ['RANK'], os.environ['LOCAL_RANK'], os.environ['GIVEN'])"
+    # In one write, since the ranks share the pipe and may print at the same time.
+    words = (
+        "import os; os.write(1, (' '.join(os.environ[n] for n in ('RANK', 'LOCAL_RANK', 'GIVEN')) + chr(10)).encode())"
+    )
     code, output = fork_server.run(*RUN, words, ranks=[1, 2], env={"GIVEN": "yes"})
     assert code == 0
     assert {"0 0 yes", "1 1 yes", "2 0 yes"} <= set(output.splitlines())
