@@ -24,7 +24,7 @@ def record_files(folder: Path) -> None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with the files of a checkpoint: one is missing, cut off or not readable; None if nothing is.
+    """Find a file of a checkpoint that is missing, cut off or not readable: name and fault; None if all are whole.
 
     Only sizes and directories of files are read, no tensors.
     """
@@ -44,7 +44,7 @@ def find_damage(folder: Path) -> str | None:
 
 
 def _damage_of_file(file: Path) -> str | None:
-    """What is wrong with a file of the right size, such as one whose end was never written to the disk."""
+    """Find the fault of a file of the right size, such as one whose end was never written to the disk."""
     try:
         if file.suffix in _ZIPS:
             with zipfile.ZipFile(file):

@@ -162,7 +162,7 @@ def test_other_yaml_can_be_read() -> None:
 
 
 def steps() -> list[dict[str, Any]]:
-    """What is run: every command and piece of Python without a title, each once, in the order of the pages."""
+    """Every command and piece of Python without a title, each once, in the order of the pages."""
     found: list[dict[str, Any]] = []
     done: set[tuple[str, ...]] = set()
     for block in (block for page in pages() for block in blocks(page) if not block.title and not block.run_by):

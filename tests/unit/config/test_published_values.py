@@ -237,7 +237,7 @@ def targets_of(recipe: Recipe) -> list[type]:
 
 
 def assert_pretraining(recipe: Recipe) -> None:
-    """What all published pre-training has in common."""
+    """Check the values that all published pre-training has in common."""
     training = recipe.training
     assert (training.betas, training.weight_decay) == ((0.9, 0.95), 0.05)
     assert (training.warmup_epochs, training.clip_grad, training.precision) == (40, None, "fp16")

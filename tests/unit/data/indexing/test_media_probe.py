@@ -1,4 +1,4 @@
-"""What the probe finds out about files: the stream, stills and videos, colours, torn files, hidden frames."""
+"""Properties of files that the probe finds: the stream, stills and videos, colours, torn files, hidden frames."""
 
 from __future__ import annotations
 
