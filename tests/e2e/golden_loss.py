@@ -6,11 +6,11 @@ Write it anew only after a change that is meant to change the arithmetic, and sa
 command prints that. Weights and clips come from seeds. One thread, plain attention and the most portable kernels of
 torch, oneDNN and MKL: what is left to differ between machines is part of a curve's kind.
 
-Instruction sets do not belong to it: an EPYC with AVX-512 gives the stored curve to the last bit also when the C
-library, MKL and numpy are told to do without it (GLIBC_TUNABLES, MKL_ENABLE_INSTRUCTIONS, NPY_DISABLE_CPU_FEATURES).
-The vendor does, as MKL chooses code by it: an emulated Intel CPU (qemu's Haswell) differs from the stored curve by
-1.2e-7. The curve of a real one can only be written on such a machine. A machine without a curve is compared with the
-nearest one within a tolerance, and the test warns of it.
+Instruction sets do not belong to it: an EPYC and a Xeon with AVX-512 give the stored curves to the last bit also when
+the C library, MKL and numpy are told to do without it (GLIBC_TUNABLES, MKL_ENABLE_INSTRUCTIONS,
+NPY_DISABLE_CPU_FEATURES). The vendor does, as MKL chooses code by it: an emulated Intel CPU without AVX-512 (qemu's
+Haswell) differs by 1.2e-7, although the real Xeon's curve equals the EPYC's. A machine without a curve is compared with
+the nearest one within a tolerance, and the test warns of it.
 """
 
 from __future__ import annotations
