@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mvd_scale.config import RunRecipe, load_any_recipe
+from mvd_scale.data.loaders.dali_failures import FAILURES_FILE
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.errors import UserError
 from mvd_scale.utils.env_report import collect_capabilities, format_capabilities
@@ -31,6 +32,7 @@ class RunFolder:
         self.pictures = path / "pictures"
         self.probe = path / "probe.jsonl"
         self.quarantine = path / "quarantine.jsonl"
+        self.dali_failures = path / FAILURES_FILE
         self.encoder = path / "encoder.safetensors"
         self.best = path / "best.safetensors"
         self.validation = path / "validation.jsonl"
@@ -96,6 +98,9 @@ class RunFolder:
                 f"{self.path} holds a run on other videos than those of {manifest.source}: give it the same, or choose "
                 "another folder with `--run.folder`"
             )
+        if not self._begun:
+            # An earlier start that finished no step may have had other videos.
+            self.dali_failures.unlink(missing_ok=True)
         write_atomic(self.recipe, recipe.to_yaml())
         write_atomic(self.environment, format_capabilities(collect_capabilities()) + "\n")
         manifest.save(self.manifest)

@@ -21,6 +21,15 @@ _manifest_out = click.option(
 )
 
 
+def _echo_summary(out: Path, manifest: Any) -> None:
+    """Print how many videos a new manifest has, and how many of them are of sizes that are slow on GPUs."""
+    from mvd_scale.data.decoding.backends import count_unaligned
+
+    unaligned = count_unaligned(manifest)
+    note = f"; {unaligned} of sizes that are slow on GPUs, see `mvd-scale data stats`" if unaligned else ""
+    click.echo(f"{out}: {len(manifest)} videos, {len(manifest) - len(manifest.usable)} left out{note}")
+
+
 @data.command()
 @click.argument("sources", nargs=-1, required=True, metavar="SRC...")
 @_manifest_out
@@ -75,7 +84,7 @@ def index(
         manifest = manifest.with_upright_stills()
     manifest.save(out)
     journal.unlink()
-    click.echo(f"{out}: {len(manifest)} videos, {len(manifest) - len(manifest.usable)} left out")
+    _echo_summary(out, manifest)
 
 
 @data.command()
@@ -88,7 +97,7 @@ def merge(parts: tuple[Path, ...], out: Path) -> None:
 
     manifest = merge_manifests([Manifest.load(part) for part in parts])
     manifest.save(out)
-    click.echo(f"{out}: {len(manifest)} videos, {len(manifest) - len(manifest.usable)} left out")
+    _echo_summary(out, manifest)
 
 
 @data.command()
@@ -115,7 +124,9 @@ def stats(manifest: str, png: Path | None) -> None:
     help="Transcode every video to this codec; the bytes are copied if omitted.",
 )  # fmt: skip
 @click.option(
-    "--short-side", type=click.IntRange(min=16), help="With --encode: largest short side of a video in pixels."
+    "--short-side",
+    type=click.IntRange(min=16),
+    help="With --encode: short side of larger videos in pixels; both sides are rounded to multiples of 32.",
 )
 @click.option(
     "--keyframes",

@@ -24,6 +24,7 @@ from mvd_scale.config.section import Section
 Share = Annotated[float, Field(gt=0, le=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Interpolation = Literal["bilinear", "bicubic"]
+VideoDecoder = Literal["nvdec", "host"]
 
 
 class CropSection(Section):
@@ -281,6 +282,11 @@ class DataConfig(Section):
 
     mask: MaskConfig | None = MaskConfig()
     """Mask over the tokens; null for none: then the student sees all tokens."""
+
+    decoder: VideoDecoder | Literal["auto"] = "auto"
+    """Where videos are decoded in a run on GPUs. `nvdec`: by the GPUs' video decoders, as far as these take a video,
+    else on the CPUs; an error where there are none. `host`: videos and images on the CPUs, all else of the data path on
+    the GPUs. `auto`: `nvdec` where the GPUs have it, else `host`."""
 
     workers: NonNegativeInt | Literal["auto"] = "auto"
     """Number of decoding processes per rank. `auto`: the rank's share of the CPU cores, minus one for the rank itself.

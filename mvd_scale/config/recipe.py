@@ -58,6 +58,8 @@ class RunRecipe(Section):
             raise ValueError(
                 "training.precision fp16 needs a GPU (CPUs compute fp16 slowly or not at all): use bf16 or fp32"
             )
+        if self.device == "cpu" and self.data.decoder == "nvdec":
+            raise ValueError("data.decoder nvdec needs a GPU, but device is cpu: use auto")
         if self.training.warmup_epochs >= self.training.epochs:
             raise ValueError(
                 f"training.warmup_epochs {self.training.warmup_epochs:g} must be less than "
@@ -122,7 +124,7 @@ class RunRecipe(Section):
         values = self.model_dump(mode="json")
         for section in ("run", "device", "checkpoints", "logging"):
             del values[section]
-        for key in ("source", "root", "workers", "threads", "prefetch", "max_broken", "read_timeout"):
+        for key in ("source", "root", "decoder", "workers", "threads", "prefetch", "max_broken", "read_timeout"):
             del values["data"][key]
         for part in (values["data"]["mixture"] or {}).values():
             del part["source"], part["root"]

@@ -130,7 +130,8 @@ class Row:
 
     plain: bool = True
     """Whether every packet is one displayed frame, every group of pictures is closed, and the file has one video
-    stream: then DALI, which builds its own index of the packets, finds the same frames."""
+    stream, which states its range itself if it is full: then DALI, which builds its own index of the packets and does
+    not read the container's tags, finds the same frames."""
 
     keyframe_interval: int = 0
     """Largest number of frames from one keyframe to the next, or to the end."""

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from mvd_scale.config.launcher import local_world_size
+from mvd_scale.utils.nvdec import Nvdec, query_nvdec
+
+
+class Exchange(Protocol):
+    """Messages that loaders of all ranks read without waiting for each other at every step."""
+
+    def post(self, name: str, lines: list[str]) -> None:
+        """Publish the lines of this rank under a name, once per name; an empty list counts as well."""
+
+    def collect(self, name: str) -> list[str]:
+        """Return the lines that all ranks published under a name, and wait for those that have not yet."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +35,17 @@ class DataRank:
 
     cpus: int | None = None
     """Number of CPUs for data workers and threads; if None, those of this process divided by the ranks of its host."""
+
+    shared_nvdec: Nvdec | None = None
+    """Capabilities of NVDEC that all ranks have; None to ask this rank's GPU."""
+
+    open_exchange: Callable[[], Exchange] | None = None
+    """Function that opens an exchange among all ranks, which all ranks must call as often; None without one."""
+
+    @property
+    def nvdec(self) -> Nvdec:
+        """Capabilities of NVDEC that the loader may rely on."""
+        return query_nvdec(self.device) if self.shared_nvdec is None else self.shared_nvdec
 
     @property
     def cpu_count(self) -> int:

@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from mvd_scale.distributed.cpu_affinity import CpuBinding, bind_to_cpus, machine_id
-from mvd_scale.distributed.data_rank import DataRank
+from mvd_scale.distributed.data_rank import DataRank, Exchange
+from mvd_scale.distributed.exchange import StoreExchange
 from mvd_scale.distributed.free_port import free_port
 from mvd_scale.errors import UserError
+from mvd_scale.utils.nvdec import Nvdec, query_nvdec, shared_nvdec
 
 _GC_INTERVALS = (700, 10, 10)
 """Python's own intervals of garbage collection, which the command line lengthens for its start."""
@@ -42,6 +44,8 @@ class Ranks:
     """Identifier of this host, unique in the job."""
     binding: CpuBinding | None = None
     """CPUs that this rank is bound to; None if ranks use GPUs, where the binding is not changed."""
+    nvdec: Nvdec | None = None
+    """Capabilities of NVDEC that the GPUs of all ranks have; None if ranks use CPUs."""
 
     @property
     def is_main(self) -> bool:
@@ -56,7 +60,19 @@ class Ranks:
     @property
     def data_rank(self) -> DataRank:
         """Properties of this rank that data loaders need."""
-        return DataRank(self.device, self.rank, self.world_size, self.cpus)
+        return DataRank(
+            self.device,
+            self.rank,
+            self.world_size,
+            self.cpus,
+            self.nvdec,
+            self.open_exchange if self.world_size > 1 else None,
+        )
+
+    def open_exchange(self) -> Exchange:
+        """Open an exchange of messages over the store of the process group. All ranks must call it as often."""
+        store = torch.distributed.distributed_c10d._get_default_store()
+        return StoreExchange(store, self.rank, self.world_size, self.timeout)
 
 
 def choose_device(device: str) -> torch.device:
@@ -135,7 +151,7 @@ def init_distributed(device: str, timeout_minutes: float) -> Ranks:
             "If the port is in use, choose another with `deepspeed --master_port`; "
             "otherwise check that every host can reach this address"
         ) from error
-    device_index = local_rank if kind == "cuda" else None
+    own_device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     rank = torch.distributed.get_rank()
     # torch has read OMP_NUM_THREADS; a value that the launcher set counts as the user's choice too.
     threads = torch.get_num_threads() if os.environ.get("OMP_NUM_THREADS") else None
@@ -143,11 +159,19 @@ def init_distributed(device: str, timeout_minutes: float) -> Ranks:
         rank=rank,
         local_rank=local_rank,
         world_size=torch.distributed.get_world_size(),
-        device=torch.device(kind, device_index) if device_index is not None else torch.device(kind),
+        device=own_device,
         timeout=timedelta(minutes=timeout_minutes),
         host=_host(),
         binding=bind_to_cpus(rank, threads) if kind == "cpu" else None,
+        nvdec=_common_nvdec(own_device) if kind == "cuda" else None,
     )
+
+
+def _common_nvdec(device: torch.device) -> Nvdec:
+    """Capabilities of NVDEC that the GPUs of all ranks have. All ranks call it."""
+    parts = [query_nvdec(device)] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, query_nvdec(device))
+    return shared_nvdec(parts)
 
 
 def _host() -> str:

@@ -14,9 +14,9 @@ from PIL import Image
 
 from mvd_scale.config.data import DataConfig
 from mvd_scale.config.model import ModelConfig
+from mvd_scale.data.decoding.backends import DALI_CODECS, DecodeBackend, Decoders, decode_backend
 from mvd_scale.data.decoding.dali_graph import decode_video
 from mvd_scale.data.decoding.pyav import decode_frames
-from mvd_scale.data.decoding.sample_source import DALI_CODECS, DecodeBackend, decode_backend
 from mvd_scale.data.indexing.transcode import TranscodeOptions
 from mvd_scale.data.loaders.clip_loader import BatchPlan, ClipLoader
 from mvd_scale.data.manifest import Manifest, Row
@@ -88,7 +88,7 @@ def first_frames(manifest: Manifest) -> dict[str, NDArray[np.uint8]]:
     """The first frame as coded, by PyAV, and by DALI on the CPU if it may get the file on some device."""
     video = manifest.row(0)
     frames = {"PyAV": decode_frames(video, np.array([0]))[0]}
-    if decode_backend(video, "cpu") is DecodeBackend.DALI_VIDEO:
+    if decode_backend(video, Decoders()) is DecodeBackend.DALI_VIDEO:
         assert video.codec in DALI_CODECS["cpu"]
         frames["DALI"] = by_dali(video)
     return frames

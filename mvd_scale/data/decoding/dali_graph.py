@@ -22,9 +22,10 @@ from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline, do_not_convert
 
 from mvd_scale.config.data import AugmentConfig, DataConfig, ShortSideCrop
+from mvd_scale.data.decoding.backends import DaliDevice, DecodeBackend, Decoders
 from mvd_scale.data.decoding.dali_augment import color_jitter, erase, rand_augment_by_dali, rand_augment_on_host
 from mvd_scale.data.decoding.dali_geometry import Cut, Resampling, Sample, resize, upright
-from mvd_scale.data.decoding.sample_source import DecodeBackend, VideoSource
+from mvd_scale.data.decoding.sample_source import VideoSource
 from mvd_scale.data.manifest import Row
 
 _TYPES: dict[Any, types.DALIDataType] = {
@@ -56,7 +57,7 @@ def build_pipeline(
         body: function from the arrays of a sample and its decoded frames (uint8 FHWC, on the device) to outputs.
         frames: frames of a sample (T); a still image is repeated to T frames.
         batch: samples per run (B).
-        device_id: index of the GPU that decodes and resizes; None for the CPU.
+        device_id: index of the GPU that resizes, and decodes as `source.decoders` say; None for the CPU.
         threads: CPU threads of the graph.
         workers: number of processes that prepare samples; with 0, this process prepares them when `run` is called.
         prefetch: number of batches that are prepared in advance.
@@ -64,7 +65,7 @@ def build_pipeline(
     graph = _graph(
         source=source,
         body=body,
-        decoders=tuple(source.decoders),
+        backends=tuple(source.backends),
         length=frames,
         on_gpu=device_id is not None,
         parallel=workers > 0,
@@ -84,27 +85,27 @@ def build_pipeline(
 def _graph(
     source: VideoSource,
     body: Callable[[Sample, DataNode], tuple[DataNode, ...]],
-    decoders: tuple[DecodeBackend, ...],
+    backends: tuple[DecodeBackend, ...],
     length: int,
     on_gpu: bool,
     parallel: bool,
     queue_depth: int,
 ) -> tuple[Any, ...]:
-    sample = _read(source, parallel, queue_depth)
+    sample, decoders = _read(source, parallel, queue_depth), source.decoders
     # Only decoders that the videos need become part of the graph.
-    if len(decoders) == 1:
-        frames = _decode(sample, decoders[0], length, on_gpu)
-    elif len(decoders) == 2:
-        if sample["decoder"] == int(decoders[0]):
-            frames = _decode(sample, decoders[0], length, on_gpu)
+    if len(backends) == 1:
+        frames = _decode(sample, backends[0], decoders, length, on_gpu)
+    elif len(backends) == 2:
+        if sample["decoder"] == int(backends[0]):
+            frames = _decode(sample, backends[0], decoders, length, on_gpu)
         else:
-            frames = _decode(sample, decoders[1], length, on_gpu)
+            frames = _decode(sample, backends[1], decoders, length, on_gpu)
     elif sample["decoder"] == int(DecodeBackend.DALI_IMAGE):
-        frames = _decode(sample, DecodeBackend.DALI_IMAGE, length, on_gpu)
+        frames = _decode(sample, DecodeBackend.DALI_IMAGE, decoders, length, on_gpu)
     elif sample["decoder"] == int(DecodeBackend.DALI_VIDEO):
-        frames = _decode(sample, DecodeBackend.DALI_VIDEO, length, on_gpu)
+        frames = _decode(sample, DecodeBackend.DALI_VIDEO, decoders, length, on_gpu)
     else:
-        frames = _decode(sample, DecodeBackend.PYAV, length, on_gpu)
+        frames = _decode(sample, DecodeBackend.PYAV, decoders, length, on_gpu)
     return (*body(sample, frames), sample["row"], sample["label"], sample["failures"])
 
 
@@ -126,28 +127,39 @@ def _read(source: VideoSource, parallel: bool, queue_depth: int) -> Sample:
 
 
 @do_not_convert  # type: ignore[untyped-decorator]
-def _decode(sample: Sample, decoder: DecodeBackend, length: int, on_gpu: bool) -> DataNode:
-    if decoder is DecodeBackend.DALI_VIDEO:
-        return decode_video(sample["encoded"], sample["frames"], on_gpu)
-    if decoder is DecodeBackend.DALI_IMAGE:
-        return decode_image(sample["encoded"], length, on_gpu)
-    return sample["decoded"].gpu() if on_gpu else sample["decoded"]
+def _decode(sample: Sample, backend: DecodeBackend, decoders: Decoders, length: int, on_gpu: bool) -> DataNode:
+    """Decode a sample to frames on the device of the graph."""
+    device: DaliDevice = "cpu"
+    if backend is DecodeBackend.DALI_VIDEO:
+        device = decoders.videos
+        frames = decode_video(sample["encoded"], sample["frames"], device)
+        if "matrix" in sample:
+            frames = convert_colours(frames, sample["matrix"])
+    elif backend is DecodeBackend.DALI_IMAGE:
+        device = decoders.images
+        frames = decode_image(sample["encoded"], length, device)
+    else:
+        frames = sample["decoded"]
+    return frames.gpu() if on_gpu and device == "cpu" else frames
 
 
-def decode_video(encoded: DataNode, frames: DataNode | list[int], on_gpu: bool) -> DataNode:
+def decode_video(encoded: DataNode, frames: DataNode | list[int], device: DaliDevice) -> DataNode:
     """Decode frames of a video by DALI: uint8 (T, H, W, 3)."""
     # In the default padding mode, frames beyond the end of a truncated file are black, without an error.
-    return fn.decoders.video(encoded, device="mixed" if on_gpu else "cpu", frames=frames, pad_mode="none")
+    return fn.decoders.video(encoded, device=device, frames=frames, pad_mode="none")
 
 
-def decode_image(encoded: DataNode, length: int, on_gpu: bool) -> DataNode:
+def convert_colours(frames: DataNode, matrix: DataNode) -> DataNode:
+    """Multiply the RGB of every pixel by a matrix of the sample, float32 (3, 3) on the host: uint8 (T, H, W, 3)."""
+    return fn.coord_transform(frames, M=matrix, dtype=types.UINT8)
+
+
+def decode_image(encoded: DataNode, length: int, device: DaliDevice) -> DataNode:
     """Decode a still image by DALI and repeat it to a clip of `length` frames: uint8 (T, H, W, 3).
 
     The orientation tag (EXIF) is ignored here; `data.upright_stills` applies it as the orientation of any video.
     """
-    image = fn.decoders.image(
-        encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB, adjust_orientation=False
-    )
+    image = fn.decoders.image(encoded, device=device, output_type=types.RGB, adjust_orientation=False)
     frame = fn.expand_dims(image, axes=[0], new_axis_names="F")
     return frame if length == 1 else fn.cat(*[frame] * length, axis=0)
 
@@ -212,7 +224,9 @@ def _outputs(sample: Sample, copies: list[list[DataNode]], on_gpu: bool) -> tupl
     return (*pixels, *(indices.gpu() if on_gpu else indices for indices in tokens))
 
 
-def dali_decodes(encoded: NDArray[np.uint8], frames: NDArray[np.int64], video: Row, device_id: int | None) -> bool:
+def dali_decodes(
+    encoded: NDArray[np.uint8], frames: NDArray[np.int64], video: Row, decoders: Decoders, device_id: int | None
+) -> bool:
     """Whether DALI decodes the given frames of a video, at the size that the manifest states.
 
     A decode error ends the whole graph and does not name the clip. This function decodes one clip alone, to find it.
@@ -221,14 +235,16 @@ def dali_decodes(encoded: NDArray[np.uint8], frames: NDArray[np.int64], video: R
         encoded: bytes of the encoded video, uint8 (bytes,).
         frames: indices of the frames in display order, int64 (T,).
         video: row of the manifest.
-        device_id: index of the GPU that decodes; None for the CPU.
+        decoders: decoders of the run.
+        device_id: index of the GPU of the run; None for the CPU.
     """
 
     @pipeline_def(batch_size=1, num_threads=1, device_id=device_id)  # type: ignore[untyped-decorator]
     def one_clip() -> Any:
         data = fn.external_source(lambda: [encoded], dtype=types.UINT8, ndim=1)
-        on_gpu = device_id is not None
-        return decode_image(data, 1, on_gpu) if video.still else decode_video(data, frames.tolist(), on_gpu)
+        if video.still:
+            return decode_image(data, 1, decoders.images)
+        return decode_video(data, frames.tolist(), decoders.videos)
 
     try:
         (clips,) = one_clip().run()

@@ -12,16 +12,22 @@ import os
 import signal
 import threading
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Sequence
-from enum import IntEnum
 from multiprocessing import parent_process
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mvd_scale.config.data import ShortSideCrop
+from mvd_scale.data.decoding.backends import (
+    BT709_FROM_BT601,
+    DecodeBackend,
+    Decoders,
+    count_kinds,
+    decode_backend,
+    decode_backends,
+)
 from mvd_scale.data.decoding.pyav import decode_frames
 from mvd_scale.data.manifest import Manifest, Row
 from mvd_scale.data.orientation import Orientation, mirror_axes
@@ -37,38 +43,14 @@ MAX_ATTEMPTS = 8
 NO_SUBSTITUTE = -1
 """Value of `row` for a clip whose video and substitutes all failed to decode; its pixels are black."""
 
+_UNCHANGED = np.eye(3, dtype=np.float32)
+"""Matrix that leaves colours as they are."""
+
 GRACE_SECONDS = 20.0
 """Seconds that a worker continues after SIGTERM; the launcher kills the remaining processes after 30 s."""
 
 Arrays = dict[str, NDArray[Any]]
 """Arrays of one sample, by the names of `FIELDS`."""
-
-DaliDevice = Literal["cpu", "mixed"]
-"""Device on which DALI decodes: the CPU, or NVDEC of a GPU ("mixed" in DALI's terms)."""
-
-DALI_CODECS: dict[DaliDevice, frozenset[str]] = {
-    "cpu": frozenset({"vp8", "vp9", "mjpeg"}),
-    "mixed": frozenset({"h264", "hevc", "vp8", "vp9", "av1", "mpeg4"}),
-}
-"""Codecs that DALI 2.4 decodes; PyAV decodes the rest."""
-
-DALI_COLOURS = frozenset({("yuv420p", "bt601"), ("yuvj420p", "bt601 full")})
-"""Pixel format and colour of the streams that DALI converts to RGB as their tags say. All its decoders accept 8 bits,
-4:2:0. On the CPU it ignores the tags, except that FFmpeg's format yuvj420p is of full range; its kernel for the GPU
-knows the matrix of BT.601 alone. PyAV decodes what is tagged BT.709 or BT.2020."""
-
-
-class DecodeBackend(IntEnum):
-    """Implementation that decodes a clip: PyAV or DALI."""
-
-    PYAV = 0
-    """PyAV, in a worker process."""
-
-    DALI_VIDEO = 1
-    """DALI's video decoder, in the graph."""
-
-    DALI_IMAGE = 2
-    """DALI's image decoder, in the graph."""
 
 
 class DecoderInput(NamedTuple):
@@ -98,6 +80,7 @@ FIELDS = {
         Field("encoded", np.uint8, 1),
         Field("decoded", np.uint8, 4, "FHWC"),
         Field("frames", np.int32, 1),
+        Field("matrix", np.float32, 2),
         Field("row", np.int64, 0),
         Field("label", np.int64, 0),
         Field("failures", np.uint8, 1),
@@ -128,7 +111,7 @@ class VideoSource(ABC):
         manifest: manifest of the videos.
         first: number of the first sample, which DALI numbers 0.
         end: number after the last sample.
-        dali_device: device on which DALI decodes.
+        decoders: decoders of the run.
         pyav_samples: samples whose video DALI failed to decode: PyAV decodes them, or a substitute replaces them.
         timeout: seconds after which a video counts as unreadable.
     """
@@ -139,16 +122,17 @@ class VideoSource(ABC):
         *,
         first: int,
         end: int,
-        dali_device: DaliDevice,
+        decoders: Decoders,
         pyav_samples: frozenset[int],
         timeout: float,
     ) -> None:
         self.videos = VideoTable(manifest)
-        self.decoders = decode_backends(manifest, dali_device)
+        self.decoders = decoders
+        self.backends = decode_backends(manifest, decoders)
+        self.corrects = decoders.videos == "mixed" and any(decoders.corrects(kind) for kind, _ in count_kinds(manifest))
         self.turned = bool((manifest.rotation[manifest.usable] % 180).any())
         self.first = first
         self.end = end
-        self.dali_device: DaliDevice = dali_device
         self.pyav_samples = pyav_samples
         self.timeout = timeout
 
@@ -176,10 +160,12 @@ class VideoSource(ABC):
     def fields(self) -> list[Field]:
         """Arrays that the graph needs; others are not copied to it."""
         used = {"decoded", "row", "label", "failures"}
-        if len(self.decoders) > 1:
+        if len(self.backends) > 1:
             used |= {"decoder", "encoded"}
-        if DecodeBackend.DALI_VIDEO in self.decoders:
+        if DecodeBackend.DALI_VIDEO in self.backends:
             used.add("frames")
+            if self.corrects:
+                used.add("matrix")
         if self.turned:
             used.add("transpose")
         return [field for name, field in FIELDS.items() if name in used | self.extra_fields]
@@ -214,7 +200,7 @@ class VideoSource(ABC):
             DecodeError: the video cannot be read or decoded, or its frames are not of the size in the manifest.
         """
         video = self.videos[row]
-        return run_with_timeout(self.timeout, video.path, _prepare, video, frames, box, self.dali_device, pyav_samples)
+        return run_with_timeout(self.timeout, video.path, _prepare, video, frames, box, self.decoders, pyav_samples)
 
     def decoding(
         self, media: DecoderInput, frames: NDArray[np.int64], row: int, failures: list[dict[str, object]]
@@ -228,11 +214,13 @@ class VideoSource(ABC):
             failures: a record for each video that failed to decode for this sample.
         """
         host = media.decoder is DecodeBackend.PYAV
+        corrected = self.corrects and row != NO_SUBSTITUTE and self.decoders.corrects(self.videos[row])
         return {
             "decoder": np.array(media.decoder, dtype=np.int32),
             "encoded": np.zeros(1, np.uint8) if host else media.data,
             "decoded": media.data if host else np.zeros((1, 1, 1, 3), np.uint8),
             "frames": frames.astype(np.int32),
+            "matrix": BT709_FROM_BT601 if corrected else _UNCHANGED,
             "row": np.array(row, dtype=np.int64),
             "label": np.array(-1 if row == NO_SUBSTITUTE else self.videos.label[row], dtype=np.int64),
             "failures": np.frombuffer(json.dumps(failures).encode(), dtype=np.uint8),
@@ -427,38 +415,10 @@ def flip_axes(flip: bool, video: Row) -> tuple[bool, bool]:
     return flip ^ left_right, up_down
 
 
-def decode_backend(video: Row, dali_device: DaliDevice) -> DecodeBackend:
-    """Choose the implementation that decodes a video: DALI only where it gives the same frames and colours as PyAV.
-
-    The choice depends only on the manifest and the device, so that the pixels of a video do so too.
-    """
-    if video.still:
-        return DecodeBackend.DALI_IMAGE
-    if video.plain and video.codec in DALI_CODECS[dali_device] and (video.pixel_format, video.colour) in DALI_COLOURS:
-        return DecodeBackend.DALI_VIDEO
-    return DecodeBackend.PYAV
-
-
-def count_backends(manifest: Manifest, dali_device: DaliDevice) -> Counter[DecodeBackend]:
-    """Count the usable videos by the implementation that decodes them."""
-    columns = (manifest.still, manifest.plain, manifest.codec, manifest.pixel_format, manifest.colour)
-    kinds = Counter(tuple(column[row] for column in columns) for row in manifest.usable)
-    counts: Counter[DecodeBackend] = Counter()
-    for (still, plain, codec, pixel_format, colour), count in kinds.items():
-        video = Row("", "", still=still, plain=plain, codec=codec, pixel_format=pixel_format, colour=colour)
-        counts[decode_backend(video, dali_device)] += count
-    return counts
-
-
-def decode_backends(manifest: Manifest, dali_device: DaliDevice) -> list[DecodeBackend]:
-    """List the implementations that the usable videos need, and PyAV for videos that DALI fails to decode."""
-    return sorted({*count_backends(manifest, dali_device), DecodeBackend.PYAV})
-
-
 def _prepare(
-    video: Row, frames: NDArray[np.int64], box: Box | None, dali_device: DaliDevice, pyav_samples: bool
+    video: Row, frames: NDArray[np.int64], box: Box | None, decoders: Decoders, pyav_samples: bool
 ) -> DecoderInput:
-    decoder = DecodeBackend.PYAV if pyav_samples else decode_backend(video, dali_device)
+    decoder = DecodeBackend.PYAV if pyav_samples else decode_backend(video, decoders)
     if decoder is not DecodeBackend.PYAV:
         return DecoderInput(decoder, read_bytes(video.path, video.offset, video.size))
     top, left = box[:2] if box is not None else (0, 0)

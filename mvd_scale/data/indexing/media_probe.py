@@ -200,7 +200,7 @@ def _row_of_packets(
         keyframe_interval=_keyframe_interval(packets.times, packets.keys),
         first_pts=timing.first,
         pts_step=timing.step,
-        plain=len(container.streams.video) == 1 and _has_closed_groups(packets),
+        plain=len(container.streams.video) == 1 and _has_closed_groups(packets) and _states_range(stream, packets),
     )
 
 
@@ -289,6 +289,20 @@ def _has_closed_groups(packets: _Packets) -> bool:
     known, keys = np.array(times), np.array(packets.keys)
     newest_key = np.maximum.accumulate(np.where(keys, known, known.min()))
     return bool((known >= newest_key).all())
+
+
+def _states_range(stream: av.VideoStream, packets: _Packets) -> bool:
+    """Whether a stream of full range states it itself: NVDEC does not read the tags of the container."""
+    context = stream.codec_context
+    if context.color_range != _FULL_RANGE or packets.first_key is None:
+        return True
+    alone = av.CodecContext.create(context.name, "r")
+    alone.extradata = context.extradata
+    try:
+        pictures = alone.decode(packets.first_key) or alone.decode(None)
+    except av.FFmpegError:
+        return False
+    return bool(pictures) and pictures[0].color_range == _FULL_RANGE
 
 
 def _is_torn(row: Row, stream: av.VideoStream, packets: _Packets) -> bool:

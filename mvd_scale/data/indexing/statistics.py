@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mvd_scale.data.decoding.sample_source import DaliDevice, DecodeBackend, count_backends
+from mvd_scale.data.decoding.backends import DecodeBackend, Decoders, count_backends, count_unaligned, find_shared_sizes
 from mvd_scale.data.manifest import WHOLE_FILE, Manifest
 
 _ACCESS = {
@@ -27,8 +27,6 @@ _DECODERS = {
     DecodeBackend.DALI_VIDEO: "DALI's video decoder",
     DecodeBackend.DALI_IMAGE: "DALI's image decoder",
 }
-_DEVICES: dict[DaliDevice, str] = {"cpu": "a CPU", "mixed": "a GPU"}
-
 _SHOWN = 10
 """Largest number of entries of a list that are shown; the others are summed up in one line."""
 
@@ -74,6 +72,8 @@ class Statistics:
     """Number of videos whose frames are counted from the start of the file, for every clip."""
     decoders: list[tuple[str, int]]
     """Implementation that decodes on the CPU, or on the GPU, and number of videos."""
+    unaligned: int
+    """Number of videos with a side that is no multiple of 16 pixels, for whose clips DALI makes new NVDEC decoders."""
     in_shards: int
     """Number of videos that are ranges of a shard."""
     reasons: list[tuple[str, int, str]]
@@ -107,9 +107,13 @@ class Statistics:
             slow=sum(manifest.access[row] == "count" for row in rows),
             decoders=[
                 (f"{_DECODERS[backend]} on {place}", count)
-                for device, place in _DEVICES.items()
-                for backend, count in sorted(count_backends(manifest, device).items())
+                for place, decoders in (
+                    ("a CPU", Decoders()),
+                    ("a GPU that has the codec", Decoders("mixed", "mixed", shared_sizes=find_shared_sizes(manifest))),
+                )
+                for backend, count in sorted(count_backends(manifest, decoders).items())
             ],
+            unaligned=count_unaligned(manifest),
             in_shards=int((manifest.offset[rows] != WHOLE_FILE).sum()),
             reasons=_reasons(manifest),
         )
@@ -130,6 +134,12 @@ class Statistics:
                 "",
                 f"{self.slow} videos are decoded from their start for every clip: their times cannot be relied on.",
                 "Files made of them by `mvd-scale data shard --encode h264` are read at once.",
+            ]
+        if self.unaligned:
+            lines += [
+                "",
+                f"{self.unaligned} videos have a side that is no multiple of 16 pixels: on a GPU, each of their clips",
+                "gets a new NVDEC decoder. `mvd-scale data shard --encode h264` rounds sides to multiples of 32.",
             ]
         if self.videos:
             lines += _section("duration in seconds", _histogram(self.durations))

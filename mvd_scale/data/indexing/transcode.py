@@ -28,13 +28,20 @@ _SMPTE170M, _LIMITED = 6, 1
 """FFmpeg's numbers of the matrix of 525 lines, and of the limited range of samples."""
 
 
+MULTIPLE = 32
+"""Sides of the result are multiples of this number of pixels: whole blocks of every codec (16 in H.264, 32 for pairs of
+fields, up to 32 in HEVC), so that the coded frame is the displayed one. DALI then uses an NVDEC decoder for many
+videos; else it makes one for each clip."""
+
+
 @dataclass(frozen=True)
 class TranscodeOptions:
     """Parameters of transcoding."""
 
     codec: Codec = "h264"
     short_side: int | None = None
-    """Short side of the result in pixels; smaller videos keep their size. None keeps the size of all videos."""
+    """Short side of the result in pixels; smaller videos keep their size. None keeps the size of all videos. Both sides
+    are then rounded to multiples of `MULTIPLE`."""
 
     keyframes: int = 16
     """Frames from one keyframe to the next."""
@@ -63,7 +70,7 @@ def transcode(video: Row, data: bytes, encoding: TranscodeOptions, out: Path) ->
     Raises:
         ValueError, OSError: the video cannot be decoded or encoded (PyAV's errors are subclasses of these).
     """
-    width, height = _size(video, encoding.short_side)
+    width, height = encoded_size(video, encoding.short_side)
     rate = Fraction(video.fps).limit_denominator(100_000) or Fraction(25)
     with av.open(str(out), "w", options={"movflags": "faststart"} if out.suffix == ".mp4" else {}) as result:
         encoder = result.add_stream(_ENCODERS[encoding.codec], rate=rate, options=_options(encoding))
@@ -83,10 +90,16 @@ def transcode(video: Row, data: bytes, encoding: TranscodeOptions, out: Path) ->
         result.mux(encoder.encode())
 
 
-def _size(video: Row, short_side: int | None) -> tuple[int, int]:
-    """Width and height of the result in pixels, even numbers as 4:2:0 requires."""
+def encoded_size(video: Row, short_side: int | None) -> tuple[int, int]:
+    """Width and height of a transcoded video in pixels, multiples of `MULTIPLE`.
+
+    Args:
+        video: row of the video in the manifest.
+        short_side: see `TranscodeOptions.short_side`.
+    """
     scale = min(1.0, short_side / min(video.height, video.width)) if short_side else 1.0
-    return max(2, round(video.width * scale / 2) * 2), max(2, round(video.height * scale / 2) * 2)
+    width, height = (max(1, round(side * scale / MULTIPLE)) * MULTIPLE for side in (video.width, video.height))
+    return width, height
 
 
 def _is_upright(frame: av.VideoFrame, video: Row) -> bool:

@@ -6,6 +6,7 @@ import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TypedDict
@@ -18,9 +19,14 @@ from torch.utils.dlpack import from_dlpack
 from typing_extensions import Self
 
 from mvd_scale.config.data import DataConfig
+from mvd_scale.data.decoding.backends import VideoKind
 from mvd_scale.data.decoding.dali_graph import dali_decodes
-from mvd_scale.data.decoding.sample_source import NO_SUBSTITUTE, DaliDevice, VideoSource
+from mvd_scale.data.decoding.pyav import decode_frames
+from mvd_scale.data.decoding.sample_source import NO_SUBSTITUTE, VideoSource
+from mvd_scale.data.loaders.dali_failures import HORIZON, LIMIT, DaliFailures
+from mvd_scale.data.loaders.decoder_choice import choose_decoders
 from mvd_scale.data.manifest import Manifest
+from mvd_scale.data.storage import DecodeError, run_with_timeout
 from mvd_scale.distributed.data_rank import DataRank
 from mvd_scale.errors import UserError
 
@@ -77,6 +83,10 @@ class DaliLoader(ABC):
         self._quarantine_file = quarantine_file
         self._reported: set[Hashable] = set()
         self._pyav_samples: frozenset[int] = frozenset()
+        self._decoders = choose_decoders(manifest, data.decoder, rank)
+        self._dali_failures = self._record_failures(rank)
+        self._dali_failures.advance(self._step_of(self._next))
+        self._decoders = replace(self._decoders, by_pyav=self._dali_failures.kinds())
         self._workers = worker_count(data, rank)
         self._threads = thread_count(data, rank)
         self._graph: Pipeline | None = self._build()
@@ -92,6 +102,14 @@ class DaliLoader(ABC):
     @abstractmethod
     def _key(self, n: int) -> int:
         """Key of sample n in `pyav_samples`."""
+
+    @abstractmethod
+    def _step_of(self, n: int) -> int:
+        """Step to which sample n belongs, of all ranks."""
+
+    def _record_failures(self, rank: DataRank) -> DaliFailures:
+        """Record of the clips that DALI fails to decode; by default this rank's alone."""
+        return DaliFailures(self._decoders.videos, self._step_of(self._next))
 
     _failure_suffix = " and is replaced"
 
@@ -113,6 +131,7 @@ class DaliLoader(ABC):
         while outputs is None:
             if self._graph is None or self._next >= self._end:
                 raise StopIteration
+            self._demote_kinds()
             try:
                 outputs = self._graph.run(self._stream)
             except RuntimeError as error:
@@ -142,10 +161,6 @@ class DaliLoader(ABC):
         return (self._device.index or 0) if self._device.type == "cuda" else None
 
     @property
-    def _dali_device(self) -> DaliDevice:
-        return "cpu" if self._device_id is None else "mixed"
-
-    @property
     def _stream(self) -> torch.cuda.Stream | None:
         """CUDA stream on which outputs are ordered before their use, so that the host does not wait for the decoder."""
         return torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
@@ -155,7 +170,7 @@ class DaliLoader(ABC):
 
         The error does not name the sample, and the graph prefetches: DALI tries every sample that may have been in the
         graph alone. Only these samples go to PyAV, not all samples of their videos, so that the pixels of a sample do
-        not depend on earlier errors of the run.
+        not depend on earlier errors of the run; but see `_demote_kinds`.
 
         Raises:
             RuntimeError: `error` itself, if DALI decodes every one of these samples.
@@ -171,8 +186,35 @@ class DaliLoader(ABC):
         self._graph = self._build()
 
     def _dali_decodes(self, source: VideoSource, n: int) -> bool:
+        """Whether DALI decodes a sample; if it does not though PyAV does, the failure is recorded."""
         task = source.dali_input(n)
-        return task is None or dali_decodes(*task, self._device_id)
+        if task is None or dali_decodes(*task, self._decoders, self._device_id):
+            return True
+        _, frames, video = task
+        try:
+            run_with_timeout(self._data.read_timeout, video.path, decode_frames, video, frames)
+        except DecodeError:
+            return False  # the video is broken, which is no fault of DALI's
+        self._dali_failures.add(self._key(n), self._step_of(n), VideoKind.of(video))
+        return False
+
+    def _demote_kinds(self) -> None:
+        """Let PyAV decode the kinds of videos of which DALI has failed to decode too many, see `DaliFailures`."""
+        self._dali_failures.advance(self._step_of(self._next))
+        kinds = self._dali_failures.kinds()
+        if kinds == self._decoders.by_pyav:
+            return
+        log.warning(
+            "PyAV decodes these kinds of videos from step %d on, because DALI failed to decode at least %d of their "
+            "clips within %d steps: %s. `mvd-scale data shard --encode h264` makes files that NVDEC decodes",
+            self._step_of(self._next),
+            LIMIT,
+            HORIZON,
+            "; ".join(sorted(map(str, kinds - self._decoders.by_pyav))),
+        )
+        self._graph = None
+        self._decoders = replace(self._decoders, by_pyav=kinds)
+        self._graph = self._build()
 
     def _count_failures(self, rows: list[int], failures: list[list[Failure]]) -> None:
         """Count the samples of one run, and report the videos that were replaced.

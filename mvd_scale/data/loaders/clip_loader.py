@@ -2,7 +2,8 @@
 
     RankShard (which clips) -> ClipSource in workers -> DALI graph -> ClipBatch
                                                           |
-                                  decode error: find the clips, pass them to PyAV, rebuild the graph, continue
+                                  decode error: find the clips, pass them to PyAV, rebuild the graph, continue;
+                                  many errors: pass all videos of the kind to PyAV
 
 Legend: B clips, T frames.
 """
@@ -22,6 +23,7 @@ from mvd_scale.data.batch import ClipBatch
 from mvd_scale.data.decoding.dali_graph import build_pipeline, training_graph_body
 from mvd_scale.data.decoding.sample_source import ClipSource
 from mvd_scale.data.loaders.base import DaliLoader, as_tensor
+from mvd_scale.data.loaders.dali_failures import FAILURES_FILE, DaliFailures
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.sampling.sampler import RankShard, Sampler, steps_per_epoch
 from mvd_scale.distributed.data_rank import DataRank
@@ -148,7 +150,7 @@ class ClipLoader(DaliLoader):
     @property
     def step(self) -> int:
         """Number of optimizer steps whose clips have all been returned; it is the whole state of the loader."""
-        return self._next // self._shard.clips_per_step
+        return self._step_of(self._next)
 
     def __iter__(self) -> Self:
         return self
@@ -195,10 +197,21 @@ class ClipLoader(DaliLoader):
             self._shard,
             first=self._next,
             end=self._end,
-            dali_device=self._dali_device,
+            decoders=self._decoders,
             pyav_samples=self._pyav_samples,
             timeout=self._data.read_timeout,
         )
 
     def _key(self, n: int) -> int:
         return self._shard.position(n)
+
+    def _step_of(self, n: int) -> int:
+        return n // self._shard.clips_per_step
+
+    def _record_failures(self, rank: DataRank) -> DaliFailures:
+        return DaliFailures(
+            self._decoders.videos,
+            self._step_of(self._next),
+            None if self._quarantine_file is None else self._quarantine_file.with_name(FAILURES_FILE),
+            rank.open_exchange() if rank.open_exchange is not None else None,
+        )

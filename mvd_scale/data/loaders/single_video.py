@@ -16,7 +16,8 @@ from torch import Tensor
 
 from mvd_scale.config.data import DataConfig, ViewsConfig
 from mvd_scale.config.model import ModelConfig
-from mvd_scale.data.decoding.sample_source import DecodeBackend, DecoderInput
+from mvd_scale.data.decoding.backends import DecodeBackend
+from mvd_scale.data.decoding.sample_source import DecoderInput
 from mvd_scale.data.indexing.media_probe import probe_video
 from mvd_scale.data.loaders.base import Failure
 from mvd_scale.data.loaders.view_loader import ViewLoader, ViewShape, ViewSource, view_items
@@ -54,7 +55,8 @@ def views_of_frames(frames: NDArray[np.uint8], views: ViewsConfig, model: ModelC
     """
     count, height, width, _ = frames.shape
     video = Row("frames", "frames", frames=count, height=height, width=width, codec="rawvideo", pixel_format="rgb24")
-    return _cut(partial(_FramesLoader, frames), video, views, model, device)
+    data = _DATA.model_copy(update={"decoder": "host"})
+    return _cut(partial(_FramesLoader, frames), video, views, model, device, data)
 
 
 class _FramesSource(ViewSource):
@@ -90,9 +92,14 @@ class _FramesLoader(_OneVideo):
 
 
 def _cut(
-    load: Callable[..., ViewLoader], video: Row, views: ViewsConfig, model: ModelConfig, device: torch.device
+    load: Callable[..., ViewLoader],
+    video: Row,
+    views: ViewsConfig,
+    model: ModelConfig,
+    device: torch.device,
+    data: DataConfig = _DATA,
 ) -> Tensor:
     manifest = Manifest.from_rows([video])
     items = view_items(manifest, views, frames=model.frames)
-    with load(manifest, _DATA, views, items, shape=ViewShape.of(model), batch=1, rank=DataRank(device)) as loader:
+    with load(manifest, data, views, items, shape=ViewShape.of(model), batch=1, rank=DataRank(device)) as loader:
         return next(loader).pixels[0].flatten(0, 1)

@@ -25,9 +25,10 @@ from typing_extensions import Self
 from mvd_scale.config.data import DataConfig, ViewsConfig
 from mvd_scale.config.model import ModelConfig
 from mvd_scale.data.batch import ViewBatch
+from mvd_scale.data.decoding.backends import DecodeBackend
 from mvd_scale.data.decoding.dali_geometry import Resampling, Sample, upright
 from mvd_scale.data.decoding.dali_graph import build_pipeline
-from mvd_scale.data.decoding.sample_source import Arrays, DecodeBackend, DecoderInput, VideoSource, flip_axes
+from mvd_scale.data.decoding.sample_source import Arrays, DecoderInput, VideoSource, flip_axes
 from mvd_scale.data.loaders.base import DaliLoader, Failure, Outputs, as_tensor
 from mvd_scale.data.manifest import Manifest, Row
 from mvd_scale.data.sampling.eval_views import crop_corners, resized_size, view_frame_indices
@@ -232,13 +233,16 @@ class ItemLoader(DaliLoader, Generic[Batch]):
     def _key(self, n: int) -> int:
         return n
 
+    def _step_of(self, n: int) -> int:
+        return n // self._batch
+
     @property
     def _source_options(self) -> dict[str, Any]:
         """Arguments that the loader passes to every sample source."""
         return {
             "first": self._next,
             "end": self._end,
-            "dali_device": self._dali_device,
+            "decoders": self._decoders,
             "pyav_samples": self._pyav_samples,
             "timeout": self._data.read_timeout,
         }

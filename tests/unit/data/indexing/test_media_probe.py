@@ -14,8 +14,8 @@ from PIL import Image
 
 from mvd_scale.cli import cli
 from mvd_scale.config.data import DataConfig
+from mvd_scale.data.decoding.backends import DecodeBackend, Decoders, decode_backend
 from mvd_scale.data.decoding.pyav import decode_frames
-from mvd_scale.data.decoding.sample_source import DecodeBackend, decode_backend
 from mvd_scale.data.indexing.build import load_source
 from mvd_scale.data.indexing.media_probe import _hides_vp8, _hides_vp9, probe_video
 from mvd_scale.data.indexing.transcode import TranscodeOptions, transcode
@@ -23,6 +23,9 @@ from mvd_scale.data.manifest import Manifest, Row
 from mvd_scale.data.orientation import orient
 from tests import streams
 from tests.cases.barcodes import draw_barcode, read_barcode
+
+ON_GPU = Decoders("mixed", "mixed")
+"""A GPU that decodes everything."""
 
 
 def probe(path: Path, **options: Any) -> Row:
@@ -83,7 +86,7 @@ def test_the_stream_is_the_one_that_a_player_chooses(
     assert numbers(row) == [chosen] * 4
     # DALI chooses by rules of its own.
     assert not row.plain
-    assert decode_backend(row, "cpu") is decode_backend(row, "mixed") is DecodeBackend.PYAV
+    assert decode_backend(row, Decoders()) is decode_backend(row, ON_GPU) is DecodeBackend.PYAV
     with pytest.raises(Exception, match="no video stream 7"):
         decode_frames(replace(row, stream=7), np.array([0]))
 
@@ -110,7 +113,7 @@ def test_stills_stand_as_coded_unless_the_recipe_asks(tmp_path: Path, form: str)
     row = probe(tmp_path / f"a.{form}")
     assert (row.still, row.exif_orientation) == (True, 7)
     assert (row.height, row.width, row.rotation, row.mirrored) == (48, 64, 0, False)
-    assert decode_backend(row, "cpu") is DecodeBackend.DALI_IMAGE
+    assert decode_backend(row, Decoders()) is DecodeBackend.DALI_IMAGE
     data = DataConfig(source=str(tmp_path), upright_stills=True)
     upright = load_source(data, tmp_path / "cache").row(0)
     assert (upright.height, upright.width, upright.rotation, upright.mirrored) == (64, 48, 270, True)
@@ -130,10 +133,10 @@ def test_videos_of_pictures_are_no_stills(tmp_path: Path) -> None:
     [
         ({}, "yuv420p", "bt601", DecodeBackend.DALI_VIDEO),
         ({"colorspace": 6}, "yuv420p", "bt601", DecodeBackend.DALI_VIDEO),
-        ({"colorspace": 1}, "yuv420p", "bt709", DecodeBackend.PYAV),
+        ({"colorspace": 1}, "yuv420p", "bt709", DecodeBackend.DALI_VIDEO),
         ({"colorspace": 9}, "yuv420p", "bt2020", DecodeBackend.PYAV),
         ({"color_range": 2}, "yuvj420p", "bt601 full", DecodeBackend.DALI_VIDEO),
-        ({"color_range": 2, "colorspace": 1}, "yuvj420p", "bt709 full", DecodeBackend.PYAV),
+        ({"color_range": 2, "colorspace": 1}, "yuvj420p", "bt709 full", DecodeBackend.DALI_VIDEO),
     ],
 )
 def test_dali_gets_the_colours_that_it_knows(
@@ -141,7 +144,17 @@ def test_dali_gets_the_colours_that_it_knows(
 ) -> None:
     row = probe(write(tmp_path / "a.mp4", **context))
     assert (row.colour, row.pixel_format, row.access, row.plain) == (colour, pixel_format, "packets", True)
-    assert decode_backend(row, "mixed") is decoder
+    assert decode_backend(row, ON_GPU) is decoder
+
+
+@pytest.mark.parametrize(("in_stream", "plain"), [("on", True), ("off", False)])
+def test_a_range_that_only_the_container_states_is_unknown_to_nvdec(
+    tmp_path: Path, in_stream: str, plain: bool
+) -> None:
+    options = {"x264-params": f"fullrange={in_stream}"}
+    row = probe(write(tmp_path / "a.mkv", color_range=2, options=options))
+    assert (row.pixel_format, row.colour, row.plain) == ("yuvj420p", "bt601 full", plain)
+    assert (decode_backend(row, ON_GPU) is DecodeBackend.DALI_VIDEO) == plain
 
 
 def test_colours_that_nothing_converts_are_left_out_with_the_reason(tmp_path: Path) -> None:
@@ -155,10 +168,10 @@ def coloured(path: Path, colorspace: int) -> Path:
     picture = np.stack([rows * 3, columns * 3, 255 - rows * 2], -1).astype(np.uint8)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=25, options={"crf": "4"})
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
         stream.codec_context.colorspace = colorspace
         for _ in range(4):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture[:48]), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture[:32]), format="rgb24")
             matrix = "ITU709" if colorspace == 1 else "ITU601"
             container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=matrix)))
         container.mux(stream.encode())

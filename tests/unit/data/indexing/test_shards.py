@@ -18,9 +18,9 @@ from mvd_scale.config.model import ModelConfig
 from mvd_scale.data.decoding.pyav import decode_frames
 from mvd_scale.data.indexing.build import build_manifest
 from mvd_scale.data.indexing.shards import save_manifest, shard_videos
-from mvd_scale.data.indexing.transcode import TranscodeOptions
+from mvd_scale.data.indexing.transcode import TranscodeOptions, encoded_size
 from mvd_scale.data.loaders.clip_loader import BatchPlan, ClipLoader
-from mvd_scale.data.manifest import Manifest
+from mvd_scale.data.manifest import Manifest, Row
 from mvd_scale.distributed.data_rank import DataRank
 from mvd_scale.errors import UserError
 
@@ -124,16 +124,32 @@ def test_a_place_that_cannot_be_written(tmp_path, manifest):
         pack(manifest, tmp_path / "file")
 
 
+@pytest.mark.parametrize(
+    ("size", "short_side", "expected"),
+    [
+        ((256, 340), None, (256, 352)),
+        ((1080, 1920), None, (1088, 1920)),
+        ((1080, 1920), 320, (320, 576)),
+        ((240, 320), 320, (256, 320)),
+        ((10, 30), None, (32, 32)),
+    ],
+)
+def test_encoded_sizes_are_whole_blocks_of_every_codec(size, short_side, expected):
+    width, height = encoded_size(Row("", "", height=size[0], width=size[1]), short_side)
+    assert (height, width) == expected
+    assert height % 32 == width % 32 == 0
+
+
 @pytest.mark.parametrize("codec", ["h264", "vp9"])
 def test_encoding_anew_keeps_every_frame_and_its_time(tmp_path, encode, codec):
-    encode(tmp_path / "v" / "a.mp4", frames=40, height=96, width=128)
-    encode(tmp_path / "v" / "b.webm", frames=33, height=48, width=64)
+    encode(tmp_path / "v" / "a.mp4", frames=40, height=128, width=192)
+    encode(tmp_path / "v" / "b.webm", frames=33, height=64, width=96)
     manifest = build_manifest(tmp_path / "v", workers=1)
-    packed = pack(manifest, tmp_path / "out", encoding=TranscodeOptions(codec, short_side=48, keyframes=8, quality=10))
+    packed = pack(manifest, tmp_path / "out", encoding=TranscodeOptions(codec, short_side=64, keyframes=8, quality=10))
     assert packed.left_out == [None, None]
     assert packed.frames.tolist() == manifest.frames.tolist()
-    assert packed.height.tolist() == [48, 48]
-    assert packed.width.tolist() == [64, 64]
+    assert packed.height.tolist() == [64, 64]
+    assert packed.width.tolist() == [96, 96]
     assert packed.codec == [codec] * 2
     assert max(packed.keyframe_interval) <= 8
     assert packed.fps.tolist() == manifest.fps.tolist()
@@ -143,7 +159,7 @@ def test_encoding_anew_keeps_every_frame_and_its_time(tmp_path, encode, codec):
         new = decode_frames(packed.row(number), frames).astype(int)
         old = decode_frames(manifest.row(number), frames).astype(int)
         if number == 0:
-            old = old.reshape(4, 48, 2, 64, 2, 3).mean((2, 4))
+            old = old.reshape(4, 64, 2, 96, 2, 3).mean((2, 4))
         assert np.abs(new - old).mean() < 4
     with tarfile.open(packed.path[0]) as archive, av.open(archive.extractfile(archive.getmembers()[0])) as container:
         assert not container.streams.audio

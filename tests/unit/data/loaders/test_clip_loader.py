@@ -22,6 +22,7 @@ import torch
 from mvd_scale.config.data import CenterCrop, DataConfig
 from mvd_scale.config.model import ModelConfig
 from mvd_scale.data.batch import ClipBatch
+from mvd_scale.data.decoding.backends import Decoders
 from mvd_scale.data.decoding.dali_graph import dali_decodes
 from mvd_scale.data.decoding.frame_operations import apply_operations
 from mvd_scale.data.indexing.build import build_manifest
@@ -297,10 +298,10 @@ def test_dali_is_asked_for_the_frames_of_the_clip(tmp_path, encode):
     encoded = np.fromfile(encode(tmp_path / "a.webm", frames=60), np.uint8)
     cut = encoded[: len(encoded) // 2]
     video, turned = (Row(name="", path="", codec="vp9", height=h, width=w) for h, w in ((48, 64), (64, 48)))
-    assert dali_decodes(encoded, np.array([0, 59]), video, None)
-    assert dali_decodes(cut, np.array([0, 1]), video, None)
-    assert not dali_decodes(cut, np.array([0, 59]), video, None)
-    assert not dali_decodes(encoded, np.array([0, 59]), turned, None)
+    assert dali_decodes(encoded, np.array([0, 59]), video, Decoders(), None)
+    assert dali_decodes(cut, np.array([0, 1]), video, Decoders(), None)
+    assert not dali_decodes(cut, np.array([0, 59]), video, Decoders(), None)
+    assert not dali_decodes(encoded, np.array([0, 59]), turned, Decoders(), None)
 
 
 def test_a_file_replaced_by_one_of_another_size(tmp_path, videos, encode):
