@@ -26,6 +26,9 @@ from mvd_scale.cli.options import WITH_OVERRIDES, overrides_argument
     "--height", type=click.IntRange(min=1), default=320, show_default=True, help="Short side of the videos in pixels."
 )
 @click.option(
+    "--width", type=click.IntRange(min=1), help="Long side of the videos in pixels; by the aspect 4:3 if omitted."
+)
+@click.option(
     "--keyframes", type=click.IntRange(min=1), default=250, show_default=True,
     help="Frames from one keyframe of the videos to the next.",
 )  # fmt: skip
@@ -45,6 +48,7 @@ def plan(
     efficiency: float | None,
     videos: int,
     height: int,
+    width: int | None,
     keyframes: int,
     video_frames: int,
     as_json: bool,
@@ -58,7 +62,7 @@ def plan(
     from mvd_scale.performance.planning.plan_report import to_json, to_text
     from mvd_scale.performance.planning.video_decoding import VideoFormat
 
-    video = VideoFormat(height, keyframes, video_frames)
+    video = VideoFormat(height, keyframes, video_frames, width)
     cluster = make_cluster(
         gpu, gpus, per_node, attention=attention, efficiency=efficiency, video=video, videos=videos
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -40,7 +41,10 @@ def make_placement(recipe: RunRecipe, targets: Mapping[str, Target], ranks: Rank
     """
     kind = device_kind(ranks.device)
     hosts = ranks_by_host(ranks).values()
-    capabilities = probe_capabilities(ranks.device, compiler=needs_compiler(recipe, kind))
+    capabilities = replace(
+        probe_capabilities(ranks.device, compiler=needs_compiler(recipe, kind)),
+        no_nvdec=ranks.data_rank.nvdec.missing if kind == "cuda" and recipe.data.decoder != "host" else "",
+    )
     devices = Devices(kind, ranks.world_size, max(len(members) for members in hosts), capabilities)
     placement = decide_placement(recipe, teacher_facts(targets), devices)
     for line in placement.to_lines():

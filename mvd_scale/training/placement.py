@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 from mvd_scale.config import Recipe, RunRecipe, TeacherConfig
+from mvd_scale.config.data import VideoDecoder
 from mvd_scale.config.deepspeed import check_stage, zero_stage
 from mvd_scale.config.training import Checkpointing, FrozenPrecision, Precision
+from mvd_scale.data.loaders.decoder_choice import choose_video_decoder
 from mvd_scale.errors import UserError
 from mvd_scale.models.precision import refusal
 from mvd_scale.models.quantization import REFUSED, unquantized_precision
@@ -32,6 +34,7 @@ _LABELS = {
     "gradient_checkpointing": "gradient checkpointing",
     "compile": "compile",
     "batch_decoders": "batched decoders",
+    "decoder": "video decoder",
     "data_prefetch": "data prefetch",
 }
 """Labels of the decisions of a run by field of `Placement`, in the order in which they are shown."""
@@ -84,6 +87,9 @@ class Capabilities:
 
     no_compile: str = ""
     """Reason why torch.compile does not work on the device; empty if it does. Read only if `needs_compiler`."""
+
+    no_nvdec: str = ""
+    """Reason why the GPUs have no NVDEC; empty if they do, and for CPUs."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +181,9 @@ class Placement:
     compile: Decision[bool]
     batch_decoders: Decision[bool]
 
+    decoder: Decision[VideoDecoder]
+    """Where videos are decoded: by NVDEC as far as it takes them, or on the CPUs."""
+
     data_prefetch: Decision[int]
     """Number of batches that are decoded in advance."""
 
@@ -245,9 +254,17 @@ def decide_placement(recipe: RunRecipe, teachers: Sequence[Teacher], devices: De
             on_cpu="on which compiled blocks are hardly faster",
         ),
         batch_decoders=_batch_decoders(recipe, stage, devices.kind),
+        decoder=_decoder(recipe, devices),
         data_prefetch=_named("data.prefetch", recipe.data.prefetch),
         teachers=tuple(_place_teacher(recipe, teacher, devices) for teacher in teachers),
     )
+
+
+def _decoder(recipe: RunRecipe, devices: Devices) -> Decision[VideoDecoder]:
+    chosen, reason = choose_video_decoder(
+        recipe.data.decoder, on_gpu=devices.kind == "cuda", no_nvdec=devices.capabilities.no_nvdec
+    )
+    return Decision(chosen, reason)
 
 
 def needs_compiler(recipe: RunRecipe, kind: DeviceKind) -> bool:

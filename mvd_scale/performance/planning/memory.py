@@ -35,6 +35,10 @@ class Memory:
         """Name of the phase with the highest memory."""
         return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
 
+    def with_parts(self, parts: Bytes) -> Memory:
+        """Return the memory with parts added that exist in every phase."""
+        return Memory({name: _sum(phase, parts) for name, phase in self.phases.items()})
+
     @property
     def parts(self) -> Bytes:
         """Bytes by part, in the phase of the peak."""

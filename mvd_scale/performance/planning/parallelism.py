@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from mvd_kernels import bf16_instructions
 from mvd_scale.config import FinetuneRecipe, Recipe, RunRecipe
+from mvd_scale.config.data import VideoDecoder
 from mvd_scale.config.deepspeed import student_deepspeed_config, teacher_deepspeed_config
 from mvd_scale.config.training import Checkpointing, Precision
 from mvd_scale.models.quantization import QuantizedPrecision
@@ -62,6 +63,9 @@ class ParallelConfig:
     """Whether decoders of the same shape run as one batched pass."""
 
     checkpointing: Checkpointing
+
+    decoder: VideoDecoder
+    """Where videos are decoded."""
 
     prefetch: int
     """Number of batches that are decoded in advance."""
@@ -153,6 +157,7 @@ def setting_from(placement: Placement, recipe: Recipe | FinetuneRecipe) -> Paral
         graphed=tuple(teacher.cuda_graph.value for teacher in teachers),
         batched=placement.batch_decoders.value,
         checkpointing=placement.gradient_checkpointing.value,
+        decoder=placement.decoder.value,
         prefetch=placement.data_prefetch.value,
     )
 

@@ -31,7 +31,12 @@ from mvd_scale.performance.planning.parallelism import (
 )
 from mvd_scale.performance.planning.published import PublishedComparison, compare_with_paper
 from mvd_scale.performance.planning.step_time import PhaseTime, phase_times
-from mvd_scale.performance.planning.video_decoding import VideoFormat, decoded_clips, decoded_frames
+from mvd_scale.performance.planning.video_decoding import (
+    VideoFormat,
+    decoded_clips,
+    decoded_frames,
+    decoding_memory,
+)
 from mvd_scale.performance.planning.workload import Workload, build_workload
 from mvd_scale.training.placement import Placement
 
@@ -103,7 +108,7 @@ class Plan:
     """Mean number of decoded frames per clip."""
 
     decode_capacity: float | None
-    """Clips/s that the NVDEC engines of all GPUs decode; None for image models, which decode no video."""
+    """Clips/s that the NVDEC engines of all GPUs decode; None if they decode nothing."""
 
     arithmetic_share: float
     """FLOP/s of the step divided by the peak FLOP/s of all GPUs."""
@@ -232,8 +237,8 @@ def _setting(recipe: Recipe | FinetuneRecipe, workload: Workload, cluster: Clust
 def _candidate(
     recipe: Recipe | FinetuneRecipe, workload: Workload, parallel: ParallelConfig, cluster: Cluster
 ) -> MicroBatchForecast:
-    memory = predict_memory(workload, parallel).peak
-    seconds = _step_seconds(recipe, _phases(workload, parallel, cluster), cluster)
+    memory = _memory(recipe, workload, parallel, cluster).peak
+    seconds = _step_seconds(recipe, parallel, _phases(workload, parallel, cluster), cluster)
     return MicroBatchForecast(
         parallel.micro,
         parallel.accumulation,
@@ -261,6 +266,11 @@ def _policy(
     )
 
 
+def _memory(recipe: Recipe | FinetuneRecipe, workload: Workload, parallel: ParallelConfig, cluster: Cluster) -> Memory:
+    decoding = decoding_memory(recipe.data, recipe.model, cluster.video, parallel.micro, parallel.decoder)
+    return predict_memory(workload, parallel).with_parts(decoding)
+
+
 def _messages(workload: Workload, parallel: ParallelConfig, cluster: Cluster) -> list[Collective]:
     return collectives(workload, parallel, cluster.gpu, cluster.per_node)
 
@@ -271,15 +281,17 @@ def _phases(workload: Workload, parallel: ParallelConfig, cluster: Cluster) -> l
     return phase_times(workload, flops, messages, parallel, cluster.gpu, cluster.kernel, cluster.efficiency)
 
 
-def _decode_capacity(recipe: Recipe | FinetuneRecipe, cluster: Cluster) -> float | None:
-    if recipe.model.frames == 1:
+def _decode_capacity(recipe: Recipe | FinetuneRecipe, parallel: ParallelConfig, cluster: Cluster) -> float | None:
+    if recipe.model.frames == 1 or parallel.decoder == "host":
         return None
     return cluster.gpus * decoded_clips(cluster.gpu, recipe.data, recipe.model, cluster.video)
 
 
-def _step_seconds(recipe: Recipe | FinetuneRecipe, phases: list[PhaseTime], cluster: Cluster) -> float:
+def _step_seconds(
+    recipe: Recipe | FinetuneRecipe, parallel: ParallelConfig, phases: list[PhaseTime], cluster: Cluster
+) -> float:
     """Compute the seconds per step: the longer one of computing and decoding, which overlap."""
-    capacity = _decode_capacity(recipe, cluster)
+    capacity = _decode_capacity(recipe, parallel, cluster)
     decoding = recipe.training.global_batch / capacity if capacity is not None else 0.0
     return max(sum(phase.seconds for phase in phases), decoding)
 
@@ -307,7 +319,7 @@ def _plan(
     parallel = setting_from(placement, recipe)
     batch, phases = recipe.training.global_batch, _phases(workload, parallel, cluster)
     flops = part_flops(workload, checkpointing=parallel.checkpointing)
-    seconds = _step_seconds(recipe, phases, cluster)
+    seconds = _step_seconds(recipe, parallel, phases, cluster)
     drawn = cluster.videos * recipe.data.clips_per_video * recipe.data.copies
     steps = drawn // batch
     if not steps:
@@ -324,12 +336,12 @@ def _plan(
         recipe_micro=recipe_micro,
         parameters=workload.parameters,
         flops=flops,
-        memory=predict_memory(workload, parallel),
+        memory=_memory(recipe, workload, parallel, cluster),
         memory_usable=usable_memory(cluster.gpu),
         messages=_messages(workload, parallel, cluster),
         phases=phases,
         decoded_frames=decoded_frames(recipe.data, recipe.model, cluster.video),
-        decode_capacity=_decode_capacity(recipe, cluster),
+        decode_capacity=_decode_capacity(recipe, parallel, cluster),
         arithmetic_share=computed / (cluster.gpus * cluster.gpu.peak[parallel.precision]),
         step_seconds=seconds,
         clips_per_second=batch / seconds,
@@ -347,12 +359,14 @@ def _plan(
 
 def _what_fits(recipe: Recipe | FinetuneRecipe, workload: Workload, parallel: ParallelConfig, cluster: Cluster) -> str:
     """Compose the error message for a smallest micro batch that does not fit, with the changes that would fit."""
-    needed, usable = predict_memory(workload, parallel).peak, usable_memory(cluster.gpu)
+    needed, usable = _memory(recipe, workload, parallel, cluster).peak, usable_memory(cluster.gpu)
     recipe = with_training(recipe, micro_batch=parallel.micro)
     settings = {
         options: _setting(changed, workload, cluster) for options, changed in _changes(recipe, parallel).items()
     }
-    fitting = [options for options, changed in settings.items() if predict_memory(workload, changed).peak <= usable]
+    fitting = [
+        options for options, changed in settings.items() if _memory(recipe, workload, changed, cluster).peak <= usable
+    ]
     fitting += [f"--gpu {gpu.name}" for gpu in GPUS.values() if needed <= usable_memory(gpu)]
     return (
         f"a rank needs {needed / GIB:.1f} GiB even with a micro batch of {parallel.micro}, and {cluster.gpu.name} has "

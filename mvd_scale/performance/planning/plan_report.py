@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from mvd_scale.performance.planning.hardware import FRAGMENTED, GIB, LINK_SHARE, RESERVED, sustained_flops
 from mvd_scale.performance.planning.plan import Plan
 from mvd_scale.performance.planning.step_time import LAUNCH
+from mvd_scale.performance.planning.video_decoding import CACHED, CREATION, OUTPUTS, POOL, SURFACES
 
 
 def to_json(plan: Plan) -> str:
@@ -86,13 +87,17 @@ def _communication(plan: Plan) -> Iterator[str]:
 
 
 def _decoding(plan: Plan) -> Iterator[str]:
-    if plan.decode_capacity is None:
-        return
-    gpu = plan.cluster.gpu
-    yield (
-        f"\n  decoding: {plan.decoded_frames:.0f} frames per clip; needed {plan.decode_needed:.0f} clips/s, "
-        f"NVDEC decodes {plan.decode_capacity:.0f} ({gpu.decoders} engines per GPU)"
-    )
+    gpu, video = plan.cluster.gpu, plan.cluster.video
+    needed = f"\n  decoding: {plan.decoded_frames:.0f} frames per clip; needed {plan.decode_needed:.0f} clips/s, "
+    if plan.decode_capacity is not None:
+        yield f"{needed}NVDEC decodes {plan.decode_capacity:.0f} ({gpu.decoders} engines per GPU)"
+        if not video.is_whole:
+            yield (
+                f"  {video.width}x{video.height} pixels are no multiples of 16: each clip gets a new decoder, in "
+                f"{1000 * CREATION:.0f} ms"
+            )
+    elif plan.parallel.decoder == "host":
+        yield f"{needed}which the CPUs must decode: their rate is not predicted"
 
 
 def _time(plan: Plan) -> Iterator[str]:
@@ -156,7 +161,11 @@ def _assumptions(plan: Plan) -> Iterator[str]:
     if any(parallel.prefetched):
         yield "  phases are added up: the time saved by teachers that run in parallel with the student is not counted"
     yield (
-        f"  {cluster.videos} videos of {cluster.video.height} lines and {cluster.video.frames} frames, a key frame "
-        f"every {cluster.video.keyframes} (--videos, --height, --video-frames, --keyframes)"
+        f"  {cluster.videos} videos of {cluster.video.width}x{cluster.video.height} pixels and {cluster.video.frames} "
+        f"frames, a key frame every {cluster.video.keyframes} (--videos, --height, --width, --video-frames, --keyframes)"
+    )
+    yield (
+        f"  DALI: {POOL} frames for each clip that is decoded, {OUTPUTS} batches of whole clips, {SURFACES} frames for "
+        f"each of up to {CACHED} NVDEC decoders"
     )
     yield f"  {cluster.gpu.name}: {cluster.gpu.source}"

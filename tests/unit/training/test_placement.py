@@ -62,7 +62,7 @@ GPU = Devices("cuda", 8, 4, Capabilities("H100", bf16=True, fp8=True))
 CPU = Devices("cpu", 8, 4, Capabilities(bf16=True))
 
 BASE = {"precision": "fp16", "zero_stage": 2, "micro_batch": 4, "accumulation": 2, "gradient_checkpointing": "none",
-        "compile": True, "batch_decoders": True, "data_prefetch": 2}  # fmt: skip
+        "compile": True, "batch_decoders": True, "decoder": "nvdec", "data_prefetch": 2}  # fmt: skip
 """Values of the decisions for `recipe()` on `GPU`."""
 
 FROZEN = {"precision": "fp16", "rest": "fp16", "shards": None, "compile": True, "cuda_graph": True, "prefetch": True}
@@ -111,6 +111,10 @@ EXACT = {"precision": "bf16", "rest": "bf16"}
 CASES: dict[str, tuple[dict[str, Any], Devices, dict[str, Any], dict[str, Any]]] = {
     # Changes of the recipe, devices, changed decisions of the run, and changed decisions of each teacher.
     "nothing": ({}, GPU, {}, {}),
+    "decoding on the host": ({"data__decoder": "host"}, GPU, {"decoder": "host"}, {}),
+    "GPU without NVDEC": (
+        {}, replace(GPU, capabilities=Capabilities("H100", fp8=True, no_nvdec="no library")), {"decoder": "host"}, {},
+    ),
     "student in bf16": ({"training__precision": "bf16"}, GPU, {"precision": "bf16"}, {}),
     "teachers in bf16": ({"teachers__precision": "bf16"}, GPU, {}, teacher_change(EXACT)),
     "teachers in fp8": (
@@ -186,7 +190,9 @@ CASES: dict[str, tuple[dict[str, Any], Devices, dict[str, Any], dict[str, Any]]]
 
 
 def expected(case: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    changes, _, run, of_teachers = CASES[case]
+    changes, devices, run, of_teachers = CASES[case]
+    if devices.kind == "cpu":
+        run = {"decoder": "host", **run}
     usual = {"video": FROZEN, "average": MOVING}
     names = [name for name in changes.get("targets", TARGETS) if name in usual]
     return BASE | run, {name: usual[name] | of_teachers.get(name, {}) for name in names}
@@ -265,7 +271,7 @@ def test_the_engine_follows_the_placement(monkeypatch: pytest.MonkeyPatch, case:
     config = recipe(**changes)
     run, of_teachers = Spy(monkeypatch).run(config, decide_placement(config, facts(config), devices))
     expected_run, expected_of_teachers = expected(case)
-    del expected_run["data_prefetch"]
+    del expected_run["data_prefetch"], expected_run["decoder"]
     for decisions in expected_of_teachers.values():
         shards = decisions["shards"]
         decisions["shards"] = shards and (shards.over, shards.whole_vectors)
@@ -293,6 +299,7 @@ def test_the_planner_uses_the_same_placement(monkeypatch: pytest.MonkeyPatch, ca
         "gradient_checkpointing": parallel.checkpointing,
         "compile": run["compile"],
         "batch_decoders": parallel.batched,
+        "decoder": parallel.decoder,
         "data_prefetch": parallel.prefetch,
     } == run
     frozen = of_teachers["video"]
@@ -328,6 +335,10 @@ def test_the_planner_uses_the_same_placement(monkeypatch: pytest.MonkeyPatch, ca
             REFUSED["fp8"],
         ),
         ({"teachers__precision": "int8", "targets": {"video": VIDEO}}, GPU, f"H100: {REFUSED['int8']}"),
+        (
+            {"data__decoder": "nvdec"}, replace(GPU, capabilities=Capabilities("H100", no_nvdec="no library")),
+            "data.decoder is nvdec, but there is no NVDEC: no library. Set data.decoder to auto or host",
+        ),
         (
             {"training__compile": True}, replace(GPU, capabilities=Capabilities("H100", no_compile="it lacks gcc")),
             "training.compile is true, but it lacks gcc; set it to auto to run without it",
