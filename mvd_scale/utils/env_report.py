@@ -21,6 +21,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from mvd_scale.utils import nvdec
+
 _GUIDE = "docs/guides/installation.md"
 
 
@@ -41,6 +43,7 @@ def collect_capabilities() -> list[Capability]:
     return [
         Capability("Python", True, platform.python_version()),
         _processor(),
+        _shared_memory(),
         *_torch(),
         *_deepspeed(),
         _flash_attention(),
@@ -112,6 +115,16 @@ def _processor() -> Capability:
     memory = f"{psutil.virtual_memory().total / 2**30:.0f} GiB memory" if psutil else f"memory unknown ({reason})"
     nodes = len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) or 1
     return Capability("CPU", True, f"{cores} cores, {memory}, {nodes} NUMA node{'s' if nodes > 1 else ''}")
+
+
+def _shared_memory() -> Capability:
+    name, folder = "/dev/shm", Path("/dev/shm")
+    if not folder.is_dir():
+        return Capability(name, False, reason="data workers need it: set data.workers to 0")
+    status = os.statvfs(folder)
+    size, free = (blocks * status.f_frsize / 2**30 for blocks in (status.f_blocks, status.f_bavail))
+    small = "little for data workers: start the container with --shm-size=16g or --ipc=host" if size < 1 else ""
+    return Capability(name, True, f"{size:.2f} GiB, {free:.2f} GiB free", small)
 
 
 def _torch() -> list[Capability]:
@@ -254,10 +267,16 @@ def _dali() -> list[Capability]:
 def _nvdec() -> Capability:
     name = "DALI decode, NVDEC"
     try:
-        ctypes.CDLL("libnvcuvid.so.1")
+        ctypes.CDLL(nvdec.LIBRARY)
     except OSError as error:
         return Capability(name, False, reason=f"needs a GPU and its driver's video library ({_first_line(error)})")
-    return _on_gpu(name, "H.264, HEVC, VP8, VP9, AV1, MPEG-4, as far as the GPU supports them")
+    torch, reason = _load("torch", "pip install torch")
+    if not torch or not torch.cuda.is_available():
+        return Capability(name, False, reason=reason or "needs a GPU")
+    found = nvdec.query_nvdec(torch.device("cuda", torch.cuda.current_device()))
+    kinds = [kind for kind in found.formats if (kind.chroma, kind.depth) == ("4:2:0", 8)]
+    sizes = ", ".join(f"{kind.codec} up to {kind.max_width}x{kind.max_height}" for kind in kinds)
+    return Capability(name, not found.missing, f"8-bit 4:2:0: {sizes}" if sizes else "", found.missing)
 
 
 def _pyav() -> list[Capability]:

@@ -19,12 +19,14 @@ from torch.utils.dlpack import from_dlpack
 from typing_extensions import Self
 
 from mvd_scale.config.data import DataConfig
+from mvd_scale.config.launcher import local_world_size
 from mvd_scale.data.decoding.backends import VideoKind
 from mvd_scale.data.decoding.dali_graph import dali_decodes
 from mvd_scale.data.decoding.pyav import decode_frames
 from mvd_scale.data.decoding.sample_source import NO_SUBSTITUTE, VideoSource
 from mvd_scale.data.loaders.dali_failures import HORIZON, LIMIT, DaliFailures
 from mvd_scale.data.loaders.decoder_choice import choose_decoders
+from mvd_scale.data.loaders.shared_memory import bytes_per_sample, check_shared_memory
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.storage import DecodeError, run_with_timeout
 from mvd_scale.distributed.data_rank import DataRank
@@ -89,7 +91,22 @@ class DaliLoader(ABC):
         self._decoders = replace(self._decoders, by_pyav=self._dali_failures.kinds())
         self._workers = worker_count(data, rank)
         self._threads = thread_count(data, rank)
+        check_shared_memory(
+            bytes_per_sample(manifest, self._decoders, self._sample_frames, self._decoded_share),
+            batch=batch,
+            prefetch=data.prefetch,
+            workers=self._workers,
+            ranks=local_world_size(rank.world_size),
+        )
         self._graph: Pipeline | None = self._build()
+
+    _decoded_share = 1.0
+    """Mean part of a decoded frame that workers hand to the graph, for the check of shared memory."""
+
+    @property
+    @abstractmethod
+    def _sample_frames(self) -> int:
+        """Frames of a sample."""
 
     @abstractmethod
     def _source(self) -> VideoSource:

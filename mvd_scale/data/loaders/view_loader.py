@@ -230,6 +230,10 @@ class ItemLoader(DaliLoader, Generic[Batch]):
             for failure in failed:
                 self._report_failure(failure)
 
+    @property
+    def _sample_frames(self) -> int:
+        return self._frames
+
     def _key(self, n: int) -> int:
         return n
 

@@ -6,8 +6,13 @@ sparsity. This project measured none of them.
 Peaks, memory, bandwidths and NVLink were checked against quotations of the data sheets: glennklockwood.com/garden
 (A100, H100, B200), aiwiki.ai (H200), Dell's guide to V100 servers, the table of HGX B200 at zdszero.github.io, which
 also has B200's 7 decoders, and torch's out-of-memory messages (H200, B200). No source was found for V100's tensor
-cores, the network cards before Hopper, the other numbers of decoders, and all decoding rates: these are quoted from
-memory, without a source.
+cores, the network cards before Hopper, and the other numbers of decoders: these are assumed, from memory.
+
+Decoding rates are in line with NVIDIA's NVDEC Application Note (Video Codec SDK 13.0, table "NVDEC Decoding
+Performance", H.264 at 1920x1080 per engine): Pascal 694 frames/s, Turing 771 at 1860 MHz, and "Hopper and GA100 GPUs
+contain NVDEC with same architecture as Turing", scaled by the clock. The 450 of an A100's engine and the 729 of an
+H100's are quoted from the architecture papers from memory; V100's 480 and B200's rate, taken to be the H100's, are
+assumed. The note's 2172 for Blackwell was measured on another chip of that name.
 """
 
 from __future__ import annotations
@@ -47,10 +52,10 @@ class Gpu:
     """Bytes/s per GPU to other hosts: the bandwidth of the host's network cards divided by eight."""
 
     decoders: int
-    """Number of NVDEC engines."""
+    """Number of NVDEC engines; assumed but for B200."""
 
     decoded: float
-    """Decoding rate of all engines for H.264 at 1920x1080, frames/s."""
+    """Decoding rate of all engines for H.264 at 1920x1080, frames/s; see the head of this module."""
 
     efficiency: dict[AttentionKernel, float]
     """Share of `peak` that transformers of width 1280 reach in half precision, by attention kernel: an assumption."""
@@ -72,7 +77,7 @@ GPUS: dict[str, Gpu] = {
             decoders=1,
             decoded=16 * 30,
             efficiency={"sdpa": 0.35},
-            source="V100 SXM2 32 GB data sheet; DGX-1: four cards of 100 Gbit/s; decoding: A100 architecture paper",
+            source="V100 SXM2 32 GB data sheet; DGX-1: four cards of 100 Gbit/s; decoding: assumed",
         ),
         Gpu(
             name="A100",
@@ -84,7 +89,7 @@ GPUS: dict[str, Gpu] = {
             decoders=5,
             decoded=75 * 30,
             efficiency={"flash-attn": 0.50, "sdpa": 0.47},
-            source="A100 SXM4 80 GB data sheet; DGX A100: eight cards of 200 Gbit/s; decoding: A100 architecture paper",
+            source="A100 SXM4 80 GB data sheet; DGX A100: eight cards of 200 Gbit/s; decoding: A100 paper, from memory",
         ),
         Gpu(
             name="H100",
@@ -96,7 +101,7 @@ GPUS: dict[str, Gpu] = {
             decoders=7,
             decoded=170 * 30,
             efficiency={"flash-attn": 0.42, "sdpa": 0.38},
-            source="H100 SXM5 80 GB data sheet; DGX H100: eight cards of 400 Gbit/s; decoding: H100 architecture paper",
+            source="H100 SXM5 80 GB data sheet; DGX H100: eight cards of 400 Gbit/s; decoding: H100 paper, from memory",
         ),
         Gpu(
             name="H200",
@@ -108,7 +113,7 @@ GPUS: dict[str, Gpu] = {
             decoders=7,
             decoded=170 * 30,
             efficiency={"flash-attn": 0.43, "sdpa": 0.39},
-            source="H200 SXM data sheet; DGX H200: eight cards of 400 Gbit/s; decoding: engines of the H100",
+            source="H200 SXM data sheet; DGX H200: eight cards of 400 Gbit/s; decoding: assumed, as H100",
         ),
         Gpu(
             name="B200",
@@ -120,7 +125,7 @@ GPUS: dict[str, Gpu] = {
             decoders=7,
             decoded=170 * 30,
             efficiency={"flash-attn": 0.35, "sdpa": 0.32},
-            source="HGX B200 data sheet; DGX B200: eight cards of 400 Gbit/s; decoding: taken to be the H100's",
+            source="HGX B200 data sheet; DGX B200: eight cards of 400 Gbit/s; decoding: assumed, as H100",
         ),
     )
 }

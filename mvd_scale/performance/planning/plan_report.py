@@ -162,7 +162,8 @@ def _assumptions(plan: Plan) -> Iterator[str]:
         yield "  phases are added up: the time saved by teachers that run in parallel with the student is not counted"
     yield (
         f"  {cluster.videos} videos of {cluster.video.width}x{cluster.video.height} pixels and {cluster.video.frames} "
-        f"frames, a key frame every {cluster.video.keyframes} (--videos, --height, --width, --video-frames, --keyframes)"
+        f"frames, a key frame every {cluster.video.keyframes} "
+        "(--videos, --height, --width, --video-frames, --keyframes)"
     )
     yield (
         f"  DALI: {POOL} frames for each clip that is decoded, {OUTPUTS} batches of whole clips, {SURFACES} frames for "

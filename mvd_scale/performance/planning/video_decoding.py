@@ -19,8 +19,8 @@ SMALL_FRAMES = 4.0
 """Largest speed-up of an engine for small frames over 1920x1080, in frames/s: an assumption."""
 
 CREATION = 0.06
-"""Seconds to make an NVDEC decoder: 50 to 70 ms on an H100 (meta-pytorch/torchcodec, pull request 1176). That each engine
-makes one at a time is an assumption."""
+"""Seconds to make an NVDEC decoder: 50 to 70 ms on an H100 (meta-pytorch/torchcodec, pull request 1176). That each
+engine makes one at a time is an assumption."""
 
 POOL = 8
 """RGB frames that DALI allocates for each clip of a batch, to put frames in order (`num_decode_surfaces_`)."""
@@ -30,7 +30,7 @@ OUTPUTS = 2
 assumption."""
 
 SURFACES = 12
-"""YUV frames of an NVDEC decoder, references and outputs, each of 1.5 bytes per pixel: an assumption for usual streams."""
+"""YUV frames of an NVDEC decoder, references and outputs, each of 1.5 bytes per pixel: an assumption."""
 
 CACHED = 100
 """NVDEC decoders that DALI keeps at most (`CACHE_SIZE_LIMIT`)."""

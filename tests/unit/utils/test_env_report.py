@@ -14,6 +14,7 @@ import pytest
 
 from mvd_scale.utils import env_report as capabilities
 from mvd_scale.utils.env_report import Capability, collect_capabilities, format_capabilities
+from mvd_scale.utils.nvdec import Nvdec, NvdecFormat
 
 
 class Broken(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -129,3 +130,16 @@ def test_nvdec_names_the_library_that_is_missing(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(ctypes, "CDLL", refuse)
     assert "libnvcuvid.so.1" in capabilities._nvdec().reason
+
+
+def test_nvdec_tells_what_the_driver_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    h264 = NvdecFormat("h264", "4:2:0", 8, 48, 16, 4096, 4096, 65536)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(capabilities.nvdec, "query_nvdec", lambda device: Nvdec((h264,)))
+    assert capabilities._nvdec() == Capability("DALI decode, NVDEC", True, "8-bit 4:2:0: h264 up to 4096x4096")
+    monkeypatch.setattr(capabilities.nvdec, "query_nvdec", lambda device: Nvdec(missing="the GPU has no NVDEC"))
+    assert capabilities._nvdec() == Capability("DALI decode, NVDEC", False, reason="the GPU has no NVDEC")

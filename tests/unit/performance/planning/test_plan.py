@@ -12,14 +12,19 @@ from mvd_scale.cli import cli
 from mvd_scale.config import load_finetune_recipe, load_recipe
 from mvd_scale.errors import UserError
 from mvd_scale.performance.planning.communication import seconds_of
-from mvd_scale.performance.planning.hardware import GPUS, LINK_SHARE, usable_memory
+from mvd_scale.performance.planning.hardware import GIB, GPUS, LINK_SHARE, usable_memory
 from mvd_scale.performance.planning.plan import Plan, make_cluster, make_plan, micro_batches, with_stage
 from mvd_scale.performance.planning.plan_report import to_text
-from mvd_scale.performance.planning.video_decoding import VideoFormat, decoded_clips, decoded_frames
+from mvd_scale.performance.planning.video_decoding import (
+    VideoFormat,
+    decoded_clips,
+    decoded_frames,
+    decoding_memory,
+)
 from mvd_scale.performance.planning.workload import build_workload
 
 SLOW_DECODING = VideoFormat(keyframes=250)
-FAST_DECODING = VideoFormat(keyframes=8)
+FAST_DECODING = VideoFormat(keyframes=8, long_side=448)
 
 
 def plan(
@@ -73,8 +78,44 @@ def test_frames_before_a_clip_are_decoded_from_the_last_key_frame() -> None:
     for rule in ("segments", "whole_segments"):
         data = whole.data.model_copy(update={"sampling": rule})
         assert decoded_frames(data, whole.model, VideoFormat(keyframes=12, frames=45)) == 45
-    gpu, video = GPUS["A100"], VideoFormat(height=1247, keyframes=1)
-    assert decoded_clips(gpu, recipe.data, recipe.model, video) == pytest.approx(2250 / 61, rel=1e-3)
+    gpu, video = GPUS["A100"], VideoFormat(1088, keyframes=1, long_side=1920)
+    assert decoded_clips(gpu, recipe.data, recipe.model, video) == pytest.approx(2250 / 61 * 1080 / 1088)
+    # Of 1080 rows, which are no whole macroblocks, each clip gets a decoder of its own.
+    video = VideoFormat(1080, keyframes=1, long_side=1920)
+    assert decoded_clips(gpu, recipe.data, recipe.model, video) == pytest.approx(5 / (61 / 450 + 0.06))
+
+
+def test_decoding_takes_gigabytes_of_a_gpu_at_1080_rows() -> None:
+    recipe = load_recipe("distill/b_from_b")
+    full, data = VideoFormat(1080, long_side=1920), recipe.data
+    parts = decoding_memory(data, recipe.model, full, 64, "nvdec")
+    picture = 3 * 1920 * 1080
+    assert parts == {
+        "decoded clips": 2 * 64 * 16 * picture,
+        "frames of DALI's decoders": 8 * 64 * picture,
+        "surfaces of NVDEC": 100 * 12 * picture // 2,
+    }
+    assert sum(parts.values()) > 15 * GIB
+    assert decoding_memory(data, recipe.model, full, 64, "host") == {"decoded clips": 2 * 64 * 16 * picture}
+    # Decoders for whole macroblocks are used again, and copies of a clip are decoded once.
+    data, video = data.model_copy(update={"copies": 2}), VideoFormat(1088, long_side=1920)
+    whole = decoding_memory(data, recipe.model, video, 8, "nvdec")
+    assert whole["surfaces of NVDEC"] == 4 * 12 * 1920 * 1088 * 3 // 2
+    large, small = (plan("distill/b_from_b", video=VideoFormat(height)) for height in (1080, 320))
+    taken = [
+        sum(decoding_memory(recipe.data, recipe.model, VideoFormat(height), large.parallel.micro, "nvdec").values())
+        for height in (1080, 320)
+    ]
+    assert large.memory.peak - small.memory.peak == taken[0] - taken[1]
+
+
+def test_the_plan_tells_who_decodes() -> None:
+    slow, host = plan("distill/b_from_b", video=SLOW_DECODING), plan("distill/b_from_b", "--data.decoder", "host")
+    assert "426x320 pixels are no multiples of 16: each clip gets a new decoder, in 60 ms" in to_text(slow)
+    assert (slow.limit, host.decode_capacity) == ("decoding", None)
+    assert host.limit != "decoding"
+    assert "which the CPUs must decode" in to_text(host)
+    assert "host" in str(host.placement.decoder)
 
 
 @pytest.mark.parametrize(
