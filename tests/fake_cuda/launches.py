@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from mvd_kernels.triton_ops.example_inputs import example_launches
 from mvd_kernels.triton_ops.launch import Launch
 
 from .gpu import META
@@ -64,3 +65,18 @@ def recorded() -> Iterator[list[Launch]]:
     launches: list[Launch] = []
     with LaunchRecorder(launches):
         yield launches
+
+
+def key(launch: Launch) -> tuple[Any, ...]:
+    """What a launch is compiled for: kernel, constants, warps and dtypes. bfloat16 counts as float16."""
+    dtypes = tuple(
+        (name, value.dtype.itemsize, value.is_floating_point())
+        for name, value in launch.arguments.items()
+        if isinstance(value, Tensor)
+    )
+    return launch.kernel.__name__, launch.warps, *sorted(launch.constants.items()), *dtypes
+
+
+def unknown(launches: list[Launch]) -> set[tuple[Any, ...]]:
+    """Keys of launches that the table of registers and spills (`mvd_kernels.compile_report`) does not have."""
+    return {key(launch) for launch in launches} - {key(example.launch) for example in example_launches()}

@@ -29,6 +29,9 @@ class Stream:
     def wait_stream(self, other: object) -> None:
         """Wait for another stream."""
 
+    def synchronize(self) -> None:
+        """Make the host wait."""
+
 
 class CurrentStream(Stream):
     name = "current"
