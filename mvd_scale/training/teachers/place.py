@@ -100,6 +100,8 @@ def shard_teacher(
     refuse_not_finite(faults)
     engine, *_ = deepspeed.initialize(model=teacher.to(ranks.device), config=config, dist_init_required=False)
     engine.eval()
+    # The stream on which DeepSpeed gathers does not wait for the copies to the shards.
+    deepspeed.get_accelerator().synchronize()
     assert isinstance(engine, nn.Module)
     return engine
 

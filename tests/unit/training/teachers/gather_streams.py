@@ -52,6 +52,7 @@ def give_streams(started: list[str]) -> None:
     kind.Stream = lambda self, *_: Stream()
     kind.default_stream = kind.current_stream = lambda self, *_: current
     kind.stream = stream
+    kind.synchronize = lambda self, *_: started.append("host waits")
     torch.Tensor.record_stream = lambda self, stream: None
 
 
@@ -65,6 +66,7 @@ def main() -> None:
         shards = Decision(TeacherShards("world", 1, moves=moves), "")
         placed = TeacherPlacement("video", FP32, FP32, shards, compile=NO, cuda_graph=NO, prefetch=NO)
         teacher = place_teacher(Encoder(shape, final_norm=False), placed, ranks)
+        assert started[-1] == "host waits"
         started.clear()
         with torch.no_grad():
             teacher(torch.zeros(1, 4, 32, 32, 3, dtype=torch.uint8))
