@@ -221,10 +221,12 @@ def _teacher_forward_bytes(part: ModelPart, sharded: bool, parallel: ParallelCon
 
 
 def _gathered(parameters: int, zero: dict[str, Any], size: int) -> int:
-    """Compute the bytes of gathered weights at stage 3: live parameters between the passes, and a prefetch bucket."""
-    return size * (
-        min(parameters, zero["stage3_max_live_parameters"]) + min(parameters, zero["stage3_prefetch_bucket_size"])
-    )
+    """Compute the bytes of gathered weights at stage 3: live parameters between the passes, and a prefetch bucket.
+
+    If all parameters stay live after the forward pass, nothing is gathered any more.
+    """
+    live, ahead = zero["stage3_max_live_parameters"], zero["stage3_prefetch_bucket_size"]
+    return size * (parameters if parameters <= live else live + min(parameters, ahead))
 
 
 def _teacher_gathered(part: ModelPart, zero: dict[str, Any], size: int) -> int:
