@@ -5,8 +5,9 @@ sparsity. This project measured none of them.
 
 Peaks, memory, bandwidths and NVLink were checked against quotations of the data sheets: glennklockwood.com/garden
 (A100, H100, B200), aiwiki.ai (H200), Dell's guide to V100 servers, the table of HGX B200 at zdszero.github.io, which
-also has B200's 7 decoders, and torch's out-of-memory messages (H200, B200). Figures without a source are named in
-`Gpu.assumed`, and `plan` shows them.
+also has B200's 7 decoders, and torch's out-of-memory messages (H200, B200). No source was found for V100's tensor
+cores, the network cards before Hopper, the other numbers of decoders, and all decoding rates: these are quoted from
+memory, without a source.
 """
 
 from __future__ import annotations
@@ -57,9 +58,6 @@ class Gpu:
     source: str
     """Sources of the figures."""
 
-    assumed: str
-    """Figures for which no source was found: they are assumed."""
-
 
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
@@ -75,7 +73,6 @@ GPUS: dict[str, Gpu] = {
             decoded=16 * 30,
             efficiency={"sdpa": 0.35},
             source="V100 SXM2 32 GB data sheet; DGX-1: four cards of 100 Gbit/s; decoding: A100 architecture paper",
-            assumed="fp16 peak (reports say 120 or 125 TFLOP/s), network, decoders and their rate",
         ),
         Gpu(
             name="A100",
@@ -88,7 +85,6 @@ GPUS: dict[str, Gpu] = {
             decoded=75 * 30,
             efficiency={"flash-attn": 0.50, "sdpa": 0.47},
             source="A100 SXM4 80 GB data sheet; DGX A100: eight cards of 200 Gbit/s; decoding: A100 architecture paper",
-            assumed="network, decoders and their rate",
         ),
         Gpu(
             name="H100",
@@ -101,7 +97,6 @@ GPUS: dict[str, Gpu] = {
             decoded=170 * 30,
             efficiency={"flash-attn": 0.42, "sdpa": 0.38},
             source="H100 SXM5 80 GB data sheet; DGX H100: eight cards of 400 Gbit/s; decoding: H100 architecture paper",
-            assumed="decoders and their rate",
         ),
         Gpu(
             name="H200",
@@ -114,7 +109,6 @@ GPUS: dict[str, Gpu] = {
             decoded=170 * 30,
             efficiency={"flash-attn": 0.43, "sdpa": 0.39},
             source="H200 SXM data sheet; DGX H200: eight cards of 400 Gbit/s; decoding: engines of the H100",
-            assumed="decoders and their rate",
         ),
         Gpu(
             name="B200",
@@ -127,7 +121,6 @@ GPUS: dict[str, Gpu] = {
             decoded=170 * 30,
             efficiency={"flash-attn": 0.35, "sdpa": 0.32},
             source="HGX B200 data sheet; DGX B200: eight cards of 400 Gbit/s; decoding: taken to be the H100's",
-            assumed="rate of the decoders",
         ),
     )
 }

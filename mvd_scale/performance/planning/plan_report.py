@@ -163,4 +163,4 @@ def _assumptions(plan: Plan) -> Iterator[str]:
         f"  {cluster.videos} videos of {cluster.video.height} lines and {cluster.video.frames} frames, a key frame "
         f"every {cluster.video.keyframes} (--videos, --height, --video-frames, --keyframes)"
     )
-    yield f"  {cluster.gpu.name}: {cluster.gpu.source}; assumed without a source: {cluster.gpu.assumed}"
+    yield f"  {cluster.gpu.name}: {cluster.gpu.source}"

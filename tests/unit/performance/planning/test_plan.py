@@ -178,11 +178,6 @@ def test_the_backward_pass_waits_for_deepspeeds_hooks_on_each_parameter() -> Non
     assert hooks[3] == pytest.approx(226 * 115e-6)
 
 
-def test_a_plan_names_the_figures_that_have_no_source() -> None:
-    assert "assumed without a source: decoders and their rate" in to_text(plan(gpu="H200"))
-    assert all(gpu.assumed for gpu in GPUS.values())
-
-
 def test_the_best_micro_batch_is_the_fastest_that_fits() -> None:
     made = plan("distill/h_from_h", "--training.gradient_checkpointing", "none", gpu="V100", gpus=8)
     assert [candidate.micro for candidate in made.candidates] == [1, 2, 4, 8, 16, 32, 64]
