@@ -14,6 +14,7 @@ from mvd_kernels.native.attention import bf16_instructions
 from mvd_kernels.norm import AddLayerNorm, LayerNorm
 from mvd_kernels.tube_rows import tube_rows
 from mvd_kernels.tube_targets import tube_pixels, tube_targets
+from mvd_kernels.tubes import max_pixel_value
 
 __all__ = [
     "AddLayerNorm",
@@ -26,6 +27,7 @@ __all__ = [
     "bf16_instructions",
     "decoder_input",
     "masked_distance",
+    "max_pixel_value",
     "tube_pixels",
     "tube_rows",
     "tube_targets",

@@ -1,10 +1,11 @@
-"""LayerNorm over the last axis: apex's fused kernel on GPUs if it is installed, torch's otherwise."""
+"""LayerNorm over the last axis: apex's fused kernel on GPUs if it is installed and the block is not compiled."""
 
 from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor, nn
 
 from mvd_kernels.add_layer_norm import add_layer_norm
@@ -23,7 +24,8 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise (..., D); statistics in float32, same dtype out."""
-        if input.is_cuda and _apex_installed():
+        # torch.compile fuses its own norm with what surrounds it, and cannot look into apex's.
+        if input.is_cuda and not torch.compiler.is_compiling() and _apex_installed():
             from apex.normalization.fused_layer_norm import fused_layer_norm_affine
 
             fused: Tensor = fused_layer_norm_affine(input, self.weight, self.bias, self.normalized_shape, self.eps)

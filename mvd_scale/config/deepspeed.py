@@ -64,10 +64,21 @@ def check_stage(recipe: RunRecipe) -> None:
             )
 
 
-def teacher_deepspeed_config(precision: Precision, world_size: int) -> dict[str, Any]:
-    """Build the DeepSpeed configuration of a frozen teacher that ZeRO-3 shards over `world_size` ranks."""
+def teacher_deepspeed_config(precision: Precision, world_size: int, *, moves: bool = False) -> dict[str, Any]:
+    """Build the DeepSpeed configuration of a frozen teacher that ZeRO-3 shards over `world_size` ranks.
+
+    Args:
+        precision: precision of the weights.
+        world_size: number of ranks.
+        moves: whether the weights are a moving average that is written after every step. Then every tensor has shards,
+            whole vectors too, and gathers start on the current stream: DeepSpeed's own stream for gathers does not
+            wait for the current one, so that a gather on it could read shards while they are written.
+    """
     batch = {"train_batch_size": world_size, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
-    return _resolve(_TEACHER, {**batch, **_precision(precision)})
+    config = _resolve(_TEACHER, {**batch, **_precision(precision)})
+    if moves:
+        config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "overlap_comm": False}
+    return config
 
 
 def zero_stage(recipe: RunRecipe) -> int:

@@ -99,6 +99,8 @@ class Block(nn.Module):
         else:
             update = self.drop_path(self._attend(tokens, output_tokens))
         tokens, normed = self.norm2(select_output_tokens(tokens, output_tokens), update)
+        # A block's memory peaks in the MLP, which does not need it.
+        del update
         return tokens + self.drop_path(self.mlp(normed))
 
     def _attend(self, tokens: Tensor, output_tokens: OutputTokens) -> Tensor:

@@ -122,6 +122,8 @@ class Encoder(nn.Module):
         embedded = self.patch_embed(rows.flatten(0, 1)).unflatten(0, rows.shape[:2])
         positions = self._positions_of(pixels).to(embedded.dtype)
         encoded = embedded + (positions if tokens is None else positions[tokens])
+        # Else they would be held while the blocks run.
+        del rows, embedded
         if self.class_token is not None:
             encoded = torch.cat([self.class_token.expand(encoded.shape[0], -1, -1), encoded], dim=1)
         if output_tokens is not None and self.class_token is not None:

@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from mvd_kernels import tube_rows
+from mvd_kernels import max_pixel_value
 from mvd_scale.errors import UserError
 
 
@@ -78,12 +78,18 @@ class TimmViT(nn.Module):
         Returns:
             (B, N, D) in the dtype of the weights, patches in row-major order.
         """
-        clips, _, height, width, _ = frames.shape
-        dtype = next(self.vit.parameters()).dtype
-        # With one "patch" as large as the frame, the kernel only normalises the colours.
-        rows = tube_rows(frames, None, tubelet=1, patch=height, mean=self.mean, std=self.std, dtype=dtype)
-        features: Tensor = self.vit.forward_features(rows.view(clips, height, width, 3).movedim(-1, 1))
+        features: Tensor = self.vit.forward_features(self._normalized(frames[:, 0]))
         return features[:, self.vit.num_prefix_tokens :]
+
+    def _normalized(self, images: Tensor) -> Tensor:
+        """Normalise the colours of images (B, H, W, 3): (B, 3, H, W) in the dtype of the weights."""
+        dtype, white = next(self.vit.parameters()).dtype, max_pixel_value(images)
+        # One colour after the other: a tensor of the statistics would have to be copied to the GPU.
+        colours = [
+            colour.float() / (white * std) - mean / std
+            for colour, mean, std in zip(images.unbind(-1), self.mean, self.std, strict=True)
+        ]
+        return torch.stack(colours, dim=1).to(dtype)
 
 
 def _patch_size(name: str) -> int:

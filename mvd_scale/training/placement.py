@@ -133,8 +133,13 @@ class TeacherShards:
     ranks: int
     """Number of ranks in the group; the largest host's if hosts differ."""
 
-    whole_vectors: bool
-    """Whether every rank keeps whole vectors (biases, norms), which avoids gathering them."""
+    moves: bool = False
+    """Whether the weights are a moving average, which is updated shard by shard."""
+
+    @property
+    def whole_vectors(self) -> bool:
+        """Whether every rank keeps whole vectors (biases, norms), which avoids gathering them."""
+        return not self.moves
 
     def __str__(self) -> str:
         return f"over {self.ranks} ranks of each host" if self.over == "host" else f"over all {self.ranks} ranks"
@@ -363,8 +368,7 @@ def _shards(
             return Decision(None, reason)
     over, group_reason = _shard_group(config, teacher, devices)
     ranks = devices.ranks if over == "world" else devices.ranks_per_host
-    # A moving average is updated shard by shard, and whole vectors have no shards.
-    return Decision(TeacherShards(over, ranks, whole_vectors=not teacher.moves), f"{reason}; {group_reason}")
+    return Decision(TeacherShards(over, ranks, moves=teacher.moves), f"{reason}; {group_reason}")
 
 
 def _shard_group(config: TeacherConfig, teacher: Teacher, devices: Devices) -> tuple[Literal["host", "world"], str]:

@@ -24,7 +24,7 @@ from mvd_scale.training.ema import ModelEma
 from mvd_scale.training.lr_schedule import Schedule
 from mvd_scale.training.metrics import Meter, MetricWriter, MicroBatchMetrics
 from mvd_scale.training.optimizer import apply_schedule
-from mvd_scale.training.preemption import Preempted, PreemptionHandler, check_finite
+from mvd_scale.training.preemption import Preempted, PreemptionHandler, check_finite, smallest_loss_scale
 from mvd_scale.training.teachers.prefetch import TeacherPrefetcher
 
 
@@ -155,7 +155,7 @@ class Trainer:
         loss, parts = self.objective(self.engine, self.batch)
         with self._timer.part("backward"):
             self.engine.backward(loss)
-        with self._timer.part("optimizer"):
+        with self._timer.part("optimizer"), smallest_loss_scale(self.step):
             self.engine.step()
         return MicroBatchMetrics(loss.detach(), parts, len(self.batch.pixels), self.batches.waited)
 

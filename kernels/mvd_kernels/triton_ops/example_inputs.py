@@ -1,4 +1,5 @@
-"""Launches of every kernel with the shapes of the largest published step: ViT-H, clips 16x224x224, tubes 2x16x16.
+"""Launches of every kernel: with the shapes of the largest published step in all dtypes (ViT-H, clips 16x224x224, tubes
+2x16x16), and with the other shapes of the recipes in the dtypes in which they run on GPUs.
 
 Legend: B clips, N tokens, V visible, M masked, D width.
 """
@@ -62,58 +63,125 @@ def example_launches() -> Iterator[ExampleLaunch]:
     yield from _targets()
     for distance in ("l1", "l2", "cosine"):
         yield from _distances(torch.bfloat16, distance)
+    yield from _of_recipes()
 
 
 def _label(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _clip_and_tokens() -> tuple[torch.Tensor, torch.Tensor]:
-    return empty(B, 16, 224, 224, 3, dtype=torch.uint8), empty(B, V, dtype=torch.int64)
-
-
 def _rows(dtype: torch.dtype) -> Iterator[ExampleLaunch]:
-    pixels, tokens = _clip_and_tokens()
-    launch = tube_rows.launch(pixels, tokens, empty(B, V, TUBE, dtype=dtype), 2, 16, IMAGENET_MEAN, IMAGENET_STD)
-    yield ExampleLaunch(_label(dtype), launch, TUBE + INDEX, TUBE * dtype.itemsize)
+    yield _rows_of(_label(dtype), dtype, 2, 16)
+
+
+def _rows_of(
+    variant: str,
+    dtype: torch.dtype,
+    tubelet: int,
+    patch: int,
+    *,
+    chosen: bool = True,
+    stored: torch.dtype = torch.uint8,
+) -> ExampleLaunch:
+    """Rows of chosen or of all tokens, from pixels of the dtype `stored`."""
+    pixels, tokens = empty(B, 16, 14 * patch, 14 * patch, 3, dtype=stored), empty(B, V, dtype=torch.int64)
+    count, width = V if chosen else 16 // tubelet * 14**2, 3 * tubelet * patch**2
+    rows = empty(B, count, width, dtype=dtype)
+    launch = tube_rows.launch(pixels, tokens if chosen else None, rows, tubelet, patch, IMAGENET_MEAN, IMAGENET_STD)
+    return ExampleLaunch(variant, launch, width * stored.itemsize + INDEX * chosen, width * dtype.itemsize)
 
 
 def _targets() -> Iterator[ExampleLaunch]:
-    pixels, tokens = _clip_and_tokens()
     for normalize in ("none", "channel", "patch"):
-        launch = tube_targets.launch(pixels, tokens, empty(B, V, TUBE), 2, 16, normalize)
-        yield ExampleLaunch(normalize, launch, TUBE + INDEX, TUBE * FLOAT32)
+        yield _targets_of(normalize, normalize, 2, 16)
+
+
+def _targets_of(variant: str, normalize: str, tubelet: int, patch: int) -> ExampleLaunch:
+    pixels, tokens = empty(B, 16, 14 * patch, 14 * patch, 3, dtype=torch.uint8), empty(B, V, dtype=torch.int64)
+    width = 3 * tubelet * patch**2
+    launch = tube_targets.launch(pixels, tokens, empty(B, V, width), tubelet, patch, normalize)
+    return ExampleLaunch(variant, launch, width + INDEX, width * FLOAT32)
 
 
 def _distances(dtype: torch.dtype, distance: str = "smooth_l1") -> Iterator[ExampleLaunch]:
-    predictions, gradient = empty(B, M, D, dtype=dtype), empty(B, M, D, dtype=dtype)
-    arguments = (predictions, empty(B, N, D, dtype=dtype), empty(B, M, dtype=torch.int64), distance, True)
-    variant, row = f"{distance} {_label(dtype)}", D * dtype.itemsize
-    forward = masked_distance.forward_launch(*arguments, empty(B * M))
-    yield ExampleLaunch(variant, forward, 2 * row + INDEX, FLOAT32)
+    masked = empty(B, M, dtype=torch.int64)
+    yield from _distances_of(f"{distance} {_label(dtype)}", distance, D, dtype, dtype, norm=True, masked=masked)
+
+
+def _distances_of(
+    variant: str,
+    distance: str,
+    width: int,
+    dtype: torch.dtype,
+    of_features: torch.dtype,
+    *,
+    norm: bool,
+    masked: torch.Tensor | None = None,
+) -> Iterator[ExampleLaunch]:
+    predictions, gradient = empty(B, M, width, dtype=dtype), empty(B, M, width, dtype=dtype)
+    features = empty(B, M if masked is None else N, width, dtype=of_features)
+    arguments = (predictions, features, masked, distance, norm)
+    read = width * (dtype.itemsize + of_features.itemsize) + INDEX * (masked is not None)
+    yield ExampleLaunch(variant, masked_distance.forward_launch(*arguments, empty(B * M)), read, FLOAT32)
     backward = masked_distance.backward_launch(*arguments, empty(()), gradient)
-    yield ExampleLaunch(variant, backward, 2 * row + INDEX, row)
+    yield ExampleLaunch(variant, backward, read, width * dtype.itemsize)
 
 
 def _add_layer_norm(dtype: torch.dtype) -> Iterator[ExampleLaunch]:
-    values, affine, statistics = empty(B * N, D, dtype=dtype), empty(D, dtype=dtype), empty(2, B * N)
-    row, scalars = D * dtype.itemsize, 2 * FLOAT32
+    yield from _add_layer_norm_of(_label(dtype), D, dtype)
+
+
+def _add_layer_norm_of(variant: str, width: int, dtype: torch.dtype) -> Iterator[ExampleLaunch]:
+    values, affine, statistics = empty(B * N, width, dtype=dtype), empty(width, dtype=dtype), empty(2, B * N)
+    row, scalars = width * dtype.itemsize, 2 * FLOAT32
     forward = add_layer_norm.forward_launch((values, values, affine, affine), values, values, statistics, 1e-6)
-    yield ExampleLaunch(_label(dtype), forward, 2 * row, 2 * row + scalars)
-    sums = empty(-(-B * N // add_layer_norm.PIECE), D)
+    yield ExampleLaunch(variant, forward, 2 * row, 2 * row + scalars)
+    sums = empty(-(-B * N // add_layer_norm.PIECE), width)
     backward = add_layer_norm.backward_launch((values, affine, statistics), values, values, values, (sums, sums))
-    yield ExampleLaunch(_label(dtype), backward, 3 * row + scalars, row + 2 * D * FLOAT32 / add_layer_norm.PIECE)
+    yield ExampleLaunch(variant, backward, 3 * row + scalars, row + 2 * width * FLOAT32 / add_layer_norm.PIECE)
 
 
 def _decoder(dtype: torch.dtype) -> Iterator[ExampleLaunch]:
+    yield _decoder_of(_label(dtype), DECODER, dtype, torch.float32)
+
+
+def _decoder_of(variant: str, width: int, dtype: torch.dtype, of_positions: torch.dtype) -> ExampleLaunch:
     launch = decoder_input.launch(
-        empty(B, V, DECODER, dtype=dtype),
-        empty(DECODER, dtype=dtype),
-        empty(N, DECODER),
+        empty(B, V, width, dtype=dtype),
+        empty(width, dtype=dtype),
+        empty(N, width, dtype=of_positions),
         empty(B, V, dtype=torch.int64),
         empty(B, M, dtype=torch.int64),
-        empty(B, V + M, DECODER, dtype=dtype),
+        empty(B, V + M, width, dtype=dtype),
     )
-    row = DECODER * dtype.itemsize
+    row = width * dtype.itemsize
     # Only visible tokens, V of V + M, read a row of `embedded`; all masked tokens read the same mask token.
-    yield ExampleLaunch(_label(dtype), launch, row * V / (V + M) + DECODER * FLOAT32 + INDEX, row)
+    return ExampleLaunch(variant, launch, row * V / (V + M) + width * of_positions.itemsize + INDEX, row)
+
+
+def _of_recipes() -> Iterator[ExampleLaunch]:
+    """Yield the other launches of the recipes; `tests/fake_cuda` requires that none is missing."""
+    half, full = torch.float16, torch.float32
+    for tubelet, patch, dtype, chosen in (
+        (1, 8, full, True), (2, 8, full, True), (2, 8, full, False), (2, 8, half, False), (1, 14, half, True),
+        (1, 14, half, False), (1, 16, half, True), (1, 16, half, False), (2, 16, half, False), (2, 16, full, False),
+    ):  # fmt: skip
+        variant = f"{_label(dtype)} {tubelet}x{patch}x{patch} {'chosen' if chosen else 'all'}"
+        yield _rows_of(variant, dtype, tubelet, patch, chosen=chosen)
+    # Fine-tuning mixes clips in float32.
+    yield _rows_of("float16 2x16x16 all, from float32", half, 2, 16, chosen=False, stored=full)
+    for normalize, tubelet, patch in (("patch", 1, 8), ("none", 2, 8), ("patch", 1, 14), ("patch", 1, 16)):
+        yield _targets_of(f"{normalize} {tubelet}x{patch}x{patch}", normalize, tubelet, patch)
+    for width, dtype in ((96, half), (96, full), (192, half), (384, half), (768, half)):
+        yield from _add_layer_norm_of(f"{_label(dtype)} D {width}", width, dtype)
+    for width, dtype in ((96, full), (192, half), (384, half), (640, half)):
+        yield _decoder_of(f"{_label(dtype)} D {width}, positions alike", width, dtype, dtype)
+    for distance, width, dtype, of_features, norm in (
+        ("smooth_l1", 96, full, half, True), ("smooth_l1", 768, half, half, True),
+        ("smooth_l1", 768, half, half, False), ("smooth_l1", 1280, half, half, False),
+        ("l1", 768, half, half, False), ("l2", 192, full, full, False), ("l2", 384, full, full, False),
+        ("l2", 768, half, half, False), ("l2", 768, half, full, False), ("l2", 1536, half, full, False),
+        ("cosine", 768, half, half, False), ("cosine", 1536, half, half, False),
+    ):  # fmt: skip
+        variant = f"{distance} {_label(dtype)}, {_label(of_features)} D {width}{' norm' if norm else ''}"
+        yield from _distances_of(variant, distance, width, dtype, of_features, norm=norm)

@@ -154,7 +154,8 @@ class DaliLoader(ABC):
             except RuntimeError as error:
                 self._fall_back_to_pyav(error)
         *outputs, rows, labels, failures = outputs
-        self.rows, self.labels = as_tensor(rows), as_tensor(labels)
+        # A copy: DALI may reuse its pinned memory before an asynchronous copy of the labels to the GPU has read it.
+        self.rows, self.labels = as_tensor(rows), as_tensor(labels).clone()
         failed = [json.loads(bytes(failures.at(k))) for k in range(self._batch)]
         self._count_failures(self.rows.tolist(), failed)
         self._next += self._batch

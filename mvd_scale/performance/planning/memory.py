@@ -78,16 +78,17 @@ def predict_memory(workload: Workload, parallel: ParallelConfig) -> Memory:
     if working:
         rest = _sum(rest, max(working, key=lambda needs: sum(needs.values())))
     kept = clips * sum(activations(part, size, checkpointing=parallel.checkpointing) for part in workload.trained)
-    # 8 bytes: predictions and true features in float32, which exist until the loss is differentiated.
-    compared = clips * 8 * sum(part.predicted for part in workload.trained)
+    predicted = sum(part.predicted for part in workload.trained)
+    compared = clips * _compared(workload, parallel)
     live = _gathered(workload.parameters, parallel.zero, size) if parallel.stage == 3 and parallel.world > 1 else 0
     student = {"activations": kept, "predictions and targets": compared, "gathered weights": live}
     groups = _groups(workload, batched=parallel.batched)
     together = [part for group in groups if len(group) > 1 for part in group]
     if together:
         student["stacked weights"] = size * sum(_stacked(part, parallel.checkpointing) for part in together)
-    # Start of the backward pass: all activations still exist, and the heads' last blocks need their workspace first.
-    # End: the activations are gone, but the gradients exist.
+    # Loss: the gradients of all predictions exist before the first head uses its own. Start of the backward pass: all
+    # activations still exist, and the heads' last blocks need their workspace first. End: the activations are gone, but
+    # the gradients exist.
     first = max(
         sum(backward_workspace(part, size, checkpointing=parallel.checkpointing) for part in group) for group in groups
     )
@@ -98,7 +99,9 @@ def predict_memory(workload: Workload, parallel: ParallelConfig) -> Memory:
             phases[part.name] = student if graphed else _sum(student, _teacher_forward_bytes(part, sharded, parallel))
     gradients = workload.parameters * size
     buckets = _buckets(parallel, size)
+    phases["loss"] = student | {"gradients": buckets, "workspace": clips * size * predicted}
     phases["start of the backward pass"] = student | {
+        "predictions and targets": 0,
         "gradients": buckets,
         "workspace": clips * first,
     }
@@ -109,6 +112,20 @@ def predict_memory(workload: Workload, parallel: ParallelConfig) -> Memory:
     }
     phases["optimizer step"] = {"gradients": _gradients_in_optimizer_step(gradients, parallel, size)}
     return Memory({name: _sum(rest, phase) for name, phase in phases.items()})
+
+
+def _compared(workload: Workload, parallel: ParallelConfig) -> int:
+    """Compute the bytes per clip of predictions and true features, which exist until the loss is differentiated.
+
+    GPUs read both as they are: features of teachers in the teachers' precision, pixels in float32. CPUs convert both to
+    float32.
+    """
+    predicted = sum(part.predicted for part in workload.trained)
+    if parallel.device == "cpu":
+        return 8 * predicted
+    of_teachers = sum(part.predicted for part in workload.teachers)
+    features = SIZES[parallel.teacher_precision] * of_teachers + 4 * (predicted - of_teachers)
+    return SIZES[parallel.precision] * predicted + features
 
 
 def activations(part: ModelPart, size: int, *, checkpointing: Checkpointing) -> int:
@@ -208,10 +225,12 @@ def _teacher_forward_bytes(part: ModelPart, sharded: bool, parallel: ParallelCon
 
 
 def _gathered(parameters: int, zero: dict[str, Any], size: int) -> int:
-    """Compute the bytes of gathered weights at stage 3: live parameters between the passes, and a prefetch bucket."""
-    return size * (
-        min(parameters, zero["stage3_max_live_parameters"]) + min(parameters, zero["stage3_prefetch_bucket_size"])
-    )
+    """Compute the bytes of gathered weights at stage 3: live parameters between the passes, and a prefetch bucket.
+
+    If all parameters stay live after the forward pass, nothing is gathered any more.
+    """
+    live, ahead = zero["stage3_max_live_parameters"], zero["stage3_prefetch_bucket_size"]
+    return size * (parameters if parameters <= live else live + min(parameters, ahead))
 
 
 def _teacher_gathered(part: ModelPart, zero: dict[str, Any], size: int) -> int:

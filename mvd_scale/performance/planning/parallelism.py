@@ -13,7 +13,7 @@ from mvd_scale.config.training import Checkpointing, Precision
 from mvd_scale.models.quantization import QuantizedPrecision
 from mvd_scale.performance.planning.hardware import Gpu, capabilities_of
 from mvd_scale.performance.planning.workload import Workload
-from mvd_scale.training.placement import Capabilities, Devices, Placement, TeacherShards, decide_placement
+from mvd_scale.training.placement import Capabilities, DeviceKind, Devices, Placement, TeacherShards, decide_placement
 
 SIZES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Bytes per element."""
@@ -25,6 +25,8 @@ AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)
 @dataclass(frozen=True)
 class ParallelConfig:
     """All settings, other than the models, that time and memory depend on."""
+
+    device: DeviceKind
 
     world: int
     """Number of ranks."""
@@ -143,6 +145,7 @@ def setting_from(placement: Placement, recipe: Recipe | FinetuneRecipe) -> Paral
     precision = teachers[0].rest.value if teachers else placement.precision.value
     linear = teachers[0].precision.value if teachers else precision
     return ParallelConfig(
+        device=placement.devices.kind,
         world=world,
         micro=placement.micro_batch.value,
         accumulation=placement.accumulation.value,

@@ -98,6 +98,10 @@ class Plan:
     parallel: ParallelConfig
     recipe_micro: int
     parameters: int
+
+    tensors: int
+    """Number of trained parameter tensors."""
+
     flops: list[PartFlops]
     memory: Memory
     memory_usable: float
@@ -335,6 +339,7 @@ def _plan(
         parallel=parallel,
         recipe_micro=recipe_micro,
         parameters=workload.parameters,
+        tensors=workload.tensors,
         flops=flops,
         memory=_memory(recipe, workload, parallel, cluster),
         memory_usable=usable_memory(cluster.gpu),

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from mvd_scale.performance.planning.hardware import FRAGMENTED, GIB, LINK_SHARE, RESERVED, sustained_flops
 from mvd_scale.performance.planning.plan import Plan
-from mvd_scale.performance.planning.step_time import LAUNCH
+from mvd_scale.performance.planning.step_time import HOOK, LAUNCH
 from mvd_scale.performance.planning.video_decoding import CACHED, CREATION, OUTPUTS, POOL, SURFACES
 
 
@@ -157,6 +157,10 @@ def _assumptions(plan: Plan) -> Iterator[str]:
     yield (
         f"  {LINK_SHARE:.0%} of links; {LAUNCH * 1e6:.0f} us to launch a kernel; {RESERVED / GIB:.1f} GiB and "
         f"{FRAGMENTED:.0%} of memory lost"
+    )
+    yield (
+        f"  {HOOK[parallel.stage] * 1e6:.0f} us of host time for DeepSpeed's hook on each of {plan.tensors} parameter "
+        "tensors in every backward pass, as measured on a CPU"
     )
     if any(parallel.prefetched):
         yield "  phases are added up: the time saved by teachers that run in parallel with the student is not counted"

@@ -23,6 +23,14 @@ KERNELS = 14
 AGAIN: dict[Checkpointing, int] = {"none": 0, "block": KERNELS, "attention": 5}
 """Number of kernels per block that gradient checkpointing launches again."""
 
+HOOK = {1: 50e-6, 2: 50e-6, 3: 115e-6}
+"""Seconds of host time that DeepSpeed spends in the backward pass on each parameter tensor, by ZeRO stage.
+
+A hook on every parameter counts the hooks that remain, copies the gradient into a bucket, and at stage 3 another one
+fetches and releases the weights: `create_gradient_handling_hooks` (stage_1_and_2.py) and
+`create_reduce_and_remove_grad_hooks` (stage3.py). Measured with DeepSpeed 0.19.8 on 300 small tensors, one rank and one
+core of a Xeon: 45 to 69 us at stages 1 and 2, 115 to 160 us at stage 3."""
+
 OPTIMIZER_BYTES = 30
 """Bytes of AdamW's memory traffic per parameter: reads gradient, master copy and two moments (16 bytes), writes the
 last three and the 16-bit weight (14 bytes)."""
@@ -34,7 +42,10 @@ class PhaseTime:
 
     phase: Phase
     arithmetic: float
+
     launching: float
+    """Host time: launches of kernels, and DeepSpeed's hooks."""
+
     communication: float
 
     @property
@@ -92,11 +103,12 @@ def phase_times(
         "backward": blocks * (2 * KERNELS + AGAIN[parallel.checkpointing]),
         "optimizer": 0,
     }
+    hooks: dict[Phase, float] = {"backward": HOOK[parallel.stage] * workload.tensors}
     return [
         PhaseTime(
             phase,
             spent,
-            LAUNCH * kernels[phase] * parallel.accumulation,
+            (LAUNCH * kernels[phase] + hooks.get(phase, 0.0)) * parallel.accumulation,
             sum(message.seconds for message in messages if message.phase == phase),
         )
         for phase, spent in arithmetic.items()

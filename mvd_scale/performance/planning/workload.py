@@ -86,6 +86,9 @@ class Workload:
     parameters: int
     """Number of trained parameters."""
 
+    tensors: int
+    """Number of trained parameter tensors."""
+
     unsharded: int
     """Number of trained parameters in tensors that are too small to be sharded at ZeRO stage 3."""
 
@@ -116,6 +119,7 @@ def build_workload(recipe: Recipe | FinetuneRecipe) -> Workload:
             _teacher_part(name, target, recipe) for name, target in targets.items() if isinstance(target, FrozenTeacher)
         ),
         parameters=_count(student),
+        tensors=len(list(student.parameters())),
         unsharded=_count(student, below=PERSISTENT),
         pixels=sum(recipe.model.frames * side**2 * 3 for side in sides),
     )
@@ -136,6 +140,7 @@ def _finetuning(recipe: FinetuneRecipe) -> Workload:
         trained=(encoder, head),
         teachers=(),
         parameters=_count(model),
+        tensors=len(list(model.parameters())),
         unsharded=_count(model, below=PERSISTENT),
         pixels=recipe.model.frames * recipe.model.input_size**2 * 3,
     )

@@ -53,7 +53,7 @@ def place_teacher(teacher: nn.Module, placed: TeacherPlacement, ranks: Ranks) ->
     shards = placed.shards.value
     if shards is None:
         return speed_up_teacher(cast_teacher(teacher, placed, ranks.device), placed)
-    engine = shard_teacher(teacher, placed.rest.value, ranks, keep_vectors=shards.whole_vectors, over=shards.over)
+    engine = shard_teacher(teacher, placed.rest.value, ranks, moves=shards.moves, over=shards.over)
     return speed_up_teacher(engine, placed)
 
 
@@ -67,7 +67,7 @@ def shard_teacher(
     precision: Precision,
     ranks: Ranks,
     *,
-    keep_vectors: bool = True,
+    moves: bool = False,
     over: Literal["host", "world"] = "world",
 ) -> nn.Module:
     """Shard a frozen teacher by ZeRO-3, one layer after the other. All ranks call it.
@@ -79,7 +79,7 @@ def shard_teacher(
         teacher: teacher on the CPU.
         precision: precision of all weights.
         ranks: this process among all.
-        keep_vectors: whether every rank keeps whole vectors, which avoids gathering them.
+        moves: whether the weights are a moving average, see `teacher_deepspeed_config`.
         over: group of ranks that share the weights: the ranks of each host, or all ranks.
 
     Returns:
@@ -89,9 +89,7 @@ def shard_teacher(
         UserError: weights are not finite; the message names all of them.
     """
     deepspeed = import_deepspeed()
-    config = teacher_deepspeed_config(precision, ranks.world_size)
-    if not keep_vectors:
-        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    config = teacher_deepspeed_config(precision, ranks.world_size, moves=moves)
     group = _host_group(ranks) if over == "host" else None
     faults = []
     for prefix, layer in _layers(teacher):
@@ -102,6 +100,8 @@ def shard_teacher(
     refuse_not_finite(faults)
     engine, *_ = deepspeed.initialize(model=teacher.to(ranks.device), config=config, dist_init_required=False)
     engine.eval()
+    # The stream on which DeepSpeed gathers does not wait for the copies to the shards.
+    deepspeed.get_accelerator().synchronize()
     assert isinstance(engine, nn.Module)
     return engine
 

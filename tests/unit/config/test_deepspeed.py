@@ -66,6 +66,7 @@ def test_the_teachers_file_has_no_optimizer_and_spares_the_student() -> None:
     config = teacher_deepspeed_config("fp32", world_size=2)
     assert config["zero_optimization"]["stage"] == 3
     assert config["zero_optimization"]["memory_efficient_linear"] is False
+    assert config["zero_optimization"]["overlap_comm"] is True
     assert "auto" not in json.dumps(config)
 
 

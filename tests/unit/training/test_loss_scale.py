@@ -9,6 +9,8 @@ from deepspeed.runtime.precision_config import DeepSpeedFP16Config
 
 from mvd_scale.config import load_any_recipe
 from mvd_scale.config.deepspeed import student_deepspeed_config
+from mvd_scale.errors import UserError
+from mvd_scale.training.preemption import smallest_loss_scale
 
 
 @pytest.fixture(autouse=True)
@@ -67,3 +69,18 @@ def test_steps_that_are_skipped_once_the_scale_is_as_large_as_the_gradients_allo
     scaler = scaler_of(name)
     skipped(scaler, 1024, 20_000)
     assert skipped(scaler, 1024, 200_000) / 200_000 == pytest.approx(share, rel=0.02)
+
+
+def test_an_overflow_at_the_smallest_scale_ends_the_run_with_step_and_remedy() -> None:
+    scaler = scaler_of("distill/b_from_b")
+    with (
+        pytest.raises(UserError, match=r"step 7 .*training\.precision bf16.*training\.base_lr"),
+        smallest_loss_scale(7),
+    ):
+        skipped(scaler, 0, 100)
+    assert scaler.cur_scale == 1
+
+
+def test_other_exceptions_of_a_step_stay_as_they_are() -> None:
+    with pytest.raises(RuntimeError, match="NCCL"), smallest_loss_scale(7):
+        raise RuntimeError("NCCL error")

@@ -67,7 +67,7 @@ BASE = {"precision": "fp16", "zero_stage": 2, "micro_batch": 4, "accumulation": 
 
 FROZEN = {"precision": "fp16", "rest": "fp16", "shards": None, "compile": True, "cuda_graph": True, "prefetch": True}
 MOVING = {**FROZEN, "prefetch": False}
-SHARDED = {"shards": TeacherShards("host", 4, True), "compile": False, "cuda_graph": False}
+SHARDED = {"shards": TeacherShards("host", 4), "compile": False, "cuda_graph": False}
 ON_CPU = {"compile": False, "cuda_graph": False, "prefetch": False}
 
 
@@ -104,8 +104,8 @@ def teacher_change(frozen: dict[str, Any], moving: dict[str, Any] | None = None)
     return {"video": frozen, "average": frozen if moving is None else moving}
 
 
-WORLD = {**SHARDED, "shards": TeacherShards("world", 8, True)}
-MOVED = {**SHARDED, "shards": TeacherShards("world", 8, False)}
+WORLD = {**SHARDED, "shards": TeacherShards("world", 8)}
+MOVED = {**SHARDED, "shards": TeacherShards("world", 8, moves=True)}
 EXACT = {"precision": "bf16", "rest": "bf16"}
 
 CASES: dict[str, tuple[dict[str, Any], Devices, dict[str, Any], dict[str, Any]]] = {
@@ -227,8 +227,8 @@ class Spy:
         teacher.seen = {"precision": precision, "rest": rest, "shards": None}  # type: ignore[assignment]
         return teacher
 
-    def shard(self, teacher: nn.Module, precision: str, ranks: Ranks, *, keep_vectors: bool, over: str) -> nn.Module:
-        teacher.seen = {"precision": precision, "rest": precision, "shards": (over, keep_vectors)}  # type: ignore[assignment]
+    def shard(self, teacher: nn.Module, precision: str, ranks: Ranks, *, moves: bool, over: str) -> nn.Module:
+        teacher.seen = {"precision": precision, "rest": precision, "shards": (over, moves)}  # type: ignore[assignment]
         return teacher
 
     def initialize(self, model: nn.Module, config: dict[str, Any], **_: Any) -> tuple[SimpleNamespace]:
@@ -274,7 +274,7 @@ def test_the_engine_follows_the_placement(monkeypatch: pytest.MonkeyPatch, case:
     del expected_run["data_prefetch"], expected_run["decoder"]
     for decisions in expected_of_teachers.values():
         shards = decisions["shards"]
-        decisions["shards"] = shards and (shards.over, shards.whole_vectors)
+        decisions["shards"] = shards and (shards.over, shards.moves)
     assert run == expected_run
     assert of_teachers == expected_of_teachers
 
@@ -459,7 +459,7 @@ def test_ranks_are_grouped_by_host(monkeypatch: pytest.MonkeyPatch) -> None:
     config = recipe(training__precision="fp32", training__global_batch=96, teachers__sharding="zero3")
     placement = make_placement(config, targets_of(config), ranks)
     assert placement.devices.ranks_per_host == 2
-    assert placement.teacher("video").shards.value == TeacherShards("host", 2, True)
+    assert placement.teacher("video").shards.value == TeacherShards("host", 2)
 
 
 OWNED = {

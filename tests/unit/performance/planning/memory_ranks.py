@@ -1,18 +1,22 @@
 """Run by every rank of test_memory.py: steps of a small student whose allocations are all recorded.
 
-Prints what the rank held at most, in bytes, from the second step on: optimizer states come with the first.
+Prints what the rank held at most, in bytes, from the second step on: optimizer states come with the first. With
+`fake`, this process is rank 0 of so many ranks whose collectives do nothing: shards have their sizes, but values
+that other ranks would send are those that were in the memory.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from itertools import accumulate, count
 from typing import Any
 
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.testing._internal.distributed import fake_pg
 
 from mvd_scale.config import Recipe
 from mvd_scale.data.batch import ClipBatch
@@ -21,6 +25,7 @@ from mvd_scale.distributed.process_group import Ranks, destroy_distributed, init
 from mvd_scale.models import Student
 from mvd_scale.targets import build_targets
 from mvd_scale.targets.build import init_teacher
+from mvd_scale.training import capabilities
 from mvd_scale.training.capabilities import make_placement
 from mvd_scale.training.distillation import distillation_model
 from mvd_scale.training.lr_schedule import Schedule
@@ -32,6 +37,16 @@ VIDEO: dict[str, Any] = {"size": "S", "frames": 8, "input_size": 96}
 IMAGE = {**VIDEO, "frames": 1, "tubelet": 1, "positions": "sincos2d", "class_token": True}
 DECODER = {"width": 384, "depth": 2, "heads": 6}
 STEPS = 2
+
+
+def fake_ranks(world: int) -> Ranks:
+    """Initialise torch's fake process group: this process is rank 0, and the only one that exists."""
+    ranks = replace(init_distributed("cpu", timeout_minutes=2), world_size=world)
+    torch.distributed.destroy_process_group()
+    torch.distributed.init_process_group("fake", store=fake_pg.FakeStore(), rank=0, world_size=world)
+    hosts = {f"host {host}": list(range(8 * host, 8 * host + 8)) for host in range(world // 8)}
+    capabilities.ranks_by_host = lambda _: hosts  # type: ignore[assignment]
+    return ranks
 
 
 def recipe(case: dict[str, Any]) -> Recipe:
@@ -94,7 +109,7 @@ def held_from(profiler: profile, mark: str) -> tuple[int, int]:
 
 
 def main(case: dict[str, Any]) -> None:
-    ranks = init_distributed("cpu", timeout_minutes=2)
+    ranks = fake_ranks(case["world"]) if case["fake"] else init_distributed("cpu", timeout_minutes=2)
     # From before the models are built, so that nothing is missed.
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         trainer = train(recipe(case), ranks)

@@ -206,6 +206,19 @@ def test_slow_links_become_the_limit() -> None:
     assert fast.step_seconds == pytest.approx(sum(max(p.arithmetic, p.launching) for p in fast.phases), rel=0.01)
 
 
+def test_the_backward_pass_waits_for_deepspeeds_hooks_on_each_parameter() -> None:
+    """So many parameters have the student of ViT-B and its two decoders."""
+    hooks = {}
+    for stage in (2, 3):
+        cluster = make_cluster("H100", 8, 8, attention=None, efficiency=None, video=FAST_DECODING, videos=240_000)
+        made = make_plan("distill/b_from_b", with_stage([], stage), cluster)
+        forward, backward = (phase.launching for phase in made.phases if phase.phase in ("forward", "backward"))
+        assert made.tensors == 226
+        hooks[stage] = (backward - 2 * forward) / made.parallel.accumulation
+    assert hooks[2] == pytest.approx(226 * 50e-6)
+    assert hooks[3] == pytest.approx(226 * 115e-6)
+
+
 def test_the_best_micro_batch_is_the_fastest_that_fits() -> None:
     made = plan("distill/h_from_h", "--training.gradient_checkpointing", "none", gpu="V100", gpus=8)
     assert [candidate.micro for candidate in made.candidates] == [1, 2, 4, 8, 16, 32, 64]
