@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvd_scale.distributed.cpu_affinity import CpuBinding, bind_to_cpus, machine_id
+from mvd_scale.distributed.cpu_affinity import CpuBinding, bind_to_cpus, count_cpus, machine_id
 from mvd_scale.distributed.data_rank import DataRank
 from mvd_scale.distributed.free_port import free_port
 from mvd_scale.errors import UserError
@@ -42,16 +42,13 @@ class Ranks:
     """Identifier of this host, unique in the job."""
     binding: CpuBinding | None = None
     """CPUs that this rank is bound to; None if ranks use GPUs, where the binding is not changed."""
+    cpus: int | None = None
+    """Number of CPUs for this rank and its data workers together; None to count those of this process."""
 
     @property
     def is_main(self) -> bool:
         """Whether this is rank 0, which logs and writes files."""
         return self.rank == 0
-
-    @property
-    def cpus(self) -> int | None:
-        """Number of CPUs of this rank's share; None if ranks use GPUs."""
-        return len(self.binding.share.cpus) if self.binding else None
 
     @property
     def data_rank(self) -> DataRank:
@@ -139,6 +136,7 @@ def init_distributed(device: str, timeout_minutes: float) -> Ranks:
     rank = torch.distributed.get_rank()
     # torch has read OMP_NUM_THREADS; a value that the launcher set counts as the user's choice too.
     threads = torch.get_num_threads() if os.environ.get("OMP_NUM_THREADS") else None
+    binding = bind_to_cpus(rank, threads) if kind == "cpu" else None
     return Ranks(
         rank=rank,
         local_rank=local_rank,
@@ -146,7 +144,8 @@ def init_distributed(device: str, timeout_minutes: float) -> Ranks:
         device=torch.device(kind, device_index) if device_index is not None else torch.device(kind),
         timeout=timedelta(minutes=timeout_minutes),
         host=_host(),
-        binding=bind_to_cpus(rank, threads) if kind == "cpu" else None,
+        binding=binding,
+        cpus=binding.share.count if binding else count_cpus(rank),
     )
 
 

@@ -240,6 +240,22 @@ def test_single_node_leaves_the_choice_of_gpus_to_the_launcher(launcher: Machine
     assert "[--num_gpus][3]" in words
 
 
+def test_single_node_sees_gpus_that_are_listed_slowly(launcher: Machine) -> None:
+    """A reader that stops at the first line would end `nvidia-smi` by SIGPIPE, which counts as a failure."""
+    launcher.program("nvidia-smi", "#!/bin/bash\nfor k in {0..7}; do echo GPU $k: NVIDIA || exit 1; sleep 0.02; done\n")
+    result = launcher.start("launch/single_node.sh pretrain")
+    assert "--num_gpus" not in result.stdout
+    assert result.stderr == ""
+
+
+def test_single_node_says_that_it_computes_on_the_cpu(launcher: Machine) -> None:
+    launcher.program("nvidia-smi", "#!/bin/bash\necho 'NVIDIA-SMI has failed: no GPU can be reached'; exit 9\n")
+    result = launcher.start("launch/single_node.sh pretrain")
+    assert result.stdout.splitlines()[1].strip() == "cpu"
+    assert result.stderr == "nvidia-smi lists no GPU: 2 ranks on the CPU\n"
+    assert launcher.start("launch/single_node.sh pretrain", DS_ACCELERATOR="cpu").stderr == ""
+
+
 def test_a_port_in_use_is_named(launcher: Machine) -> None:
     with socket.socket() as taken:
         taken.bind(("", 0))
