@@ -2,11 +2,13 @@
 #
 #   MVD_PYTHON   Python interpreter to use (3.10 to 3.13); the first one found if not set
 #
+# With mvd_oldest set, .venv-oldest takes its place, with the oldest release of each requirement in pyproject.toml.
+#
 # .venv/stamp is written last and identifies what was installed, so that the next start repairs an interrupted one.
 # shellcheck shell=bash
 
 mvd_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-mvd_venv="$mvd_root/.venv"
+mvd_venv="$mvd_root/.venv${mvd_oldest:+-oldest}"
 mvd_minutes=5
 mvd_gigabytes=7
 mvd_gigabytes_free=12
@@ -19,6 +21,16 @@ mvd_fail() {
 # Prints a hash of the requirements and of the repository's path, which the scripts in .venv contain.
 mvd_wanted() {
     { echo "$mvd_root"; cat "$mvd_root/pyproject.toml"; } | sha256sum
+}
+
+# Prints constraints for pip: the lower bound of each requirement, such as numpy==1.26, if these are asked for.
+mvd_constraints() {
+    local requirement
+    [[ -n "${mvd_oldest:-}" ]] || return 0
+    grep -oE '"[A-Za-z0-9-]+>=[0-9.]+' "$mvd_root/pyproject.toml" | while IFS= read -r requirement; do
+        requirement="${requirement#\"}"
+        echo "${requirement/>=/==}"
+    done
 }
 
 mvd_find_python() {
@@ -66,12 +78,13 @@ mvd_install() {
     [[ -f "$mvd_venv/stamp" ]] || rm -rf "$mvd_venv"
     rm -f "$mvd_venv/stamp"
     mkdir -p "$mvd_venv"
+    mvd_constraints >"$mvd_venv/constraints.txt"
     {
         "$python" -m venv "$mvd_venv" &&
             # pip 23 and newer install editable projects that have no setup.py.
             "$mvd_venv/bin/python" -m pip install --disable-pip-version-check 'pip>=23' &&
             "$mvd_venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off \
-                --editable "${mvd_root}[samples,dev]"
+                --constraint "$mvd_venv/constraints.txt" --editable "${mvd_root}[samples,dev]"
     } >"$mvd_venv/install.log" 2>&1 || mvd_explain_failure
     echo "$wanted" >"$mvd_venv/stamp"
     echo "Installed." >&2

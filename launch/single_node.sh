@@ -13,8 +13,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 port="$(python "$mvd_root/mvd_scale/distributed/free_port.py" ${MASTER_PORT:+"$MASTER_PORT"})"
 options=(--hostfile= --master_port "$port" --module --no_local_rank --quiet)
 
-if [[ "${DS_ACCELERATOR:-}" == cpu ]] || ! nvidia-smi --list-gpus 2>/dev/null | grep -q '^GPU'; then
+# Not piped: where grep ends at the first line, SIGPIPE ends nvidia-smi, and pipefail would count that as no GPU.
+gpus="$(nvidia-smi --list-gpus 2>/dev/null || true)"
+if [[ "${DS_ACCELERATOR:-}" == cpu || $'\n'"$gpus" != *$'\nGPU '* ]]; then
     RANKS="${RANKS:-2}"
+    [[ "${DS_ACCELERATOR:-}" == cpu ]] || echo "nvidia-smi lists no GPU: $RANKS ranks on the CPU" >&2
     export DS_ACCELERATOR=cpu
 fi
 # Without --num_gpus, the launcher takes all visible GPUs (CUDA_VISIBLE_DEVICES).

@@ -1,9 +1,15 @@
 #!/usr/bin/env bash
 # Run all checks, the fast ones first; with arguments, run pytest with them: launch/test.sh tests/unit -k mask
 #
-#   --gpu   run the self-test of a machine with a GPU, and write gpu_report.md, to be pasted into an issue; further
-#           arguments go to pytest
+#   --gpu      run the self-test of a machine with a GPU, and write gpu_report.md, to be pasted into an issue; further
+#              arguments go to pytest
+#   --oldest   run the quick tests, or pytest with further arguments, with the oldest release of each requirement that
+#              pyproject.toml admits, in .venv-oldest; MVD_PYTHON=python3.10 for the oldest Python too
 set -euo pipefail
+if [[ "${1:-}" == --oldest ]]; then
+    shift
+    mvd_oldest=1
+fi
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$mvd_root"
 
@@ -25,10 +31,14 @@ cores="$(nproc)"
 # Threads that wait give their core to the other tests at once.
 export OMP_WAIT_POLICY=passive
 parallel=(-n "$((cores < 4 ? cores : 4))" --dist loadfile)
+quick="not slow and not serial and not gpu"
+if [[ -n "${mvd_oldest:-}" ]]; then
+    exec pytest "${parallel[@]}" -m "$quick"
+fi
 check ruff check .
 check ruff format --check .
 check mypy
-check pytest "${parallel[@]}" -m "not slow and not serial and not gpu"
+check pytest "${parallel[@]}" -m "$quick"
 check pytest "${parallel[@]}" -m "slow and not serial and not gpu"
 check pytest -m "serial or gpu"
 

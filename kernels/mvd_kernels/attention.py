@@ -13,15 +13,14 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
+from mvd_kernels.flash_attention_4 import flash_attention_4
 from mvd_kernels.native import attention as native
 from mvd_kernels.reference.attention import attention as reference
 
 
 # The functions import with plain statements, which torch.compile can trace; no machine needs all three packages.
 def _flash_attn_4(qkv: Tensor, queries: int | None = None) -> Tensor:
-    from flash_attn.cute import flash_attn_func
-
-    return _first(flash_attn_func(*_parts(qkv, queries)))
+    return flash_attention_4(*_parts(qkv, queries))
 
 
 def _flash_attn_3(qkv: Tensor, queries: int | None = None) -> Tensor:
@@ -51,7 +50,7 @@ def _parts(qkv: Tensor, queries: int | None) -> tuple[Tensor, ...]:
 
 
 def _first(attended: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """Drop the softmax sums that release 4 and the first builds of release 3 return beside the output."""
+    """Drop the softmax sums that the first builds of release 3 return beside the output."""
     return attended[0] if isinstance(attended, tuple) else attended
 
 
@@ -61,8 +60,8 @@ class FlashAttentionRelease:
 
     Attributes:
         name: name that `attention_backend` returns.
-        module: module that contains its function.
-        function: name of the function; a module without it belongs to another release.
+        module: module that contains its functions.
+        function: name of one of them; a module without it belongs to another release.
         attend: attention from qkv (B, N, 3, H, K) and the number Q of last tokens whose queries count, to (B, Q, H, K).
         majors: supported major compute capabilities.
         channels: largest supported number of channels per head.
@@ -78,7 +77,9 @@ class FlashAttentionRelease:
 
 # Newest first. All need float16 or bfloat16, and a multiple of 8 channels per head.
 FLASH_ATTENTION_RELEASES = (
-    FlashAttentionRelease("flash-attn-4", "flash_attn.cute", "flash_attn_func", _flash_attn_4, (9, 10, 11), 128),
+    FlashAttentionRelease(
+        "flash-attn-4", "flash_attn.cute.interface", "_flash_attn_bwd", _flash_attn_4, (9, 10, 11), 128
+    ),
     FlashAttentionRelease(
         "flash-attn-3", "flash_attn_interface", "flash_attn_qkvpacked_func", _flash_attn_3, (9,), 256
     ),
@@ -95,8 +96,9 @@ def _refusal(backend: FlashAttentionRelease, major: int) -> str | None:
         return f"not for compute capability {major}.x"
     try:
         getattr(import_module(backend.module), backend.function)
-    except (ImportError, OSError, AttributeError) as error:
-        return str(error)
+    # A package that was built for another torch, driver or compiler may raise any exception while it loads.
+    except Exception as error:
+        return str(error) or type(error).__name__
     return None
 
 

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from mvd_kernels.triton_compiler import triton_refusal
 
-@cache
-def _installed() -> bool:
-    return find_spec("triton") is not None
+logger = logging.getLogger("mvd_kernels")
 
 
-# A constant for torch.compile: the installed packages do not change while a compiled program runs.
+# A constant for torch.compile: neither the packages nor the compiler change while a compiled program runs.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _runs_triton(device: torch.device) -> bool:
-    """Whether Triton is installed and the GPU is Ampere (compute capability 8.0) or newer."""
-    return _installed() and torch.cuda.get_device_capability(device) >= (8, 0)
+    """Whether Triton works here and the GPU is Ampere (compute capability 8.0) or newer."""
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    refusal = triton_refusal()
+    if refusal:
+        _warn_once(refusal)
+    return not refusal
+
+
+@cache
+def _warn_once(refusal: str) -> None:
+    logger.warning("plain torch, which is slower, computes in place of the Triton kernels: %s", refusal)
 
 
 def uses_triton(tensor: Tensor) -> bool:

@@ -289,11 +289,12 @@ class DataConfig(Section):
     the GPUs. `auto`: `nvdec` where the GPUs have it, else `host`."""
 
     workers: NonNegativeInt | Literal["auto"] = "auto"
-    """Number of decoding processes per rank. `auto`: the rank's share of the CPU cores, minus one for the rank itself.
-    0: the rank decodes in its own process."""
+    """Number of processes per rank that read and decode. `auto`: the rank's share of the CPUs of its machine or
+    container, minus one for the rank itself; at most 8 where the GPU decodes. 0: the rank reads and decodes in its own
+    process."""
 
     threads: PositiveInt | Literal["auto"] = "auto"
-    """Number of CPU threads of each rank's DALI graph. `auto`: the rank's share of the CPU cores."""
+    """Number of CPU threads of each rank's DALI graph. `auto`: the rank's share of the CPUs."""
 
     prefetch: int = Field(default=2, gt=0)
     """Number of batches that the loader prepares in advance."""

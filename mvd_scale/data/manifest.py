@@ -205,7 +205,9 @@ class Manifest:
         for field in SCHEMA:
             values = [getattr(row, field.name) for row in rows]
             text = field.type == pa.string()
-            columns[field.name] = values if text else np.array(values, field.type.to_pandas_dtype())
+            # `to_pandas_dtype` of older releases of pyarrow needs pandas.
+            dtype = pa.array([], field.type).to_numpy(zero_copy_only=False).dtype
+            columns[field.name] = values if text else np.array(values, dtype)
         return cls(**columns, **about)
 
     def __len__(self) -> int:

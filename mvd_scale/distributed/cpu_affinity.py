@@ -4,6 +4,8 @@ A CPU is a hardware thread, as Linux numbers them; a core has one or more CPUs, 
 divide the cores evenly, but are bound to NUMA nodes only. That keeps their memory local, while the scheduler can move
 them within the node away from cores that other programs use. If a rank were bound to its cores, it would have to wait
 for such programs, and all other ranks for it.
+
+Ranks that compute on GPUs are not bound, but their data workers divide the CPUs by the same shares.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mvd_scale.utils.cpu_quota import cpu_quota
+
 logger = logging.getLogger("mvd_scale")
 
 CPUs = frozenset[int]
@@ -33,11 +37,13 @@ class CpuShare(NamedTuple):
     """Share of one rank in its machine."""
 
     cpus: CPUs
-    """CPUs of its part of the cores; their number is for the rank and its data workers together."""
+    """CPUs of its part of the cores."""
     numa_cpus: CPUs
     """All CPUs of the NUMA nodes of `cpus`, to which the rank and its data workers are bound."""
     threads: int
     """Number of torch's threads."""
+    count: int
+    """Number of CPUs that the rank and its data workers keep busy together: those of `cpus`, or fewer by a quota."""
 
 
 @dataclass(frozen=True)
@@ -67,16 +73,33 @@ def bind_to_cpus(rank: int, threads: int | None) -> CpuBinding:
         rank: number of this rank.
         threads: number of torch's threads that the user chose; None for one per core of the share.
     """
-    given = frozenset(os.sched_getaffinity(0))
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, (machine_id(), given, threads))
-    shares = partition_cpus({other: cpus for other, (place, cpus, _) in enumerate(everyone) if place == machine_id()})
-    shares = {other: share._replace(threads=everyone[other][2] or share.threads) for other, share in shares.items()}
+    given, shares = _gather_shares(threads)
     set_affinity(shares[rank].numa_cpus)
     torch.set_num_threads(shares[rank].threads)
     if rank == 0:
         logger.info("CPUs by rank: %s", ", ".join(f"{other}: {_describe(share)}" for other, share in shares.items()))
     return CpuBinding(given, shares[rank])
+
+
+def count_cpus(rank: int) -> int:
+    """Number of CPUs for this rank and its data workers, which are not bound. All ranks must call it."""
+    return _gather_shares(None)[1][rank].count
+
+
+def count_own_cpus() -> int:
+    """Number of CPUs of a process that shares them with no other rank."""
+    cpus, quota = len(os.sched_getaffinity(0)), cpu_quota()
+    return cpus if quota is None else min(cpus, max(int(quota), 1))
+
+
+def _gather_shares(threads: int | None) -> tuple[CPUs, dict[int, CpuShare]]:
+    """Return the CPUs of this process, and the shares of all ranks of its machine. All ranks must call it."""
+    given = frozenset(os.sched_getaffinity(0))
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, (machine_id(), given, threads))
+    shares = partition_cpus({other: cpus for other, (place, cpus, _) in enumerate(everyone) if place == machine_id()})
+    shares = limit_to_quota(shares, cpu_quota())
+    return given, {rank: share._replace(threads=everyone[rank][2] or share.threads) for rank, share in shares.items()}
 
 
 def partition_cpus(given: Mapping[int, CPUs], system: Path = SYSTEM) -> dict[int, CpuShare]:
@@ -95,6 +118,24 @@ def partition_cpus(given: Mapping[int, CPUs], system: Path = SYSTEM) -> dict[int
         together = [rank for rank, others in given.items() if others == cpus]
         shares |= zip(together, divide_cores(cores_by_node(cpus, system), len(together)), strict=True)
     return {rank: shares[rank] for rank in given}
+
+
+def limit_to_quota(shares: Mapping[int, CpuShare], quota: float | None) -> dict[int, CpuShare]:
+    """Limit the shares of the ranks of a machine to the CPU time of their container, which they divide evenly.
+
+    More threads than that are stopped all together for the rest of each period, while the other ranks wait.
+
+    Args:
+        shares: shares of all ranks of the machine, by rank.
+        quota: number of CPUs whose time the ranks may use together; None if it is not limited.
+    """
+    if quota is None:
+        return dict(shares)
+    most = max(int(quota / len(shares)), 1)
+    return {
+        rank: share._replace(threads=min(share.threads, most), count=min(share.count, most))
+        for rank, share in shares.items()
+    }
 
 
 def divide_cores(nodes: Sequence[Sequence[CPUs]], ranks: int) -> list[CpuShare]:
@@ -118,7 +159,7 @@ def divide_cores(nodes: Sequence[Sequence[CPUs]], ranks: int) -> list[CpuShare]:
         parts = [cores[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
     numa_cpus_of_parts = [_union(core for node in nodes if set(node) & set(part) for core in node) for part in parts]
     return [
-        CpuShare(_union(part), numa_cpus, threads=len(part))
+        CpuShare(_union(part), numa_cpus, threads=len(part), count=len(_union(part)))
         for part, numa_cpus in zip(parts, numa_cpus_of_parts, strict=True)
     ]
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from mvd_scale.config.launcher import local_world_size
+from mvd_scale.distributed.cpu_affinity import count_own_cpus
 from mvd_scale.utils.nvdec import Nvdec, query_nvdec
 
 
@@ -34,7 +33,7 @@ class DataRank:
     world_size: int = 1
 
     cpus: int | None = None
-    """Number of CPUs for data workers and threads; if None, those of this process divided by the ranks of its host."""
+    """Number of CPUs for the rank and its data workers; if None, those of this process, which no other rank uses."""
 
     shared_nvdec: Nvdec | None = None
     """Capabilities of NVDEC that all ranks have; None to ask this rank's GPU."""
@@ -49,7 +48,5 @@ class DataRank:
 
     @property
     def cpu_count(self) -> int:
-        """Number of CPUs for data workers and threads."""
-        if self.cpus is not None:
-            return self.cpus
-        return len(os.sched_getaffinity(0)) // local_world_size(self.world_size)
+        """Number of CPUs for the rank and its data workers."""
+        return count_own_cpus() if self.cpus is None else self.cpus

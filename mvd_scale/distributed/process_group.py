@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvd_scale.distributed.cpu_affinity import CpuBinding, bind_to_cpus, machine_id
+from mvd_scale.distributed.cpu_affinity import CpuBinding, bind_to_cpus, count_cpus, machine_id
 from mvd_scale.distributed.data_rank import DataRank, Exchange
 from mvd_scale.distributed.exchange import StoreExchange
 from mvd_scale.distributed.free_port import free_port
@@ -44,6 +44,8 @@ class Ranks:
     """Identifier of this host, unique in the job."""
     binding: CpuBinding | None = None
     """CPUs that this rank is bound to; None if ranks use GPUs, where the binding is not changed."""
+    cpus: int | None = None
+    """Number of CPUs for this rank and its data workers together; None to count those of this process."""
     nvdec: Nvdec | None = None
     """Capabilities of NVDEC that the GPUs of all ranks have; None if ranks use CPUs."""
 
@@ -51,11 +53,6 @@ class Ranks:
     def is_main(self) -> bool:
         """Whether this is rank 0, which logs and writes files."""
         return self.rank == 0
-
-    @property
-    def cpus(self) -> int | None:
-        """Number of CPUs of this rank's share; None if ranks use GPUs."""
-        return len(self.binding.share.cpus) if self.binding else None
 
     @property
     def data_rank(self) -> DataRank:
@@ -155,6 +152,7 @@ def init_distributed(device: str, timeout_minutes: float) -> Ranks:
     rank = torch.distributed.get_rank()
     # torch has read OMP_NUM_THREADS; a value that the launcher set counts as the user's choice too.
     threads = torch.get_num_threads() if os.environ.get("OMP_NUM_THREADS") else None
+    binding = bind_to_cpus(rank, threads) if kind == "cpu" else None
     return Ranks(
         rank=rank,
         local_rank=local_rank,
@@ -162,7 +160,8 @@ def init_distributed(device: str, timeout_minutes: float) -> Ranks:
         device=own_device,
         timeout=timedelta(minutes=timeout_minutes),
         host=_host(),
-        binding=bind_to_cpus(rank, threads) if kind == "cpu" else None,
+        binding=binding,
+        cpus=binding.share.count if binding else count_cpus(rank),
         nvdec=_common_nvdec(own_device) if kind == "cuda" else None,
     )
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 
+import torch
+import torch._dynamo
 from torch import nn
 
 from mvd_scale.training.placement import TeacherPlacement
@@ -26,8 +29,14 @@ def compile_blocks(model: nn.Module) -> None:
 
     Parameters keep their names. Shapes are static: another batch size needs another program.
     """
+    # A config of torch 2.12 and newer is one of each thread, and checkpoints recompute blocks in autograd's threads.
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        limit = {"recompile_limit": _PROGRAMS}
+    else:
+        limit = {}
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _PROGRAMS)
     for _, block in transformer_blocks(model):
-        block.compile(dynamic=False, recompile_limit=_PROGRAMS)
+        block.compile(dynamic=False, **limit)
 
 
 def speed_up_teacher(teacher: nn.Module, placed: TeacherPlacement) -> nn.Module:

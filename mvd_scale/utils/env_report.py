@@ -16,12 +16,13 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from mvd_scale.utils import nvdec
+from mvd_scale.utils.cpu_quota import cpu_quota
 
 _GUIDE = "docs/guides/installation.md"
 
@@ -114,7 +115,9 @@ def _processor() -> Capability:
     psutil, reason = _load("psutil", "pip install psutil")
     memory = f"{psutil.virtual_memory().total / 2**30:.0f} GiB memory" if psutil else f"memory unknown ({reason})"
     nodes = len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) or 1
-    return Capability("CPU", True, f"{cores} cores, {memory}, {nodes} NUMA node{'s' if nodes > 1 else ''}")
+    quota = cpu_quota()
+    limit = f" (the container may use the time of {quota:g})" if quota else ""
+    return Capability("CPU", True, f"{cores} cores{limit}, {memory}, {nodes} NUMA node{'s' if nodes > 1 else ''}")
 
 
 def _shared_memory() -> Capability:
@@ -210,22 +213,24 @@ def _deepspeed_op(name: str, builder: Any, compiler: Capability) -> Capability:
 
 
 _FLASH_ATTENTION = {
-    "flash_attn.cute": "flash-attn-4",
-    "flash_attn_interface": "flash-attn-3",
-    "flash_attn": "flash-attn",
+    "flash-attn-4": ("flash_attn.cute.interface", "flash-attn-4"),
+    "flash-attn-3": ("flash_attn_interface", "flash-attn-3"),
+    "flash-attn-2": ("flash_attn.flash_attn_interface", "flash-attn"),
 }
-"""Package names by module, of the releases of flash-attn: newest first, the order of preference of `mvd_kernels`."""
+"""Module and package of the releases of flash-attn: newest first, the order of preference of `mvd_kernels`."""
 
 
 def _flash_attention() -> Capability:
     install = "pip install 'mvd-scale[flash]' --no-build-isolation (needs a GPU and nvcc)"
-    reasons = []
-    for module, distribution in _FLASH_ATTENTION.items():
+    broken = []
+    for release, (module, package) in _FLASH_ATTENTION.items():
         found, reason = _load(module, install)
         if found:
-            return _on_gpu("flash-attn", _version(distribution))
-        reasons.append(reason)
-    return Capability("flash-attn", False, reason=reasons[-1])
+            on_gpu = _on_gpu("flash-attn", f"{release}, {_version(package)}")
+            return replace(on_gpu, reason="; ".join([*broken, *filter(None, [on_gpu.reason])]))
+        if not reason.startswith("not installed"):
+            broken.append(f"{release} is {reason}")
+    return Capability("flash-attn", False, reason="; ".join(broken) or reason)
 
 
 def _apex() -> Capability:
@@ -295,7 +300,12 @@ def _triton() -> Capability:
     if not triton:
         return Capability("Triton", False, reason=reason)
     on_gpu = _on_gpu("Triton", triton.__version__)
-    return on_gpu if on_gpu.on else Capability("Triton", False, triton.__version__, "needs a GPU; interpreter only")
+    if not on_gpu.on:
+        return replace(on_gpu, reason="needs a GPU; interpreter only")
+    compiler, reason = _load("mvd_kernels.triton_compiler", "pip install mvd-scale")
+    with _silence():
+        reason = compiler.triton_refusal() if compiler else reason
+    return Capability("Triton", not reason, triton.__version__, reason)
 
 
 def torch_compile(kind: str) -> Capability:
@@ -305,10 +315,7 @@ def torch_compile(kind: str) -> Capability:
     triton, name = _triton(), "torch.compile, GPU"
     if not triton.on:
         return Capability(name, False, reason=f"Triton is off: {triton.reason}")
-    compiler = shutil.which("gcc") or shutil.which("clang")
-    if not compiler:
-        return Capability(name, False, reason="Triton finds no C compiler: install gcc")
-    return Capability(name, True, f"Triton, {compiler}")
+    return Capability(name, True, "Triton")
 
 
 def _torch_compile_cpu() -> Capability:

@@ -1,4 +1,4 @@
-"""Set-up of the package's logger: plain lines on standard error, from rank 0."""
+"""Set-up of the loggers of this package and of the kernels: plain lines on standard error, from rank 0."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ def configure_logging() -> None:
     handler = logging.StreamHandler(sys.stderr)
     prefix = "" if rank == 0 else f"rank {rank}: "
     handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
-    logger = logging.getLogger("mvd_scale")
-    logger.handlers = [handler]
-    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    logger.propagate = False
+    for name in ("mvd_scale", "mvd_kernels"):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+        logger.propagate = False
     # DeepSpeed calls collectives by names that newer torch releases deprecate, which users cannot change.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.abc
+import importlib.machinery
 import sys
 from collections.abc import Iterator
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from mvd_kernels import attention, attention_backend, attention_backends
 from mvd_kernels.attention import FLASH_ATTENTION_RELEASES, FlashAttentionRelease
@@ -50,17 +54,50 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 
 def install(machine: pytest.MonkeyPatch, backend: FlashAttentionRelease) -> None:
     """Put a stand-in for a release of flash-attn there that answers as this release does."""
-
-    def packed(qkv: Tensor) -> Tensor:
-        clips, count, _, heads, channels = qkv.shape
-        return reference(qkv).view(clips, count, heads, channels)
-
-    def apart(queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, None]:
-        return packed(torch.stack([queries, keys, values], 2)), None
-
     module = ModuleType(backend.module)
-    setattr(module, backend.function, apart if backend.function == "flash_attn_func" else packed)
+    if backend.name == "flash-attn-4":
+        module._flash_attn_fwd = forward_4  # type: ignore[attr-defined]
+        module._flash_attn_bwd = backward_4  # type: ignore[attr-defined]
+    else:
+        setattr(module, backend.function, packed)
     machine.setitem(sys.modules, backend.module, module)
+
+
+def packed(qkv: Tensor) -> Tensor:
+    clips, count, _, heads, channels = qkv.shape
+    return reference(qkv).view(clips, count, heads, channels)
+
+
+def read_memory(*tensors: Tensor) -> None:
+    """Release 4 passes addresses to kernels that it has compiled; a fake tensor has none."""
+    assert not any(isinstance(tensor, FakeTensor) for tensor in tensors)
+    assert all(tensor.data_ptr() for tensor in tensors)
+
+
+def forward_4(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False, **others: Any) -> tuple[Tensor | None, ...]:
+    """`flash_attn.cute.interface._flash_attn_fwd` by the formulas; since 2026-05 it returns four values, before two."""
+    assert not others
+    read_memory(q, k, v)
+    scores = torch.einsum("bqhc,bnhc->bhqn", q, k) / q.shape[-1] ** 0.5
+    sums = scores.float().logsumexp(-1)
+    attended = torch.einsum("bhqn,bnhc->bqhc", scores.softmax(-1), v).contiguous()
+    return attended, sums if return_lse or q.requires_grad else None, None, None
+
+
+def backward_4(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, softmax_scale: float | None = None
+) -> tuple[Tensor, ...]:
+    """`flash_attn.cute.interface._flash_attn_bwd` by the formulas."""
+    assert softmax_scale is None
+    read_memory(q, k, v, out, dout, lse)
+    assert dout.shape == out.shape
+    scale = q.shape[-1] ** -0.5
+    weights = (torch.einsum("bqhc,bnhc->bhqn", q, k) * scale - lse[..., None]).exp()
+    slopes = torch.einsum("bqhc,bnhc->bhqn", dout, v) - (dout * out).sum(-1).transpose(1, 2)[..., None]
+    slopes = slopes * weights * scale
+    queries, keys = torch.einsum("bhqn,bnhc->bqhc", slopes, k), torch.einsum("bhqn,bqhc->bnhc", slopes, q)
+    values = torch.einsum("bhqn,bqhc->bnhc", weights, dout)
+    return queries.contiguous(), keys.contiguous(), values.contiguous()
 
 
 GPU = torch.device("cuda", 0)
@@ -103,6 +140,62 @@ def test_every_release_is_called_by_its_own_rules(machine: pytest.MonkeyPatch, b
     torch.testing.assert_close(attention(qkv), reference(qkv))
     compiled = torch.compile(attention, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(qkv), reference(qkv))
+
+
+@pytest.mark.parametrize("queries", [None, 3])
+def test_release_4_is_an_operator_of_compiled_programs(machine: pytest.MonkeyPatch, queries: int | None) -> None:
+    """Fake tensors never reach its functions, and its own backward function gives the gradients."""
+    install(machine, FLASH_ATTENTION_RELEASES[0])
+    machine.setattr(import_module("mvd_kernels.attention"), "attention_backend", lambda *_: "flash-attn-4")
+    torch.compiler.reset()
+    compiled = torch.compile(attention, backend="aot_eager", fullgraph=True, dynamic=False)
+    ours, theirs = (torch.randn(2, 5, 3, 2, 8, generator=torch.Generator().manual_seed(0)) for _ in range(2))
+    weights = torch.randn(2, queries or 5, 16)
+    results = []
+    for attend, qkv in ((compiled, ours), (reference, theirs)):
+        output = attend(qkv.requires_grad_(), queries)
+        results.append((output.detach(), *torch.autograd.grad(output, qkv, weights)))
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_the_operator_of_release_4_keeps_the_rules_of_torch(machine: pytest.MonkeyPatch) -> None:
+    install(machine, FLASH_ATTENTION_RELEASES[0])
+    module = import_module("mvd_kernels.flash_attention_4")
+    parts = torch.randn(2, 5, 3, 2, 8).unbind(2)
+    torch.library.opcheck(module._forward, tuple(part.requires_grad_() for part in parts))
+    assert not module._forward(*parts)[1].requires_grad
+
+
+class Damaged(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Import hook of packages that fail while they are imported."""
+
+    def __init__(self, error: Exception, *modules: str) -> None:
+        self.error, self.modules = error, modules
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
+        return importlib.machinery.ModuleSpec(name, self) if name in self.modules else None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
+        raise self.error
+
+    def exec_module(self, module: ModuleType) -> None:
+        raise AssertionError("never reached")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(RuntimeError("no kernel for CUDA 12"), "no kernel for CUDA 12"), (AssertionError(), "AssertionError")],
+)
+def test_a_release_that_fails_while_it_loads_is_passed_over(
+    machine: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    newest, *_, oldest = FLASH_ATTENTION_RELEASES
+    machine.delitem(sys.modules, newest.module)
+    machine.setattr(sys, "meta_path", [Damaged(error, "flash_attn.cute"), *sys.meta_path])
+    install(machine, oldest)
+    sys.modules[oldest.module].__path__ = []  # type: ignore[attr-defined]
+    assert attention_backend(GPU, torch.float16) == oldest.name
+    assert attention_backends(GPU, torch.float16)[newest.name] == said
 
 
 def test_a_compiled_program_chooses_as_any_other(machine: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,8 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 import triton
 
+pytest.importorskip("mvd_kernels.compile_report", reason="it needs Triton 3.6", exc_type=ImportError)
+
 from mvd_kernels.compile_report import as_json, measure, measure_all
 from mvd_kernels.triton_ops.example_inputs import example_launches
 

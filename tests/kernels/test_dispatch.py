@@ -62,11 +62,26 @@ def test_a_compiled_program_dispatches_as_any_other(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
     torch.compiler.reset()  # another GPU is another process
+    monkeypatch.setattr(dispatch, "triton_refusal", lambda: "")
 
     def chosen(tensor: torch.Tensor) -> torch.Tensor:
         return tensor + 1 if dispatch._runs_triton(torch.device("cuda", 0)) else tensor
 
     assert torch.compile(chosen, backend="eager", fullgraph=True)(torch.ones(1)).item() == result
+
+
+def test_a_gpu_without_a_compiler_takes_the_reference_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(dispatch, "triton_refusal", lambda: "no C compiler: install gcc")
+    monkeypatch.setattr(dispatch.logger, "propagate", True)
+    dispatch._warn_once.cache_clear()
+    assert [dispatch._runs_triton(torch.device("cuda", index)) for index in (0, 1)] == [False, False]
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "plain torch" in record.message
+    assert record.message.endswith("no C compiler: install gcc")
 
 
 @pytest.mark.gpu

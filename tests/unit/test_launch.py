@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import socket
 import subprocess
@@ -240,6 +241,22 @@ def test_single_node_leaves_the_choice_of_gpus_to_the_launcher(launcher: Machine
     assert "[--num_gpus][3]" in words
 
 
+def test_single_node_sees_gpus_that_are_listed_slowly(launcher: Machine) -> None:
+    """A reader that stops at the first line would end `nvidia-smi` by SIGPIPE, which counts as a failure."""
+    launcher.program("nvidia-smi", "#!/bin/bash\nfor k in {0..7}; do echo GPU $k: NVIDIA || exit 1; sleep 0.02; done\n")
+    result = launcher.start("launch/single_node.sh pretrain")
+    assert "--num_gpus" not in result.stdout
+    assert result.stderr == ""
+
+
+def test_single_node_says_that_it_computes_on_the_cpu(launcher: Machine) -> None:
+    launcher.program("nvidia-smi", "#!/bin/bash\necho 'NVIDIA-SMI has failed: no GPU can be reached'; exit 9\n")
+    result = launcher.start("launch/single_node.sh pretrain")
+    assert result.stdout.splitlines()[1].strip() == "cpu"
+    assert result.stderr == "nvidia-smi lists no GPU: 2 ranks on the CPU\n"
+    assert launcher.start("launch/single_node.sh pretrain", DS_ACCELERATOR="cpu").stderr == ""
+
+
 def test_a_port_in_use_is_named(launcher: Machine) -> None:
     with socket.socket() as taken:
         taken.bind(("", 0))
@@ -289,6 +306,24 @@ def test_all_checks_run_and_those_that_fail_are_named(machine: Machine) -> None:
     assert result.stdout.splitlines() == [line for command in ran for line in (f"== {command}", command)]
     assert result.stderr.splitlines() == [f"failed: {ran[0]}", f"failed: {ran[-1]}"]
     assert result.returncode == 1
+
+
+def test_the_oldest_releases_are_installed_apart_and_tested(machine: Machine) -> None:
+    machine.program("nproc", "#!/bin/bash\necho 2\n")
+    machine.program("pytest", '#!/bin/bash\necho "pytest $*" in "$VIRTUAL_ENV"\n')
+    machine.start()
+    result = machine.start("launch/test.sh --oldest")
+    oldest = machine.root / ".venv-oldest"
+    asked = "pytest -n 2 --dist loadfile -m not slow and not serial and not gpu"
+    assert result.stdout == f"{asked} in {oldest}\n", result.stderr
+    constraints = (oldest / "constraints.txt").read_text().split()
+    assert constraints
+    assert f"--constraint {oldest}/constraints.txt" in (machine.root / "calls").read_text()
+    assert (machine.root / ".venv" / "constraints.txt").read_text() == ""
+    assert machine.start("launch/test.sh --oldest -k mask").stdout == f"pytest -k mask in {oldest}\n"
+    requirements = {name: version for name, version in (line.split("==") for line in constraints)}
+    assert requirements["torch"] == re.search(r'"torch>=([0-9.]+)"', (REPOSITORY / "pyproject.toml").read_text())[1]
+    assert "deepspeed" in requirements
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -78,3 +79,11 @@ def test_wheel_works_from_any_folder(installed: Path, tmp_path: Path) -> None:
     assert seen["report"]
     assert seen["scripts"] == {"mvd-scale": "mvd_scale.cli:main"}
     assert len(set(seen["version"])) == 1
+
+
+def test_the_guide_names_the_lower_bounds_of_the_package() -> None:
+    """CONTRIBUTING.md gives the reason of some lower bounds: they are those of pyproject.toml."""
+    table = re.findall(r"^\| ([a-z0-9-]+)[^|]* \| ([0-9.]+) \| ", (REPOSITORY / "CONTRIBUTING.md").read_text(), re.M)
+    assert len(table) > 5
+    bounds = set(re.findall(r'"([A-Za-z0-9-]+)>=([0-9.]+)', (REPOSITORY / "pyproject.toml").read_text()))
+    assert set(table) <= bounds

@@ -5,6 +5,7 @@ Legend: B clips, N tokens, Q queries, H heads, C channels of a head.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -18,10 +19,19 @@ CHANNELS = (32, 64, 80, 96, 128)
 """Numbers of channels per head for which the kernel is compiled."""
 
 
+def _instructions() -> Mapping[str, Any]:
+    """Instruction sets of this CPU by name, among them `avx512_bf16` and `amx_bf16`."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        abilities: Mapping[str, Any] = torch.cpu.get_capabilities()
+        return abilities
+    # torch before 2.11; every CPU with AMX has its products of bfloat16.
+    return {"avx512_bf16": torch.cpu._is_avx512_bf16_supported(), "amx_bf16": torch.cpu._is_amx_tile_supported()}
+
+
 @cache
 def bf16_instructions() -> bool:
     """Whether this CPU has instructions for products of bfloat16 (AVX512-BF16 or AMX-BF16)."""
-    abilities = torch.cpu.get_capabilities()
+    abilities = _instructions()
     return bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
 
 
@@ -38,7 +48,7 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype, channels: int) 
 
 def refusal_of_instructions() -> str:
     """Reason why this kernel is not used on this CPU; empty if it is."""
-    abilities = torch.cpu.get_capabilities()
+    abilities = _instructions()
     if not abilities.get("avx512_bf16"):
         return "needs a CPU with AVX512-BF16"
     return "torch's own kernel uses the AMX of this CPU" if abilities.get("amx_bf16") else ""

@@ -20,7 +20,7 @@ from typing_extensions import Self
 
 from mvd_scale.config.data import DataConfig
 from mvd_scale.config.launcher import local_world_size
-from mvd_scale.data.decoding.backends import VideoKind
+from mvd_scale.data.decoding.backends import DecodeBackend, VideoKind, count_backends
 from mvd_scale.data.decoding.dali_graph import dali_decodes
 from mvd_scale.data.decoding.pyav import decode_frames
 from mvd_scale.data.decoding.sample_source import NO_SUBSTITUTE, VideoSource
@@ -35,6 +35,17 @@ from mvd_scale.errors import UserError
 MIN_CLIPS_FOR_BROKEN_LIMIT = 100
 """Number of clips of a rank from which on the share of replaced clips is compared with `data.max_broken`."""
 
+
+MAX_READERS = 8
+"""Largest number of worker processes by default where the GPU decodes, so that they read files and decode few.
+
+By `performance.planning`, the NVDEC of a GPU decodes at most 270 clips/s: 5,100 frames/s of 1920x1080, 4 times as many
+small ones, and 76 frames for a clip of 16 at stride 4 with key frames 32 apart. If a reader waits 30 ms for each file
+of network storage, 8 of them read as many; from a local disk one or two do."""
+
+MAX_PYAV_SHARE = 0.1
+"""Share of videos that PyAV decodes up to which the workers count as readers: its 23 ms for a clip of 340x256
+(docs/benchmarks/data_loading.md) then add 2 ms to each clip on average."""
 
 log = logging.getLogger("mvd_scale")
 
@@ -89,7 +100,7 @@ class DaliLoader(ABC):
         self._dali_failures = self._record_failures(rank)
         self._dali_failures.advance(self._step_of(self._next))
         self._decoders = replace(self._decoders, by_pyav=self._dali_failures.kinds())
-        self._workers = worker_count(data, rank)
+        self._workers = worker_count(data, rank, readers=self._workers_read())
         self._threads = thread_count(data, rank)
         check_shared_memory(
             bytes_per_sample(manifest, self._decoders, self._sample_frames, self._decoded_share),
@@ -173,6 +184,13 @@ class DaliLoader(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _workers_read(self) -> bool:
+        """Whether the workers read files that the GPU decodes, and decode few themselves."""
+        if self._device_id is None:
+            return False
+        counts = count_backends(self._manifest, self._decoders)
+        return counts[DecodeBackend.PYAV] <= MAX_PYAV_SHARE * counts.total()
 
     @property
     def _device_id(self) -> int | None:
@@ -279,9 +297,18 @@ class DaliLoader(ABC):
         return f"{listed}Restore the files, or index the videos again, or raise data.max_broken"
 
 
-def worker_count(data: DataConfig, rank: DataRank) -> int:
-    """Number of worker processes of one rank: `data.workers`, or for `auto` its CPUs less one for the rank itself."""
-    return max(rank.cpu_count - 1, 0) if data.workers == "auto" else data.workers
+def worker_count(data: DataConfig, rank: DataRank, *, readers: bool) -> int:
+    """Number of worker processes of one rank: `data.workers`, or for `auto` its CPUs less one for the rank itself.
+
+    Args:
+        data: configuration of the data.
+        rank: rank that the loader serves.
+        readers: whether the workers read files that a GPU decodes: then `auto` is at most `MAX_READERS`.
+    """
+    if data.workers != "auto":
+        return data.workers
+    spare = max(rank.cpu_count - 1, 0)
+    return min(spare, MAX_READERS) if readers else spare
 
 
 def thread_count(data: DataConfig, rank: DataRank) -> int:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from mvd_scale.config import Recipe
@@ -128,8 +129,11 @@ def module_table(student: nn.Module, out: Path, *, write: bool) -> Iterator[None
         yield
         return
     profiler = FlopsProfiler(student)
+    attention = F.scaled_dot_product_attention
     profiler.start_profile()
     yield
     profiler.stop_profile()
     profiler.print_model_profile(output_file=str(out))
     profiler.end_profile()
+    # Older releases of DeepSpeed unwrap all functions but this one.
+    F.scaled_dot_product_attention = attention

@@ -22,8 +22,11 @@ from mvd_scale.distributed.cpu_affinity import (
     CpuShare,
     bind_to_cpus,
     cores_by_node,
+    count_cpus,
+    count_own_cpus,
     divide_cores,
     format_cpus,
+    limit_to_quota,
     parse_cpus,
     partition_cpus,
     set_affinity,
@@ -85,7 +88,10 @@ def test_no_rank_straddles_nodes_where_it_need_not(sizes: list[int], ranks: int,
 
 def test_hardware_threads_of_a_core_stay_together() -> None:
     first, second = frozenset({0, 1, 4, 5}), frozenset({2, 3, 6, 7})
-    assert divide_cores(machine([2, 2], threads=2), 2) == [CpuShare(first, first, 2), CpuShare(second, second, 2)]
+    assert divide_cores(machine([2, 2], threads=2), 2) == [
+        CpuShare(first, first, threads=2, count=4),
+        CpuShare(second, second, threads=2, count=4),
+    ]
 
 
 def test_a_rank_runs_anywhere_on_the_nodes_of_its_share() -> None:
@@ -125,6 +131,43 @@ def test_ranks_that_were_given_the_same_cpus_divide_them_and_others_keep_theirs(
     assert out("4-7", "0-3", "0-3", "4-7") == {10: "4-5 x2", 11: "0-1 x2", 12: "2-3 x2", 13: "6-7 x2"}
 
 
+SERVER = frozenset(range(224))
+"""CPUs of a machine of two sockets with 56 cores of two hardware threads each."""
+
+BOUND = [frozenset(range(28 * rank, 28 * (rank + 1))) for rank in range(8)]
+"""CPUs to which a launcher has bound 8 ranks of it."""
+
+
+@pytest.mark.parametrize(
+    ("given", "quota", "count"),
+    [
+        pytest.param(BOUND, None, 28, id="8 ranks that the launcher has bound"),
+        pytest.param([SERVER] * 8, None, 28, id="8 ranks that are not bound"),
+        pytest.param([BOUND[0] | BOUND[1] | BOUND[2] | BOUND[3]] * 4, None, 28, id="4 ranks on their NUMA node"),
+        pytest.param([SERVER] * 8, 64, 8, id="8 ranks, quota of 64 CPUs"),
+        pytest.param(BOUND, 64, 8, id="8 bound ranks, quota of 64 CPUs"),
+        pytest.param([SERVER], 4, 4, id="one rank, quota of 4 CPUs"),
+        pytest.param([SERVER] * 8, 4, 1, id="8 ranks, quota of 4 CPUs"),
+        pytest.param([SERVER], 0.5, 1, id="quota of half a CPU"),
+        pytest.param([frozenset(range(8))], None, 8, id="one rank on a laptop"),
+        pytest.param([frozenset(range(8))], 16, 8, id="quota that is more than there is"),
+    ],
+)
+def test_cpus_that_a_rank_and_its_workers_keep_busy(
+    given: list[CPUs], quota: float | None, count: int, tmp_path: Path
+) -> None:
+    shares = limit_to_quota(partition_cpus(dict(enumerate(given)), tmp_path), quota)
+    assert {share.count for share in shares.values()} == {count}
+    assert {share.threads for share in shares.values()} == {count}, "every CPU is a core here"
+
+
+def test_a_process_of_its_own_counts_its_cpus_and_its_quota(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)))
+    for quota, count in ((None, 6), (4.0, 4), (2.5, 2), (0.5, 1), (64.0, 6)):
+        monkeypatch.setattr("mvd_scale.distributed.cpu_affinity.cpu_quota", lambda quota=quota: quota)
+        assert count_own_cpus() == count
+
+
 def test_cores_and_nodes_as_the_kernel_tells_of_them(tmp_path: Path) -> None:
     nodes = machine([3, 12], threads=2)
     system = write_system(tmp_path, nodes)
@@ -159,7 +202,7 @@ def test_threads_and_children_stay_at_home_but_for_work_that_the_others_wait_for
     try:
         set_affinity(numa_cpus)
         assert child() == numa_cpus
-        with CpuBinding(given, CpuShare(numa_cpus, numa_cpus, 1)).lifted_to_all_cpus():
+        with CpuBinding(given, CpuShare(numa_cpus, numa_cpus, 1, 1)).lifted_to_all_cpus():
             assert child() == given
         assert {frozenset(os.sched_getaffinity(int(task))) for task in os.listdir("/proc/self/task")} == {numa_cpus}
     finally:
@@ -179,11 +222,24 @@ def joined() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("joined")
-def test_the_first_rank_tells_who_computes_where(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_first_rank_tells_who_computes_where(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = frozenset(os.sched_getaffinity(0))
     with caplog.at_level(logging.INFO, "mvd_scale"):
         bind_to_cpus(0, threads=7)
     assert caplog.messages == [f"CPUs by rank: 0: {format_cpus(given)} (7 threads)"]
     assert torch.get_num_threads() == 7
+    monkeypatch.setattr("mvd_scale.distributed.cpu_affinity.cpu_quota", lambda: None)
     bind_to_cpus(0, threads=None)
     assert torch.get_num_threads() == sum(map(len, cores_by_node(given)))
+
+
+@pytest.mark.usefixtures("joined")
+def test_a_rank_that_is_not_bound_counts_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = frozenset(os.sched_getaffinity(0))
+    monkeypatch.setattr("mvd_scale.distributed.cpu_affinity.cpu_quota", lambda: None)
+    assert count_cpus(0) == len(given)
+    monkeypatch.setattr("mvd_scale.distributed.cpu_affinity.cpu_quota", lambda: 1.0)
+    assert count_cpus(0) == 1
+    assert frozenset(os.sched_getaffinity(0)) == given

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -92,6 +93,31 @@ def test_long_clips_of_bf16_are_one_program_too(traced_only: None, programs: dic
     model["blocks"](torch.randn(1, 600, 64).bfloat16())
     assert programs["unique_graphs"] == 1
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("has_argument", [True, False])
+def test_more_shapes_than_torchs_own_limit_are_compiled(
+    has_argument: bool, monkeypatch: pytest.MonkeyPatch, programs: dict[str, int]
+) -> None:
+    """`torch.compile` has the argument `recompile_limit` from torch 2.12 on."""
+    compile_any = torch.compile
+    if has_argument and "recompile_limit" not in inspect.signature(torch.compile).parameters:
+        pytest.skip("this torch has no such argument")
+
+    def without_argument(model: Any, *, dynamic: bool) -> Any:
+        return compile_any(model, backend="aot_eager", dynamic=dynamic)
+
+    def with_argument(model: Any, *, dynamic: bool, recompile_limit: int) -> Any:
+        return compile_any(model, backend="aot_eager", dynamic=dynamic, recompile_limit=recompile_limit)
+
+    monkeypatch.setattr(torch, "compile", with_argument if has_argument else without_argument)
+    model = nn.ModuleDict({"blocks": Blocks(32, 1, 2)}).requires_grad_(False)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        compile_blocks(model)
+        assert torch._dynamo.config.recompile_limit == (2 if has_argument else 64)
+        for clips in range(1, 11):
+            model["blocks"](torch.randn(clips, 4, 32))
+    assert programs["unique_graphs"] == 10
 
 
 def test_decoders_together_are_programs_of_their_own(traced_only: None, programs: dict[str, int]) -> None:

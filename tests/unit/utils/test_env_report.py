@@ -11,7 +11,10 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import pytest
+import torch
 
+from mvd_kernels import triton_compiler
+from mvd_kernels.attention import FLASH_ATTENTION_RELEASES
 from mvd_scale.utils import env_report as capabilities
 from mvd_scale.utils.env_report import Capability, collect_capabilities, format_capabilities
 from mvd_scale.utils.nvdec import Nvdec, NvdecFormat
@@ -97,9 +100,12 @@ def test_broken_packages_are_rows_with_the_error(
 ) -> None:
     break_packages(error, "flash_attn", "apex", "triton", "av", "nvidia.dali", "deepspeed", "psutil")
     found = by_name(collect_capabilities())
-    for name in ("flash-attn", "apex", "Triton", "PyAV", "DALI", "DeepSpeed"):
+    for name in ("apex", "Triton", "PyAV", "DALI", "DeepSpeed"):
         assert not found[name].on
         assert found[name].reason == said
+    assert not found["flash-attn"].on
+    assert "flash-attn-4" in found["flash-attn"].reason
+    assert said.partition(": ")[2] in found["flash-attn"].reason
     assert said in found["CPU"].detail
 
 
@@ -122,6 +128,40 @@ def test_both_builds_of_dali_are_a_fault(monkeypatch: pytest.MonkeyPatch) -> Non
     (row,) = capabilities._dali()
     assert not row.on
     assert "nvidia-dali-cuda130 and nvidia-dali-cuda120" in row.reason
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_release_of_flash_attention_that_is_broken_is_told_beside_the_one_that_works(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = {"flash_attn.cute.interface": "broken: no cutlass", "flash_attn_interface": "not installed: pip install it"}
+    monkeypatch.setattr(
+        capabilities, "_load", lambda module, install: (None, found[module]) if module in found else (torch, "")
+    )
+    row = capabilities._flash_attention()
+    assert row.on
+    assert row.detail.startswith("flash-attn-2")
+    assert row.reason == "flash-attn-4 is broken: no cutlass"
+
+
+def test_the_releases_of_flash_attention_are_those_of_the_kernels() -> None:
+    assert list(capabilities._FLASH_ATTENTION) == [release.name for release in FLASH_ATTENTION_RELEASES]
+
+
+@pytest.mark.usefixtures("gpu")
+def test_triton_is_off_where_it_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(triton_compiler, "triton_refusal", lambda: "")
+    assert capabilities._triton().on
+    assert capabilities.torch_compile("cuda").on
+    monkeypatch.setattr(triton_compiler, "triton_refusal", lambda: "no C compiler: install gcc")
+    assert capabilities._triton().reason == "no C compiler: install gcc"
+    assert capabilities.torch_compile("cuda").reason == "Triton is off: no C compiler: install gcc"
 
 
 def test_nvdec_names_the_library_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

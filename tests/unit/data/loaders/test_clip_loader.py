@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -25,11 +26,13 @@ from mvd_scale.data.batch import ClipBatch
 from mvd_scale.data.decoding.backends import Decoders
 from mvd_scale.data.decoding.dali_graph import dali_decodes
 from mvd_scale.data.decoding.frame_operations import apply_operations
+from mvd_scale.data.decoding.sample_source import DecodeBackend
 from mvd_scale.data.indexing.build import build_manifest
-from mvd_scale.data.loaders.base import thread_count, worker_count
+from mvd_scale.data.loaders.base import MAX_READERS, thread_count, worker_count
 from mvd_scale.data.loaders.clip_loader import BatchPlan, ClipLoader
 from mvd_scale.data.manifest import Manifest, Row
 from mvd_scale.data.sampling.sampler import Sampler
+from mvd_scale.distributed.cpu_affinity import count_own_cpus
 from mvd_scale.distributed.data_rank import DataRank
 from mvd_scale.errors import UserError
 
@@ -331,21 +334,37 @@ def test_a_clip_without_any_substitute_ends_the_run(tmp_path, videos):
         next(loader)
 
 
-def test_workers_follow_the_machine(monkeypatch):
-    monkeypatch.delenv("LOCAL_SIZE", raising=False)
-    cores = len(os.sched_getaffinity(0))
-    auto, alone, many = DataConfig(), DataRank(CPU), DataRank(CPU, world_size=64)
-    assert worker_count(auto, alone) == cores - 1
-    assert worker_count(auto, DataRank(CPU, world_size=cores)) == 0
-    assert worker_count(DataConfig(workers=5), DataRank(CPU, world_size=cores)) == 5
-    monkeypatch.setenv("LOCAL_SIZE", "1")  # as the deepspeed launcher says where every host runs one rank
-    assert worker_count(auto, many) == cores - 1
-    assert thread_count(auto, many) == cores
-    assert thread_count(DataConfig(threads=3), many) == 3
-    monkeypatch.setenv("LOCAL_SIZE", str(cores * 2))
-    assert (worker_count(auto, many), thread_count(auto, many)) == (0, 1)
-    bound = DataRank(CPU, world_size=64, cpus=6)
-    assert (worker_count(auto, bound), thread_count(auto, bound)) == (5, 6)
+@pytest.mark.parametrize(
+    ("cpus", "readers", "workers", "threads"),
+    [(28, False, 27, 28), (28, True, MAX_READERS, 28), (4, True, 3, 4), (1, False, 0, 1), (8, False, 7, 8)],
+)
+def test_workers_follow_the_cpus_of_the_rank(cpus, readers, workers, threads):
+    auto, rank = DataConfig(), DataRank(CPU, world_size=64, cpus=cpus)
+    assert worker_count(auto, rank, readers=readers) == workers
+    assert thread_count(auto, rank) == threads
+    asked = DataConfig(workers=11, threads=3)
+    assert (worker_count(asked, rank, readers=readers), thread_count(asked, rank)) == (11, 3)
+
+
+@pytest.mark.parametrize(
+    ("backends", "readers"),
+    [
+        ({DecodeBackend.DALI_VIDEO: 95, DecodeBackend.PYAV: 5}, True),
+        ({DecodeBackend.DALI_IMAGE: 100}, True),
+        ({DecodeBackend.DALI_VIDEO: 80, DecodeBackend.PYAV: 20}, False),
+    ],
+)
+def test_workers_read_where_the_gpu_decodes(manifest, monkeypatch, backends, readers):
+    """Where PyAV decodes many videos, all CPUs are needed."""
+    monkeypatch.setattr("mvd_scale.data.loaders.base.count_backends", lambda *_: Counter(backends))
+    with load(manifest) as loader:
+        assert not loader._workers_read(), "a CPU decodes"
+        loader._device = torch.device("cuda", 0)
+        assert loader._workers_read() == readers
+
+
+def test_a_process_of_its_own_takes_all_cpus():
+    assert DataRank(CPU).cpu_count == count_own_cpus()
 
 
 SCRIPT = """
