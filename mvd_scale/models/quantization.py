@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import sys
+from typing import Any, Literal
 
-import timm.layers
 import torch
-from timm.layers import Mlp
 from torch import nn
 
 from mvd_kernels import Int8Linear, bf16_instructions
 from mvd_scale.errors import UserError
-from mvd_scale.models.blocks import QKV, Attention, Block
+from mvd_scale.models.blocks import QKV, Attention, Block, Mlp
 
 QuantizedPrecision = Literal["int8", "fp8"]
 
@@ -109,10 +108,13 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
     Other modules of timm read the weights of their layers directly and would not work with replaced layers.
     """
+    # A model of timm exists only where timm was imported.
+    timm: Any = sys.modules.get("timm.layers")
+    kinds = (Attention, Mlp, *((timm.Attention, timm.Mlp) if timm else ()))
     return {
         f"{path}.{name}": child
         for path, parent in model.named_modules()
-        if isinstance(parent, Attention | timm.layers.Attention | Mlp)
+        if isinstance(parent, kinds)
         for name, child in parent.named_children()
         if isinstance(child, nn.Linear)
     }
