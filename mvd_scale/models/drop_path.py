@@ -27,8 +27,9 @@ class _Scale(torch.autograd.Function):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth with the draws of timm's `DropPath`, except that a compiled program reads the rate from a tensor,
-    so that blocks of different rates share one program.
+    """Stochastic depth with the draws of timm's `DropPath`.
+
+    A compiled program reads the rate from a tensor, so that blocks of different rates share one program.
 
     It draws for each entry of the batch: for each clip of each decoder, where decoders run as one batch.
 

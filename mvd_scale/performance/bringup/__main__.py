@@ -21,7 +21,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--stages", metavar="LETTERS", help="stages to run, such as abc (default: all)")
     minutes = sum(budgets(STAGES, None)) / 60
     made.add_argument(
-        "--minutes", type=float, metavar="N", help=f"time for the chosen stages (default: {minutes:.0f} for all of them)"
+        "--minutes",
+        type=float,
+        metavar="N",
+        help=f"time for the chosen stages (default: {minutes:.0f} for all of them)",
     )
     made.add_argument("--wheels", type=Path, metavar="FOLDER", help="folder of wheels to install for this run only")
     made.add_argument(

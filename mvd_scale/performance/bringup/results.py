@@ -10,7 +10,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +92,8 @@ class BringUp:
         if self.device == "cpu":
             yield "A dry run on the CPU with small sizes: no figure here says anything about a GPU."
         state = "It came to its end." if self.ended else "It was still running, or was cut off: `running` below."
-        yield f"{self.faults} faults in {sum(len(stage.checks) for stage in self.stages)} checks, "  f"{self.seconds:.0f} s. {state}"
+        made = sum(len(stage.checks) for stage in self.stages)
+        yield f"{self.faults} faults in {made} checks, {self.seconds:.0f} s. {state}"
         rows = [
             (f"({s.letter}) {s.title}", s.outcome, f"{s.seconds:.0f}", s.counts() or "none", s.reason)
             for s in self.stages
@@ -111,8 +111,11 @@ class BringUp:
 
 
 def _tables(checks: list[CheckResult]) -> Iterator[str]:
-    """Yield a table for each run of checks that have the same figures, which are its columns."""
-    for names, group in groupby(checks, key=lambda check: tuple(check.figures)):
+    """Yield a table for all checks that have the same figures, which are its columns."""
+    groups: dict[tuple[str, ...], list[CheckResult]] = {}
+    for check in checks:
+        groups.setdefault(tuple(check.figures), []).append(check)
+    for names, group in groups.items():
         rows = [
             (check.name, check.outcome, f"{check.seconds:.1f}", *map(number, check.figures.values()), check.reason)
             for check in group

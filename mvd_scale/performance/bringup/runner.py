@@ -5,6 +5,7 @@ Needs the standard library only.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -102,7 +103,9 @@ class Runner:
             result.outcome = "done" if process.ended else "cut off"
             result.reason = process.reason
         self._write()
-        print(f"({stage.letter}) {stage.title}: {result.outcome}, {result.counts()}, {result.seconds:.0f} s", flush=True)
+        print(
+            f"({stage.letter}) {stage.title}: {result.outcome}, {result.counts()}, {result.seconds:.0f} s", flush=True
+        )
 
 
 class StageProcess:
@@ -122,12 +125,10 @@ class StageProcess:
     reason = ""
     """Reason why it did not."""
 
-    def __init__(
-        self, stage: Stage, result: StageResult, deadline: float, folder: Path, settings: Settings
-    ) -> None:
+    def __init__(self, stage: Stage, result: StageResult, deadline: float, folder: Path, settings: Settings) -> None:
         self._result, self._deadline, self._log = result, deadline, settings.out / "bringup.log"
         self._file = Path(tempfile.mkstemp(suffix=".jsonl", dir=folder)[1])
-        self._limit = deadline
+        self._limit, self._begun = deadline, time.monotonic()
         arguments = Arguments(
             module=stage.module,
             needs=stage.needs,
@@ -135,7 +136,7 @@ class StageProcess:
             events=str(self._file),
             deadline=deadline,
             done=tuple(check.name for check in result.checks),
-            folder=tempfile.mkdtemp(dir=folder),
+            folder=str(folder),
         )
         self._alive, alive = os.pipe()
         self._parent_end = alive
@@ -178,7 +179,8 @@ class StageProcess:
     def _take(self, event: dict[str, Any]) -> None:
         kind = event.pop("event")
         if kind == "begin":
-            self._limit = min(time.monotonic() + event["limit"], self._deadline)
+            self._begun = time.monotonic()
+            self._limit = min(self._begun + event["limit"], self._deadline)
             self._result.checks.append(CheckResult(event["name"], "running"))
         elif kind == "end":
             self._limit = self._deadline
@@ -206,7 +208,7 @@ class StageProcess:
             return
         self.reason = "the time of the stage is spent" if spent else "a check hung"
         if (check := self._running) is not None:
-            check.outcome = "cut off" if spent else "hung"
+            check.outcome, check.seconds = "cut off" if spent else "hung", time.monotonic() - self._begun
             check.reason, check.details = self.reason, self._log_end()
         yield
 
@@ -215,7 +217,8 @@ class StageProcess:
         died = f"the process ended {_manner(self._process.returncode)}"
         self.reason = self.reason or died
         if (check := self._running) is not None:
-            check.outcome, check.reason, check.details = "crashed", died, self._log_end()
+            check.outcome, check.seconds = "crashed", time.monotonic() - self._begun
+            check.reason, check.details = died, self._log_end()
             yield
         elif self.reason == died:
             # Between two checks: without this row the stage would be started again and again without a trace.
@@ -227,16 +230,12 @@ class StageProcess:
 
     def _end(self) -> None:
         """End all processes of the stage."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self._process.wait()
         for descriptor in (self._alive, self._parent_end):
-            try:
+            with contextlib.suppress(OSError):
                 os.close(descriptor)
-            except OSError:
-                continue
 
 
 def _manner(code: int) -> str:

@@ -19,6 +19,9 @@ HANG = 30.0
 PATIENCE = 3.0
 """Multiple of its expected seconds after which a check counts as hung."""
 
+SHARED = 10
+"""Factor on the time until a check of a dry run counts as hung: its CPUs may have other work."""
+
 _DETAILS = 30
 """Lines of a traceback that are kept."""
 
@@ -82,6 +85,7 @@ class Session:
     def __init__(self, arguments: Arguments) -> None:
         self.device = arguments.device
         self.folder = Path(arguments.folder)
+        """Folder for files; it is the same one after a crash."""
         self._arguments = arguments
 
     @property
@@ -99,14 +103,16 @@ class Session:
         with open(self._arguments.events, "a", encoding="utf-8") as file:
             file.write(json.dumps({"event": event, **values}) + "\n")
 
-    def check(self, name: str, work: Callable[[Check], None], seconds: float = 10.0) -> bool:
+    def check(
+        self, name: str, work: Callable[[Check], None], seconds: float = 10.0, limit: float | None = None
+    ) -> bool:
         """Make a check, unless the stage's budget is spent, and return whether it passed.
 
         Args:
             name: name of the check, unique in the stage.
             work: function that makes it: records figures, and raises `LeftOut`, or any other exception as a failure.
-            seconds: expected time. The check is left out if less time is left, and counts as hung after `PATIENCE`
-                times as much.
+            seconds: expected time; the check is left out if less is left.
+            limit: seconds after which it counts as hung; None for `PATIENCE` times the expected ones, `HANG` at least.
         """
         if name in self._arguments.done:
             return False
@@ -114,7 +120,8 @@ class Session:
             reason = f"{max(self.remaining, 0):.0f} s of the stage's time are left, and it takes up to {seconds:.0f} s"
             self._end(CheckResult(name, "left out", reason=reason))
             return False
-        self.tell("begin", name=name, limit=max(HANG, PATIENCE * seconds))
+        limit = max(HANG, PATIENCE * seconds) if limit is None else limit
+        self.tell("begin", name=name, limit=limit * (SHARED if self.small else 1))
         result, started = CheckResult(name, "passed"), time.monotonic()
         try:
             work(Check(result.figures))

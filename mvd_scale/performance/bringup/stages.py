@@ -29,11 +29,11 @@ _DECODING = (*_DEEPSPEED, "pyarrow", "av", "nvidia.dali")
 STAGES = tuple(
     Stage(letter, title, f"mvd_scale.performance.bringup.{module}", seconds, needs)
     for letter, title, module, seconds, needs in (
-        ("a", "What is there", "machine", 25, ()),
+        ("a", "What is there", "machine", 40, ()),
         ("b", "Kernels", "kernels", 65, ()),
         ("c", "Blocks", "blocks", 65, ()),
         ("d", "ZeRO and sharded teachers", "zero", 65, _DEEPSPEED),
-        ("e", "Steps", "steps", 200, _DEEPSPEED),
+        ("e", "Steps", "steps", 185, _DEEPSPEED),
         ("f", "Decoding", "decoding", 90, _DECODING),
         ("g", "Quickstart", "quickstart", 90, (*_DECODING, "click")),
     )

@@ -1,6 +1,6 @@
 """The process of one stage.
 
-    python -m mvd_scale.performance.bringup.worker ARGUMENTS    # JSON of `Arguments`
+python -m mvd_scale.performance.bringup.worker ARGUMENTS    # JSON of `Arguments`
 """
 
 from __future__ import annotations

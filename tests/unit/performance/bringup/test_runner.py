@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -73,7 +72,12 @@ def test_checks_pass_fail_and_are_left_out(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("crash", "manner"), [("os.kill(os.getpid(), signal.SIGKILL)", "by signal SIGKILL"), ("os._exit(3)", "with code 3"), ("os.abort()", "SIGABRT")]
+    ("crash", "manner"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", "by signal SIGKILL"),
+        ("os._exit(3)", "with code 3"),
+        ("os.abort()", "SIGABRT"),
+    ],
 )
 def test_a_crash_costs_one_check(run: Run, crash: str, manner: str) -> None:
     results = run(f"session.check('crash', lambda check: {crash})\n{AFTERWARDS}", AFTERWARDS)
@@ -142,7 +146,9 @@ def test_a_missing_package_leaves_out_its_stage(run: Run) -> None:
 
 def test_a_package_that_cannot_be_imported_leaves_out_its_stage(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("raise ImportError('libnvcuvid.so.1: cannot open')")
-    results = Runner([Stage("a", "Broken", "broken", 30)], Settings(tmp_path / "out", "cpu", None, (str(tmp_path),))).run()
+    results = Runner(
+        [Stage("a", "Broken", "broken", 30)], Settings(tmp_path / "out", "cpu", None, (str(tmp_path),))
+    ).run()
     assert results.stages[0].outcome == "left out"
     assert "libnvcuvid.so.1" in results.stages[0].reason
 
