@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # Run all checks, the fast ones first; with arguments, run pytest with them: launch/test.sh tests/unit -k mask
 #
-#   --gpu   run the self-test of a machine with a GPU, and write gpu_report.md, to be pasted into an issue; further
-#           arguments go to pytest
+#   --gpu   run the self-test of a machine with a GPU (all of it, 15 to 30 minutes by estimate; launch/gpu_bringup.sh
+#           takes 10), and write gpu_report.md, to be pasted into an issue; further arguments go to pytest
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$mvd_root"
 
 if [[ "${1:-}" == --gpu ]]; then
     shift
+    echo "The self-test takes 15 to 30 minutes by estimate; gpu_report.md says how long it took." >&2
     exec pytest tests/gpu -m gpu --gpu-report gpu_report.md "$@"
 fi
 if (($#)); then

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def same_frames(check: Check, kind: VideoKind, device: torch.device, folder: Pat
         levels = np.array([difference(a, theirs[place]) for a, place in zip(ours, chosen, strict=True)])
         check.figure(f"largest mean difference {name}", float(levels.max()))
         check.expect(levels.max() < LEVELS, f"frames {name} differ by less than {LEVELS:g} levels")
-    apart = min(difference(a, b) for a, b in zip(theirs, theirs[1:], strict=False))
+    apart = min(difference(a, b) for a, b in pairwise(theirs))
     check.figure("least difference of neighbours", apart)
     check.expect(apart > LEVELS, "neighbours differ, so that a wrong frame would be seen")
 

@@ -1,4 +1,4 @@
-"""Stage (g): the quickstart's student by launch/single_node.sh on all GPUs. Needs the environment of launch/setup.sh."""
+"""Stage (g): the quickstart's student by launch/single_node.sh on all GPUs. Needs the .venv of launch/setup.sh."""
 
 from __future__ import annotations
 

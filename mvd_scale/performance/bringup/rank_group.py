@@ -16,6 +16,9 @@ from typing_extensions import Self
 
 from mvd_scale.distributed.free_port import free_port
 
+PROGRAM = [sys.executable, "-m", "mvd_scale.performance.bringup.zero_ranks"]
+"""Command of a rank, before its arguments."""
+
 _POLL = 0.1
 """Seconds between two looks at the results."""
 
@@ -37,7 +40,7 @@ class RankGroup:
     def __init__(self, device: str, ranks: int, folder: Path, jobs: Sequence[str]) -> None:
         self.jobs = jobs
         self._files = [folder / f"rank{rank}.jsonl" for rank in range(ranks)]
-        command = [sys.executable, "-m", "mvd_scale.performance.bringup.zero_ranks", device, str(folder), *jobs]
+        command = [*PROGRAM, device, str(folder), *jobs]
         shared = {
             **os.environ,
             "WORLD_SIZE": str(ranks),
@@ -56,9 +59,18 @@ class RankGroup:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all ranks."""
         for process in self._processes:
             process.kill()
             process.wait()
+
+    @property
+    def broken(self) -> bool:
+        """Whether a rank has ended without success."""
+        return any(process.poll() not in (None, 0) for process in self._processes)
 
     def wait_for(self, job: str) -> list[Any]:
         """Wait for a job, and return the results of all ranks.

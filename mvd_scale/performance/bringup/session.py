@@ -98,6 +98,10 @@ class Session:
         """Seconds that are left of the stage's budget."""
         return self._arguments.deadline - time.monotonic()
 
+    def made(self, name: str) -> bool:
+        """Whether an earlier process of this stage has made a check, or died of it."""
+        return name in self._arguments.done
+
     def tell(self, event: str, **values: Any) -> None:
         """Append an event for the runner."""
         with open(self._arguments.events, "a", encoding="utf-8") as file:
@@ -114,7 +118,7 @@ class Session:
             seconds: expected time; the check is left out if less is left.
             limit: seconds after which it counts as hung; None for `PATIENCE` times the expected ones, `HANG` at least.
         """
-        if name in self._arguments.done:
+        if self.made(name):
             return False
         if self.remaining < seconds:
             reason = f"{max(self.remaining, 0):.0f} s of the stage's time are left, and it takes up to {seconds:.0f} s"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from math import isfinite
+from math import isfinite, isnan
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
+from typing_extensions import Self
 
 from mvd_scale.performance.bringup.rank_group import RankGroup
 from mvd_scale.performance.bringup.session import Check, Session
@@ -17,8 +21,14 @@ from mvd_scale.performance.bringup.zero_ranks import GLOBAL_BATCH, POISONED, job
 Results = Sequence[Any]
 """Results of a job, of all ranks."""
 
+TOLERANCE = {"fp32": 1e-4, "ahead": 1e-4, "fp16": 3e-2}
+"""Largest relative difference of losses from those in float32 on the CPU, by kind of job."""
+
 _FIRST = 20.0
 """Expected seconds until the first result: imports, and the compilation of blocks."""
+
+_JOB = 5.0
+"""Expected seconds until every other one."""
 
 _STUCK = 60.0
 """Seconds without a result after which ranks wait for each other in vain."""
@@ -27,29 +37,46 @@ _STUCK = 60.0
 def run(session: Session) -> None:
     """Make the checks of the stage."""
     ranks = rank_count(session.device)
-    here, there = (session.folder / name for name in ("ranks", "reference"))
-    here.mkdir()
-    there.mkdir()
-    names = jobs_of(session.device)
-    with (
-        RankGroup(session.device, ranks, here, names) as group,
-        RankGroup("cpu", 1, there, ["fp32, zero1"]) as reference,
-    ):
-        expected: list[float] = []
+    title = f"{ranks} rank{'s' if ranks > 1 else ''}"
+    names = [name for name in jobs_of(session.device) if not session.made(f"{name}, {title}")]
+    with ReferenceLosses(session) as reference:
+        while names:
+            # Ranks that ended take the remaining jobs with them: others are started for these.
+            with RankGroup(session.device, ranks, _folder(session), names) as group:
+                first = names[0]
+                while names and not group.broken:
+                    name = names.pop(0)
+                    work = partial(_wait_and_judge, group=group, name=name, reference=reference)
+                    seconds = _FIRST if name == first else _JOB
+                    session.check(f"{name}, {title}", work, seconds, _STUCK)
 
-        def reference_losses() -> list[float]:
-            if not expected:
-                expected.extend(reference.wait_for("fp32, zero1")[0])
-            return expected
 
-        for number, name in enumerate(names):
-            judge = judge_of(name, reference_losses)
-            session.check(
-                f"{name}, {ranks} rank{'s' if ranks > 1 else ''}",
-                partial(_wait_and_judge, group=group, name=name, judge=judge),
-                seconds=5 if number > 1 else _FIRST,
-                limit=_STUCK,
-            )
+class ReferenceLosses:
+    """Losses of the tiny student in float32 on the CPU, which are computed beside the other ranks.
+
+    Args:
+        session: stage in progress.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._group = RankGroup("cpu", 1, _folder(session), ["fp32, zero1"])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._group.close()
+
+    def __call__(self) -> list[float]:
+        """Wait for the losses and return them."""
+        losses: list[float] = self._group.wait_for("fp32, zero1")[0]
+        return losses
+
+
+def _folder(session: Session) -> Path:
+    return Path(tempfile.mkdtemp(dir=session.folder))
 
 
 def rank_count(device: str) -> int:
@@ -57,22 +84,24 @@ def rank_count(device: str) -> int:
     return min(torch.cuda.device_count(), GLOBAL_BATCH) if device == "cuda" else 2
 
 
-def judge_of(name: str, reference_losses: Callable[[], Sequence[float]]) -> Callable[[Check, Results], None]:
-    """Return the function that checks the results of a job.
+def judge(check: Check, name: str, results: Results, reference: Callable[[], Sequence[float]]) -> None:
+    """Check the results of a job.
 
     Args:
+        check: check in progress.
         name: name of the job.
-        reference_losses: function that returns the losses in float32 on the CPU.
+        results: its results, of all ranks.
+        reference: function that returns the losses in float32 on the CPU.
     """
     kind = name.partition(", ")[0]
     if kind == "sum over ranks":
-        return judge_sum
-    if kind == "sharded teachers":
-        return judge_teachers
-    if kind == "overflow":
-        return judge_overflow
-    tolerance = {"fp16": 3e-2}.get(kind, 1e-4)
-    return lambda check, results: judge_losses(check, results, reference_losses(), tolerance)
+        judge_sum(check, results)
+    elif kind == "sharded teachers":
+        judge_teachers(check, results)
+    elif kind == "overflow":
+        judge_overflow(check, results)
+    else:
+        judge_losses(check, results, reference(), TOLERANCE[kind])
 
 
 def judge_sum(check: Check, results: Results) -> None:
@@ -84,9 +113,10 @@ def judge_sum(check: Check, results: Results) -> None:
 
 def judge_losses(check: Check, results: Results, reference: Sequence[float], tolerance: float) -> None:
     """Check that the losses of all ranks are those of a reference, and that they fall."""
-    apart = max(
+    differences = [
         abs(loss / expected - 1) for losses in results for loss, expected in zip(losses, reference, strict=True)
-    )
+    ]
+    apart = max(differences, key=lambda difference: float("inf") if isnan(difference) else difference)
     check.figure("largest relative difference", apart)
     check.figure("first loss", float(results[0][0]))
     check.figure("last loss", float(results[0][-1]))
@@ -124,7 +154,9 @@ def judge_teachers(check: Check, results: Results) -> None:
             check.expect(share <= 1 / len(results) + 0.02, f"a rank keeps its share of {name} only")
 
 
-def _wait_and_judge(check: Check, group: RankGroup, name: str, judge: Callable[[Check, Results], None]) -> None:
+def _wait_and_judge(check: Check, group: RankGroup, name: str, reference: Callable[[], Sequence[float]]) -> None:
     results = group.wait_for(name)
     check.figure("ranks", len(results))
-    judge(check, results)
+    if len(results) == 1:
+        check.figure("between GPUs", "nothing: one rank")
+    judge(check, name, results, reference)
