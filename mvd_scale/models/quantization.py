@@ -87,6 +87,8 @@ def _to_int8(model: nn.Module) -> None:
             block.attn.qkv = Int8Linear(qkv.weight, qkv.bias)
             assert isinstance(block.mlp, Mlp)
             first, second = block.mlp.fc1, block.mlp.fc2
+            assert isinstance(first, nn.Linear)
+            assert isinstance(second, nn.Linear)
             block.mlp = nn.Sequential(
                 Int8Linear(first.weight, first.bias, gelu=True), Int8Linear(second.weight, second.bias)
             )

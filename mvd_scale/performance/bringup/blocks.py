@@ -5,8 +5,10 @@ Legend: B clips, N tokens, K output tokens, D width.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +22,13 @@ from mvd_scale.models.blocks import Blocks, set_gradient_checkpointing
 from mvd_scale.models.drop_path import DropPath
 from mvd_scale.models.quantization import quantize_linear_layers
 from mvd_scale.performance.bringup import streams
-from mvd_scale.performance.bringup.comparisons import Call, gradient_errors, graph_errors, relative, same
+from mvd_scale.performance.bringup.comparisons import Call, gradient_errors, graph_errors, relative
 from mvd_scale.performance.bringup.session import Check, LeftOut, Session
 from mvd_scale.training.compile import compile_blocks
 from mvd_scale.training.teachers.cuda_graph import CudaGraphTeacher
+
+if TYPE_CHECKING:
+    from mvd_scale.config.training import Checkpointing
 
 SIDE, FRAMES, PATCH, TUBELET = 64, 4, 16, 2
 CLIPS, TOKENS = 4, 32
@@ -74,7 +79,8 @@ def run(session: Session) -> None:
         name = f"stochastic depth{', compiled' if compiles else ''}"
         session.check(name, partial(drops, device=device, compiles=compiles), seconds=_COMPILED if compiles else 3)
     session.check("fp8 linear layers", partial(eight_bit, device=device), seconds=_COMPILED)
-    for checkpointing in ("block", "attention"):
+    recomputed: tuple[Checkpointing, ...] = ("block", "attention")
+    for checkpointing in recomputed:
         work = partial(compiled, device=device, dtype=torch.float32, checkpointing=checkpointing)
         session.check(f"compiled blocks, float32, {checkpointing} recomputed", work, seconds=_COMPILED)
     for precision in ("fp16", "bf16", "fp8"):
@@ -82,11 +88,13 @@ def run(session: Session) -> None:
         session.check(f"ViT-B teacher, {precision}", work, seconds=_COMPILED)
 
 
-def compiled(check: Check, device: torch.device, dtype: torch.dtype, checkpointing: str = "none") -> None:
+def compiled(check: Check, device: torch.device, dtype: torch.dtype, checkpointing: Checkpointing = "none") -> None:
     """Compare outputs and gradients of compiled blocks with those of the same blocks uncompiled."""
     torch.manual_seed(0)
     plain = Transformer(**SMALL).to(device, dtype)
-    fast = same(plain, lambda model: (set_gradient_checkpointing(model, checkpointing), compile_blocks(model)))  # type: ignore[arg-type]
+    fast = copy.deepcopy(plain)
+    set_gradient_checkpointing(fast, checkpointing)
+    compile_blocks(fast)
     pixels = _clips(0, device).pixels
     errors = gradient_errors(fast, plain, lambda model: {"features": model(pixels)})
     for name, error in errors.items():
@@ -99,7 +107,9 @@ def graph(check: Check, device: torch.device, compiles: bool) -> None:
     _needs_gpu(device)
     torch.manual_seed(0)
     teacher = Transformer(**SMALL).to(device, torch.float16).eval().requires_grad_(False)
-    ours = same(teacher, compile_blocks if compiles else lambda _: None)
+    ours = copy.deepcopy(teacher)
+    if compiles:
+        compile_blocks(ours)
     errors = graph_errors(teacher, ours, [_clips(seed, device) for seed in range(4)])
     for name, error in errors.items():
         check.figure(name, error)
@@ -149,7 +159,7 @@ def eight_bit(check: Check, device: torch.device) -> None:
     """Compare features of a transformer with fp8 linear layers with those in float32."""
     torch.manual_seed(0)
     whole = Transformer(**SMALL).eval().requires_grad_(False)
-    quantized = _quantized(same(whole, lambda _: None), device)
+    quantized = _quantized(copy.deepcopy(whole), device)
     call, reference = _clips(0, device), whole.to(device)
     with torch.no_grad():
         features = quantized(call.pixels, output_tokens=call.output_tokens).float()

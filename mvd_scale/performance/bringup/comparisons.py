@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,10 +99,3 @@ def graph_errors(plain: nn.Module, ours: nn.Module, calls: Sequence[Call]) -> di
 def _features(model: nn.Module, call: Call) -> Tensor:
     features: Tensor = model(call.pixels, output_tokens=call.output_tokens)
     return features
-
-
-def same(model: nn.Module, change: Callable[[nn.Module], Any]) -> nn.Module:
-    """Copy a model and change the copy."""
-    copied = copy.deepcopy(model)
-    change(copied)
-    return copied

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import time
 from datetime import timedelta
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -35,9 +36,7 @@ def run(session: Session) -> None:
     found: list[Capability] = []
     session.check("packages", lambda check: found.extend(collect_capabilities()), seconds=10)
     for capability in found:
-        session.check(
-            f"{capability.name} of `mvd-scale env`", lambda check, one=capability: show(check, one), seconds=0
-        )
+        session.check(f"{capability.name} of `mvd-scale env`", partial(show, capability=capability), seconds=0)
 
 
 def describe(check: Check, device: str) -> None:
@@ -117,7 +116,7 @@ def one_rank(check: Check, device: str) -> None:
     if device == "cuda":
         check.figure("NCCL", ".".join(map(str, torch.cuda.nccl.version())))
         torch.cuda.set_device(0)
-    store = torch.distributed.HashStore()
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
     torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timedelta(seconds=30))
     try:
         ones = torch.ones(1000, device=device)

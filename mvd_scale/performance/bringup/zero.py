@@ -16,7 +16,8 @@ from typing_extensions import Self
 
 from mvd_scale.performance.bringup.rank_group import RankGroup
 from mvd_scale.performance.bringup.session import Check, Session
-from mvd_scale.performance.bringup.zero_ranks import GLOBAL_BATCH, POISONED, jobs_of
+from mvd_scale.performance.bringup.tiny import GLOBAL_BATCH
+from mvd_scale.performance.bringup.zero_ranks import POISONED, jobs_of
 
 Results = Sequence[Any]
 """Results of a job, of all ranks."""
