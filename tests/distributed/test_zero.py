@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from mvd_scale.distributed.cpu_affinity import partition_cpus
-from mvd_scale.performance.bringup.tiny import tiny_teacher
+from mvd_scale.performance.bringup.checks.tiny import tiny_teacher
 from tests.fork_server import ROOT, ForkServer, launched_ranks
 
 pytestmark = pytest.mark.distributed

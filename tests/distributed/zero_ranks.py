@@ -19,7 +19,7 @@ from mvd_scale.distributed.process_group import Ranks, destroy_distributed, init
 from mvd_scale.errors import UserError
 from mvd_scale.models import Student
 from mvd_scale.performance.batches import BatchLoader
-from mvd_scale.performance.bringup.tiny import (
+from mvd_scale.performance.bringup.checks.tiny import (
     DECODER,
     FROZEN,
     global_batch,

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from mvd_scale.performance.bringup.rank_group import RankGroup
+from mvd_scale.performance.bringup.checks.rank_group import RankGroup
+from mvd_scale.performance.bringup.checks.zero_ranks import jobs_of
 from mvd_scale.performance.bringup.session import Check
-from mvd_scale.performance.bringup.zero_ranks import jobs_of
 
 from .report import SelfTestReport
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mvd_scale import __version__
-from mvd_scale.performance.bringup.machine import driver_version
+from mvd_scale.performance.bringup.checks.machine import driver_version
 from mvd_scale.performance.report import this_machine
 from mvd_scale.utils.env_report import collect_capabilities, format_capabilities
 from mvd_scale.utils.markdown import code, first_line, number, table

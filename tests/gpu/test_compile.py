@@ -12,7 +12,7 @@ from mvd_scale.config import DecoderConfig, ModelConfig
 from mvd_scale.config.training import Checkpointing
 from mvd_scale.models import Encoder, Student
 from mvd_scale.models.blocks import set_gradient_checkpointing
-from mvd_scale.performance.bringup.comparisons import Call, gradient_errors, graph_errors
+from mvd_scale.performance.bringup.checks.comparisons import Call, gradient_errors, graph_errors
 from mvd_scale.training.compile import compile_blocks
 
 pytestmark = pytest.mark.gpu

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from mvd_scale.performance.bringup.checks.zero import judge_losses, judge_sum
+from mvd_scale.performance.bringup.checks.zero_ranks import STAGES
 from mvd_scale.performance.bringup.session import Check
-from mvd_scale.performance.bringup.zero import judge_losses, judge_sum
-from mvd_scale.performance.bringup.zero_ranks import STAGES
 
 from .conftest import Seen
 

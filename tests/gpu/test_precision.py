@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from mvd_scale.performance.bringup.checks.zero import TOLERANCE, judge_losses, judge_overflow, judge_teachers
+from mvd_scale.performance.bringup.checks.zero_ranks import STAGES
 from mvd_scale.performance.bringup.session import Check
-from mvd_scale.performance.bringup.zero import TOLERANCE, judge_losses, judge_overflow, judge_teachers
-from mvd_scale.performance.bringup.zero_ranks import STAGES
 
 from .conftest import Figure, Seen, launch
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from mvd_scale.performance.bringup.checks.zero import judge_teachers
 from mvd_scale.performance.bringup.session import Check
-from mvd_scale.performance.bringup.zero import judge_teachers
 
 from .conftest import Figure, Seen
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mvd_scale.data.batch import ClipBatch
-from mvd_scale.performance.bringup.streams import EXPECTED, LONG, early, late, overlap, read_by_student
-from mvd_scale.performance.bringup.zero_ranks import STAGES
+from mvd_scale.performance.bringup.checks.streams import EXPECTED, LONG, early, late, overlap, read_by_student
+from mvd_scale.performance.bringup.checks.zero_ranks import STAGES
 
 from .conftest import Figure, Seen
 

@@ -2,7 +2,7 @@
 
     python -m mvd_scale.performance.bringup     # launch/gpu_bringup.sh
 
-    __main__ -> runner (standard library only) -> a process per stage: session -> machine, kernels, blocks, ...
+    __main__ -> runner (standard library only) -> a process per stage: worker -> session -> checks.machine, ...
                   |                                       |
              bringup.md, bringup.json  <-  events.jsonl: begin and end of every check
 

@@ -27,7 +27,7 @@ _DEEPSPEED = ("pydantic", "yaml", "safetensors", "rich", "psutil", "timm", "deep
 _DECODING = (*_DEEPSPEED, "pyarrow", "av", "nvidia.dali")
 
 STAGES = tuple(
-    Stage(letter, title, f"mvd_scale.performance.bringup.{module}", seconds, needs)
+    Stage(letter, title, f"mvd_scale.performance.bringup.checks.{module}", seconds, needs)
     for letter, title, module, seconds, needs in (
         ("a", "What is there", "machine", 40, ()),
         ("b", "Kernels", "kernels", 65, ()),

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from mvd_scale.performance.batches import random_batch
-from mvd_scale.performance.bringup import blocks, rank_group, steps
-from mvd_scale.performance.bringup.comparisons import gradient_errors, relative
-from mvd_scale.performance.bringup.rank_group import RankFailed, RankGroup
+from mvd_scale.performance.bringup.checks import blocks, rank_group, steps
+from mvd_scale.performance.bringup.checks.comparisons import gradient_errors, relative
+from mvd_scale.performance.bringup.checks.rank_group import RankFailed, RankGroup
+from mvd_scale.performance.bringup.checks.steps import StepCase, counted_syncs, plan_of, sdpa_alone
+from mvd_scale.performance.bringup.checks.zero import judge_losses, judge_overflow, judge_sum, judge_teachers
 from mvd_scale.performance.bringup.session import Check, CheckFailed, LeftOut
-from mvd_scale.performance.bringup.steps import StepCase, counted_syncs, plan_of, sdpa_alone
-from mvd_scale.performance.bringup.zero import judge_losses, judge_overflow, judge_sum, judge_teachers
 
 OVERFLOW = {
     "scales": [65536, 65536, 32768, 16384],

@@ -11,7 +11,7 @@ from pathlib import Path
 from mvd_scale.performance.bringup.session import Check, LeftOut, Session
 from mvd_scale.utils.io import read_metrics
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 STEPS = {"cuda": 40, "cpu": 2}
 """Steps of each run, by device."""

@@ -21,8 +21,8 @@ from mvd_scale.errors import UserError
 from mvd_scale.models.blocks import Blocks, set_gradient_checkpointing
 from mvd_scale.models.drop_path import DropPath
 from mvd_scale.models.quantization import quantize_linear_layers
-from mvd_scale.performance.bringup import streams
-from mvd_scale.performance.bringup.comparisons import Call, gradient_errors, graph_errors, relative
+from mvd_scale.performance.bringup.checks import streams
+from mvd_scale.performance.bringup.checks.comparisons import Call, gradient_errors, graph_errors, relative
 from mvd_scale.performance.bringup.session import Check, LeftOut, Session
 from mvd_scale.training.compile import compile_blocks
 from mvd_scale.training.teachers.cuda_graph import CudaGraphTeacher

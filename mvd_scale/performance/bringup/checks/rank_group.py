@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from mvd_scale.distributed.free_port import free_port
 
-PROGRAM = [sys.executable, "-m", "mvd_scale.performance.bringup.zero_ranks"]
+PROGRAM = [sys.executable, "-m", "mvd_scale.performance.bringup.checks.zero_ranks"]
 """Command of a rank, before its arguments."""
 
 _POLL = 0.1

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from typing_extensions import Self
 
-from mvd_scale.performance.bringup.rank_group import RankGroup
+from mvd_scale.performance.bringup.checks.rank_group import RankGroup
+from mvd_scale.performance.bringup.checks.tiny import GLOBAL_BATCH
+from mvd_scale.performance.bringup.checks.zero_ranks import POISONED, jobs_of
 from mvd_scale.performance.bringup.session import Check, Session
-from mvd_scale.performance.bringup.tiny import GLOBAL_BATCH
-from mvd_scale.performance.bringup.zero_ranks import POISONED, jobs_of
 
 Results = Sequence[Any]
 """Results of a job, of all ranks."""

@@ -1,6 +1,6 @@
 """Program of the ranks of stage (d): trains a tiny student on the device and appends a JSON line for each job.
 
-python -m mvd_scale.performance.bringup.zero_ranks DEVICE FOLDER JOB...    # `rank_group` starts it on every rank
+python -m mvd_scale.performance.bringup.checks.zero_ranks DEVICE FOLDER JOB...    # `rank_group` starts it on every rank
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ from mvd_scale.data.batch import ClipBatch
 from mvd_scale.distributed.process_group import Ranks, destroy_distributed, init_distributed
 from mvd_scale.performance.batches import BatchLoader
 from mvd_scale.performance.bench_setup import make_trainer
-from mvd_scale.performance.bringup.tiny import GLOBAL_BATCH, global_batch, held_at_rest, tiny_recipe, tiny_teacher
+from mvd_scale.performance.bringup.checks.tiny import (
+    GLOBAL_BATCH,
+    global_batch,
+    held_at_rest,
+    tiny_recipe,
+    tiny_teacher,
+)
 from mvd_scale.targets import FrozenTeacher, build_targets
 from mvd_scale.training.capabilities import make_placement
 from mvd_scale.training.deepspeed_engine import full_parameters
