@@ -30,10 +30,10 @@ STAGES = tuple(
     Stage(letter, title, f"mvd_scale.performance.bringup.checks.{module}", seconds, needs)
     for letter, title, module, seconds, needs in (
         ("a", "What is there", "machine", 40, ()),
-        ("b", "Kernels", "kernels", 65, ()),
+        ("b", "Kernels", "kernels", 60, ()),
         ("c", "Blocks", "blocks", 65, ()),
-        ("d", "ZeRO and sharded teachers", "zero", 65, _DEEPSPEED),
-        ("e", "Steps", "steps", 185, _DEEPSPEED),
+        ("d", "ZeRO and sharded teachers", "zero", 85, _DEEPSPEED),
+        ("e", "Steps", "steps", 170, _DEEPSPEED),
         ("f", "Decoding", "decoding", 90, _DECODING),
         ("g", "Quickstart", "quickstart", 90, (*_DECODING, "click")),
     )

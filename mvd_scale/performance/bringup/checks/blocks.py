@@ -41,6 +41,9 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _COMPILED = 15.0
 """Expected seconds of a check that compiles."""
 
+_LIMIT = 90.0
+"""Seconds after which it counts as hung; the first compilation on a machine loads much from its disk."""
+
 
 class Transformer(nn.Module):
     """Patch embedding and blocks: an encoder without positions, which needs no recipe."""
@@ -63,29 +66,28 @@ class Transformer(nn.Module):
 def run(session: Session) -> None:
     """Make the checks of the stage."""
     device = torch.device(session.device)
+
+    def compiles(name: str, work: Callable[[Check], None]) -> None:
+        session.check(name, work, _COMPILED, _LIMIT)
+
     for dtype in (torch.float32,) if session.small else (torch.bfloat16, torch.float16, torch.float32):
-        name = f"compiled blocks, {_name(dtype)}"
-        session.check(name, partial(compiled, device=device, dtype=dtype), seconds=_COMPILED)
-    for compiles in (False, True):
-        name = f"CUDA graph{' of compiled blocks' if compiles else ''}, float16"
-        session.check(name, partial(graph, device=device, compiles=compiles), seconds=_COMPILED if compiles else 5)
-    session.check(
-        "prefetch stream, late teacher", partial(stream, device=device, teach=streams.late, sleep=0), seconds=3
-    )
+        compiles(f"compiled blocks, {_name(dtype)}", partial(compiled, device=device, dtype=dtype))
+    session.check("CUDA graph, float16", partial(graph, device=device, compiles=False), 5)
+    compiles("CUDA graph of compiled blocks, float16", partial(graph, device=device, compiles=True))
+    late = partial(stream, device=device, teach=streams.late, sleep=0)
+    session.check("prefetch stream, late teacher", late, 3)
     busy = partial(stream, device=device, teach=streams.early, sleep=streams.LONG)
-    session.check("prefetch stream, busy student", busy, seconds=3)
-    session.check("prefetch stream beside the student", partial(beside, device=device), seconds=5)
-    for compiles in (False, True):
-        name = f"stochastic depth{', compiled' if compiles else ''}"
-        session.check(name, partial(drops, device=device, compiles=compiles), seconds=_COMPILED if compiles else 3)
-    session.check("fp8 linear layers", partial(eight_bit, device=device), seconds=_COMPILED)
+    session.check("prefetch stream, busy student", busy, 3)
+    session.check("prefetch stream beside the student", partial(beside, device=device), 5)
+    session.check("stochastic depth", partial(drops, device=device, compiles=False), 3)
+    compiles("stochastic depth, compiled", partial(drops, device=device, compiles=True))
+    compiles("fp8 linear layers", partial(eight_bit, device=device))
     recomputed: tuple[Checkpointing, ...] = ("block", "attention")
     for checkpointing in recomputed:
         work = partial(compiled, device=device, dtype=torch.float32, checkpointing=checkpointing)
-        session.check(f"compiled blocks, float32, {checkpointing} recomputed", work, seconds=_COMPILED)
+        compiles(f"compiled blocks, float32, {checkpointing} recomputed", work)
     for precision in ("fp16", "bf16", "fp8"):
-        work = partial(base_speed, device=device, precision=precision)
-        session.check(f"ViT-B teacher, {precision}", work, seconds=_COMPILED)
+        compiles(f"ViT-B teacher, {precision}", partial(base_speed, device=device, precision=precision))
 
 
 def compiled(check: Check, device: torch.device, dtype: torch.dtype, checkpointing: Checkpointing = "none") -> None:

@@ -29,7 +29,7 @@ def relative(got: Tensor, wanted: Tensor) -> float:
 def gradient_errors(
     fast: nn.Module, plain: nn.Module, call: Callable[[nn.Module], Mapping[str, Tensor]]
 ) -> dict[str, float]:
-    """Compare outputs and gradients of two models with equal weights, after the mean of their squared outputs.
+    """Compare outputs and gradients of two models with equal weights, for the sum over tokens of mean squares.
 
     Args:
         fast: model that was made faster; its parameters have the order of those of `plain`.
@@ -41,7 +41,7 @@ def gradient_errors(
     """
     outputs = [call(model) for model in (fast, plain)]
     for named in outputs:
-        torch.stack([output.float().square().mean() for output in named.values()]).sum().backward()
+        torch.stack([output.float().square().mean(-1).sum() for output in named.values()]).sum().backward()
     ours, theirs = ([parameter.grad for parameter in model.parameters()] for model in (fast, plain))
     pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
     if len(pairs) < len(ours):

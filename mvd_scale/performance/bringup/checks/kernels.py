@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cached_property, partial
 from importlib import import_module
 
 import torch
@@ -22,7 +22,7 @@ def run(session: Session) -> None:
     """Make the checks of the stage: errors in fp16 and bf16, then speeds, then errors in fp32."""
     device = torch.device(session.device)
     limits = Limits(device)
-    session.check("limits of the device", limits.measure, seconds=5)
+    session.check("limits of the device", limits.record, seconds=5)
     half = [torch.float32] if session.small else [torch.float16, torch.bfloat16]
     _check_errors(session, device, half)
     for operator in TIMED[:1] if session.small else TIMED:
@@ -45,7 +45,7 @@ def _check_errors(session: Session, device: torch.device, dtypes: list[torch.dty
 
 
 class Limits:
-    """Measured limits of the device; NaN until they are measured.
+    """Limits of the device, measured when they are first asked for.
 
     Args:
         device: device to measure.
@@ -53,18 +53,23 @@ class Limits:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.bandwidth = self.flops = float("nan")
 
-    def measure(self, check: Check) -> None:
-        """Measure and record them."""
-        self.bandwidth = copy_bandwidth(self.device)
-        check.figure("copy, GB/s", self.bandwidth / 1e9)
+    @cached_property
+    def bandwidth(self) -> float:
+        """Bytes per second that a copy reads and writes."""
+        return copy_bandwidth(self.device)
+
+    @cached_property
+    def flops(self) -> dict[torch.dtype, float]:
+        """FLOP/s of matrix products by dtype, the one of training first."""
         dtypes = (torch.bfloat16, torch.float16) if self.device.type == "cuda" else (torch.float32,)
-        for dtype in dtypes:
-            flops = product_flops(self.device, dtype)
+        return {dtype: product_flops(self.device, dtype) for dtype in dtypes}
+
+    def record(self, check: Check) -> None:
+        """Record the limits as figures."""
+        check.figure("copy, GB/s", self.bandwidth / 1e9)
+        for dtype, flops in self.flops.items():
             check.figure(f"products in {str(dtype).removeprefix('torch.')}, TFLOP/s", flops / 1e12)
-            if dtype == dtypes[0]:
-                self.flops = flops
 
 
 def errors(check: Check, case: Case, dtype: torch.dtype, device: torch.device) -> None:
@@ -83,7 +88,7 @@ def speed(check: Check, case: BenchmarkCase, way: str, limits: Limits) -> None:
     check.figure("ms", median)
     if case.flops:
         check.figure("TFLOP/s", case.flops / median / 1e9)
-        check.figure("share of matrix products", case.flops / median * 1000 / limits.flops)
+        check.figure("share of matrix products", case.flops / median * 1000 / max(limits.flops.values()))
     else:
         moved = (case.read + case.written) / median * 1000
         check.figure("GB/s", moved / 1e9)

@@ -34,7 +34,7 @@ def run(session: Session) -> None:
     session.check("copy from the host", lambda check: host_copy(check, session.device), seconds=3)
     session.check("NVDEC", lambda check: decoders(check, session.device), seconds=3)
     found: list[Capability] = []
-    session.check("packages", lambda check: found.extend(collect_capabilities()), seconds=10)
+    session.check("packages", lambda check: found.extend(collect_capabilities()), seconds=10, limit=60)
     for capability in found:
         session.check(f"{capability.name} of `mvd-scale env`", partial(show, capability=capability), seconds=0)
 

@@ -16,6 +16,12 @@ ROOT = Path(__file__).parents[4]
 STEPS = {"cuda": 40, "cpu": 2}
 """Steps of each run, by device."""
 
+_LIMIT = 80.0
+"""Seconds after which a run is ended."""
+
+_END = 10.0
+"""Seconds that its ranks have for their end."""
+
 RUNS = ("image_teacher", "video_teacher", "student")
 
 
@@ -25,8 +31,9 @@ def run(session: Session) -> None:
     if not session.check("clips", videos, seconds=10):
         return
     for name in RUNS:
-        work = partial(train, name=name, device=session.device, folder=session.folder)
-        if not session.check(f"{name} by single_node.sh", work, seconds=25, limit=100):
+        seconds = min(_LIMIT, session.remaining - _END)
+        work = partial(train, name=name, device=session.device, folder=session.folder, seconds=seconds)
+        if not session.check(f"{name} by single_node.sh", work, seconds=25, limit=_LIMIT + 2 * _END):
             return
 
 
@@ -44,7 +51,7 @@ def make_clips(check: Check, folder: Path) -> None:
     check.figure("clips", len(list(written.iterdir())))
 
 
-def train(check: Check, name: str, device: str, folder: Path) -> None:
+def train(check: Check, name: str, device: str, folder: Path, seconds: float) -> None:
     """Train one run of the quickstart for some steps, and check its losses and its result."""
     out = folder / name
     words = [
@@ -54,10 +61,9 @@ def train(check: Check, name: str, device: str, folder: Path) -> None:
     if name == "student":
         for teacher in ("image", "video"):
             words += [f"--targets.{teacher}.checkpoint", str(folder / f"{teacher}_teacher" / "encoder.safetensors")]
-    # Its ranks are ended with this process's group, which the launcher would leave.
     environment = {**os.environ, "PYTHONPATH": "", **({"DS_ACCELERATOR": "cpu"} if device == "cpu" else {})}
-    result = subprocess.run([str(ROOT / "launch" / "single_node.sh"), *words], check=False, env=environment)
-    check.expect(result.returncode == 0, f"single_node.sh ends with code 0, not {result.returncode}")
+    code = run_script([str(ROOT / "launch" / "single_node.sh"), *words], environment, seconds)
+    check.expect(code == 0, f"single_node.sh ends with code 0, not {code}")
     readings = read_metrics(out / "metrics.jsonl")
     check.figure("first loss", readings[0]["loss"])
     check.figure("last loss", readings[-1]["loss"])
@@ -65,3 +71,17 @@ def train(check: Check, name: str, device: str, folder: Path) -> None:
     check.figure("memory, GiB", readings[-1]["memory_gib"])
     check.expect(all(isfinite(reading["loss"]) for reading in readings), "losses are finite")
     check.expect((out / "encoder.safetensors").is_file(), "the run exports its encoder")
+
+
+def run_script(command: list[str], environment: dict[str, str], seconds: float) -> int:
+    """Run a script of `launch/` and return its exit code; it is ended after some seconds.
+
+    Its ranks are in a session of their own, which SIGKILL of this process's group does not reach: the script passes
+    SIGTERM on.
+    """
+    with subprocess.Popen(command, env=environment) as process:
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            return process.wait(_END)

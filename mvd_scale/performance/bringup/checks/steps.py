@@ -141,14 +141,14 @@ def measure(check: Check, case: StepCase, setting: Setting) -> None:
     backend = attention_backend(device, dtype_of(case.precision))
     if case.sdpa and device.type == "cuda" and not backend.startswith("flash"):
         raise LeftOut(f"{backend} is what the other cases use: flash-attn is not installed, or not for this GPU")
+    # What an earlier case holds, also one that failed.
+    release()
     try:
         recipe, plan = case.load(), plan_of(case, setting.gpu, backend)
         with sdpa_alone() if case.sdpa else nullcontext():
             _measure(check, recipe, plan, setting)
     except UserError as error:
         raise LeftOut(str(error)) from error
-    finally:
-        release()
 
 
 def plan_of(case: StepCase, gpu: str | None, backend: str) -> Plan:
@@ -169,20 +169,23 @@ def plan_of(case: StepCase, gpu: str | None, backend: str) -> Plan:
 
 
 def _measure(check: Check, recipe: Recipe, plan: Plan, setting: Setting) -> None:
-    device, batch, precision = setting.device, recipe.training.global_batch, recipe.training.precision
-    peak = setting.peak(precision)
+    device, batch = setting.device, recipe.training.global_batch
+    peak = setting.peak(recipe.training.precision)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+        check.figure("held before, GiB", torch.cuda.memory_allocated(device) / GIB)
     started = time.perf_counter()
     trainer = make_random_trainer(recipe, setting.ranks)
-    losses = [step_loss(trainer)]
-    _wait(device)
-    first = time.perf_counter() - started
-    losses += [step_loss(trainer) for _ in range(_WARM_UP)]
-    seconds = time_steps(trainer, device)
-    with counted_syncs(device) as syncs:
-        losses.append(step_loss(trainer))
-    speed = batch / seconds
+    try:
+        losses = [step_loss(trainer)]
+        _wait(device)
+        check.figure("until the first step, s", time.perf_counter() - started)
+        losses += [step_loss(trainer) for _ in range(_WARM_UP)]
+        speed = batch / time_steps(trainer, device)
+        with counted_syncs(device) as syncs:
+            losses.append(step_loss(trainer))
+    finally:
+        trainer.engine.destroy()
     flops = speed * sum(part.forward + part.backward for part in plan.flops)
     known = setting.gpu is not None
     check.figure("clips/s", speed)
@@ -193,10 +196,8 @@ def _measure(check: Check, recipe: Recipe, plan: Plan, setting: Setting) -> None
     check.figure("plan: peak, GiB", plan.memory.peak / GIB if known else "no such GPU")
     check.figure("waits of the host", sum(syncs.values()) if device.type == "cuda" else "no GPU")
     check.figure("most of them in", ", ".join(f"{place} ({count})" for place, count in syncs.most_common(3)))
-    check.figure("until the first step, s", first)
-    trainer.engine.destroy()
-    finite = [isfinite(float(loss)) for loss in losses]
-    check.expect(all(finite), f"the losses are finite: {[float(loss) for loss in losses]}")
+    values = [float(loss) for loss in losses]
+    check.expect(all(map(isfinite, values)), f"the losses are finite: {values}")
 
 
 def make_random_trainer(recipe: Recipe, ranks: Ranks) -> Trainer:

@@ -31,7 +31,7 @@ _FIRST = 20.0
 _JOB = 5.0
 """Expected seconds until every other one."""
 
-_STUCK = 60.0
+_STUCK = 100.0
 """Seconds without a result after which ranks wait for each other in vain."""
 
 
@@ -81,8 +81,10 @@ def _folder(session: Session) -> Path:
 
 
 def rank_count(device: str) -> int:
-    """Return the number of ranks: one per GPU as far as a step has clips for them, or two on a CPU."""
-    return min(torch.cuda.device_count(), GLOBAL_BATCH) if device == "cuda" else 2
+    """Return the number of ranks: the GPUs, or as many of them as divide the clips of a step; two on a CPU."""
+    if device == "cpu":
+        return 2
+    return max(ranks for ranks in range(1, torch.cuda.device_count() + 1) if GLOBAL_BATCH % ranks == 0)
 
 
 def judge(check: Check, name: str, results: Results, reference: Callable[[], Sequence[float]]) -> None:

@@ -34,8 +34,10 @@ def bare_python(tmp_path: Path) -> BarePython:
 
     def run(*words: str | Path, modules: Sequence[str] = (), **env: str) -> subprocess.CompletedProcess[str]:
         for name in (*TORCH, *modules):
-            if (installed / name).exists():
-                (site / name).symlink_to(installed / name)
+            # torch finds its backends of collectives in its metadata.
+            for path in (installed / name, *installed.glob(f"{name}-*.dist-info")):
+                if path.exists():
+                    (site / path.name).symlink_to(path)
         # DALI is a part of this namespace.
         (site / "nvidia").mkdir()
         for part in (installed / "nvidia").iterdir():
