@@ -55,7 +55,10 @@ def install(wheels: Path, site: Path) -> str:
     if not files:
         parser().error(f"--wheels {wheels}: expected a folder with files *.whl")
     pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "--no-index", "--no-deps"]
-    subprocess.run([*pip, "--no-compile", "--no-cache-dir", "--target", str(site), *files], check=True)
+    if subprocess.run([*pip, "--no-compile", "--no-cache-dir", "--target", str(site), *files], check=False).returncode:
+        parser().error(
+            f"--wheels {wheels}: pip cannot install them: expected one wheel of each package, for this Python"
+        )
     return str(site)
 
 

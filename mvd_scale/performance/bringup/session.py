@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,8 @@ class Check:
 
     def figure(self, name: str, value: float | str) -> None:
         """Record a figure, which the result shows whether the check passes or not."""
-        self.figures[name] = value
+        # JSON has no infinity and no NaN.
+        self.figures[name] = str(value) if isinstance(value, float) and not isfinite(value) else value
 
     def expect(self, kept: bool, promise: str) -> None:
         """Fail the check if a promise is not kept.

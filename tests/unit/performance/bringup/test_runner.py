@@ -8,13 +8,16 @@ import subprocess
 import sys
 import textwrap
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mvd_scale.performance.bringup import __main__ as command_line
 from mvd_scale.performance.bringup import runner, session
+from mvd_scale.performance.bringup.__main__ import main
 from mvd_scale.performance.bringup.results import BringUp
 from mvd_scale.performance.bringup.runner import Runner, Settings
 from mvd_scale.performance.bringup.stages import STAGES, Stage, budgets, choose_stages
@@ -235,3 +238,44 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_figures_that_are_not_finite_are_json(run: Run, tmp_path: Path) -> None:
+    run("session.check('infinite', lambda check: check.figure('error', float('inf')))")
+    assert "Infinity" not in (tmp_path / "out" / "bringup.json").read_text()
+    assert "| inf |" in page(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--stages", "xyz"), "unknown xyz; expected some of abcdefg"),
+        (("--minutes", "0"), "--minutes 0: expected a number above 0"),
+        (("--wheels", "nowhere"), "--wheels nowhere: expected a folder with files *.whl"),
+    ],
+)
+def test_wrong_arguments_end_with_one_message(
+    words: tuple[str, str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended_with:
+        main(words)
+    assert ended_with.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_wheels_are_installed_for_the_run_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheel = tmp_path / "wheels" / "carried-1.0-py3-none-any.whl"
+    wheel.parent.mkdir()
+    with zipfile.ZipFile(wheel, "w") as files:
+        files.writestr("carried.py", "answer = 42\n")
+        files.writestr("carried-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: carried\nVersion: 1.0\n")
+        files.writestr("carried-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        files.writestr("carried-1.0.dist-info/RECORD", "")
+    (tmp_path / "stage.py").write_text(
+        "import carried\ndef run(session):\n"
+        "    session.check('carried', lambda check: check.figure('answer', carried.answer))\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(command_line, "choose_stages", lambda _: (Stage("a", "Carried", "stage", 30, ("carried",)),))
+    assert main(["--wheels", str(wheel.parent), "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
+    assert written(tmp_path / "out")["stages"][0]["checks"][0]["figures"] == {"answer": 42}
