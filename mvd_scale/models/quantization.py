@@ -54,7 +54,9 @@ def quantize_linear_layers(
             block.attn.qkv = _as_linear(block.attn.qkv)
     names = set(_linear_layers(model))
     model = model.to(device, rest)
-    granular = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+    # torchao would tune all compiled programs of the process, which takes minutes, and before 0.18 compute float32
+    # products of the process in TF32.
+    granular = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
     quantize_(model, granular, filter_fn=lambda _, name: name in names)
     return model
 

@@ -38,6 +38,7 @@ from mvd_scale.targets import build_targets
 from mvd_scale.targets.build import init_teacher
 from mvd_scale.targets.load import teacher_input_sizes
 from mvd_scale.training.trainer import Trainer
+from mvd_scale.utils.logging import configure_logging
 from mvd_scale.utils.memory import peak_memory_gib
 
 _WARM_UP = 2
@@ -105,6 +106,7 @@ _EXPECTED = {B: 35.0, L: 45.0, H: 60.0}
 
 def run(session: Session) -> None:
     """Make the checks of the stage."""
+    configure_logging()
     setting = Setting(init_distributed(session.device, timeout_minutes=3))
     for case in SMALL if session.small else CASES:
         session.check(str(case), partial(measure, case=case, setting=setting), _EXPECTED.get(case.recipe, 10.0))
@@ -141,7 +143,6 @@ def measure(check: Check, case: StepCase, setting: Setting) -> None:
     backend = attention_backend(device, dtype_of(case.precision))
     if case.sdpa and device.type == "cuda" and not backend.startswith("flash"):
         raise LeftOut(f"{backend} is what the other cases use: flash-attn is not installed, or not for this GPU")
-    # What an earlier case holds, also one that failed.
     release()
     try:
         recipe, plan = case.load(), plan_of(case, setting.gpu, backend)
@@ -172,7 +173,6 @@ def _measure(check: Check, recipe: Recipe, plan: Plan, setting: Setting) -> None
     device, batch = setting.device, recipe.training.global_batch
     peak = setting.peak(recipe.training.precision)
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
         check.figure("held before, GiB", torch.cuda.memory_allocated(device) / GIB)
     started = time.perf_counter()
     trainer = make_random_trainer(recipe, setting.ranks)
@@ -180,6 +180,9 @@ def _measure(check: Check, recipe: Recipe, plan: Plan, setting: Setting) -> None
         losses = [step_loss(trainer)]
         _wait(device)
         check.figure("until the first step, s", time.perf_counter() - started)
+        if device.type == "cuda":
+            # Without the building of the models, whose weights are in float32 until they have their place.
+            torch.cuda.reset_peak_memory_stats(device)
         losses += [step_loss(trainer) for _ in range(_WARM_UP)]
         speed = batch / time_steps(trainer, device)
         with counted_syncs(device) as syncs:
@@ -257,15 +260,13 @@ def counted_syncs(device: torch.device) -> Iterator[Counter[str]]:
 def sdpa_alone() -> Iterator[None]:
     """Let attention leave flash-attn aside in a `with` block."""
     # By name: the package exports the function of the same name as the module.
-    module = import_module("mvd_kernels.attention")
-    torch.compiler.reset()
-    with mock.patch.object(module, "FLASH_ATTENTION_RELEASES", ()):
+    with mock.patch.object(import_module("mvd_kernels.attention"), "FLASH_ATTENTION_RELEASES", ()):
         yield
-    torch.compiler.reset()
 
 
 def release() -> None:
-    """Free the memory of a step, also on the GPU."""
+    """Free what earlier steps hold, also ones that failed: memory, and compiled programs, whose number is limited."""
+    torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -32,6 +32,7 @@ from mvd_scale.training.capabilities import make_placement
 from mvd_scale.training.deepspeed_engine import full_parameters
 from mvd_scale.training.teachers.place import place_teachers
 from mvd_scale.training.trainer import Trainer
+from mvd_scale.utils.logging import configure_logging
 
 STAGES = ("zero1", "zero2", "zero3")
 STEPS, POISONED = 6, 3
@@ -58,6 +59,7 @@ def jobs_of(device: str) -> list[str]:
 
 def main(device: str, folder: str, *names: str) -> None:
     """Do the jobs of some names on this rank."""
+    configure_logging()
     ranks = init_distributed(device, timeout_minutes=3)
     with Path(folder, f"rank{ranks.rank}.jsonl").open("a", encoding="utf-8") as file:
         for name in names:
