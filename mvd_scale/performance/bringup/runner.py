@@ -132,6 +132,7 @@ class StageProcess:
         arguments = Arguments(
             module=stage.module,
             needs=stage.needs,
+            needs_gpu=stage.needs_gpu,
             device=settings.device,
             events=str(self._file),
             deadline=deadline,

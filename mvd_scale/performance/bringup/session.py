@@ -41,6 +41,7 @@ class Arguments:
 
     module: str
     needs: tuple[str, ...]
+    needs_gpu: bool
     device: str
 
     events: str

@@ -22,12 +22,15 @@ class Stage:
     needs: tuple[str, ...] = ()
     """Packages beyond torch, Triton and numpy; without one of them the stage is left out."""
 
+    needs_gpu: bool = True
+    """Whether the stage is left out where torch finds no GPU, unless it is a dry run."""
+
 
 _DEEPSPEED = ("pydantic", "yaml", "safetensors", "rich", "psutil", "timm", "deepspeed")
 _DECODING = (*_DEEPSPEED, "pyarrow", "av", "nvidia.dali")
 
 STAGES = tuple(
-    Stage(letter, title, f"mvd_scale.performance.bringup.checks.{module}", seconds, needs)
+    Stage(letter, title, f"mvd_scale.performance.bringup.checks.{module}", seconds, needs, letter != "a")
     for letter, title, module, seconds, needs in (
         ("a", "What is there", "machine", 40, ()),
         ("b", "Kernels", "kernels", 60, ()),

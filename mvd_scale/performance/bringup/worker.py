@@ -39,7 +39,7 @@ def refuse(arguments: Arguments) -> None:
     """
     if missing := [package for package in ("torch", "numpy", *arguments.needs) if not _installed(package)]:
         raise LeftOut(f"not installed: {', '.join(missing)}; docs/gpu_status.md says which wheels to carry")
-    if arguments.device == "cuda":
+    if arguments.needs_gpu and arguments.device == "cuda":
         import torch
 
         if not torch.cuda.is_available():

@@ -25,18 +25,31 @@ _HOST_COPY = 2**28
 
 
 def run(session: Session) -> None:
-    """Make the checks of the stage."""
-    session.check("machine", lambda check: describe(check, session.device), seconds=5)
+    """Make the checks of the stage; without a GPU, those that need none."""
+    device = session.device
+    if device == "cuda" and not torch.cuda.is_available():
+        session.check("GPU", no_gpu, seconds=1)
+        device = "cpu"
+    session.check("machine", lambda check: describe(check, device), seconds=5)
     session.check("shared memory", shared_memory, seconds=1)
-    session.check("Triton compiles", lambda check: triton_compiles(check, session.device), seconds=10)
-    session.check("torch.compile", lambda check: torch_compiles(check, session.device), seconds=20)
-    session.check("collectives of one rank", lambda check: one_rank(check, session.device), seconds=10)
-    session.check("copy from the host", lambda check: host_copy(check, session.device), seconds=3)
-    session.check("NVDEC", lambda check: decoders(check, session.device), seconds=3)
+    session.check("Triton compiles", lambda check: triton_compiles(check, device), seconds=10)
+    session.check("torch.compile", lambda check: torch_compiles(check, device), seconds=20)
+    session.check("collectives of one rank", lambda check: one_rank(check, device), seconds=10)
+    session.check("copy from the host", lambda check: host_copy(check, device), seconds=3)
+    session.check("NVDEC", lambda check: decoders(check, device), seconds=3)
     found: list[Capability] = []
     session.check("packages", lambda check: found.extend(collect_capabilities()), seconds=10, limit=60)
     for capability in found:
         session.check(f"{capability.name} of `mvd-scale env`", partial(show, capability=capability), seconds=0)
+
+
+def no_gpu(check: Check) -> None:
+    """Fail with the reason, as far as it can be told, why torch finds no GPU."""
+    check.figure("torch", str(torch.__version__))
+    check.figure("CUDA of torch", str(torch.version.cuda))
+    check.figure("driver", driver_version())
+    check.expect(torch.version.cuda is not None, "this torch is built for GPUs")
+    check.expect(False, "torch finds a GPU")
 
 
 def describe(check: Check, device: str) -> None:

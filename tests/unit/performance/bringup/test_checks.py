@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mvd_scale.performance.batches import random_batch
-from mvd_scale.performance.bringup.checks import blocks, rank_group, steps
+from mvd_scale.performance.bringup.checks import blocks, machine, rank_group, steps
 from mvd_scale.performance.bringup.checks.comparisons import gradient_errors, relative
 from mvd_scale.performance.bringup.checks.rank_group import RankFailed, RankGroup
 from mvd_scale.performance.bringup.checks.steps import StepCase, counted_syncs, plan_of, sdpa_alone
@@ -195,3 +195,28 @@ def test_a_rank_that_ends_is_named(group: Callable[..., RankGroup]) -> None:
         with pytest.raises(RankFailed, match="rank 1 ended with code 7 before it had done 'fatal'"):
             ranks.wait_for("fatal")
         assert ranks.broken
+
+
+class Names:
+    """A session that makes no checks."""
+
+    device = "cuda"
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def check(
+        self, name: str, work: Callable[[Check], None], seconds: float = 10.0, limit: float | None = None
+    ) -> bool:
+        self.names.append(name)
+        return False
+
+
+def test_what_is_there_is_told_where_torch_finds_no_gpu(monkeypatch: pytest.MonkeyPatch, check: Check) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    session: Any = Names()
+    machine.run(session)
+    assert session.names[:2] == ["GPU", "machine"]
+    with pytest.raises(CheckFailed):
+        machine.no_gpu(check)
+    assert check.figures["driver"]
