@@ -44,12 +44,12 @@ def run(session: Session) -> None:
         while names:
             # Ranks that ended take the remaining jobs with them: others are started for these.
             with RankGroup(session.device, ranks, _folder(session), names) as group:
-                first = names[0]
-                while names and not group.broken:
-                    name = names.pop(0)
+                for number, name in enumerate(tuple(names)):
                     work = partial(_wait_and_judge, group=group, name=name, reference=reference)
-                    seconds = _FIRST if name == first else _JOB
-                    session.check(f"{name}, {title}", work, seconds, _STUCK)
+                    session.check(f"{name}, {title}", work, _JOB if number else _FIRST, _STUCK)
+                    names.remove(name)
+                    if group.broken:
+                        break
 
 
 class ReferenceLosses:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mvd_scale.performance.batches import random_batch
-from mvd_scale.performance.bringup.checks import blocks, machine, rank_group, steps
+from mvd_scale.performance.bringup.checks import blocks, machine, rank_group, steps, zero
 from mvd_scale.performance.bringup.checks.comparisons import gradient_errors, relative
 from mvd_scale.performance.bringup.checks.rank_group import RankFailed, RankGroup
 from mvd_scale.performance.bringup.checks.steps import StepCase, counted_syncs, plan_of, sdpa_alone
@@ -195,6 +195,34 @@ def test_a_rank_that_ends_is_named(group: Callable[..., RankGroup]) -> None:
         with pytest.raises(RankFailed, match="rank 1 ended with code 7 before it had done 'fatal'"):
             ranks.wait_for("fatal")
         assert ranks.broken
+
+
+def test_ranks_that_end_are_started_again_for_the_other_jobs(
+    group: Callable[..., RankGroup], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = ["sum over ranks", "fatal", "sharded teachers"]
+    monkeypatch.setattr(zero, "jobs_of", lambda device: jobs)
+    monkeypatch.setattr(zero, "judge", lambda *_: None)
+    outcomes: dict[str, str] = {}
+
+    class Recorder:
+        device, folder = "cpu", tmp_path
+
+        def made(self, name: str) -> bool:
+            return False
+
+        def check(self, name: str, work: Callable[[Check], None], *_: float) -> None:
+            try:
+                work(Check({}))
+                outcomes[name] = "passed"
+            except RankFailed:
+                outcomes[name] = "failed"
+
+    session: Any = Recorder()
+    zero.run(session)
+    assert outcomes == {
+        "sum over ranks, 2 ranks": "passed", "fatal, 2 ranks": "failed", "sharded teachers, 2 ranks": "passed",
+    }  # fmt: skip
 
 
 class Names:
