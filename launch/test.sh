@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Run all checks, the fast ones first; with arguments, run pytest with them: launch/test.sh tests/unit -k mask
 #
-#   --gpu      run the self-test of a machine with a GPU, and write gpu_report.md, to be pasted into an issue; further
-#              arguments go to pytest
+#   --gpu      run the self-test of a machine with a GPU (all of it, 15 to 30 minutes by estimate; launch/gpu_bringup.sh
+#              takes 10), and write gpu_report.md, to be pasted into an issue; further arguments go to pytest
 #   --oldest   run the quick tests, or pytest with further arguments, with the oldest release of each requirement that
 #              pyproject.toml admits, in .venv-oldest; MVD_PYTHON=python3.10 for the oldest Python too
 set -euo pipefail
@@ -15,6 +15,7 @@ cd "$mvd_root"
 
 if [[ "${1:-}" == --gpu ]]; then
     shift
+    echo "The self-test takes 15 to 30 minutes by estimate; gpu_report.md says how long it took." >&2
     exec pytest tests/gpu -m gpu --gpu-report gpu_report.md "$@"
 fi
 if (($#)); then

@@ -8,11 +8,14 @@ from __future__ import annotations
 import json
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mvd_scale.config.recipe import RunRecipe
 from mvd_scale.config.training import Precision, TrainingConfig
 from mvd_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from importlib.abc import Traversable
 
 _TEACHER = "teacher_zero3"
 
@@ -111,8 +114,16 @@ def _loss_scale(training: TrainingConfig) -> dict[str, Any]:
     return {f"fp16.{key}": getattr(training, key) for key in keys}
 
 
+def _shipped_files() -> Traversable:
+    """Return the folder of the shipped files: the package's, or of a checkout that was not installed, its own."""
+    try:
+        return resources.files("mvd_scale.ds_configs")
+    except ModuleNotFoundError:
+        return Path(__file__).parents[2] / "ds_configs"
+
+
 def _read(name_or_path: str) -> dict[str, Any]:
-    folder = resources.files("mvd_scale.ds_configs")
+    folder = _shipped_files()
     shipped = {entry.name.removesuffix(".json"): entry for entry in folder.iterdir() if entry.name.endswith(".json")}
     file = shipped.get(name_or_path) or Path(name_or_path)
     if not file.is_file():

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from typing_extensions import Self
 
-from mvd_scale.config.target import Tokens
+if TYPE_CHECKING:
+    from mvd_scale.config.target import Tokens
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,18 @@ Legend: B clips, N tokens, K output tokens, D width.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mvd_kernels import AddLayerNorm, LayerNorm, attention
-from mvd_scale.config.training import Checkpointing
 from mvd_scale.models.drop_path import DropPath
+
+if TYPE_CHECKING:
+    from mvd_scale.config.training import Checkpointing
 
 OutputTokens = Tensor | int | None
 """Tokens whose output is needed: indices int64 (B, K), an integer for the last K tokens, or None for all."""
@@ -73,6 +76,21 @@ class Attention(nn.Module):
         return projected
 
 
+class Mlp(nn.Module):
+    """Two linear layers with GELU between them; the names of its layers are those of the published weights."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1: nn.Module = nn.Linear(width, hidden)
+        self.act = nn.GELU()
+        self.fc2: nn.Module = nn.Linear(hidden, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Apply both layers to each token: (B, N, D) to (B, N, D)."""
+        updates: Tensor = self.fc2(self.act(self.fc1(tokens)))
+        return updates
+
+
 class Block(nn.Module):
     """Pre-norm attention and MLP, each with a residual and stochastic depth."""
 
@@ -81,7 +99,7 @@ class Block(nn.Module):
         self.norm1: nn.Module = LayerNorm(width)
         self.attn = Attention(width, heads)
         self.norm2: nn.Module = AddLayerNorm(width)
-        self.mlp: nn.Module = Mlp(width, int(width * mlp_ratio), act_layer=nn.GELU)
+        self.mlp: nn.Module = Mlp(width, int(width * mlp_ratio))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import timm.layers
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 
@@ -27,9 +26,10 @@ class _Scale(torch.autograd.Function):
         return grad * ctx.scale, None
 
 
-class DropPath(timm.layers.DropPath):
-    """timm's `DropPath`, with the same draws, except that a compiled program reads the rate from a tensor, so that
-    blocks of different rates share one program.
+class DropPath(nn.Module):
+    """Stochastic depth with the draws of timm's `DropPath`.
+
+    A compiled program reads the rate from a tensor, so that blocks of different rates share one program.
 
     It draws for each entry of the batch: for each clip of each decoder, where decoders run as one batch.
 
@@ -39,7 +39,8 @@ class DropPath(timm.layers.DropPath):
     """
 
     def __init__(self, rate: float) -> None:
-        super().__init__(rate)
+        super().__init__()
+        self.drop_prob = rate
         # Not a buffer: `Module.to(dtype)` would round it to the dtype of the weights.
         self.keep = torch.tensor(1 - rate, dtype=torch.float32, device="cpu")
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import sys
+from typing import Any, Literal
 
-import timm.layers
 import torch
-from timm.layers import Mlp
 from torch import nn
 
 from mvd_kernels import Int8Linear, bf16_instructions
 from mvd_scale.errors import UserError
-from mvd_scale.models.blocks import QKV, Attention, Block
+from mvd_scale.models.blocks import QKV, Attention, Block, Mlp
 
 QuantizedPrecision = Literal["int8", "fp8"]
 
@@ -55,7 +54,9 @@ def quantize_linear_layers(
             block.attn.qkv = _as_linear(block.attn.qkv)
     names = set(_linear_layers(model))
     model = model.to(device, rest)
-    granular = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+    # torchao would tune all compiled programs of the process, which takes minutes, and before 0.18 compute float32
+    # products of the process in TF32.
+    granular = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
     quantize_(model, granular, filter_fn=lambda _, name: name in names)
     return model
 
@@ -88,6 +89,8 @@ def _to_int8(model: nn.Module) -> None:
             block.attn.qkv = Int8Linear(qkv.weight, qkv.bias)
             assert isinstance(block.mlp, Mlp)
             first, second = block.mlp.fc1, block.mlp.fc2
+            assert isinstance(first, nn.Linear)
+            assert isinstance(second, nn.Linear)
             block.mlp = nn.Sequential(
                 Int8Linear(first.weight, first.bias, gelu=True), Int8Linear(second.weight, second.bias)
             )
@@ -109,10 +112,13 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
     Other modules of timm read the weights of their layers directly and would not work with replaced layers.
     """
+    # A model of timm exists only where timm was imported.
+    timm: Any = sys.modules.get("timm.layers")
+    kinds = (Attention, Mlp, *((timm.Attention, timm.Mlp) if timm else ()))
     return {
         f"{path}.{name}": child
         for path, parent in model.named_modules()
-        if isinstance(parent, Attention | timm.layers.Attention | Mlp)
+        if isinstance(parent, kinds)
         for name, child in parent.named_children()
         if isinstance(child, nn.Linear)
     }

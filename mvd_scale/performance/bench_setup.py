@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,18 +10,15 @@ import torch
 
 from mvd_scale.config import DataConfig, Recipe, load_recipe
 from mvd_scale.config.training import Precision
-from mvd_scale.data.generated.sample_clips import write_sample_clips
-from mvd_scale.data.indexing.build import load_source
-from mvd_scale.data.loaders.clip_loader import ClipLoader
 from mvd_scale.distributed.process_group import Ranks
 from mvd_scale.models import Encoder, Student
 from mvd_scale.models.timm_vit import TimmViT
-from mvd_scale.targets import MaskedDistillation, build_targets
+from mvd_scale.targets import MaskedDistillation, Target, build_targets
 from mvd_scale.targets.load import teacher_input_sizes
 from mvd_scale.training.capabilities import make_placement
 from mvd_scale.training.distillation import distillation_model
 from mvd_scale.training.lr_schedule import Schedule
-from mvd_scale.training.teachers.prefetch import TeacherPrefetcher, make_prefetcher
+from mvd_scale.training.teachers.prefetch import BatchSource, TeacherPrefetcher, make_prefetcher
 from mvd_scale.training.trainer import Trainer
 
 BuildTeacher = Callable[[Recipe, str], Encoder | TimmViT]
@@ -61,23 +58,57 @@ def bench_trainer(
     Raises:
         UserError: see `build_teacher`; or the data source has no usable videos.
     """
+    # Here, because a step from other batches needs no decoder.
+    from mvd_scale.data.indexing.build import load_source
+    from mvd_scale.data.loaders.clip_loader import ClipLoader
+
     torch.manual_seed(recipe.seed)
     targets = build_targets(recipe, lambda name: build_teacher(recipe, name))
-    schedule = Schedule(recipe.training, 1, recipe.lr_batch)
-    placement = make_placement(recipe, targets, ranks)
-    model = distillation_model(Student.from_recipe(recipe, targets), targets, recipe, placement, ranks, schedule)
     manifest = load_source(with_clips(recipe.data, scratch), scratch)
     repeats = max(recipe.training.global_batch, recipe.data.clips_per_video)
     repeated = recipe.model_copy(update={"data": recipe.data.model_copy(update={"clips_per_video": repeats})})
     sides = teacher_input_sizes(recipe, targets)
     # One more step than the trainer runs: the last step also starts the next batch in advance.
     with ClipLoader.for_run(manifest, repeated, ranks.data_rank, range(steps + 1), sides=sides) as loader:
-        batches = TeacherPrefetcher(loader, make_prefetcher(MaskedDistillation(targets), placement, ranks.device))
-        yield Trainer(model, batches, schedule, recipe, ranks)
+        yield make_trainer(recipe, targets, ranks, loader)
+
+
+def make_trainer(
+    recipe: Recipe,
+    targets: Mapping[str, Target],
+    ranks: Ranks,
+    batches: BatchSource,
+    *,
+    student: Student | None = None,
+    prefetch: bool = True,
+) -> Trainer:
+    """Create a trainer of a recipe over given batches, with the placement, engine and teachers of a run.
+
+    All ranks call it.
+
+    Args:
+        recipe: recipe of the run.
+        targets: targets by name, with unsharded teachers; their teachers are replaced.
+        ranks: this process among all.
+        batches: micro batches of this rank.
+        student: student of the recipe; None to build it with random weights.
+        prefetch: whether teachers may compute their features one batch in advance, as the placement says.
+
+    Raises:
+        UserError: see `make_placement` and `distillation_model`.
+    """
+    placement = make_placement(recipe, targets, ranks)
+    student = student or Student.from_recipe(recipe, targets)
+    schedule = Schedule(recipe.training, 1, recipe.lr_batch)
+    model = distillation_model(student, targets, recipe, placement, ranks, schedule)
+    begin = make_prefetcher(MaskedDistillation(targets), placement, ranks.device) if prefetch else None
+    return Trainer(model, TeacherPrefetcher(batches, begin), schedule, recipe, ranks)
 
 
 def with_clips(data: DataConfig, scratch: Path) -> DataConfig:
     """Return the data config; if it names no videos, with the clips of the `samples` extra written to `scratch`."""
     if data.source is not None or data.mixture is not None:
         return data
+    from mvd_scale.data.generated.sample_clips import write_sample_clips
+
     return data.model_copy(update={"source": str(write_sample_clips(scratch / "clips"))})

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 import torch._dynamo
 from torch import nn
 
-from mvd_scale.training.placement import TeacherPlacement
 from mvd_scale.training.teachers.cuda_graph import CudaGraphTeacher
+
+if TYPE_CHECKING:
+    from mvd_scale.training.placement import TeacherPlacement
 
 _PROGRAMS = 64
 """Largest number of compiled programs of all blocks together; each combination of input shape, gradients on or off, and

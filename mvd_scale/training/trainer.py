@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -17,15 +17,17 @@ from torch import Tensor, nn
 from mvd_scale.config import RunRecipe
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.distributed.process_group import Ranks
-from mvd_scale.run_dir import RunFolder
-from mvd_scale.training.callbacks import CallbackList
-from mvd_scale.training.checkpointer import Checkpointer
 from mvd_scale.training.ema import ModelEma
 from mvd_scale.training.lr_schedule import Schedule
 from mvd_scale.training.metrics import Meter, MetricWriter, MicroBatchMetrics
 from mvd_scale.training.optimizer import apply_schedule
 from mvd_scale.training.preemption import Preempted, PreemptionHandler, check_finite, smallest_loss_scale
 from mvd_scale.training.teachers.prefetch import TeacherPrefetcher
+
+if TYPE_CHECKING:
+    from mvd_scale.run_dir import RunFolder
+    from mvd_scale.training.callbacks import CallbackList
+    from mvd_scale.training.checkpointer import Checkpointer
 
 
 class Objective(Protocol):

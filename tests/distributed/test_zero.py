@@ -16,9 +16,8 @@ from typing import Any
 import pytest
 
 from mvd_scale.distributed.cpu_affinity import partition_cpus
+from mvd_scale.performance.bringup.checks.tiny import tiny_teacher
 from tests.fork_server import ROOT, ForkServer, launched_ranks
-
-from .zero_ranks import teacher
 
 pytestmark = pytest.mark.distributed
 
@@ -91,7 +90,7 @@ def test_bf16_stays_near_float32(stage: str, alone: dict[str, Any], two: list[di
 def test_each_rank_keeps_its_share_of_a_teacher_at_rest(two: list[dict[str, Any]]) -> None:
     vectors = 0
     for name in ("image", "video"):
-        parameters = dict(teacher(name).named_parameters())
+        parameters = dict(tiny_teacher(name).named_parameters())
         whole = sum(p.numel() for p in parameters.values())
         # Vectors (biases, norms, class token) stay on every rank besides their shard: fetching them would cost more.
         vectors = sum(p.numel() for p in parameters.values() if p.numel() < 100_000)

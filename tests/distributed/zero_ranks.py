@@ -13,12 +13,20 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mvd_scale.config import ModelConfig, Recipe
-from mvd_scale.config.training import Checkpointing
+from mvd_scale.config import Recipe
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.distributed.process_group import Ranks, destroy_distributed, init_distributed
 from mvd_scale.errors import UserError
-from mvd_scale.models import Encoder, Student
+from mvd_scale.models import Student
+from mvd_scale.performance.batches import BatchLoader
+from mvd_scale.performance.bringup.checks.tiny import (
+    DECODER,
+    FROZEN,
+    global_batch,
+    held_at_rest,
+    tiny_recipe,
+    tiny_teacher,
+)
 from mvd_scale.targets import FrozenTeacher, build_targets
 from mvd_scale.targets.load import ema_file
 from mvd_scale.training.capabilities import make_placement
@@ -29,76 +37,11 @@ from mvd_scale.training.lr_schedule import Schedule
 from mvd_scale.training.teachers.prefetch import TeacherPrefetcher
 from mvd_scale.training.trainer import Trainer
 
-from ..batches import BatchLoader
-
-VIDEO = {"width": 320, "depth": 1, "heads": 5, "frames": 4, "input_size": 32}
-IMAGE = {**VIDEO, "frames": 1, "tubelet": 1, "positions": "sincos2d", "class_token": True}
-DECODER = {"width": 32, "depth": 1, "heads": 2}
-GLOBAL_BATCH, STEPS = 8, 6
+STEPS = 6
 
 
-FROZEN: dict[str, Any] = {
-    "image": {"kind": "image_teacher", "decoder": DECODER},
-    "video": {"kind": "video_teacher", "decoder": DECODER},
-    "pixels": {"kind": "pixels", "decoder": DECODER},
-}
 DROPPED: dict[str, Any] = {"video": {**FROZEN["video"], "decoder": {**DECODER, "depth": 2, "drop_path": 0.5}}}
 MOMENTUM: dict[str, Any] = {"average": {"kind": "momentum", "momentum": 0.8, "norm": True, "decoder": DECODER}}
-
-
-def recipe(
-    stage: str,
-    precision: str,
-    sharding: str,
-    micro_batch: int,
-    targets: dict[str, Any] = FROZEN,
-    checkpointing: Checkpointing = "none",
-    *,
-    together: bool = False,
-) -> Recipe:
-    return Recipe.model_validate(
-        {
-            "run": {"folder": "unused"},
-            "device": "cpu",
-            "model": VIDEO,
-            "data": {"mask": {"ratio": 0.5}},
-            "targets": targets,
-            "training": {
-                "epochs": 10,
-                "global_batch": GLOBAL_BATCH,
-                "micro_batch": micro_batch,
-                "base_lr": 1e-1,
-                "warmup_epochs": 1,
-                "precision": precision,
-                "deepspeed": stage,
-                "clip_grad": 1.0,
-                "gradient_checkpointing": checkpointing,
-                "batch_decoders": together,
-            },
-            "teachers": {"sharding": sharding},
-        }
-    )
-
-
-def teacher(name: str) -> Encoder:
-    torch.manual_seed(5)
-    return Encoder(ModelConfig.model_validate(IMAGE if name == "image" else VIDEO), final_norm=False)
-
-
-def global_batch(step: int, *, poisoned: bool) -> ClipBatch:
-    generator = torch.Generator().manual_seed(step)
-    pixels = torch.randint(0, 256, (GLOBAL_BATCH, 4, 32, 32, 3), dtype=torch.uint8, generator=generator)
-    if poisoned:
-        pixels = pixels.float()
-        pixels[-1] = float("nan")
-    patches = torch.stack([torch.randperm(4, generator=generator) for _ in range(GLOBAL_BATCH)])
-    visible, masked = (torch.cat([p, p + 4], 1).sort(1).values for p in (patches[:, :2], patches[:, 2:]))
-    return ClipBatch(pixels, visible, masked, torch.zeros(GLOBAL_BATCH), torch.zeros(GLOBAL_BATCH))
-
-
-def held_at_rest(module: nn.Module) -> int:
-    """Elements of parameters that this rank keeps between two forward passes."""
-    return sum(p.numel() + (p.ds_tensor.numel() if hasattr(p, "ds_tensor") else 0) for p in module.parameters())
 
 
 def micro_batches(ranks: Ranks, made: Recipe, *, poison_last: bool) -> Iterator[ClipBatch]:
@@ -112,7 +55,7 @@ def micro_batches(ranks: Ranks, made: Recipe, *, poison_last: bool) -> Iterator[
 
 
 def train(ranks: Ranks, made: Recipe, *, poison_last: bool = False, out: Path | None = None) -> dict[str, Any]:
-    targets = build_targets(made, teacher)
+    targets = build_targets(made, tiny_teacher)
     torch.manual_seed(0)
     schedule = Schedule(made.training, 1, made.lr_batch)
     model = distillation_model(
@@ -184,35 +127,35 @@ def main(out: Path) -> None:
     results: dict[str, Any] = {"threads": torch.get_num_threads()}
     if ranks.world_size == 4:
         for over in ("node", "world"):
-            made = recipe("zero2", "fp32", "zero3", 2)
+            made = tiny_recipe("zero2", "fp32", "zero3", 2)
             teachers = made.teachers.model_copy(update={"shard_over": over})
             results[over] = train(ranks, made.model_copy(update={"teachers": teachers}))
         (out / f"rank{ranks.rank}.json").write_text(json.dumps(results))
         return destroy_distributed()
     for stage in ("zero1", "zero2", "zero3"):
-        results[stage] = train(ranks, recipe(stage, "fp32", "zero3", 4))
-    results["one micro batch after the other"] = train(ranks, recipe("zero2", "fp32", "zero3", 2))
+        results[stage] = train(ranks, tiny_recipe(stage, "fp32", "zero3", 4))
+    results["one micro batch after the other"] = train(ranks, tiny_recipe("zero2", "fp32", "zero3", 2))
     for again in ("block", "attention"):
-        results[f"{again} again"] = train(ranks, recipe("zero3", "fp32", "zero3", 4, checkpointing=again))
-    results["decoders together"] = train(ranks, recipe("zero2", "fp32", "zero3", 2, together=True))
-    again = recipe("zero1", "fp32", "zero3", 4, checkpointing="block", together=True)
+        results[f"{again} again"] = train(ranks, tiny_recipe("zero3", "fp32", "zero3", 4, checkpointing=again))
+    results["decoders together"] = train(ranks, tiny_recipe("zero2", "fp32", "zero3", 2, together=True))
+    again = tiny_recipe("zero1", "fp32", "zero3", 4, checkpointing="block", together=True)
     results["decoders together, block again"] = train(ranks, again)
-    results["replicated teachers"] = train(ranks, recipe("zero2", "fp32", "replicated", 4))
+    results["replicated teachers"] = train(ranks, tiny_recipe("zero2", "fp32", "replicated", 4))
     for stage, again in (("zero1", "none"), ("zero3", "none"), ("zero3", "block"), ("zero3", "attention")):
-        made = recipe(stage, "fp32", "replicated", 4, DROPPED, again)
+        made = tiny_recipe(stage, "fp32", "replicated", 4, DROPPED, again)
         results[f"dropped updates, {stage}, {again} again"] = train(ranks, made)
     for stage in ("zero1", "zero2", "zero3"):
         for sharding in ("zero3", "replicated"):
-            made = recipe(stage, "fp32", sharding, 4, MOMENTUM)
+            made = tiny_recipe(stage, "fp32", sharding, 4, MOMENTUM)
             results[f"momentum, {stage}, {sharding}"] = train(ranks, made, out=out)
     # The rest is compared with one rank in float32, or with itself.
     for stage in ("zero1", "zero2", "zero3") if ranks.world_size > 1 else ():
-        made = recipe(stage, "bf16", "zero3", 4, MOMENTUM)
+        made = tiny_recipe(stage, "bf16", "zero3", 4, MOMENTUM)
         results[f"momentum, {stage}, bf16"] = train(ranks, made, out=out)
-        results[f"bf16, {stage}"] = train(ranks, recipe(stage, "bf16", "zero3", 4))
-        results[f"not finite, {stage}"] = train(ranks, recipe(stage, "fp32", "zero3", 4), poison_last=True)
+        results[f"bf16, {stage}"] = train(ranks, tiny_recipe(stage, "bf16", "zero3", 4))
+        results[f"not finite, {stage}"] = train(ranks, tiny_recipe(stage, "fp32", "zero3", 4), poison_last=True)
     if ranks.world_size > 1:
-        results["bf16, decoders together"] = train(ranks, recipe("zero2", "bf16", "zero3", 4, together=True))
+        results["bf16, decoders together"] = train(ranks, tiny_recipe("zero2", "bf16", "zero3", 4, together=True))
     (out / f"rank{ranks.rank}.json").write_text(json.dumps(results))
     destroy_distributed()
 

@@ -124,6 +124,7 @@ def _steps() -> Curve:
     from mvd_scale.data.batch import ClipBatch
     from mvd_scale.distributed.process_group import destroy_distributed, init_distributed
     from mvd_scale.models import Student
+    from mvd_scale.performance.batches import BatchLoader
     from mvd_scale.targets import build_targets
     from mvd_scale.targets.build import init_teacher
     from mvd_scale.training.capabilities import make_placement
@@ -131,8 +132,6 @@ def _steps() -> Curve:
     from mvd_scale.training.lr_schedule import Schedule
     from mvd_scale.training.teachers.prefetch import TeacherPrefetcher
     from mvd_scale.training.trainer import Trainer
-
-    from ..batches import BatchLoader
 
     def micro_batch(number: int) -> ClipBatch:
         generator = torch.Generator().manual_seed(number)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from mvd_scale.performance.bringup.checks.rank_group import RankGroup
+from mvd_scale.performance.bringup.checks.zero_ranks import jobs_of
+from mvd_scale.performance.bringup.session import Check
 
 from .report import SelfTestReport
 
@@ -43,16 +44,12 @@ def figure(record_property: Figure) -> Figure:
 
 
 def launch(device: str, ranks: int, out: Path) -> Seen:
-    """Run `tests.gpu.gpu_ranks` on every rank and return the results of all ranks."""
+    """Run the jobs of `zero_ranks` on every rank and return the results of all ranks."""
     out.mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    result = subprocess.run(
-        [*command, "-m", "tests.gpu.gpu_ranks", device, str(out)],
-        cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=500,
-        check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout[-4000:]
-    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(ranks)]
+    jobs = jobs_of(device)
+    with RankGroup(device, ranks, out, jobs) as group:
+        seen = {job: group.wait_for(job) for job in jobs}
+    return [{job: results[rank] for job, results in seen.items()} for rank in range(ranks)]
 
 
 @pytest.fixture(scope="session")
@@ -71,3 +68,12 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Seen:
 def most(request: pytest.FixtureRequest) -> Seen:
     """On two GPUs where there are two."""
     return request.getfixturevalue("two" if torch.cuda.device_count() > 1 else "one")
+
+
+@pytest.fixture
+def check(record_property: Figure) -> Iterator[Check]:
+    """A check of the bring-up, whose figures go to the report."""
+    made = Check({})
+    yield made
+    for name, value in made.figures.items():
+        record_property(name, value)

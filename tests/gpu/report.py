@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import shutil
-import subprocess
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +11,16 @@ import pytest
 import torch
 
 from mvd_scale import __version__
+from mvd_scale.performance.bringup.checks.machine import driver_version
 from mvd_scale.performance.report import this_machine
 from mvd_scale.utils.env_report import collect_capabilities, format_capabilities
+from mvd_scale.utils.markdown import code, first_line, number, table
 
 PAGE = "page"
 """Name of a figure that is a text of many lines."""
+
+ALONE = "; ZeRO on one rank: nothing was gathered or reduced between GPUs, and nothing here says anything of NCCL"
+"""Addition to the results of checks that would use several GPUs if there were any."""
 
 
 @dataclass
@@ -45,7 +48,7 @@ class SelfTestReport:
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         for item in session.items:
             if isinstance(item, pytest.Function) and item.get_closest_marker("gpu"):
-                self.checks[item.nodeid] = Check(_first_line(item.module.__doc__), item.name, "not run")
+                self.checks[item.nodeid] = Check(first_line(item.module.__doc__), item.name, "not run")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         check = self.checks.get(report.nodeid)
@@ -59,7 +62,7 @@ class SelfTestReport:
         elif report.failed:
             check.outcome, check.details = "failed", report.longreprtext
             crash = getattr(report.longrepr, "reprcrash", None)
-            check.reason = _first_line(crash.message if crash else report.longreprtext)
+            check.reason = first_line(crash.message if crash else report.longreprtext)
         elif report.when == "call":
             check.outcome = "passed"
 
@@ -74,21 +77,21 @@ class SelfTestReport:
         checks = list(self.checks.values())
         sections = [
             f"# GPU self-test of MVD-Scale {__version__}, {datetime.date.today()}",
-            f"{_counts(checks)} of {len(checks)} checks.",
+            f"{_counts(checks)} of {len(checks)} checks, {sum(check.seconds for check in checks) / 60:.1f} minutes.",
             "## Machine",
             "\n".join(f"- {line}" for line in _machine()),
             "## What has been run where",
-            _table(("part", "where", "result"), [_row_of_part(part, checks) for part in _parts(checks)]),
+            table(("part", "where", "result"), [_row_of_part(part, checks) for part in _parts(checks)]),
             "## Checks",
-            _table(("check", "outcome", "s", "figures, or why not"), [_row_of_check(check) for check in checks]),
+            table(("check", "outcome", "s", "figures, or why not"), [_row_of_check(check) for check in checks]),
         ]
         for check in checks:
             if PAGE in check.figures:
-                sections += [f"## {check.name}", _code(str(check.figures[PAGE]))]
+                sections += [f"## {check.name}", code(str(check.figures[PAGE]))]
         for check in checks:
             if check.details:
-                sections += [f"## Failure of {check.name}", _code("\n".join(check.details.splitlines()[-40:]))]
-        sections += ["## Capabilities", _code(format_capabilities(collect_capabilities()))]
+                sections += [f"## Failure of {check.name}", code("\n".join(check.details.splitlines()[-40:]))]
+        sections += ["## Capabilities", code(format_capabilities(collect_capabilities()))]
         return "\n\n".join(sections) + "\n"
 
 
@@ -108,16 +111,10 @@ def _machine() -> list[str]:
         gpu = torch.cuda.get_device_properties(0)
         lines.append(
             f"{gpu.total_memory / 2**30:.0f} GiB each, compute capability {gpu.major}.{gpu.minor}, "
-            f"CUDA {torch.version.cuda}, NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}, driver {_driver()}"
+            f"CUDA {torch.version.cuda}, NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}, "
+            f"driver {driver_version()}"
         )
     return lines
-
-
-def _driver() -> str:
-    if shutil.which("nvidia-smi") is None:
-        return "unknown (no nvidia-smi)"
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _parts(checks: list[Check]) -> list[str]:
@@ -125,36 +122,21 @@ def _parts(checks: list[Check]) -> list[str]:
 
 
 def _row_of_part(part: str, checks: list[Check]) -> tuple[str, ...]:
-    """A part was run on a machine only if one of its checks was."""
+    """A part was run on a machine only if one of its checks was; one rank neither gathers nor reduces anything."""
     mine = [check for check in checks if check.part == part]
     if any(check.outcome in ("passed", "failed") for check in mine):
-        return part.rstrip("."), f"{where()}, torch {torch.__version__}", _counts(mine)
+        alone = any(check.figures.get("ranks") == 1 for check in mine)
+        result = f"{_counts(mine)}{ALONE if alone else ''}"
+        return part.rstrip("."), f"{where()}, torch {torch.__version__}", result
     reasons = dict.fromkeys(check.reason or check.outcome for check in mine)
     return part.rstrip("."), "nowhere", "; ".join(reasons)
 
 
 def _row_of_check(check: Check) -> tuple[str, ...]:
-    figures = [f"{name} {_number(value)}" for name, value in check.figures.items() if name != PAGE]
+    figures = [f"{name} {number(value)}" for name, value in check.figures.items() if name != PAGE]
     said = "; ".join([*([check.reason] if check.reason else []), *figures])
     return f"`{check.name}`", check.outcome, f"{check.seconds:.1f}", said
 
 
 def _counts(checks: list[Check]) -> str:
     return ", ".join(f"{count} {outcome}" for outcome, count in Counter(check.outcome for check in checks).items())
-
-
-def _number(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines)
-
-
-def _code(text: str) -> str:
-    return f"```\n{text}\n```"
-
-
-def _first_line(text: str | None) -> str:
-    return next(iter((text or "").strip().splitlines()), "")

@@ -321,7 +321,7 @@ def test_the_oldest_releases_are_installed_apart_and_tested(machine: Machine) ->
     assert f"--constraint {oldest}/constraints.txt" in (machine.root / "calls").read_text()
     assert (machine.root / ".venv" / "constraints.txt").read_text() == ""
     assert machine.start("launch/test.sh --oldest -k mask").stdout == f"pytest -k mask in {oldest}\n"
-    requirements = {name: version for name, version in (line.split("==") for line in constraints)}
+    requirements = dict(line.split("==") for line in constraints)
     assert requirements["torch"] == re.search(r'"torch>=([0-9.]+)"', (REPOSITORY / "pyproject.toml").read_text())[1]
     assert "deepspeed" in requirements
 
@@ -338,3 +338,13 @@ def test_the_tests_that_are_asked_for(machine: Machine, words: str, asked: str) 
     machine.program("pytest", '#!/bin/bash\necho "pytest $*"\n')
     result = machine.start(f"launch/test.sh {words}")
     assert result.stdout == f"pytest {asked}\n", result.stderr
+
+
+def test_the_bring_up_of_a_gpu_needs_no_environment(machine: Machine) -> None:
+    machine.program("python3", '#!/bin/bash\necho "$PYTHONPATH" "$@"\n')
+    result = machine.start("launch/gpu_bringup.sh --stages abc", PYTHONPATH="/mine")
+    paths = f"{machine.root}:{machine.root / 'kernels'}:/mine"
+    assert result.stdout == f"{paths} -m mvd_scale.performance.bringup --stages abc\n", result.stderr
+    assert not (machine.root / ".venv").exists()
+    machine.program("other", "#!/bin/bash\necho other\n")
+    assert machine.start("launch/gpu_bringup.sh", MVD_PYTHON="other").stdout == "other\n"

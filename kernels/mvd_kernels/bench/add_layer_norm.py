@@ -17,4 +17,6 @@ def cases(device: torch.device) -> Iterator[BenchmarkCase]:
             shapes = ((count, tokens, width), (count, tokens, width), (width,), (width,))
             inputs = tuple(leaf(*shape, device=device, dtype=dtype) for shape in shapes)
             calls = implementations("add_layer_norm", device, *inputs)
-            yield BenchmarkCase(f"{model}: B {count}, N {tokens}, D {width}", dtype, calls, inputs)
+            moved = 2 * inputs[0].nbytes
+            shape = f"{model}: B {count}, N {tokens}, D {width}"
+            yield BenchmarkCase(shape, dtype, calls, inputs, read=moved, written=moved)

@@ -27,4 +27,6 @@ def cases(device: torch.device) -> Iterator[BenchmarkCase]:
                     implementations[backend.name] = partial(backend.attend, qkv)
             if attention_backend(device, dtype) == "native":
                 implementations["native"] = partial(native.attention, qkv, tokens)
-            yield BenchmarkCase(f"{model}: B {count}, N {tokens}, H {heads}, K 64", dtype, implementations, (qkv,))
+            shape = f"{model}: B {count}, N {tokens}, H {heads}, K 64"
+            flops = 4 * count * heads * tokens**2 * 64
+            yield BenchmarkCase(shape, dtype, implementations, (qkv,), flops=flops)

@@ -23,12 +23,19 @@ class BenchmarkCase:
         dtype: dtype of the inputs.
         ways: the call as a function without arguments, by the name of the implementation.
         inputs: leaves that require a gradient; if there are none, no backward pass is timed.
+        read: bytes that the forward pass must read, each input once and of gathered inputs the chosen rows; 0 where
+            arithmetic limits the operator.
+        written: bytes that it must write.
+        flops: FLOPs of the matrix products of the forward pass; 0 where memory limits the operator.
     """
 
     shape: str
     dtype: torch.dtype
     implementations: dict[str, Callable[[], Any]]
     inputs: tuple[Tensor, ...] = field(default=())
+    read: int = 0
+    written: int = 0
+    flops: int = 0
 
 
 def precision(device: torch.device) -> torch.dtype:

@@ -18,4 +18,6 @@ def cases(device: torch.device) -> Iterator[BenchmarkCase]:
         mask_token = leaf(1, 1, width, device=device, dtype=dtype)
         positions = torch.randn(1568, width, device=device)
         calls = implementations("decoder_input", device, embedded, mask_token, positions, visible, masked)
-        yield BenchmarkCase(f"{model}: B {count}, V 160, M 1408, D {width}", dtype, calls, (embedded, mask_token))
+        read, written = embedded.nbytes + positions.nbytes, count * 1568 * width * dtype.itemsize
+        shape = f"{model}: B {count}, V 160, M 1408, D {width}"
+        yield BenchmarkCase(shape, dtype, calls, (embedded, mask_token), read=read, written=written)

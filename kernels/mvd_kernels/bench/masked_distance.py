@@ -21,4 +21,4 @@ def cases(device: torch.device) -> Iterator[BenchmarkCase]:
                 "masked_distance", device, predictions, features, masked, distance="smooth_l1", norm=norm
             )
             shape = f"{model}: B {count}, M 1408, D {width}{', norm' if norm else ''}"
-            yield BenchmarkCase(shape, dtype, calls, (predictions,))
+            yield BenchmarkCase(shape, dtype, calls, (predictions,), read=2 * predictions.nbytes + masked.nbytes)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from mvd_kernels.bench.case import BenchmarkCase, clips, implementations, split_tokens
+from mvd_kernels.bench.tube_rows import TUBE
 
 
 def cases(device: torch.device) -> Iterator[BenchmarkCase]:
@@ -16,4 +17,6 @@ def cases(device: torch.device) -> Iterator[BenchmarkCase]:
     _, masked = split_tokens(count, device)
     for normalize in ("none", "channel", "patch"):
         calls = implementations("tube_targets", device, pixels, masked, tubelet=2, patch=16, normalize=normalize)
-        yield BenchmarkCase(f"B, L: B {count}, K 1408, {normalize}", torch.float32, calls)
+        read = count * 1408 * TUBE
+        shape = f"B, L: B {count}, K 1408, {normalize}"
+        yield BenchmarkCase(shape, torch.float32, calls, read=read, written=4 * read)

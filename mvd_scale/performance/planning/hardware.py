@@ -17,6 +17,7 @@ assumed. The note's 2172 for Blackwell was measured on another chip of that name
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -131,6 +132,9 @@ GPUS: dict[str, Gpu] = {
 }
 """Known GPUs by name."""
 
+_OTHER_FORMS = {"PCIE", "NVL"}
+"""Words in the names of GPUs that are slower than the SXM form in the table."""
+
 RESERVED = 1.5 * GIB
 """Bytes that CUDA's context, NCCL's buffers and cuBLAS's workspaces occupy: an assumption."""
 
@@ -150,6 +154,14 @@ def find_gpu(name: str) -> Gpu:
     if name.upper() not in GPUS:
         raise UserError(f"--gpu {name}: unknown GPU; expected one of {', '.join(GPUS)}")
     return GPUS[name.upper()]
+
+
+def known_gpu(name: str) -> Gpu | None:
+    """Return the type of a GPU from the name that its driver gives; None if the table does not contain it."""
+    words = re.split(r"[\s-]", name.upper())
+    if _OTHER_FORMS.intersection(words):
+        return None
+    return next((gpu for gpu in GPUS.values() if gpu.name in words), None)
 
 
 def find_kernel(gpu: Gpu, name: str | None) -> AttentionKernel:

@@ -10,27 +10,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from mvd_kernels.bench.limits import PRODUCTS, product_flops, product_side
 from mvd_scale.config import Recipe
 from mvd_scale.config.training import Precision
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.models import Student
 from mvd_scale.models.precision import dtype_of
-from mvd_scale.performance.planning.hardware import GPUS
+from mvd_scale.performance.planning.hardware import known_gpu
 from mvd_scale.targets import FrozenTeacher, MaskedDistillation, build_targets
 from mvd_scale.targets.build import init_teacher
-
-_OTHER_FORMS = {"PCIE", "NVL"}
-"""Words in the names of GPUs that are slower than the SXM form in the table."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,24 +90,12 @@ def count_flops(recipe: Recipe, clips: ClipBatch) -> dict[str, int]:
 
 def peak_flops(device: torch.device, precision: Precision) -> Peak:
     """Peak FLOP/s of a device: from the data sheet of a known GPU, otherwise the best of 5 timed matrix products."""
-    words = re.split(r"[\s-]", torch.cuda.get_device_name(device).upper()) if device.type == "cuda" else []
-    for gpu in GPUS.values():
-        if gpu.name in words and precision in gpu.peak and not _OTHER_FORMS.intersection(words):
-            return Peak(gpu.peak[precision], f"dense {precision} of the {gpu.name}'s data sheet")
-    side = 8192 if device.type == "cuda" else 2048
-    left, right = (torch.randn(side, side, device=device).to(dtype_of(precision)) for _ in range(2))
-    best = min(_seconds_of_product(left, right) for _ in range(5))
-    return Peak(2 * side**3 / best, f"best of 5 {precision} matrix products of side {side}, timed in this run")
-
-
-def _seconds_of_product(left: Tensor, right: Tensor) -> float:
-    if left.is_cuda:
-        torch.cuda.synchronize(left.device)
-    started = time.perf_counter()
-    left @ right
-    if left.is_cuda:
-        torch.cuda.synchronize(left.device)
-    return time.perf_counter() - started
+    gpu = known_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if gpu is not None and precision in gpu.peak:
+        return Peak(gpu.peak[precision], f"dense {precision} of the {gpu.name}'s data sheet")
+    measured = product_flops(device, dtype_of(precision))
+    side = product_side(device)
+    return Peak(measured, f"best of {PRODUCTS} {precision} matrix products of side {side}, timed in this run")
 
 
 @contextlib.contextmanager

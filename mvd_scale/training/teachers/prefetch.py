@@ -19,18 +19,35 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
 from mvd_scale.data.batch import ClipBatch
-from mvd_scale.data.loaders.clip_loader import ClipLoader
-from mvd_scale.targets import MaskedDistillation
-from mvd_scale.training.placement import Placement
+
+if TYPE_CHECKING:
+    from mvd_scale.targets import MaskedDistillation
+    from mvd_scale.training.placement import Placement
 
 BatchStarter = Callable[[Callable[[], ClipBatch]], Callable[[], ClipBatch]]
 """Function that starts work on a batch: from a function that loads it to a function that returns it when ready."""
+
+
+class BatchSource(Protocol):
+    """Iterator over the micro batches of a rank, such as `ClipLoader`."""
+
+    @property
+    def substituted(self) -> int:
+        """Number of clips so far that were replaced because their video could not be decoded."""
+
+    def __next__(self) -> ClipBatch:
+        """Return the next micro batch.
+
+        Raises:
+            StopIteration: the last one has been returned.
+        """
 
 
 class TeacherPrefetcher:
@@ -53,7 +70,7 @@ class TeacherPrefetcher:
 
     def __init__(
         self,
-        loader: ClipLoader,
+        loader: BatchSource,
         begin: BatchStarter | None = None,
         waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:

@@ -23,6 +23,7 @@ from mvd_scale.data.batch import ClipBatch
 from mvd_scale.data.sampling.masks import draw_mask
 from mvd_scale.distributed.process_group import Ranks, destroy_distributed, init_distributed
 from mvd_scale.models import Student
+from mvd_scale.performance.batches import BatchLoader
 from mvd_scale.targets import build_targets
 from mvd_scale.targets.build import init_teacher
 from mvd_scale.training import capabilities
@@ -31,7 +32,6 @@ from mvd_scale.training.distillation import distillation_model
 from mvd_scale.training.lr_schedule import Schedule
 from mvd_scale.training.teachers.prefetch import TeacherPrefetcher
 from mvd_scale.training.trainer import Trainer
-from tests.batches import BatchLoader
 
 VIDEO: dict[str, Any] = {"size": "S", "frames": 8, "input_size": 96}
 IMAGE = {**VIDEO, "frames": 1, "tubelet": 1, "positions": "sincos2d", "class_token": True}

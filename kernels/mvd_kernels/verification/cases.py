@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 Inputs = dict[str, Tensor]
+Sizes = dict[str, Any]
+"""Arguments of a function below, by name."""
 COLOURS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
@@ -103,11 +105,18 @@ def _by_name(f: Any, inputs: Inputs, _: torch.dtype) -> Tensor | tuple[Tensor, .
     return f(**inputs)
 
 
-ODD = {"clips": 3, "frames": 6, "side": 42, "patch": 14, "tubelet": 2}
-OF_B = {"clips": 2, "frames": 16, "side": 224, "patch": 16, "tubelet": 2}
-ODD_FEATURES = {"clips": 3, "tokens": 37, "masked": 23, "width": 50}
-FEATURES_OF_B = {"clips": 2, "tokens": 1568, "masked": 1408, "width": 768}
-SHAPES = {"odd": {"patch": 14, "tubelet": 2}, "ViT-B": {"patch": 16, "tubelet": 2}}
+ODD: Sizes = {"clips": 3, "frames": 6, "side": 42, "patch": 14, "tubelet": 2}
+OF_B: Sizes = {"clips": 2, "frames": 16, "side": 224, "patch": 16, "tubelet": 2}
+ODD_FEATURES: Sizes = {"clips": 3, "tokens": 37, "masked": 23, "width": 50}
+FEATURES_OF_B: Sizes = {"clips": 2, "tokens": 1568, "masked": 1408, "width": 768}
+DECODED: dict[str, Sizes] = {
+    "odd": {"clips": 3, "extra": 0, "visible": 5, "tokens": 19, "width": 50},
+    "class token": {"clips": 3, "extra": 1, "visible": 5, "tokens": 19, "width": 50},
+    "ViT-B": {"clips": 2, "extra": 0, "visible": 160, "tokens": 1568, "width": 384},
+    "odd, three": {"clips": 3, "extra": 1, "visible": 5, "tokens": 19, "width": 51, "decoders": 3},
+    "two decoders": {"clips": 2, "extra": 0, "visible": 160, "tokens": 1568, "width": 768, "decoders": 2},
+}
+SHAPES: dict[str, Sizes] = {"odd": {"patch": 14, "tubelet": 2}, "ViT-B": {"patch": 16, "tubelet": 2}}
 
 CASES = [
     Case("attention", "odd", partial(_qkv, clips=3, tokens=37, heads=3, channels=24), _by_name, ("qkv",)),
@@ -149,12 +158,6 @@ CASES = [
     Case("LayerNorm", "ViT-B", partial(_sums, rows=784, width=768), _norm, ("residual", "weight", "bias")),
     *(
         Case("decoder_input", title, partial(_decoded, **size), _by_name, ("embedded", "mask_token"))
-        for title, size in (
-            ("odd", {"clips": 3, "extra": 0, "visible": 5, "tokens": 19, "width": 50}),
-            ("class token", {"clips": 3, "extra": 1, "visible": 5, "tokens": 19, "width": 50}),
-            ("ViT-B", {"clips": 2, "extra": 0, "visible": 160, "tokens": 1568, "width": 384}),
-            ("odd, three", {"clips": 3, "extra": 1, "visible": 5, "tokens": 19, "width": 51, "decoders": 3}),
-            ("two decoders", {"clips": 2, "extra": 0, "visible": 160, "tokens": 1568, "width": 768, "decoders": 2}),
-        )
+        for title, size in DECODED.items()
     ),
 ]  # fmt: skip

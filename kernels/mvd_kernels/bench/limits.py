@@ -1,0 +1,43 @@
+"""Measured limits of a device, to which the speed of operators and steps is compared."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from mvd_kernels.bench.timing import milliseconds
+
+PRODUCTS = 5
+"""Number of timed matrix products."""
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Measure the bandwidth of a large copy on the device: bytes read and written per second."""
+    source = torch.empty(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    _, median, _ = milliseconds(lambda: target.copy_(source), device)
+    return 2 * source.numel() / median * 1000
+
+
+def product_side(device: torch.device) -> int:
+    """Side of the matrices of `product_flops`."""
+    return 8192 if device.type == "cuda" else 2048
+
+
+def product_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Measure the FLOP/s of large products of square matrices of random values: the best of `PRODUCTS`."""
+    side = product_side(device)
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return 2 * side**3 / min(_seconds_of_product(left, right) for _ in range(PRODUCTS))
+
+
+def _seconds_of_product(left: Tensor, right: Tensor) -> float:
+    if left.is_cuda:
+        torch.cuda.synchronize(left.device)
+    started = time.perf_counter()
+    left @ right
+    if left.is_cuda:
+        torch.cuda.synchronize(left.device)
+    return time.perf_counter() - started

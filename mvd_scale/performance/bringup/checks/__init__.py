@@ -1,0 +1,1 @@
+"""The checks of a bring-up, a file for each stage and its helpers."""
