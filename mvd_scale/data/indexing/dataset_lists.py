@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import posixpath
 import re
 from collections.abc import Sequence
@@ -38,6 +39,8 @@ from mvd_scale.data.indexing.listing import Listing, ListOptions
 from mvd_scale.data.indexing.video_finder import VideoFinder
 from mvd_scale.data.storage import is_url
 from mvd_scale.errors import UserError
+
+log = logging.getLogger("mvd_scale")
 
 _HMDB_MARKS = {"train": "1", "test": "2", None: "12"}
 _SPLITS = {"train": "train", "validation": "val", "test": "test"}
@@ -243,8 +246,16 @@ def _csv(table: Table, options: ListOptions) -> Listing:
         raise UserError(
             f"{table.file}:1: the columns {' and '.join(paths)} can both be the path of the video: rename all but one"
         )
-    path = table.header.index(paths[0])
-    label = next((table.header.index(name) for name in LABEL_COLUMNS if name in table.header), None)
+    labels = [name for name in LABEL_COLUMNS if name in table.header][:1]
+    twice = next((name for name in (*paths, *labels) if table.header.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{table.file}:1: several columns are called {twice}: rename all but the one that counts")
+    if not labels and len(table.header) > 1:
+        log.warning(
+            "%s has no column of labels, so that its videos get none: its columns are %s, expected one of %s",
+            *(table.file, ", ".join(table.header), ", ".join(LABEL_COLUMNS)),
+        )
+    path, label = table.header.index(paths[0]), table.header.index(labels[0]) if labels else None
     records: list[Record] = []
     for line, fields in table.records:
         _check_fields(table, line, fields)
@@ -314,7 +325,7 @@ def _something(file: str, options: ListOptions) -> Listing:
         )
     beside = _beside(file, "labels.json", "something-something-v2-labels.json")
     classes = _named_classes(options.classes or beside)
-    templates = [re.sub(r"[\[\]]", "", entry.get("template", "")) for entry in entries]
+    templates = [re.sub(r"[\[\]]", "", str(entry.get("template") or "")) for entry in entries]
     if any(templates) and not classes:
         classes = tuple(sorted(set(templates) - {""}))
     finder = VideoFinder(file, options.root or _folder_of(file), anywhere=True)

@@ -36,6 +36,8 @@ _ENCODINGS = (
 )
 _LARGEST_LABEL = 2**31 - 1
 
+csv.field_size_limit(_LARGEST_LABEL)  # columns of captions and boxes are longer than the 128 KB of the default
+
 
 @dataclass(frozen=True)
 class Table:

@@ -151,7 +151,7 @@ def _probe(video: Row) -> tuple[Row, _Packets | None]:
     if video.offset == WHOLE_FILE:
         video = replace(video, size=_size(video.path))
     with open_video(video) as container:
-        if not container.streams.video and not container.streams.audio:
+        if not len(container.streams):
             raise DecodeError(video.path, "truncated: its index is missing")
         stream = choose_stream(container, video.path)
         packets = _read(container, stream)
@@ -257,7 +257,8 @@ def _are_frames(stream: av.VideoStream, packets: _Packets, timing: _Timing) -> b
 
     They do if the codec is one of `PROVEN_CODECS`, nothing is hidden, missing, empty or incomplete, the first packet is
     a keyframe and is displayed first (no frames that lack their references), times are distinct and evenly spaced (no
-    packets were dropped), frames are not fields, and the decoder knows how many frames it must hold back to order them.
+    packets were dropped), frames are not fields, and the decoder knows how many frames it must hold back to order them:
+    none where the times rise in the order in which frames are stored.
     """
     context, times = stream.codec_context, packets.times
     if packets.format not in SEEKABLE_FORMATS or context.codec.canonical_name not in PROVEN_CODECS:
@@ -269,7 +270,9 @@ def _are_frames(stream: av.VideoStream, packets: _Packets, timing: _Timing) -> b
         return False
     if len(set(times)) < len(times) or (context.name == "h264" and context.field_order > _PROGRESSIVE):
         return False
-    return _reordering(times) <= context.reorder_depth
+    # Times that rise as frames are stored, though the decoder reorders them, are invented: AVI keeps none to copy.
+    reordering = _reordering(times)
+    return reordering <= context.reorder_depth and bool(reordering) == bool(context.reorder_depth)
 
 
 def _reordering(times: list[int | None]) -> int:
@@ -324,6 +327,9 @@ def _probe_by_decoding(row: Row, packets: _Packets) -> Row:
     first: av.VideoFrame | None = None
     for frame in displayed_frames(row):
         first = first or frame
+        if (frame.width, frame.height) != (first.width, first.height):
+            change = f"{first.width} x {first.height} to {frame.width} x {frame.height} pixels"
+            raise DecodeError(row.path, f"its frames change from {change} at frame {len(times)}: encode it anew")
         times.append(frame.pts)
         keys.append(bool(frame.key_frame))
         prints.append(_fingerprint(frame))
@@ -458,6 +464,8 @@ def _size(path: str) -> int:
         filesystem, inner = filesystem_of(path)
         return int(filesystem.size(inner) or 0)
     status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        raise DecodeError(path, "not a file, but a pipe, a socket or a device")
     if stat.S_ISREG(status.st_mode) and not status.st_size:
         raise DecodeError(path, "empty file")
     return status.st_size

@@ -212,6 +212,44 @@ def test_a_key_of_webdataset_ends_at_the_first_dot(tmp_path, caplog):
         listed(tar(tmp_path / "s.tar", **{"0.mp4": "x", "0.cls": "cat"}))
 
 
+def test_a_tar_file_that_goes_on_behind_its_end_is_refused(tmp_path, caplog):
+    path = tar(tmp_path / "s.tar", **{"0.mp4": "x", "0.cls": "1", "1.mp4": "x", "1.cls": "2"})
+    whole = path.read_bytes()
+    with tarfile.open(path) as archive:
+        third = archive.getmembers()[2].offset
+    damaged = bytearray(whole)
+    damaged[third + 150] ^= 1
+    for content, place in ((bytes(damaged), third), (whole + whole, len(whole)), (whole[: third + 100], third)):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"it goes on at byte {place}. Expected one whole tar file"):
+            listed(path)
+    path.write_bytes(whole[:third])
+    assert listed(path)[0] == [("0.mp4", 1)]
+    assert "has no end mark: members may be missing" in caplog.text
+
+
+def test_members_that_are_no_labels_are_counted_and_labels_are_of_one_content(tmp_path, caplog):
+    path = tar(tmp_path / "s.tar", **{"0.MP4": "x", "0.CLS": "1", "0.json": "{}", "0.label": "2"})
+    with caplog.at_level(logging.INFO, logger="mvd_scale"):
+        assert listed(path)[0] == [("0.MP4", 1)]
+    assert "2 members of" in caplog.text
+    assert "are not taken, by their suffixes: 1 .json, 1 .label" in caplog.text
+    tar(path, **{"0.mp4": "x", "0.cls": "1"})
+    with tarfile.open(path, "a") as archive:
+        member = tarfile.TarInfo("0.cls")
+        member.size = 1
+        archive.addfile(member, io.BytesIO(b"2"))
+    with pytest.raises(UserError, match=r"0\.cls is in it more than once, with other contents"):
+        listed(path)
+
+
+@pytest.mark.parametrize("name", ["s.tar.gz", "s.tgz", "s.zip", "list.csv.gz", "list.xlsx"])
+def test_packed_files_are_told(tmp_path, name):
+    touch(tmp_path, name)
+    with pytest.raises(UserError, match=r"cannot be indexed: .*\. Unpack it first"):
+        listed(tmp_path / name)
+
+
 HIDDEN = (
     "__MACOSX/run/._a.mp4",
     "run/._a.mp4",
@@ -293,3 +331,22 @@ def test_what_is_no_source_is_said(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
         listed(tmp_path / name)
+
+
+def test_templates_of_something_that_are_none(tmp_path):
+    touch(tmp_path, "1.webm", "2.webm")
+    (tmp_path / "t.json").write_text('[{"id": 1, "template": "Holding [something]"}, {"id": 2, "template": null}]')
+    assert listed(tmp_path / "t.json") == ([("1.webm", 0), ("2.webm", -1)], ("Holding something",))
+
+
+def test_columns_that_cannot_be_told_apart_and_columns_without_labels(tmp_path, caplog):
+    touch(tmp_path, "a.mp4")
+    path = tmp_path / "list.csv"
+    path.write_text("path,label,label\na.mp4,0,5\n")
+    with pytest.raises(UserError, match=r"list.csv:1: several columns are called label: rename"):
+        listed(path)
+    path.write_text("path,target\na.mp4,0\n")
+    assert listed(path)[0] == [("a.mp4", -1)]
+    assert "has no column of labels, so that its videos get none: its columns are path, target" in caplog.text
+    path.write_text(f"path,label,caption\na.mp4,3,{'long ' * 40_000}\n")
+    assert listed(path)[0] == [("a.mp4", 3)]

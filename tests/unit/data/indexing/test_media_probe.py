@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -230,3 +231,46 @@ def test_the_command_sets_stills_upright(tmp_path: Path) -> None:
         CliRunner().invoke(cli, arguments, catch_exceptions=False)
         row = Manifest.load(out).row(0)
         assert (row.height, row.width) == size
+
+
+def test_times_that_were_not_stored_are_not_believed(tmp_path: Path) -> None:
+    # AVI keeps no times: a copy into another container has times that rise in the order of the packets.
+    source = write(tmp_path / "a.avi", frames=24, max_b_frames=2)
+    for name in ("copied.mkv", "copied.mp4"):
+        with av.open(str(source)) as container, av.open(str(tmp_path / name), "w") as copy:
+            stream = container.streams.video[0]
+            target = copy.add_stream_from_template(stream, opaque=True)
+            for packet in container.demux(stream):
+                if packet.size:
+                    packet.pts = packet.dts
+                    packet.stream = target
+                    copy.mux(packet)
+        row = probe(tmp_path / name)
+        assert (row.left_out, row.access, row.plain) == (None, "count", False)
+        assert numbers(row) == list(range(24))
+
+
+def test_frames_that_change_their_size_are_told(tmp_path: Path) -> None:
+    parts = [tmp_path / "1.mjpeg", tmp_path / "2.mjpeg"]
+    for part, side in zip(parts, (64, 96), strict=True):
+        with av.open(str(part), "w") as container:
+            stream = container.add_stream("mjpeg", rate=25)
+            stream.width = stream.height = side
+            stream.pix_fmt = "yuvj420p"
+            for number in range(8):
+                picture = av.VideoFrame.from_ndarray(draw_barcode(number, side), format="rgb24")
+                container.mux(stream.encode(picture.reformat(format="yuvj420p")))
+    (tmp_path / "both.mjpeg").write_bytes(b"".join(part.read_bytes() for part in parts))
+    assert probe(tmp_path / "both.mjpeg").left_out == (
+        "its frames change from 64 x 64 to 96 x 96 pixels at frame 8: encode it anew"
+    )
+
+
+def test_a_pipe_is_left_out_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.mp4")
+    assert "not a file" in str(probe(tmp_path / "pipe.mp4").left_out)
+
+
+def test_truncated_is_said_of_no_whole_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.ts", frames=8, codec="libsvtav1")  # AV1 in MPEG-TS is a stream of an unknown kind
+    assert probe(path).left_out == "no video stream"
