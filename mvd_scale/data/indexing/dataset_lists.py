@@ -44,7 +44,7 @@ log = logging.getLogger("mvd_scale")
 
 _HMDB_MARKS = {"train": "1", "test": "2", None: "12"}
 _SPLITS = {"train": "train", "validation": "val", "test": "test"}
-_NUMBER_LIKE = re.compile(r"[-+\d.,;|/\s]*\d[-+\d.,;|/\s]*([eE][-+]?\d+)?")
+_NUMBER_LIKE = re.compile(r"[-+\d.,;|/\s\[\](){}]*\d[-+\d.,;|/\s\[\](){}]*([eE][-+]?\d+)?")
 """Text that is no name: a number in any writing, or several."""
 
 LIST_FORMS = (
@@ -68,7 +68,7 @@ def read_list(file: str, options: ListOptions) -> Listing:
     if table.header:
         return _csv(table, options)
     if re.fullmatch(r"(train|test)list0[123]\.txt", posixpath.basename(file)):
-        videos = [_first(fields) for _, fields in table.records]
+        videos = [_first(fields).replace("\\", "/") for _, fields in table.records]
         if all("/" in video for video in videos):
             return _ucf(table, videos, options)
     return _plain(table, options)
@@ -109,6 +109,7 @@ def list_folds(files: Sequence[str], folder: str, options: ListOptions) -> Listi
 
 def _plain(table: Table, options: ListOptions) -> Listing:
     table = _without_bounds(table)
+    _of_split(table, options)
     root = options.root or _folder_of(table.file)
     named = all(
         len(fields) == 2 and is_media(fields[0]) and _NUMBER_LIKE.fullmatch(fields[1]) is None
@@ -256,9 +257,10 @@ def _csv(table: Table, options: ListOptions) -> Listing:
             *(table.file, ", ".join(table.header), ", ".join(LABEL_COLUMNS)),
         )
     path, label = table.header.index(paths[0]), table.header.index(labels[0]) if labels else None
-    records: list[Record] = []
     for line, fields in table.records:
         _check_fields(table, line, fields)
+    records: list[Record] = []
+    for line, fields in _of_split(table, options):
         if not fields[path].strip():
             raise UserError(f"{table.file}:{line}: no path in the column {paths[0]}: expected the path of a video")
         text = fields[label] if label is not None else ""
@@ -288,14 +290,8 @@ def _kinetics(table: Table, options: ListOptions) -> Listing:
     records = table.records
     for line, fields in records:
         _check_fields(table, line, fields)
-    if options.split and "split" in column:
-        wanted = _SPLITS[options.split]
-        records = [record for record in records if record[1][column["split"]].strip().startswith(wanted)]
-        if not records:
-            raise UserError(
-                f"{table.file} lists no videos of the split {options.split}: give --split one of the values of its "
-                "column `split`"
-            )
+    if "split" in column:
+        records = _of_split(table, options)
     texts = [(line, fields[column["label"]].strip() if "label" in column else "") for line, fields in records]
     labels, classes = _labels(table.file, texts, options.classes)
     root = options.root or _folder_of(table.file)
@@ -307,6 +303,26 @@ def _kinetics(table: Table, options: ListOptions) -> Listing:
         rows.append(finder.row(line, f"{stem}.mp4", label, name))
     finder.log_found()
     return Listing(rows, classes)
+
+
+def _of_split(table: Table, options: ListOptions) -> list[Record]:
+    """Records that have the wanted split in the column `split`; all of them if none is wanted.
+
+    Raises:
+        UserError: there are none, or no such column.
+    """
+    if options.split is None:
+        return table.records
+    if "split" not in table.header:
+        raise UserError(f"{table.file} has no column `split`: leave --split {options.split} out, or give another list")
+    place, wanted = table.header.index("split"), _SPLITS[options.split]
+    records = [record for record in table.records if record[1][place].strip().lower().startswith(wanted)]
+    if not records:
+        raise UserError(
+            f"{table.file} lists no videos of the split {options.split}: give --split one of the values of its "
+            "column `split`"
+        )
+    return records
 
 
 def _seconds(file: str, line: int, text: str) -> int:
@@ -403,6 +419,8 @@ def _json(file: str) -> Any:
         return json.loads(read_text(file))
     except json.JSONDecodeError as error:
         raise UserError(f"{file}:{error.lineno}: the file is not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise UserError(f"{file}:1: the file is not valid JSON: its brackets are nested too deep") from error
 
 
 def _number(file: str, line: int, name: str, classes: tuple[str, ...]) -> int:

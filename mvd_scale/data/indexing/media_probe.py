@@ -47,6 +47,9 @@ SEEKABLE_FORMATS = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"})
 """Containers, by FFmpeg's name, that store the time of every frame and have an index. In AVI, FFmpeg invents times from
 the number of the chunk; in MPEG-TS and others, times after a seek may differ from those of reading from the start."""
 
+_WITH_BOTH_TIMES = "mov,mp4,m4a,3gp,3g2,mj2"
+"""Container that stores when a frame is decoded and when it is displayed; Matroska stores the latter alone."""
+
 _MATRICES = {0: "rgb", 1: "bt709", 2: "bt601", 4: "fcc", 5: "bt601", 6: "bt601", 7: "smpte240m", 9: "bt2020"}
 """Matrices that FFmpeg converts, by their number in ITU-T H.273; 2 is unspecified, for which FFmpeg takes BT.601."""
 
@@ -113,6 +116,9 @@ class _Packets:
     discarded: set[int] = field(default_factory=set)
     """Places of those that an edit list hides."""
 
+    delayed: bool = False
+    """Whether the container stores that some are displayed later than they are decoded."""
+
     hidden: int = 0
     """Number of those that do not hold exactly one displayed frame."""
 
@@ -154,6 +160,8 @@ def _probe(video: Row) -> tuple[Row, _Packets | None]:
         if not len(container.streams):
             raise DecodeError(video.path, "truncated: its index is missing")
         stream = choose_stream(container, video.path)
+        if stream.disposition & av.stream.Disposition.dependent:
+            raise DecodeError(video.path, "a picture of several tiles (HEIC, AVIF): convert it, for example to JPEG")
         packets = _read(container, stream)
         if not packets.times:
             raise DecodeError(video.path, "no frames")
@@ -209,6 +217,7 @@ def _read(container: av.container.InputContainer, stream: av.VideoStream) -> _Pa
     packets = _Packets(container.format.name, context.reorder_depth > 0)
     hides = _HIDING.get(context.codec.canonical_name)
     times, keys = packets.times, packets.keys
+    stores_both = packets.format == _WITH_BOTH_TIMES
     try:
         for packet in container.demux(stream):
             if not packet.size:
@@ -220,6 +229,7 @@ def _read(container: av.container.InputContainer, stream: av.VideoStream) -> _Pa
             if packet.is_discard:
                 packets.discarded.add(len(times))
             packets.corrupt = packet.is_corrupt
+            packets.delayed |= stores_both and packet.pts != packet.dts
             times.append(packet.pts)
             keys.append(key)
             if hides is not None and hides(memoryview(packet)):
@@ -258,7 +268,8 @@ def _are_frames(stream: av.VideoStream, packets: _Packets, timing: _Timing) -> b
     They do if the codec is one of `PROVEN_CODECS`, nothing is hidden, missing, empty or incomplete, the first packet is
     a keyframe and is displayed first (no frames that lack their references), times are distinct and evenly spaced (no
     packets were dropped), frames are not fields, and the decoder knows how many frames it must hold back to order them:
-    none where the times rise in the order in which frames are stored.
+    none where the times rise in the order in which frames are stored, unless the container tells that they need no
+    reordering.
     """
     context, times = stream.codec_context, packets.times
     if packets.format not in SEEKABLE_FORMATS or context.codec.canonical_name not in PROVEN_CODECS:
@@ -270,9 +281,10 @@ def _are_frames(stream: av.VideoStream, packets: _Packets, timing: _Timing) -> b
         return False
     if len(set(times)) < len(times) or (context.name == "h264" and context.field_order > _PROGRESSIVE):
         return False
-    # Times that rise as frames are stored, though the decoder reorders them, are invented: AVI keeps none to copy.
-    reordering = _reordering(times)
-    return reordering <= context.reorder_depth and bool(reordering) == bool(context.reorder_depth)
+    # Times that rise as frames are stored, though the decoder reorders them, may be invented: AVI keeps none to copy.
+    reordering, depth = _reordering(times), context.reorder_depth
+    invented = depth > 0 == reordering and len(times) > 1 and not packets.delayed
+    return reordering <= depth and not invented
 
 
 def _reordering(times: list[int | None]) -> int:

@@ -79,9 +79,19 @@ class VideoFinder:
         Raises:
             UserError: the line can mean several files, or a file that a line of another class means too.
         """
-        row = self._row(line, written, label, folder)
-        self._check_meant_once(row, line, written)
-        return row
+        if is_url(written) or (is_url(self.root) and not self.anywhere):
+            return self._once(self._named(join(self.root, written), label), line, written)
+        start, slash, name = written.rpartition("/")
+        for place in self._candidates(start or slash, folder):
+            if name in place.entries:
+                left_out = NOT_A_VIDEO if place.entries[name] else None
+                row = Row(name=place.name + name, path=f"{place.path}/{name}", label=label, left_out=left_out)
+                return self._once(row, line, written)
+        found = self._search(line, written, folder)
+        if found is None:
+            return self._named(join(self.root, written), label)
+        self._found.setdefault(found, written)
+        return self._once(self._named(found, label), line, written)
 
     def log_found(self) -> None:
         """Log how many videos were found elsewhere than the list says, and how many lines repeat others."""
@@ -91,19 +101,6 @@ class VideoFinder:
             log.info(text, len(self._found), self.file, written, path)
         if self._repeated:
             log.info("%d lines of %s repeat earlier ones; each counts as a video", self._repeated, self.file)
-
-    def _row(self, line: int, written: str, label: int, folder: str) -> Row:
-        if is_url(written) or (is_url(self.root) and not self.anywhere):
-            return self._named(join(self.root, written), label)
-        start, slash, name = written.rpartition("/")
-        for place in self._candidates(start or slash, folder):
-            if name in place.entries:
-                left_out = NOT_A_VIDEO if place.entries[name] else None
-                return Row(name=place.name + name, path=f"{place.path}/{name}", label=label, left_out=left_out)
-        found = self._search(line, written, folder)
-        if found is not None:
-            self._found.setdefault(found, written)
-        return self._named(found or join(self.root, written), label)
 
     def _named(self, path: str, label: int) -> Row:
         return Row(name=self._relative(absolute(path)), path=absolute(path), label=label)
@@ -163,7 +160,8 @@ class VideoFinder:
             )
         return found[0]
 
-    def _check_meant_once(self, row: Row, line: int, written: str) -> None:
+    def _once(self, row: Row, line: int, written: str) -> Row:
+        """The row of a file, which no other line may have with another class."""
         first, earlier, label = self._meant.setdefault(row.path, (line, written, row.label))
         self._repeated += first != line and label == row.label
         if label != row.label:
@@ -172,6 +170,7 @@ class VideoFinder:
                 f"as {earlier!r}: write paths that tell the two videos apart, relative to the root; for one video, "
                 "keep one of the lines"
             )
+        return row
 
     def _same_stem(self, place: _Folder, name: str) -> list[str]:
         """Videos in a folder whose names differ from one in nothing but the suffix."""

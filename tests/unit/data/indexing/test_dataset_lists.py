@@ -350,3 +350,40 @@ def test_columns_that_cannot_be_told_apart_and_columns_without_labels(tmp_path, 
     assert "has no column of labels, so that its videos get none: its columns are path, target" in caplog.text
     path.write_text(f"path,label,caption\na.mp4,3,{'long ' * 40_000}\n")
     assert listed(path)[0] == [("a.mp4", 3)]
+
+
+def test_the_split_of_any_list_with_such_a_column(tmp_path):
+    touch(tmp_path, "a.mp4", "b.mp4")
+    path = tmp_path / "list.csv"
+    path.write_text("path,label,split\na.mp4,0,Train\nb.mp4,1,validation\n")
+    assert listed(path, split="train")[0] == [("a.mp4", 0)]
+    assert listed(path, split="validation")[0] == [("b.mp4", 1)]
+    assert len(listed(path)[0]) == 2
+    with pytest.raises(UserError, match="lists no videos of the split test"):
+        listed(path, split="test")
+    for text in ("path,label\na.mp4,0\n", "a.mp4 0\n"):
+        path.write_text(text)
+        with pytest.raises(UserError, match="has no column `split`: leave --split train out"):
+            listed(path, split="train")
+
+
+@pytest.mark.parametrize("classes", ["none.txt", "."])
+def test_a_file_of_classes_that_cannot_be_read(tmp_path, classes):
+    touch(tmp_path, "a.mp4")
+    (tmp_path / "list.csv").write_text("a.mp4,run\n")
+    with pytest.raises(UserError, match=r"cannot be read: (No such file|Is a directory)"):
+        listed(tmp_path / "list.csv", classes=str(tmp_path / classes))
+
+
+@pytest.mark.parametrize("label", ["9" * 5000, "1e400", "[1, 2]", "(3)"])
+def test_a_label_that_is_no_number_of_a_class(tmp_path, label):
+    touch(tmp_path, "a.mp4", "b.mp4")
+    (tmp_path / "list.csv").write_text(f'path,label\na.mp4,"{label}"\nb.mp4,run\n')
+    with pytest.raises(UserError, match=r"list.csv:2: the label .* is no number of a class"):
+        listed(tmp_path / "list.csv")
+
+
+def test_json_that_is_nested_too_deep(tmp_path):
+    (tmp_path / "t.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="its brackets are nested too deep"):
+        listed(tmp_path / "t.json")

@@ -71,6 +71,8 @@ def test_a_file_has_one_class_and_lines_that_repeat_are_counted(
         repeated = listed(tmp_path, "v/a.mp4 0\nv/b.mp4 1\nv/a.mp4 0\n")
     assert paths(repeated, tmp_path) == ["v/a.mp4", "v/b.mp4", "v/a.mp4"]
     assert "1 lines of" in caplog.text
+    # What is not there is left out anyway.
+    assert len(listed(tmp_path, "v/none.mp4 0\nv/none.mp4 1\nv/a.mp4 1\n").rows) == 3
 
 
 @pytest.mark.parametrize(("written", "lies"), [("NFC", "NFD"), ("NFD", "NFC")])
