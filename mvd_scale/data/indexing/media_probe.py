@@ -47,6 +47,11 @@ SEEKABLE_FORMATS = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"})
 """Containers, by FFmpeg's name, that store the time of every frame and have an index. In AVI, FFmpeg invents times from
 the number of the chunk; in MPEG-TS and others, times after a seek may differ from those of reading from the start."""
 
+_NEVER_BLANK = PROVEN_CODECS | {"mpeg1video", "mpeg2video", "mpeg4", "mjpeg", "png"}
+"""Codecs whose packets begin with a mark, or with a length, that is not zero."""
+
+_BLANK = bytes(8)
+
 _WITH_BOTH_TIMES = "mov,mp4,m4a,3gp,3g2,mj2"
 """Container that stores when a frame is decoded and when it is displayed; Matroska stores the latter alone."""
 
@@ -125,6 +130,9 @@ class _Packets:
     empty: int = 0
     """Number of packets of no bytes."""
 
+    blank: int = 0
+    """Number of those that begin with zeros, which no coded frame does: an unfinished download of the full size."""
+
     corrupt: bool = False
     """Whether the last one is incomplete."""
 
@@ -168,7 +176,7 @@ def _probe(video: Row) -> tuple[Row, _Packets | None]:
         timing = _timing(packets.times)
         row = _row_of_packets(video, container, stream, packets, timing)
         if _is_torn(row, stream, packets):
-            count = f"{len(packets.times)} frames readable"
+            count = f"{len(packets.times) - packets.blank} frames readable"
             raise DecodeError(
                 video.path, f"truncated: {count} of {stream.frames}" if stream.frames else f"truncated: {count}"
             )
@@ -218,6 +226,7 @@ def _read(container: av.container.InputContainer, stream: av.VideoStream) -> _Pa
     hides = _HIDING.get(context.codec.canonical_name)
     times, keys = packets.times, packets.keys
     stores_both = packets.format == _WITH_BOTH_TIMES
+    coded = context.codec.canonical_name in _NEVER_BLANK
     try:
         for packet in container.demux(stream):
             if not packet.size:
@@ -232,7 +241,10 @@ def _read(container: av.container.InputContainer, stream: av.VideoStream) -> _Pa
             packets.delayed |= stores_both and packet.pts != packet.dts
             times.append(packet.pts)
             keys.append(key)
-            if hides is not None and hides(memoryview(packet)):
+            data = memoryview(packet)
+            packets.blank += coded and data[: len(_BLANK)] == _BLANK
+            # What ends with zeros may have ended there, at the end of a recording.
+            if (hides is not None and hides(data)) or (coded and data[-len(_BLANK) :] == _BLANK):
                 packets.hidden += 1
     except av.FFmpegError as error:
         packets.torn = str(error)
@@ -308,7 +320,7 @@ def _has_closed_groups(packets: _Packets) -> bool:
 
 def _is_torn(row: Row, stream: av.VideoStream, packets: _Packets) -> bool:
     """Whether the file ends before its last packet: then a decoder cannot read it to its end."""
-    if packets.torn or (packets.corrupt and packets.format in _WITH_INDEX):
+    if packets.torn or ((packets.corrupt or packets.blank) and packets.format in _WITH_INDEX):
         return True
     if len(packets.times) >= stream.frames:
         return False

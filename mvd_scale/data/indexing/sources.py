@@ -11,6 +11,7 @@ log has the number.
 from __future__ import annotations
 
 import logging
+import os
 import posixpath
 import re
 from collections.abc import Sequence
@@ -144,7 +145,17 @@ def _glob(pattern: str) -> list[str]:
         return sorted(path for path in paths if not is_nothing(relative(path, _fixed_part(pattern))))
     start = _fixed_part(pattern)
     wished = "/." in pattern.removeprefix(start)
-    return sorted(path for path in glob(pattern, recursive=True) if wished or not is_nothing(path.removeprefix(start)))
+    found = (path for path in glob(pattern, recursive=True) if wished or not is_nothing(path.removeprefix(start)))
+    if "**" not in pattern:
+        return sorted(found)
+    # A link to a parent folder leads to the same folder by many paths: the shortest one is meant.
+    folders: dict[str, list[str]] = {}
+    for path in found:
+        folders.setdefault(posixpath.dirname(path), []).append(path)
+    real: dict[str, str] = {}
+    for folder in sorted(folders, key=lambda name: (name.count("/"), name)):
+        real.setdefault(os.path.realpath(folder), folder)
+    return sorted(path for folder in real.values() for path in folders[folder])
 
 
 def _fixed_part(pattern: str) -> str:

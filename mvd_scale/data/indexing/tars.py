@@ -74,14 +74,16 @@ def _read(path: str) -> _Members:
     try:
         with open_file(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
-                if not member.isreg() or member.issparse() or is_nothing(member.name):
+                if member.isdir() or is_nothing(member.name):
                     continue
                 stem, suffix = posixpath.splitext(member.name)
                 suffix = suffix.lower()
                 if is_media(member.name):
                     video = Row(member.name, absolute(path), offset=member.offset_data, size=member.size)
-                    members.videos.append(video)
-                elif suffix in _BESIDE:
+                    members.videos.append(replace(video, left_out=_why_not_a_range(member)))
+                if not member.isreg() or member.issparse():
+                    continue
+                if suffix in _BESIDE:
                     members.beside.append(member.name)
                 if suffix == _LABEL:
                     content = archive.extractfile(member)
@@ -101,6 +103,15 @@ def _read(path: str) -> _Members:
             "by byte offset"
         ) from error
     return members
+
+
+def _why_not_a_range(member: tarfile.TarInfo) -> str | None:
+    """Reason why the bytes of a member are no range of the tar file; None if they are."""
+    if member.islnk() or member.issym():
+        return "a link in the tar file: pack it anew with `tar --dereference --hard-dereference`"
+    if member.issparse():
+        return "stored with holes in the tar file: pack it anew without `--sparse`"
+    return None if member.isreg() else "not a file, but a pipe or a device"
 
 
 def _check_end(path: str, file: BinaryIO, end: int) -> None:

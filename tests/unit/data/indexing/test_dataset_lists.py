@@ -48,6 +48,12 @@ def test_a_link_to_a_parent_folder_is_not_followed_forever(tmp_path):
     assert listed(tmp_path / "videos")[0] == [("a.mp4", -1)]
 
 
+def test_a_recursive_glob_takes_each_folder_once(tmp_path):
+    touch(tmp_path, "videos/run/a.mp4", "videos/walk/b.mp4")
+    (tmp_path / "videos" / "run" / "loop").symlink_to(tmp_path / "videos")
+    assert listed(f"{tmp_path}/videos/**/*.mp4") == ([("run/a.mp4", 0), ("walk/b.mp4", 1)], ("run", "walk"))
+
+
 def test_a_file_whose_name_is_no_text_is_left_out_not_fatal(tmp_path):
     encoded = os.fsencode(tmp_path) + b"/caf\xe9.mp4"
     try:
@@ -241,6 +247,22 @@ def test_members_that_are_no_labels_are_counted_and_labels_are_of_one_content(tm
         archive.addfile(member, io.BytesIO(b"2"))
     with pytest.raises(UserError, match=r"0\.cls is in it more than once, with other contents"):
         listed(path)
+
+
+def test_members_that_are_no_range_of_the_file_are_left_out(tmp_path):
+    path = tar(tmp_path / "s.tar", **{"a.mp4": "x"})
+    with tarfile.open(path, "a") as archive:
+        for name, kind in (("hard.mp4", tarfile.LNKTYPE), ("soft.mp4", tarfile.SYMTYPE), ("holes.mp4", b"S")):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "a.mp4"
+            archive.addfile(member)
+    reasons = [row.left_out for row in list_videos([str(path)], ListOptions()).rows]
+    assert reasons[0] is None
+    assert [str(reason).split(":")[0] for reason in reasons[1:]] == [
+        "a link in the tar file",
+        "a link in the tar file",
+        "stored with holes in the tar file",
+    ]
 
 
 @pytest.mark.parametrize("name", ["s.tar.gz", "s.tgz", "s.zip", "list.csv.gz", "list.xlsx"])

@@ -332,3 +332,23 @@ def test_frames_that_could_be_reordered_but_are_not(tmp_path: Path) -> None:
         assert stream.codec_context.reorder_depth > 0
         assert (np.diff([packet.pts for packet in container.demux(stream) if packet.size]) > 0).all()
     assert probe(path).access == "packets"
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265", "libvpx-vp9", "libsvtav1", "mpeg4"])
+def test_a_download_of_full_size_that_ends_in_zeros_is_truncated(tmp_path: Path, codec: str) -> None:
+    path = write(tmp_path / "a.mp4", frames=24, codec=codec)
+    data = bytearray(path.read_bytes())
+    end = data.index(b"moov") - 4
+    begin = data.index(b"mdat") + (end - data.index(b"mdat")) * 2 // 3
+    path.write_bytes(data[:begin] + bytes(end - begin) + data[end:])
+    assert str(probe(path).left_out).startswith("truncated: ")
+    assert str(probe(path).left_out).endswith(" frames readable of 24")
+
+
+def test_a_recording_that_ends_in_zeros_is_decoded(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.mkv", frames=24)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 2 // 3] + bytes(len(data) - len(data) * 2 // 3))
+    row = probe(path)
+    assert (row.left_out, row.access) == (None, "times")
+    assert numbers(row) == streams.decode_all(path)
