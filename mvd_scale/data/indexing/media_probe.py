@@ -130,8 +130,11 @@ class _Packets:
     empty: int = 0
     """Number of packets of no bytes."""
 
-    blank: int = 0
-    """Number of those that begin with zeros, which no coded frame does: an unfinished download of the full size."""
+    blank: bool = False
+    """Whether the last one begins with zeros, as no coded frame does: an unfinished download of full size."""
+
+    ends_in_zeros: bool = False
+    """Whether the last one ends with zeros."""
 
     corrupt: bool = False
     """Whether the last one is incomplete."""
@@ -176,10 +179,7 @@ def _probe(video: Row) -> tuple[Row, _Packets | None]:
         timing = _timing(packets.times)
         row = _row_of_packets(video, container, stream, packets, timing)
         if _is_torn(row, stream, packets):
-            count = f"{len(packets.times) - packets.blank} frames readable"
-            raise DecodeError(
-                video.path, f"truncated: {count} of {stream.frames}" if stream.frames else f"truncated: {count}"
-            )
+            raise DecodeError(video.path, _torn_at(stream, packets))
         if not row.still and not _are_frames(stream, packets, timing):
             return row, packets
         picture = _first_picture(stream, packets)
@@ -225,8 +225,8 @@ def _read(container: av.container.InputContainer, stream: av.VideoStream) -> _Pa
     packets = _Packets(container.format.name, context.reorder_depth > 0)
     hides = _HIDING.get(context.codec.canonical_name)
     times, keys = packets.times, packets.keys
-    stores_both = packets.format == _WITH_BOTH_TIMES
-    coded = context.codec.canonical_name in _NEVER_BLANK
+    undecided = packets.reorders and packets.format == _WITH_BOTH_TIMES
+    last: av.Packet | None = None
     try:
         for packet in container.demux(stream):
             if not packet.size:
@@ -238,16 +238,19 @@ def _read(container: av.container.InputContainer, stream: av.VideoStream) -> _Pa
             if packet.is_discard:
                 packets.discarded.add(len(times))
             packets.corrupt = packet.is_corrupt
-            packets.delayed |= stores_both and packet.pts != packet.dts
+            if undecided and packet.pts != packet.dts:
+                packets.delayed, undecided = True, False
             times.append(packet.pts)
             keys.append(key)
-            data = memoryview(packet)
-            packets.blank += coded and data[: len(_BLANK)] == _BLANK
-            # What ends with zeros may have ended there, at the end of a recording.
-            if (hides is not None and hides(data)) or (coded and data[-len(_BLANK) :] == _BLANK):
+            last = packet
+            if hides is not None and hides(memoryview(packet)):
                 packets.hidden += 1
     except av.FFmpegError as error:
         packets.torn = str(error)
+    if last is not None and context.codec.canonical_name in _NEVER_BLANK:
+        # The end of a recording may lie amid a packet.
+        packets.ends_in_zeros = bytes(memoryview(last)[-len(_BLANK) :]) == _BLANK
+        packets.blank = bytes(memoryview(last)[: len(_BLANK)]) == _BLANK
     return packets
 
 
@@ -287,7 +290,9 @@ def _are_frames(stream: av.VideoStream, packets: _Packets, timing: _Timing) -> b
     if packets.format not in SEEKABLE_FORMATS or context.codec.canonical_name not in PROVEN_CODECS:
         return False
     # The demuxer returns one packet of no bytes at the end of the file.
-    if packets.hidden or packets.discarded or packets.empty > 1 or stream.frames not in (0, len(times)):
+    if packets.hidden or packets.discarded or packets.ends_in_zeros:
+        return False
+    if packets.empty > 1 or stream.frames not in (0, len(times)):
         return False
     if timing.variable or None in times or times[0] != timing.first or not packets.keys[0]:
         return False
@@ -329,6 +334,14 @@ def _is_torn(row: Row, stream: av.VideoStream, packets: _Packets) -> bool:
     if packets.format == "avi":
         return _end_of_avi_frames(row) > row.size
     return max((entry.pos + entry.size for entry in stream.index_entries), default=0) > row.size > 0
+
+
+def _torn_at(stream: av.VideoStream, packets: _Packets) -> str:
+    """Reason that a torn file is left out."""
+    if packets.blank:
+        return "truncated: its end is zeros, as of a download that was not finished"
+    count = f"truncated: {len(packets.times)} frames readable"
+    return f"{count} of {stream.frames}" if stream.frames else count
 
 
 def _end_of_avi_frames(row: Row) -> int:
