@@ -125,6 +125,8 @@ def _plain(table: Table, options: ListOptions) -> Listing:
 def _listing(file: str, records: Sequence[Record], options: ListOptions, *, anywhere: bool) -> Listing:
     """Listing of records of two fields each, path and label."""
     labels, classes = _labels(file, [(line, fields[1].strip()) for line, fields in records], options.classes)
+    if not classes and min((label for label in labels if label >= 0), default=0) == 1:
+        log.info("no video of %s has the label 0: if its labels count from 1, class 0 is empty", file)
     paths = [fields[0].strip() for _, fields in records]
     folders = {posixpath.basename(start) for start in {path.rpartition("/")[0] for path in paths}} | set(classes)
     root = options.root or _folder_of(file)

@@ -374,6 +374,17 @@ def test_columns_that_cannot_be_told_apart_and_columns_without_labels(tmp_path, 
     assert listed(path)[0] == [("a.mp4", 3)]
 
 
+def test_labels_that_count_from_1_are_told(tmp_path, caplog):
+    touch(tmp_path, "a.mp4", "b.mp4")
+    path = tmp_path / "list.csv"
+    for labels, told in (((1, 2), True), ((0, 1), False), ((-1, 1), True), ((-1, -1), False)):
+        caplog.clear()
+        path.write_text("path,label\na.mp4,{}\nb.mp4,{}\n".format(*labels))
+        with caplog.at_level(logging.INFO, logger="mvd_scale"):
+            assert [label for _, label in listed(path)[0]] == list(labels)
+        assert ("has the label 0: if its labels count from 1, class 0 is empty" in caplog.text) == told
+
+
 def test_the_split_of_any_list_with_such_a_column(tmp_path):
     touch(tmp_path, "a.mp4", "b.mp4")
     path = tmp_path / "list.csv"
