@@ -168,7 +168,7 @@ def _probe(video: Row) -> tuple[Row, _Packets | None]:
     if video.offset == WHOLE_FILE:
         video = replace(video, size=_size(video.path))
     with open_video(video) as container:
-        if not len(container.streams):
+        if not container.streams.video and not container.streams.audio and container.format.name in _WITH_INDEX:
             raise DecodeError(video.path, "truncated: its index is missing")
         stream = choose_stream(container, video.path)
         if stream.disposition & av.stream.Disposition.dependent:
@@ -364,9 +364,6 @@ def _probe_by_decoding(row: Row, packets: _Packets) -> Row:
     first: av.VideoFrame | None = None
     for frame in displayed_frames(row):
         first = first or frame
-        if (frame.width, frame.height) != (first.width, first.height):
-            change = f"{first.width} x {first.height} to {frame.width} x {frame.height} pixels"
-            raise DecodeError(row.path, f"its frames change from {change} at frame {len(times)}: encode it anew")
         times.append(frame.pts)
         keys.append(bool(frame.key_frame))
         prints.append(_fingerprint(frame))
@@ -501,8 +498,6 @@ def _size(path: str) -> int:
         filesystem, inner = filesystem_of(path)
         return int(filesystem.size(inner) or 0)
     status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
-        raise DecodeError(path, "not a file, but a pipe, a socket or a device")
     if stat.S_ISREG(status.st_mode) and not status.st_size:
         raise DecodeError(path, "empty file")
     return status.st_size

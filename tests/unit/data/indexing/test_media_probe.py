@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -249,27 +248,6 @@ def test_times_that_were_not_stored_are_not_believed(tmp_path: Path) -> None:
         row = probe(tmp_path / name)
         assert (row.left_out, row.access, row.plain) == (None, "count", False)
         assert numbers(row) == list(range(24))
-
-
-def test_frames_that_change_their_size_are_told(tmp_path: Path) -> None:
-    parts = [tmp_path / "1.mjpeg", tmp_path / "2.mjpeg"]
-    for part, side in zip(parts, (64, 96), strict=True):
-        with av.open(str(part), "w") as container:
-            stream = container.add_stream("mjpeg", rate=25)
-            stream.width = stream.height = side
-            stream.pix_fmt = "yuvj420p"
-            for number in range(8):
-                picture = av.VideoFrame.from_ndarray(draw_barcode(number, side), format="rgb24")
-                container.mux(stream.encode(picture.reformat(format="yuvj420p")))
-    (tmp_path / "both.mjpeg").write_bytes(b"".join(part.read_bytes() for part in parts))
-    assert probe(tmp_path / "both.mjpeg").left_out == (
-        "its frames change from 64 x 64 to 96 x 96 pixels at frame 8: encode it anew"
-    )
-
-
-def test_a_pipe_is_left_out_at_once(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe.mp4")
-    assert "not a file" in str(probe(tmp_path / "pipe.mp4").left_out)
 
 
 def test_truncated_is_said_of_no_whole_file(tmp_path: Path) -> None:
