@@ -249,8 +249,8 @@ def _csv(table: Table, options: ListOptions) -> Listing:
         raise UserError(
             f"{table.file}:1: the columns {' and '.join(paths)} can both be the path of the video: rename all but one"
         )
-    labels = [name for name in LABEL_COLUMNS if name in table.header][:1]
-    twice = next((name for name in (*paths, *labels) if table.header.count(name) > 1), None)
+    labels = [name for name in LABEL_COLUMNS if name in table.header]
+    twice = next((name for name in (*paths, *labels[:1]) if table.header.count(name) > 1), None)
     if twice is not None:
         raise UserError(f"{table.file}:1: several columns are called {twice}: rename all but the one that counts")
     if not labels and len(table.header) > 1:
@@ -258,6 +258,8 @@ def _csv(table: Table, options: ListOptions) -> Listing:
             "%s has no column of labels, so that its videos get none: its columns are %s, expected one of %s",
             *(table.file, ", ".join(table.header), ", ".join(LABEL_COLUMNS)),
         )
+    if len(labels) > 1:
+        log.info("%s: labels are those of the column %s, not of %s", table.file, labels[0], ", ".join(labels[1:]))
     path, label = table.header.index(paths[0]), table.header.index(labels[0]) if labels else None
     for line, fields in table.records:
         _check_fields(table, line, fields)

@@ -370,6 +370,10 @@ def test_columns_that_cannot_be_told_apart_and_columns_without_labels(tmp_path, 
     path.write_text("path,target\na.mp4,0\n")
     assert listed(path)[0] == [("a.mp4", -1)]
     assert "has no column of labels, so that its videos get none: its columns are path, target" in caplog.text
+    path.write_text("path,label_id,label\na.mp4,7,run\n")
+    with caplog.at_level(logging.INFO, logger="mvd_scale"):
+        assert listed(path) == ([("a.mp4", 0)], ("run",))
+    assert "labels are those of the column label, not of label_id" in caplog.text
     path.write_text(f"path,label,caption\na.mp4,3,{'long ' * 40_000}\n")
     assert listed(path)[0] == [("a.mp4", 3)]
 
