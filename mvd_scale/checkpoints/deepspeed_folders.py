@@ -20,6 +20,7 @@ from mvd_scale.checkpoints.pickles import load_pickle
 from mvd_scale.errors import UserError
 
 _WHOLE = "mp_rank_00_model_states.pt"
+_PARTED = "mp_rank_01_model_states.pt"
 _MODEL = "zero_pp_rank_{}_mp_rank_00_model_states.pt"
 _OPTIMIZER = "*zero_pp_rank_{}_mp_rank_00_optim_states.pt"
 
@@ -53,12 +54,17 @@ def load_deepspeed(folder: Path) -> dict[str, Tensor]:
     Raises:
         UserError: a file is missing, unreadable or does not fit the others.
     """
+    if (folder / _PARTED).is_file():
+        raise UserError(
+            f"{folder} was written with tensor parallelism: each file mp_rank_*_model_states.pt holds a part of the "
+            "tensors. Expected one part; merge them first with the tools of the project that wrote them"
+        )
     if (folder / _WHOLE).is_file():
-        module = load_pickle(folder / _WHOLE).get("module")
+        module = _dictionary(folder / _WHOLE).get("module")
         if not isinstance(module, dict):
             raise UserError(f"{folder / _WHOLE} has no `module`: expected the model states of a DeepSpeed checkpoint")
         return {name: tensor for name, tensor in module.items() if isinstance(tensor, Tensor)}
-    first = load_pickle(folder / _MODEL.format(0))
+    first = _dictionary(folder / _MODEL.format(0))
     shards = _shards(folder)
     try:
         tensors = {name: tensor for name, tensor in first["module"].items() if name in first["buffer_names"]}
@@ -66,7 +72,7 @@ def load_deepspeed(folder: Path) -> dict[str, Tensor]:
         tensors |= _join(shapes, shards)
         frozen = first.get("frozen_param_shapes") or {}
         if frozen:
-            models = [load_pickle(folder / _MODEL.format(rank)) for rank in range(len(shards))]
+            models = [_dictionary(folder / _MODEL.format(rank)) for rank in range(len(shards))]
             for name, shape in frozen.items():
                 pieces = torch.cat([model["frozen_param_fragments"][name] for model in models])
                 tensors[name] = pieces[: shape.numel()].view(shape)
@@ -77,6 +83,13 @@ def load_deepspeed(folder: Path) -> dict[str, Tensor]:
             "copy the whole folder again"
         ) from error
     return tensors
+
+
+def _dictionary(file: Path) -> dict[str, Any]:
+    content = load_pickle(file)
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds no dictionary: expected the states of a DeepSpeed checkpoint")
+    return content
 
 
 def _shards(folder: Path) -> list[list[Tensor]]:
@@ -90,7 +103,7 @@ def _shards(folder: Path) -> list[list[Tensor]]:
                 f"{folder} lacks the file {_OPTIMIZER.format(len(shards)).lstrip('*')}: "
                 f"a ZeRO-3 checkpoint needs one per rank{f', {ranks} here' if shards else ''}; copy the whole folder"
             )
-        state: dict[str, Any] = load_pickle(files[0]).get("optimizer_state_dict", {})
+        state: dict[str, Any] = _dictionary(files[0]).get("optimizer_state_dict", {})
         if "fp32_flat_groups" not in state or "partition_count" not in state:
             raise UserError(f"{files[0]} has no `fp32_flat_groups`: expected the optimizer states of ZeRO-3")
         ranks = int(re.sub(r"\D", "", str(state["partition_count"])) or 0)

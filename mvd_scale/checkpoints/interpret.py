@@ -55,6 +55,7 @@ def interpret(source: RawCheckpoint, hints: Hints) -> Checkpoint:
     if hints.positions is None and is_ambiguous(form):
         raise _ambiguous(source)
     ours, unexpected, unused = _rename(tensors, form)
+    _check_kinds(source, ours)
     try:
         return _assemble(source, form, _merge(hints, form.facts(source.config)), ours, unexpected, unused)
     except ValidationError as error:
@@ -68,6 +69,22 @@ def _refuse_foreign(source: RawCheckpoint, tensors: Mapping[str, Tensor], hints:
             f"{source.path} is a file of {foreign[0]}, which is not read: {foreign[1]}. Formats that are read: MAE, "
             "VideoMAE, MVD, timm, Hugging Face, I-JEPA, V-JEPA, DINO"
         )
+
+
+def _check_kinds(source: RawCheckpoint, tensors: Mapping[str, Tensor]) -> None:
+    """Check that weights are real numbers: integers, and floats of 8 bits, need scales that no format here has.
+
+    Raises:
+        UserError: some are not.
+    """
+    for name, tensor in tensors.items():
+        dense, real = tensor.layout is torch.strided, tensor.is_floating_point() and tensor.itemsize > 1
+        if not dense or not real:
+            kind = str(tensor.dtype if dense else tensor.layout).removeprefix("torch.")
+            raise UserError(
+                f"{source.path}: {name} is {kind}, expected dense weights of float32, float16 or bfloat16. Take the "
+                "file from before it was quantized or packed"
+            )
 
 
 def _ambiguous(source: RawCheckpoint) -> UserError:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mvd_scale.checkpoints.deepspeed_folders import find_deepspeed, load_deepspeed
+from mvd_scale.checkpoints.other_kinds import refuse_other_kinds
 from mvd_scale.checkpoints.pickle_protocols import newer_protocol
 from mvd_scale.checkpoints.pickles import load_pickle
 from mvd_scale.checkpoints.wrappers import SEPARATOR, nested, unwrap
@@ -40,6 +41,9 @@ _WEIGHTS = (
 )
 """Files that represent a folder, in order of preference, the most complete first: those of our runs and checkpoints,
 then those of Hugging Face. Of a run these are the weights after its last step, which the published figures are of."""
+
+_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
+"""Suffixes of files of weights, of which a folder has one under a name of its own."""
 
 _BY_NAME = {
     "best.safetensors": "the best weights of its validation",
@@ -132,9 +136,11 @@ def _read_folder(path: Path) -> RawCheckpoint:
         for name, meaning in _BY_NAME.items()
         if (path / name).is_file()
     )
+    others = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES and file.name not in _BY_NAME)
+    hint = f". Of other files, give the file itself, such as {others[0]}" if others else ""
     raise UserError(
         f"{path} holds no checkpoint: expected a run folder, a DeepSpeed folder, "
-        f"{', '.join((*_INDICES, *_WEIGHTS))}{named}"
+        f"{', '.join((*_INDICES, *_WEIGHTS))}{named}{hint}"
     )
 
 
@@ -173,16 +179,19 @@ def _read_file(path: Path, key: str | None = None) -> RawCheckpoint:
     with path.open("rb") as file:
         head = file.read(9)
     config = _read_json(path.with_name("config.json"))
-    if head[8:9] == b"{" or path.suffix == ".safetensors":
+    if head[8:9] == b"{":
         tensors, metadata = _read_safetensors(path)
-        if any(SEPARATOR in name for name in tensors):
-            tensors = unwrap(nested(tensors), path, key)
+        tensors = unwrap(nested(tensors), path, key) if any(SEPARATOR in name for name in tensors) or key else tensors
         return RawCheckpoint(path, tensors, metadata, config, _recipe_near(path.parent))
+    refuse_other_kinds(path)
     if head[:2] not in (b"PK", b"\x80\x02") and newer_protocol(path) is None:
         raise UserError(
             f"{path} holds no weights: it is neither a safetensors file nor a file of `torch.save` "
-            f"({'empty' if not head else f'it begins with {head!r}'})"
+            f"({'empty' if not head else f'it begins with {head!r}'}); it may be truncated: download or copy it again"
         )
+    if path.suffix == ".safetensors":
+        # torch's reader goes by the name.
+        raise UserError(f"{path} is a file of `torch.save` under the name of a safetensors file: rename it to .pth")
     return RawCheckpoint(path, unwrap(load_pickle(path), path, key), config=config)
 
 

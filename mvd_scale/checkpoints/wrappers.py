@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,13 @@ from torch import Tensor
 
 from mvd_scale.errors import UserError
 
+logger = logging.getLogger("mvd_scale")
+
 _WRAPPERS = ("model", "module", "state_dict", "model_state", "model_state_dict", "net", "network", "weights")
 """Keys under which a file has its weights, and beside them states of optimizers, settings and averages."""
+
+_PATCHES = "patch_embed"
+"""Part of the names of every model of patches, Hugging Face's `patch_embeddings` among them."""
 
 _DEEPEST = 8
 """More levels than any file has; ends the search in a dictionary that contains itself."""
@@ -59,15 +66,19 @@ def unwrap(loaded: object, path: Path, key: str | None = None) -> dict[str, Tens
     for _ in range(_DEEPEST):
         if not isinstance(loaded, dict):
             break
-        if wanted is not None and isinstance(loaded.get(wanted), dict):
-            loaded, wanted = loaded[wanted], None
-            continue
-        inner = next((loaded[name] for name in _WRAPPERS if isinstance(loaded.get(name), dict)), None)
+        if wanted is not None:
+            chosen = loaded.get(wanted)
+            chosen = chosen if isinstance(chosen, dict) else _below(loaded, wanted)
+            if chosen:
+                loaded, wanted = chosen, None
+                continue
+        inner = _in_wrapper(loaded, path)
         if inner is None:
             tensors = {k: v for k, v in loaded.items() if isinstance(k, str) and isinstance(v, Tensor)}
-            if tensors and wanted is None:
+            inner = _by_prefix(tensors)
+            if tensors and not inner and wanted is None:
                 return tensors
-            inner = _only_model(loaded, path, wanted)
+            inner = inner or _only_model(loaded, path, wanted)
         if inner is None:
             break
         loaded = inner
@@ -76,14 +87,45 @@ def unwrap(loaded: object, path: Path, key: str | None = None) -> dict[str, Tens
     return {}
 
 
+def _in_wrapper(loaded: Mapping[Any, Any], path: Path) -> dict[str, Any] | None:
+    """The entry that holds weights by its name; the log says which other models are not read."""
+    filled = {name: part for name, part in _parts(loaded).items() if any(True for _ in _names(part))}
+    chosen = next((name for name in _WRAPPERS if name in filled), None)
+    if chosen is None:
+        return None
+    others = sorted(name for name, part in filled.items() if name != chosen and _has_patches(part))
+    if others:
+        logger.info("%s: reads %s, not %s, which `--key` would choose", path, chosen, ", ".join(others))
+    return filled[chosen]
+
+
+def _by_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Models side by side in one flat dictionary, by the prefixes of their names; empty if there are no two.
+
+    Lightning and MoCo write them so: `student.backbone.patch_embed...` beside `teacher.backbone.patch_embed...`.
+    """
+    starts = {tuple(name[: name.index(_PATCHES)].split(".")[:-1]) for name in tensors if _PATCHES in name}
+    shared = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, zip(*starts, strict=False)))
+    if any(len(start) == shared for start in starts):
+        return {}  # one model, which may hold others
+    prefixes = sorted({".".join(start[: shared + 1]) for start in starts})
+    return {prefix: _below(tensors, prefix) for prefix in prefixes}
+
+
+def _below(loaded: Mapping[Any, Any], prefix: str) -> dict[str, Any]:
+    """What has a prefix and a dot before its name, without them."""
+    start = f"{prefix}."
+    return {k.removeprefix(start): v for k, v in loaded.items() if isinstance(k, str) and k.startswith(start)}
+
+
 def _only_model(loaded: Mapping[Any, Any], path: Path, key: str | None) -> dict[str, Any] | None:
     """The only entry of a dictionary that holds a model; None if no entry does.
 
     Raises:
         UserError: several entries do.
     """
-    parts = {name: part for name, part in loaded.items() if isinstance(name, str) and isinstance(part, dict)}
-    models = {name: part for name, part in parts.items() if any("patch_embed" in inside for inside in _names(part))}
+    parts = _parts(loaded)
+    models = {name: part for name, part in parts.items() if _has_patches(part)}
     models = models or {name: part for name, part in parts.items() if any(True for _ in _names(part))}
     if len(models) > 1:
         names = sorted(models)
@@ -94,6 +136,14 @@ def _only_model(loaded: Mapping[Any, Any], path: Path, key: str | None) -> dict[
             f"{names[-1]} --as ROLE --out FILE`, and name that file instead{family}"
         )
     return next(iter(models.values()), None)
+
+
+def _parts(loaded: Mapping[Any, Any]) -> dict[str, dict[str, Any]]:
+    return {name: part for name, part in loaded.items() if isinstance(name, str) and isinstance(part, dict)}
+
+
+def _has_patches(part: Mapping[Any, Any]) -> bool:
+    return any(_PATCHES in name for name in _names(part))
 
 
 def _names(part: Mapping[Any, Any], depth: int = 0) -> Iterator[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import posixpath
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import BinaryIO, cast
 
 import fsspec
@@ -14,13 +15,17 @@ from mvd_scale.data.storage import absolute, filesystem_of, is_url
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".3gp", ".ogv"}
     | {".mpe", ".m2v", ".asf", ".f4v", ".mts", ".m2ts", ".vob", ".3g2", ".ogm", ".rm", ".rmvb", ".divx", ".mjpeg"}
-    | {".gif"}
+    | {".gif", ".m1v", ".m2p", ".mod", ".tod", ".mxf", ".dv", ".nut", ".y4m", ".wtv", ".amv", ".ivf", ".obu", ".apng"}
+    | {".h264", ".264", ".avc", ".h265", ".265", ".hevc"}
 )
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
 
 
 MEDIA_SUFFIXES = VIDEO_SUFFIXES | IMAGE_SUFFIXES
+
+_SHOWN = 6
+"""Largest number of suffixes that a message has."""
 
 _NOTHING = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information"})
 """Names of files and folders that systems add beside those of the user; hidden ones come on top of them."""
@@ -79,6 +84,14 @@ def find_files(folder: str, predicate: Callable[[str], bool]) -> list[str]:
         )
         found += [os.path.join(parent, name) for name in names if not is_nothing(name) and predicate(name)]
     return sorted(found)
+
+
+def count_by_kind(paths: Iterable[str]) -> str:
+    """Numbers of files by suffix, the most frequent first, in words; empty if there are none."""
+    counts = Counter(posixpath.splitext(path)[1].lower() or "no suffix" for path in paths).most_common()
+    rest = sum(count for _, count in counts[_SHOWN:])
+    shown = [f"{count} {suffix}" for suffix, count in counts[:_SHOWN]]
+    return ", ".join(shown + [f"{rest} others"] * bool(rest))
 
 
 def relative(path: str, folder: str) -> str:

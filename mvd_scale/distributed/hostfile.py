@@ -12,6 +12,9 @@ from pathlib import Path
 from mvd_scale.errors import UserError
 
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)(\s+max[-_]slots=\d+)?")
+_HOST = re.compile(r"(\w[\w.-]*@)?(\w[\w.-]*|[0-9A-Fa-f]*:[0-9A-Fa-f:.]*(%\w+)?)")
+"""Name or address of a host, also after the name of a user. Shells, ssh and pdsh would expand other signs."""
+
 _SLOTS = re.compile(r"slots\s*[=:]?\s*(\S*)", re.IGNORECASE)
 _MOST_SLOTS = 1024
 """More ranks than any host has devices or cores for."""
@@ -30,17 +33,18 @@ def read_hostfile(path: str) -> dict[str, int]:
         raise UserError(f"hostfile {path} cannot be read: {reason}. Expected lines `HOST slots=N`") from error
     hosts: dict[str, int] = {}
     lines: dict[str, int] = {}
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         entry = line.partition("#")[0].strip()
         if not entry:
             continue
         host, slots = _entry(path, number, entry)
-        if host in hosts:
+        earlier = lines.setdefault(host.lower(), number)
+        if earlier != number:
             raise UserError(
-                f"hostfile {path}:{number}: the host {host} is in line {lines[host]} already: give all its ranks in "
+                f"hostfile {path}:{number}: the host {host} is in line {earlier} already: give all its ranks in "
                 "one line"
             )
-        hosts[host], lines[host] = slots, number
+        hosts[host] = slots
     if not hosts:
         raise UserError(f"hostfile {path} lists no hosts: expected lines `HOST slots=N`, N being the ranks of the host")
     return hosts
@@ -56,6 +60,11 @@ def _entry(path: str, number: int, entry: str) -> tuple[str, int]:
         raise UserError(
             f"hostfile {path}:{number}: {entry!r} is malformed, {fault}: expected `HOST slots=N`, N being the ranks of "
             "the host, one for each GPU"
+        )
+    if not _HOST.fullmatch(found[1]):
+        raise UserError(
+            f"hostfile {path}:{number}: {found[1]!r} is no name or address of a host: write one line for each host, "
+            "without ranges, quotes, ports and variables"
         )
     slots = int(found[2])
     if not 1 <= slots <= _MOST_SLOTS:

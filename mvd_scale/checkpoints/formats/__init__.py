@@ -32,6 +32,9 @@ _ORDER = (
 """Order of recognition, the most specific keys first: later formats also match files of earlier ones."""
 
 _PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.", "encoder.")
+_COUNTER = "n_averaged"
+"""Entry of torch's `AveragedModel` beside the weights."""
+
 _PATCHES = ("patch_embed.proj.weight", "patch_embed.weight", "embeddings.patch_embeddings.projection.weight")
 
 
@@ -60,9 +63,10 @@ def is_ambiguous(form: Format) -> bool:
 def strip_prefixes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Remove prefixes that engines and larger models put before the names, if the encoder is below them.
 
-    The prefixes are tried twice, because they can be nested in any order.
+    The prefixes are tried twice, because they can be nested in any order. A prefix that all names have is removed
+    whatever it is.
     """
-    stripped = dict(tensors)
+    stripped = {name: tensor for name, tensor in tensors.items() if name != _COUNTER}
     for prefix in _PREFIXES * 2:
         inside = {name.removeprefix(prefix) for name in stripped if name.startswith(prefix)}
         outside = {name for name in stripped if not name.startswith(prefix)}
@@ -73,4 +77,11 @@ def strip_prefixes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         encoder_inside = any(name.endswith(_PATCHES) for name in inside)
         if encoder_inside and whole and inside.isdisjoint(outside):
             stripped = {name.removeprefix(prefix): tensor for name, tensor in stripped.items()}
-    return stripped
+    common = _common_prefix(stripped)
+    return {name.removeprefix(common): tensor for name, tensor in stripped.items()}
+
+
+def _common_prefix(tensors: Mapping[str, Tensor]) -> str:
+    """What precedes timm's patch embedding and is before every other name too; empty if there is no such prefix."""
+    starts = [name.removesuffix(_PATCHES[0]) for name in tensors if name.endswith(_PATCHES[0])]
+    return starts[0] if len(starts) == 1 and all(name.startswith(starts[0]) for name in tensors) else ""

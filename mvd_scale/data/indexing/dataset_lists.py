@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import posixpath
 import re
 from collections.abc import Sequence
@@ -39,9 +40,11 @@ from mvd_scale.data.indexing.video_finder import VideoFinder
 from mvd_scale.data.storage import is_url
 from mvd_scale.errors import UserError
 
+log = logging.getLogger("mvd_scale")
+
 _HMDB_MARKS = {"train": "1", "test": "2", None: "12"}
 _SPLITS = {"train": "train", "validation": "val", "test": "test"}
-_NUMBER_LIKE = re.compile(r"[-+\d.,;|/\s]*\d[-+\d.,;|/\s]*([eE][-+]?\d+)?")
+_NUMBER_LIKE = re.compile(r"[-+\d.,;|/\s\[\](){}]*\d[-+\d.,;|/\s\[\](){}]*([eE][-+]?\d+)?")
 """Text that is no name: a number in any writing, or several."""
 
 LIST_FORMS = (
@@ -65,7 +68,7 @@ def read_list(file: str, options: ListOptions) -> Listing:
     if table.header:
         return _csv(table, options)
     if re.fullmatch(r"(train|test)list0[123]\.txt", posixpath.basename(file)):
-        videos = [_first(fields) for _, fields in table.records]
+        videos = [_first(fields).replace("\\", "/") for _, fields in table.records]
         if all("/" in video for video in videos):
             return _ucf(table, videos, options)
     return _plain(table, options)
@@ -106,6 +109,7 @@ def list_folds(files: Sequence[str], folder: str, options: ListOptions) -> Listi
 
 def _plain(table: Table, options: ListOptions) -> Listing:
     table = _without_bounds(table)
+    _of_split(table, options)
     root = options.root or _folder_of(table.file)
     named = all(
         len(fields) == 2 and is_media(fields[0]) and _NUMBER_LIKE.fullmatch(fields[1]) is None
@@ -121,6 +125,8 @@ def _plain(table: Table, options: ListOptions) -> Listing:
 def _listing(file: str, records: Sequence[Record], options: ListOptions, *, anywhere: bool) -> Listing:
     """Listing of records of two fields each, path and label."""
     labels, classes = _labels(file, [(line, fields[1].strip()) for line, fields in records], options.classes)
+    if not classes and min((label for label in labels if label >= 0), default=0) == 1:
+        log.info("no video of %s has the label 0: if its labels count from 1, class 0 is empty", file)
     paths = [fields[0].strip() for _, fields in records]
     folders = {posixpath.basename(start) for start in {path.rpartition("/")[0] for path in paths}} | set(classes)
     root = options.root or _folder_of(file)
@@ -243,11 +249,22 @@ def _csv(table: Table, options: ListOptions) -> Listing:
         raise UserError(
             f"{table.file}:1: the columns {' and '.join(paths)} can both be the path of the video: rename all but one"
         )
-    path = table.header.index(paths[0])
-    label = next((table.header.index(name) for name in LABEL_COLUMNS if name in table.header), None)
-    records: list[Record] = []
+    labels = [name for name in LABEL_COLUMNS if name in table.header]
+    twice = next((name for name in (*paths, *labels[:1]) if table.header.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{table.file}:1: several columns are called {twice}: rename all but the one that counts")
+    if not labels and len(table.header) > 1:
+        log.warning(
+            "%s has no column of labels, so that its videos get none: its columns are %s, expected one of %s",
+            *(table.file, ", ".join(table.header), ", ".join(LABEL_COLUMNS)),
+        )
+    if len(labels) > 1:
+        log.info("%s: labels are those of the column %s, not of %s", table.file, labels[0], ", ".join(labels[1:]))
+    path, label = table.header.index(paths[0]), table.header.index(labels[0]) if labels else None
     for line, fields in table.records:
         _check_fields(table, line, fields)
+    records: list[Record] = []
+    for line, fields in _of_split(table, options):
         if not fields[path].strip():
             raise UserError(f"{table.file}:{line}: no path in the column {paths[0]}: expected the path of a video")
         text = fields[label] if label is not None else ""
@@ -277,14 +294,8 @@ def _kinetics(table: Table, options: ListOptions) -> Listing:
     records = table.records
     for line, fields in records:
         _check_fields(table, line, fields)
-    if options.split and "split" in column:
-        wanted = _SPLITS[options.split]
-        records = [record for record in records if record[1][column["split"]].strip().startswith(wanted)]
-        if not records:
-            raise UserError(
-                f"{table.file} lists no videos of the split {options.split}: give --split one of the values of its "
-                "column `split`"
-            )
+    if "split" in column:
+        records = _of_split(table, options)
     texts = [(line, fields[column["label"]].strip() if "label" in column else "") for line, fields in records]
     labels, classes = _labels(table.file, texts, options.classes)
     root = options.root or _folder_of(table.file)
@@ -296,6 +307,26 @@ def _kinetics(table: Table, options: ListOptions) -> Listing:
         rows.append(finder.row(line, f"{stem}.mp4", label, name))
     finder.log_found()
     return Listing(rows, classes)
+
+
+def _of_split(table: Table, options: ListOptions) -> list[Record]:
+    """Records that have the wanted split in the column `split`; all of them if none is wanted.
+
+    Raises:
+        UserError: there are none, or no such column.
+    """
+    if options.split is None:
+        return table.records
+    if "split" not in table.header:
+        raise UserError(f"{table.file} has no column `split`: leave --split {options.split} out, or give another list")
+    place, wanted = table.header.index("split"), _SPLITS[options.split]
+    records = [record for record in table.records if record[1][place].strip().lower().startswith(wanted)]
+    if not records:
+        raise UserError(
+            f"{table.file} lists no videos of the split {options.split}: give --split one of the values of its "
+            "column `split`"
+        )
+    return records
 
 
 def _seconds(file: str, line: int, text: str) -> int:
@@ -314,7 +345,7 @@ def _something(file: str, options: ListOptions) -> Listing:
         )
     beside = _beside(file, "labels.json", "something-something-v2-labels.json")
     classes = _named_classes(options.classes or beside)
-    templates = [re.sub(r"[\[\]]", "", entry.get("template", "")) for entry in entries]
+    templates = [re.sub(r"[\[\]]", "", str(entry.get("template") or "")) for entry in entries]
     if any(templates) and not classes:
         classes = tuple(sorted(set(templates) - {""}))
     finder = VideoFinder(file, options.root or _folder_of(file), anywhere=True)
@@ -392,6 +423,8 @@ def _json(file: str) -> Any:
         return json.loads(read_text(file))
     except json.JSONDecodeError as error:
         raise UserError(f"{file}:{error.lineno}: the file is not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise UserError(f"{file}:1: the file is not valid JSON: its brackets are nested too deep") from error
 
 
 def _number(file: str, line: int, name: str, classes: tuple[str, ...]) -> int:

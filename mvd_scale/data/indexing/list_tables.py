@@ -34,7 +34,12 @@ _ENCODINGS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+_LONGEST_NUMBER = 300
+"""Characters; Python converts no text of some thousand digits."""
+
 _LARGEST_LABEL = 2**31 - 1
+
+csv.field_size_limit(_LARGEST_LABEL)  # columns of captions and boxes are longer than the 128 KB of the default
 
 
 @dataclass(frozen=True)
@@ -58,10 +63,13 @@ def read_text(file: str) -> str:
     """Text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark.
 
     Raises:
-        UserError: the file is in no such encoding, or is not text.
+        UserError: the file cannot be read, is in no such encoding, or is not text.
     """
-    with open_file(file) as opened:
-        data = opened.read()
+    try:
+        with open_file(file) as opened:
+            data = opened.read()
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}. Expected a text file") from error
     encoding = next((name for mark, name in _ENCODINGS if data.startswith(mark)), "utf-8-sig")
     try:
         text = data.decode(encoding)
@@ -94,6 +102,8 @@ def read_table(file: str) -> Table:
 
 def whole_number(text: str) -> int | None:
     """The whole number that a text writes, as in `2`, `2.0`, ` 2`, `+2` or `2e0`; None if it writes none."""
+    if len(text) > _LONGEST_NUMBER:
+        return None
     if text.isdecimal():
         return int(text)
     text = text.strip()

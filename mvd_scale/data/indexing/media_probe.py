@@ -47,6 +47,14 @@ SEEKABLE_FORMATS = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"})
 """Containers, by FFmpeg's name, that store the time of every frame and have an index. In AVI, FFmpeg invents times from
 the number of the chunk; in MPEG-TS and others, times after a seek may differ from those of reading from the start."""
 
+_NEVER_BLANK = PROVEN_CODECS | {"mpeg1video", "mpeg2video", "mpeg4", "mjpeg", "png"}
+"""Codecs whose packets begin with a mark, or with a length, that is not zero."""
+
+_BLANK = bytes(8)
+
+_WITH_BOTH_TIMES = "mov,mp4,m4a,3gp,3g2,mj2"
+"""Container that stores when a frame is decoded and when it is displayed; Matroska stores the latter alone."""
+
 _MATRICES = {0: "rgb", 1: "bt709", 2: "bt601", 4: "fcc", 5: "bt601", 6: "bt601", 7: "smpte240m", 9: "bt2020"}
 """Matrices that FFmpeg converts, by their number in ITU-T H.273; 2 is unspecified, for which FFmpeg takes BT.601."""
 
@@ -113,11 +121,20 @@ class _Packets:
     discarded: set[int] = field(default_factory=set)
     """Places of those that an edit list hides."""
 
+    delayed: bool = False
+    """Whether the container stores that some are displayed later than they are decoded."""
+
     hidden: int = 0
     """Number of those that do not hold exactly one displayed frame."""
 
     empty: int = 0
     """Number of packets of no bytes."""
+
+    blank: bool = False
+    """Whether the last one begins with zeros, as no coded frame does: an unfinished download of full size."""
+
+    ends_in_zeros: bool = False
+    """Whether the last one ends with zeros."""
 
     corrupt: bool = False
     """Whether the last one is incomplete."""
@@ -151,19 +168,18 @@ def _probe(video: Row) -> tuple[Row, _Packets | None]:
     if video.offset == WHOLE_FILE:
         video = replace(video, size=_size(video.path))
     with open_video(video) as container:
-        if not container.streams.video and not container.streams.audio:
+        if not container.streams.video and not container.streams.audio and container.format.name in _WITH_INDEX:
             raise DecodeError(video.path, "truncated: its index is missing")
         stream = choose_stream(container, video.path)
+        if stream.disposition & av.stream.Disposition.dependent:
+            raise DecodeError(video.path, "a picture of several tiles (HEIC, AVIF): convert it, for example to JPEG")
         packets = _read(container, stream)
         if not packets.times:
             raise DecodeError(video.path, "no frames")
         timing = _timing(packets.times)
         row = _row_of_packets(video, container, stream, packets, timing)
         if _is_torn(row, stream, packets):
-            count = f"{len(packets.times)} frames readable"
-            raise DecodeError(
-                video.path, f"truncated: {count} of {stream.frames}" if stream.frames else f"truncated: {count}"
-            )
+            raise DecodeError(video.path, _torn_at(stream, packets))
         if not row.still and not _are_frames(stream, packets, timing):
             return row, packets
         picture = _first_picture(stream, packets)
@@ -209,6 +225,8 @@ def _read(container: av.container.InputContainer, stream: av.VideoStream) -> _Pa
     packets = _Packets(container.format.name, context.reorder_depth > 0)
     hides = _HIDING.get(context.codec.canonical_name)
     times, keys = packets.times, packets.keys
+    undecided = packets.reorders and packets.format == _WITH_BOTH_TIMES
+    last: av.Packet | None = None
     try:
         for packet in container.demux(stream):
             if not packet.size:
@@ -220,12 +238,19 @@ def _read(container: av.container.InputContainer, stream: av.VideoStream) -> _Pa
             if packet.is_discard:
                 packets.discarded.add(len(times))
             packets.corrupt = packet.is_corrupt
+            if undecided and packet.pts != packet.dts:
+                packets.delayed, undecided = True, False
             times.append(packet.pts)
             keys.append(key)
+            last = packet
             if hides is not None and hides(memoryview(packet)):
                 packets.hidden += 1
     except av.FFmpegError as error:
         packets.torn = str(error)
+    if last is not None and context.codec.canonical_name in _NEVER_BLANK:
+        # The end of a recording may lie amid a packet.
+        packets.ends_in_zeros = bytes(memoryview(last)[-len(_BLANK) :]) == _BLANK
+        packets.blank = bytes(memoryview(last)[: len(_BLANK)]) == _BLANK
     return packets
 
 
@@ -257,19 +282,26 @@ def _are_frames(stream: av.VideoStream, packets: _Packets, timing: _Timing) -> b
 
     They do if the codec is one of `PROVEN_CODECS`, nothing is hidden, missing, empty or incomplete, the first packet is
     a keyframe and is displayed first (no frames that lack their references), times are distinct and evenly spaced (no
-    packets were dropped), frames are not fields, and the decoder knows how many frames it must hold back to order them.
+    packets were dropped), frames are not fields, and the decoder knows how many frames it must hold back to order them:
+    none where the times rise in the order in which frames are stored, unless the container tells that they need no
+    reordering.
     """
     context, times = stream.codec_context, packets.times
     if packets.format not in SEEKABLE_FORMATS or context.codec.canonical_name not in PROVEN_CODECS:
         return False
     # The demuxer returns one packet of no bytes at the end of the file.
-    if packets.hidden or packets.discarded or packets.empty > 1 or stream.frames not in (0, len(times)):
+    if packets.hidden or packets.discarded or packets.ends_in_zeros:
+        return False
+    if packets.empty > 1 or stream.frames not in (0, len(times)):
         return False
     if timing.variable or None in times or times[0] != timing.first or not packets.keys[0]:
         return False
     if len(set(times)) < len(times) or (context.name == "h264" and context.field_order > _PROGRESSIVE):
         return False
-    return _reordering(times) <= context.reorder_depth
+    # Times that rise as frames are stored, though the decoder reorders them, may be invented: AVI keeps none to copy.
+    reordering, depth = _reordering(times), context.reorder_depth
+    invented = depth > 0 == reordering and len(times) > 1 and not packets.delayed
+    return reordering <= depth and not invented
 
 
 def _reordering(times: list[int | None]) -> int:
@@ -307,7 +339,7 @@ def _states_range(stream: av.VideoStream, packets: _Packets) -> bool:
 
 def _is_torn(row: Row, stream: av.VideoStream, packets: _Packets) -> bool:
     """Whether the file ends before its last packet: then a decoder cannot read it to its end."""
-    if packets.torn or (packets.corrupt and packets.format in _WITH_INDEX):
+    if packets.torn or ((packets.corrupt or packets.blank) and packets.format in _WITH_INDEX):
         return True
     if len(packets.times) >= stream.frames:
         return False
@@ -316,6 +348,14 @@ def _is_torn(row: Row, stream: av.VideoStream, packets: _Packets) -> bool:
     if packets.format == "avi":
         return _end_of_avi_frames(row) > row.size
     return max((entry.pos + entry.size for entry in stream.index_entries), default=0) > row.size > 0
+
+
+def _torn_at(stream: av.VideoStream, packets: _Packets) -> str:
+    """Reason that a torn file is left out."""
+    if packets.blank:
+        return "truncated: its end is zeros, as of a download that was not finished"
+    count = f"truncated: {len(packets.times)} frames readable"
+    return f"{count} of {stream.frames}" if stream.frames else count
 
 
 def _end_of_avi_frames(row: Row) -> int:

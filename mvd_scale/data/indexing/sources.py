@@ -11,14 +11,23 @@ log has the number.
 from __future__ import annotations
 
 import logging
+import os
 import posixpath
 import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from glob import glob, has_magic
 
-from mvd_scale.data.filesystem import MEDIA_SUFFIXES, exists, find_files, is_dir, is_media, is_nothing, relative
+from mvd_scale.data.filesystem import (
+    MEDIA_SUFFIXES,
+    count_by_kind,
+    exists,
+    find_files,
+    is_dir,
+    is_media,
+    is_nothing,
+    relative,
+)
 from mvd_scale.data.indexing.listing import Listing, ListOptions, merge_listings
 from mvd_scale.data.manifest import Row
 from mvd_scale.data.storage import absolute, filesystem_of, is_url
@@ -28,8 +37,7 @@ log = logging.getLogger("mvd_scale")
 
 LIST_SUFFIXES = frozenset({".txt", ".csv", ".tsv", ".json", ".list"})
 
-_SHOWN = 6
-"""Largest number of suffixes that a message has."""
+_PACKED = frozenset({".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".rar", ".7z", ".xlsx"})
 
 SOURCE_FORMS = (
     "a folder, a glob, a video, a list (`path label` lines; a csv; the lists of Kinetics, "
@@ -87,7 +95,8 @@ def _list_one(source: str, options: ListOptions) -> Listing:
         return read_list(source, options)
     if suffix in MEDIA_SUFFIXES:
         return Listing([Row(name=posixpath.basename(source), path=absolute(source))])
-    raise UserError(f"{source} cannot be indexed: expected {SOURCE_FORMS}")
+    remedy = ". Unpack it first: videos are read by their places in a file" if suffix in _PACKED else ""
+    raise UserError(f"{source} cannot be indexed: expected {SOURCE_FORMS}{remedy}")
 
 
 def _list_folder(folder: str) -> Listing:
@@ -99,7 +108,8 @@ def _list_folder(folder: str) -> Listing:
         holds = f", which holds {others}" if others else ""
         raise UserError(
             f"no videos in the folder {folder}{holds}: expected files with one of the suffixes "
-            f"{' '.join(sorted(MEDIA_SUFFIXES))} in it or in its sub-folders. Give the folder that holds the videos"
+            f"{' '.join(sorted(MEDIA_SUFFIXES))} in it or in its sub-folders. Give the folder that holds the videos, "
+            f"or, of tar files or lists, a quoted pattern of them such as '{folder}/*.tar'"
         )
     if others:
         log.info("%d files of %s are not taken, by their suffixes: %s", len(files) - len(paths), folder, others)
@@ -115,14 +125,6 @@ def _list_paths(paths: Sequence[str], folder: str) -> Listing:
     classes = sorted({name.split("/")[0] for name in names})
     number = {name: label for label, name in enumerate(classes)}
     return Listing([replace(row, label=number[row.name.split("/")[0]]) for row in rows], tuple(classes))
-
-
-def count_by_kind(paths: Iterable[str]) -> str:
-    """Numbers of files by suffix, the most frequent first, in words; empty if there are none."""
-    counts = Counter(posixpath.splitext(path)[1].lower() or "no suffix" for path in paths).most_common()
-    rest = sum(count for _, count in counts[_SHOWN:])
-    shown = [f"{count} {suffix}" for suffix, count in counts[:_SHOWN]]
-    return ", ".join(shown + [f"{rest} others"] * bool(rest))
 
 
 def _with_valid_name(row: Row) -> Row:
@@ -143,7 +145,17 @@ def _glob(pattern: str) -> list[str]:
         return sorted(path for path in paths if not is_nothing(relative(path, _fixed_part(pattern))))
     start = _fixed_part(pattern)
     wished = "/." in pattern.removeprefix(start)
-    return sorted(path for path in glob(pattern, recursive=True) if wished or not is_nothing(path.removeprefix(start)))
+    found = (path for path in glob(pattern, recursive=True) if wished or not is_nothing(path.removeprefix(start)))
+    if "**" not in pattern:
+        return sorted(found)
+    # A link to a parent folder leads to the same folder by many paths: the shortest one is meant.
+    folders: dict[str, list[str]] = {}
+    for path in found:
+        folders.setdefault(posixpath.dirname(path), []).append(path)
+    real: dict[str, str] = {}
+    for folder in sorted(folders, key=lambda name: (name.count("/"), name)):
+        real.setdefault(os.path.realpath(folder), folder)
+    return sorted(path for folder in real.values() for path in folders[folder])
 
 
 def _fixed_part(pattern: str) -> str:

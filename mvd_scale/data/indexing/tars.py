@@ -11,8 +11,9 @@ import posixpath
 import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import BinaryIO
 
-from mvd_scale.data.filesystem import MEDIA_SUFFIXES, is_media, is_nothing, open_file
+from mvd_scale.data.filesystem import MEDIA_SUFFIXES, count_by_kind, is_media, is_nothing, open_file
 from mvd_scale.data.indexing.list_tables import label_number
 from mvd_scale.data.indexing.listing import Listing
 from mvd_scale.data.manifest import Row
@@ -20,6 +21,9 @@ from mvd_scale.data.storage import absolute
 from mvd_scale.errors import UserError
 
 log = logging.getLogger("mvd_scale")
+
+_CHUNK = 2**20
+"""Bytes of the padding after the end of an archive that are read at a time."""
 
 _LABEL = ".cls"
 _BESIDE = frozenset({_LABEL, ".json", ".txt"})
@@ -39,19 +43,26 @@ class _Members:
     beside: list[str] = field(default_factory=list)
     """Names of all members that describe a video."""
 
+    others: list[str] = field(default_factory=list)
+    """Names of all members that are neither videos nor labels."""
+
 
 def list_tar(path: str) -> Listing:
     """Videos and still images of a tar file, with the label of the `.cls` member of the same key.
 
     Raises:
-        UserError: the file is no uncompressed tar file or holds no videos, a label is no number, or the videos of one
-            key have several labels.
+        UserError: the file is no whole uncompressed tar file or holds no videos, a label is no number, or the videos of
+            one key have several labels.
     """
     members = _read(path)
+    others = count_by_kind(members.others)
     if not members.videos:
+        holds = f", which holds {others}" if others else ""
         raise UserError(
-            f"no videos in {path}: expected members with one of the suffixes {' '.join(sorted(MEDIA_SUFFIXES))}"
+            f"no videos in {path}{holds}: expected members with one of the suffixes {' '.join(sorted(MEDIA_SUFFIXES))}"
         )
+    if others:
+        log.info("%d members of %s are not taken, by their suffixes: %s", len(members.others), path, others)
     labels = {stem: _label(path, stem, text) for stem, text in members.labels.items()}
     rows = _labelled(path, members.videos, labels)
     _log_lonely(path, rows, members.beside)
@@ -63,24 +74,65 @@ def _read(path: str) -> _Members:
     try:
         with open_file(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
-                if not member.isreg() or member.issparse() or is_nothing(member.name):
+                if member.isdir() or is_nothing(member.name):
                     continue
                 stem, suffix = posixpath.splitext(member.name)
+                suffix = suffix.lower()
                 if is_media(member.name):
                     video = Row(member.name, absolute(path), offset=member.offset_data, size=member.size)
-                    members.videos.append(video)
-                elif suffix in _BESIDE:
+                    members.videos.append(replace(video, left_out=_why_not_a_range(member)))
+                if not member.isreg() or member.issparse():
+                    continue
+                if suffix in _BESIDE:
                     members.beside.append(member.name)
                 if suffix == _LABEL:
                     content = archive.extractfile(member)
                     assert content is not None
-                    members.labels[stem] = content.read(64).decode(errors="replace").strip()
+                    text = content.read(64).decode(errors="replace").strip()
+                    if members.labels.setdefault(stem, text) != text:
+                        raise UserError(
+                            f"{path}: {member.name} is in it more than once, with other contents: expected one for "
+                            "each key, as in a tar file to which nothing was appended"
+                        )
+                elif not is_media(member.name):
+                    members.others.append(member.name)
+            _check_end(path, file, archive.offset)
     except tarfile.TarError as error:
         raise UserError(
             f"{path} cannot be read as a tar file: {error}. Expected an uncompressed tar file: videos are read from it "
             "by byte offset"
         ) from error
     return members
+
+
+def _why_not_a_range(member: tarfile.TarInfo) -> str | None:
+    """Reason why the bytes of a member are no range of the tar file; None if they are."""
+    if member.islnk() or member.issym():
+        return "a link in the tar file: pack it anew with `tar --dereference --hard-dereference`"
+    if member.issparse():
+        return "stored with holes in the tar file: pack it anew without `--sparse`"
+    return None if member.isreg() else "not a file, but a pipe or a device"
+
+
+def _check_end(path: str, file: BinaryIO, end: int) -> None:
+    """Check that nothing follows the last member that was read: `tarfile` takes a damaged header for the end.
+
+    Raises:
+        UserError: something does.
+    """
+    file.seek(end)
+    head = file.read(tarfile.BLOCKSIZE)
+    if not head:
+        log.warning("%s has no end mark: members may be missing at its end", path)
+        return
+    while head and not head.strip(b"\0"):
+        end, head = end + len(head), file.read(_CHUNK)
+    if head:
+        place = end + len(head) - len(head.lstrip(b"\0"))
+        raise UserError(
+            f"{path} cannot be read to its end: after its last member, or a damaged one, it goes on at byte {place}. "
+            "Expected one whole tar file; unpack files that were joined, with `tar --ignore-zeros`, and pack them anew"
+        )
 
 
 def _label(path: str, stem: str, text: str) -> int:

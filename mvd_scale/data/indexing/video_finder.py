@@ -63,7 +63,9 @@ class VideoFinder:
         self._places: dict[tuple[str, str], list[_Folder]] = {}
         self._below: dict[str, list[str]] | None = None
         self._by_folders = False
-        self._taken: dict[str, tuple[int, str, int]] = {}
+        self._found: dict[str, str] = {}
+        self._meant: dict[str, tuple[int, str, int]] = {}
+        self._repeated = 0
 
     def row(self, line: int, written: str, label: int, folder: str = "") -> Row:
         """Row of the video that a line means; one that is not found gets the path `root/written`.
@@ -78,23 +80,27 @@ class VideoFinder:
             UserError: the line can mean several files, or a file that a line of another class means too.
         """
         if is_url(written) or (is_url(self.root) and not self.anywhere):
-            return self._named(join(self.root, written), label)
+            return self._once(self._named(join(self.root, written), label), line, written)
         start, slash, name = written.rpartition("/")
         for place in self._candidates(start or slash, folder):
             if name in place.entries:
                 left_out = NOT_A_VIDEO if place.entries[name] else None
-                return Row(name=place.name + name, path=f"{place.path}/{name}", label=label, left_out=left_out)
+                row = Row(name=place.name + name, path=f"{place.path}/{name}", label=label, left_out=left_out)
+                return self._once(row, line, written)
         found = self._search(line, written, folder)
-        if found is not None:
-            self._take(found, line, written, label)
-        return self._named(found or join(self.root, written), label)
+        if found is None:
+            return self._named(join(self.root, written), label)
+        self._found.setdefault(found, written)
+        return self._once(self._named(found, label), line, written)
 
     def log_found(self) -> None:
-        """Log how many videos were found elsewhere than the list says."""
-        if self._taken:
-            path, (_, written, _) = next(iter(self._taken.items()))
+        """Log how many videos were found elsewhere than the list says, and how many lines repeat others."""
+        if self._found:
+            path, written = next(iter(self._found.items()))
             text = "%d videos of %s are not where it says and were found by their names, such as %s in %s"
-            log.info(text, len(self._taken), self.file, written, path)
+            log.info(text, len(self._found), self.file, written, path)
+        if self._repeated:
+            log.info("%d lines of %s repeat earlier ones; each counts as a video", self._repeated, self.file)
 
     def _named(self, path: str, label: int) -> Row:
         return Row(name=self._relative(absolute(path)), path=absolute(path), label=label)
@@ -111,7 +117,8 @@ class VideoFinder:
         if key not in self._places:
             below = [self.root, *(f"{self.root}/{name}" for name in dict.fromkeys((folder, _spelling(folder))) if name)]
             # A path that begins with a slash stays what it is, whatever it is joined to.
-            paths = [absolute(join(place, start)) for place in (*below, ".")]
+            starts = dict.fromkeys((start, *(unicodedata.normalize(form, start) for form in ("NFC", "NFD"))))
+            paths = [absolute(join(place, start)) for place in (*below, ".") for start in starts]
             self._places[key] = [self._folder(path) for path in dict.fromkeys(paths)]
         return self._places[key]
 
@@ -153,13 +160,17 @@ class VideoFinder:
             )
         return found[0]
 
-    def _take(self, path: str, line: int, written: str, label: int) -> None:
-        earlier = self._taken.setdefault(path, (line, written, label))
-        if earlier[1:] != (written, label) and earlier[2] != label:
+    def _once(self, row: Row, line: int, written: str) -> Row:
+        """The row of a file, which no other line may have with another class."""
+        first, earlier, label = self._meant.setdefault(row.path, (line, written, row.label))
+        self._repeated += first != line and label == row.label
+        if label != row.label:
             raise UserError(
-                f"{self.file}:{line}: {written!r} is found as {path}, which line {earlier[0]} has with another class, "
-                f"as {earlier[1]!r}: write paths that tell the two videos apart, relative to the root"
+                f"{self.file}:{line}: {written!r} is found as {row.path}, which line {first} has with another class, "
+                f"as {earlier!r}: write paths that tell the two videos apart, relative to the root; for one video, "
+                "keep one of the lines"
             )
+        return row
 
     def _same_stem(self, place: _Folder, name: str) -> list[str]:
         """Videos in a folder whose names differ from one in nothing but the suffix."""

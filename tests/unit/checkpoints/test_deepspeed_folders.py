@@ -49,3 +49,14 @@ def test_an_incomplete_folder_is_refused(folders: dict[int, Path], tmp_path: Pat
     (tmp_path / "latest").write_text("step_8")
     with pytest.raises(UserError, match="step_8"):
         read_raw_checkpoint(tmp_path)
+
+
+def test_files_of_another_kind_in_a_folder_are_named(tmp_path: Path) -> None:
+    whole = tmp_path / "mp_rank_00_model_states.pt"
+    torch.save([1, 2], whole)
+    with pytest.raises(UserError, match=r"mp_rank_00_model_states\.pt holds no dictionary"):
+        load_deepspeed(tmp_path)
+    torch.save({"module": {}}, whole)
+    torch.save({"module": {}}, tmp_path / "mp_rank_01_model_states.pt")
+    with pytest.raises(UserError, match="tensor parallelism"):
+        load_deepspeed(tmp_path)

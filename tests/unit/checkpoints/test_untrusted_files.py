@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import gzip
+import io
 import json
 import os
 import pickle
 import random
+import tarfile
+import zipfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -146,13 +150,65 @@ def test_flipped_bytes_end_in_a_user_error_or_in_tensors(
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(b"path,label\na.mp4,0\n", "neither a safetensors"), (b"", "empty"), (b"<html>", "neither a safetensors")],
+    [(b"path,label\na.mp4,0\n", "neither a safetensors"), (b"", "empty"), (b"<html>", "a page of a server")],
 )
 def test_a_text_file_is_no_checkpoint(tmp_path: Path, content: bytes, said: str) -> None:
     file = tmp_path / "teacher.pth"
     file.write_bytes(content)
     with pytest.raises(UserError, match=said):
         read_checkpoint(file)
+
+
+def _zip(*members: str) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for member in members:
+            archive.writestr(member, b"")
+    return out.getvalue()
+
+
+def _tar() -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("weights.pth"))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("name", ["teacher.pth", "teacher.safetensors"])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"\n<!DOCTYPE html><html>", "a page of a server"),
+        (gzip.compress(b"weights"), "compressed by gzip: unpack it"),
+        (_tar(), "a tar archive: unpack it"),
+        (_zip("weights.pth"), "a zip archive: unpack it"),
+        (_zip("cls_token.npy"), "an archive of numpy"),
+        (_zip("net/data.pkl", "net/constants.pkl"), "a program of TorchScript"),
+        (_zip("net/archive_format", "net/data/weights/model.pt"), "a program of `torch.export`"),
+        (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
+    ],
+    ids=["lfs", "page", "gzip", "tar", "zip", "npz", "script", "export", "hdf5"],
+)
+def test_what_is_no_checkpoint_is_named_with_what_to_do(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        read_checkpoint(file)
+
+
+def test_a_file_under_the_name_of_the_other_format(tmp_path: Path, published: dict[str, Tensor]) -> None:
+    torch.save({"model": published}, tmp_path / "weights.safetensors")
+    with pytest.raises(UserError, match=r"a file of `torch.save` under .*: rename it to \.pth"):
+        read_checkpoint(tmp_path / "weights.safetensors")
+    save_file({name: tensor.contiguous() for name, tensor in published.items()}, tmp_path / "weights.pth")
+    assert read_checkpoint(tmp_path / "weights.pth", HINTS).format == "videomae"
+
+
+def test_a_folder_of_other_files_names_them(tmp_path: Path) -> None:
+    torch.save({}, tmp_path / "checkpoint-799.pth")
+    with pytest.raises(UserError, match=r"give the file itself, such as .*checkpoint-799\.pth"):
+        read_checkpoint(tmp_path)
 
 
 def test_nothing_there_and_empty_folders_are_named(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,9 @@ WRAPPERS: dict[str, Any] = {
     "teacher": lambda w: {"teacher": prefixed(w, "backbone."), "optimizer": OPTIMIZER},
     "student": lambda w: {"student": prefixed(w, "module.backbone."), "epoch": 1},
     "teacher in model": lambda w: {"model": {"teacher": w}},
+    "an empty model": lambda w: {"model": {}, "weights": {"depth": 2}, "state_dict": w},
+    "any prefix": lambda w: {"state_dict": prefixed(w, "module.student.vit."), "epoch": 1},
+    "an averaged model": lambda w: prefixed(w, "module.") | {"n_averaged": torch.tensor(3)},
     "a name of its own": lambda w: {"ema_vit": w, "optimizer": OPTIMIZER},
 }
 
@@ -123,6 +127,47 @@ def test_several_models_are_listed_and_one_is_chosen(tmp_path: Path) -> None:
     assert torch.equal(read_checkpoint(out).encoder["positions"], jepa["target_encoder"]["pos_embed"][0])
     with pytest.raises(UserError, match="has no weights under the key 'teacher'"):
         unwrap({"model": image(True)}, file, "teacher")
+
+
+def test_several_models_in_one_dictionary_are_listed_by_their_prefixes(tmp_path: Path) -> None:
+    student, teacher = image(True), image(True)
+    file = saved(
+        tmp_path, {"state_dict": prefixed(student, "net.student.vit.") | prefixed(teacher, "net.teacher.vit.")}
+    )
+    with pytest.raises(UserError, match=r"several models, net\.student, net\.teacher: choose one"):
+        read_checkpoint(file, Hints(heads=2))
+    checkpoint = read_checkpoint(file, Hints(heads=2, key="net.teacher"))
+    assert torch.equal(checkpoint.encoder["positions"], teacher["pos_embed"][0, 1:])
+
+
+def test_the_log_names_the_models_that_are_not_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "mvd_scale")
+    model, average = image(True), image(True)
+    for content in (
+        {"model": model, "model_ema": average, "optimizer": OPTIMIZER},
+        {"state_dict": prefixed(model, "model.") | prefixed(average, "model_ema.")},
+    ):
+        caplog.clear()
+        checkpoint = read_checkpoint(saved(tmp_path, content), Hints(heads=2))
+        assert torch.equal(checkpoint.encoder["positions"], model["pos_embed"][0, 1:])
+        assert "reads model, not model_ema, which `--key` would choose" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (lambda t: (t * 100).to(torch.int8), "is int8"),
+        (lambda t: t.to(torch.float8_e4m3fn), "is float8_e4m3fn"),
+        (lambda t: t.to(torch.complex64), "is complex64"),
+        (lambda t: t.to_sparse(), "is sparse_coo"),
+    ],
+    ids=["int8", "float8", "complex", "sparse"],
+)
+def test_quantized_weights_are_refused(tmp_path: Path, changed: Callable[[Tensor], Tensor], said: str) -> None:
+    tensors = image(True)
+    file = saved(tmp_path, {"model": tensors | {"pos_embed": changed(tensors["pos_embed"])}})
+    with pytest.raises(UserError, match=said):
+        read_checkpoint(file, Hints(heads=2))
 
 
 @pytest.mark.parametrize(

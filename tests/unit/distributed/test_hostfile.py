@@ -15,8 +15,9 @@ from mvd_scale.errors import UserError
 
 def test_what_is_read_is_what_deepspeed_reads(tmp_path: Path) -> None:
     file = tmp_path / "hostfile"
-    file.write_bytes(b"# hosts\r\n\r\nnode-1   slots=8 # the first\r\nme@10.0.0.2\tslots=4 max_slots=8\r\n")
-    assert read_hostfile(str(file)) == {"node-1": 8, "me@10.0.0.2": 4} == dict(fetch_hostfile(str(file)))
+    file.write_bytes(b"# hosts\r\n\r\nnode-1   slots=8 # 1st\r\nme@10.0.0.2\tslots=4 max_slots=8\r\nfe80::1 slots=2")
+    hosts = {"node-1": 8, "me@10.0.0.2": 4, "fe80::1": 2}
+    assert read_hostfile(str(file)) == hosts == dict(fetch_hostfile(str(file)))
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,13 @@ def test_what_is_read_is_what_deepspeed_reads(tmp_path: Path) -> None:
         ("a b slots=2\n", r"hostfile:1: 'a b slots=2' is malformed"),
         ("\ufeffa slots=2\n", r"hostfile:1: .* byte order mark"),
         ("a slots=2\n\na slots=2\n", r"hostfile:3: the host a is in line 1 already"),
+        ("node slots=2\nNode slots=2\n", r"hostfile:2: the host Node is in line 1 already"),
+        ("node-[1-4] slots=2\n", r"hostfile:1: 'node-\[1-4\]' is no name or address of a host"),
+        ("a,b slots=2\n", r"hostfile:1: 'a,b' is no name or address of a host"),
+        ("$HOST slots=2\n", r"hostfile:1: .* is no name or address of a host"),
+        ("-a slots=2\n", r"hostfile:1: .* is no name or address of a host"),
+        ("[fe80::1]:22 slots=2\n", r"hostfile:1: .* is no name or address of a host"),
+        ("a slots=2\u2028b slots=2\n", r"hostfile:1: .* is malformed"),
         ("a slots=0\n", r"hostfile:1: slots=0 of the host a, expected 1 to"),
         ("a slots=99999\n", r"hostfile:1: slots=99999 of the host a"),
         ("# none\n\n", r"hostfile lists no hosts"),

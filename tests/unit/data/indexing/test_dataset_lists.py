@@ -48,6 +48,12 @@ def test_a_link_to_a_parent_folder_is_not_followed_forever(tmp_path):
     assert listed(tmp_path / "videos")[0] == [("a.mp4", -1)]
 
 
+def test_a_recursive_glob_takes_each_folder_once(tmp_path):
+    touch(tmp_path, "videos/run/a.mp4", "videos/walk/b.mp4")
+    (tmp_path / "videos" / "run" / "loop").symlink_to(tmp_path / "videos")
+    assert listed(f"{tmp_path}/videos/**/*.mp4") == ([("run/a.mp4", 0), ("walk/b.mp4", 1)], ("run", "walk"))
+
+
 def test_a_file_whose_name_is_no_text_is_left_out_not_fatal(tmp_path):
     encoded = os.fsencode(tmp_path) + b"/caf\xe9.mp4"
     try:
@@ -212,6 +218,60 @@ def test_a_key_of_webdataset_ends_at_the_first_dot(tmp_path, caplog):
         listed(tar(tmp_path / "s.tar", **{"0.mp4": "x", "0.cls": "cat"}))
 
 
+def test_a_tar_file_that_goes_on_behind_its_end_is_refused(tmp_path, caplog):
+    path = tar(tmp_path / "s.tar", **{"0.mp4": "x", "0.cls": "1", "1.mp4": "x", "1.cls": "2"})
+    whole = path.read_bytes()
+    with tarfile.open(path) as archive:
+        third = archive.getmembers()[2].offset
+    damaged = bytearray(whole)
+    damaged[third + 150] ^= 1
+    for content, place in ((bytes(damaged), third), (whole + whole, len(whole)), (whole[: third + 100], third)):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"it goes on at byte {place}. Expected one whole tar file"):
+            listed(path)
+    path.write_bytes(whole[:third])
+    assert listed(path)[0] == [("0.mp4", 1)]
+    assert "has no end mark: members may be missing" in caplog.text
+
+
+def test_members_that_are_no_labels_are_counted_and_labels_are_of_one_content(tmp_path, caplog):
+    path = tar(tmp_path / "s.tar", **{"0.MP4": "x", "0.CLS": "1", "0.json": "{}", "0.label": "2"})
+    with caplog.at_level(logging.INFO, logger="mvd_scale"):
+        assert listed(path)[0] == [("0.MP4", 1)]
+    assert "2 members of" in caplog.text
+    assert "are not taken, by their suffixes: 1 .json, 1 .label" in caplog.text
+    tar(path, **{"0.mp4": "x", "0.cls": "1"})
+    with tarfile.open(path, "a") as archive:
+        member = tarfile.TarInfo("0.cls")
+        member.size = 1
+        archive.addfile(member, io.BytesIO(b"2"))
+    with pytest.raises(UserError, match=r"0\.cls is in it more than once, with other contents"):
+        listed(path)
+
+
+def test_members_that_are_no_range_of_the_file_are_left_out(tmp_path):
+    path = tar(tmp_path / "s.tar", **{"a.mp4": "x"})
+    with tarfile.open(path, "a") as archive:
+        for name, kind in (("hard.mp4", tarfile.LNKTYPE), ("soft.mp4", tarfile.SYMTYPE), ("holes.mp4", b"S")):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "a.mp4"
+            archive.addfile(member)
+    reasons = [row.left_out for row in list_videos([str(path)], ListOptions()).rows]
+    assert reasons[0] is None
+    assert [str(reason).split(":")[0] for reason in reasons[1:]] == [
+        "a link in the tar file",
+        "a link in the tar file",
+        "stored with holes in the tar file",
+    ]
+
+
+@pytest.mark.parametrize("name", ["s.tar.gz", "s.tgz", "s.zip", "list.csv.gz", "list.xlsx"])
+def test_packed_files_are_told(tmp_path, name):
+    touch(tmp_path, name)
+    with pytest.raises(UserError, match=r"cannot be indexed: .*\. Unpack it first"):
+        listed(tmp_path / name)
+
+
 HIDDEN = (
     "__MACOSX/run/._a.mp4",
     "run/._a.mp4",
@@ -293,3 +353,74 @@ def test_what_is_no_source_is_said(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
         listed(tmp_path / name)
+
+
+def test_templates_of_something_that_are_none(tmp_path):
+    touch(tmp_path, "1.webm", "2.webm")
+    (tmp_path / "t.json").write_text('[{"id": 1, "template": "Holding [something]"}, {"id": 2, "template": null}]')
+    assert listed(tmp_path / "t.json") == ([("1.webm", 0), ("2.webm", -1)], ("Holding something",))
+
+
+def test_columns_that_cannot_be_told_apart_and_columns_without_labels(tmp_path, caplog):
+    touch(tmp_path, "a.mp4")
+    path = tmp_path / "list.csv"
+    path.write_text("path,label,label\na.mp4,0,5\n")
+    with pytest.raises(UserError, match=r"list.csv:1: several columns are called label: rename"):
+        listed(path)
+    path.write_text("path,target\na.mp4,0\n")
+    assert listed(path)[0] == [("a.mp4", -1)]
+    assert "has no column of labels, so that its videos get none: its columns are path, target" in caplog.text
+    path.write_text("path,label_id,label\na.mp4,7,run\n")
+    with caplog.at_level(logging.INFO, logger="mvd_scale"):
+        assert listed(path) == ([("a.mp4", 0)], ("run",))
+    assert "labels are those of the column label, not of label_id" in caplog.text
+    path.write_text(f"path,label,caption\na.mp4,3,{'long ' * 40_000}\n")
+    assert listed(path)[0] == [("a.mp4", 3)]
+
+
+def test_labels_that_count_from_1_are_told(tmp_path, caplog):
+    touch(tmp_path, "a.mp4", "b.mp4")
+    path = tmp_path / "list.csv"
+    for labels, told in (((1, 2), True), ((0, 1), False), ((-1, 1), True), ((-1, -1), False)):
+        caplog.clear()
+        path.write_text("path,label\na.mp4,{}\nb.mp4,{}\n".format(*labels))
+        with caplog.at_level(logging.INFO, logger="mvd_scale"):
+            assert [label for _, label in listed(path)[0]] == list(labels)
+        assert ("has the label 0: if its labels count from 1, class 0 is empty" in caplog.text) == told
+
+
+def test_the_split_of_any_list_with_such_a_column(tmp_path):
+    touch(tmp_path, "a.mp4", "b.mp4")
+    path = tmp_path / "list.csv"
+    path.write_text("path,label,split\na.mp4,0,Train\nb.mp4,1,validation\n")
+    assert listed(path, split="train")[0] == [("a.mp4", 0)]
+    assert listed(path, split="validation")[0] == [("b.mp4", 1)]
+    assert len(listed(path)[0]) == 2
+    with pytest.raises(UserError, match="lists no videos of the split test"):
+        listed(path, split="test")
+    for text in ("path,label\na.mp4,0\n", "a.mp4 0\n"):
+        path.write_text(text)
+        with pytest.raises(UserError, match="has no column `split`: leave --split train out"):
+            listed(path, split="train")
+
+
+@pytest.mark.parametrize("classes", ["none.txt", "."])
+def test_a_file_of_classes_that_cannot_be_read(tmp_path, classes):
+    touch(tmp_path, "a.mp4")
+    (tmp_path / "list.csv").write_text("a.mp4,run\n")
+    with pytest.raises(UserError, match=r"cannot be read: (No such file|Is a directory)"):
+        listed(tmp_path / "list.csv", classes=str(tmp_path / classes))
+
+
+@pytest.mark.parametrize("label", ["9" * 5000, "1e400", "[1, 2]", "(3)"])
+def test_a_label_that_is_no_number_of_a_class(tmp_path, label):
+    touch(tmp_path, "a.mp4", "b.mp4")
+    (tmp_path / "list.csv").write_text(f'path,label\na.mp4,"{label}"\nb.mp4,run\n')
+    with pytest.raises(UserError, match=r"list.csv:2: the label .* is no number of a class"):
+        listed(tmp_path / "list.csv")
+
+
+def test_json_that_is_nested_too_deep(tmp_path):
+    (tmp_path / "t.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="its brackets are nested too deep"):
+        listed(tmp_path / "t.json")

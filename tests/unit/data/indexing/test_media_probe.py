@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -243,3 +244,101 @@ def test_the_command_sets_stills_upright(tmp_path: Path) -> None:
         CliRunner().invoke(cli, arguments, catch_exceptions=False)
         row = Manifest.load(out).row(0)
         assert (row.height, row.width) == size
+
+
+def test_times_that_were_not_stored_are_not_believed(tmp_path: Path) -> None:
+    # AVI keeps no times: a copy into another container has times that rise in the order of the packets.
+    source = write(tmp_path / "a.avi", frames=24, max_b_frames=2)
+    for name in ("copied.mkv", "copied.mp4"):
+        with av.open(str(source)) as container, av.open(str(tmp_path / name), "w") as copy:
+            stream = container.streams.video[0]
+            target = copy.add_stream_from_template(stream, opaque=True)
+            for packet in container.demux(stream):
+                if packet.size:
+                    packet.pts = packet.dts
+                    packet.stream = target
+                    copy.mux(packet)
+        row = probe(tmp_path / name)
+        assert (row.left_out, row.access, row.plain) == (None, "count", False)
+        assert numbers(row) == list(range(24))
+
+
+def test_truncated_is_said_of_no_whole_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.ts", frames=8, codec="libsvtav1")  # AV1 in MPEG-TS is a stream of an unknown kind
+    assert probe(path).left_out == "no video stream"
+
+
+def test_a_tile_is_not_taken_for_its_picture(tmp_path: Path) -> None:
+    """A photo of a phone is a grid of tiles, each a stream of its own; here two, of which the grid is put together."""
+    still = write(tmp_path / "still.avif", frames=1, codec="libsvtav1").read_bytes()
+    assert probe(tmp_path / "still.avif").frames == 1
+    (tmp_path / "photo.jpg").write_bytes(grid_of_tiles(still))
+    assert "a picture of several tiles" in str(probe(tmp_path / "photo.jpg").left_out)
+
+
+def grid_of_tiles(still: bytes) -> bytes:
+    """AVIF whose picture is a grid of 1 x 2 tiles (ISO/IEC 23008-12, 6.6.2.3), each the one of a still."""
+
+    def box(kind: bytes, *parts: bytes) -> bytes:
+        content = b"".join(parts)
+        return struct.pack(">I4s", 8 + len(content), kind) + content
+
+    def versioned(kind: bytes, version: int, *parts: bytes) -> bytes:
+        return box(kind, struct.pack(">I", version << 24), *parts)
+
+    place, configured = still.index(b"mdat") + 4, still.index(b"av1C") - 4
+    config = still[configured : configured + int.from_bytes(still[configured : configured + 4], "big")]
+    items = [still[place:], still[place:], struct.pack(">4B2H", 0, 0, 0, 1, 128, 64)]
+    kinds = [b"av01", b"av01", b"grid"]
+    entries = [versioned(b"infe", 2, struct.pack(">2H", k, 0), kind, b"\0") for k, kind in enumerate(kinds, 1)]
+    sizes = [versioned(b"ispe", 0, struct.pack(">2I", width, 64)) for width in (64, 128)]
+    properties = versioned(
+        b"ipma", 0, struct.pack(">I", 3), b"\0\1\2\x81\2", b"\0\2\2\x81\2", struct.pack(">HBB", 3, 1, 3)
+    )
+
+    def meta(start: int) -> bytes:
+        ends = np.cumsum([start, *map(len, items)]).tolist()
+        places = [struct.pack(">3H2I", k, 0, 1, ends[k - 1], len(item)) for k, item in enumerate(items, 1)]
+        return versioned(
+            b"meta",
+            0,
+            versioned(b"hdlr", 0, struct.pack(">I4s13x", 0, b"pict")),
+            versioned(b"pitm", 0, struct.pack(">H", 3)),
+            versioned(b"iloc", 0, b"\x44\0", struct.pack(">H", 3), *places),
+            versioned(b"iinf", 0, struct.pack(">H", 3), *entries),
+            versioned(b"iref", 0, box(b"dimg", struct.pack(">4H", 3, 2, 1, 2))),
+            box(b"iprp", box(b"ipco", config, *sizes), properties),
+        )
+
+    head = box(b"ftyp", b"avif", struct.pack(">I", 0), b"avifmif1miaf")
+    return head + meta(len(head) + len(meta(0)) + 8) + box(b"mdat", *items)
+
+
+def test_frames_that_could_be_reordered_but_are_not(tmp_path: Path) -> None:
+    # MP4 stores when each frame is decoded: the order is known without decoding.
+    unused = {"x264-params": "bframes=2:b-adapt=1:b-bias=-100"}
+    path = write(tmp_path / "a.mp4", frames=24, options=unused)
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert stream.codec_context.reorder_depth > 0
+        assert (np.diff([packet.pts for packet in container.demux(stream) if packet.size]) > 0).all()
+    assert probe(path).access == "packets"
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265", "libvpx-vp9", "libsvtav1", "mpeg4"])
+def test_a_download_of_full_size_that_ends_in_zeros_is_truncated(tmp_path: Path, codec: str) -> None:
+    path = write(tmp_path / "a.mp4", frames=24, codec=codec)
+    data = bytearray(path.read_bytes())
+    end = data.index(b"moov") - 4
+    begin = data.index(b"mdat") + (end - data.index(b"mdat")) * 2 // 3
+    path.write_bytes(data[:begin] + bytes(end - begin) + data[end:])
+    assert probe(path).left_out == "truncated: its end is zeros, as of a download that was not finished"
+
+
+def test_a_recording_that_ends_in_zeros_is_decoded(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.mkv", frames=24)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 2 // 3] + bytes(len(data) - len(data) * 2 // 3))
+    row = probe(path)
+    assert (row.left_out, row.access) == (None, "times")
+    assert numbers(row) == streams.decode_all(path)

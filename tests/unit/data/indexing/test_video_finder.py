@@ -59,6 +59,30 @@ def test_two_classes_do_not_share_a_file_that_was_searched(tmp_path: Path) -> No
         listed(tmp_path, "001.mp4 0\n001.mp4 1\n")
 
 
+def test_a_file_has_one_class_and_lines_that_repeat_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    touch(tmp_path, "v/a.mp4", "v/b.mp4")
+    with pytest.raises(
+        UserError, match=r"list.txt:3: './v/a.mp4' is found as .*v/a.mp4, which line 1 has with another"
+    ):
+        listed(tmp_path, "v/a.mp4 0\nv/b.mp4 1\n./v/a.mp4 1\n")
+    with caplog.at_level(logging.INFO, logger="mvd_scale"):
+        repeated = listed(tmp_path, "v/a.mp4 0\nv/b.mp4 1\nv/a.mp4 0\n")
+    assert paths(repeated, tmp_path) == ["v/a.mp4", "v/b.mp4", "v/a.mp4"]
+    assert "1 lines of" in caplog.text
+    # What is not there is left out anyway.
+    assert len(listed(tmp_path, "v/none.mp4 0\nv/none.mp4 1\nv/a.mp4 1\n").rows) == 3
+
+
+@pytest.mark.parametrize(("written", "lies"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_accents_of_a_folder_are_written_in_two_ways(tmp_path: Path, written: str, lies: str) -> None:
+    name = "caf\u00e9/a.mp4"
+    touch(tmp_path, unicodedata.normalize(lies, name))  # type: ignore[arg-type]
+    (row,) = listed(tmp_path, f"{unicodedata.normalize(written, name)} 0\n").rows  # type: ignore[arg-type]
+    assert Path(row.path).is_file()
+
+
 def test_a_path_is_tried_from_the_root_and_from_the_working_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
