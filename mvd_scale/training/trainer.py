@@ -19,7 +19,7 @@ from mvd_scale.data.batch import ClipBatch
 from mvd_scale.distributed.process_group import Ranks
 from mvd_scale.run_dir import RunFolder
 from mvd_scale.training.callbacks import CallbackList
-from mvd_scale.training.checkpointer import Checkpointer
+from mvd_scale.training.checkpointing.checkpointer import Checkpointer
 from mvd_scale.training.ema import ModelEma
 from mvd_scale.training.lr_schedule import Schedule
 from mvd_scale.training.metrics import Meter, MetricWriter, MicroBatchMetrics
@@ -185,7 +185,7 @@ class Trainer:
                     writer.write(self.step, values | self._optimizer_values())
                 callbacks.on_step_end(self.engine, self.step, writer)
                 if overdue or checkpointer.should_save(self.step) or ended or stopping:
-                    checkpointer.save(self.engine, self.step)
+                    checkpointer.save(self.step)
                 if stopping and not ended:
                     raise Preempted(stop.exit_code)
 
