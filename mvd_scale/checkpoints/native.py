@@ -36,26 +36,47 @@ def save_weights(
     views: ViewsConfig | None = None,
     detector: DetectorConfig | None = None,
 ) -> None:
-    """Write a model as safetensors; the file is written under another name and then renamed, so it is never partial.
+    """Write a model as safetensors with metadata; arguments as of `write_tensors` and `describe_weights`."""
+    write_tensors(path, tensors, describe_weights(model, decoders, classes=classes, views=views, detector=detector))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors as safetensors; the file is written under another name and then renamed, so it is never partial.
 
     Args:
         path: file to write.
         tensors: tensors by the names of `Encoder`, `Student`, `Classifier` or `Detector`.
+        metadata: result of `describe_weights`.
+    """
+    partial = path.with_name(path.name + ".partial")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, {**metadata, "format": "pt"})
+    partial.chmod(0o644)
+    os.replace(partial, path)
+
+
+def describe_weights(
+    model: ModelConfig,
+    decoders: Mapping[str, DecoderConfig] | None = None,
+    *,
+    classes: Sequence[str] = (),
+    views: ViewsConfig | None = None,
+    detector: DetectorConfig | None = None,
+) -> dict[str, str]:
+    """Make the metadata of a file of weights, as JSON.
+
+    Args:
         model: shape of the encoder.
         decoders: shapes of the decoders by target name.
         classes: class names in the order of the head's outputs.
         views: views by which a classifier or detector is evaluated.
         detector: shape of the detection head.
     """
-    partial = path.with_name(path.name + ".partial")
-    metadata = describe_model(model, classes, views) | {"format": "pt"}
+    metadata = describe_model(model, classes, views)
     if decoders:
         metadata[_DECODERS_KEY] = json.dumps({name: shape.model_dump() for name, shape in decoders.items()})
     if detector is not None:
         metadata[_DETECTOR_KEY] = detector.model_dump_json()
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
-    partial.chmod(0o644)
-    os.replace(partial, path)
+    return metadata
 
 
 def describe_model(model: ModelConfig, classes: Sequence[str], views: ViewsConfig | None) -> dict[str, str]:

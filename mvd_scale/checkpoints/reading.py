@@ -22,6 +22,7 @@ from mvd_scale.checkpoints.deepspeed_folders import find_deepspeed, load_deepspe
 from mvd_scale.checkpoints.other_kinds import refuse_other_kinds
 from mvd_scale.checkpoints.pickle_protocols import newer_protocol
 from mvd_scale.checkpoints.pickles import load_pickle
+from mvd_scale.checkpoints.tensor_folder import is_tensor_folder, read_model
 from mvd_scale.checkpoints.wrappers import SEPARATOR, nested, unwrap
 from mvd_scale.errors import UserError
 
@@ -124,6 +125,10 @@ def _read_folder(path: Path) -> RawCheckpoint:
         if (path / name).is_file():
             _log_choice(path, path / name)
             return _read_file(path / name)
+    if is_tensor_folder(path):
+        _log_choice(path, path)
+        tensors, metadata = read_model(path)
+        return RawCheckpoint(path, tensors, metadata, recipe=_recipe_near(path))
     deepspeed = find_deepspeed(path)
     if deepspeed is not None:
         _log_choice(path, deepspeed)

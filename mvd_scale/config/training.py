@@ -168,6 +168,9 @@ class CheckpointConfig(Section):
     keep: int = Field(default=3, gt=0)
     """Number of checkpoints to keep, the newest ones; older ones are deleted."""
 
+    keep_every_steps: int | None = Field(default=None, gt=0)
+    """Number of optimizer steps of whose multiples the checkpoints are never deleted; null to keep the newest alone."""
+
 
 class PicturesConfig(Section):
     """Pictures of a few fixed clips during training: frames, mask, and each target beside its prediction."""

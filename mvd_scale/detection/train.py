@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from mvd_scale.checkpoints.weights import save_weights
+from mvd_scale.checkpoints.native import describe_weights
 from mvd_scale.config import DetectionRecipe
 from mvd_scale.config.data import DataConfig, ViewsConfig
 from mvd_scale.data.indexing.build import load_source
@@ -67,10 +65,10 @@ class DetectionTask(FinetuneTask[DetectionRecipe]):
         """Create the detector with random weights."""
         return Detector(self.recipe.model, self.recipe.detector)
 
-    def write(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        """Write the weights, with the metadata that the evaluation needs."""
+    def describe(self) -> dict[str, str]:
+        """Describe the model by what the evaluation needs."""
         views = ViewsConfig(stride=self.recipe.data.stride, clips=1, crops=1)
-        save_weights(path, tensors, self.recipe.model, views=views, detector=self.recipe.detector)
+        return describe_weights(self.recipe.model, views=views, detector=self.recipe.detector)
 
     def data_digests(self) -> dict[str, Any]:
         """Compute digests of the videos and of the boxes with their actions."""

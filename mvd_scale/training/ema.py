@@ -7,17 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mvd_scale.checkpoints.native import save_weights
 from mvd_scale.distributed.process_group import Ranks
-from mvd_scale.errors import UserError
 from mvd_scale.models import Student
 from mvd_scale.targets import Target
-from mvd_scale.targets.load import ema_file
 from mvd_scale.targets.momentum import MomentumTeacher
-from mvd_scale.training.deepspeed_engine import gather_full, local_shard, online_shard, write_shard
+from mvd_scale.training.checkpointing.pieces import Pieces, State
+from mvd_scale.training.deepspeed_engine import gather_full, online_shard, write_shard
 from mvd_scale.training.lr_schedule import Schedule, cosine_schedule
 
 
@@ -31,8 +29,8 @@ class ModelEma:
         averaged: parameters of the module that gets the average, by name.
         online: parameters of the trained model by the same names.
         momentum: function from the step to the weight of the old average.
-        file: function from a folder to the path of the average in it.
-        write: function that writes all tensors of the average to such a path.
+        name: name of the average among those of its run: that of its file, without suffix.
+        write: function that writes all tensors of the average to a file.
         ranks: this process among all.
     """
 
@@ -41,7 +39,7 @@ class ModelEma:
         averaged: Mapping[str, nn.Parameter],
         online: Mapping[str, nn.Parameter],
         momentum: Callable[[int], float],
-        file: Callable[[Path], Path],
+        name: str,
         write: Callable[[Path, dict[str, Tensor]], None],
         ranks: Ranks,
     ) -> None:
@@ -49,16 +47,16 @@ class ModelEma:
         self.online = {name: online[name] for name in averaged}
         self.momentum = momentum
         self.ranks = ranks
-        self._file = file
+        self.name = name
         self._write = write
         self.shards = [share.clone() for share in self._online_shards()]
-        self._publish()
+        self.publish()
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Update the average with the weights after optimizer step `step`. All ranks must call it."""
         torch._foreach_lerp_(self.shards, list(self._online_shards()), 1 - self.momentum(step))
-        self._publish()
+        self.publish()
 
     def save(self, folder: Path) -> None:
         """Write the whole average to its file in a folder. All ranks must call it."""
@@ -68,30 +66,43 @@ class ModelEma:
             if self.ranks.is_main:
                 whole[name] = full.cpu()
         if self.ranks.is_main:
-            self._write(self._file(folder), whole)
+            self._write(folder / f"{self.name}.safetensors", whole)
 
-    @torch.no_grad()
-    def load(self, folder: Path) -> None:
-        """Load the average that `save` wrote.
+    def state(self) -> State:
+        """The parts of the average that this rank holds, as pieces of whole tensors; they share memory with it.
 
-        Raises:
-            UserError: the file is missing or damaged.
+        Loading them must be followed by `publish`. A tensor that every rank holds whole is in the state of every rank.
         """
-        path = self._file(folder)
-        tensors = load_file(path) if path.is_file() else {}
-        if tensors.keys() != self.averaged.keys():
-            raise UserError(
-                f"{path} is not the average of this run: remove its folder to resume from the checkpoint before it"
+        return {
+            f"average.{self.name}.{name}": self._pieces(parameter, share)
+            for (name, parameter), share in zip(self.averaged.items(), self.shards, strict=True)
+        }
+
+    def share_of_state(self) -> State:
+        """The same with every tensor that all ranks hold whole on one rank only: for saving."""
+        ranks = self.ranks
+        return {
+            name: pieces
+            if hasattr(parameter, "ds_tensor") or number % ranks.world_size == ranks.rank
+            else Pieces(pieces.shape, pieces.dtype, {})
+            for number, ((name, pieces), parameter) in enumerate(
+                zip(self.state().items(), self.averaged.values(), strict=True)
             )
-        for (name, parameter), share in zip(self.averaged.items(), self.shards, strict=True):
-            share.copy_(local_shard(tensors[name].to(share), parameter, self.ranks))
-        self._publish()
+        }
+
+    def _pieces(self, parameter: nn.Parameter, share: Tensor) -> Pieces:
+        if not hasattr(parameter, "ds_tensor"):
+            return Pieces.of_range(share.view(-1), 0, parameter.shape)
+        start = self.ranks.rank * share.numel()
+        count = min(max(parameter.ds_numel - start, 0), share.numel())  # type: ignore[attr-defined]
+        return Pieces.of_range(share[:count], start, parameter.ds_shape)  # type: ignore[attr-defined]
 
     def _online_shards(self) -> Iterator[Tensor]:
         for name, parameter in self.online.items():
             yield online_shard(parameter, self.averaged[name], self.ranks)
 
-    def _publish(self) -> None:
+    def publish(self) -> None:
+        """Copy the average to the module that gets it."""
         for parameter, share in zip(self.averaged.values(), self.shards, strict=True):
             write_shard(parameter, share)
 
@@ -123,7 +134,7 @@ def _average_of(name: str, target: MomentumTeacher, encoder: nn.Module, schedule
         dict(target.encoder.named_parameters()),
         dict(encoder.named_parameters()),
         momentum,
-        lambda folder: ema_file(folder, name),
+        f"momentum_{name}",
         lambda path, tensors: save_weights(path, tensors, model),
         ranks,
     )

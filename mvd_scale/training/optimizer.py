@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mvd_scale.config import TrainingConfig
 from mvd_scale.training.lr_schedule import Schedule
@@ -97,6 +97,36 @@ def build_optimizer(
         )
         return apex
     return torch.optim.AdamW(groups, lr=training.base_lr, betas=training.betas, eps=training.eps, fused=True)
+
+
+def adam_steps(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> int:
+    """Read the number of updates that the moments have seen, which Adam's bias correction depends on."""
+    if "step" in optimizer.param_groups[0]:
+        return int(optimizer.param_groups[0]["step"])  # apex counts by group
+    return max(int(optimizer.state[parameter]["step"]) for parameter in parameters)
+
+
+def set_adam_state(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], steps: int) -> None:
+    """Set the number of updates that the moments have seen, and make moments of zeros where there are none.
+
+    Args:
+        optimizer: result of `build_optimizer`.
+        parameters: tensors that the optimizer updates; DeepSpeed replaces those that it was built with.
+        steps: number of updates.
+    """
+    for parameter in parameters:
+        state = optimizer.state[parameter]
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if moment not in state:
+                state[moment] = torch.zeros_like(parameter)
+        if isinstance(optimizer, torch.optim.AdamW):
+            # Its fused kernel reads the number on the device.
+            state["step"] = torch.tensor(float(steps), device=parameter.device)
+        else:
+            state["step"] = steps
+    for group in optimizer.param_groups:
+        if "step" in group:
+            group["step"] = steps
 
 
 def apply_schedule(optimizer: Any, schedule: Schedule, step: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mvd_scale.checkpoints.native import describe_weights, save_weights, write_tensors
 from mvd_scale.checkpoints.weights import load_initial_encoder
 from mvd_scale.config import Recipe
 from mvd_scale.data.indexing.build import load_source
@@ -17,11 +18,10 @@ from mvd_scale.targets import MaskedDistillation
 from mvd_scale.targets.build import load_targets
 from mvd_scale.targets.load import teacher_input_sizes, weight_digests
 from mvd_scale.training.callbacks import Callback, PredictionImages, ProbeCallback, index_probe_videos
-from mvd_scale.training.capabilities import device_kind, make_placement
-from mvd_scale.training.checkpointer import export_student
+from mvd_scale.training.capabilities import make_placement
+from mvd_scale.training.deepspeed_engine import full_parameters
 from mvd_scale.training.distillation import distillation_model
 from mvd_scale.training.lr_schedule import Schedule
-from mvd_scale.training.placement import teacher_precision
 from mvd_scale.training.run import TrainingJob, run_training
 from mvd_scale.training.teachers.fidelity import check_fidelity
 from mvd_scale.training.teachers.prefetch import BatchStarter, make_prefetcher
@@ -52,11 +52,10 @@ class Pretraining(TrainingJob[Recipe]):
         return self.manifest
 
     def origin(self, ranks: Ranks) -> dict[str, Any]:
-        """Compute digests of the videos and the teachers' weights, and add the teachers' precision."""
+        """Compute digests of the videos and the teachers' weights."""
         return {
             "videos": self.manifest.digest,
             "teachers": run_on_rank0(ranks, "teachers", lambda: weight_digests(self.recipe)),
-            "teacher precision": teacher_precision(self.recipe, device_kind(ranks.device)).value,
         }
 
     def build(self, ranks: Ranks, schedule: Schedule) -> TrainedModel:
@@ -77,7 +76,18 @@ class Pretraining(TrainingJob[Recipe]):
 
     def export(self, engine: Any, folder: Path, ranks: Ranks) -> None:
         """Write the weights of the student, and of its encoder in a second file."""
-        export_student(engine, folder, self.recipe, ranks)
+        tensors = {name: full for name, full in full_parameters(engine) if ranks.is_main}
+        if ranks.is_main:
+            prefix = "encoder."
+            encoder = {name.removeprefix(prefix): full for name, full in tensors.items() if name.startswith(prefix)}
+            save_weights(folder / "encoder.safetensors", encoder, self.recipe.model)
+            write_tensors(folder / "student.safetensors", tensors, self.describe())
+
+    def describe(self) -> dict[str, str]:
+        """Describe the student by the shapes of its encoder and its decoders."""
+        targets = self.recipe.targets
+        decoders = {name: target.decoder for name, target in targets.items() if target.decoder is not None}
+        return describe_weights(self.recipe.model, decoders)
 
     def load(self, ranks: Ranks, steps: range) -> ClipLoader:
         """Create the loader of masked clips, resized to the input sides of student and teachers."""

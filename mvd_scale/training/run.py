@@ -21,7 +21,7 @@ from mvd_scale.errors import UserError
 from mvd_scale.models.precision import dtype_of
 from mvd_scale.run_dir import RunFolder
 from mvd_scale.training.callbacks import Callback, CallbackList
-from mvd_scale.training.checkpointer import Checkpointer
+from mvd_scale.training.checkpointing.checkpointer import Checkpointer, RunState
 from mvd_scale.training.lr_schedule import Schedule
 from mvd_scale.training.teachers.prefetch import BatchStarter, TeacherPrefetcher
 from mvd_scale.training.trainer import TrainedModel, Trainer
@@ -85,6 +85,10 @@ class TrainingJob(ABC, Generic[AnyRecipe]):
         """Write the model's weights in float32 to a folder. All ranks call it."""
 
     @abstractmethod
+    def describe(self) -> dict[str, str]:
+        """Describe the model, as the metadata of the files of its weights."""
+
+    @abstractmethod
     def load(self, ranks: Ranks, steps: range) -> ClipLoader:
         """Create the loader of this rank's clips for the optimizer steps `steps`."""
 
@@ -118,20 +122,19 @@ def run_training(job: TrainingJob[Any]) -> None:
 
     torch.manual_seed(recipe.seed)
     model = job.build(ranks, schedule)
-    checkpointer = Checkpointer(
-        folder, recipe, ranks, origin, steps, model.averages, lambda engine, path: job.export(engine, path, ranks)
-    )
-    start = resume(model.engine, checkpointer, schedule, folder, ranks)
-    log_run_summary(recipe, manifest, schedule, ranks, job.rows)
-    callbacks = CallbackList(job.callbacks(ranks, schedule))
-    with job.load(ranks, range(start, schedule.last_step)) as loader:
-        batches = TeacherPrefetcher(loader, job.prefetch(ranks))
-        Trainer(model, batches, schedule, recipe, ranks, start).train(folder, checkpointer, callbacks)
-    finish(model.engine, checkpointer, folder, ranks, schedule.last_step)
+    run = RunState(origin, job.describe())
+    with Checkpointer(folder, recipe, ranks, run, steps, model.engine, model.averages) as checkpointer:
+        start = resume(checkpointer, schedule, folder, ranks)
+        log_run_summary(recipe, manifest, schedule, ranks, job.rows)
+        callbacks = CallbackList(job.callbacks(ranks, schedule))
+        with job.load(ranks, range(start, schedule.last_step)) as loader:
+            batches = TeacherPrefetcher(loader, job.prefetch(ranks))
+            Trainer(model, batches, schedule, recipe, ranks, start).train(folder, checkpointer, callbacks)
+    finish(job, model, ranks, {"steps": schedule.last_step, "origin": origin})
     destroy_distributed()
 
 
-def resume(engine: Any, checkpointer: Checkpointer, schedule: Schedule, folder: RunFolder, ranks: Ranks) -> int:
+def resume(checkpointer: Checkpointer, schedule: Schedule, folder: RunFolder, ranks: Ranks) -> int:
     """Load the newest checkpoint, and delete metrics and partial files that a killed run wrote after it.
 
     Returns:
@@ -140,7 +143,7 @@ def resume(engine: Any, checkpointer: Checkpointer, schedule: Schedule, folder: 
     Raises:
         UserError: see `Checkpointer.resume`; or the checkpoint is beyond the last step of the run.
     """
-    start = checkpointer.resume(engine)
+    start = checkpointer.resume()
     if start > schedule.last_step:
         raise UserError(
             f"{folder.path} has already reached step {start}, beyond its last step {schedule.last_step}; "
@@ -203,10 +206,13 @@ def _attention(recipe: RunRecipe, ranks: Ranks) -> str:
     return ", ".join(f"{name} ({reason})" if reason else name for name, reason in reasons.items())
 
 
-def finish(engine: Any, checkpointer: Checkpointer, folder: RunFolder, ranks: Ranks, step: int) -> None:
+def finish(job: TrainingJob[Any], model: TrainedModel, ranks: Ranks, summary: dict[str, Any]) -> None:
     """Export the final weights, and write the summary of the run with its first and last metrics."""
-    checkpointer.export(engine, folder.path)
+    folder = job.folder
+    job.export(model.engine, folder.path, ranks)
+    for average in model.averages:
+        average.save(folder.path)
     if ranks.is_main:
         readings = read_metrics(folder.metrics)
-        folder.finish({"steps": step, "origin": checkpointer.origin, "first": readings[0], "last": readings[-1]})
+        folder.finish({**summary, "first": readings[0], "last": readings[-1]})
         logger.info("finished: %s", folder.path)

@@ -27,7 +27,7 @@ from mvd_scale.training.teachers.prefetch import TeacherPrefetcher
 if TYPE_CHECKING:
     from mvd_scale.run_dir import RunFolder
     from mvd_scale.training.callbacks import CallbackList
-    from mvd_scale.training.checkpointer import Checkpointer
+    from mvd_scale.training.checkpointing.checkpointer import Checkpointer
 
 
 class Objective(Protocol):
@@ -187,7 +187,7 @@ class Trainer:
                     writer.write(self.step, values | self._optimizer_values())
                 callbacks.on_step_end(self.engine, self.step, writer)
                 if overdue or checkpointer.should_save(self.step) or ended or stopping:
-                    checkpointer.save(self.engine, self.step)
+                    checkpointer.save(self.step)
                 if stopping and not ended:
                     raise Preempted(stop.exit_code)
 

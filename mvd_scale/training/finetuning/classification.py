@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from mvd_scale.checkpoints.weights import save_weights
+from mvd_scale.checkpoints.native import describe_weights
 from mvd_scale.config import FinetuneRecipe
 from mvd_scale.config.data import DataConfig
 from mvd_scale.data.indexing.build import load_source
@@ -62,9 +59,9 @@ class ClassificationTask(FinetuneTask[FinetuneRecipe]):
         head = self.recipe.classifier
         return Classifier(self.recipe.model, self.classes, dropout=head.dropout, init_scale=head.init_scale)
 
-    def write(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        """Write the weights, with the names of the classes and the test views as metadata."""
-        save_weights(path, tensors, self.recipe.model, classes=self.manifest.classes, views=self.recipe.test)
+    def describe(self) -> dict[str, str]:
+        """Describe the model by its shape, the names of the classes and the test views."""
+        return describe_weights(self.recipe.model, classes=self.manifest.classes, views=self.recipe.test)
 
     def data_digests(self) -> dict[str, Any]:
         """Compute digests of the videos and of their labels."""

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from mvd_scale.checkpoints.native import write_tensors
 from mvd_scale.checkpoints.reading import read_raw_checkpoint, tensors_digest
 from mvd_scale.checkpoints.weights import load_initial_encoder
 from mvd_scale.config import TaskRecipe
@@ -54,9 +55,9 @@ class FinetuneTask(TrainingJob[AnyRecipe]):
     def create_model(self) -> Classifier | Detector:
         """Create the model with random weights; `build` loads the pre-trained weights of its `encoder`."""
 
-    @abstractmethod
     def write(self, path: Path, tensors: dict[str, Tensor]) -> None:
         """Write the model's weights with their metadata to a file."""
+        write_tensors(path, tensors, self.describe())
 
     @abstractmethod
     def objective(self) -> Objective:
@@ -153,7 +154,7 @@ def _average(averaged: nn.Module, engine: Any, task: FinetuneTask[Any], ranks: R
         dict(averaged.named_parameters()),
         dict(engine.module.named_parameters()),
         lambda step: decay,
-        lambda folder: folder / "average.safetensors",
+        "average",
         task.write,
         ranks,
     )

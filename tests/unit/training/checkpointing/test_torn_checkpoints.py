@@ -1,4 +1,4 @@
-"""Tests that a checkpoint which lost a file or a part of one is recognised, and the one before it is taken."""
+"""Tests that a checkpoint which lost a file, a part of one or a bit is recognised, and the one before it is taken."""
 
 from __future__ import annotations
 
@@ -12,21 +12,26 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from mvd_scale.checkpoints.reading import read_raw_checkpoint
+from mvd_scale.checkpoints.tensor_folder import TensorFolderWriter
 from mvd_scale.errors import UserError
-from mvd_scale.training.checkpoint_files import find_damage, record_files
-from mvd_scale.training.checkpointer import Checkpointer
+from mvd_scale.training.checkpointing.checkpointer import Checkpointer
+from mvd_scale.training.checkpointing.files import describe_files, find_damage, write_record
+from mvd_scale.training.checkpointing.pieces import Pieces, PiecesSavePlanner
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+TENSORS = "__0_0.distcp"
 
 
 def checkpoint(run: Path, step: int) -> Path:
     folder = run / "checkpoints" / f"step_{step:08d}"
-    (folder / "deep").mkdir(parents=True)
-    torch.save({"module": {"w": torch.full((100,), float(step))}}, folder / "mp_rank_00_model_states.pt")
-    save_file({"w": torch.full((100,), float(step))}, folder / "deep" / "average.safetensors")
-    (folder / "layout.json").write_text(json.dumps({"ranks": 1}))
-    record_files(folder)
+    state = {"model.w": Pieces.of_range(torch.full((100,), float(step)), 0, (100,))}
+    save(state, storage_writer=TensorFolderWriter(folder), planner=PiecesSavePlanner(), no_dist=True)
+    (folder / "state.json").write_text(json.dumps({"step": step, "weights": {}}))
+    write_record(folder, describe_files(folder.iterdir()))
     return folder
 
 
@@ -34,19 +39,18 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-50])
 
 
-def clear_end(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:50] + bytes(file.stat().st_size - 50))
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
 
 
 TEARS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "a file is gone": (lambda f: (f / "mp_rank_00_model_states.pt").unlink(), "mp_rank_00_model_states.pt is missing"),
-    "a file is cut off": (
-        lambda f: cut(f / "deep" / "average.safetensors"),
-        r"average.safetensors has \d+ of",
-    ),
-    "zeros in a pickle": (lambda f: clear_end(f / "mp_rank_00_model_states.pt"), "model_states.pt is damaged"),
-    "zeros in safetensors": (lambda f: clear_end(f / "deep" / "average.safetensors"), "average.safetensors is damaged"),
-    "zeros in JSON": (lambda f: (f / "layout.json").write_bytes(bytes(12)), "layout.json is damaged"),
+    "a file is gone": (lambda f: (f / TENSORS).unlink(), "distcp is missing"),
+    "a file is cut off": (lambda f: cut(f / TENSORS), r"distcp has \d+ of"),
+    "a bit is flipped": (lambda f: flip(f / TENSORS), "distcp holds other bytes than were written"),
+    "a bit is flipped in JSON": (lambda f: flip(f / "tensors.json"), "tensors.json holds other bytes"),
+    "zeros": (lambda f: (f / "state.json").write_bytes(bytes((f / "state.json").stat().st_size)), "state.json holds"),
     "no record": (lambda f: (f / "files.json").unlink(), "its list of files, files.json, is missing"),
     "the record is cut off": (lambda f: cut(f / "files.json"), "its list of files, files.json, is missing or cut off"),
 }
@@ -74,12 +78,12 @@ def test_the_checkpoint_before_a_torn_one_is_taken(tmp_path: Path, caplog: pytes
     for step in (5, 10, 15):
         checkpoint(tmp_path, step)
     for step in (10, 15):
-        cut(tmp_path / "checkpoints" / f"step_{step:08d}" / "mp_rank_00_model_states.pt")
+        cut(tmp_path / "checkpoints" / f"step_{step:08d}" / TENSORS)
     with caplog.at_level(logging.INFO, logger="mvd_scale"):
         assert read_raw_checkpoint(tmp_path).tensors["w"][0] == 5
         assert checkpointer(tmp_path)._set_torn_aside() == 5
     assert caplog.text.count("a torn checkpoint is passed over") == 2
-    assert "step_00000015 is torn: mp_rank_00_model_states.pt has" in caplog.text
+    assert "step_00000015 is torn: __0_0.distcp has" in caplog.text
     kept = sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir())
     assert kept == ["step_00000005", "step_00000010.torn", "step_00000015.torn"]
     assert checkpointer(tmp_path)._set_torn_aside() == 5
@@ -88,9 +92,7 @@ def test_the_checkpoint_before_a_torn_one_is_taken(tmp_path: Path, caplog: pytes
 
 def test_a_run_does_not_begin_anew_over_torn_checkpoints(tmp_path: Path) -> None:
     assert checkpointer(tmp_path)._set_torn_aside() is None
-    cut(checkpoint(tmp_path, 5) / "mp_rank_00_model_states.pt")
-    with pytest.raises(
-        UserError, match=r"no checkpoint in .* is whole \(step_00000005: mp_rank_00_model_states.pt has"
-    ):
+    cut(checkpoint(tmp_path, 5) / TENSORS)
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole \(step_00000005: __0_0.distcp has"):
         checkpointer(tmp_path)._set_torn_aside()
     assert (tmp_path / "checkpoints" / "step_00000005").is_dir()

@@ -1,0 +1,172 @@
+"""Folders of `torch.distributed.checkpoint`: whole tensors by name, in pieces that many ranks wrote.
+
+torch's own writer describes the pieces in a pickle. Here they are described in JSON, `tensors.json`, and torch reads
+the pieces themselves as tensors only, so that no code is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.storage import WriteResult
+
+from mvd_scale.errors import UserError
+from mvd_scale.utils.io import write_atomic
+
+DESCRIPTION = "tensors.json"
+"""File that lists the tensors of a folder, with dtype, shape and pieces: offsets, sizes, file, first byte, bytes."""
+
+STATE = "state.json"
+"""File beside it in the checkpoint of a run: numbers of the training's state, and metadata of the model's weights."""
+
+MODEL = "model."
+"""Prefix of the names of the model's weights."""
+
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+
+
+class TensorFolderWriter(FileSystemWriter):
+    """Writer of `torch.distributed.checkpoint.save` that describes the pieces in JSON and flushes files to disk."""
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write the description. Only the coordinator calls it."""
+        places = {
+            (result.index.fqn, tuple(result.index.offset or ())): result.storage_data
+            for written in results
+            for result in written
+        }
+        tensors = {}
+        for name, tensor in metadata.state_dict_metadata.items():
+            assert isinstance(tensor, TensorStorageMetadata)
+            pieces = []
+            for chunk in tensor.chunks:
+                place = places[name, tuple(chunk.offsets)]
+                pieces.append(
+                    {
+                        "offsets": list(chunk.offsets),
+                        "sizes": list(chunk.sizes),
+                        "file": place.relative_path,
+                        "start": place.offset,
+                        "bytes": place.length,
+                    }
+                )
+            dtype = str(tensor.properties.dtype).removeprefix("torch.")
+            tensors[name] = {"dtype": dtype, "shape": list(tensor.size), "pieces": pieces}
+        write_atomic(Path(self.path) / DESCRIPTION, json.dumps(tensors))
+
+
+class TensorFolderReader(FileSystemReader):
+    """Reader of `torch.distributed.checkpoint.load` for folders that `TensorFolderWriter` wrote."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Read the description.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
+        tensors: dict[str, Any] = {}
+        places: dict[MetadataIndex, _StorageInfo] = {}
+        for name, tensor in read_description(Path(self.path)).items():
+            chunks = []
+            for piece in tensor["pieces"]:
+                offsets = torch.Size(piece["offsets"])
+                chunks.append(ChunkStorageMetadata(offsets, torch.Size(piece["sizes"])))
+                # A name that leads out of the folder would read other files.
+                places[MetadataIndex(name, offsets)] = _StorageInfo(
+                    Path(piece["file"]).name, piece["start"], piece["bytes"]
+                )
+            properties = TensorProperties(dtype=_DTYPES[tensor["dtype"]])
+            tensors[name] = TensorStorageMetadata(properties, torch.Size(tensor["shape"]), chunks)
+        return Metadata(tensors, storage_data=places, storage_meta=StorageMeta())
+
+
+def is_tensor_folder(folder: Path) -> bool:
+    """Whether a folder holds tensors that `TensorFolderWriter` wrote."""
+    return (folder / DESCRIPTION).is_file()
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """Read the description of a folder's tensors: dtype, shape and pieces by name.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    path = folder / DESCRIPTION
+    try:
+        tensors: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is missing or damaged ({error}): copy the whole checkpoint again") from error
+    return tensors
+
+
+def load_pieces(state: dict[str, Any], folder: Path, planner: DefaultLoadPlanner) -> None:
+    """Fill the tensors of a state in place; every process plans for itself, as what it needs depends on no other.
+
+    Raises:
+        UserError: a tensor is missing or misshapen, or a file cannot be read.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            load(state, storage_reader=TensorFolderReader(folder), planner=planner, no_dist=True)
+    except CheckpointException as error:
+        raise UserError(f"{folder} cannot be loaded ({reasons(error)}): copy the whole checkpoint again") from error
+
+
+def reasons(error: CheckpointException) -> str:
+    """The reasons of all ranks that failed in saving or loading, in one line."""
+    return "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
+
+
+def read_tensors(folder: Path, choose: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
+    """Read whole tensors from a folder, on the CPU, without a process group.
+
+    Args:
+        folder: folder that `TensorFolderWriter` wrote.
+        choose: function that says by a tensor's name whether to read it.
+
+    Returns:
+        tensors by name.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    tensors: dict[str, Any] = {
+        name: torch.empty(tensor["shape"], dtype=_DTYPES[tensor["dtype"]])
+        for name, tensor in read_description(folder).items()
+        if choose(name)
+    }
+    load_pieces(tensors, folder, DefaultLoadPlanner(flatten_state_dict=False))
+    return tensors
+
+
+def read_model(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read weights and metadata of the model of a run's checkpoint, as its exported file would hold them.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    try:
+        metadata: dict[str, str] = json.loads((folder / STATE).read_text(encoding="utf-8"))["weights"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder / STATE} is missing or damaged ({error}): copy the whole checkpoint again") from error
+    tensors = read_tensors(folder, lambda name: name.startswith(MODEL))
+    return {name.removeprefix(MODEL): tensor for name, tensor in tensors.items()}, metadata

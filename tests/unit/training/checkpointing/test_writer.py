@@ -1,0 +1,126 @@
+"""Checkpoints that a thread writes: the training goes on meanwhile, and every error names the last whole one."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch.distributed import HashStore
+
+from mvd_scale.checkpoints.tensor_folder import read_tensors
+from mvd_scale.config.training import CheckpointConfig
+from mvd_scale.distributed.process_group import Ranks
+from mvd_scale.errors import UserError
+from mvd_scale.training.checkpointing import writer as module
+from mvd_scale.training.checkpointing.files import find_damage
+from mvd_scale.training.checkpointing.folders import saved_steps
+from mvd_scale.training.checkpointing.host_copy import HostCopy
+from mvd_scale.training.checkpointing.pieces import Pieces, State
+from mvd_scale.training.checkpointing.writer import CheckpointWriter
+
+
+@pytest.fixture(autouse=True)
+def group() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def state(value: float) -> State:
+    return {"model.w": Pieces.of_range(torch.full((1000,), value), 0, (10, 100))}
+
+
+def make(path: Path, **config: Any) -> CheckpointWriter:
+    return CheckpointWriter(path, Ranks(0, 0, 1, torch.device("cpu")), CheckpointConfig(**config))
+
+
+def write(writer: CheckpointWriter, step: int, value: float = 0.0) -> None:
+    writer.make_room(step, 4000)
+    writer.start(step, state(value), {"step": step, "weights": {}})
+
+
+def test_a_checkpoint_appears_whole(tmp_path: Path) -> None:
+    writer = make(tmp_path)
+    write(writer, 7, 3.0)
+    writer.wait()
+    (folder,) = tmp_path.iterdir()
+    assert folder.name == "step_00000007"
+    assert find_damage(folder) is None
+    assert torch.equal(read_tensors(folder)["model.w"], torch.full((10, 100), 3.0))
+
+
+def test_the_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go, begun = threading.Event(), threading.Event()
+    save = module.save
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        begun.set()
+        assert go.wait(60)
+        return save(*arguments, **options)
+
+    monkeypatch.setattr(module, "save", slow)
+    writer, weights = make(tmp_path), torch.ones(1000)
+    writer.make_room(5, 4000)
+    copied = HostCopy().copy({"model.w": Pieces.of_range(weights, 0, (1000,))})
+    writer.start(5, copied, {"step": 5, "weights": {}})
+    assert begun.wait(60)
+    weights.fill_(2)  # the next step
+    assert not saved_steps(tmp_path)
+    go.set()
+    writer.wait()
+    assert torch.equal(read_tensors(tmp_path / "step_00000005")["model.w"], torch.ones(1000))
+
+
+def test_the_newest_are_kept_and_those_of_an_interval(tmp_path: Path) -> None:
+    writer = make(tmp_path, keep=2, keep_every_steps=20)
+    for step in (10, 20, 30, 40, 50, 60):
+        write(writer, step)
+        writer.wait()
+    assert saved_steps(tmp_path) == [20, 40, 50, 60]
+
+
+class Usage(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
+def test_a_full_disk_is_seen_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = make(tmp_path)
+    write(writer, 10)
+    writer.wait()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(2**40, 2**40, 2**20))
+    with pytest.raises(UserError, match=r"no room for checkpoint .*step_00000020: it takes 7\.00 GiB, and 0\.00 GiB"):
+        writer.make_room(20, 7 * 2**30)
+    assert [folder.name for folder in tmp_path.iterdir()] == ["step_00000010"]
+
+
+@pytest.mark.parametrize("broken", ["save", "describe_files", "write_record"])
+def test_an_error_of_writing_keeps_the_checkpoint_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    writer = make(tmp_path)
+    write(writer, 10)
+    writer.wait()
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, broken, fail)
+    write(writer, 20)
+    with pytest.raises(
+        UserError, match=r"step_00000020 could not be written: .*No space left.* whole one is .*_00000010"
+    ):
+        writer.wait()
+    assert saved_steps(tmp_path) == [10]
+    assert find_damage(tmp_path / "step_00000010") is None
+    monkeypatch.undo()
+    # The next one does not stumble over the remains.
+    write(writer, 30)
+    writer.wait()
+    assert saved_steps(tmp_path) == [10, 30]
