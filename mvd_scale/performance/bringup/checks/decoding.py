@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
 
 from mvd_scale.config import DataConfig, ModelConfig
-from mvd_scale.data.decoding.dali_graph import decode_video
+from mvd_scale.data.decoding.backends import BT709_FROM_BT601, Decoders
+from mvd_scale.data.decoding.dali_graph import convert_colours, decode_video
 from mvd_scale.data.decoding.pyav import decode_frames
 from mvd_scale.data.indexing.build import build_manifest
 from mvd_scale.data.loaders.base import as_tensor
@@ -165,13 +166,15 @@ def moving_pictures(size: tuple[int, int]) -> Iterator[NDArray[np.uint8]]:
 
 
 def frames_by_dali(video: Row, frames: NDArray[np.int64], device: torch.device) -> NDArray[np.uint8]:
-    """Decode frames by DALI alone: uint8 (T, H, W, 3)."""
+    """Decode frames by DALI alone, in the colours of the stream's tags: uint8 (T, H, W, 3)."""
     encoded, on_gpu = read_bytes(video.path), device.type == "cuda"
+    decoders = Decoders("mixed", "mixed") if on_gpu else Decoders()
 
     @pipeline_def(batch_size=1, num_threads=1, device_id=(device.index or 0) if on_gpu else None)  # type: ignore[untyped-decorator]
     def clip() -> Any:
         data = fn.external_source(lambda: [np.frombuffer(encoded, np.uint8)], dtype=types.UINT8, ndim=1)
-        return decode_video(data, frames.tolist(), on_gpu)
+        decoded = decode_video(data, frames.tolist(), decoders.videos)
+        return convert_colours(decoded, types.Constant(BT709_FROM_BT601)) if decoders.corrects(video) else decoded
 
     (clips,) = clip().run()
     decoded: NDArray[np.uint8] = as_tensor(clips)[0].cpu().numpy()
