@@ -51,7 +51,7 @@ class FakeGpuMode(FakeTensorMode):
 
 def _copies_to_host(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     if func is torch.ops.aten._to_copy.default:
-        return args[0].device == GPU and kwargs.get("device", GPU).type == "cpu"
+        return args[0].device == GPU and kwargs.get("device") == torch.device("cpu")
     return func is torch.ops.aten.copy_.default and args[0].device.type == "cpu" and args[1].device == GPU
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -55,6 +57,20 @@ class Step:
             gradient = parameter.grad
             assert gradient is not None, name
             assert (gradient.dtype, gradient.device) == (parameter.dtype, GPU), name
+
+
+def each_once(recipes: Mapping[str, RunRecipe]) -> list[Any]:
+    """Parameters of a test of all recipes; those that compute what an earlier one computes are slow tests."""
+    known: set[str] = set()
+    parameters = []
+    for name, recipe in recipes.items():
+        training = recipe.training
+        computed = recipe.model_dump(include={"model", "targets", "classifier", "detector"})
+        masks = recipe.data.model_dump(include={"mask"})
+        key = repr((computed, masks, training.precision, training.gradient_checkpointing, training.deepspeed))
+        parameters.append(pytest.param(name, marks=[pytest.mark.slow] if key in known else []))
+        known.add(key)
+    return parameters
 
 
 def shallow(model: nn.Module, depth: int) -> None:

@@ -15,7 +15,7 @@ from mvd_scale.training.finetuning import classification_loss
 from .flash_attention import flash_attention_2
 from .gpu import fake_gpu
 from .launches import recorded, unknown
-from .steps import finetuning_step
+from .steps import each_once, finetuning_step
 
 RECIPES = {
     name: recipe
@@ -42,7 +42,7 @@ def run(recipe: FinetuneRecipe | DetectionRecipe, checkpointing: Checkpointing) 
     step.backward(step.forward())
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", each_once(RECIPES))
 def test_the_step_of_a_recipe_runs_on_a_gpu(name: str) -> None:
     """And launches no kernel that is not in the table of registers and spills."""
     with fake_gpu(), recorded() as launches:

@@ -13,7 +13,7 @@ from mvd_scale.config.training import Checkpointing
 from .flash_attention import flash_attention_2
 from .gpu import GPU, fake_gpu
 from .launches import recorded, unknown
-from .steps import pretraining_step
+from .steps import each_once, pretraining_step
 
 RECIPES = {name: recipe for name in list_recipes() if isinstance(recipe := load_any_recipe(name), Recipe)}
 
@@ -21,7 +21,7 @@ BLOCKS = 2
 """Blocks of each stack in quick tests: the first, and the last, which gives fewer tokens."""
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", each_once(RECIPES))
 def test_the_step_of_a_recipe_runs_on_a_gpu(name: str) -> None:
     """And launches no kernel that is not in the table of registers and spills."""
     with fake_gpu(), recorded() as launches:
