@@ -8,28 +8,37 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from nvidia.dali import fn, pipeline_def, types
 
 from mvd_scale.config import DataConfig, ModelConfig
 from mvd_scale.data.batch import ClipBatch
+from mvd_scale.data.decoding.dali_graph import decode_video
 from mvd_scale.data.decoding.pyav import decode_frames
 from mvd_scale.data.generated.sample_clips import write_sample_clips
 from mvd_scale.data.indexing.build import build_manifest
+from mvd_scale.data.loaders.base import as_tensor
 from mvd_scale.data.loaders.clip_loader import BatchPlan, ClipLoader
-from mvd_scale.data.manifest import Manifest
+from mvd_scale.data.manifest import Manifest, Row
+from mvd_scale.data.storage import read_bytes
 from mvd_scale.distributed.data_rank import DataRank
-from mvd_scale.performance.bringup.checks.decoding import LEVELS, difference, frames_by_dali
 from mvd_scale.utils.env_report import collect_capabilities
 
 from .conftest import Figure
 
 pytestmark = pytest.mark.gpu
 
+LEVELS = 3.0
+"""Largest mean difference of one frame. DALI's decoder of VP9 on the CPU comes to 1.7; another matrix of colours gives
+more than this."""
+
+
 PLAIN = DataConfig(workers=0)
-GPU = torch.device("cuda", 0)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +70,7 @@ def test_every_frame_is_the_one_that_pyav_gives(codec: str, manifest: Manifest, 
     for row in rows:
         video = manifest.row(row)
         frames = np.arange(video.frames)
-        ours, theirs = frames_by_dali(video, frames, GPU), decode_frames(video, frames)
+        ours, theirs = by_dali(video, frames), decode_frames(video, frames)
         levels = np.array([difference(a, b) for a, b in zip(ours, theirs, strict=True)])
         for place in range(1, video.frames):
             apart = difference(theirs[place], theirs[place - 1])
@@ -78,7 +87,7 @@ def test_frames_are_found_wherever_they_are_asked_for(codec: str, manifest: Mani
     video = next(manifest.row(row) for row in manifest.usable if manifest.codec[row] == codec)
     for start in range(0, video.frames - 9, 7):
         frames = start + np.array([0, 0, 2, 4, 9])
-        assert difference(frames_by_dali(video, frames, GPU), decode_frames(video, frames)) < LEVELS
+        assert difference(by_dali(video, frames), decode_frames(video, frames)) < LEVELS
 
 
 def test_the_loader_gives_on_the_gpu_the_clips_that_it_gives_on_the_cpu(
@@ -106,8 +115,24 @@ def test_rand_augment_on_the_gpu_differs_by_the_filter_of_warps_only(
     assert levels.median() < 2 * LEVELS
 
 
+def by_dali(video: Row, frames: NDArray[np.int64]) -> NDArray[np.uint8]:
+    encoded = read_bytes(video.path)
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=0)  # type: ignore[untyped-decorator]
+    def clip() -> Any:
+        data = fn.external_source(lambda: [encoded], dtype=types.UINT8, ndim=1)
+        return decode_video(data, frames.tolist(), True)
+
+    (clips,) = clip().run()
+    return as_tensor(clips)[0].cpu().numpy()
+
+
 def one_batch(manifest: Manifest, device: torch.device, data: DataConfig = PLAIN) -> ClipBatch:
     model = ModelConfig.model_validate({"size": "S", "input_size": 112, "frames": 8})
     plan, rank = BatchPlan.one_batch(16), DataRank(device)
     with ClipLoader(manifest, data, model, 0, plan=plan, rank=rank) as loader:
         return next(loader)
+
+
+def difference(ours: NDArray[np.uint8], theirs: NDArray[np.uint8]) -> float:
+    return float(np.abs(ours.astype(np.int16) - theirs).mean())
