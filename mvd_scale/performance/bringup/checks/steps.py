@@ -156,7 +156,8 @@ def plan_of(case: StepCase, gpu: str | None, backend: str) -> Plan:
     """Predict a step on one GPU; on an H200 if `gpu` is None, for the FLOPs.
 
     Raises:
-        UserError: the step does not fit in the GPU's memory, or the GPU does not support a precision.
+        LeftOut: the step does not fit in the GPU's memory.
+        UserError: not even one clip fits, or the GPU does not support a precision.
     """
     attention = "flash-attn" if backend.startswith("flash") and not case.sdpa else "sdpa"
     name = gpu or "H200"
@@ -165,7 +166,7 @@ def plan_of(case: StepCase, gpu: str | None, backend: str) -> Plan:
     words = ["--training.precision", case.precision, "--training.micro_batch", batch, "--training.global_batch", batch]
     plan = make_plan(case.recipe, [*case.overrides(), *words], cluster)
     if plan.parallel.micro < case.micro_batch:
-        raise UserError(f"{case.micro_batch} clips do not fit in the memory of one {name}, as `mvd-scale plan` says")
+        raise LeftOut(f"{case.micro_batch} clips do not fit in the memory of one {name}, as `mvd-scale plan` says")
     return plan
 
 
