@@ -1,6 +1,6 @@
 # Sourced by the scripts of this folder: creates .venv at the first start, and puts it first on PATH.
 #
-#   MVD_PYTHON   Python interpreter to use (3.10 to 3.13); the first one found if not set
+#   MVD_PYTHON   Python interpreter to use (3.11 to 3.13); the first one found if not set
 #
 # With mvd_oldest set, .venv-oldest takes its place, with the oldest release of each requirement in pyproject.toml.
 #
@@ -35,10 +35,10 @@ mvd_constraints() {
 
 mvd_find_python() {
     local name version found=""
-    for name in ${MVD_PYTHON:-python3.11 python3.12 python3.13 python3.10 python3 python}; do
+    for name in ${MVD_PYTHON:-python3.11 python3.12 python3.13 python3 python}; do
         version="$("$name" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" || continue
         case "$version" in
-            3.10 | 3.11 | 3.12 | 3.13)
+            3.11 | 3.12 | 3.13)
                 echo "$name"
                 return
                 ;;
@@ -46,7 +46,7 @@ mvd_find_python() {
         found+="${found:+, }$name is $version"
     done
     found="${found:-${MVD_PYTHON:-python3} does not run}"
-    mvd_fail "no Python 3.10 to 3.13 found ($found):" \
+    mvd_fail "no Python 3.11 to 3.13 found ($found):" \
         "install one, or set MVD_PYTHON to the path of one, as in MVD_PYTHON=/path/to/python3.11"
 }
 

@@ -4,7 +4,7 @@
 #   --gpu      run the self-test of a machine with a GPU (all of it, 15 to 30 minutes by estimate; launch/gpu_bringup.sh
 #              takes 10), and write gpu_report.md, to be pasted into an issue; further arguments go to pytest
 #   --oldest   run the quick tests, or pytest with further arguments, with the oldest release of each requirement that
-#              pyproject.toml admits, in .venv-oldest; MVD_PYTHON=python3.10 for the oldest Python too
+#              pyproject.toml admits, in .venv-oldest; MVD_PYTHON=python3.11 for the oldest Python too
 set -euo pipefail
 if [[ "${1:-}" == --oldest ]]; then
     shift

@@ -7,10 +7,9 @@ import shlex
 import struct
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from typing_extensions import Self
 
 from mvd_scale.checkpoints import pickle_protocols
 from mvd_scale.checkpoints.pickle_protocols import newer_protocol

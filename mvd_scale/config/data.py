@@ -5,7 +5,7 @@ The defaults are those of stage 2 on Kinetics-400: 16 frames at stride 4, multi-
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -17,7 +17,6 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from typing_extensions import Self
 
 from mvd_scale.config.section import Section
 

@@ -6,10 +6,9 @@ The defaults are the values that all published runs share, from VideoMAE's code 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import Field, NonNegativeFloat, model_validator
-from typing_extensions import Self
 
 from mvd_scale.config.data import Probability
 from mvd_scale.config.finetune import FinetuneTraining, TaskHeadConfig, TaskRecipe, ValidationConfig

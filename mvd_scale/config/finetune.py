@@ -5,10 +5,9 @@ The defaults are the values that all published runs share.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, field_validator, model_validator
-from typing_extensions import Self
 
 from mvd_scale.config.data import DataConfig, Probability, TestViews, ViewsConfig
 from mvd_scale.config.recipe import RunRecipe

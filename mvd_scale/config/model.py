@@ -5,10 +5,9 @@ Sizes, patches and position tables follow Sec. 3.3 of the paper and the settings
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
-from typing_extensions import Self
 
 from mvd_scale.config.section import Section
 

@@ -6,10 +6,9 @@ import re
 from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
-from typing_extensions import Self
 
 from mvd_scale.config.data import TestViews
 from mvd_scale.config.reading import format_validation_error, parse_overrides, parse_yaml_mapping, set_by_path

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import Field, model_validator
-from typing_extensions import Self
 
 from mvd_scale.config.data import DataConfig, ShortSideCrop
 from mvd_scale.config.model import ModelConfig

@@ -6,10 +6,9 @@ Distance and weight are D and lambda of Eq. 2 and 3 of the paper.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
-from typing_extensions import Self
 
 from mvd_scale.config.model import ModelConfig
 from mvd_scale.config.section import Section

@@ -42,7 +42,7 @@ class CpuShare(NamedTuple):
     """All CPUs of the NUMA nodes of `cpus`, to which the rank and its data workers are bound."""
     threads: int
     """Number of torch's threads."""
-    count: int
+    budget: int
     """Number of CPUs that the rank and its data workers keep busy together: those of `cpus`, or fewer by a quota."""
 
 
@@ -83,7 +83,7 @@ def bind_to_cpus(rank: int, threads: int | None) -> CpuBinding:
 
 def count_cpus(rank: int) -> int:
     """Number of CPUs for this rank and its data workers, which are not bound. All ranks must call it."""
-    return _gather_shares(None)[1][rank].count
+    return _gather_shares(None)[1][rank].budget
 
 
 def count_own_cpus() -> int:
@@ -133,7 +133,7 @@ def limit_to_quota(shares: Mapping[int, CpuShare], quota: float | None) -> dict[
         return dict(shares)
     most = max(int(quota / len(shares)), 1)
     return {
-        rank: share._replace(threads=min(share.threads, most), count=min(share.count, most))
+        rank: share._replace(threads=min(share.threads, most), budget=min(share.budget, most))
         for rank, share in shares.items()
     }
 
@@ -159,7 +159,7 @@ def divide_cores(nodes: Sequence[Sequence[CPUs]], ranks: int) -> list[CpuShare]:
         parts = [cores[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
     numa_cpus_of_parts = [_union(core for node in nodes if set(node) & set(part) for core in node) for part in parts]
     return [
-        CpuShare(_union(part), numa_cpus, threads=len(part), count=len(_union(part)))
+        CpuShare(_union(part), numa_cpus, threads=len(part), budget=len(_union(part)))
         for part, numa_cpus in zip(parts, numa_cpus_of_parts, strict=True)
     ]
 

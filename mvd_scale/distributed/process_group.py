@@ -161,7 +161,7 @@ def init_distributed(device: str, timeout_minutes: float) -> Ranks:
         timeout=timedelta(minutes=timeout_minutes),
         host=_host(),
         binding=binding,
-        cpus=binding.share.count if binding else count_cpus(rank),
+        cpus=binding.share.budget if binding else count_cpus(rank),
         nvdec=_common_nvdec(own_device) if kind == "cuda" else None,
     )
 

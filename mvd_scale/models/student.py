@@ -6,10 +6,9 @@ Legend: B clips, T frames, H W pixels, N tokens, V visible, M masked, K channels
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, Self
 
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from mvd_scale.config import DecoderConfig, HeadConfig, ModelConfig, Recipe
 from mvd_scale.models.decoder import Decoder, GroupedDecoders

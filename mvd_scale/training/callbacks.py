@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from PIL import Image
 from torch import Tensor
-from typing_extensions import Self
 
 from mvd_scale.config import Recipe
 from mvd_scale.config.data import DataConfig

@@ -8,10 +8,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
-from typing_extensions import Self
 
 from mvd_scale.distributed.process_group import Ranks
 from mvd_scale.errors import UserError

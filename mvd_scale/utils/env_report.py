@@ -222,7 +222,7 @@ _FLASH_ATTENTION = {
 
 def _flash_attention() -> Capability:
     install = "pip install 'mvd-scale[flash]' --no-build-isolation (needs a GPU and nvcc)"
-    broken = []
+    broken: list[str] = []
     for release, (module, package) in _FLASH_ATTENTION.items():
         found, reason = _load(module, install)
         if found:

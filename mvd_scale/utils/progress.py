@@ -6,10 +6,10 @@ import logging
 import sys
 import time
 from types import TracebackType
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from typing_extensions import Self
 
 _LINE_SECONDS = 10.0
 """Seconds from one log line to the next."""

@@ -111,7 +111,7 @@ def one_error(result: subprocess.CompletedProcess[str]) -> str:
 
 def test_no_python_at_all(machine: Machine) -> None:
     (machine.bin / "python3.11").unlink()
-    assert "no Python 3.10 to 3.13 found (python3 does not run)" in one_error(machine.start())
+    assert "no Python 3.11 to 3.13 found (python3 does not run)" in one_error(machine.start())
 
 
 def test_pythons_that_do_not_fit_are_named(machine: Machine) -> None:

@@ -9,14 +9,13 @@ from collections.abc import Hashable
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TypedDict
+from typing import Self, TypedDict
 
 import torch
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.tensors import TensorListCPU, TensorListGPU
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
-from typing_extensions import Self
 
 from mvd_scale.config.data import DataConfig
 from mvd_scale.config.launcher import local_world_size

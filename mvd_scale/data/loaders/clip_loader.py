@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from nvidia.dali.pipeline import Pipeline
-from typing_extensions import Self
 
 from mvd_scale.config.data import DataConfig
 from mvd_scale.config.model import ModelConfig

@@ -10,12 +10,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import psutil
 import torch
 from torch import nn
-from typing_extensions import Self
 
 from mvd_scale.checkpoints.weights import load_encoder, save_weights
 from mvd_scale.config import ModelConfig

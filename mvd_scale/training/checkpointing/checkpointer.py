@@ -20,9 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-
-from typing_extensions import Self
+from typing import Any, Self
 
 from mvd_scale.checkpoints.reading import TORN
 from mvd_scale.checkpoints.tensor_folder import STATE, load_pieces

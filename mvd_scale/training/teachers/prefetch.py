@@ -19,11 +19,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from mvd_scale.data.batch import ClipBatch
 

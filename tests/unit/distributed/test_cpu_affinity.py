@@ -89,8 +89,8 @@ def test_no_rank_straddles_nodes_where_it_need_not(sizes: list[int], ranks: int,
 def test_hardware_threads_of_a_core_stay_together() -> None:
     first, second = frozenset({0, 1, 4, 5}), frozenset({2, 3, 6, 7})
     assert divide_cores(machine([2, 2], threads=2), 2) == [
-        CpuShare(first, first, threads=2, count=4),
-        CpuShare(second, second, threads=2, count=4),
+        CpuShare(first, first, threads=2, budget=4),
+        CpuShare(second, second, threads=2, budget=4),
     ]
 
 
@@ -157,7 +157,7 @@ def test_cpus_that_a_rank_and_its_workers_keep_busy(
     given: list[CPUs], quota: float | None, count: int, tmp_path: Path
 ) -> None:
     shares = limit_to_quota(partition_cpus(dict(enumerate(given)), tmp_path), quota)
-    assert {share.count for share in shares.values()} == {count}
+    assert {share.budget for share in shares.values()} == {count}
     assert {share.threads for share in shares.values()} == {count}, "every CPU is a core here"
 
 

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from mvd_scale.data.storage import read_bytes
 from mvd_scale.distributed.data_rank import DataRank
 from mvd_scale.performance.benchmarks.videos import encode_pictures
 from mvd_scale.performance.bringup.session import Check, LeftOut, Session
+from mvd_scale.utils.nvdec import query_nvdec
 
 LEVELS = 3.0
 """Largest mean difference of one frame, in levels of 0 to 255. Both decode the same planes to the bit, and their
@@ -109,9 +109,7 @@ def refusal(video: Row, device: torch.device) -> str:
     """Return the reason why NVDEC of a GPU does not decode a video, so that PyAV does; empty if DALI decodes it."""
     if device.type == "cpu":
         return ""
-    nvdec = import_module("mvd_scale.utils.nvdec").query_nvdec(device)
-    reason: str = nvdec.refusal(video.codec, video.pixel_format, (video.height, video.width))
-    return reason
+    return query_nvdec(device).refusal(video.codec, video.pixel_format, (video.height, video.width))
 
 
 def clips_per_second(check: Check, kind: VideoKind, device: torch.device, folder: Path) -> None:

@@ -9,13 +9,13 @@ import subprocess
 import time
 from datetime import timedelta
 from functools import partial
-from importlib import import_module
 from importlib.util import find_spec
 
 import torch
 
 from mvd_scale.performance.bringup.session import Check, LeftOut, Session
 from mvd_scale.utils.env_report import Capability, collect_capabilities, torch_compile
+from mvd_scale.utils.nvdec import query_nvdec
 
 _SHARED_MEMORY = 2**28
 """Least bytes of /dev/shm: DALI's workers hand their samples over in it, and a container has 64 MB if not told."""
@@ -157,10 +157,7 @@ def decoders(check: Check, device: str) -> None:
     """Record what the GPU's video decoders take, as the driver says."""
     if device != "cuda":
         raise LeftOut("there is no GPU to decode")
-    try:
-        nvdec = import_module("mvd_scale.utils.nvdec").query_nvdec(torch.device(device, 0))
-    except ModuleNotFoundError as error:
-        raise LeftOut(f"the driver cannot be asked: {error}") from error
+    nvdec = query_nvdec(torch.device(device, 0))
     check.expect(not nvdec.missing, nvdec.missing)
     for kind in nvdec.formats:
         check.figure(f"{kind.codec} {kind.chroma}, {kind.depth} bits", f"{kind.max_width}x{kind.max_height}")

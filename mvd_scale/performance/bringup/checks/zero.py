@@ -9,10 +9,9 @@ from itertools import pairwise
 from math import isfinite, isnan
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
-from typing_extensions import Self
 
 from mvd_scale.performance.bringup.checks.rank_group import RankGroup
 from mvd_scale.performance.bringup.checks.tiny import GLOBAL_BATCH
