@@ -62,7 +62,9 @@ def test_a_start_that_never_took_a_step_may_be_corrected(recipe: Recipe) -> None
     folder = RunFolder(recipe.run.folder)
     folder.claim()
     folder.record(recipe, videos("a.mp4"))
+    folder.dali_failures.write_text("{}")
     folder.record(recipe, videos("b.mp4"))
+    assert not folder.dali_failures.exists(), "failures to decode other videos"
     folder.check(load_recipe("quickstart/video_teacher", ["--seed", "5"]))
 
 

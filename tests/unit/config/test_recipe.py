@@ -230,3 +230,11 @@ def test_where_videos_lie_and_who_reads_them_is_not_what_makes_a_run():
     )
     third = load_recipe("distill/b_from_b", ["--data.mixture", "{a: {source: y, weight: 3}}"])
     assert first.identity() == second.identity() != third.identity()
+
+
+def test_where_videos_are_decoded_may_change_on_a_resume_and_must_exist() -> None:
+    recipe = Recipe.model_validate(TINY)
+    on_host = recipe.model_copy(update={"data": recipe.data.model_copy(update={"decoder": "host"})})
+    assert on_host.identity() == recipe.identity()
+    with pytest.raises(ValueError, match=r"data\.decoder nvdec needs a GPU, but device is cpu: use auto"):
+        Recipe.model_validate({**TINY, "device": "cpu", "data": {"decoder": "nvdec"}})
