@@ -69,7 +69,8 @@ def packed(qkv: Tensor) -> Tensor:
 
 
 def read_memory(*tensors: Tensor) -> None:
-    """Release 4 passes addresses to kernels that it has compiled; a fake tensor has none."""
+    """Release 4 compiles kernels and passes addresses to them: it cannot be traced, and a fake tensor has no address."""
+    assert not torch.compiler.is_compiling()
     assert not any(isinstance(tensor, FakeTensor) for tensor in tensors)
     assert all(tensor.data_ptr() for tensor in tensors)
 
