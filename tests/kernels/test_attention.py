@@ -69,7 +69,7 @@ def packed(qkv: Tensor) -> Tensor:
 
 
 def read_memory(*tensors: Tensor) -> None:
-    """Release 4 compiles kernels and passes addresses to them: it cannot be traced, and a fake tensor has no address."""
+    """Release 4 compiles kernels and gives them addresses: it cannot be traced, and a fake tensor has no address."""
     assert not torch.compiler.is_compiling()
     assert not any(isinstance(tensor, FakeTensor) for tensor in tensors)
     assert all(tensor.data_ptr() for tensor in tensors)
