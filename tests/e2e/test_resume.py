@@ -110,7 +110,8 @@ def test_a_rank_that_dies_ends_the_job(jobs: Jobs, recipe: Path, clips: Path, tm
     run = tmp_path / "run"
     arguments = ["pretrain", "--recipe", recipe, "--data.source", clips, "--run.folder", run]
     process = jobs.start(*arguments, "--training.epochs", "500", ranks=2)
-    wait_for(lambda: steps_done(run) >= 6, 120, process)
+    # A checkpoint is written beside the steps.
+    wait_for(lambda: (run / "checkpoints" / "step_00000005").is_dir(), 120, process)
     everyone = descendants(process)
     ranks = [p for p in everyone if "mvd_scale" in p.cmdline() and "deepspeed.launcher.launch" not in p.cmdline()]
     assert len(ranks) == 2

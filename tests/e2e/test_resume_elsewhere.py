@@ -94,6 +94,7 @@ device: cpu
 model: {width: 48, depth: 2, heads: 3, frames: 4, input_size: 48, positions: sinusoid}
 data: {stride: 2, clips_per_video: 2, mask: null}
 classifier: {from_scratch: true}
+mix: null
 training:
   {epochs: 6, global_batch: 4, base_lr: 1e-2, warmup_epochs: 0, deepspeed: zero2, ema_decay: 0.9, layer_decay: 0.75}
 checkpoints: {every_epochs: null, every_steps: 50}

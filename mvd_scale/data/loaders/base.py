@@ -186,7 +186,7 @@ class DaliLoader(ABC):
 
     def _workers_read(self) -> bool:
         """Whether the workers read files that the GPU decodes, and decode few themselves."""
-        if self._device_id is None:
+        if self._decoders.videos != "mixed":
             return False
         counts = count_backends(self._manifest, self._decoders)
         return counts[DecodeBackend.PYAV] <= MAX_PYAV_SHARE * counts.total()

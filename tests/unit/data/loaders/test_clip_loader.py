@@ -359,7 +359,7 @@ def test_workers_read_where_the_gpu_decodes(manifest, monkeypatch, backends, rea
     monkeypatch.setattr("mvd_scale.data.loaders.base.count_backends", lambda *_: Counter(backends))
     with load(manifest) as loader:
         assert not loader._workers_read(), "a CPU decodes"
-        loader._device = torch.device("cuda", 0)
+        loader._decoders = Decoders(videos="mixed")
         assert loader._workers_read() == readers
 
 
