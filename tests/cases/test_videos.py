@@ -101,7 +101,7 @@ def by_dali(video: Row) -> NDArray[np.uint8]:
 
     @pipeline_def(batch_size=1, num_threads=1, device_id=None)  # type: ignore[untyped-decorator]
     def clip() -> Any:
-        return decode_video(fn.external_source(lambda: [encoded], dtype=types.UINT8, ndim=1), [0], False)
+        return decode_video(fn.external_source(lambda: [encoded], dtype=types.UINT8, ndim=1), [0], "cpu")
 
     (clips,) = clip().run()
     return np.asarray(clips[0])[0]

@@ -41,7 +41,7 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     ),
     "a teacher that is a text file": (
         lambda tmp: video_teacher(_text(tmp / "t.safetensors")),
-        "not a readable safetensors",
+        "neither a safetensors file nor",
     ),
     "a GPU where there is none": (lambda _: ["--device", "cuda"], "torch finds no GPU"),
     "a batch that does not divide": (

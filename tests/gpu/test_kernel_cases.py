@@ -15,6 +15,7 @@ NO_KERNELS = {
     "attention_backend",
     "attention_backends",
     "bf16_instructions",
+    "max_pixel_value",
 }
 
 
