@@ -189,6 +189,8 @@ class Trainer:
                 if overdue or checkpointer.should_save(self.step) or ended or stopping:
                     checkpointer.save(self.step)
                 if stopping and not ended:
+                    # The message of `Preempted` promises a checkpoint.
+                    checkpointer.wait()
                     raise Preempted(stop.exit_code)
 
     def _optimizer_values(self) -> dict[str, float]:

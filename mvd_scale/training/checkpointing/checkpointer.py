@@ -97,7 +97,7 @@ class Checkpointer:
     ) -> None:
         """Wait for a checkpoint that is being written, however the run ended."""
         if error is None:
-            self._writer.wait()
+            self.wait()
         else:
             self._writer.finish()
 
@@ -116,7 +116,7 @@ class Checkpointer:
         Raises:
             UserError: the disk has no room for it, or the checkpoint before it could not be written.
         """
-        self._writer.wait()
+        self.wait()
         state = engine_state(self.engine)
         for average in self.averages:
             state |= average.share_of_state()
@@ -124,6 +124,14 @@ class Checkpointer:
         run_on_rank0(self.ranks, f"room for step {step}", lambda: self._writer.make_room(step, needed))
         self._writer.start(step, self._host.copy(state), self._document(step))
         self.saved_at = time.monotonic()
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is on disk. All ranks must call it.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        self._writer.wait()
 
     def resume(self) -> int:
         """Load the newest checkpoint that is whole, and set torn ones aside. All ranks must call it.
