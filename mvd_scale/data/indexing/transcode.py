@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from mvd_scale.data.decoding.pyav import RgbConverter, displayed_frames
 from mvd_scale.data.manifest import Row
 from mvd_scale.data.orientation import orient
+from mvd_scale.utils.scheduling import leave_real_time
 
 Codec = Literal["h264", "hevc", "vp9", "av1"]
 
@@ -87,6 +88,9 @@ def transcode(video: Row, data: bytes, encoding: TranscodeOptions, out: Path) ->
             shrunk.pts, shrunk.time_base = number, 1 / rate
             shrunk.pict_type = av.video.frame.PictureType.NONE
             result.mux(encoder.encode(shrunk))
+            if number == 0:
+                # The first frame opens the encoder.
+                leave_real_time()
         result.mux(encoder.encode())
 
 

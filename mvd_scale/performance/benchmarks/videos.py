@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from mvd_scale.data.generated.sample_clips import sample_frames
 from mvd_scale.data.indexing.build import build_manifest
 from mvd_scale.data.manifest import Manifest
+from mvd_scale.utils.scheduling import leave_real_time
 
 
 def load_or_index_videos(source: str) -> Manifest:
@@ -78,4 +79,5 @@ def encode_pictures(
             frame.pts, frame.time_base = number, Fraction(1, 30)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+    leave_real_time()
     partial.replace(path)
