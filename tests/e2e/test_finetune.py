@@ -207,7 +207,7 @@ def test_bad_input_is_one_message(
 ) -> None:
     train = [f"{file} {k % 2}" for k, file in enumerate(sorted((labelled / "train").rglob("*.mp4")))]
     beyond, hollow, empty = (tmp_path / f"{name}.csv" for name in ("beyond", "hollow", "empty"))
-    beyond.write_text("\n".join([*train, train[0].replace(" 0", " 7")]) + "\n")
+    beyond.write_text("\n".join([train[0].replace(" 0", " 7"), *train[1:]]) + "\n")
     hollow.write_text("\n".join(line.replace(" 1", " 2") for line in train) + "\n")
     empty.write_text(f"{tmp_path / 'nothing.mp4'} 0\n")
     notes = tmp_path / "notes.safetensors"
