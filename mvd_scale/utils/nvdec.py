@@ -40,6 +40,11 @@ MACROBLOCK = 16
 """Side of a macroblock in pixels; the driver limits their number."""
 
 
+def is_whole(height: int, width: int) -> bool:
+    """Whether a frame consists of whole macroblocks, so that DALI uses an NVDEC decoder for several videos."""
+    return height % MACROBLOCK == 0 and width % MACROBLOCK == 0
+
+
 class DecoderCaps(ctypes.Structure):
     """`CUVIDDECODECAPS`: a question in the first three fields, and the driver's answer."""
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvd_scale.data.manifest import Manifest, Row
-from mvd_scale.utils.nvdec import MACROBLOCK, Nvdec
+from mvd_scale.utils.nvdec import MACROBLOCK, Nvdec, is_whole
 
 DaliDevice = Literal["cpu", "mixed"]
 """Device on which DALI decodes: the CPU, or NVDEC of a GPU ("mixed" in DALI's terms)."""
@@ -171,11 +171,6 @@ def find_shared_sizes(manifest: Manifest) -> frozenset[CodedSize]:
     sizes = {(manifest.codec[row], *_coded_size(manifest, row)) for row in rows.tolist()}
     videos = (Row("", "", codec=codec, height=height, width=width) for codec, height, width in sizes)
     return frozenset(size for size in map(CodedSize.of, videos) if tuple(size) in sizes)
-
-
-def is_whole(height: int, width: int) -> bool:
-    """Whether a frame consists of whole macroblocks, so that DALI uses an NVDEC decoder for several videos."""
-    return height % MACROBLOCK == 0 and width % MACROBLOCK == 0
 
 
 def count_unaligned(manifest: Manifest) -> int:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 from functools import cache
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from mvd_scale.config.data import VideoDecoder
-from mvd_scale.data.decoding.backends import Decoders, count_refusals, find_shared_sizes
-from mvd_scale.data.manifest import Manifest
 from mvd_scale.distributed.data_rank import DataRank
 from mvd_scale.errors import UserError
 from mvd_scale.utils.nvdec import Nvdec
+
+if TYPE_CHECKING:
+    from mvd_scale.data.decoding.backends import Decoders
+    from mvd_scale.data.manifest import Manifest
 
 _SHOWN = 6
 """Largest number of reasons that a warning lists."""
@@ -53,6 +55,9 @@ def choose_decoders(manifest: Manifest, asked: VideoDecoder | Literal["auto"], r
     Raises:
         UserError: see `choose_video_decoder`.
     """
+    # Placement, which reads no manifest, imports this module without pyarrow.
+    from mvd_scale.data.decoding.backends import Decoders, count_refusals, find_shared_sizes
+
     on_gpu = rank.device.type == "cuda"
     nvdec = rank.nvdec if on_gpu and asked != "host" else Nvdec()
     chosen, reason = choose_video_decoder(asked, on_gpu=on_gpu, no_nvdec=nvdec.missing)

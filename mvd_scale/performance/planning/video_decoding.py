@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from mvd_scale.config.data import DataConfig, VideoDecoder
 from mvd_scale.config.model import ModelConfig
-from mvd_scale.data.decoding.backends import is_whole
 from mvd_scale.performance.planning.hardware import Gpu
 from mvd_scale.performance.planning.memory import Bytes
+from mvd_scale.utils.nvdec import is_whole
 
 FULL_HD = 1920 * 1080
 
