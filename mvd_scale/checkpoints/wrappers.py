@@ -113,7 +113,7 @@ def _by_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _below(loaded: Mapping[Any, Any], prefix: str) -> dict[str, Any]:
-    """What has a prefix and a dot before its name, without them."""
+    """Return the entries whose names begin with a prefix and a dot, without these."""
     start = f"{prefix}."
     return {k.removeprefix(start): v for k, v in loaded.items() if isinstance(k, str) and k.startswith(start)}
 

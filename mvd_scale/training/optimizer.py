@@ -101,8 +101,8 @@ def build_optimizer(
 
 def adam_steps(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> int:
     """Read the number of updates that the moments have seen, which Adam's bias correction depends on."""
-    if "step" in optimizer.param_groups[0]:
-        return int(optimizer.param_groups[0]["step"])  # apex counts by group
+    if _counts_by_group(optimizer):
+        return max(int(group["step"]) for group in optimizer.param_groups)
     return max(int(optimizer.state[parameter]["step"]) for parameter in parameters)
 
 
@@ -114,6 +114,7 @@ def set_adam_state(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor
         parameters: tensors that the optimizer updates; DeepSpeed replaces those that it was built with.
         steps: number of updates.
     """
+    by_group = _counts_by_group(optimizer)
     for parameter in parameters:
         state = optimizer.state[parameter]
         for moment in ("exp_avg", "exp_avg_sq"):
@@ -122,11 +123,16 @@ def set_adam_state(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor
         if isinstance(optimizer, torch.optim.AdamW):
             # Its fused kernel reads the number on the device.
             state["step"] = torch.tensor(float(steps), device=parameter.device)
-        else:
+        elif not by_group:
             state["step"] = steps
-    for group in optimizer.param_groups:
-        if "step" in group:
+    if by_group:
+        for group in optimizer.param_groups:
             group["step"] = steps
+
+
+def _counts_by_group(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer counts its updates by group, as apex does from its first update on, not by parameter."""
+    return type(optimizer).__module__.startswith("apex.")
 
 
 def apply_schedule(optimizer: Any, schedule: Schedule, step: int) -> None:

@@ -82,6 +82,6 @@ def strip_prefixes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _common_prefix(tensors: Mapping[str, Tensor]) -> str:
-    """What precedes timm's patch embedding and is before every other name too; empty if there is no such prefix."""
+    """Return the prefix of timm's patch embedding if every other name has it too; otherwise empty."""
     starts = [name.removesuffix(_PATCHES[0]) for name in tensors if name.endswith(_PATCHES[0])]
     return starts[0] if len(starts) == 1 and all(name.startswith(starts[0]) for name in tensors) else ""

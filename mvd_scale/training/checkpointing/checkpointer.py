@@ -44,7 +44,7 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class RunState:
-    """What a checkpoint holds of a run beside the engine and the averages."""
+    """Content of a checkpoint beside the engine and the averages."""
 
     origin: dict[str, Any]
     """Digests of data and weights; a checkpoint is resumed only with equal ones."""

@@ -58,13 +58,28 @@ def engine_state(engine: Any) -> State:
 
 def read_counters(engine: Any) -> Counters:
     """Read the numbers of an engine's state."""
-    scaler = engine.optimizer.loss_scaler
-    dynamic = getattr(scaler, "dynamic", False) and engine.fp16_enabled()
     return Counters(
         adam_steps=adam_steps(_base(engine), _flat_masters(engine)),
         skipped_steps=engine.skipped_steps,
-        loss_scaler={name: float(getattr(scaler, name)) for name in _SCALER} if dynamic else None,
+        loss_scaler=read_loss_scaler(engine),
     )
+
+
+def read_loss_scaler(engine: Any) -> dict[str, float] | None:
+    """Read the attributes of the dynamic loss scaler; None if the precision is not fp16, or the scale is fixed."""
+    scaler = engine.optimizer.loss_scaler
+    if not (engine.fp16_enabled() and scaler.dynamic):
+        return None
+    return {name: float(getattr(scaler, name)) for name in _SCALER}
+
+
+def restore_loss_scaler(engine: Any, state: dict[str, float] | None) -> None:
+    """Set the attributes that `read_loss_scaler` read; without any, or in another precision, it begins anew."""
+    scaler = engine.optimizer.loss_scaler
+    if state is None or not (engine.fp16_enabled() and scaler.dynamic):
+        return
+    for name, value in state.items():
+        setattr(scaler, name, type(getattr(scaler, name))(value))
 
 
 def restore_engine(engine: Any, state: State, counters: Counters, step: int, batch: int, accumulation: int) -> None:
@@ -78,18 +93,15 @@ def restore_engine(engine: Any, state: State, counters: Counters, step: int, bat
         batch: clips per optimizer step of all ranks.
         accumulation: micro batches per optimizer step.
     """
-    optimizer = engine.optimizer
     if engine.zero_optimization_stage() == 3:
         _write_local_parts(engine, state)
     set_adam_state(_base(engine), _flat_masters(engine), counters.adam_steps)
     _publish(engine)
     engine.global_steps, engine.micro_steps, engine.global_samples = step, step * accumulation, step * batch
     if engine.fp16_enabled():
+        # In other precisions a skipped step ends the run.
         engine.skipped_steps = counters.skipped_steps
-        if counters.loss_scaler is not None and getattr(optimizer.loss_scaler, "dynamic", False):
-            for name, value in counters.loss_scaler.items():
-                kind = type(getattr(optimizer.loss_scaler, name))
-                setattr(optimizer.loss_scaler, name, kind(value))
+    restore_loss_scaler(engine, counters.loss_scaler)
 
 
 def _ranges(engine: Any, key: str | None) -> Iterator[tuple[str, Tensor, int, tuple[int, ...]]]:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from mvd_scale.config import DecoderConfig, ModelConfig, list_recipes, load_recipe
@@ -94,3 +95,47 @@ def test_matrices_of_the_classifier_decay() -> None:
 @pytest.mark.parametrize("name", [name for name in list_recipes() if name.startswith(("pretrain/", "distill/"))])
 def test_recipes_decay_tokens_as_their_published_code(name: str) -> None:
     assert load_recipe(name).training.decay_tokens is not name.startswith("pretrain/videomae")
+
+
+class ApexAdam(torch.optim.Optimizer):
+    """Stand-in for apex's FusedAdam, which counts its updates by group from its first one on."""
+
+    __module__ = "apex.optimizers.fused_adam"
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__(parameters, {"lr": 1.0})
+
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["step"] = group["step"] + 1 if "step" in group else 1
+
+
+def test_apex_goes_on_counting_where_a_resumed_run_stands() -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    fresh = ApexAdam([parameter])
+    optim.set_adam_state(fresh, [parameter], 7)
+    fresh.step()
+    assert optim.adam_steps(fresh, [parameter]) == 8
+    assert fresh.state[parameter].keys() == {"exp_avg", "exp_avg_sq"}
+
+
+def test_adam_goes_on_as_if_it_had_never_stopped() -> None:
+    torch.manual_seed(0)
+    gradients = torch.randn(6, 5)
+
+    def update(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, rows: range) -> None:
+        for row in rows:
+            parameter.grad = gradients[row].clone()
+            optimizer.step()
+
+    whole, first = (nn.Parameter(torch.ones(5)) for _ in range(2))
+    update(torch.optim.AdamW([whole], lr=0.1, fused=True), whole, range(6))
+    stopped = torch.optim.AdamW([first], lr=0.1, fused=True)
+    update(stopped, first, range(4))
+    second = nn.Parameter(first.detach().clone())
+    resumed = torch.optim.AdamW([second], lr=0.1, fused=True)
+    optim.set_adam_state(resumed, [second], optim.adam_steps(stopped, [first]))
+    for moment in ("exp_avg", "exp_avg_sq"):
+        resumed.state[second][moment].copy_(stopped.state[first][moment])
+    update(resumed, second, range(4, 6))
+    assert torch.equal(second, whole)
