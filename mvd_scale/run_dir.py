@@ -25,6 +25,8 @@ class RunFolder:
         self.recipe = path / "recipe.yaml"
         self.environment = path / "environment.txt"
         self.metrics = path / "metrics.jsonl"
+        self.events = path / "events.jsonl"
+        self.faults = path / "faults"
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
         self.manifest = path / "manifest.parquet"

@@ -1,0 +1,74 @@
+"""Events of a run: one line of JSON for each start, resume, save, fault and end, in `events.jsonl`.
+
+Every line has `time` (UTC, ISO 8601), `event` (a name of `EventName`), `host` and `pid`, and fields of the event.
+Rank 0 writes the events of a run, the rank that finds a fault writes that, and `mvd-scale supervise` its restarts: each
+line is one append, so that lines of several processes do not mix.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+logger = logging.getLogger("mvd_scale")
+
+EventName = Literal["start", "resume", "save", "skip", "quarantine", "fault", "restart", "end"]
+"""`start`: the process group stands, before data are indexed. `resume`: a checkpoint was loaded. `save`: a checkpoint
+is on disk. `skip`: an optimizer step was skipped, because gradients were not finite. `quarantine`: a video cannot be
+decoded. `fault`: a rank, host or link failed. `restart`: `mvd-scale supervise` starts the job again. `end`: the run
+has ended, finished or not."""
+
+MAX_BYTES = 16 * 2**20
+"""Size of `events.jsonl` at which it becomes `events.jsonl.1`, which replaces an older one; about 100,000 events."""
+
+
+class EventLog:
+    """Writer of the events of a run. A failed write is a warning, since a full disk must not end a run by its log.
+
+    Args:
+        path: file `events.jsonl`; its folder must exist when an event is written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, event: EventName, **fields: Any) -> None:
+        """Append an event.
+
+        Args:
+            event: name of the event.
+            fields: values that are serialisable as JSON.
+        """
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        line = json.dumps({"time": now, "event": event, "host": socket.gethostname(), "pid": os.getpid(), **fields})
+        try:
+            self._rotate()
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                os.write(descriptor, f"{line}\n".encode())
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            logger.warning("event %s cannot be written to %s: %s", event, self.path, error.strerror)
+
+    def _rotate(self) -> None:
+        if self.path.exists() and self.path.stat().st_size >= MAX_BYTES:
+            os.replace(self.path, self.path.with_name(f"{self.path.name}.1"))
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """Read all events, oldest first; skips a line that a killed process wrote partially. Empty without a file."""
+    events = []
+    for file in (path.with_name(f"{path.name}.1"), path):
+        if file.is_file():
+            for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    events.append(json.loads(line))
+                except json.JSONDecodeError:
+                    continue
+    return events
