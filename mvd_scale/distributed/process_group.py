@@ -229,7 +229,9 @@ def _run_on_rank0(ranks: Ranks, key: str, work: Callable[[], Any]) -> Any:
     store.wait([key], timedelta(days=7))
     answer = json.loads(store.get(key))
     if "error" in answer:
-        raise UserError(answer["error"])
+        failure = UserError(answer["error"])
+        failure.reported = not ranks.is_main
+        raise failure
     return answer["result"]
 
 
