@@ -20,7 +20,7 @@ from mvd_scale.training.checkpointing.writer import CheckpointWriter
 from mvd_scale.training.trainer import Trainer
 
 FILE_BYTES = 50_000
-"""Size at which a file cannot grow any more in `failing_disk`: larger than the files of logs, smaller than the tensors."""
+"""Size at which files cannot grow any more in `failing_disk`: larger than logs, smaller than a checkpoint."""
 
 FREE_BYTES = 2**20
 """Room that `full_disk` leaves."""

@@ -1,4 +1,4 @@
-"""A fault of one rank ends the whole run with one message, or passes; the run goes on from its last checkpoint as before.
+"""A fault of one rank ends the run with one message, or passes; the run goes on from its last checkpoint as before.
 
 The faults are those of `faulty.py`, in runs of two ranks.
 """
@@ -15,8 +15,9 @@ import pytest
 from mvd_scale.errors import FAULT_CODE
 from mvd_scale.utils.events import read_events
 from mvd_scale.utils.io import read_metrics
+from tests.fork_server import ForkServer
 
-from .conftest import Jobs
+from .conftest import RECIPE, Jobs
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -71,8 +72,6 @@ class Run:
 
 @pytest.fixture(scope="module")
 def words(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str | Path]:
-    from .conftest import RECIPE
-
     recipe = tmp_path_factory.mktemp("faults") / "tiny.yaml"
     recipe.write_text(RECIPE)
     return ["pretrain", "--recipe", recipe, "--data.source", clips, "--training.hang_minutes", str(HANG_SECONDS / 60)]
@@ -80,7 +79,7 @@ def words(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str | P
 
 @pytest.fixture(scope="module")
 def undisturbed(
-    fork_server: object, words: list[str | Path], tmp_path_factory: pytest.TempPathFactory
+    fork_server: ForkServer, words: list[str | Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, Reading]:
     run = Run(Jobs(fork_server), tmp_path_factory.mktemp("undisturbed") / "run", words)
     code, output = run.without_fault()

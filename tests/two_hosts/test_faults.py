@@ -1,4 +1,4 @@
-"""A run on two hosts survives what happens to ranks, hosts and cables: it ends in time, says why, and goes on as before.
+"""What happens to ranks, hosts and cables of a run on two hosts: it ends in time, says why, and goes on as before.
 
 After each fault no process and no port is left, one message of a host names rank, host and phase, and the run goes on
 from a checkpoint no older than one interval, with the losses of a run in which nothing failed.
