@@ -28,7 +28,6 @@ TOOLS = [
     "mkdir",
     "nproc",
     "rm",
-    "setsid",
     "sha256sum",
     "sleep",
     "tail",
@@ -88,7 +87,7 @@ def machine(tmp_path: Path) -> Machine:
     shutil.copytree(LAUNCH, root / "launch")
     shutil.copy(REPOSITORY / "pyproject.toml", root)
     (root / "mvd_scale" / "distributed").mkdir(parents=True)
-    for file in ("errors.py", "distributed/free_port.py", "distributed/hostfile.py"):
+    for file in ("errors.py", "distributed/free_port.py", "distributed/hostfile.py", "distributed/launch_guard.py"):
         shutil.copy(REPOSITORY / "mvd_scale" / file, root / "mvd_scale" / file)
     for tool in TOOLS:
         found = shutil.which(tool)
