@@ -29,6 +29,7 @@ class RunFolder:
         self.events = path / "events.jsonl"
         self.faults = path / "faults"
         self.tensorboard = path / "tensorboard"
+        self.wandb = path / "wandb.json"
         self.checkpoints = path / "checkpoints"
         self.manifest = path / "manifest.parquet"
         self.index = path / "index"

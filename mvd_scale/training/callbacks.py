@@ -31,7 +31,7 @@ from mvd_scale.evaluation.features import pool_tokens
 from mvd_scale.evaluation.frozen_classifiers import linear_classifier, nearest_neighbours, top1
 from mvd_scale.run_dir import RunFolder
 from mvd_scale.targets import Target
-from mvd_scale.training.metrics import MetricWriter
+from mvd_scale.training.metrics.writer import MetricWriter
 from mvd_scale.visualization.predictions import compose, make_panels, visualization_batch
 
 logger = logging.getLogger("mvd_scale")

@@ -7,6 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+_TAIL_BYTES = 1 << 16
+"""Bytes at the end of a file of metrics that hold its last reading."""
+
 
 def write_atomic(path: Path, text: str) -> None:
     """Write a text file under another name, flush it to disk and rename it, so that it is never partial."""
@@ -27,6 +30,25 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return readings
+
+
+def last_metrics(path: Path) -> dict[str, Any] | None:
+    """Read the last whole reading of a `metrics.jsonl` from its end; None without one."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            tail = file.read()
+    except FileNotFoundError:
+        return None
+    # A line without its end is still being written, or was when its process was killed.
+    for line in reversed(tail.rpartition(b"\n")[0].splitlines()):
+        try:
+            reading = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(reading, dict) and "step" in reading:
+            return reading
+    return None
 
 
 def truncate_metrics(path: Path, step: int) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from mvd_scale.distributed.process_group import Ranks, run_on_rank0
 from mvd_scale.run_dir import RunFolder
 from mvd_scale.training.callbacks import Callback
-from mvd_scale.training.metrics import MetricWriter
+from mvd_scale.training.metrics.writer import MetricWriter
 from mvd_scale.utils.io import read_metrics
 
 logger = logging.getLogger("mvd_scale")
