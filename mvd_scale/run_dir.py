@@ -9,9 +9,11 @@ from typing import Any
 
 from mvd_scale.config import RunRecipe, load_any_recipe
 from mvd_scale.data.loaders.dali_failures import FAILURES_FILE
+from mvd_scale.data.loaders.quarantine import Quarantine
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.errors import UserError
 from mvd_scale.utils.env_report import collect_capabilities, format_capabilities
+from mvd_scale.utils.events import EventLog
 from mvd_scale.utils.io import write_atomic
 from mvd_scale.utils.lease import Lease
 
@@ -23,6 +25,7 @@ class RunFolder:
         self.path = path
         self.lease_file = path / "lease.json"
         self.lease: Lease | None = None
+        self.started = False
         self.recipe = path / "recipe.yaml"
         self.environment = path / "environment.txt"
         self.metrics = path / "metrics.jsonl"
@@ -100,6 +103,10 @@ class RunFolder:
         if self.lease is not None:
             self.lease.release()
 
+    def open_quarantine(self) -> Quarantine:
+        """Create the record of videos that cannot be decoded, which writes to the event log too."""
+        return Quarantine(self.quarantine, EventLog(self.events))
+
     def record(self, recipe: RunRecipe, manifest: Manifest) -> None:
         """Write the resolved recipe, the manifest of the videos and a description of the machine.
 
@@ -113,7 +120,8 @@ class RunFolder:
             )
         if not self._begun:
             # An earlier start that finished no step may have had other videos.
-            self.dali_failures.unlink(missing_ok=True)
+            for file in (self.dali_failures, self.quarantine):
+                file.unlink(missing_ok=True)
         write_atomic(self.recipe, recipe.to_yaml())
         write_atomic(self.environment, format_capabilities(collect_capabilities()) + "\n")
         manifest.save(self.manifest)

@@ -24,6 +24,7 @@ from mvd_scale.training.callbacks import Callback, CallbackList
 from mvd_scale.training.checkpointing.checkpointer import Checkpointer, RunState
 from mvd_scale.training.lr_schedule import Schedule
 from mvd_scale.training.metrics.writer import check_sinks
+from mvd_scale.training.run_events import record_start
 from mvd_scale.training.teachers.prefetch import BatchStarter, TeacherPrefetcher
 from mvd_scale.training.trainer import TrainedModel, Trainer
 from mvd_scale.utils.io import read_metrics, truncate_metrics
@@ -124,6 +125,7 @@ def run_training(job: TrainingJob[Any]) -> None:
         return destroy_distributed()
 
     torch.manual_seed(recipe.seed)
+    record_start(folder, recipe, schedule, ranks)
     model = job.build(ranks, schedule)
     run = RunState(origin, job.describe())
     with Checkpointer(folder, recipe, ranks, run, steps, model.engine, model.averages) as checkpointer:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger("mvd_scale")
 
 _TAIL_BYTES = 1 << 16
 """Bytes at the end of a file of metrics that hold its last reading."""
@@ -19,6 +22,37 @@ def write_atomic(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def append_whole(path: Path, content: bytes) -> int:
+    """Append to a file all of the content or nothing, and return the size of the file in bytes.
+
+    Raises:
+        OSError: the content could not be written; a part that was written is removed.
+    """
+    with path.open("ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            while content:
+                content = content[file.write(content) :]
+        except OSError:
+            file.truncate(before)
+            raise
+        return file.tell()
+
+
+def append_json_line(path: Path, document: dict[str, Any]) -> bool:
+    """Append a line of JSON to a log; if it cannot be written, a warning says so, and the run goes on.
+
+    Returns:
+        whether the line was written.
+    """
+    try:
+        append_whole(path, (json.dumps(document) + "\n").encode())
+        return True
+    except OSError as error:
+        logger.warning("%s cannot be written: %s; a line of it is lost", path, error.strerror)
+        return False
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from collections import deque
 from pathlib import Path
 
 from mvd_scale.training.metrics.sink import MetricSink, Values
-from mvd_scale.utils.io import truncate_metrics, write_atomic
+from mvd_scale.utils.io import append_whole, truncate_metrics, write_atomic
 
 MAX_BYTES = 64 * 2**20
 """Size of the file at which every second reading is removed from it, about 150,000 readings."""
@@ -40,7 +40,7 @@ class JsonLines(MetricSink):
         # JSON cannot represent infinity, the gradient norm of a step that overflowed.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._pending.append(json.dumps({"step": step, **finite}) + "\n")
-        size = _append(self.path, "".join(self._pending).encode())
+        size = append_whole(self.path, "".join(self._pending).encode())
         self._pending.clear()
         if size > MAX_BYTES:
             self._thin()
@@ -52,20 +52,3 @@ class JsonLines(MetricSink):
         """Remove every second reading, and keep the first and the last one."""
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
         write_atomic(self.path, "".join([*lines[:-1:2], lines[-1]]))
-
-
-def _append(path: Path, content: bytes) -> int:
-    """Append to a file all of the content or nothing, and return the size of the file in bytes.
-
-    Raises:
-        OSError: the content could not be written; a part that was written is removed.
-    """
-    with path.open("ab", buffering=0) as file:
-        before = file.tell()
-        try:
-            while content:
-                content = content[file.write(content) :]
-        except OSError:
-            file.truncate(before)
-            raise
-        return file.tell()
