@@ -58,11 +58,13 @@ def append_json_line(path: Path, document: dict[str, Any]) -> bool:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read all readings of a `metrics.jsonl`, oldest first; skips a line that a killed process wrote partially."""
     readings = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            readings.append(json.loads(line))
+            reading = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(reading, dict):
+            readings.append(reading)
     return readings
 
 
