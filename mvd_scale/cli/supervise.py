@@ -67,7 +67,7 @@ _seconds = click.FloatRange(min=0, min_open=True)
 )  # fmt: skip
 @click.argument("words", metavar="SUBCOMMAND [ARGUMENTS]...", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.pass_context
-def supervise(context: click.Context, words: tuple[str, ...], **options: Any) -> None:
+def supervise(context: click.Context, /, words: tuple[str, ...], **options: Any) -> None:
     """Run the ranks of SUBCOMMAND on this host, and restart them after faults, with the hosts that are left.
 
     SUBCOMMAND is pretrain, finetune or detect train. Start the same command on every host of the hostfile. It ends when

@@ -76,7 +76,7 @@ def open_store(endpoint: Endpoint, rank: int, world_size: int, timeout: timedelt
         listener = listen_at(endpoint.address, endpoint.port) if serves else None
     except OSError as error:
         raise torch.distributed.DistNetworkError(f"rank 0 cannot listen there ({error.strerror})") from error
-    return torch.distributed.TCPStore(
+    return torch.distributed.TCPStore(  # type: ignore[attr-defined]
         endpoint.address,
         endpoint.port,
         world_size,

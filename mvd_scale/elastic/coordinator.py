@@ -294,14 +294,13 @@ class Coordinator:
             # A scheduler may try elsewhere what hosts or links have broken; a traceback comes back there as well.
             self._finish(1 if cause is Cause.ERROR else FAULT_CODE, f"{reason}; {exceeded}")
         else:
-            delay = self.budget.delay()
-            self._gather(f"{reason}; restarts in {delay:g} s at the earliest", now, now + delay)
+            self._gather(reason, now, now + self.budget.delay())
 
     def _gather(self, reason: str, since: float, not_before: float) -> None:
         self.phase = Phase.GATHERING
         self._reason = reason
         self._gathering_since, self._not_before = since, not_before
-        logger.warning("supervise: %s", reason)
+        logger.warning("supervise: %s; restarts as soon as it can", reason)
 
     def _finish(self, code: int, reason: str) -> None:
         self.phase = Phase.OVER

@@ -93,8 +93,9 @@ class LocalRanks:
     def stop(self, number: int | None, seconds: float) -> None:
         """Send a signal to every rank, unless it is None; kill those that have not ended after so many seconds."""
         self._kill_at = min(self._kill_at, time.monotonic() + seconds)
-        for rank in self._running if number is not None else ():
-            rank.send_signal(number)
+        if number is not None:
+            for rank in self._running:
+                rank.send_signal(number)
 
     def kill(self) -> None:
         """Send SIGKILL to every rank and its children."""

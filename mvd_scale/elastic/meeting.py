@@ -70,8 +70,8 @@ class Site:
             OSError: nobody listens there, or the host cannot be reached or is not known.
         """
         family = socket.AF_INET6 if ":" in self.address else socket.AF_INET
-        found = socket.getaddrinfo(host, self.port, family, socket.SOCK_STREAM)
-        return socket.create_connection(found[0][4][:2], _CONNECT_SECONDS, source_address=(self.address, 0))
+        address = str(socket.getaddrinfo(host, self.port, family, socket.SOCK_STREAM)[0][4][0])
+        return socket.create_connection((address, self.port), _CONNECT_SECONDS, source_address=(self.address, 0))
 
 
 def find_site(hosts: Sequence[str], named: str | None, port: int) -> Site:
