@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from mvd_scale.config.launcher import local_world_size
-from mvd_scale.distributed.cpu_affinity import CpuBinding, bind_to_cpus, count_cpus, machine_id
+from mvd_scale.distributed.cpu_affinity import CpuBinding, bind_to_cpus, count_cpus
 from mvd_scale.distributed.data_rank import DataRank, Exchange
 from mvd_scale.distributed.exchange import StoreExchange
 from mvd_scale.distributed.free_port import free_port
 from mvd_scale.distributed.interface import set_interface
 from mvd_scale.distributed.rendezvous import check_reachable, open_store, resolve_endpoint
 from mvd_scale.errors import UserError
+from mvd_scale.utils.machine import machine_id
 from mvd_scale.utils.nvdec import Nvdec, query_nvdec, shared_nvdec
 
 _GC_INTERVALS = (700, 10, 10)
