@@ -19,11 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mvd_scale.config.launcher import local_world_size
 from mvd_scale.distributed.cpu_affinity import CpuBinding, bind_to_cpus, count_cpus
 from mvd_scale.distributed.data_rank import DataRank, Exchange
 from mvd_scale.distributed.exchange import StoreExchange
 from mvd_scale.distributed.free_port import free_port
+from mvd_scale.distributed.interface import set_interface
 from mvd_scale.distributed.progress import Progress
+from mvd_scale.distributed.rendezvous import check_reachable, open_store, resolve_endpoint
 from mvd_scale.errors import UserError
 from mvd_scale.utils.machine import machine_id
 from mvd_scale.utils.nvdec import Nvdec, query_nvdec, shared_nvdec
@@ -105,8 +108,8 @@ def init_distributed(device: str, timeout_minutes: float) -> Ranks:
         timeout_minutes: longest wait for other ranks in a collective operation, in minutes.
 
     Raises:
-        UserError: there is no GPU for this rank, the launcher's environment is incomplete, the port is in use, or ranks
-            did not connect in time.
+        UserError: there is no GPU for this rank, the launcher's environment is incomplete, the port is in use, ranks
+            did not connect in time, or MASTER_ADDR leads nowhere.
     """
     kind = choose_device(device).type
     if "RANK" in os.environ:
@@ -141,13 +144,9 @@ def init_distributed(device: str, timeout_minutes: float) -> Ranks:
     else:
         # DeepSpeed's shared-memory reductions would be compiled at the first start; gloo needs no compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    own_device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     try:
-        deepspeed.init_distributed(
-            dist_backend="nccl" if kind == "cuda" else "gloo",
-            auto_mpi_discovery=False,
-            verbose=False,
-            timeout=timedelta(minutes=timeout_minutes),
-        )
+        _join_group(own_device, timedelta(minutes=timeout_minutes))
     except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
@@ -155,7 +154,8 @@ def init_distributed(device: str, timeout_minutes: float) -> Ranks:
             "If the port is in use, choose another with `deepspeed --master_port`; "
             "otherwise check that every host can reach this address"
         ) from error
-    own_device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+    # DeepSpeed takes over a process group that stands.
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     rank = torch.distributed.get_rank()
     # torch has read OMP_NUM_THREADS; a value that the launcher set counts as the user's choice too.
     threads = torch.get_num_threads() if os.environ.get("OMP_NUM_THREADS") else None
@@ -170,6 +170,28 @@ def init_distributed(device: str, timeout_minutes: float) -> Ranks:
         binding=binding,
         cpus=binding.share.budget if binding else count_cpus(rank),
         nvdec=_common_nvdec(own_device) if kind == "cuda" else None,
+    )
+
+
+def _join_group(device: torch.device, timeout: timedelta) -> None:
+    """Meet the other ranks at MASTER_ADDR and MASTER_PORT, and initialise the process group of torch.
+
+    Raises:
+        DistNetworkError, DistStoreError: the ranks did not meet.
+        UserError: MASTER_ADDR is not known, cannot be reached from other hosts, or by no network interface.
+    """
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    endpoint = resolve_endpoint(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout)
+    check_reachable(endpoint, several_hosts=1 < world_size != local_world_size(1))
+    set_interface(endpoint, os.environ)
+    torch.distributed.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=open_store(endpoint, rank, world_size, timeout),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+        # Bound to its device, NCCL connects at once and not in the first collective; a single rank has no peer.
+        device_id=device if device.type == "cuda" and world_size > 1 else None,
     )
 
 

@@ -19,7 +19,7 @@ LAYERS = (
     {"models"},
     {"checkpoints", "data"},
     {"run_dir"},
-    {"evaluation", "targets"},
+    {"elastic", "evaluation", "targets"},
     {"visualization"},
     {"training"},
     {"detection", "performance", "pipelines", "run_status"},
