@@ -10,7 +10,7 @@ import time
 import click
 
 from mvd_scale import __version__
-from mvd_scale.cli import about, bench, data, detection, plan, probe, profile, testing, training, weights
+from mvd_scale.cli import about, bench, data, detection, doctor, plan, probe, profile, testing, training, weights
 from mvd_scale.config.launcher import env_rank
 from mvd_scale.errors import FAULT_CODE, RunFault, UserError
 from mvd_scale.utils.logging import configure_logging
@@ -47,6 +47,7 @@ for _command in (
     about.recipes,
     about.schema,
     about.env,
+    doctor.doctor,
 ):
     cli.add_command(_command)
 
