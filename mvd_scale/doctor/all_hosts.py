@@ -45,6 +45,9 @@ class Phase:
 
     seconds: float
 
+    of_job: bool = False
+    """Whether what rank 0 finds is about all hosts."""
+
 
 @dataclass(frozen=True)
 class Examined:
@@ -75,10 +78,11 @@ def examine_all(rank: LaunchedRank, settings: Settings) -> Examined | None:
     findings = make_checks([facts_check(facts), *host_checks(settings, meeting.seat.device, rank)], settings)
     try:
         meeting.assemble(rank.world_size, until, list(settings.hosts))
-        findings += _meet(meeting, rank, settings)
+        findings = [*_on_host(meeting.seat.label, findings), *_meet(meeting, rank, settings)]
         meeting.put(f"findings/{rank.rank}", [list(map(asdict, findings)), facts])
     except NoAnswer as error:
-        return Examined((meeting.seat.name,), 1, [*findings, _no_meeting(rank, str(error))])
+        name = meeting.seat.label or meeting.seat.name
+        return Examined((name,), 1, _on_host(name, [*findings, _no_meeting(rank, str(error))]))
     return _collect(meeting, rank, settings) if meeting.leads else None
 
 
@@ -86,7 +90,11 @@ def _apart(rank: LaunchedRank, settings: Settings, reason: str) -> Examined:
     """Make the checks of this host alone, since it does not reach the others."""
     seat = own_seat(rank)
     findings = [_no_meeting(rank, reason), *make_checks(host_checks(settings, seat.device, rank), settings)]
-    return Examined((seat.name,), 1, [replace(finding, host=seat.name) for finding in findings])
+    return Examined((seat.name,), 1, _on_host(seat.name, findings))
+
+
+def _on_host(label: str, findings: Iterable[Finding]) -> list[Finding]:
+    return [replace(finding, host=label) for finding in findings]
 
 
 def _no_meeting(rank: LaunchedRank, reason: str) -> Finding:
@@ -119,7 +127,8 @@ def _meet(meeting: Meeting, rank: LaunchedRank, settings: Settings) -> list[Find
     for phase in _phases(meeting, rank, settings):
         ready, _ = meeting.begin(phase.name, seconds)
         check = HostCheck(phase.group, phase.name, partial(phase.make, ready), phase.seconds, _HUNG)
-        findings += make_checks([check], settings)
+        made = make_checks([check], settings)
+        findings += made if phase.of_job and meeting.leads else _on_host(meeting.seat.label, made)
         seconds = phase.seconds
     if meeting.leads and not meeting.has("all-reduce"):
         meeting.put("all-reduce", [[], meeting.device])  # the other ranks wait for it
@@ -132,8 +141,10 @@ def _phases(meeting: Meeting, rank: LaunchedRank, settings: Settings) -> Iterato
         yield Phase("network", "names", lambda ready: names_of_others(rank.address, others), 30)
         yield Phase("network", "clock", lambda ready: compare_clocks(meeting, ready), 60)
         yield Phase("folder", "shared folder", lambda ready: share_folder(meeting, ready, settings.folder), 90)
-        yield Phase("network", "pairs of hosts", lambda ready: _pairs(meeting, ready, settings), PAIRS_SECONDS + 60)
-    yield Phase("network", "all-reduce", lambda ready: _all_reduce(meeting, ready), 90)
+        yield Phase(
+            "network", "pairs of hosts", lambda ready: _pairs(meeting, ready, settings), PAIRS_SECONDS + 60, True
+        )
+    yield Phase("network", "all-reduce", lambda ready: _all_reduce(meeting, ready), 90, True)
 
 
 def _pairs(meeting: Meeting, ready: list[int], settings: Settings) -> Iterator[Finding]:
@@ -172,7 +183,7 @@ def _collect(meeting: Meeting, rank: LaunchedRank, settings: Settings) -> Examin
             said = f"its findings do not come; the last phase that it was ready for: {meeting.phase_of(host.rank)!r}"
             findings.append(Finding("answer", "fail", said, _HUNG, host=host.label, group="hosts"))
         else:
-            findings += [replace(Finding(**finding), host=host.label) for finding in theirs]
+            findings += [Finding(**finding) for finding in theirs]
     findings += compare_facts(facts)
     return Examined(tuple(host.label for host in meeting.hosts), len(meeting.seats), findings)
 
@@ -191,12 +202,12 @@ def _presence(meeting: Meeting, rank: LaunchedRank, settings: Settings) -> Itera
     if not missing:
         yield Finding("presence", "ok", f"{said}: all that the launcher counts", group="hosts")
         return
-    names = ", ".join(_names_of(missing, settings)) or "a host whose name --hostfile would tell"
+    hosts = ", ".join(_names_of(missing, settings) or _numbers_of(meeting, rank)) or "hosts that the launcher knows"
     remedy = (
         f"see what the launcher says of it, and that it reaches {rank.address}:{rank.port} (`nc -vz {rank.address} "
         f"{rank.port}` there, while this runs); --wait gives it more time"
     )
-    detail = f"{said} came; within {settings.wait:g} s there was nothing of ranks {_ranges(missing)}: {names}"
+    detail = f"{said} came; within {settings.wait:g} s there was nothing of ranks {_ranges(missing)}: {hosts}"
     yield Finding("presence", "fail", detail, remedy, {"missing ranks": missing}, group="hosts")
 
 
@@ -204,6 +215,12 @@ def _names_of(ranks: list[int], settings: Settings) -> list[str]:
     """Names of the hosts of ranks, as far as a hostfile tells them."""
     owners = [name for name, slots in settings.hosts.items() for _ in range(slots)]
     return list(dict.fromkeys(owners[rank] for rank in ranks if rank < len(owners)))
+
+
+def _numbers_of(meeting: Meeting, rank: LaunchedRank) -> list[str]:
+    """Hosts of which no rank came, by the launcher's numbers."""
+    came = {seat.host for seat in meeting.seats}
+    return [f"host number {number} of the launcher" for number in range(rank.hosts or 0) if str(number) not in came]
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -25,6 +25,9 @@ _MARGIN = 10.0
 """Seconds that a rank waits for the leader beyond the leader's own wait for the slowest."""
 
 
+_POLL = 0.02
+
+
 class NoAnswer(Exception):
     """A rank, or the store, that does not answer in time."""
 
@@ -104,8 +107,15 @@ class Meeting:
             raise NoAnswer(f"no answer within {seconds:.0f} s ({key})") from error
 
     def has(self, key: str) -> bool:
-        """Whether a value was published."""
-        return bool(self._store.check([key]))
+        """Whether a value was published.
+
+        Raises:
+            NoAnswer: the store does not answer.
+        """
+        try:
+            return bool(self._store.check([key]))
+        except DistError as error:
+            raise NoAnswer(f"the store of rank 0 is gone: {error}") from error
 
     def branch(self, name: str) -> Store:
         """Return the same store with names of its own, for a process group."""
@@ -163,10 +173,11 @@ class Meeting:
     def _collect(self, keys: Iterable[str], until: float) -> Iterator[tuple[str, Any]]:
         """Yield the values that are published until a time, with their names."""
         for key in keys:
-            try:
-                yield key, self.get(key, until - time.monotonic())
-            except NoAnswer:
-                continue
+            # Not `get`, whose wait logs a warning of torch where a value does not come.
+            while not (there := self.has(key)) and time.monotonic() < until:
+                time.sleep(_POLL)
+            if there:
+                yield key, self.get(key, _MARGIN)
 
 
 def _labelled(seats: list[Seat], names: Sequence[str]) -> list[Seat]:
@@ -195,6 +206,9 @@ def open_store(rank: LaunchedRank, seconds: float) -> Store:
         NoAnswer: it cannot be reached, or served.
     """
     serves = rank.rank == 0 and not rank.store_of_agent
+    if not serves:
+        # A client of the store would print a trace of torch's own code.
+        await_server(rank.address, rank.port, seconds)
     try:
         store = TCPStore(
             rank.address,
@@ -205,12 +219,24 @@ def open_store(rank: LaunchedRank, seconds: float) -> Store:
             multi_tenant=True,
         )
     except DistError as error:
-        reason = next(iter(str(error).splitlines()), "")
-        raise NoAnswer(reason if serves else diagnose(rank.address, rank.port) or reason) from error
+        raise NoAnswer(next(iter(str(error).splitlines()), "")) from error
     return PrefixStore(f"mvd_scale/doctor/{rank.attempt}", store)
 
 
-def diagnose(address: str, port: int, seconds: float = 5.0) -> str:
+def await_server(address: str, port: int, seconds: float) -> None:
+    """Wait until a TCP connection to an address can be opened.
+
+    Raises:
+        NoAnswer: it cannot in that time; the message has the reason.
+    """
+    until = time.monotonic() + seconds
+    while reason := diagnose(address, port, max(until - time.monotonic(), 1.0)):
+        if time.monotonic() > until:
+            raise NoAnswer(reason)
+        time.sleep(_POLL)
+
+
+def diagnose(address: str, port: int, seconds: float) -> str:
     """Reason why a TCP connection to an address cannot be opened; empty if it can."""
     try:
         with socket.create_connection((address, port), timeout=seconds):
