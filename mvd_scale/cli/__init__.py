@@ -15,6 +15,7 @@ from mvd_scale.cli import (
     bench,
     data,
     detection,
+    doctor,
     plan,
     probe,
     profile,
@@ -62,6 +63,7 @@ for _command in (
     about.recipes,
     about.schema,
     about.env,
+    doctor.doctor,
 ):
     cli.add_command(_command)
 

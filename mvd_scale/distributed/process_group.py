@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvd_scale.config.launcher import local_world_size
+from mvd_scale.config.launcher import check_environment, local_world_size
 from mvd_scale.distributed.cpu_affinity import CpuBinding, bind_to_cpus, count_cpus
 from mvd_scale.distributed.data_rank import DataRank, Exchange
 from mvd_scale.distributed.exchange import StoreExchange
@@ -113,7 +113,7 @@ def init_distributed(device: str, timeout_minutes: float) -> Ranks:
     """
     kind = choose_device(device).type
     if "RANK" in os.environ:
-        _check_environment()
+        check_environment()
     else:
         alone = {
             "RANK": 0,
@@ -208,16 +208,6 @@ def _host() -> str:
         if number in os.environ:
             return os.environ[number]
     return " ".join(machine_id())
-
-
-def _check_environment() -> None:
-    names = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    if missing := [name for name in names if name not in os.environ]:
-        raise UserError(
-            f"RANK is {os.environ['RANK']}, but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set: "
-            "start ranks with the `deepspeed` launcher, or set RANK, LOCAL_RANK (number of the rank on its host; on "
-            "Slurm $SLURM_LOCALID), WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each; to run one process, unset RANK"
-        )
 
 
 def run_on_rank0(ranks: Ranks, name: str, work: Callable[[], Any]) -> Any:

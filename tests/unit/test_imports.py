@@ -23,6 +23,7 @@ LAYERS = (
     {"visualization"},
     {"training"},
     {"detection", "performance", "pipelines", "run_status"},
+    {"doctor"},
     {"cli"},
 )
 """Packages and modules of `mvd_scale`, from the lowest layer up. Packages of one layer do not import each other."""
