@@ -108,8 +108,7 @@ mvd_set_up() {
 }
 
 # Runs a launcher in a session of its own, and forwards signals to it and its ranks. The `deepspeed` command does not
-# forward signals: its ranks would continue after its end. Waits until the ranks have saved a checkpoint and ended, at
-# most 10 minutes after the launcher; on SIGTERM the launcher of DeepSpeed gives them 30 seconds, on SIGUSR1 it ends first.
+# forward signals: its ranks would continue after its end. Waits until the ranks have saved a checkpoint and ended.
 mvd_launch() {
     local job status=0
     setsid "$@" &
@@ -118,7 +117,7 @@ mvd_launch() {
     trap 'kill -USR1 -- "-$job" 2>/dev/null' USR1
     wait "$job" || status=$?
     trap - INT TERM USR1
-    for _ in {1..3000}; do
+    for _ in {1..200}; do
         kill -0 -- "-$job" 2>/dev/null || break
         sleep 0.2
     done

@@ -118,7 +118,9 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} is missing or damaged ({error}): copy the whole checkpoint again") from error
     for file in files:
         if not is_plain_name(file):
-            raise UserError(f"{path} names {file!r}, which is no file beside it: get the checkpoint from its author again")
+            raise UserError(
+                f"{path} names {file!r}, which is no file beside it: get the checkpoint from its author again"
+            )
     return tensors
 
 

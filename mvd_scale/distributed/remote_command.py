@@ -2,8 +2,8 @@
 
 The launcher over pdsh puts the words of a command, the current folder, Python's path and some environment variables
 into a line for the shells of the other hosts. It encloses words with spaces in double quotes, and others not at all: a
-semicolon or a `$(...)` in a path would be executed there, and a line break would end the command. So the words travel as
-one word in letters and digits, and what cannot be changed is checked.
+semicolon or a `$(...)` in a path would be executed there, and a line break would end the command. So the words travel
+as one word in letters and digits, and what cannot be changed is checked.
 
     python -m mvd_scale.distributed.remote_command pack MODULE [ARGUMENTS]    checks, and prints the word
     python -m mvd_scale.distributed.remote_command run WORD                   runs the module with its arguments
@@ -76,8 +76,8 @@ def check_line(folder: str, python: str, environment: Mapping[str, str]) -> None
     for name, value in [*exported, *_variables_of_files(environment.get("DS_ENV_FILE", ".deepspeed_env"))]:
         if not re.fullmatch(r"\w+", name) or _ACTIVE.search(value):
             raise UserError(
-                f"the variable {name!r} has the value {value!r}, and the shells of the other hosts would interpret some "
-                'of its characters: remove ", $, `, \\ and line breaks, or unset it for this command'
+                f"the variable {name!r} has the value {value!r}, and the shells of the other hosts would interpret "
+                'some of its characters: remove ", $, `, \\ and line breaks, or unset it for this command'
             )
 
 

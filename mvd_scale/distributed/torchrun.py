@@ -1,8 +1,9 @@
-"""torchrun that ends as its ranks do: `python -m mvd_scale.distributed.torchrun [OPTIONS OF TORCHRUN] -m mvd_scale ...`.
+"""torchrun that ends as its ranks do: `python -m mvd_scale.distributed.torchrun [OPTIONS] -m mvd_scale SUBCOMMAND ...`.
 
-torchrun itself exits with 1 however its ranks ended, gives them 30 seconds after a signal and kills them then, and does
-not pass SIGUSR1 on. Job schedulers need the exit code of the ranks: it tells a fault, after which a restart may help, from
-invalid input (`mvd_scale.errors`). And a run needs the time to finish its step and to save a checkpoint.
+The options are those of torchrun, which itself exits with 1 however its ranks ended, gives them 30 seconds after a
+signal and kills them then, and does not pass SIGUSR1 on. Job schedulers need the exit code of the ranks: it tells a
+fault, after which a restart may help, from invalid input (`mvd_scale.errors`). And a run needs the time to finish its
+step and to save a checkpoint.
 """
 
 from __future__ import annotations
@@ -35,8 +36,11 @@ def main() -> None:
     """
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
+    options = parse_args(sys.argv[1:])
+    # torchrun replaces $local_rank and $$ in the words of the ranks: a path with a dollar sign must stay as it is.
+    options.training_script_args = [word.replace("$", "$$") for word in options.training_script_args]
     try:
-        run(parse_args(sys.argv[1:]))
+        run(options)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         # A process that a signal ended has minus its number.

@@ -1,4 +1,4 @@
-"""Tests of the files of launch/ for clusters, without one: Kubernetes' schemas, the promises of the image, all shell scripts."""
+"""Tests of the files for clusters without one: Kubernetes' schemas, the promises of the image, all shell scripts."""
 
 from __future__ import annotations
 
@@ -134,8 +134,8 @@ def test_what_to_edit_stands_at_the_top(file: str) -> None:
 
 def test_nothing_below_the_top_of_the_kubernetes_file_names_a_value_of_the_user() -> None:
     top, _, rest = (LAUNCH / "kubernetes.yaml").read_text().partition("... to here.")
-    anchors = {name for name in re.findall(r"&(\w+)", top)}
-    assert anchors == {name for name in re.findall(r"[ \[]\*(\w+)", top + rest)}
+    anchors = set(re.findall(r"&(\w+)", top))
+    assert anchors == set(re.findall(r"[ \[]\*(\w+)", top + rest))
     assert "&" not in rest
 
 
@@ -195,9 +195,10 @@ def test_the_devcontainer_is_the_image() -> None:
     assert (build / container["build"]["dockerfile"]).resolve() == LAUNCH / "Dockerfile"
     assert (build / container["build"]["context"]).resolve() == REPOSITORY
     assert any(word.startswith("--shm-size=") for word in container["runArgs"])
-    assert f"useradd --create-home --uid 2000 --user-group {container['remoteUser']}" in (
-        LAUNCH / "Dockerfile"
-    ).read_text()
+    assert (
+        f"useradd --create-home --uid 2000 --user-group {container['remoteUser']}"
+        in (LAUNCH / "Dockerfile").read_text()
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)

@@ -1,4 +1,4 @@
-"""Tests of launch/slurm.sbatch with fake Slurm programs: what it starts, when it requeues its job and when it does not."""
+"""Tests of launch/slurm.sbatch with fake Slurm programs: what it starts, and when it requeues its job."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ SCONTROL = """#!/bin/bash
 case "$1 $2" in
     "show hostnames") printf 'node-1\\nnode-2\\n' ;;
     requeue*)
-        [[ ! -e "$SLURM_SUBMIT_DIR/started" || -e "$SLURM_SUBMIT_DIR/saved" ]] || echo early >>"$SLURM_SUBMIT_DIR/requeued"
-        echo "$2" >>"$SLURM_SUBMIT_DIR/requeued"
+        cd "$SLURM_SUBMIT_DIR"
+        [[ ! -e started || -e saved ]] || echo early >>requeued
+        echo "$2" >>requeued
         exit "${REQUEUE_CODE:-0}"
         ;;
 esac
@@ -59,7 +60,7 @@ class Job:
         self.script = folder / "launch" / "slurm.sbatch"
         self.script.parent.mkdir(parents=True)
         self.script.write_text((LAUNCH / "slurm.sbatch").read_text())
-        (folder / "launch" / "setup.sh").write_text("PATH=\"$repository/bin:$PATH\"\n")
+        (folder / "launch" / "setup.sh").write_text('PATH="$repository/bin:$PATH"\n')
         (folder / "bin").mkdir()
         self.program("srun", SRUN)
         self.program("scontrol", SCONTROL)
@@ -131,7 +132,7 @@ def job(tmp_path: Path) -> Iterator[Job]:
 
 
 def test_a_host_runs_torchrun_with_its_number_and_the_words_as_they_are(job: Job) -> None:
-    hostile = ["pretrain", "--run.folder", "runs/it's \"a\"; touch marker", "--data.source", "$(touch marker)\n`b`", "*"]
+    hostile = ["pretrain", "--run.folder", 'runs/it\'s "a"; touch marker', "--data.source", "$(touch marker)\n`b`", "*"]
     assert job.run(*hostile) == (0, "")
     rank, *words = job.words("ran")
     assert rank == "1"
@@ -208,7 +209,9 @@ def test_sigterm_at_the_time_limit_leaves_the_requeueing_to_the_script(job: Job)
     assert job.requeued == ["4711"]
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (2, False), (75, True), (137, True), (143, False)])
+@pytest.mark.parametrize(
+    ("code", "requeued"), [(0, False), (1, False), (2, False), (75, True), (137, True), (143, False)]
+)
 def test_the_exit_code_says_whether_a_restart_may_help(job: Job, code: int, requeued: bool) -> None:
     job.ranks(ENDS.format(code=code))
     ended, output = job.run()

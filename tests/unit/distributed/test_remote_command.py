@@ -107,7 +107,7 @@ def test_the_module_runs_with_its_arguments(tmp_path: Path) -> None:
     (tmp_path / "shown.py").write_text("import sys\nassert __name__ == '__main__'\nprint(ascii(sys.argv[1:]))\n")
     command = [sys.executable, "-m", "mvd_scale.distributed.remote_command", "run", pack(["shown", *HOSTILE])]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert result.stdout == f"{ascii(HOSTILE)}\n", result.stderr
+    assert result.stdout == f"{HOSTILE!a}\n", result.stderr
 
 
 @pytest.mark.parametrize("value", ["a; touch marker", "two words", "*", "a'b", "&& touch marker"])

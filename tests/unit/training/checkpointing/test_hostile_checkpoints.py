@@ -127,7 +127,9 @@ def test_a_record_of_a_file_outside_is_damage(folder: Path, name: str) -> None:
     assert "is no file beside it" in str(find_damage(folder))
 
 
-@pytest.mark.parametrize("content", ["[]", "3", "null", '{"a": 1}', '{"a": {"bytes": "x", "sha256": "y"}}', '{"a": {}}'])
+@pytest.mark.parametrize(
+    "content", ["[]", "3", "null", '{"a": 1}', '{"a": {"bytes": "x", "sha256": "y"}}', '{"a": {}}']
+)
 def test_other_json_is_damage(folder: Path, content: str) -> None:
     (folder / "files.json").write_text(content)
     assert "missing or cut off" in str(find_damage(folder))
