@@ -86,21 +86,23 @@ class Meter:
             metrics by name, and whether a checkpoint is overdue on any rank.
         """
         elapsed = time.perf_counter() - self.started
-        mine = [float(replaced), float(overdue), self.waited, peak_memory_gib(self.ranks.device)]
-        shared = torch.cat([self.distances / self.micro_batches, self.distances.new_tensor(mine)])
-        gathered = [torch.empty_like(shared) for _ in range(self.ranks.world_size)]
-        torch.distributed.all_gather(gathered, shared)
-        host = torch.stack(gathered).cpu()
-        means, worst = host.mean(0).tolist(), host.max(0).values.tolist()
+        mine = self.distances.new_tensor(
+            [float(replaced), float(overdue), self.waited, peak_memory_gib(self.ranks.device)]
+        )
+        sums, worst = torch.cat([self.distances / self.micro_batches, mine[:1]]), mine[1:]
+        # Reductions: their size does not depend on the number of ranks.
+        torch.distributed.all_reduce(sums)
+        torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX)
+        *totals, replaced_by_all, any_overdue, waited, memory = torch.cat([sums, worst]).tolist()
         names = ["loss", *(f"loss/{name}" for name in self.targets)]
-        values = dict(zip(names, means, strict=False))
+        values = {name: total / self.ranks.world_size for name, total in zip(names, totals, strict=True)}
         values["clips_per_second"] = self.clips * self.ranks.world_size / elapsed
         values["seconds_per_step"] = elapsed / self.steps
-        values["data_wait_share"] = worst[-2] / elapsed
-        values["memory_gib"] = worst[-1]
-        values["clips_replaced"] = float(host[:, -4].sum())
+        values["data_wait_share"] = waited / elapsed
+        values["memory_gib"] = memory
+        values["clips_replaced"] = replaced_by_all
         self._reset()
-        return values, worst[-3] > 0
+        return values, any_overdue > 0
 
 
 class MetricWriter:
