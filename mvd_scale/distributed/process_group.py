@@ -70,7 +70,7 @@ class Ranks:
 
     def open_exchange(self) -> StoreExchange:
         """Open an exchange of messages over the store of the process group. All ranks must call it as often."""
-        return StoreExchange(self.store, self.rank, self.world_size, self.timeout)
+        return StoreExchange(self.store, self.rank, self.world_size, self.timeout, self.host)
 
     @property
     def store(self) -> Any:

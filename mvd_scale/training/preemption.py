@@ -54,8 +54,9 @@ class PreemptionHandler:
         if self.received is not None:
             store.set(_WISH, "1")
         if ranks.is_main and self._last is None and store.check([_WISH]):
-            store.set(_LAST_STEP, str(step + turns))
-        if self._last is None and (step + ranks.rank) % turns == 0 and store.check([_LAST_STEP]):
+            self._last = step + turns
+            store.set(_LAST_STEP, str(self._last))
+        elif self._last is None and (step + ranks.rank) % turns == 0 and store.check([_LAST_STEP]):
             self._last = int(store.get(_LAST_STEP))
         return self._last is not None and step >= self._last
 
