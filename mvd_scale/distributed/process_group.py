@@ -23,8 +23,8 @@ from mvd_scale.distributed.cpu_affinity import CpuBinding, bind_to_cpus, count_c
 from mvd_scale.distributed.data_rank import DataRank
 from mvd_scale.distributed.exchange import StoreExchange, answer_from_rank0
 from mvd_scale.distributed.free_port import free_port
+from mvd_scale.distributed.health.progress import Progress
 from mvd_scale.distributed.interface import set_interface
-from mvd_scale.distributed.progress import Progress
 from mvd_scale.distributed.rendezvous import check_reachable, open_store, resolve_endpoint
 from mvd_scale.errors import UserError
 from mvd_scale.utils.machine import machine_id

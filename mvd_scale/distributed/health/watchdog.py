@@ -33,10 +33,10 @@ import torch
 from torch.distributed.distributed_c10d import Store
 
 from mvd_scale.config.launcher import local_world_size
-from mvd_scale.distributed.launcher_processes import LauncherProcesses
+from mvd_scale.distributed.health.launcher_processes import LauncherProcesses
+from mvd_scale.distributed.health.stack_file import StackFile
+from mvd_scale.distributed.health.verdict import Heartbeats, Member, Verdict, name_phases, name_ranks
 from mvd_scale.distributed.process_group import Ranks
-from mvd_scale.distributed.stack_file import StackFile
-from mvd_scale.distributed.verdict import Heartbeats, Member, Verdict, name_phases, name_ranks
 from mvd_scale.errors import FAULT_CODE, UserError
 from mvd_scale.utils.events import EventLog
 
