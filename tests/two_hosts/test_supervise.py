@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,10 @@ from typing import Any
 import pytest
 
 from mvd_scale.utils.events import read_events
-from tests.fork_server import ForkServer
+from tests.fork_server import ROOT, ForkServer
 from tests.two_hosts.job import readings, train
 from tests.two_hosts.network import Host
+from tests.unit.elastic.test_supervisor import is_running, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -105,3 +108,31 @@ def test_a_run_loses_a_host_goes_on_and_gets_it_back(
     assert disturbed.keys() == expected.keys()
     for step, values in disturbed.items():
         assert values == pytest.approx(expected[step], rel=TOLERANCE), f"step {step}"
+
+
+def test_of_two_sides_of_a_cut_link_one_goes_on_and_takes_the_other_in_again(
+    hosts: tuple[Host, Host], tmp_path: Path
+) -> None:
+    toy = [str(tmp_path), ",".join(host.name for host in hosts)]
+    supervisors = [
+        host.start(sys.executable, "-m", "tests.unit.elastic.toy_host", *toy, host.name, "29400", "2", "8", cwd=ROOT)
+        for host in hosts
+    ]
+    wait_until(lambda: worlds(tmp_path) == {"4": 4}, "all ranks")
+    hosts[1].link_down()
+    wait_until(lambda: worlds(tmp_path) == {"2": 2}, "ranks of one host")
+    # The other one would have started within this time.
+    time.sleep(8)
+    assert worlds(tmp_path) == {"2": 2}
+    assert [process.poll() for process in supervisors] == [None, None]
+    hosts[1].link_up()
+    wait_until(lambda: worlds(tmp_path) == {"4": 4}, "all ranks again")
+    (tmp_path / "finish").touch()
+    assert [process.wait(20) for process in supervisors] == [0, 0]
+
+
+def worlds(folder: Path) -> dict[str, int]:
+    """Number of running toy ranks by the number of ranks that their world has."""
+    lines = (folder / "started.jsonl").read_text().splitlines() if (folder / "started.jsonl").exists() else []
+    ranks = [json.loads(line) for line in lines]
+    return dict(Counter(rank["WORLD_SIZE"] for rank in ranks if is_running(rank["pid"])))
