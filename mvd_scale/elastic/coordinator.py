@@ -157,7 +157,7 @@ class Coordinator:
     def leave(self, host: str, now: float) -> None:
         """Note that a host is gone: its supervisor has ended, or does not answer."""
         self._members.pop(host)
-        logger.warning("supervise: %s is gone, %d hosts are left", host, len(self._members))
+        logger.warning("supervise: %s is gone; hosts left: %d", host, len(self._members))
         attempt = self._attempt
         if attempt is not None and host in attempt.running:
             attempt.running.discard(host)
@@ -247,7 +247,7 @@ class Coordinator:
         for host in self._members.keys() - ranks.keys():
             self._send(host, "spare", **known)
         shares = ", ".join(f"{host} {count}" for host, count in ranks.items())
-        logger.info("supervise: attempt %d on %d ranks: %s", self.number, attempt.world_size, shares)
+        logger.info("supervise: attempt %d; ranks by host: %s", self.number, shares)
         if self.number > 1:
             self._hooks.record_restart(self._reason or "the coordinating host was lost", ranks, self.number)
 
