@@ -175,12 +175,16 @@ class Coordinator:
 
     def ended(self, host: str, number: int, codes: list[int], port: int, now: float) -> None:
         """Note that all ranks of a host have ended, with these exit codes; `port` is free now."""
-        self._members[host].port = port
+        self.offer_port(host, port)
         attempt = self._attempt
         if attempt is not None and number == attempt.number and host in attempt.running:
             attempt.running.discard(host)
             attempt.codes += codes
             self._conclude(now)
+
+    def offer_port(self, host: str, port: int) -> None:
+        """Note a port of a host that is free now."""
+        self._members[host].port = port
 
     def request_stop(self, number: int, now: float) -> None:
         """Stop the job for good, by a signal that one of its hosts received."""
