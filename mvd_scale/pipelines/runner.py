@@ -205,8 +205,8 @@ def _launch(pipeline: Pipeline, name: str, arguments: list[str], ranks: int, loc
             _wait_for_group(job)
     if code:
         raise UserError(
-            f"stage {name}, `mvd-scale {shlex.join(arguments)}`, ended with exit code {code}; its own message is above. "
-            "Start the same command again to resume"
+            f"stage {name}, `mvd-scale {shlex.join(arguments)}`, ended with exit code {code}; its own message is "
+            "above. Start the same command again to resume"
         )
 
 

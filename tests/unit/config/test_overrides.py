@@ -20,7 +20,6 @@ from mvd_scale.config.reading import parse_overrides
         "$(touch marker)",
         "a\nb",
         "a  b",
-        "tab\there",
         "back\\slash",
         "100%h",
         "videos/*.mp4",
