@@ -107,21 +107,9 @@ mvd_set_up() {
     ) 9>"$mvd_venv.lock" || exit 1
 }
 
-# Runs a launcher in a session of its own, and forwards signals to it and its ranks. The `deepspeed` command does not
-# forward signals: its ranks would continue after its end. Waits until the ranks have saved a checkpoint and ended.
+# Runs a launcher in place of this script. The guard passes SIGTERM, SIGINT and SIGUSR1 to the ranks, and ends after them.
 mvd_launch() {
-    local job status=0
-    setsid "$@" &
-    job=$!
-    trap 'kill -TERM -- "-$job" 2>/dev/null' INT TERM
-    trap 'kill -USR1 -- "-$job" 2>/dev/null' USR1
-    wait "$job" || status=$?
-    trap - INT TERM USR1
-    for _ in {1..200}; do
-        kill -0 -- "-$job" 2>/dev/null || break
-        sleep 0.2
-    done
-    exit "$status"
+    exec python "$mvd_root/mvd_scale/distributed/launch_guard.py" "$@"
 }
 
 mvd_set_up

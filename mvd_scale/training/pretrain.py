@@ -23,6 +23,7 @@ from mvd_scale.training.deepspeed_engine import full_parameters
 from mvd_scale.training.distillation import distillation_model
 from mvd_scale.training.lr_schedule import Schedule
 from mvd_scale.training.run import TrainingJob, run_training
+from mvd_scale.training.run_events import recording_end
 from mvd_scale.training.teachers.fidelity import check_fidelity
 from mvd_scale.training.teachers.prefetch import BatchStarter, make_prefetcher
 from mvd_scale.training.trainer import TrainedModel
@@ -30,7 +31,9 @@ from mvd_scale.training.trainer import TrainedModel
 
 def run_pretraining(recipe: Recipe) -> None:
     """Run a recipe of pre-training or distillation; see `run_training`."""
-    run_training(Pretraining(recipe, RunFolder(recipe.run.folder)))
+    folder = RunFolder(recipe.run.folder)
+    with recording_end(folder):
+        run_training(Pretraining(recipe, folder))
 
 
 class Pretraining(TrainingJob[Recipe]):
@@ -93,7 +96,7 @@ class Pretraining(TrainingJob[Recipe]):
         """Create the loader of masked clips, resized to the input sides of student and teachers."""
         sides = teacher_input_sizes(self.recipe, self.targets)
         return ClipLoader.for_run(
-            self.manifest, self.recipe, ranks.data_rank, steps, sides=sides, quarantine_file=self.folder.quarantine
+            self.manifest, self.recipe, ranks.data_rank, steps, sides=sides, quarantine=self.folder.open_quarantine()
         )
 
     def prefetch(self, ranks: Ranks) -> BatchStarter | None:

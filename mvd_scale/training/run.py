@@ -24,6 +24,8 @@ from mvd_scale.run_dir import RunFolder
 from mvd_scale.training.callbacks import Callback, CallbackList
 from mvd_scale.training.checkpointing.checkpointer import Checkpointer, RunState
 from mvd_scale.training.lr_schedule import Schedule
+from mvd_scale.training.metrics.writer import check_sinks
+from mvd_scale.training.run_events import record_start
 from mvd_scale.training.teachers.prefetch import BatchStarter, TeacherPrefetcher
 from mvd_scale.training.trainer import TrainedModel, Trainer
 from mvd_scale.utils.events import EventLog
@@ -53,8 +55,10 @@ class TrainingJob(ABC, Generic[AnyRecipe]):
         """Check that this run may use the folder, claim it, and index the data. Only rank 0 calls it.
 
         Raises:
-            UserError: the folder contains other files or another run, or the data are invalid.
+            UserError: the folder contains other files or another run, the data are invalid, or metrics cannot be
+                written where the recipe says.
         """
+        check_sinks(self.recipe)
         self.folder.check(self.recipe)
         self.folder.claim()
         self.folder.record(self.recipe, self.index())
@@ -133,6 +137,7 @@ def _train(job: TrainingJob[Any], ranks: Ranks, watchdog: Watchdog) -> None:
         return
 
     torch.manual_seed(recipe.seed)
+    record_start(folder, recipe, schedule, ranks)
     model = job.build(ranks, schedule)
     run = RunState(origin, job.describe())
     with Checkpointer(folder, recipe, ranks, run, steps, model.engine, model.averages) as checkpointer:

@@ -31,7 +31,6 @@ TOOLS = [
     "mkdir",
     "nproc",
     "rm",
-    "setsid",
     "sha256sum",
     "sleep",
     "tail",
@@ -91,7 +90,8 @@ def machine(tmp_path: Path) -> Machine:
     shutil.copytree(LAUNCH, root / "launch")
     shutil.copy(REPOSITORY / "pyproject.toml", root)
     (root / "mvd_scale" / "distributed").mkdir(parents=True)
-    for file in ("errors.py", "distributed/free_port.py", "distributed/hostfile.py", "distributed/remote_command.py"):
+    modules = ("free_port", "hostfile", "launch_guard", "remote_command")
+    for file in ("errors.py", *(f"distributed/{name}.py" for name in modules)):
         shutil.copy(REPOSITORY / "mvd_scale" / file, root / "mvd_scale" / file)
     for tool in TOOLS:
         found = shutil.which(tool)

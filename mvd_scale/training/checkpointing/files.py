@@ -42,6 +42,12 @@ def write_record(folder: Path, record: Record) -> None:
     flush_folder(folder)
 
 
+def recorded_bytes(folder: Path) -> int:
+    """Sum of the sizes of a checkpoint's files in bytes, by their record."""
+    record: Record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+    return sum(file["bytes"] for file in record.values())
+
+
 def find_damage(folder: Path) -> str | None:
     """Find a file of a checkpoint that is missing, cut off or altered: name and fault; None if all are whole.
 

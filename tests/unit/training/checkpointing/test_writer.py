@@ -56,14 +56,14 @@ def test_a_checkpoint_appears_whole(tmp_path: Path) -> None:
 
 def test_the_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go, begun = threading.Event(), threading.Event()
-    save = module.save
+    save = module.save_pieces
 
     def slow(*arguments: Any, **options: Any) -> Any:
         begun.set()
         assert go.wait(60)
         return save(*arguments, **options)
 
-    monkeypatch.setattr(module, "save", slow)
+    monkeypatch.setattr(module, "save_pieces", slow)
     writer, weights = make(tmp_path), torch.ones(1000)
     writer.make_room(5, 4000)
     copied = HostCopy().copy({"model.w": Pieces.of_range(weights, 0, (1000,))})
@@ -100,7 +100,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(tmp_path: Path, monkeypa
     assert [folder.name for folder in tmp_path.iterdir()] == ["step_00000010"]
 
 
-@pytest.mark.parametrize("broken", ["save", "describe_files", "write_record"])
+@pytest.mark.parametrize("broken", ["save_pieces", "describe_files", "complete_description", "write_record"])
 def test_an_error_of_writing_keeps_the_checkpoint_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
@@ -124,3 +124,28 @@ def test_an_error_of_writing_keeps_the_checkpoint_before(
     write(writer, 30)
     writer.wait()
     assert saved_steps(tmp_path) == [10, 30]
+
+
+def test_a_checkpoint_on_disk_is_told_with_its_seconds(tmp_path: Path) -> None:
+    writer, told = make(tmp_path), []
+
+    def saved(seconds: float) -> None:
+        told.append((seconds, saved_steps(tmp_path)))
+
+    writer.make_room(7, 4000)
+    writer.start(7, state(1.0), {"step": 7, "weights": {}}, saved)
+    writer.wait()
+    ((seconds, steps),) = told
+    assert seconds > 0
+    assert steps == [7]
+
+
+def test_a_folder_that_was_taken_over_meanwhile_gets_no_checkpoint(tmp_path: Path) -> None:
+    def lost() -> None:
+        raise UserError("taken over by process 7 of host b")
+
+    writer = CheckpointWriter(tmp_path, Ranks(0, 0, 1, torch.device("cpu")), CheckpointConfig(), lost)
+    write(writer, 7)
+    with pytest.raises(UserError, match="taken over by process 7 of host b"):
+        writer.wait()
+    assert saved_steps(tmp_path) == []
