@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from mvd_scale.checkpoints.reading import read_raw_checkpoint
-from mvd_scale.checkpoints.tensor_folder import TensorFolderWriter, load_pieces
+from mvd_scale.checkpoints.tensor_folder import complete_description, load_pieces, save_pieces
+from mvd_scale.distributed.progress import Progress
 from mvd_scale.errors import UserError
 from mvd_scale.training.checkpointing.files import describe_files, find_damage, write_record
 from mvd_scale.training.checkpointing.pieces import Pieces, PiecesLoadPlanner, PiecesSavePlanner
@@ -36,7 +36,8 @@ def folder(tmp_path: Path) -> Path:
     """A checkpoint of one tensor."""
     folder = tmp_path / "checkpoints" / "step_00000005"
     state = {"model.w": Pieces.of_range(torch.arange(100.0), 0, (100,))}
-    save(state, storage_writer=TensorFolderWriter(folder), planner=PiecesSavePlanner(), no_dist=True)
+    save_pieces(state, folder, PiecesSavePlanner(Progress()), rank=0)
+    complete_description(folder, ranks=1)
     (folder / "state.json").write_text(json.dumps({"step": 5, "weights": {}}))
     record(folder)
     return folder
