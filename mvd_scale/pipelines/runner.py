@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -204,8 +205,8 @@ def _launch(pipeline: Pipeline, name: str, arguments: list[str], ranks: int, loc
             _wait_for_group(job)
     if code:
         raise UserError(
-            f"stage {name}, `mvd-scale {' '.join(arguments)}`, ended with exit code {code}; its own message is above. "
-            "Start the same command again to resume"
+            f"stage {name}, `mvd-scale {shlex.join(arguments)}`, ended with exit code {code}; its own message is "
+            "above. Start the same command again to resume"
         )
 
 
@@ -279,7 +280,7 @@ def _print_summary(pipeline: Pipeline, trained: list[str], ranks: int, seconds: 
     console = Console()
     if trained:
         console.print(table)
-        console.print(f"Curves: tensorboard --logdir {pipeline.folder}")
+        console.print(f"Curves: tensorboard --logdir {shlex.quote(str(pipeline.folder))}")
     for name in pipeline.stages:
         if isinstance(pipeline.stages[name], DrawStage):
             console.print(f"Picture: {_output(pipeline, name)}")
