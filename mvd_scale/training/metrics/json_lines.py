@@ -29,17 +29,21 @@ class JsonLines(MetricSink):
         self.path = path
         self.name = path.name
         self.start_step = start_step
+        self._truncated = False
         self._pending: deque[str] = deque(maxlen=_MAX_PENDING)
 
     def open(self) -> None:
         """Remove the readings that a killed run made after its checkpoint."""
         truncate_metrics(self.path, self.start_step)
+        self._truncated = True
 
     def write(self, step: int, values: Values) -> None:
         """Append a line, and those before it that could not be written."""
         # JSON cannot represent infinity, the gradient norm of a step that overflowed.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._pending.append(json.dumps({"step": step, **finite}) + "\n")
+        if not self._truncated:
+            self.open()
         size = append_whole(self.path, "".join(self._pending).encode())
         self._pending.clear()
         if size > MAX_BYTES:
