@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -23,6 +23,7 @@ from mvd_scale.distributed.cpu_affinity import CpuBinding, bind_to_cpus, count_c
 from mvd_scale.distributed.data_rank import DataRank, Exchange
 from mvd_scale.distributed.exchange import StoreExchange
 from mvd_scale.distributed.free_port import free_port
+from mvd_scale.distributed.progress import Progress
 from mvd_scale.errors import UserError
 from mvd_scale.utils.machine import machine_id
 from mvd_scale.utils.nvdec import Nvdec, query_nvdec, shared_nvdec
@@ -49,6 +50,8 @@ class Ranks:
     """Number of CPUs for this rank and its data workers together; None to count those of this process."""
     nvdec: Nvdec | None = None
     """Capabilities of NVDEC that the GPUs of all ranks have; None if ranks use CPUs."""
+    progress: Progress = field(default_factory=Progress)
+    """Progress of this rank, which the watchdog reads."""
 
     @property
     def is_main(self) -> bool:
@@ -119,6 +122,9 @@ def init_distributed(device: str, timeout_minutes: float) -> Ranks:
         os.environ.update({key: str(value) for key, value in alone.items()})
     # DeepSpeed chooses its accelerator at its first import.
     os.environ["DS_ACCELERATOR"] = kind
+    if kind == "cuda":
+        # NCCL's flight recorder, which the watchdog writes when a run hangs, must know the latest collectives.
+        os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
     deepspeed = import_deepspeed()
     # Modules live as long as the process: collections in the steps need not pass over them.
     gc.freeze()
@@ -203,6 +209,11 @@ def run_on_rank0(ranks: Ranks, name: str, work: Callable[[], Any]) -> Any:
         work: function to run; its result must be serialisable as JSON.
     """
     key = f"mvd_scale/decision/{name}"
+    with ranks.progress.unlimited(name):
+        return _run_on_rank0(ranks, key, work)
+
+
+def _run_on_rank0(ranks: Ranks, key: str, work: Callable[[], Any]) -> Any:
     store = torch.distributed.distributed_c10d._get_default_store()
     if ranks.is_main:
         try:
@@ -212,14 +223,16 @@ def run_on_rank0(ranks: Ranks, name: str, work: Callable[[], Any]) -> Any:
             answer = {"error": str(error)}
         except BaseException:
             # Without an answer the other ranks would wait for the timeout of 7 days.
-            store.set(key, json.dumps({"error": f"rank 0 failed in {name!r}; see its own message"}))
+            store.set(key, json.dumps({"error": f"rank 0 failed in {key.rpartition('/')[2]!r}; see its own message"}))
             raise
         store.set(key, json.dumps(answer))
     # The store, not a collective operation: its timeout would be too short for the indexing of a data set.
     store.wait([key], timedelta(days=7))
     answer = json.loads(store.get(key))
     if "error" in answer:
-        raise UserError(answer["error"])
+        failure = UserError(answer["error"])
+        failure.reported = not ranks.is_main
+        raise failure
     return answer["result"]
 
 
@@ -227,7 +240,8 @@ def barrier_via_store(ranks: Ranks, name: str) -> None:
     """Wait until all ranks have called this function with the same name; in contrast to a collective, up to 7 days."""
     store = torch.distributed.distributed_c10d._get_default_store()
     store.set(f"mvd_scale/done/{name}/{ranks.rank}", "1")
-    store.wait([f"mvd_scale/done/{name}/{rank}" for rank in range(ranks.world_size)], timedelta(days=7))
+    with ranks.progress.unlimited(name):
+        store.wait([f"mvd_scale/done/{name}/{rank}" for rank in range(ranks.world_size)], timedelta(days=7))
 
 
 def gather_rows(mine: Tensor, ranks: Ranks) -> Tensor:

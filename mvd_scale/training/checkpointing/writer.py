@@ -119,7 +119,8 @@ class CheckpointWriter:
             Exception: any rank failed; raised on all ranks.
         """
         partial, started = self._partial(step), time.monotonic()
-        save(state, storage_writer=TensorFolderWriter(partial), planner=PiecesSavePlanner(), process_group=self._group)
+        planner = PiecesSavePlanner(self.ranks.progress)
+        save(state, storage_writer=TensorFolderWriter(partial), planner=planner, process_group=self._group)
         records = self._on_all_ranks(lambda: describe_files(partial.glob(f"__{self.ranks.rank}_*")))
         self._on_all_ranks(lambda: self._complete(step, document, records) if self.ranks.is_main else {})
         if self.ranks.is_main:

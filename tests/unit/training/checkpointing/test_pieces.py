@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from mvd_scale.checkpoints.tensor_folder import TensorFolderWriter, load_pieces, read_description, read_tensors
+from mvd_scale.distributed.progress import Progress
 from mvd_scale.errors import UserError
 from mvd_scale.training.checkpointing.pieces import Pieces, PiecesLoadPlanner, PiecesSavePlanner, boxes
 
@@ -53,7 +54,7 @@ def written(folder: Path, tensors: dict[str, Tensor], cut: int) -> None:
             for part, start in ((tensor.flatten()[:cut], 0), (tensor.flatten()[cut:], cut))
         )
         state[name] = Pieces(tuple(tensor.shape), tensor.dtype, {**first, **second})
-    save(state, storage_writer=TensorFolderWriter(folder), planner=PiecesSavePlanner(), no_dist=True)
+    save(state, storage_writer=TensorFolderWriter(folder), planner=PiecesSavePlanner(Progress()), no_dist=True)
 
 
 TENSORS = {"a": torch.randn(5, 3, 4), "b": torch.randn(70), "c": torch.randn(7, 11)}

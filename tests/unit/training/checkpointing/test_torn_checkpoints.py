@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from mvd_scale.checkpoints.reading import read_raw_checkpoint
 from mvd_scale.checkpoints.tensor_folder import TensorFolderWriter
+from mvd_scale.distributed.progress import Progress
 from mvd_scale.errors import UserError
 from mvd_scale.training.checkpointing.checkpointer import Checkpointer
 from mvd_scale.training.checkpointing.files import describe_files, find_damage, write_record
@@ -29,7 +30,7 @@ TENSORS = "__0_0.distcp"
 def checkpoint(run: Path, step: int) -> Path:
     folder = run / "checkpoints" / f"step_{step:08d}"
     state = {"model.w": Pieces.of_range(torch.full((100,), float(step)), 0, (100,))}
-    save(state, storage_writer=TensorFolderWriter(folder), planner=PiecesSavePlanner(), no_dist=True)
+    save(state, storage_writer=TensorFolderWriter(folder), planner=PiecesSavePlanner(Progress()), no_dist=True)
     (folder / "state.json").write_text(json.dumps({"step": step, "weights": {}}))
     write_record(folder, describe_files(folder.iterdir()))
     return folder
