@@ -10,7 +10,21 @@ import time
 import click
 
 from mvd_scale import __version__
-from mvd_scale.cli import about, bench, data, detection, plan, probe, profile, status, testing, training, weights
+from mvd_scale.cli import (
+    about,
+    bench,
+    data,
+    detection,
+    doctor,
+    plan,
+    probe,
+    profile,
+    status,
+    supervise,
+    testing,
+    training,
+    weights,
+)
 from mvd_scale.config.launcher import env_rank
 from mvd_scale.errors import FAULT_CODE, RunFault, UserError
 from mvd_scale.utils.logging import configure_logging
@@ -30,6 +44,7 @@ for _command in (
     training.pipeline,
     training.quickstart,
     training.draw,
+    supervise.supervise,
     testing.evaluate,
     testing.predict,
     testing.ensemble,
@@ -48,6 +63,7 @@ for _command in (
     about.recipes,
     about.schema,
     about.env,
+    doctor.doctor,
 ):
     cli.add_command(_command)
 

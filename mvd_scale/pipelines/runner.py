@@ -33,6 +33,7 @@ from mvd_scale.config.pipeline import (
 )
 from mvd_scale.distributed.free_port import free_port
 from mvd_scale.distributed.hostfile import read_hostfile
+from mvd_scale.distributed.remote_command import remote_words
 from mvd_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -179,14 +180,16 @@ def _evaluate(pipeline: Pipeline, name: str, ranks: int, lock: int) -> None:
 
 
 def _launch(pipeline: Pipeline, name: str, arguments: list[str], ranks: int, lock: int, device: str) -> None:
+    words = ["mvd_scale", *arguments]
     if pipeline.hostfile is None:
         # What the `deepspeed` command runs on a single host, without the 3 seconds that the command takes.
         hosts = base64.urlsafe_b64encode(json.dumps({"localhost": device_ids(ranks)}).encode()).decode()
         launcher = ["deepspeed.launcher.launch", f"--world_info={hosts}", "--master_addr", "127.0.0.1"]
     else:
         launcher = ["deepspeed.launcher.runner", "--hostfile", str(pipeline.hostfile)]
+        words = remote_words("mvd_scale", arguments)
     command = [sys.executable, "-m", *launcher, "--master_port", str(free_port())]
-    command += ["--no_local_rank", "--quiet", "--module", "mvd_scale", *arguments]
+    command += ["--no_local_rank", "--quiet", "--module", *words]
     # `held` is the write end of the pipe by which the guard notices that this process ended.
     alive, held = os.pipe()
     guarded = [sys.executable, "-m", "mvd_scale.distributed.process_guard", str(alive), *command]

@@ -1,4 +1,4 @@
-"""Atomic writes, and files of JSON lines."""
+"""Atomic writes, names of files, and files of JSON lines."""
 
 from __future__ import annotations
 
@@ -53,6 +53,11 @@ def append_json_line(path: Path, document: dict[str, Any]) -> bool:
     except OSError as error:
         logger.warning("%s cannot be written: %s; a line of it is lost", path, error.strerror)
         return False
+
+
+def is_plain_name(name: Any) -> bool:
+    """Whether a name that was read from a file is that of a file or folder beside it, and leads to no other place."""
+    return isinstance(name, str) and "\0" not in name and name not in ("", ".", "..") and Path(name).name == name
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

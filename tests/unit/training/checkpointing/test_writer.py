@@ -56,14 +56,14 @@ def test_a_checkpoint_appears_whole(tmp_path: Path) -> None:
 
 def test_the_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go, begun = threading.Event(), threading.Event()
-    save = module.save
+    save = module.save_pieces
 
     def slow(*arguments: Any, **options: Any) -> Any:
         begun.set()
         assert go.wait(60)
         return save(*arguments, **options)
 
-    monkeypatch.setattr(module, "save", slow)
+    monkeypatch.setattr(module, "save_pieces", slow)
     writer, weights = make(tmp_path), torch.ones(1000)
     writer.make_room(5, 4000)
     copied = HostCopy().copy({"model.w": Pieces.of_range(weights, 0, (1000,))})
@@ -100,7 +100,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(tmp_path: Path, monkeypa
     assert [folder.name for folder in tmp_path.iterdir()] == ["step_00000010"]
 
 
-@pytest.mark.parametrize("broken", ["save", "describe_files", "write_record"])
+@pytest.mark.parametrize("broken", ["save_pieces", "describe_files", "complete_description", "write_record"])
 def test_an_error_of_writing_keeps_the_checkpoint_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:

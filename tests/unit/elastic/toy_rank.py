@@ -1,0 +1,35 @@
+"""Rank of a toy job, which files in its folder tell what to do: `python toy_rank.py FOLDER`.
+
+It writes `started.jsonl`, ends by the file `finish` with code 0, and by `fail-RANK` with the code in it, once. A stop
+signal ends it with 128 + its number.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, lambda received, _: sys.exit(128 + received))
+    names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+    line = {name: os.environ[name] for name in names} | {"pid": os.getpid(), "parent": os.getppid()}
+    with (folder / "started.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    failure = folder / f"fail-{os.environ['RANK']}"
+    while not (folder / "finish").exists():
+        if failure.exists():
+            code = int(failure.read_text())
+            failure.unlink()
+            sys.exit(code)
+        time.sleep(0.02)
+
+
+if __name__ == "__main__":
+    main()
