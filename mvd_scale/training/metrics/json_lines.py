@@ -11,10 +11,10 @@ from mvd_scale.training.metrics.sink import MetricSink, Values
 from mvd_scale.utils.io import append_whole, truncate_metrics, write_atomic
 
 MAX_BYTES = 64 * 2**20
-"""Size of the file at which every second reading is removed from it, about 150,000 readings."""
+"""Size of the file at which every second reading is removed from it, about 140,000 readings."""
 
 _MAX_PENDING = 10_000
-"""Readings that wait for a disk that is full; about 4 MB."""
+"""Readings that wait for a disk that is full; about 5 MB."""
 
 
 class JsonLines(MetricSink):

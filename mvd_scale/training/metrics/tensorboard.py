@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mvd_scale.training.metrics.sink import MetricSink, Values
 
 MAX_READINGS = 100_000
-"""Readings of a run that are written, about 100 MB; of a run with more, every second, third ... one is."""
+"""Readings of a run that are written, about 65 MB; of a run with more, every second, third ... one is."""
 
 _RETRY_SECONDS = 600.0
 """Seconds from a failure to the next attempt, which makes another file."""
