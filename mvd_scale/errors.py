@@ -10,6 +10,9 @@ class UserError(Exception):
     and exits with code 2; `--debug` prints the traceback.
     """
 
+    reported = False
+    """Whether another rank prints the message."""
+
 
 class RunFault(Exception):
     """Failure of a rank, a host, a link or a device during a run, which the same command may survive when it restarts.

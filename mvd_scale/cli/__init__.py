@@ -67,8 +67,9 @@ def main() -> None:
     except (UserError, OSError) as error:
         if debug:
             raise
-        _delay_message_of_other_ranks()
-        click.echo(f"mvd-scale: {error}", err=True)
+        if not getattr(error, "reported", False):
+            _delay_message_of_other_ranks()
+            click.echo(f"mvd-scale: {error}", err=True)
         sys.exit(2)
     except RunFault as error:
         if debug:

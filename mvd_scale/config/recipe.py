@@ -130,7 +130,7 @@ class RunRecipe(Section):
         # The checkpoints record the contents of the initial weights, so that their path may change.
         for key in (
             "max_steps", "micro_batch", "deepspeed", "precision", "gradient_checkpointing", "compile",
-            "collective_timeout_minutes", "initial_encoder",
+            "collective_timeout_minutes", "hang_minutes", "initial_encoder",
         ):  # fmt: skip
             del values["training"][key]
         return values

@@ -99,6 +99,15 @@ class TrainingConfig(Section):
     """Minutes that a rank waits for the other ranks in a collective; after that it fails, and the launcher ends the
     job."""
 
+    hang_minutes: float | None = Field(default=5, gt=0)
+    """Minutes without progress of any rank, or without a sign of life of one, after which the run ends with exit code
+    75, names the rank, and writes the Python stacks of all ranks to `faults/`. The first step of a process may take 6
+    times as long, because it may compile. null never ends a run that hangs."""
+
+    skip_nonfinite_steps: int = Field(default=3, ge=0)
+    """Number of steps in a row that fp32 and bf16 runs skip because the gradients of a rank are not finite; the next
+    one ends the run. `events.jsonl` names the clips of each. Skipped steps change no weight."""
+
 
 class PretrainTraining(TrainingConfig):
     """Optimisation of a student in pre-training or distillation."""

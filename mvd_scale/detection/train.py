@@ -106,6 +106,7 @@ class DetectionTask(FinetuneTask[DetectionRecipe]):
                 for frame in (frame for batch in loader for frame in score.frames(batch, test)):
                     places.append(np.arange(len(test.people))[test.on(frame.row)])
                     scores.append(frame.scores)
+                    ranks.progress.tick()
             if len(mine) < math.ceil(len(test.key_frames) / ranks.world_size):
                 self._dummy_forward(score, ranks)
             gathered = [

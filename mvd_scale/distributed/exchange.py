@@ -130,5 +130,7 @@ def answer_from_rank0(store: Any, key: str, rank: int, work: Callable[[], Any], 
     store.wait([f"{key}/answer"], timeout)
     answer = json.loads(store.get(f"{key}/answer"))
     if "error" in answer:
-        raise UserError(answer["error"])
+        failure = UserError(answer["error"])
+        failure.reported = rank != 0
+        raise failure
     return answer["result"]

@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -22,6 +22,7 @@ from mvd_scale.distributed.cpu_affinity import CpuBinding, bind_to_cpus, count_c
 from mvd_scale.distributed.data_rank import DataRank
 from mvd_scale.distributed.exchange import StoreExchange, answer_from_rank0
 from mvd_scale.distributed.free_port import free_port
+from mvd_scale.distributed.progress import Progress
 from mvd_scale.errors import UserError
 from mvd_scale.utils.nvdec import Nvdec, query_nvdec, shared_nvdec
 
@@ -50,6 +51,8 @@ class Ranks:
     """Number of CPUs for this rank and its data workers together; None to count those of this process."""
     nvdec: Nvdec | None = None
     """Capabilities of NVDEC that the GPUs of all ranks have; None if ranks use CPUs."""
+    progress: Progress = field(default_factory=Progress)
+    """Progress of this rank, which the watchdog reads."""
 
     @property
     def is_main(self) -> bool:
@@ -128,6 +131,9 @@ def init_distributed(device: str, timeout_minutes: float) -> Ranks:
         os.environ.update({key: str(value) for key, value in alone.items()})
     # DeepSpeed chooses its accelerator at its first import.
     os.environ["DS_ACCELERATOR"] = kind
+    if kind == "cuda":
+        # NCCL's flight recorder, which the watchdog writes when a run hangs, must know the latest collectives.
+        os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
     deepspeed = import_deepspeed()
     # Modules live as long as the process: collections in the steps need not pass over them.
     gc.freeze()
@@ -223,12 +229,15 @@ def run_on_rank0(ranks: Ranks, name: str, work: Callable[[], Any]) -> Any:
             return work()
 
     # The store, not a collective operation: its timeout would be too short for the indexing of a data set.
-    return answer_from_rank0(ranks.store, f"mvd_scale/{name}", ranks.rank, with_all_cpus, _LONGEST_WORK)
+    with ranks.progress.unlimited(name):
+        return answer_from_rank0(ranks.store, f"mvd_scale/{name}", ranks.rank, with_all_cpus, _LONGEST_WORK)
 
 
 def barrier_via_store(ranks: Ranks, name: str) -> None:
     """Wait until all ranks have called this function with the same name; in contrast to a collective, up to 7 days."""
-    StoreExchange(ranks.store, ranks.rank, ranks.world_size, _LONGEST_WORK).wait_for_all(name)
+    exchange = StoreExchange(ranks.store, ranks.rank, ranks.world_size, _LONGEST_WORK)
+    with ranks.progress.unlimited(name):
+        exchange.wait_for_all(name)
 
 
 def gather_rows(mine: Tensor, ranks: Ranks) -> Tensor:

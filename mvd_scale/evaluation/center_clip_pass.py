@@ -49,6 +49,7 @@ class CenterClipEvaluator:
             outputs.append(forward(pixels)[: len(known)])
             labels.append(known)
             decoded.append(fine.to(known.device))
+            self.ranks.progress.tick()
         whole = [gather_rows(torch.cat(parts), self.ranks) for parts in (outputs, labels, decoded)]
         return whole[0], whole[1], whole[2]
 

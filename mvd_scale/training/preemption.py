@@ -1,4 +1,4 @@
-"""Stop requests by signals, after which a run saves a checkpoint; and the end of a run with non-finite gradients."""
+"""Stop requests by signals, after which a run saves a checkpoint before it ends."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Self
 
 from mvd_scale.distributed.process_group import Ranks
-from mvd_scale.errors import UserError
 
 logger = logging.getLogger("mvd_scale")
 
@@ -89,42 +88,3 @@ class Preempted(Exception):
     def __init__(self, exit_code: int) -> None:
         super().__init__(exit_code)
         self.exit_code = exit_code
-
-
-def check_finite(engine: Any, precision: str, step: int) -> None:
-    """Raise an error if DeepSpeed skipped a step; it checks the gradients of all ranks and skips on all or on none.
-
-    In fp16 skipped steps are normal, because DeepSpeed adjusts the loss scale by them; at the smallest scale it fails,
-    see `smallest_loss_scale`.
-
-    Raises:
-        UserError: the gradients are not finite; raised on every rank. The step did not change any weight.
-    """
-    if precision != "fp16" and engine.skipped_steps:
-        raise UserError(
-            f"the gradients of step {step} are not finite on at least one rank; the weights were not changed. "
-            "Start the same command again to resume from the last checkpoint. If it happens again, start a new run "
-            "with a smaller `--training.base_lr` or with `--training.clip_grad 1`"
-        )
-
-
-@contextmanager
-def smallest_loss_scale(step: int) -> Iterator[None]:
-    """Convert the exception by which DeepSpeed ends a run in fp16 to an error with a remedy; encloses its step.
-
-    DeepSpeed raises it on every rank, before it changes a weight, if the gradients overflow at the smallest loss scale.
-
-    Raises:
-        UserError: the gradients are not finite at the smallest loss scale.
-    """
-    try:
-        yield
-    except Exception as error:
-        # DeepSpeed raises a bare `Exception`, whose text is all that tells it from others.
-        if type(error) is not Exception or "loss scale already at minimum" not in str(error):
-            raise
-        raise UserError(
-            f"the gradients of step {step} are not finite in fp16 even at the smallest loss scale; the weights were "
-            "not changed. Set `--training.precision bf16` where the GPU has it, or start a new run with a smaller "
-            "`--training.base_lr` or with `--training.clip_grad 1`; the last checkpoint may already have diverged"
-        ) from error

@@ -17,6 +17,7 @@ from mvd_scale.data.loaders.clip_loader import ClipLoader
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.sampling.sampler import mixture_components, steps_per_epoch
 from mvd_scale.distributed.process_group import Ranks, destroy_distributed, init_distributed, run_on_rank0
+from mvd_scale.distributed.watchdog import Watchdog
 from mvd_scale.errors import UserError
 from mvd_scale.models.precision import dtype_of
 from mvd_scale.run_dir import RunFolder
@@ -25,6 +26,7 @@ from mvd_scale.training.checkpointing.checkpointer import Checkpointer, RunState
 from mvd_scale.training.lr_schedule import Schedule
 from mvd_scale.training.teachers.prefetch import BatchStarter, TeacherPrefetcher
 from mvd_scale.training.trainer import TrainedModel, Trainer
+from mvd_scale.utils.events import EventLog
 from mvd_scale.utils.io import read_metrics, truncate_metrics
 
 logger = logging.getLogger("mvd_scale")
@@ -107,31 +109,44 @@ def run_training(job: TrainingJob[Any]) -> None:
     Raises:
         UserError: the recipe, the data or the environment is invalid; no result was overwritten.
         Preempted: the run received a stop signal and saved a checkpoint.
+        RunFault: another rank, its host or the link to it failed.
     """
     recipe, folder = job.recipe, job.folder
     ranks = init_distributed(recipe.device, recipe.training.collective_timeout_minutes)
     check_deepspeed_config(recipe, ranks.world_size)
     run_on_rank0(ranks, "prepared", job.prepare)
+    with Watchdog(ranks, folder.faults, EventLog(folder.events), recipe.training.hang_minutes) as watchdog:
+        _train(job, ranks, watchdog)
+    destroy_distributed()
+
+
+def _train(job: TrainingJob[Any], ranks: Ranks, watchdog: Watchdog) -> None:
+    """Build the model, train it from its start or its newest checkpoint, and write its results."""
+    recipe, folder = job.recipe, job.folder
+    ranks.progress.enter("build", patience=0)
     manifest = job.open(ranks)
     steps = steps_per_epoch(manifest, recipe.data, recipe.training.global_batch)
     schedule = Schedule(recipe.training, steps, recipe.lr_batch)
     origin = job.origin(ranks)
     if run_on_rank0(ranks, "finished", lambda: folder.is_finished(schedule.last_step, origin)):
         logger.info("%s is already finished: see %s", folder.path, folder.summary)
-        return destroy_distributed()
+        return
 
     torch.manual_seed(recipe.seed)
     model = job.build(ranks, schedule)
     run = RunState(origin, job.describe())
     with Checkpointer(folder, recipe, ranks, run, steps, model.engine, model.averages) as checkpointer:
+        ranks.progress.enter("resume", patience=0)
         start = resume(checkpointer, schedule, folder, ranks)
         log_run_summary(recipe, manifest, schedule, ranks, job.rows)
         callbacks = CallbackList(job.callbacks(ranks, schedule))
         with job.load(ranks, range(start, schedule.last_step)) as loader:
             batches = TeacherPrefetcher(loader, job.prefetch(ranks))
-            Trainer(model, batches, schedule, recipe, ranks, start).train(folder, checkpointer, callbacks)
+            trainer = Trainer(model, batches, schedule, recipe, ranks, start)
+            with watchdog.explaining():
+                trainer.train(folder, checkpointer, callbacks)
+    ranks.progress.enter("export", patience=0)
     finish(job, model, ranks, {"steps": schedule.last_step, "origin": origin})
-    destroy_distributed()
 
 
 def resume(checkpointer: Checkpointer, schedule: Schedule, folder: RunFolder, ranks: Ranks) -> int:

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from mvd_scale.config import RunRecipe
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.distributed.process_group import Ranks
+from mvd_scale.distributed.progress import FIRST_STEP_PATIENCE
 from mvd_scale.training.ema import ModelEma
 from mvd_scale.training.lr_schedule import Schedule
 from mvd_scale.training.metrics import Meter, MetricWriter, MicroBatchMetrics
+from mvd_scale.training.nonfinite import NonfiniteSteps, smallest_loss_scale
 from mvd_scale.training.optimizer import apply_schedule
-from mvd_scale.training.preemption import Preempted, PreemptionHandler, check_finite, smallest_loss_scale
+from mvd_scale.training.preemption import Preempted, PreemptionHandler
 from mvd_scale.training.teachers.prefetch import TeacherPrefetcher
 
 if TYPE_CHECKING:
@@ -115,6 +117,8 @@ class Trainer:
         self.ranks = ranks
         self.step = step
         self._timer: StepTimer = NoTimer()
+        self._nonfinite = NonfiniteSteps(recipe, ranks)
+        self._patience = FIRST_STEP_PATIENCE
         _, self.accumulation = recipe.micro_batch_and_accumulation(ranks.world_size)
 
     @property
@@ -139,27 +143,43 @@ class Trainer:
 
         Raises:
             StopIteration: the loader has no more batches.
-            UserError: the gradients of a rank are not finite; raised on all ranks before any weight changed.
+            UserError: the gradients of several steps in a row are not finite; raised on all ranks.
         """
         apply_schedule(self.engine.optimizer, self.schedule, self.step)
-        metrics = [self._micro_step(micro) for micro in range(self.accumulation)]
-        check_finite(self.engine, self.recipe.training.precision, self.step)
-        for average in self.averages:
-            with self._timer.part("moving average"):
-                average.update(self.step)
+        self._nonfinite.begin(self.engine)
+        steps = [self._micro_step(micro) for micro in range(self.accumulation)]
+        metrics = [metric for metric, _ in steps]
+        self._nonfinite.check(self.engine, self.step, [(metric.loss, rows) for metric, rows in steps])
+        if not self._nonfinite.in_a_row:
+            for average in self.averages:
+                with self._timer.part("moving average"):
+                    average.update(self.step)
         self.step += 1
+        self._patience = 1
         return metrics
 
-    def _micro_step(self, micro: int) -> MicroBatchMetrics:
-        """Run the forward and backward pass of one micro batch; DeepSpeed steps the optimizer after the last one."""
+    def _micro_step(self, micro: int) -> tuple[MicroBatchMetrics, Tensor]:
+        """Run the forward and backward pass of one micro batch; DeepSpeed steps the optimizer after the last one.
+
+        Returns:
+            metrics, and the rows of the videos in the manifest, int64 (B,) on the host.
+        """
         reseed(self.recipe, self.step, micro, self.ranks)
+        self._enter("data wait")
         self.batch = next(self.batches)
+        self._enter("forward")
         loss, parts = self.objective(self.engine, self.batch)
+        self._enter("backward")
         with self._timer.part("backward"):
             self.engine.backward(loss)
+        self._enter("optimizer")
         with self._timer.part("optimizer"), smallest_loss_scale(self.step):
             self.engine.step()
-        return MicroBatchMetrics(loss.detach(), parts, len(self.batch.pixels), self.batches.waited)
+        metrics = MicroBatchMetrics(loss.detach(), parts, len(self.batch.pixels), self.batches.waited)
+        return metrics, self.batch.video_ids
+
+    def _enter(self, phase: str) -> None:
+        self.ranks.progress.enter(phase, self.step, patience=self._patience)
 
     def train(self, folder: RunFolder, checkpointer: Checkpointer, callbacks: CallbackList) -> None:
         """Run all remaining steps.
@@ -176,17 +196,23 @@ class Trainer:
         recipe, last = self.recipe, self.schedule.last_step
         meter = Meter(list(self.objective.parts), self.ranks)
         events = folder.tensorboard if recipe.logging.tensorboard else None
+        self._nonfinite.folder = folder
         writer = MetricWriter(folder.metrics, events, self.ranks, start_step=self.step, total_steps=last)
         with PreemptionHandler() as stop, writer, callbacks:
             while self.step < last:
                 meter.add_step(self.train_step())
                 ended, stopping = self.step == last, stop.should_stop(self.ranks, self.step - 1)
                 overdue = False
+                self._enter("metrics")
                 if self.step % recipe.logging.every_steps == 0 or ended or stopping:
                     values, overdue = meter.read(checkpointer.time_to_save(), self.batches.substituted)
                     writer.write(self.step, values | self._optimizer_values())
+                self._enter("callbacks")
                 callbacks.on_step_end(self.engine, self.step, writer)
-                if overdue or checkpointer.should_save(self.step) or ended or stopping:
+                self._enter("save")
+                due = overdue or checkpointer.should_save(self.step)
+                # While steps are skipped, the weights may be those that diverged: older checkpoints must stay.
+                if (due and not self._nonfinite.in_a_row) or ended or stopping:
                     checkpointer.save(self.step)
                 if stopping and not ended:
                     # The message of `Preempted` promises a checkpoint.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 
@@ -11,6 +12,8 @@ from mvd_scale.config.launcher import env_rank
 
 def configure_logging() -> None:
     """Log messages of level INFO from rank 0, and warnings from every rank, to standard error."""
+    # torch prints C++ stacks of a connection that the death of a rank closed; the watchdog prints one message.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     rank = env_rank()
     handler = logging.StreamHandler(sys.stderr)
     prefix = "" if rank == 0 else f"rank {rank}: "

@@ -55,6 +55,8 @@ def micro_batches(ranks: Ranks, made: Recipe, *, poison_last: bool) -> Iterator[
 
 
 def train(ranks: Ranks, made: Recipe, *, poison_last: bool = False, out: Path | None = None) -> dict[str, Any]:
+    if poison_last:
+        made = made.model_copy(update={"training": made.training.model_copy(update={"skip_nonfinite_steps": 0})})
     targets = build_targets(made, tiny_teacher)
     torch.manual_seed(0)
     schedule = Schedule(made.training, 1, made.lr_batch)

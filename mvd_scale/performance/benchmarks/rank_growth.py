@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch.distributed import TCPStore
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.storage import WriteResult
 
@@ -24,6 +23,7 @@ from mvd_scale.config.training import CheckpointConfig
 from mvd_scale.data.loaders.dali_failures import WINDOW, DaliFailures
 from mvd_scale.distributed.cpu_affinity import count_cpus
 from mvd_scale.distributed.process_group import Ranks, barrier_via_store, run_on_rank0
+from mvd_scale.distributed.progress import Progress
 from mvd_scale.models import Encoder
 from mvd_scale.performance.benchmarks.scaling import PowerLaw
 from mvd_scale.performance.benchmarks.simulated_ranks import SimulatedJob, Traffic
@@ -200,7 +200,7 @@ def plan_checkpoint(size: str, world_size: int, stage: int, scratch: Path) -> Pl
             for name, pieces in _share(shapes, rank, world_size, stage).items()
         }
         started = time.perf_counter()
-        planner = PiecesSavePlanner()
+        planner = PiecesSavePlanner(Progress())
         planner.set_up_planner(state, is_coordinator=True)
         (plan,), metadata = planner.create_global_plan([planner.create_local_plan()])
         planned += time.perf_counter() - started
@@ -228,7 +228,7 @@ def _share(shapes: dict[str, tuple[int, ...]], rank: int, world_size: int, stage
 
 def time_request(requests: int = 5000) -> float:
     """Microseconds of a request to torch's store over one connection of this machine."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     started = time.perf_counter()
     for _ in range(requests):
         store.check(["nothing"])

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from torch.distributed import HashStore
 
 from mvd_scale.distributed.process_group import Ranks
 
@@ -37,7 +36,7 @@ class CountingStore:
         store: the shared store.
     """
 
-    def __init__(self, store: HashStore) -> None:
+    def __init__(self, store: torch.distributed.Store) -> None:
         self.store = store
         self.traffic = Traffic()
         self._lock = threading.Lock()
@@ -87,7 +86,7 @@ class SimulatedJob:
     """
 
     def __init__(self, world_size: int) -> None:
-        self.shared = HashStore()
+        self.shared = torch.distributed.HashStore()
         self.connections = [CountingStore(self.shared) for _ in range(world_size)]
         self.ranks = [
             SimulatedRank(

@@ -17,6 +17,8 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from mvd_scale.distributed.progress import Progress
+
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offsets and sizes of a part of a tensor, one of each per dimension."""
 
@@ -105,13 +107,19 @@ State = dict[str, Pieces]
 
 
 class PiecesSavePlanner(DefaultSavePlanner):
-    """torch's planner of saving, for states of `Pieces`."""
+    """torch's planner of saving, for states of `Pieces`.
 
-    def __init__(self) -> None:
+    Args:
+        progress: progress of this rank, which ticks at every tensor.
+    """
+
+    def __init__(self, progress: Progress) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._progress = progress
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
         """Return the tensor that a write item is about."""
+        self._progress.tick()
         pieces: Pieces = self.state_dict[index.fqn]
         return pieces.at(index)
 

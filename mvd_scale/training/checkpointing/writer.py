@@ -125,7 +125,7 @@ class CheckpointWriter:
     def _write_own(self, partial: Path, state: State) -> _Part:
         """Write the pieces of this rank; any error is returned, so that the other ranks learn of it."""
         try:
-            save_pieces(state, partial, PiecesSavePlanner(), self.ranks.rank)
+            save_pieces(state, partial, PiecesSavePlanner(self.ranks.progress), self.ranks.rank)
             return {"files": describe_files(partial.glob(f"__{self.ranks.rank}_*")), "error": None}
         except Exception as error:
             return {"files": {}, "error": f"rank {self.ranks.rank}: {error}"}

@@ -10,7 +10,7 @@ from deepspeed.runtime.precision_config import DeepSpeedFP16Config
 from mvd_scale.config import load_any_recipe
 from mvd_scale.config.deepspeed import student_deepspeed_config
 from mvd_scale.errors import UserError
-from mvd_scale.training.preemption import smallest_loss_scale
+from mvd_scale.training.nonfinite import smallest_loss_scale
 
 
 @pytest.fixture(autouse=True)

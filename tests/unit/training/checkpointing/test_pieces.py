@@ -22,6 +22,7 @@ from mvd_scale.checkpoints.tensor_folder import (
     read_tensors,
     save_pieces,
 )
+from mvd_scale.distributed.progress import Progress
 from mvd_scale.errors import UserError
 from mvd_scale.training.checkpointing.pieces import Pieces, PiecesLoadPlanner, PiecesSavePlanner, boxes
 
@@ -58,7 +59,7 @@ def written(folder: Path, tensors: dict[str, Tensor], cut: int) -> None:
             for part, start in ((tensor.flatten()[:cut], 0), (tensor.flatten()[cut:], cut))
         )
         state[name] = Pieces(tuple(tensor.shape), tensor.dtype, {**first, **second})
-    save_pieces(state, folder, PiecesSavePlanner(), rank=0)
+    save_pieces(state, folder, PiecesSavePlanner(Progress()), rank=0)
     complete_description(folder, ranks=1)
 
 

@@ -1,0 +1,32 @@
+"""Processes that launched this rank. A rank whose launcher was killed would train on without anybody to end it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import psutil
+
+
+class LauncherProcesses:
+    """Processes that launched this one: its parents as far as they are Python programs, such as `deepspeed`.
+
+    Shells and services above them do not count: a job that was started with `nohup` outlives its terminal.
+    """
+
+    def __init__(self) -> None:
+        self._processes = []
+        for process in psutil.Process().parents():
+            try:
+                if not Path(process.exe()).name.startswith(("python", "pypy")):
+                    break
+            except psutil.Error:
+                break
+            self._processes.append(process)
+        self._parent = os.getppid()
+
+    def ended(self) -> int | None:
+        """Number of a process that launched this one and has ended; None if all of them live."""
+        if self._processes and os.getppid() != self._parent:
+            return self._parent
+        return next((process.pid for process in self._processes if not process.is_running()), None)

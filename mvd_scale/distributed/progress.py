@@ -1,0 +1,76 @@
+"""Progress of one rank, by which the watchdog tells a rank that works from one that hangs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, Self
+
+FIRST_STEP_PATIENCE = 6
+"""Patience with the first step of a process, which may compile kernels: half an hour with the default limit."""
+
+
+class Position(NamedTuple):
+    """Place of a rank in its run."""
+
+    arrivals: int
+    """Number of phases entered so far. All ranks enter the same phases, so that the rank with the smallest number is
+    the one that the others wait for."""
+
+    ticks: int
+    """Number of signs of progress within phases."""
+
+    patience: int
+    """Factor on the time without progress that is allowed; 0 for any time, as while data are indexed."""
+
+    step: int
+    """Number of completed optimizer steps."""
+
+    phase: str
+    """Name of the phase."""
+
+    def __str__(self) -> str:
+        return f"{self.arrivals} {self.ticks} {self.patience} {self.step} {self.phase}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Convert the text of a position back."""
+        arrivals, ticks, patience, step, phase = text.split(" ", 4)
+        return cls(int(arrivals), int(ticks), int(patience), int(step), phase)
+
+    @property
+    def description(self) -> str:
+        """Phase and step for messages; the step that runs is the one after the completed ones."""
+        return f"{self.phase!r} of step {self.step + 1}" if self.patience else f"{self.phase!r}"
+
+
+class Progress:
+    """Progress of this rank. The main thread enters phases, any thread may tick; the watchdog reads."""
+
+    def __init__(self) -> None:
+        self.position = Position(0, 0, patience=0, step=0, phase="start")
+
+    def enter(self, phase: str, step: int | None = None, *, patience: int = 1) -> None:
+        """Record that this rank begins a phase.
+
+        Args:
+            phase: name of the phase.
+            step: number of completed optimizer steps; None if it has not changed.
+            patience: factor on the time without progress that is allowed; 0 for any time.
+        """
+        old = self.position
+        self.position = Position(old.arrivals + 1, old.ticks, patience, old.step if step is None else step, phase)
+
+    def tick(self) -> None:
+        """Record progress within a phase that takes long, such as the batches of a validation."""
+        self.position = self.position._replace(ticks=self.position.ticks + 1)
+
+    @contextmanager
+    def unlimited(self, phase: str) -> Iterator[None]:
+        """Run a `with` block as a phase of unlimited length, and return to the phase before it."""
+        before = self.position
+        self.enter(phase, patience=0)
+        try:
+            yield
+        finally:
+            self.enter(before.phase, patience=before.patience)

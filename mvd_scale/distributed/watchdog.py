@@ -1,0 +1,398 @@
+"""Watchdog of a run: ends a job that hangs, names the rank at fault, and turns errors of collectives into one message.
+
+Every rank has two threads. One exchanges heartbeats over a connection of its own to the store of the process group:
+each rank publishes its position and reads the verdict and the heartbeat of rank 0; rank 0 reads all. The other decides
+without any communication, so that a cut link cannot hold it up: rank 0 over all ranks, the others over rank 0.
+
+    rank hangs in a phase         rank 0 sees no progress, and names the rank that has entered the fewest phases
+    process stopped, link cut     rank 0 sees no heartbeat of the rank; the rank sees none of rank 0
+    process killed                a collective fails within seconds on other ranks, which ask rank 0 for its verdict
+    exception on one rank         that rank reports it before it ends; the others end with its exit code
+    launcher killed               the rank stops as after SIGTERM, with a checkpoint
+
+Costs per rank and heartbeat: two requests to the store. Main threads only write their position to memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psutil
+import torch
+from torch.distributed.distributed_c10d import Store
+
+from mvd_scale.config.launcher import local_world_size
+from mvd_scale.distributed.launcher_processes import LauncherProcesses
+from mvd_scale.distributed.process_group import Ranks
+from mvd_scale.distributed.stack_file import StackFile
+from mvd_scale.distributed.verdict import Heartbeats, Member, Verdict, name_phases, name_ranks
+from mvd_scale.errors import FAULT_CODE, UserError
+from mvd_scale.utils.events import EventLog
+
+logger = logging.getLogger("mvd_scale")
+
+_PREFIX = "mvd_scale/watchdog/"
+_VERDICT, _ALARM, _FAILED = (_PREFIX + name for name in ("verdict", "alarm", "failed"))
+_NONE = "none"
+
+_SECONDS_TO_END = 10.0
+"""Time of the main thread of a rank to end by itself after a verdict about another rank."""
+
+ADVICE = "The same command resumes from the last checkpoint"
+
+
+class Watchdog:
+    """Context manager that watches a run from the start of its process group to its end. All ranks create one.
+
+    Args:
+        ranks: this process among all.
+        faults: folder for the stacks of ranks that hang.
+        events: event log of the run.
+        minutes: minutes without progress of any rank, or without a heartbeat of one, after which the run ends; None
+            never ends a run that hangs, but still names ranks that are gone.
+        store: store of the process group; None for that of torch's default group.
+    """
+
+    def __init__(
+        self, ranks: Ranks, faults: Path, events: EventLog, minutes: float | None, store: Store | None = None
+    ) -> None:
+        self.ranks = ranks
+        self.limit = float("inf") if minutes is None else 60 * minutes
+        self.interval = min(max(self.limit / 60, 0.2), 2.0)
+        self._faults = faults
+        self._given = store
+        self._events = events
+        self._beats = Heartbeats()
+        self._answered = time.monotonic()
+        self._lost: str | None = None
+        self._alarmed: float | None = None
+        self._verdict: Verdict | None = None
+        self._explained = self._ending = False
+        self._slept = False
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        ranks = self.ranks
+        self._stacks = StackFile(self._faults, ranks.rank)
+        self._launcher = LauncherProcesses()
+        self._launcher_ended = False
+        me = Member(ranks.rank, socket.gethostname(), os.getpid())
+        self._members = {me.rank: me}
+        self._threads = [threading.Thread(target=self._judge_until_end, name="watchdog", daemon=True)]
+        if ranks.world_size > 1:
+            # A connection of its own: a request of the main thread may wait for hours.
+            self._store = (self._given or torch.distributed.distributed_c10d._get_default_store()).clone()
+            self._meet(me)
+            self._threads.append(threading.Thread(target=self._exchange_until_end, name="heartbeat", daemon=True))
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if isinstance(error, Exception):
+                self._explain(error)
+        finally:
+            self._stop.set()
+            self._stacks.close()
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Find out which rank caused an exception of a `with` block.
+
+        If another rank did, this process ends with its exit code, and one rank prints a message about it. Nothing is
+        cleaned up then: threads and libraries may wait for the rank that is gone.
+        """
+        try:
+            yield
+        except Exception as error:
+            self._explain(error)
+            raise
+
+    def _meet(self, me: Member) -> None:
+        """Publish this process, and read those whose end this rank may have to tell: all of its host, and rank 0."""
+        ranks, store = self.ranks, self._store
+        store.set(f"{_PREFIX}who {me.rank}", f"{me.pid} {me.host}")
+        self._publish()
+        if ranks.is_main:
+            for key in (_VERDICT, _ALARM, _FAILED):
+                store.set(key, _NONE)
+        first = ranks.rank - ranks.local_rank
+        near = range(first, min(first + local_world_size(ranks.world_size), ranks.world_size))
+        known = range(ranks.world_size) if ranks.is_main else {0, *near}
+        for rank, text in zip(known, self._read([f"{_PREFIX}who {rank}" for rank in known]), strict=True):
+            pid, host = text.split(" ", 1)
+            self._members[rank] = Member(rank, host, int(pid))
+
+    def _read(self, keys: list[str]) -> list[str]:
+        return [value.decode() for value in self._store.multi_get(keys)]
+
+    def _publish(self) -> None:
+        self._store.set(f"{_PREFIX}beat {self.ranks.rank}", f"{time.monotonic()} {self.ranks.progress.position}")
+
+    def _exchange_until_end(self) -> None:
+        """Exchange heartbeats until the end of the run, or until the store is lost."""
+        watched = range(self.ranks.world_size) if self.ranks.is_main else (0,)
+        keys = [_VERDICT, _ALARM, _FAILED, *(f"{_PREFIX}beat {rank}" for rank in watched)]
+        try:
+            while not self._stop.wait(self.interval):
+                self._publish()
+                verdict, alarm, failed, *beats = self._read(keys)
+                now = time.monotonic()
+                with self._lock:
+                    self._answered = now
+                    for rank, beat in zip(watched, beats, strict=True):
+                        self._beats.record(rank, beat, now)
+                    self._take(verdict, alarm, failed, now)
+        except RuntimeError as error:
+            # torch's errors of the store are RuntimeErrors; the other thread decides what it means.
+            self._lost = str(error).splitlines()[0]
+
+    def _take(self, verdict: str, alarm: str, failed: str, now: float) -> None:
+        """Take what ranks have reported: rank 0 makes it a verdict, the others follow that."""
+        if verdict != _NONE:
+            self._verdict = self._verdict or Verdict.parse(verdict)
+        elif self.ranks.is_main and failed != _NONE:
+            self._decide(Verdict.parse(failed))
+        elif alarm != _NONE and self._alarmed is None:
+            self._alarmed = now
+            if self.ranks.is_main and (gone := [int(rank) for rank in alarm.split()]):
+                self._decide(self._gone(gone))
+
+    def _decide(self, verdict: Verdict) -> None:
+        """Give the verdict of rank 0 to all ranks. Called with the lock or by one thread only."""
+        if self._verdict is None:
+            self._verdict = verdict
+            if self.ranks.is_main and self.ranks.world_size > 1:
+                with suppress(RuntimeError):
+                    self._store.set(_VERDICT, verdict.to_json())
+
+    def _judge_until_end(self) -> None:
+        before = time.monotonic()
+        while not self._stop.wait(self.interval):
+            now = time.monotonic()
+            with self._lock:
+                if now - before > max(5 * self.interval, 1.0):
+                    self._wake_up(now, now - before)
+                if self._verdict is None:
+                    self._judge(now)
+            before = now
+            if self._verdict is not None:
+                return self._end(self._verdict)
+            self._check_launcher()
+
+    def _wake_up(self, now: float, slept: float) -> None:
+        """Begin anew to wait for the others after this process was stopped: what they sent meanwhile was not read."""
+        self._slept = slept > 0.8 * self.limit
+        self._answered = now
+        self._beats.seen = dict.fromkeys(self._beats.seen, now)
+        self._beats.moved = dict.fromkeys(self._beats.moved, now)
+
+    def _judge(self, now: float) -> None:
+        """Decide whether the run goes on."""
+        if self.ranks.world_size == 1:
+            self._beats.record(0, f"{now} {self.ranks.progress.position}", now)
+        if self.ranks.is_main:
+            if not self._beats.positions:
+                return
+            # After an alarm a rank that lives has three intervals to show it.
+            limit = self.limit if self._alarmed is None else 3 * self.interval
+            if silent := self._beats.silent(now, limit):
+                self._decide(self._silent(silent, limit))
+            elif self._alarmed is None and self._beats.hang(now, self.limit):
+                self._decide(self._hang())
+        elif self._lost is not None:
+            self._decide(self._main_lost("has ended"))
+        else:
+            since = min(self._answered, self._beats.seen.get(0, self._answered))
+            limit = self.limit if self._alarmed is None else 4 * self.interval
+            if now - since > limit:
+                self._decide(self._main_lost(f"has not answered for {limit:.0f} s"))
+
+    def _gone(self, ranks: list[int]) -> Verdict:
+        phases = name_phases([rank for rank in ranks if rank in self._beats.positions], self._beats.positions)
+        where = f", last seen in {phases}" if phases else ""
+        message = f"{name_ranks(ranks, self._members)} ended without a message{where}: killed, or out of memory"
+        return Verdict(f"{message}. {ADVICE}", FAULT_CODE, tuple(ranks))
+
+    def _silent(self, ranks: list[int], limit: float) -> Verdict:
+        phases = name_phases(ranks, self._beats.positions)
+        message = (
+            f"no sign of life of {name_ranks(ranks, self._members)} for {limit:.0f} s, last seen in {phases}: "
+            "the process is stopped or killed, its host is down, or the link is cut"
+        )
+        return Verdict(f"{message}. {ADVICE}", FAULT_CODE, tuple(ranks), hangs=True)
+
+    def _hang(self) -> Verdict:
+        beats, late = self._beats, self._beats.late()
+        ranks = late or sorted(beats.positions)
+        message = f"no progress for {self.limit:.0f} s: {name_ranks(ranks, self._members)} did not leave "
+        message += name_phases(ranks, beats.positions)
+        if late and (others := sorted(set(beats.positions) - set(late))):
+            message += f", and the others wait in {name_phases(others, beats.positions)}"
+        message += f". Python stacks are in {self._faults}. {ADVICE}; training.hang_minutes sets the limit"
+        return Verdict(message, FAULT_CODE, tuple(late), hangs=True)
+
+    def _main_lost(self, how: str) -> Verdict:
+        rank = name_ranks([0], self._members)
+        where = f", last seen in {name_phases([0], self._beats.positions)}" if 0 in self._beats.positions else ""
+        return Verdict(f"{rank} {how}{where}. {ADVICE}", FAULT_CODE, (0,), hangs=self._lost is None)
+
+    def _end(self, verdict: Verdict) -> None:
+        """End this process, which hangs, or has another 10 s to end by itself."""
+        self._ending = verdict.hangs
+        if verdict.hangs:
+            self._stacks.write(verdict.message)
+            self._wake_neighbours(verdict)
+        elif self._stop.wait(_SECONDS_TO_END):
+            return
+        if not self._explained:
+            self._report(verdict)
+        self._linger()
+        _exit_with_children(verdict.code)
+
+    def _wake_neighbours(self, verdict: Verdict) -> None:
+        """Make ranks of this host that hang write their stacks, also if they are stopped or hold the interpreter."""
+        for rank in verdict.ranks:
+            member = self._members.get(rank)
+            if member and rank != self.ranks.rank and member.host == self._members[self.ranks.rank].host:
+                with suppress(OSError):
+                    os.kill(member.pid, signal.SIGUSR2)
+                    os.kill(member.pid, signal.SIGCONT)
+
+    def _report(self, verdict: Verdict) -> None:
+        """Print the verdict and record it, on the one rank that reports."""
+        # A rank that failed by an exception has said so itself.
+        if self._reports(verdict) and verdict.code == FAULT_CODE:
+            _print(verdict)
+            self._record(verdict)
+
+    def _reports(self, verdict: Verdict) -> bool:
+        """Whether this rank reports a verdict: rank 0, or where that is at fault, the first other rank of each host."""
+        if self._slept:
+            # This process did not answer the others, not they.
+            return False
+        if 0 not in verdict.ranks or self.ranks.world_size == 1:
+            return self.ranks.is_main
+        here = self._members[self.ranks.rank].host
+        return self.ranks.rank == min(rank for rank, member in self._members.items() if rank and member.host == here)
+
+    def _record(self, verdict: Verdict) -> None:
+        hosts = sorted({self._members[rank].host for rank in verdict.ranks if rank in self._members})
+        position = self.ranks.progress.position
+        self._events.write("fault", message=verdict.message, ranks=list(verdict.ranks), hosts=hosts, step=position.step)
+
+    def _check_launcher(self) -> None:
+        """Stop as after SIGTERM, once, if a process that launched this rank has ended."""
+        if not self._launcher_ended and (pid := self._launcher.ended()) is not None:
+            self._launcher_ended = True
+            logger.warning("the launcher, process %d, has ended: this rank stops after a checkpoint", pid)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def _explain(self, error: Exception) -> None:
+        """Report an exception of this rank to the others; end the process if another rank caused it."""
+        if self._explained or self.ranks.world_size == 1:
+            return
+        if self._ending:
+            # The other thread ends this process.
+            time.sleep(_SECONDS_TO_END)
+        self._explained = True
+        # A launcher that has seen a rank die ends the others by SIGTERM, before they can say why.
+        with suppress(ValueError):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if not _is_communication(error):
+            return self._report_failure(error)
+        verdict = self._ask()
+        if verdict is None:
+            return
+        self._report(verdict)
+        self._linger()
+        _exit_with_children(verdict.code)
+
+    def _report_failure(self, error: Exception) -> None:
+        """Report an exception of this rank to the others.
+
+        The command line prints the `UserError` of rank 0, and Python the tracebacks of all. A rank other than 0 prints
+        its `UserError` here, with its name, unless rank 0 has raised it too.
+        """
+        main, for_user = self.ranks.is_main, isinstance(error, UserError)
+        if not main:
+            # An error that all ranks raise is reported by rank 0.
+            time.sleep(2 * self.interval)
+        name = name_ranks([self.ranks.rank], self._members)
+        text = str(error) if for_user else f"{type(error).__name__}: {error}"
+        where = self.ranks.progress.position.description
+        verdict = Verdict(f"{name} failed in {where}: {text}", 2 if for_user else 1, (self.ranks.rank,))
+        first = verdict
+        with suppress(RuntimeError):
+            first = Verdict.parse(self._store.compare_set(_FAILED, _NONE, verdict.to_json()).decode())
+        if first == verdict:
+            self._record(verdict)
+            if for_user and not main:
+                _print(verdict)
+        if for_user and not main:
+            _exit_with_children(verdict.code)
+        self._linger()
+
+    def _ask(self) -> Verdict | None:
+        """Raise the alarm and wait for the verdict; None if all ranks live."""
+        me = self._members[self.ranks.rank]
+        near = [m for m in self._members.values() if m.host == me.host and m.rank != me.rank]
+        gone = [str(member.rank) for member in near if not _lives(member.pid)]
+        with suppress(RuntimeError):
+            self._store.compare_set(_ALARM, _NONE, " ".join(gone))
+        deadline = time.monotonic() + 8 * self.interval + 1
+        while self._verdict is None and time.monotonic() < deadline:
+            time.sleep(self.interval / 4)
+        return self._verdict
+
+    def _linger(self) -> None:
+        """Let the others read from the store, which lives in the process of rank 0."""
+        if self.ranks.is_main and self.ranks.world_size > 1:
+            time.sleep(2 * self.interval)
+
+
+def _print(verdict: Verdict) -> None:
+    print(f"mvd-scale: {verdict.message}", file=sys.stderr, flush=True)
+
+
+def _is_communication(error: Exception) -> bool:
+    """Whether an exception comes from a collective or the store, as far as its text tells."""
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(
+        word in text for word in ("gloo", "NCCL", "onnection", "Broken pipe", "Socket", "imed out", "rank")
+    )
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _exit_with_children(code: int) -> None:
+    """End this process at once, and its worker processes, which nobody else would end."""
+    with suppress(psutil.Error):
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                child.kill()
+    sys.stderr.flush()
+    sys.stdout.flush()
+    os._exit(code)

@@ -1,0 +1,87 @@
+"""Tests of the judgement on ranks: silence, hangs, and the rank that the others wait for."""
+
+from __future__ import annotations
+
+from mvd_scale.distributed.progress import Position, Progress
+from mvd_scale.distributed.verdict import Heartbeats, Member, Verdict, name_phases, name_ranks
+
+MEMBERS = {rank: Member(rank, f"node-{rank // 2}", 100 + rank) for rank in range(12)}
+
+
+def beat(number: int, position: Position) -> str:
+    return f"{number} {position}"
+
+
+def at(arrivals: int, phase: str = "backward", patience: int = 1) -> Position:
+    return Position(arrivals, 0, patience, 7, phase)
+
+
+def heartbeats(*positions: Position, now: float = 0) -> Heartbeats:
+    beats = Heartbeats()
+    for rank, position in enumerate(positions):
+        beats.record(rank, beat(0, position), now)
+    return beats
+
+
+def test_positions_survive_the_store() -> None:
+    progress = Progress()
+    progress.enter("data wait", 3)
+    progress.tick()
+    assert Position.parse(str(progress.position)) == progress.position == (1, 1, 1, 3, "data wait")
+
+
+def test_unlimited_phase_returns_to_the_phase_before() -> None:
+    progress = Progress()
+    progress.enter("save", 5)
+    with progress.unlimited("room for step 5"):
+        assert progress.position.patience == 0
+    assert progress.position[2:] == (1, 5, "save")
+
+
+def test_rank_whose_heartbeat_stands_still_is_silent() -> None:
+    beats = heartbeats(at(1), at(1))
+    for now in range(1, 6):
+        beats.record(0, beat(now, at(1)), now)
+        beats.record(1, beat(0, at(1)), now)
+    assert beats.silent(5, 4.5) == [1]
+    assert beats.silent(4, 4.5) == []
+
+
+def test_hang_needs_that_no_rank_moves() -> None:
+    beats = heartbeats(at(4), at(5))
+    beats.record(1, beat(1, at(6)), 8)
+    assert not beats.hang(10, 5)
+    assert beats.hang(14, 5)
+
+
+def test_ticks_are_progress() -> None:
+    beats = heartbeats(at(4))
+    beats.record(0, beat(1, at(4)._replace(ticks=1)), 8)
+    assert not beats.hang(10, 5)
+
+
+def test_first_step_has_more_patience_and_indexing_has_no_limit() -> None:
+    assert not heartbeats(at(4, patience=6)).hang(25, 5)
+    assert heartbeats(at(4, patience=6)).hang(31, 5)
+    assert not heartbeats(at(4), at(4, "index", patience=0)).hang(1e6, 5)
+
+
+def test_rank_with_the_fewest_phases_is_late() -> None:
+    assert heartbeats(at(9), at(8, "data wait"), at(9)).late() == [1]
+    assert heartbeats(at(9), at(9)).late() == []
+
+
+def test_verdict_survives_the_store() -> None:
+    verdict = Verdict("rank 3 is gone", 75, (3,), hangs=True)
+    assert Verdict.parse(verdict.to_json()) == verdict
+
+
+def test_few_ranks_are_named_one_by_one_and_many_by_host() -> None:
+    assert name_ranks([1, 2], MEMBERS) == "rank 1 (host node-0, pid 101), rank 2 (host node-1, pid 102)"
+    assert name_ranks(list(range(5)), MEMBERS) == "5 ranks (2 on host node-0, 2 on host node-1, 1 on host node-2)"
+    assert name_ranks(list(range(12)), MEMBERS).endswith("2 on host node-3 and on 2 other hosts)")
+
+
+def test_phases_are_named_by_frequency() -> None:
+    positions = heartbeats(at(1, "data wait"), at(2), at(2)).positions
+    assert name_phases([0, 1, 2], positions) == "'backward' of step 8 and 'data wait' of step 8"

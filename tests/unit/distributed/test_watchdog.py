@@ -1,0 +1,190 @@
+"""Tests of the watchdog: two ranks as objects of one process over a real store, whose end is recorded, not executed."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed import TCPStore
+
+from mvd_scale.distributed import watchdog as module
+from mvd_scale.distributed.process_group import Ranks
+from mvd_scale.distributed.watchdog import Watchdog
+from mvd_scale.errors import UserError
+from mvd_scale.utils.events import EventLog, read_events
+
+MINUTES = 2 / 60
+
+
+class Ended(BaseException):
+    """Stands for the end of the process, in the thread that would end it."""
+
+
+@pytest.fixture
+def ends(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Exit codes by the name of the thread that ended its process."""
+    codes: dict[str, int] = {}
+
+    def end(code: int) -> None:
+        codes[threading.current_thread().name] = code
+        if threading.current_thread() is threading.main_thread():
+            raise Ended
+
+    monkeypatch.setattr(module, "_exit_with_children", end)
+    monkeypatch.setattr(module, "_SECONDS_TO_END", 0.3)
+    return codes
+
+
+@pytest.fixture
+def pair(tmp_path: Path, ends: dict[str, int]) -> Iterator[list[Watchdog]]:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    events = EventLog(tmp_path / "events.jsonl")
+    dogs = [
+        Watchdog(Ranks(rank, rank, 2, torch.device("cpu")), tmp_path / "faults", events, MINUTES, store)
+        for rank in range(2)
+    ]
+    yield dogs
+    for dog in dogs:
+        dog._stop.set()
+    # A thread that still ended its process would count in the next test.
+    for dog in dogs:
+        for thread in dog._threads:
+            thread.join()
+
+
+def enter(dogs: list[Watchdog]) -> None:
+    """Enter both at the same time: each waits for the other."""
+    other = threading.Thread(target=dogs[1].__enter__)
+    other.start()
+    dogs[0].__enter__()
+    other.join()
+
+
+def leave(dogs: list[Watchdog]) -> None:
+    for dog in dogs:
+        dog.__exit__(None, None, None)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "the condition is not met after 20 s"
+        time.sleep(0.02)
+
+
+def fault(tmp_path: Path) -> str:
+    return read_events(tmp_path / "events.jsonl")[-1]["message"]
+
+
+def test_rank_that_hangs_is_named_with_its_phase(
+    pair: list[Watchdog], ends: dict[str, int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    enter(pair)
+    pair[0].ranks.progress.enter("data wait", 4)
+    pair[0].ranks.progress.enter("backward", 4)
+    pair[1].ranks.progress.enter("data wait", 4)
+    wait_for(lambda: ends.get("watchdog") == 75)
+    wait_for(lambda: (tmp_path / "events.jsonl").exists())
+    leave(pair)
+    assert "rank 1 (host " in fault(tmp_path)
+    assert "did not leave 'data wait' of step 5, and the others wait in 'backward' of step 5" in fault(tmp_path)
+    assert capfd.readouterr().err.count("mvd-scale: no progress for 2 s") == 1
+    assert "test_watchdog.py" in (tmp_path / "faults" / "rank_0.txt").read_text()
+
+
+def test_rank_without_heartbeat_is_named(pair: list[Watchdog], ends: dict[str, int], tmp_path: Path) -> None:
+    enter(pair)
+    pair[1].ranks.progress.enter("forward", 2)
+    time.sleep(0.5)
+    pair[1]._stop.set()  # as if its process were stopped
+    wait_for(lambda: bool(ends))
+    pair[0]._stop.set()
+    assert "no sign of life of rank 1" in fault(tmp_path)
+    assert "last seen in 'forward' of step 3" in fault(tmp_path)
+
+
+def test_rank_0_without_heartbeat_is_named_by_the_other(
+    pair: list[Watchdog], ends: dict[str, int], tmp_path: Path
+) -> None:
+    enter(pair)
+    time.sleep(0.5)
+    pair[0]._stop.set()
+    wait_for(lambda: bool(ends))
+    pair[1]._stop.set()
+    assert "rank 0 (host " in fault(tmp_path)
+    assert "has not answered for 2 s" in fault(tmp_path)
+
+
+def test_progress_within_the_limit_ends_nothing(pair: list[Watchdog], ends: dict[str, int]) -> None:
+    enter(pair)
+    for step in range(30):
+        for dog in pair:
+            dog.ranks.progress.enter("forward", step)
+        time.sleep(0.07)
+    leave(pair)
+    assert not ends
+    assert not pair[0]._faults.exists(), "empty stack files are removed"
+
+
+def test_error_of_a_rank_reaches_the_others(pair: list[Watchdog], ends: dict[str, int], tmp_path: Path) -> None:
+    enter(pair)
+    with pytest.raises(Ended), pair[1].explaining():
+        raise UserError("2 of 2 clips were replaced")
+    wait_for(lambda: ends.get("watchdog") == 2)
+    leave(pair)
+    assert ends["MainThread"] == 2
+    assert "failed in 'start': 2 of 2 clips were replaced" in fault(tmp_path)
+
+
+def test_error_of_all_ranks_is_told_by_rank_0(
+    pair: list[Watchdog], ends: dict[str, int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    enter(pair)
+    with pytest.raises(UserError), pair[0].explaining():
+        raise UserError("no room")
+    with pytest.raises(Ended), pair[1].explaining():
+        raise UserError("no room")
+    leave(pair)
+    assert capfd.readouterr().err == "", "rank 0 prints it at the end of the command"
+    assert len(read_events(tmp_path / "events.jsonl")) == 1
+
+
+def test_dead_neighbour_is_named_after_an_error_of_a_collective(
+    pair: list[Watchdog], ends: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter(pair)
+    pair[1].ranks.progress.enter("optimizer", 9)
+    time.sleep(0.5)
+    monkeypatch.setattr(module, "_lives", lambda pid: False)
+    with pytest.raises(Ended), pair[0].explaining():
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:4711")
+    leave(pair)
+    assert ends["MainThread"] == 75
+    assert "rank 1 (host " in fault(tmp_path)
+    assert "ended without a message, last seen in 'optimizer' of step 10" in fault(tmp_path)
+
+
+def test_error_of_a_collective_among_living_ranks_is_raised(pair: list[Watchdog], ends: dict[str, int]) -> None:
+    enter(pair)
+    with pytest.raises(RuntimeError, match="gloo"), pair[0].explaining():
+        raise RuntimeError("gloo: sizes differ")
+    leave(pair)
+    assert not ends
+
+
+def test_end_of_the_launcher_is_a_request_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: dict[str, int]
+) -> None:
+    sent: list[int] = []
+    monkeypatch.setattr(module.os, "kill", lambda pid, number: sent.append(number))
+    monkeypatch.setattr(module.LauncherProcesses, "ended", lambda self: 4711)
+    with Watchdog(
+        Ranks(0, 0, 1, torch.device("cpu")), tmp_path / "faults", EventLog(tmp_path / "events.jsonl"), MINUTES
+    ):
+        wait_for(lambda: bool(sent))
+        time.sleep(0.5)
+    assert sent == [module.signal.SIGTERM], "once"

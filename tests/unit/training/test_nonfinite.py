@@ -1,0 +1,83 @@
+"""Tests of steps that are not finite: skipped a number of times, recorded with their clips, then an error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mvd_scale.distributed.process_group import Ranks
+from mvd_scale.errors import UserError
+from mvd_scale.training import nonfinite
+from mvd_scale.training.nonfinite import NonfiniteSteps
+from mvd_scale.utils.events import read_events
+
+ROWS = torch.tensor([2, 0])
+
+
+def steps_of(precision: str, skip: int, *, folder: Path | None = None) -> NonfiniteSteps:
+    recipe: Any = SimpleNamespace(training=SimpleNamespace(precision=precision, skip_nonfinite_steps=skip))
+    steps = NonfiniteSteps(recipe, Ranks(0, 0, 2, torch.device("cpu")))
+    if folder is not None:
+        steps.folder = SimpleNamespace(manifest=folder / "manifest.parquet", events=folder / "events.jsonl")  # type: ignore[assignment]
+    return steps
+
+
+def run(steps: NonfiniteSteps, engine: Any, step: int, loss: float, *, skipped: bool) -> None:
+    steps.begin(engine)
+    engine.skipped_steps += skipped
+    steps.check(engine, step, [(torch.tensor(loss), ROWS)])
+
+
+@pytest.fixture
+def other_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1, whose loss of rows 5 and 6 is finite."""
+
+    def gather(parts: list[Any], mine: Any) -> None:
+        parts[:] = [mine, ([True], [[5, 6]])]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    manifest = SimpleNamespace(path=[f"{row}.mp4" for row in range(9)])
+    monkeypatch.setattr(nonfinite.Manifest, "load", lambda file: manifest)
+
+
+@pytest.mark.usefixtures("other_rank")
+def test_some_steps_are_skipped_and_the_next_one_is_an_error() -> None:
+    steps, engine = steps_of("bf16", 2), SimpleNamespace(skipped_steps=4)
+    run(steps, engine, 7, float("nan"), skipped=True)
+    run(steps, engine, 8, float("nan"), skipped=True)
+    with pytest.raises(UserError, match=r"step 9 are not finite .*, nor those of the 2 steps before it"):
+        run(steps, engine, 9, float("nan"), skipped=True)
+
+
+@pytest.mark.usefixtures("other_rank")
+def test_a_finite_step_begins_the_count_anew() -> None:
+    steps, engine = steps_of("fp32", 1), SimpleNamespace(skipped_steps=0)
+    for step in range(6):
+        run(steps, engine, step, float("nan"), skipped=step % 2 == 0)
+        assert steps.in_a_row == (step % 2 == 0)
+
+
+def test_skipped_steps_of_fp16_are_no_error() -> None:
+    steps, engine = steps_of("fp16", 0), SimpleNamespace(skipped_steps=0)
+    run(steps, engine, 1, float("nan"), skipped=True)
+    assert steps.in_a_row == 0
+
+
+@pytest.mark.usefixtures("other_rank")
+def test_the_event_names_the_clips_of_the_loss_that_is_not_finite(tmp_path: Path) -> None:
+    steps, engine = steps_of("fp32", 3, folder=tmp_path), SimpleNamespace(skipped_steps=0)
+    run(steps, engine, 7, float("nan"), skipped=True)
+    (event,) = read_events(tmp_path / "events.jsonl")
+    assert (event["step"], event["ranks"], event["clips"]) == (7, [0], ["2.mp4", "0.mp4"])
+
+
+@pytest.mark.usefixtures("other_rank")
+def test_the_event_names_all_clips_if_all_losses_are_finite(tmp_path: Path) -> None:
+    steps, engine = steps_of("fp32", 3, folder=tmp_path), SimpleNamespace(skipped_steps=0)
+    run(steps, engine, 7, 1.0, skipped=True)
+    (event,) = read_events(tmp_path / "events.jsonl")
+    assert (event["ranks"], event["rows"]) == ([], [2, 0, 5, 6])
