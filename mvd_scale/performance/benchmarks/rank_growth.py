@@ -24,6 +24,8 @@ from mvd_scale.data.loaders.dali_failures import WINDOW, DaliFailures
 from mvd_scale.distributed.cpu_affinity import count_cpus
 from mvd_scale.distributed.process_group import Ranks, barrier_via_store, run_on_rank0
 from mvd_scale.distributed.progress import Progress
+from mvd_scale.distributed.verdict import Member
+from mvd_scale.distributed.watchdog import Watchdog
 from mvd_scale.models import Encoder
 from mvd_scale.performance.benchmarks.scaling import PowerLaw
 from mvd_scale.performance.benchmarks.simulated_ranks import SimulatedJob, Traffic
@@ -31,6 +33,7 @@ from mvd_scale.performance.report import Metric, Report, this_machine
 from mvd_scale.training.checkpointing.pieces import Pieces, PiecesSavePlanner, State
 from mvd_scale.training.checkpointing.writer import CheckpointWriter
 from mvd_scale.training.preemption import PreemptionHandler
+from mvd_scale.utils.events import EventLog
 
 _LINEAR = 1.1
 """Largest fitted power that counts as linear: small numbers of ranks bend a line."""
@@ -140,6 +143,7 @@ def conversations(world_size: int, folder: Path) -> Iterator[tuple[str, Sequence
     handlers = job.run(lambda ranks: PreemptionHandler())
     writers = job.run(lambda ranks: CheckpointWriter(folder, ranks, CheckpointConfig()))
     failures = job.run(lambda ranks: DaliFailures("cpu", 0, None, ranks.open_exchange()))
+    watchdogs = job.run(lambda ranks: Watchdog(ranks, folder / "faults", EventLog(folder / "events.jsonl"), None))
     # The first windows are not collected yet, or not forgotten.
     job.run(lambda ranks: failures[ranks.rank].advance(2 * WINDOW))
 
@@ -154,6 +158,10 @@ def conversations(world_size: int, folder: Path) -> Iterator[tuple[str, Sequence
         "start: CPUs of the ranks": lambda ranks: count_cpus(ranks.open_exchange()),
         "start: what rank 0 finds": lambda ranks: run_on_rank0(ranks, "prepared", lambda: None),
         "start: digests of all ranks": lambda ranks: exchanges[ranks.rank].decide("digests", "0" * 64, len),
+        "start: processes of the watchdog": lambda ranks: watchdogs[ranks.rank].connect(
+            Member(ranks.rank, ranks.host, 1)
+        ),
+        "2 s: heartbeats": lambda ranks: watchdogs[ranks.rank].exchange(),
         "step: request to stop": lambda ranks: handlers[ranks.rank].should_stop(ranks, 0),
         f"{WINDOW} steps: failures of DALI": lambda ranks: failures[ranks.rank].advance(3 * WINDOW),
         "save": save,

@@ -38,11 +38,11 @@ def test_no_conversation_of_a_job_grows_faster_than_its_ranks(
 def test_a_rank_asks_as_much_in_a_large_job_as_in_a_small_one(
     traffic: dict[int, dict[str, list[Traffic]]],
 ) -> None:
-    """Rank 0 and the rank that comes last do some more; the others the same."""
+    """Only rank 0 asks about all others; the rank that comes last deletes a few keys for all."""
     for name in traffic[8]:
-        small, large = (sorted(each.keys for each in traffic[ranks][name]) for ranks in (8, 64))
+        small, large = (sorted(each.keys for each in traffic[ranks][name][1:]) for ranks in (8, 64))
         assert large[len(large) // 2] <= small[len(small) // 2], name
-        assert large[-1] <= small[-1] + 2, name
+        assert large[-1] <= small[-1] + 8, name
 
 
 def test_a_rank_that_waits_for_a_key_of_every_other_one_is_seen() -> None:
