@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from mvd_scale.distributed.process_group import Ranks
-from mvd_scale.performance.benchmarks.rank_growth import Cost, conversations, plan_checkpoint
+from mvd_scale.performance.benchmarks.rank_conversations import conversations
+from mvd_scale.performance.benchmarks.rank_growth import Cost
+from mvd_scale.performance.benchmarks.rank_work import plan_checkpoint, time_sampling
 from mvd_scale.performance.benchmarks.simulated_ranks import SimulatedJob, Traffic
 from mvd_scale.training import preemption
 from mvd_scale.training.metrics import Meter, MicroBatchMetrics
@@ -62,6 +64,11 @@ def test_the_pieces_of_a_checkpoint_grow_no_faster_than_the_ranks(tmp_path: Path
         for figure in ("pieces", "bytes"):
             cost = Cost(f"ZeRO {stage}", figure, {ranks: float(getattr(plan, figure)) for ranks, plan in plans.items()})
             assert cost.is_linear, (cost.name, figure, cost.power)
+
+
+def test_a_sampler_is_as_large_in_a_large_job() -> None:
+    sizes = {ranks: time_sampling(ranks, clips=1).bytes for ranks in (2, 1024)}
+    assert sizes[1024] <= sizes[2] + 16, sizes
 
 
 @pytest.fixture
