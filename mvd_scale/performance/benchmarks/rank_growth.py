@@ -111,14 +111,9 @@ def measure_ranks(numbers: Sequence[int], target: int, scratch: Path) -> RanksRe
     costs.append(Cost("sampling: sampler of a rank", "bytes", {n: float(each.bytes) for n, each in sampling.items()}))
     for stage in (2, 3):
         plans = {ranks: plan_checkpoint("B", ranks, stage, scratch) for ranks in sorted(numbers)}
-        for field, unit in (
-            ("pieces", "pieces"),
-            ("bytes", "bytes"),
-            ("planning by a rank", "s"),
-            ("merging by rank 0", "s"),
-        ):
-            points = {ranks: float(getattr(plan, field.split()[0])) for ranks, plan in plans.items()}
-            costs.append(Cost(f"checkpoint of B, ZeRO {stage}: {field}", unit, points))
+        for field, name, unit in _FIGURES_OF_A_PLAN:
+            points = {ranks: float(getattr(plan, field)) for ranks, plan in plans.items()}
+            costs.append(Cost(f"checkpoint of B, ZeRO {stage}{name}", unit, points))
     return RanksReport(
         machine=this_machine(torch.device("cpu")),
         target=target,
