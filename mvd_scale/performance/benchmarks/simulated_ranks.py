@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
+from torch._C._distributed_c10d import HashStore, Store
 
 from mvd_scale.distributed.process_group import Ranks
 
@@ -36,7 +37,7 @@ class CountingStore:
         store: the shared store.
     """
 
-    def __init__(self, store: torch.distributed.Store) -> None:
+    def __init__(self, store: Store) -> None:
         self.store = store
         self.traffic = Traffic()
         self._lock = threading.Lock()
@@ -86,7 +87,7 @@ class SimulatedJob:
     """
 
     def __init__(self, world_size: int) -> None:
-        self.shared = torch.distributed.HashStore()
+        self.shared = HashStore()
         self.connections = [CountingStore(self.shared) for _ in range(world_size)]
         self.ranks = [
             SimulatedRank(
