@@ -248,8 +248,9 @@ def run_on_rank0(ranks: Ranks, name: str, work: Callable[[], Any]) -> Any:
 
 def barrier_via_store(ranks: Ranks, name: str) -> None:
     """Wait until all ranks have called this function with the same name; in contrast to a collective, up to 7 days."""
+    exchange = StoreExchange(ranks.store, ranks.rank, ranks.world_size, _LONGEST_WORK)
     with ranks.progress.unlimited(name):
-        StoreExchange(ranks.store, ranks.rank, ranks.world_size, _LONGEST_WORK).wait_for_all(name)
+        exchange.wait_for_all(name)
 
 
 def gather_rows(mine: Tensor, ranks: Ranks) -> Tensor:
