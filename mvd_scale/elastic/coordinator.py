@@ -130,6 +130,7 @@ class Coordinator:
         self._joined_at: float | None = None
         self._reason = ""
         self._stop_signal: int | None = None
+        self._holder: str | None = None
 
     @property
     def members(self) -> list[str]:
@@ -225,7 +226,9 @@ class Coordinator:
         # Ranks of an earlier attempt, or of hosts behind a cut link, may still be in the run folder. The first start
         # of all hosts goes ahead: if others train there, it is the ranks that refuse, as without a supervisor.
         if (self.number or self._is_incomplete) and (holder := self._hooks.folder_holder()):
-            logger.info("supervise: waits for the run folder: %s", holder)
+            if holder != self._holder:
+                logger.info("supervise: waits for the run folder: %s", holder)
+            self._holder = holder
             self._not_before = now + _FOLDER_SECONDS
         elif ranks:
             self._start(ranks, now)
