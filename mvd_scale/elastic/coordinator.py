@@ -181,6 +181,8 @@ class Coordinator:
         if attempt is not None and number == attempt.number and host in attempt.running:
             attempt.running.discard(host)
             attempt.codes += codes
+            if any(codes) and self.phase is Phase.RUNNING:
+                self._stop(signal.SIGTERM, saves=False)
             self._conclude(now)
 
     def offer_port(self, host: str, port: int) -> None:

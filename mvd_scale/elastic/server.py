@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import selectors
 import socket
 import threading
 import time
@@ -11,7 +10,8 @@ from collections.abc import Callable
 from mvd_scale.elastic.coordinator import Coordinator, Member, Phase
 from mvd_scale.elastic.messages import Connection, Message
 
-_TICK_SECONDS = 0.1
+_TICK_SECONDS = 0.05
+"""Seconds from one look at all connections to the next. Waiting for the first of many to speak would cost more."""
 BEAT_SECONDS = 1.0
 """Seconds from one sign of life of a host to the next."""
 _HELLO_SECONDS = 5.0
@@ -67,8 +67,7 @@ class CoordinatorServer(threading.Thread):
 
     def run(self) -> None:
         """Serve the coordinator."""
-        while not self._closed.is_set():
-            self._wait()
+        while not self._closed.wait(_TICK_SECONDS):
             self._accept()
             now = time.monotonic()
             for connection in [*self._unknown]:
@@ -82,14 +81,6 @@ class CoordinatorServer(threading.Thread):
             connection.close()
         if self._listener is not None:
             self._listener.close()
-
-    def _wait(self) -> None:
-        with selectors.DefaultSelector() as selector:
-            for connection in [*self._unknown, *self._hosts.values()]:
-                selector.register(connection, selectors.EVENT_READ)
-            if self._listener is not None:
-                selector.register(self._listener, selectors.EVENT_READ)
-            selector.select(_TICK_SECONDS)
 
     def _accept(self) -> None:
         while self._listener is not None:

@@ -21,7 +21,7 @@ from mvd_scale.elastic.meeting import Site, addresses_of, find_coordinator, is_b
 from mvd_scale.elastic.messages import Connection, Message
 from mvd_scale.elastic.policy import STOP_SIGNALS, Limits, RestartBudget
 from mvd_scale.elastic.server import BEAT_SECONDS, CoordinatorServer
-from mvd_scale.errors import UserError
+from mvd_scale.errors import FAULT_CODE, UserError
 
 logger = logging.getLogger("mvd_scale")
 
@@ -144,8 +144,7 @@ class Supervisor:
         if "failures" in message:
             self._budget.take_over(message["failures"], time.monotonic())
         if kind == "start":
-            place = Place(**{name: message[name] for name in Place.__dataclass_fields__})
-            self._ranks = LocalRanks(self._job.command, place, os.environ)
+            self._start(Place(**{name: message[name] for name in Place.__dataclass_fields__}))
         elif kind == "stop" and self._ranks is not None:
             # A signal that this host itself received has been forwarded.
             number = message["signal"] if message["signal"] != self._stopped else None
@@ -153,6 +152,13 @@ class Supervisor:
         elif kind == "end":
             logger.info("supervise: ends with exit code %d: %s", message["code"], message["reason"])
             self._exit_code = int(message["code"])
+
+    def _start(self, place: Place) -> None:
+        try:
+            self._ranks = LocalRanks(self._job.command, place, os.environ)
+        except OSError as error:
+            logger.error("supervise: ranks cannot be started: %s", error)
+            self._tell_end([FAULT_CODE])
 
     def _watch_ranks(self) -> None:
         """Tell the coordinator about ranks that have ended."""
@@ -164,7 +170,10 @@ class Supervisor:
             self._tell({"kind": "failed", "attempt": self._attempt, "codes": failed})
         if not self._ranks.is_running:
             codes, self._ranks = self._ranks.codes, None
-            self._tell({"kind": "ended", "attempt": self._attempt, "codes": codes, "port": self._free_port()})
+            self._tell_end(codes)
+
+    def _tell_end(self, codes: list[int]) -> None:
+        self._tell({"kind": "ended", "attempt": self._attempt, "codes": codes, "port": self._free_port()})
 
     def _tell(self, message: Message) -> None:
         if self._connection is not None:
