@@ -170,9 +170,7 @@ class Coordinator:
         """Note that ranks of a host have ended with these exit codes, other ones maybe not yet."""
         attempt = self._attempt
         if attempt is not None and number == attempt.number and host in attempt.running:
-            attempt.first = attempt.first or first_cause(codes)
-            if self.phase is Phase.RUNNING:
-                self._stop(signal.SIGTERM, saves=attempt.first[0] is Cause.STOPPED)
+            self._note_failure(attempt, codes)
 
     def ended(self, host: str, number: int, codes: list[int], port: int, now: float) -> None:
         """Note that all ranks of a host have ended, with these exit codes; `port` is free now."""
@@ -181,9 +179,14 @@ class Coordinator:
         if attempt is not None and number == attempt.number and host in attempt.running:
             attempt.running.discard(host)
             attempt.codes += codes
-            if any(codes) and self.phase is Phase.RUNNING:
-                self._stop(signal.SIGTERM, saves=False)
+            if failed := [code for code in codes if code]:
+                self._note_failure(attempt, failed)
             self._conclude(now)
+
+    def _note_failure(self, attempt: Attempt, codes: list[int]) -> None:
+        attempt.first = attempt.first or first_cause(codes)
+        if self.phase is Phase.RUNNING:
+            self._stop(signal.SIGTERM, saves=attempt.first[0] is Cause.STOPPED)
 
     def offer_port(self, host: str, port: int) -> None:
         """Note a port of a host that is free now."""
@@ -283,7 +286,7 @@ class Coordinator:
         if attempt is None or attempt.running:
             return
         self._attempt = None
-        cause, code = attempt.first or first_cause(attempt.codes or [FAULT_CODE])
+        cause, code = attempt.first or (Cause.FINISHED, 0)
         if not attempt.lost and not any(attempt.codes):
             self._finish(0, "finished")
         elif self._stop_signal is not None:
