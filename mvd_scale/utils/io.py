@@ -1,4 +1,4 @@
-"""Atomic writes, and files of JSON lines."""
+"""Atomic writes, names of files, and files of JSON lines."""
 
 from __future__ import annotations
 
@@ -55,14 +55,21 @@ def append_json_line(path: Path, document: dict[str, Any]) -> bool:
         return False
 
 
+def is_plain_name(name: Any) -> bool:
+    """Whether a name that was read from a file is that of a file or folder beside it, and leads to no other place."""
+    return isinstance(name, str) and "\0" not in name and name not in ("", ".", "..") and Path(name).name == name
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read all readings of a `metrics.jsonl`, oldest first; skips a line that a killed process wrote partially."""
     readings = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            readings.append(json.loads(line))
+            reading = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(reading, dict):
+            readings.append(reading)
     return readings
 
 

@@ -22,7 +22,8 @@ LAYERS = (
     {"elastic", "evaluation", "targets"},
     {"visualization"},
     {"training"},
-    {"detection", "performance", "pipelines"},
+    {"detection", "performance", "pipelines", "run_status"},
+    {"doctor"},
     {"cli"},
 )
 """Packages and modules of `mvd_scale`, from the lowest layer up. Packages of one layer do not import each other."""

@@ -42,6 +42,9 @@ logger = logging.getLogger("mvd_scale")
 
 _VERSION = 1
 
+_PATIENCE = 3.0
+"""Seconds that a checkpoint gets to its end after a fault, which may have ended a rank that the others wait for."""
+
 
 @dataclass(frozen=True)
 class RunState:
@@ -102,7 +105,8 @@ class Checkpointer:
         if error is None:
             self.wait()
         else:
-            self._writer.finish()
+            # All ranks end by the same invalid input; after any other error one of them may be dead.
+            self._writer.finish(None if isinstance(error, UserError) else _PATIENCE)
 
     def should_save(self, step: int) -> bool:
         """Whether a checkpoint must be saved after this step by the count of steps; the same on all ranks."""

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from mvd_scale.checkpoints.native import write_tensors
@@ -29,7 +28,6 @@ from mvd_scale.training.finetuning.validation import ValidationCallback
 from mvd_scale.training.lr_schedule import Schedule
 from mvd_scale.training.optimizer import layer_scale, parameter_groups
 from mvd_scale.training.run import TrainingJob, run_training
-from mvd_scale.training.run_events import recording_end
 from mvd_scale.training.trainer import Objective, TrainedModel
 
 AnyRecipe = TypeVar("AnyRecipe", bound=TaskRecipe)
@@ -135,17 +133,18 @@ def run_finetune(task: FinetuneTask[Any]) -> None:
             "training.initial_encoder is missing: name the pre-trained weights with "
             f"`--training.initial_encoder PATH`, or train from scratch with `--{recipe.head_section}.from_scratch true`"
         )
-    with recording_end(task.folder):
-        run_training(task)
+    run_training(task)
 
 
 def _agree(digests: dict[str, Any], ranks: Ranks) -> None:
     """Raise a `UserError` on all ranks if the data digests of any rank differ from those of rank 0."""
-    gathered: list[Any] = [None] * ranks.world_size
-    torch.distributed.all_gather_object(gathered, digests)
-    differing = [rank for rank, other in enumerate(gathered) if other != gathered[0]]
-    if differing:
-        raise UserError(f"rank {differing[0]} reads other data than rank 0: all hosts need the same files")
+
+    def compare(everyone: list[Any]) -> None:
+        differing = [rank for rank, other in enumerate(everyone) if other != everyone[0]]
+        if differing:
+            raise UserError(f"rank {differing[0]} reads other data than rank 0: all hosts need the same files")
+
+    ranks.open_exchange().decide("digests of the data", digests, compare)
 
 
 def _average(averaged: nn.Module, engine: Any, task: FinetuneTask[Any], ranks: Ranks) -> ModelEma:
