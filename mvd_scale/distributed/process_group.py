@@ -10,7 +10,7 @@ import gc
 import logging
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -23,8 +23,8 @@ from mvd_scale.distributed.cpu_affinity import CpuBinding, bind_to_cpus, count_c
 from mvd_scale.distributed.data_rank import DataRank
 from mvd_scale.distributed.exchange import StoreExchange, answer_from_rank0
 from mvd_scale.distributed.free_port import free_port
+from mvd_scale.distributed.health.progress import Progress
 from mvd_scale.distributed.interface import set_interface
-from mvd_scale.distributed.progress import Progress
 from mvd_scale.distributed.rendezvous import check_reachable, open_store, resolve_endpoint
 from mvd_scale.errors import UserError
 from mvd_scale.utils.machine import machine_id
@@ -265,6 +265,17 @@ def gather_rows(mine: Tensor, ranks: Ranks) -> Tensor:
     parts = [torch.empty_like(padded) for _ in range(ranks.world_size)]
     torch.distributed.all_gather(parts, padded)
     return torch.cat([part[: int(n)] for part, n in zip(parts, counts, strict=True)])
+
+
+def count_collectives() -> int:
+    """Number of collective operations that this rank has begun in all of its groups; does not synchronise."""
+    count = 0
+    groups: list[Any] = list(torch.distributed.distributed_c10d._world.pg_map)
+    for group in groups:
+        # Not every backend counts.
+        with suppress(RuntimeError):
+            count += group._get_sequence_number_for_group()
+    return count
 
 
 def destroy_distributed() -> None:

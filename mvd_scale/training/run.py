@@ -16,8 +16,8 @@ from mvd_scale.config.deepspeed import check_deepspeed_config
 from mvd_scale.data.loaders.clip_loader import ClipLoader
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.sampling.sampler import mixture_components, steps_per_epoch
+from mvd_scale.distributed.health.watchdog import Watchdog
 from mvd_scale.distributed.process_group import Ranks, destroy_distributed, init_distributed, run_on_rank0
-from mvd_scale.distributed.watchdog import Watchdog
 from mvd_scale.errors import UserError
 from mvd_scale.models.precision import dtype_of
 from mvd_scale.run_dir import RunFolder

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from mvd_scale.config import RunRecipe
 from mvd_scale.data.batch import ClipBatch
+from mvd_scale.distributed.health.progress import FIRST_STEP_PATIENCE
 from mvd_scale.distributed.process_group import Ranks
-from mvd_scale.distributed.progress import FIRST_STEP_PATIENCE
 from mvd_scale.training.ema import ModelEma
 from mvd_scale.training.lr_schedule import Schedule
 from mvd_scale.training.metrics.meter import Meter, MicroBatchMetrics

@@ -34,8 +34,8 @@ class Ending:
     codes: list[int]
     """Exit code of the launcher of each host, negative if a signal ended it."""
 
-    messages: list[str]
-    """Errors that the program printed on any host."""
+    messages: dict[str, list[str]]
+    """Errors that the program printed, by the name of the host."""
 
     seconds: float
     """Time until the last process was gone."""
@@ -100,8 +100,9 @@ class Job:
         ended = time.monotonic() - started
         assert not any(host.listening_ports() for host in self.hosts)
         assert "Traceback" not in self.printed, self.printed
-        lines = [line for host in self.hosts for line in self.output(host).splitlines()]
-        return Ending(codes, [line for line in lines if line.startswith("mvd-scale: ")], ended)
+        printed = {host.name: self.output(host).splitlines() for host in self.hosts}
+        said = {host: [line for line in lines if line.startswith("mvd-scale: ")] for host, lines in printed.items()}
+        return Ending(codes, said, ended)
 
     def output(self, host: Host) -> str:
         """Everything that a host printed since the last start."""
@@ -116,10 +117,6 @@ class Job:
         """The rank on a host."""
         (found,) = [p for p in host.processes() if "RANK" in p.environ() and "RANK" not in p.parent().environ()]
         return found
-
-    def launcher(self, host: Host) -> psutil.Process:
-        """DeepSpeed's process that started the rank on a host."""
-        return self.rank(host).parent()
 
     def saved_steps(self) -> list[int]:
         """Steps of the complete checkpoints."""

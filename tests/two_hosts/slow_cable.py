@@ -39,15 +39,15 @@ def tap_device(name: str) -> Iterator[int]:
         os.close(device)
 
 
-@dataclass(frozen=True)
+@dataclass
 class SlowCable:
-    """Cable between two TAP devices."""
+    """Cable between two TAP devices. Its values can be changed at any time."""
 
-    seconds: float
+    seconds: float = 0.0
     """Time that a frame takes, in each direction."""
 
-    loss: float
-    """Share of frames that are lost, in each direction; the same ones of every run."""
+    loss: float = 0.0
+    """Share of frames that are lost, in each direction."""
 
     @contextmanager
     def between(self, one: int, other: int) -> Iterator[None]:

@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.distributed_c10d import TCPStore
 
 from mvd_scale.checkpoints.tensor_folder import DESCRIPTION, complete_description, write_description_part
 from mvd_scale.config import ModelConfig
 from mvd_scale.config.training import CheckpointConfig
 from mvd_scale.data.loaders.dali_failures import WINDOW, DaliFailures
 from mvd_scale.distributed.cpu_affinity import count_cpus
+from mvd_scale.distributed.health.progress import Progress
 from mvd_scale.distributed.process_group import Ranks, barrier_via_store, run_on_rank0
-from mvd_scale.distributed.progress import Progress
 from mvd_scale.models import Encoder
 from mvd_scale.performance.benchmarks.scaling import PowerLaw
 from mvd_scale.performance.benchmarks.simulated_ranks import SimulatedJob, Traffic

@@ -7,43 +7,62 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from mvd_scale.distributed import stall_guard
+from mvd_scale.distributed.health import stall_guard
 
 _GUARDED = """
 import faulthandler, signal, sys, time
-from mvd_scale.distributed.stall_guard import StallGuard
+from mvd_scale.distributed.health.stall_guard import StallGuard
 
-faulthandler.register(signal.SIGUSR2, open(sys.argv[2], "w"))
+faulthandler.register(signal.SIGUSR2, open(sys.argv[1], "w"))
 with StallGuard(0.5) as guard:
-    print(guard._process.pid, flush=True)
+    print("guarded", flush=True)
     while True:
-        getattr(guard, sys.argv[1])()
+        guard.beat()
         time.sleep(0.05)
-        print("lives", flush=True)
 """
 
 
-def start(action: str, stacks: Path) -> tuple[subprocess.Popen[str], psutil.Process]:
-    """A process that does something again and again, and its guard."""
-    process = subprocess.Popen([sys.executable, "-c", _GUARDED, action, str(stacks)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout
-    return process, psutil.Process(int(process.stdout.readline()))
+@pytest.fixture
+def guarded(tmp_path: Path) -> Iterator[psutil.Process]:
+    """A process that beats all the time, and writes its stacks to the file `stacks`."""
+    command = [sys.executable, "-c", _GUARDED, str(tmp_path / "stacks")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        process.stdout.readline()
+        yield psutil.Process(process.pid)
+        process.kill()
 
 
-def test_a_stopped_process_writes_its_stacks_and_continues(tmp_path: Path) -> None:
-    process, guard = start("beat", tmp_path / "stacks")
-    process.send_signal(signal.SIGSTOP)
-    while "sleep" not in (tmp_path / "stacks").read_text() and "line" not in (tmp_path / "stacks").read_text():
+def test_a_stopped_process_writes_its_stacks_and_continues(guarded: psutil.Process, tmp_path: Path) -> None:
+    guarded.suspend()
+    while guarded.status() != psutil.STATUS_STOPPED:
+        time.sleep(0.01)
+    while guarded.status() == psutil.STATUS_STOPPED:
         time.sleep(0.02)
-    psutil.Process(process.pid).status()
-    assert process.poll() is None
-    process.kill()
-    process.wait()
+    time.sleep(1)
+    assert guarded.is_running()
+    assert "File" in (tmp_path / "stacks").read_text()
+
+
+def test_a_process_that_beats_is_left_alone(guarded: psutil.Process, tmp_path: Path) -> None:
+    time.sleep(1.5)
+    assert guarded.is_running()
+    assert (tmp_path / "stacks").read_text() == ""
+
+
+def test_the_guard_ends_with_its_process(guarded: psutil.Process) -> None:
+    (guard,) = guarded.children()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        guard.send_signal(number)
+    time.sleep(0.2)
+    assert guard.is_running()
+    guarded.kill()
     guard.wait(10)
 
 
