@@ -65,6 +65,8 @@ class Meeting:
         self.seat = seat
         self.seats: list[Seat] = []
         """All ranks that came, in their order; empty until `assemble`."""
+        self._present: list[int] = []
+        """Ranks of the hosts that were ready for all phases so far; of meaning on rank 0."""
         self.put(f"rank/{seat.rank}", asdict(seat))
 
     @property
@@ -140,9 +142,10 @@ class Meeting:
         if not mine:
             raise NoAnswer("rank 0 did not wait for this rank any longer")
         self.seats, self.seat = seats, mine[0]
+        self._present = [host.rank for host in self.hosts]
 
     def begin(self, phase: str, seconds: float, order: Any = None) -> Any:
-        """Begin a phase together with the other hosts; those that are not ready in time are not waited for.
+        """Begin a phase together with the other hosts. One that is not ready in time is not waited for again.
 
         Args:
             phase: name of the phase, unique in the job.
@@ -158,9 +161,9 @@ class Meeting:
         self.put(f"phase/{self.seat.rank}", phase)
         self.put(f"{phase}/ready/{self.seat.rank}", True)
         if self.leads:
-            keys = {f"{phase}/ready/{host.rank}": host.rank for host in self.hosts}
-            ready = [keys[key] for key, _ in self._collect(keys, time.monotonic() + seconds)]
-            self.put(f"{phase}/begin", [ready, order])
+            keys = {f"{phase}/ready/{rank}": rank for rank in self._present}
+            self._present = [keys[key] for key, _ in self._collect(keys, time.monotonic() + seconds)]
+            self.put(f"{phase}/begin", [self._present, order])
         ready, order = self.get(f"{phase}/begin", seconds + _MARGIN)
         if self.seat.rank not in ready:
             raise NoAnswer(f"rank 0 did not wait for this host any longer, before {phase}")

@@ -227,7 +227,7 @@ def _follow(meeting: Meeting, folder: Path) -> Iterator[Finding]:
     # By the name here: the same folder may be mounted elsewhere.
     place = existing(folder) / Path(told).name
     try:
-        seconds = _appears(place / "token", place.name)
+        seconds = _appears(place / "token", place.name, _SEEN)
         if seconds is None:
             meeting.put(f"folder/{rank}/wrote", False)
             reason = f"a file of rank 0 does not appear in {place.parent} within {_SEEN:g} s"
@@ -246,7 +246,7 @@ def _follow(meeting: Meeting, folder: Path) -> Iterator[Finding]:
         meeting.put(f"folder/{rank}/done", True)
 
 
-def _appears(file: Path, content: str, seconds: float = _SEEN) -> float | None:
+def _appears(file: Path, content: str, seconds: float) -> float | None:
     """Seconds until a file has its content; None if it has not in time."""
     started = time.monotonic()
     while (waited := time.monotonic() - started) < seconds:
