@@ -199,9 +199,8 @@ def _judge(
         return "failed", str(end.get("message") or "it did not say why")
     names = [event.get("event") for event in events]
     said = str(_last(events, "fault").get("message", "")) if "fault" in names[_index(names, "start") :] else ""
-    if view.alive is None:
-        return "stale", said or f"{holder} does not renew lease.json"
-    return "dead", said or f"{holder} ended without a word"
+    seen = f"process {holder.pid} of host {holder.host} renewed its lease last at {holder.renewed}"
+    return "stale" if view.alive is None else "dead", said or seen
 
 
 def _note_of_running(folder: RunFolder, step: int) -> str:

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
     from mvd_scale.run_status import RunStatus
 
+_PATH_WIDTH = 24
+"""Letters of a path beside the figures of its run, at least."""
+
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
@@ -51,7 +54,7 @@ def status(runs: tuple[Path, ...], as_json: bool, watch: float | None) -> None:
             click.echo(json.dumps(document, indent=indent))
         else:
             if statuses:
-                console.print(render(statuses))
+                console.print(render(statuses), crop=False)
             for error in errors:
                 click.echo(f"mvd-scale: {error}", err=True)
         return errors
@@ -81,46 +84,44 @@ def render(statuses: list[RunStatus], errors: Sequence[str] = ()) -> RenderableT
     from rich.table import Table
     from rich.text import Text
 
+    rows = [_cells(run) for run in statuses]
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in (
-        "run",
-        "state",
-        "step",
-        "loss",
-        "clips/s",
-        "ETA",
-        "checkpoint",
-        "ranks",
-        "faults",
-        "videos left out",
-    ):
-        table.add_column(column, overflow="fold", justify="left" if column in ("run", "state") else "right")
-    for run in statuses:
-        table.add_row(*(Text(_plain(cell)) for cell in _cells(run)))
+    # A column that no run has anything in is left out: terminals are narrow.
+    columns = [name for name in rows[0] if any(row[name] for row in rows)] if rows else []
+    for name in columns:
+        # Wider than the terminal is better than without figures: only paths are folded.
+        widest = max(len(name), *(len(row[name]) for row in rows))
+        least = min(widest, _PATH_WIDTH) if name == "run" else widest
+        table.add_column(
+            name, overflow="fold", min_width=least, justify="left" if name in ("run", "state") else "right"
+        )
+    for row in rows:
+        table.add_row(*(Text(_plain(row[name])) for name in columns))
     lines = [Text(_plain(line)) for run in statuses for line in _lines(run)]
     lines += [Text(_plain(f"error: {error}")) for error in errors]
     return Group(table, *lines)
 
 
-def _cells(run: RunStatus) -> list[str]:
+def _cells(run: RunStatus) -> dict[str, str]:
     from mvd_scale.training.metrics.terminal import format_duration
 
     total = "" if run.total_steps is None else f"/{run.total_steps}"
     checkpoint, hosts = run.checkpoint, len(run.hosts)
-    ranks = "" if run.ranks is None else str(run.ranks)
-    restarts = f", {run.restarts} restart{'s' if run.restarts > 1 else ''}" if run.restarts else ""
-    return [
-        str(run.path),
-        run.state,
-        f"{run.step}{total}",
-        "" if run.loss is None else f"{run.loss:.4f}",
-        "" if run.clips_per_second is None else f"{run.clips_per_second:.1f}",
-        "" if run.eta_seconds is None else format_duration(run.eta_seconds),
-        "none" if checkpoint is None else f"{checkpoint.step}, {format_duration(checkpoint.age_seconds)} ago",
-        f"{ranks} on {hosts} hosts" if hosts > 1 else ranks,
-        f"{run.faults}{restarts}",
-        str(run.quarantined),
-    ]
+    return {
+        "run": str(run.path),
+        "state": run.state,
+        "step": f"{run.step}{total}",
+        "loss": "" if run.loss is None else f"{run.loss:.4f}",
+        "clips/s": "" if run.clips_per_second is None else f"{run.clips_per_second:.1f}",
+        "ETA": "" if run.eta_seconds is None else format_duration(run.eta_seconds),
+        "checkpoint": "none" if checkpoint is None else str(checkpoint.step),
+        "its age": "" if checkpoint is None else format_duration(checkpoint.age_seconds),
+        "ranks": str(run.ranks or ""),
+        "hosts": str(hosts) if hosts > 1 else "",
+        "faults": str(run.faults or ""),
+        "restarts": str(run.restarts or ""),
+        "quarantine": str(run.quarantined or ""),
+    }
 
 
 def _lines(run: RunStatus) -> list[str]:

@@ -124,7 +124,8 @@ def answer_from_rank0(store: Any, key: str, rank: int, work: Callable[[], Any], 
             answer = {"error": str(error)}
         except BaseException:
             # Without an answer the other ranks would wait until the timeout.
-            store.set(f"{key}/answer", json.dumps({"error": f"rank 0 failed in {key!r}; see its own message"}))
+            work_name = key.removeprefix("mvd_scale/")
+            store.set(f"{key}/answer", json.dumps({"error": f"rank 0 failed in {work_name!r}; see its own message"}))
             raise
         store.set(f"{key}/answer", json.dumps(answer))
     store.wait([f"{key}/answer"], timeout)

@@ -25,7 +25,7 @@ from mvd_scale.distributed.exchange import StoreExchange, answer_from_rank0
 from mvd_scale.distributed.free_port import free_port
 from mvd_scale.distributed.health.progress import Progress
 from mvd_scale.distributed.interface import set_interface
-from mvd_scale.distributed.rendezvous import check_reachable, open_store, resolve_endpoint
+from mvd_scale.distributed.rendezvous import has_own_meaning_here, open_store, resolve_endpoint
 from mvd_scale.errors import UserError
 from mvd_scale.utils.machine import machine_id
 from mvd_scale.utils.nvdec import Nvdec, query_nvdec, shared_nvdec
@@ -195,8 +195,8 @@ def _join_group(device: torch.device, timeout: timedelta) -> None:
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     endpoint = resolve_endpoint(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout)
-    check_reachable(endpoint, several_hosts=1 < world_size != local_world_size(1))
-    set_interface(endpoint, os.environ)
+    if not has_own_meaning_here(endpoint, several_hosts=1 < world_size != local_world_size(1)):
+        set_interface(endpoint, os.environ)
     torch.distributed.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=open_store(endpoint, rank, world_size, timeout),
@@ -248,8 +248,9 @@ def run_on_rank0(ranks: Ranks, name: str, work: Callable[[], Any]) -> Any:
 
 def barrier_via_store(ranks: Ranks, name: str) -> None:
     """Wait until all ranks have called this function with the same name; in contrast to a collective, up to 7 days."""
+    exchange = StoreExchange(ranks.store, ranks.rank, ranks.world_size, _LONGEST_WORK)
     with ranks.progress.unlimited(name):
-        StoreExchange(ranks.store, ranks.rank, ranks.world_size, _LONGEST_WORK).wait_for_all(name)
+        exchange.wait_for_all(name)
 
 
 def gather_rows(mine: Tensor, ranks: Ranks) -> Tensor:

@@ -36,15 +36,17 @@ def resolve_endpoint(host: str, port: int, timeout: timedelta) -> Endpoint:
         time.sleep(_RETRY_SECONDS)
 
 
-def check_reachable(endpoint: Endpoint, *, several_hosts: bool) -> None:
-    """Check that other hosts can reach a rendezvous that this host serves.
+def has_own_meaning_here(endpoint: Endpoint, *, several_hosts: bool) -> bool:
+    """Whether the name of the rendezvous is a loopback address on this host alone, so that it says nothing of the way.
 
-    A name that stands in `/etc/hosts` beside 127.0.1.1, as Debian writes it, is another address here than elsewhere.
+    A name that stands in `/etc/hosts` beside 127.0.1.1, as Debian writes it, is another address on other hosts.
 
     Raises:
-        UserError: the job has several hosts, but the name is a loopback address on this one.
+        UserError: so it is, and a rank would serve the store at an address that other hosts cannot reach.
     """
-    if several_hosts and endpoint.is_loopback and endpoint.host not in ("localhost", endpoint.address):
+    if not several_hosts or not endpoint.is_loopback or endpoint.host in ("localhost", endpoint.address):
+        return False
+    if not _agent_serves():
         listed = ", ".join(
             address for addresses in own_interfaces().values() for address in addresses if not is_loopback(address)
         )
@@ -52,12 +54,13 @@ def check_reachable(endpoint: Endpoint, *, several_hosts: bool) -> None:
             f"MASTER_ADDR {endpoint.host} is {endpoint.address} on its own host, which other hosts cannot reach: set "
             f"MASTER_ADDR to an address of this host ({listed or 'it has none'}), or to 127.0.0.1 for a job on one host"
         )
+    return True
 
 
 def open_store(endpoint: Endpoint, rank: int, world_size: int, timeout: timedelta) -> Any:
     """Open the store of the rendezvous; rank 0 serves it at the address of the endpoint alone.
 
-    Torch by itself would listen on all addresses of the host. Under `torchrun` its agent serves the store.
+    Torch by itself would listen on all addresses of the host, as the agent of `torchrun` does.
 
     Args:
         endpoint: address of the rendezvous.
@@ -71,16 +74,21 @@ def open_store(endpoint: Endpoint, rank: int, world_size: int, timeout: timedelt
     Raises:
         DistNetworkError: the port is in use, the address is not one of this host, or rank 0 does not answer.
     """
-    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    serves = rank == 0 and not _agent_serves()
     try:
         listener = listen_at(endpoint.address, endpoint.port) if serves else None
     except OSError as error:
         raise torch.distributed.DistNetworkError(f"rank 0 cannot listen there ({error.strerror})") from error
     return torch.distributed.TCPStore(  # type: ignore[attr-defined]
-        endpoint.address,
+        # The other ranks resolve the name as often as they try: a pod that starts anew has another address.
+        endpoint.address if serves else endpoint.host,
         endpoint.port,
         world_size,
         is_master=serves,
         timeout=timeout,
         master_listen_fd=listener.detach() if listener else None,
     )
+
+
+def _agent_serves() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

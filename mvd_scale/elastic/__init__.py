@@ -8,8 +8,9 @@
     local_ranks   processes of the ranks of this host
     supervisor    the loop of one host
     command       the supervised command: its recipe and its run folder
+    lease_watch   who holds the run folder
 
-Why no launcher of torch or DeepSpeed holds. `deepspeed` (0.19.8, launcher/launch.py:250) ends the tree of its ranks at
+Why no launcher of torch or DeepSpeed holds. `deepspeed` (0.19.8, launcher/launch.py:251) ends the tree of its ranks at
 SIGTERM and exits with 1: no rank saves, its exit code is lost, SIGUSR1 is not forwarded, and nothing restarts; its
 elastic training is gone. torch's `LocalElasticAgent`
 

@@ -5,18 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from mvd_scale.config import RunRecipe
+from mvd_scale.elastic.lease_watch import LeaseWatch
 from mvd_scale.errors import UserError
 from mvd_scale.run_dir import RunFolder
 from mvd_scale.utils.events import EventLog
-from mvd_scale.utils.lease import RENEW_SECONDS, LeaseView, look_at_lease
-
-_UNSEEN_SECONDS = 3 * RENEW_SECONDS
-"""Time without a renewal after which ranks may try; they themselves watch a lease of another host for longer."""
 
 
 @dataclass
@@ -26,8 +22,10 @@ class SupervisedCommand:
     words: tuple[str, ...]
     """Words after `mvd-scale`."""
     recipe: RunRecipe
-    _seen: tuple[LeaseView, float] | None = field(default=None, init=False)
-    """Lease of another host, and when it was first seen so."""
+
+    def __post_init__(self) -> None:
+        """Begin to watch the run folder."""
+        self._lease = LeaseWatch(RunFolder(self.recipe.run.folder).lease_file)
 
     @property
     def command(self) -> list[str]:
@@ -48,17 +46,7 @@ class SupervisedCommand:
 
     def folder_holder(self) -> str | None:
         """Description of who trains in the run folder; None if it is free."""
-        folder = RunFolder(self.recipe.run.folder)
-        view = look_at_lease(folder.lease_file)
-        if view.alive is None:
-            # Of another host: only its next renewal tells.
-            now = time.monotonic()
-            if self._seen is None or self._seen[0] != view:
-                self._seen = view, now
-            alive = now - self._seen[1] < _UNSEEN_SECONDS
-        else:
-            alive = view.alive
-        return f"{view.holder or 'another process'} trains in {folder.path}" if alive else None
+        return self._lease.holder()
 
     def record_restart(self, reason: str, ranks: dict[str, int], attempt: int) -> None:
         """Write an event `restart`; arguments as `coordinator.Hooks`."""

@@ -157,7 +157,7 @@ class Coordinator:
     def leave(self, host: str, now: float) -> None:
         """Note that a host is gone: its supervisor has ended, or does not answer."""
         self._members.pop(host)
-        logger.warning("supervise: %s is gone, %d hosts are left", host, len(self._members))
+        logger.warning("supervise: %s is gone; hosts left: %d", host, len(self._members))
         attempt = self._attempt
         if attempt is not None and host in attempt.running:
             attempt.running.discard(host)
@@ -175,12 +175,16 @@ class Coordinator:
 
     def ended(self, host: str, number: int, codes: list[int], port: int, now: float) -> None:
         """Note that all ranks of a host have ended, with these exit codes; `port` is free now."""
-        self._members[host].port = port
+        self.offer_port(host, port)
         attempt = self._attempt
         if attempt is not None and number == attempt.number and host in attempt.running:
             attempt.running.discard(host)
             attempt.codes += codes
             self._conclude(now)
+
+    def offer_port(self, host: str, port: int) -> None:
+        """Note a port of a host that is free now."""
+        self._members[host].port = port
 
     def request_stop(self, number: int, now: float) -> None:
         """Stop the job for good, by a signal that one of its hosts received."""
@@ -205,24 +209,27 @@ class Coordinator:
         if self._gathering_since is None:
             return
         wanted, waited = self.membership, now - self._gathering_since
-        complete = len(self._members) == len(wanted.hosts)
         enough = len(self._members) >= wanted.min_hosts
         if waited > wanted.wait_seconds and not (enough and plan_ranks(self._slots(), self._hooks.allows)):
             minutes = f"after {waited / 60:.0f} min"
             self._finish(FAULT_CODE, f"{len(self._members)} of at least {wanted.min_hosts} hosts are here {minutes}")
-        elif enough and now >= self._not_before and (complete or waited >= wanted.join_seconds):
-            self._start_or_wait_for_folder(now, complete=complete)
+        elif enough and now >= self._not_before and not (self._is_incomplete and waited < wanted.join_seconds):
+            self._start_or_wait_for_folder(now)
 
-    def _start_or_wait_for_folder(self, now: float, *, complete: bool) -> None:
+    @property
+    def _is_incomplete(self) -> bool:
+        return len(self._members) < len(self.membership.hosts)
+
+    def _start_or_wait_for_folder(self, now: float) -> None:
         ranks = plan_ranks(self._slots(), self._hooks.allows)
         # Ranks of an earlier attempt, or of hosts behind a cut link, may still be in the run folder. The first start
         # of all hosts goes ahead: if others train there, it is the ranks that refuse, as without a supervisor.
-        if (self.number or not complete) and (holder := self._hooks.folder_holder()):
+        if (self.number or self._is_incomplete) and (holder := self._hooks.folder_holder()):
             logger.info("supervise: waits for the run folder: %s", holder)
             self._not_before = now + _FOLDER_SECONDS
         elif ranks:
             self._start(ranks, now)
-        elif complete:
+        elif not self._is_incomplete:
             total = sum(self._slots().values())
             self._finish(INVALID_CODE, f"the global batch cannot be split over any number of ranks up to {total}")
 
@@ -244,7 +251,7 @@ class Coordinator:
         for host in self._members.keys() - ranks.keys():
             self._send(host, "spare", **known)
         shares = ", ".join(f"{host} {count}" for host, count in ranks.items())
-        logger.info("supervise: attempt %d on %d ranks: %s", self.number, attempt.world_size, shares)
+        logger.info("supervise: attempt %d; ranks by host: %s", self.number, shares)
         if self.number > 1:
             self._hooks.record_restart(self._reason or "the coordinating host was lost", ranks, self.number)
 
@@ -283,6 +290,9 @@ class Coordinator:
             # Those who wait for hosts have done so already.
             since = now - self.membership.join_seconds
             self._gather(f"{Cause.HOST_JOINED}: {', '.join(attempt.joined)}", since, now)
+        elif cause is Cause.INVALID and self._is_incomplete and (holder := self._hooks.folder_holder()):
+            # Ranks of the missing hosts may have taken the folder first, behind a cut link: this was their refusal.
+            self._gather(holder, now, now + _FOLDER_SECONDS)
         elif cause in (Cause.INVALID, Cause.STOPPED):
             self._finish(_positive(code), f"{cause}, which no restart changes")
         else:

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 
-from mvd_scale.distributed.interface import listen_at, route_source
+from mvd_scale.distributed.interface import is_loopback, listen_at, own_interfaces, route_source
 from mvd_scale.elastic.coordinator import Phase
 from mvd_scale.elastic.messages import MAX_BYTES, Connection, Message
 from mvd_scale.errors import UserError
@@ -100,7 +100,7 @@ def find_site(hosts: Sequence[str], named: str | None, port: int) -> Site:
     if address is None:
         raise UserError(f"{own[0]} is no address of this host: name this host with `--host`, as the hostfile does")
     others = [name for name in names if name != own[0]]
-    if address.startswith("127.") and (routed := _route_to(others)):
+    if is_loopback(address) and (routed := _route_to(others)):
         # As Debian writes /etc/hosts: the other hosts know the name by another address.
         address = routed
     return Site(names, own[0], address, port)
@@ -163,28 +163,25 @@ def _ask(sock: socket.socket, question: Message) -> Message:
     return answer
 
 
-def addresses_of(host: str) -> set[str]:
-    """Addresses of a host; empty if its name is not known."""
+def addresses_of(host: str) -> list[str]:
+    """Addresses of a host, those of IPv4 first; empty if its name is not known."""
     with suppress(socket.gaierror):
-        return {str(found[4][0]) for found in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
-    return set()
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+        return sorted(found, key=lambda address: (":" in address, address))
+    return []
 
 
 def _own_address(host: str) -> str | None:
     """Address of a host that is one of this host; None for another host."""
-    for address in sorted(addresses_of(host)):
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        with suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.bind((address, 0))
-            return address
-    return None
+    own = {address for addresses in own_interfaces().values() for address in addresses}
+    return next((address for address in addresses_of(host) if address in own or is_loopback(address)), None)
 
 
 def _route_to(hosts: Iterable[str]) -> str | None:
     """Own address from which the first host that is known and not on this one is reached."""
     for host in hosts:
-        for address in sorted(addresses_of(host)):
+        for address in addresses_of(host):
             source = route_source(address, 9)
-            if source is not None and not source.startswith("127."):
+            if source is not None and not is_loopback(source):
                 return source
     return None

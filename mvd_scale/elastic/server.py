@@ -154,6 +154,8 @@ class CoordinatorServer(threading.Thread):
         elif kind == "ended":
             codes = [int(code) for code in message["codes"]]
             self._coordinator.ended(host, int(message["attempt"]), codes, int(message["port"]), now)
+        elif kind == "beat" and "port" in message:
+            self._coordinator.offer_port(host, int(message["port"]))
         elif kind == "stop":
             self._coordinator.request_stop(int(message["signal"]), now)
 

@@ -21,6 +21,7 @@ from mvd_scale.elastic.meeting import Site, addresses_of, find_coordinator, is_b
 from mvd_scale.elastic.messages import Connection, Message
 from mvd_scale.elastic.policy import STOP_SIGNALS, Limits, RestartBudget
 from mvd_scale.elastic.server import BEAT_SECONDS, CoordinatorServer
+from mvd_scale.errors import UserError
 
 logger = logging.getLogger("mvd_scale")
 
@@ -135,7 +136,7 @@ class Supervisor:
             return
         if time.monotonic() - self._beaten >= BEAT_SECONDS:
             self._beaten = time.monotonic()
-            self._tell({"kind": "beat"})
+            self._tell({"kind": "beat"} if self._ranks else {"kind": "beat", "port": self._free_port()})
 
     def _obey(self, message: Message) -> None:
         kind = message["kind"]
@@ -172,7 +173,11 @@ class Supervisor:
                 self._connection.send(message)
 
     def _free_port(self) -> int:
-        return self._job.master_port or free_port(host=self._site.address)
+        try:
+            return self._job.master_port or free_port(host=self._site.address)
+        except OSError:
+            # An interface that is down may have lost its address, until it is up again.
+            return free_port()
 
     def _meet(self) -> None:
         """Join the coordinator of another host, or coordinate where none of the hosts before this one does."""
@@ -183,10 +188,20 @@ class Supervisor:
                 self._connection = join_coordinator(self._site, host, self._hello())
                 if self._connection is not None:
                     return
-            elif time.monotonic() >= deadline:
-                self._serve()
+            elif time.monotonic() >= deadline and self._try_to_serve():
                 return
             time.sleep(_SEARCH_SECONDS)
+
+    def _try_to_serve(self) -> bool:
+        try:
+            self._serve()
+        except UserError as error:
+            if not self._attempt:
+                raise
+            # A job that has run may do so again, once the interface has its address back.
+            logger.warning("%s", error)
+            return False
+        return True
 
     def _serve(self) -> None:
         coordinator = Coordinator(self._job.membership, self._job.hooks, self._budget)

@@ -242,6 +242,10 @@ def _exclusive_lock(folder: Path) -> Iterator[int]:
                 if second == 0:
                     logger.info("another start of this pipeline still runs in %s: waiting until it ends", folder)
                 time.sleep(1)
+            except OSError as error:
+                # A network file system without locks. The runs in it have leases of their own.
+                logger.warning("%s has no locks (%s): start no other process of this pipeline", folder, error.strerror)
+                break
         else:
             raise UserError(f"another process runs a pipeline in {folder}: end it, or choose another folder")
         yield file.fileno()

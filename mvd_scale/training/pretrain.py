@@ -23,7 +23,6 @@ from mvd_scale.training.deepspeed_engine import full_parameters
 from mvd_scale.training.distillation import distillation_model
 from mvd_scale.training.lr_schedule import Schedule
 from mvd_scale.training.run import TrainingJob, run_training
-from mvd_scale.training.run_events import recording_end
 from mvd_scale.training.teachers.fidelity import check_fidelity
 from mvd_scale.training.teachers.prefetch import BatchStarter, make_prefetcher
 from mvd_scale.training.trainer import TrainedModel
@@ -31,9 +30,7 @@ from mvd_scale.training.trainer import TrainedModel
 
 def run_pretraining(recipe: Recipe) -> None:
     """Run a recipe of pre-training or distillation; see `run_training`."""
-    folder = RunFolder(recipe.run.folder)
-    with recording_end(folder):
-        run_training(Pretraining(recipe, folder))
+    run_training(Pretraining(recipe, RunFolder(recipe.run.folder)))
 
 
 class Pretraining(TrainingJob[Recipe]):

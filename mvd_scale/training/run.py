@@ -25,7 +25,7 @@ from mvd_scale.training.callbacks import Callback, CallbackList
 from mvd_scale.training.checkpointing.checkpointer import Checkpointer, RunState
 from mvd_scale.training.lr_schedule import Schedule
 from mvd_scale.training.metrics.writer import check_sinks
-from mvd_scale.training.run_events import record_start
+from mvd_scale.training.run_events import record_start, recording_end
 from mvd_scale.training.teachers.prefetch import BatchStarter, TeacherPrefetcher
 from mvd_scale.training.trainer import TrainedModel, Trainer
 from mvd_scale.utils.events import EventLog
@@ -116,12 +116,13 @@ def run_training(job: TrainingJob[Any]) -> None:
         RunFault: another rank, its host or the link to it failed.
     """
     recipe, folder = job.recipe, job.folder
-    ranks = init_distributed(recipe.device, recipe.training.collective_timeout_minutes)
-    check_deepspeed_config(recipe, ranks.world_size)
-    run_on_rank0(ranks, "prepared", job.prepare)
-    with Watchdog(ranks, folder.faults, EventLog(folder.events), recipe.training.hang_minutes) as watchdog:
-        _train(job, ranks, watchdog)
-    destroy_distributed()
+    with recording_end(folder):
+        ranks = init_distributed(recipe.device, recipe.training.collective_timeout_minutes)
+        check_deepspeed_config(recipe, ranks.world_size)
+        run_on_rank0(ranks, "prepared", job.prepare)
+        with Watchdog(ranks, folder.faults, EventLog(folder.events), recipe.training.hang_minutes) as watchdog:
+            _train(job, ranks, watchdog)
+        destroy_distributed()
 
 
 def _train(job: TrainingJob[Any], ranks: Ranks, watchdog: Watchdog) -> None:

@@ -6,9 +6,6 @@ import socket
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
-
-import torch
 
 from mvd_scale import __version__
 from mvd_scale.config import RunRecipe
@@ -27,26 +24,26 @@ _MAX_MESSAGE = 2000
 
 def record_start(folder: RunFolder, recipe: RunRecipe, schedule: Schedule, ranks: Ranks) -> None:
     """Write the event `start`: hosts, ranks, batch and number of steps. All ranks must call it."""
-    hosts: list[Any] | None = [None] * ranks.world_size if ranks.is_main else None
-    torch.distributed.gather_object(socket.gethostname(), hosts)
-    if hosts is None:
-        return
-    folder.started = True
-    micro, accumulation = recipe.micro_batch_and_accumulation(ranks.world_size)
-    EventLog(folder.events).write(
-        "start",
-        steps=schedule.last_step,
-        steps_per_epoch=schedule.steps_per_epoch,
-        ranks=ranks.world_size,
-        hosts=dict(Counter(hosts)),
-        device=ranks.device.type,
-        precision=recipe.training.precision,
-        zero_stage=zero_stage(recipe),
-        global_batch=recipe.training.global_batch,
-        micro_batch=micro,
-        accumulation=accumulation,
-        version=__version__,
-    )
+
+    def write(hosts: list[str]) -> None:
+        folder.started = True
+        micro, accumulation = recipe.micro_batch_and_accumulation(ranks.world_size)
+        EventLog(folder.events).write(
+            "start",
+            steps=schedule.last_step,
+            steps_per_epoch=schedule.steps_per_epoch,
+            ranks=ranks.world_size,
+            hosts=dict(Counter(hosts)),
+            device=ranks.device.type,
+            precision=recipe.training.precision,
+            zero_stage=zero_stage(recipe),
+            global_batch=recipe.training.global_batch,
+            micro_batch=micro,
+            accumulation=accumulation,
+            version=__version__,
+        )
+
+    ranks.open_exchange().decide("hosts", socket.gethostname(), write)
 
 
 @contextmanager

@@ -126,7 +126,7 @@ class Lease:
         self._writing = threading.Lock()
         self._ended = threading.Event()
         while not self._acquire():
-            pass
+            time.sleep(0.01)
         self._thread = threading.Thread(target=self._renew_for_ever, name=f"lease {path}", daemon=True)
         self._thread.start()
         atexit.register(self.release)
@@ -226,7 +226,6 @@ class Lease:
             left = read_lease(following)
             if left is not None and not self._is_mine(left) and self._is_free(following, left):
                 following.unlink(missing_ok=True)
-            time.sleep(0.01)
             return False
         if read_lease(self.path) != old:
             following.unlink(missing_ok=True)

@@ -88,6 +88,7 @@ def test_a_long_run_is_sampled_beside_its_saves(jobs: Jobs, clips: Path, tmp_pat
     report = json.loads(output[output.index("{\n") : output.rindex("}") + 1])
     assert report["steps"] == list(range(1, 9))
     assert all(len(values) == 8 and min(values) > 0 for values in report["samples"].values())
+    assert {"phases", "request to stop", "events", "heartbeats"} == report["watching"].keys()
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 

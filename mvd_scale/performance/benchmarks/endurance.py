@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -13,14 +14,17 @@ import numpy as np
 import psutil
 import torch
 
+from mvd_scale.distributed.health.watchdog import Watchdog
 from mvd_scale.distributed.process_group import Ranks, destroy_distributed, init_distributed, run_on_rank0
 from mvd_scale.performance.bench_setup import bench_recipe, bench_trainer
+from mvd_scale.performance.benchmarks.watching_cost import time_watching
 from mvd_scale.performance.report import Metric, Report, this_machine
 from mvd_scale.run_dir import RunFolder
 from mvd_scale.targets.build import init_teacher
 from mvd_scale.training.callbacks import Callback, CallbackList
 from mvd_scale.training.checkpointing.checkpointer import Checkpointer, RunState
 from mvd_scale.training.metrics.writer import MetricWriter
+from mvd_scale.utils.events import EventLog
 
 _SAMPLES = 200
 """Samples of a run."""
@@ -44,6 +48,12 @@ class EnduranceReport(Report):
     samples: dict[str, list[float]]
     """Figures after these steps, by name: see `FIGURES`."""
 
+    step_seconds: float
+    """Seconds of a step, saves and readings included."""
+
+    watching: dict[str, float]
+    """Seconds per step of what watches the run, by part, measured by itself; see `time_watching`."""
+
     def growth(self, name: str) -> float:
         """Growth of a figure in the second half of the run, by a line through it, per 1000 steps."""
         half = len(self.steps) // 2
@@ -59,6 +69,7 @@ class EnduranceReport(Report):
         for name, unit in FIGURES.items():
             yield f"{name}, {unit}", Metric(max(self.samples[name]))
             yield f"{name}: growth in 1000 steps", Metric(self.growth(name), judged=False)
+        yield "watching: share of a step", Metric(sum(self.watching.values()) / self.step_seconds, judged=False)
 
     def to_text(self) -> str:
         """Format as a table, one line per figure."""
@@ -71,6 +82,11 @@ class EnduranceReport(Report):
             values = self.samples[name]
             numbers = (values[0], values[-1], max(values), self.growth(name))
             lines.append(f"  {unit:<20}" + "".join(f"{number:>12.1f}" for number in numbers))
+        parts = ", ".join(f"{name} {1e6 * seconds:.1f}" for name, seconds in self.watching.items())
+        share = sum(self.watching.values()) / self.step_seconds
+        lines.append(
+            f"  watching takes {share:.3%} of a step of {1000 * self.step_seconds:.0f} ms; microseconds: {parts}"
+        )
         return "\n".join(lines)
 
     def title(self) -> str:
@@ -123,10 +139,14 @@ def measure_endurance(name: str, overrides: list[str], *, steps: int, saves: int
         folder, own = RunFolder(scratch), scratch / f"rank {ranks.rank}"
         own.mkdir()
         with (
+            Watchdog(ranks, folder.faults, EventLog(folder.events), recipe.training.hang_minutes),
             bench_trainer(recipe, ranks, init_teacher, steps=steps, scratch=own) as trainer,
             Checkpointer(folder, recipe, ranks, RunState({}, {}), 1, trainer.engine, trainer.averages) as checkpointer,
         ):
+            started = time.perf_counter()
             trainer.train(folder, checkpointer, CallbackList([sampler]))
+            step_seconds = (time.perf_counter() - started) / steps
+        watching = time_watching(ranks, own, step_seconds=step_seconds, steps_per_event=steps / saves)
         torch.distributed.barrier()
     finally:
         if ranks.is_main:
@@ -139,6 +159,8 @@ def measure_endurance(name: str, overrides: list[str], *, steps: int, saves: int
         saves=saves,
         steps=sampler.steps,
         samples=sampler.samples,
+        step_seconds=step_seconds,
+        watching=watching,
     )
     destroy_distributed()
     return report

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch._C._distributed_c10d import HashStore, Store
 
 from mvd_scale.distributed.process_group import Ranks
 
@@ -37,7 +37,7 @@ class CountingStore:
         store: the shared store.
     """
 
-    def __init__(self, store: HashStore) -> None:
+    def __init__(self, store: Store) -> None:
         self.store = store
         self.traffic = Traffic()
         self._lock = threading.Lock()

@@ -42,7 +42,7 @@ logger = logging.getLogger("mvd_scale")
 
 _VERSION = 1
 
-_PATIENCE = 10.0
+_PATIENCE = 3.0
 """Seconds that a checkpoint gets to its end after a fault, which may have ended a rank that the others wait for."""
 
 

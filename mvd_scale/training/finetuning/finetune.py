@@ -28,7 +28,6 @@ from mvd_scale.training.finetuning.validation import ValidationCallback
 from mvd_scale.training.lr_schedule import Schedule
 from mvd_scale.training.optimizer import layer_scale, parameter_groups
 from mvd_scale.training.run import TrainingJob, run_training
-from mvd_scale.training.run_events import recording_end
 from mvd_scale.training.trainer import Objective, TrainedModel
 
 AnyRecipe = TypeVar("AnyRecipe", bound=TaskRecipe)
@@ -134,8 +133,7 @@ def run_finetune(task: FinetuneTask[Any]) -> None:
             "training.initial_encoder is missing: name the pre-trained weights with "
             f"`--training.initial_encoder PATH`, or train from scratch with `--{recipe.head_section}.from_scratch true`"
         )
-    with recording_end(task.folder):
-        run_training(task)
+    run_training(task)
 
 
 def _agree(digests: dict[str, Any], ranks: Ranks) -> None:

@@ -11,10 +11,10 @@ from mvd_scale.training.metrics.sink import MetricSink, Values
 from mvd_scale.utils.io import append_whole, truncate_metrics, write_atomic
 
 MAX_BYTES = 64 * 2**20
-"""Size of the file at which every second reading is removed from it, about 150,000 readings."""
+"""Size of the file at which every second reading is removed from it, about 140,000 readings."""
 
 _MAX_PENDING = 10_000
-"""Readings that wait for a disk that is full; about 4 MB."""
+"""Readings that wait for a disk that is full; about 5 MB."""
 
 
 class JsonLines(MetricSink):
@@ -29,17 +29,21 @@ class JsonLines(MetricSink):
         self.path = path
         self.name = path.name
         self.start_step = start_step
+        self._truncated = False
         self._pending: deque[str] = deque(maxlen=_MAX_PENDING)
 
     def open(self) -> None:
         """Remove the readings that a killed run made after its checkpoint."""
         truncate_metrics(self.path, self.start_step)
+        self._truncated = True
 
     def write(self, step: int, values: Values) -> None:
         """Append a line, and those before it that could not be written."""
         # JSON cannot represent infinity, the gradient norm of a step that overflowed.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._pending.append(json.dumps({"step": step, **finite}) + "\n")
+        if not self._truncated:
+            self.open()
         size = append_whole(self.path, "".join(self._pending).encode())
         self._pending.clear()
         if size > MAX_BYTES:

@@ -65,6 +65,7 @@ class PrometheusFile(MetricSink):
         self.path = prom_file(path, folder.path)
         self.name = str(self.path)
         self.total_steps = total_steps
+        self._restarts = self._faults = 0
         self._last: tuple[int, Values] | None = None
 
     def open(self) -> None:

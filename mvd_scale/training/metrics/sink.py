@@ -14,7 +14,8 @@ Values = dict[str, float]
 class MetricSink(ABC):
     """Destination of the metrics of a run. Only rank 0 has any.
 
-    `write`, `show` and `close` may raise any exception: `MetricWriter` makes a warning of it, and calls them again.
+    Methods may raise any exception: `MetricWriter` makes a warning of it, and calls them again. Only a `UserError` of
+    `open` ends the run.
     """
 
     name: str

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mvd_scale.training.metrics.sink import MetricSink, Values
 
 MAX_READINGS = 100_000
-"""Readings of a run that are written, about 100 MB; of a run with more, every second, third ... one is."""
+"""Readings of a run that are written, about 65 MB; of a run with more, every second, third ... one is."""
 
 _RETRY_SECONDS = 600.0
 """Seconds from a failure to the next attempt, which makes another file."""
@@ -32,7 +32,7 @@ class TensorBoard(MetricSink):
     def __init__(self, folder: Path, start_step: int, readings: int) -> None:
         self.folder = folder
         self.name = f"{folder.name}/"
-        self.start_step = start_step
+        self._purge_step: int | None = start_step + 1
         self._stride = -(-readings // MAX_READINGS)
         self._readings = 0
         self._writer: Any = None
@@ -40,7 +40,7 @@ class TensorBoard(MetricSink):
 
     def open(self) -> None:
         """Create an event file."""
-        self._create(purge_step=self.start_step + 1)
+        self._add(lambda writer: None)
 
     def write(self, step: int, values: Values) -> None:
         """Write one scalar for each metric."""
@@ -70,17 +70,22 @@ class TensorBoard(MetricSink):
             error, since = self._failure
             if time.monotonic() - since < _RETRY_SECONDS:
                 raise error
-            self._create()
         try:
+            if self._writer is None:
+                self._writer = self._create()
             add(self._writer)
             self._failure = None
         except Exception as error:
             self._failure = error, time.monotonic()
-            with suppress(Exception):
-                self._writer.close()
+            writer, self._writer = self._writer, None
+            if writer is not None:
+                with suppress(Exception):
+                    writer.close()
             raise
 
-    def _create(self, purge_step: int | None = None) -> None:
+    def _create(self) -> Any:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(self.folder), purge_step=purge_step)
+        writer = SummaryWriter(str(self.folder), purge_step=self._purge_step)
+        self._purge_step = None
+        return writer

@@ -6,6 +6,7 @@ import importlib
 import json
 import logging
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,19 +85,22 @@ class Wandb(MetricSink):
 
     def write(self, step: int, values: Values) -> None:
         """Log all metrics of a step, unless an earlier process of the run did."""
-        if step > self.logged_step:
-            self._run.log({"step": step, **values})
+        self._log(step, values)
 
     def show(self, step: int, name: str, value: float | NDArray[np.uint8]) -> None:
         """Log a number or an image, unless an earlier process of the run did."""
-        if step > self.logged_step:
-            shown = value if isinstance(value, float) else self._wandb.Image(value)
-            self._run.log({"step": step, name: shown})
+        self._log(step, {name: value if isinstance(value, float) else self._wandb.Image(value)})
 
     def close(self, *, failed: bool) -> None:
         """Upload what is left."""
         if self._run is not None:
             self._run.finish(exit_code=int(failed))
+
+    def _log(self, step: int, values: Mapping[str, object]) -> None:
+        if self._run is None:
+            raise RuntimeError("its run did not begin")
+        if step > self.logged_step:
+            self._run.log({"step": step, **values})
 
     def _begin(self, mode: str) -> Any:
         config = self.config

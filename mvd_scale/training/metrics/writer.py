@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from mvd_scale.config import RunRecipe
 from mvd_scale.distributed.process_group import Ranks
+from mvd_scale.errors import UserError
 from mvd_scale.run_dir import RunFolder
 from mvd_scale.training.metrics.json_lines import JsonLines
 from mvd_scale.training.metrics.prometheus import PrometheusFile, prom_file
@@ -42,7 +43,8 @@ class MetricWriter:
 
     def __enter__(self) -> Self:
         for sink in self._sinks:
-            sink.open()
+            with self._tolerating(sink):
+                sink.open()
         return self
 
     def __exit__(
@@ -68,21 +70,22 @@ class MetricWriter:
         for sink in self._sinks:
             with self._tolerating(sink):
                 sink.write(step, values)
+                if sink in self._failing:
+                    logger.info("%s is written again", sink.name)
+                    self._failing.discard(sink)
 
     @contextmanager
     def _tolerating(self, sink: MetricSink) -> Iterator[None]:
-        """Log the first of a series of failures of a sink, and its end."""
+        """Log the first of a series of failures of a sink."""
         try:
             yield
+        except UserError:
+            raise
         # Sinks call other people's writers, which raise what they like; none is worth the end of a run of weeks.
         except Exception as error:
             if sink not in self._failing:
                 logger.warning("%s cannot be written: %s; the run goes on without", sink.name, error)
             self._failing.add(sink)
-        else:
-            if sink in self._failing:
-                logger.info("%s is written again", sink.name)
-            self._failing.discard(sink)
 
 
 def check_sinks(recipe: RunRecipe) -> None:

@@ -20,7 +20,7 @@ from mvd_scale.distributed.interface import (
     route_source,
     set_interface,
 )
-from mvd_scale.distributed.rendezvous import check_reachable, open_store, resolve_endpoint
+from mvd_scale.distributed.rendezvous import has_own_meaning_here, open_store, resolve_endpoint
 from mvd_scale.errors import UserError
 
 INTERFACES = {"lo": ["127.0.0.1", "::1"], "eth0": ["192.168.7.4"], "ib0": ["10.0.0.4", "fd00::4"], "spare": []}
@@ -91,13 +91,22 @@ def test_a_name_that_is_known_later_is_waited_for(monkeypatch: pytest.MonkeyPatc
     assert resolve_endpoint("node-1", 29500, timedelta(minutes=1)) == REMOTE
 
 
+DEBIAN = Endpoint("node-1", 29500, "127.0.1.1")
+
+
 def test_a_host_that_knows_itself_by_a_loopback_address_is_told_before_the_others_wait() -> None:
-    debian = Endpoint("node-1", 29500, "127.0.1.1")
     with pytest.raises(UserError, match=r"^MASTER_ADDR node-1 is 127\.0\.1\.1 on its own host, .* 127\.0\.0\.1 for"):
-        check_reachable(debian, several_hosts=True)
-    check_reachable(debian, several_hosts=False)
+        has_own_meaning_here(DEBIAN, several_hosts=True)
+    assert not has_own_meaning_here(DEBIAN, several_hosts=False)
     for meant in (Endpoint("localhost", 29500, "127.0.0.1"), HERE):
-        check_reachable(meant, several_hosts=True)
+        assert not has_own_meaning_here(meant, several_hosts=True)
+
+
+def test_under_torchrun_whose_store_listens_everywhere_no_interface_follows_from_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    assert has_own_meaning_here(DEBIAN, several_hosts=True)
 
 
 def listening_addresses() -> set[str]:

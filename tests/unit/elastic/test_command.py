@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from mvd_scale.cli.supervise import _recipe
-from mvd_scale.elastic import command as module
 from mvd_scale.elastic.command import SupervisedCommand
+from mvd_scale.elastic.lease_watch import LeaseWatch
 from mvd_scale.errors import UserError
 from mvd_scale.run_dir import RunFolder
 from mvd_scale.utils.events import read_events
@@ -65,20 +65,19 @@ def test_a_folder_is_held_by_a_process_that_lives(command: SupervisedCommand, fo
     assert command.folder_holder() is None
 
 
-def test_a_folder_of_another_host_is_held_as_long_as_that_renews(
-    command: SupervisedCommand, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "_UNSEEN_SECONDS", 0.3)
-    lease = Lease(folder.lease_file, renew_seconds=0.05, space=ProcessSpace("node-7", "another boot", "its pids"))
+def test_a_folder_of_another_host_is_held_as_long_as_that_renews(tmp_path: Path) -> None:
+    watch = LeaseWatch(tmp_path / "lease.json", seconds=0.3)
+    space = ProcessSpace("node-7", "another boot", "its pids")
+    lease = Lease(tmp_path / "lease.json", renew_seconds=0.05, space=space)
     deadline = time.monotonic() + 1
     while time.monotonic() < deadline:
-        assert "host node-7" in (command.folder_holder() or "")
+        assert "host node-7" in (watch.holder() or "")
         time.sleep(0.02)
     lease._ended.set()
     lease._thread.join()
-    assert command.folder_holder() is not None
+    assert watch.holder() is not None
     time.sleep(0.4)
-    assert command.folder_holder() is None
+    assert watch.holder() is None
 
 
 def test_restarts_are_events_of_a_run_that_has_begun(command: SupervisedCommand, folder: RunFolder) -> None:

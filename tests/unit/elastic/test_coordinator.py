@@ -279,6 +279,21 @@ def test_another_coordinator_goes_on_counting_attempts_and_waits_for_the_run_fol
     assert job.command.restarts[0][0] == "the coordinating host was lost"
 
 
+def test_a_refusal_by_ranks_of_the_missing_hosts_is_not_final() -> None:
+    job = running("a", "b")
+    job.coordinator.leave("b", job.now)
+    job.end(75, host="a")
+    job.wait(61)
+    job.command.holder = "a process of b"
+    job.end(2, host="a", attempt=2)
+    job.wait(61)
+    assert job.coordinator.phase is Phase.GATHERING
+    job.command.holder = None
+    job.wait(3)
+    job.end(2, host="a", attempt=3)
+    assert job.over == 2
+
+
 def test_the_first_start_of_all_hosts_leaves_the_refusal_to_the_ranks() -> None:
     job = Job("a")
     job.command.holder = "another process"

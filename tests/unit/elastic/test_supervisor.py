@@ -155,6 +155,7 @@ def test_a_signal_to_a_supervisor_reaches_all_ranks(toy: Callable[..., ToyJob], 
     assert not any(is_running(rank["pid"]) for rank in ranks)
 
 
+@pytest.mark.slow
 def test_a_host_goes_and_comes_back(toy: Callable[..., ToyJob]) -> None:
     job = toy(FIRST, SECOND)
     first, second = (job.start(host) for host in job.hosts)
@@ -176,6 +177,7 @@ def test_a_host_goes_and_comes_back(toy: Callable[..., ToyJob]) -> None:
     assert joined.split(maxsplit=3)[1:] == ["4", f"{FIRST},{SECOND}", f"host joined: {SECOND}"]
 
 
+@pytest.mark.slow
 def test_another_host_takes_over_from_the_first_which_joins_it_later(toy: Callable[..., ToyJob]) -> None:
     job = toy(FIRST, SECOND)
     first, second = (job.start(host) for host in job.hosts)
@@ -194,6 +196,7 @@ def test_another_host_takes_over_from_the_first_which_joins_it_later(toy: Callab
     assert numbers == sorted(set(numbers))
 
 
+@pytest.mark.slow
 def test_a_supervisor_that_hangs_is_a_lost_host(toy: Callable[..., ToyJob]) -> None:
     job = toy(FIRST, SECOND)
     first, second = (job.start(host) for host in job.hosts)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from mvd_scale.elastic.coordinator import Membership
+from mvd_scale.elastic.lease_watch import LeaseWatch
 from mvd_scale.elastic.meeting import find_site
 from mvd_scale.elastic.policy import Limits
 from mvd_scale.elastic.supervisor import SupervisedJob, Supervisor
@@ -16,12 +17,13 @@ class Hooks:
     def __init__(self, batch: int, log: Path) -> None:
         self.batch = batch
         self.log = log
+        self.lease = LeaseWatch(log.with_name("lease.json"), seconds=1.5)
 
     def allows(self, ranks: int) -> bool:
         return self.batch % ranks == 0
 
     def folder_holder(self) -> str | None:
-        return None
+        return self.lease.holder()
 
     def record_restart(self, reason: str, ranks: dict[str, int], attempt: int) -> None:
         with self.log.open("a") as file:
@@ -33,7 +35,7 @@ def main() -> None:
     configure_logging()
     site = find_site(hosts.split(","), host, int(port))
     job = SupervisedJob(
-        command=[sys.executable, str(Path(__file__).with_name("toy_rank.py")), folder],
+        command=[sys.executable, "-m", "tests.unit.elastic.toy_rank", folder],
         digest="toy",
         hooks=Hooks(int(batch), Path(folder) / "restarts.txt"),
         membership=Membership(site.hosts, join_seconds=1.0, wait_seconds=20),

@@ -40,6 +40,22 @@ def test_readings_of_a_full_disk_follow_when_there_is_room(tmp_path: Path, value
     assert [reading["step"] for reading in read_metrics(sink.path)] == [1, 2, 3, 4]
 
 
+def test_a_start_on_a_full_disk_removes_later_readings_when_there_is_room(
+    tmp_path: Path, values: Values, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sink = JsonLines(tmp_path / "metrics.jsonl", 1)
+    sink.path.write_text('{"step": 1}\n{"step": 2}\n')
+    with largest_file(4):
+        with pytest.raises(OSError, match="File too large"):
+            sink.open()
+        with pytest.raises(OSError, match="File too large"):
+            sink.write(2, values)
+    sink.write(3, values)
+    assert [(reading["step"], "loss" in reading) for reading in read_metrics(sink.path)] == [
+        (1, False), (2, True), (3, True),
+    ]  # fmt: skip
+
+
 def test_size_is_bounded_and_the_ends_stay(tmp_path: Path, values: Values, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_lines, "MAX_BYTES", 20_000)
     sink = JsonLines(tmp_path / "metrics.jsonl", 0)

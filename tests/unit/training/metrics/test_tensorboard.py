@@ -43,6 +43,21 @@ def test_of_a_long_run_every_nth_reading_is_written(
     assert [step for step, _ in losses(sink.folder)] == list(range(3, 25, 3))
 
 
+def test_a_folder_that_cannot_be_made_at_the_start_is_made_later(
+    tmp_path: Path, values: Values, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorboard, "_RETRY_SECONDS", 0.0)
+    (tmp_path / "file").touch()
+    sink = TensorBoard(tmp_path / "file" / "tensorboard", 0, 10)
+    for begin in (sink.open, lambda: sink.write(1, values)):
+        with pytest.raises(OSError, match="Not a directory"):
+            begin()
+    (tmp_path / "file").unlink()
+    sink.write(2, values)
+    sink.close(failed=False)
+    assert [step for step, _ in losses(sink.folder)] == [2]
+
+
 def test_a_writer_that_failed_is_replaced_after_a_while(
     tmp_path: Path, values: Values, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ from mvd_scale.errors import UserError
 from mvd_scale.run_dir import RunFolder
 from mvd_scale.training.metrics.sink import Values
 from mvd_scale.training.metrics.wandb import Wandb
+from mvd_scale.training.metrics.writer import MetricWriter
 
 
 class CommError(Exception):
@@ -140,6 +141,16 @@ def test_a_server_that_cannot_be_reached_does_not_keep_a_run_from_starting(
     run.write(1, values)
     assert [arguments["mode"] for arguments in wandb.started] == ["online", "offline"]
     assert logged == ["WARNING wandb cannot be reached: timed out; the run is logged offline, see `wandb sync`"]
+
+
+def test_a_run_that_did_not_begin_is_no_error_of_the_run(
+    wandb: FakeWandb, recipe: Recipe, values: Values, logged: list[str]
+) -> None:
+    wandb.refusal = RuntimeError("its service does not start")
+    with MetricWriter([sink(recipe)]) as writer:
+        writer.write(1, values)
+        writer.write(2, values)
+    assert logged == ["WARNING wandb cannot be written: its service does not start; the run goes on without"]
 
 
 def test_the_package_itself_takes_these_arguments(

@@ -28,7 +28,8 @@ class Recorder(MetricSink):
         self.ended: bool | None = None
 
     def open(self) -> None:
-        pass
+        if self.broken:
+            raise RuntimeError("no space left")
 
     def write(self, step: int, values: Values) -> None:
         if self.broken:
@@ -68,6 +69,16 @@ def test_a_failing_sink_is_one_warning_and_is_tried_again(values: Values, logged
         "INFO recorder is written again",
     ]
     assert first.ended is False
+
+
+def test_a_sink_that_cannot_begin_does_not_keep_a_run_from_starting(values: Values, logged: list[str]) -> None:
+    sink = Recorder()
+    sink.broken = True
+    with MetricWriter([sink]) as writer:
+        sink.broken = False
+        writer.write(1, values)
+    assert sink.steps == [1]
+    assert len(logged) == 2
 
 
 def test_sinks_learn_that_a_run_failed() -> None:
