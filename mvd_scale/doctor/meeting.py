@@ -18,8 +18,8 @@ from typing import Any
 from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from mvd_scale.config.launcher import LaunchedRank
-from mvd_scale.distributed.cpu_affinity import machine_id
 from mvd_scale.distributed.process_group import choose_device
+from mvd_scale.utils.machine import machine_id
 
 _MARGIN = 10.0
 """Seconds that a rank waits for the leader beyond the leader's own wait for the slowest."""

@@ -19,10 +19,10 @@ LAYERS = (
     {"models"},
     {"checkpoints", "data"},
     {"run_dir"},
-    {"evaluation", "targets"},
+    {"elastic", "evaluation", "targets"},
     {"visualization"},
     {"training"},
-    {"detection", "performance", "pipelines"},
+    {"detection", "performance", "pipelines", "run_status"},
     {"doctor"},
     {"cli"},
 )
