@@ -53,8 +53,8 @@ def check_deepspeed_config(recipe: RunRecipe, world_size: int) -> None:
     # DeepSpeed's tensors of states on NVMe are empty between steps: resumed weights cannot be published from them.
     if config["zero_optimization"].get("offload_optimizer", {}).get("device") == "nvme":
         raise UserError(
-            f"training.deepspeed {recipe.training.deepspeed}: zero_optimization.offload_optimizer.device is 'nvme', but "
-            "a run cannot be resumed from states there: expected 'cpu', or no offload_optimizer"
+            f"training.deepspeed {recipe.training.deepspeed}: zero_optimization.offload_optimizer.device is 'nvme', "
+            "but no run can be resumed from states there: expected 'cpu', or no offload_optimizer"
         )
 
 
