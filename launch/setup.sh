@@ -35,7 +35,9 @@ mvd_constraints() {
 
 mvd_find_python() {
     local name version found=""
-    for name in ${MVD_PYTHON:-python3.11 python3.12 python3.13 python3 python}; do
+    local names=(python3.11 python3.12 python3.13 python3 python)
+    [[ -z "${MVD_PYTHON:-}" ]] || names=("$MVD_PYTHON")
+    for name in "${names[@]}"; do
         version="$("$name" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" || continue
         case "$version" in
             3.11 | 3.12 | 3.13)
@@ -92,6 +94,10 @@ mvd_install() {
 
 mvd_set_up() {
     local wanted
+    # pip writes the path into programs that a shell starts, and PATH is split at colons.
+    [[ ! "$mvd_root" =~ [^[:alnum:]\ @+=,./_-] ]] ||
+        mvd_fail "the repository is at $mvd_root, and shells would interpret some characters of this path:" \
+            "move it to a path of letters, digits, spaces and @+=,./-_"
     wanted="$(mvd_wanted)"
     [[ -x "$mvd_venv/bin/python" && "$(cat "$mvd_venv/stamp" 2>/dev/null)" == "$wanted" ]] && return
     # A lock, because two first starts at the same time would install into the same folder.
@@ -101,21 +107,9 @@ mvd_set_up() {
     ) 9>"$mvd_venv.lock" || exit 1
 }
 
-# Runs a launcher in a session of its own, and forwards signals to it and its ranks. The `deepspeed` command does not
-# forward signals: its ranks would continue after its end. Waits until the ranks have saved a checkpoint and ended.
+# Runs a launcher in place of this script. The guard passes SIGTERM, SIGINT and SIGUSR1 to the ranks, and ends after them.
 mvd_launch() {
-    local job status=0
-    setsid "$@" &
-    job=$!
-    trap 'kill -TERM -- "-$job" 2>/dev/null' INT TERM
-    trap 'kill -USR1 -- "-$job" 2>/dev/null' USR1
-    wait "$job" || status=$?
-    trap - INT TERM USR1
-    for _ in {1..200}; do
-        kill -0 -- "-$job" 2>/dev/null || break
-        sleep 0.2
-    done
-    exit "$status"
+    exec python "$mvd_root/mvd_scale/distributed/launch_guard.py" "$@"
 }
 
 mvd_set_up

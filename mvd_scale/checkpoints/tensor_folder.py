@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,7 +33,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.storage import WriteResult
 
 from mvd_scale.errors import UserError
-from mvd_scale.utils.io import write_atomic
+from mvd_scale.utils.io import is_plain_name, write_atomic
 
 DESCRIPTION = "tensors.json"
 """File that lists the tensors of a folder, with dtype, shape and pieces: offsets, sizes, file, first byte, bytes."""
@@ -84,10 +85,7 @@ class TensorFolderReader(FileSystemReader):
             for piece in tensor["pieces"]:
                 offsets = torch.Size(piece["offsets"])
                 chunks.append(ChunkStorageMetadata(offsets, torch.Size(piece["sizes"])))
-                # A name that leads out of the folder would read other files.
-                places[MetadataIndex(name, offsets)] = _StorageInfo(
-                    Path(piece["file"]).name, piece["start"], piece["bytes"]
-                )
+                places[MetadataIndex(name, offsets)] = _StorageInfo(piece["file"], piece["start"], piece["bytes"])
             properties = TensorProperties(dtype=_DTYPES[tensor["dtype"]])
             tensors[name] = TensorStorageMetadata(properties, torch.Size(tensor["shape"]), chunks)
         return Metadata(tensors, storage_data=places, storage_meta=StorageMeta())
@@ -183,13 +181,22 @@ def read_description(folder: Path) -> dict[str, Any]:
     """Read the description of a folder's tensors: dtype, shape and pieces by name.
 
     Raises:
-        UserError: it is missing or damaged.
+        UserError: it is missing or damaged, or names a file outside of the folder.
     """
     path = folder / DESCRIPTION
     try:
         tensors: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        files = {piece["file"] for tensor in tensors.values() for piece in tensor["pieces"]}
+        unknown = {tensor["dtype"] for tensor in tensors.values()} - _DTYPES.keys()
+        if unknown:
+            raise ValueError(f"its dtypes are {', '.join(_DTYPES)}, not {', '.join(map(str, unknown))}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is missing or damaged ({error}): copy the whole checkpoint again") from error
+    for file in files:
+        if not is_plain_name(file):
+            raise UserError(
+                f"{path} names {file!r}, which is no file beside it: get the checkpoint from its author again"
+            )
     return tensors
 
 
@@ -209,7 +216,14 @@ def load_pieces(state: dict[str, Any], folder: Path, planner: DefaultLoadPlanner
 
 def reasons(error: CheckpointException) -> str:
     """The reasons of all ranks that failed in saving or loading, in one line."""
-    return "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
+    return "; ".join(f"rank {rank}: {_reason(failure[0])}" for rank, failure in error.failures.items())
+
+
+def _reason(failure: BaseException) -> str:
+    # torch's own text proposes to unpickle the file without restriction.
+    if isinstance(failure, pickle.UnpicklingError):
+        return "a piece is damaged, or holds something else than a tensor"
+    return str(failure)
 
 
 def read_tensors(folder: Path, choose: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:

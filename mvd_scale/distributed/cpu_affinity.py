@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -245,9 +244,3 @@ def format_cpus(cpus: CPUs) -> str:
 
 def _describe(share: CpuShare) -> str:
     return f"{format_cpus(share.numa_cpus)} ({share.threads} thread{'s' if share.threads > 1 else ''})"
-
-
-def machine_id() -> tuple[str, str]:
-    """Identifier of this machine: host name and boot id, which differs between machines of the same name."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return socket.gethostname(), boot.read_text() if boot.is_file() else ""

@@ -10,7 +10,7 @@ import gc
 import logging
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -18,12 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvd_scale.distributed.cpu_affinity import CpuBinding, bind_to_cpus, count_cpus, machine_id
+from mvd_scale.config.launcher import check_environment, local_world_size
+from mvd_scale.distributed.cpu_affinity import CpuBinding, bind_to_cpus, count_cpus
 from mvd_scale.distributed.data_rank import DataRank
 from mvd_scale.distributed.exchange import StoreExchange, answer_from_rank0
 from mvd_scale.distributed.free_port import free_port
-from mvd_scale.distributed.progress import Progress
+from mvd_scale.distributed.health.progress import Progress
+from mvd_scale.distributed.interface import set_interface
+from mvd_scale.distributed.rendezvous import has_own_meaning_here, open_store, resolve_endpoint
 from mvd_scale.errors import UserError
+from mvd_scale.utils.machine import machine_id
 from mvd_scale.utils.nvdec import Nvdec, query_nvdec, shared_nvdec
 
 _GC_INTERVALS = (700, 10, 10)
@@ -114,12 +118,12 @@ def init_distributed(device: str, timeout_minutes: float) -> Ranks:
         timeout_minutes: longest wait for other ranks in a collective operation, in minutes.
 
     Raises:
-        UserError: there is no GPU for this rank, the launcher's environment is incomplete, the port is in use, or ranks
-            did not connect in time.
+        UserError: there is no GPU for this rank, the launcher's environment is incomplete, the port is in use, ranks
+            did not connect in time, or MASTER_ADDR leads nowhere.
     """
     kind = choose_device(device).type
     if "RANK" in os.environ:
-        _check_environment()
+        check_environment()
     else:
         alone = {
             "RANK": 0,
@@ -150,13 +154,9 @@ def init_distributed(device: str, timeout_minutes: float) -> Ranks:
     else:
         # DeepSpeed's shared-memory reductions would be compiled at the first start; gloo needs no compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    own_device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     try:
-        deepspeed.init_distributed(
-            dist_backend="nccl" if kind == "cuda" else "gloo",
-            auto_mpi_discovery=False,
-            verbose=False,
-            timeout=timedelta(minutes=timeout_minutes),
-        )
+        _join_group(own_device, timedelta(minutes=timeout_minutes))
     except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
@@ -164,7 +164,8 @@ def init_distributed(device: str, timeout_minutes: float) -> Ranks:
             "If the port is in use, choose another with `deepspeed --master_port`; "
             "otherwise check that every host can reach this address"
         ) from error
-    own_device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+    # DeepSpeed takes over a process group that stands.
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     rank = torch.distributed.get_rank()
     # torch has read OMP_NUM_THREADS; a value that the launcher set counts as the user's choice too.
     threads = torch.get_num_threads() if os.environ.get("OMP_NUM_THREADS") else None
@@ -185,6 +186,28 @@ def init_distributed(device: str, timeout_minutes: float) -> Ranks:
     )
 
 
+def _join_group(device: torch.device, timeout: timedelta) -> None:
+    """Meet the other ranks at MASTER_ADDR and MASTER_PORT, and initialise the process group of torch.
+
+    Raises:
+        DistNetworkError, DistStoreError: the ranks did not meet.
+        UserError: MASTER_ADDR is not known, cannot be reached from other hosts, or by no network interface.
+    """
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    endpoint = resolve_endpoint(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout)
+    if not has_own_meaning_here(endpoint, several_hosts=1 < world_size != local_world_size(1)):
+        set_interface(endpoint, os.environ)
+    torch.distributed.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=open_store(endpoint, rank, world_size, timeout),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+        # Bound to its device, NCCL connects at once and not in the first collective; a single rank has no peer.
+        device_id=device if device.type == "cuda" and world_size > 1 else None,
+    )
+
+
 def _common_nvdec(exchange: StoreExchange, device: torch.device) -> Nvdec:
     """Capabilities of NVDEC that the GPUs of all ranks have. All ranks call it."""
     common = exchange.decide(
@@ -201,16 +224,6 @@ def _host() -> str:
         if number in os.environ:
             return os.environ[number]
     return " ".join(machine_id())
-
-
-def _check_environment() -> None:
-    names = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    if missing := [name for name in names if name not in os.environ]:
-        raise UserError(
-            f"RANK is {os.environ['RANK']}, but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set: "
-            "start ranks with the `deepspeed` launcher, or set RANK, LOCAL_RANK (number of the rank on its host; on "
-            "Slurm $SLURM_LOCALID), WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each; to run one process, unset RANK"
-        )
 
 
 def run_on_rank0(ranks: Ranks, name: str, work: Callable[[], Any]) -> Any:
@@ -253,6 +266,17 @@ def gather_rows(mine: Tensor, ranks: Ranks) -> Tensor:
     parts = [torch.empty_like(padded) for _ in range(ranks.world_size)]
     torch.distributed.all_gather(parts, padded)
     return torch.cat([part[: int(n)] for part, n in zip(parts, counts, strict=True)])
+
+
+def count_collectives() -> int:
+    """Number of collective operations that this rank has begun in all of its groups; does not synchronise."""
+    count = 0
+    groups: list[Any] = list(torch.distributed.distributed_c10d._world.pg_map)
+    for group in groups:
+        # Not every backend counts.
+        with suppress(RuntimeError):
+            count += group._get_sequence_number_for_group()
+    return count
 
 
 def destroy_distributed() -> None:

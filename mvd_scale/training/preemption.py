@@ -31,6 +31,7 @@ class PreemptionHandler:
     def __init__(self) -> None:
         self.received: int | None = None
         self._last: int | None = None
+        self._number: int | None = None
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._remember) for number in self.SIGNALS}
@@ -45,18 +46,17 @@ class PreemptionHandler:
     def should_stop(self, ranks: Ranks, step: int) -> bool:
         """Whether all ranks stop after this step. All ranks must call it after every step; does not synchronise.
 
-        Rank 0 announces in the store that the run ends after the next step. Every other rank reads it in time, because
-        it cannot finish that step without rank 0. In jobs of more than `_READERS` ranks, so many ranks read the store
-        after a step, in turn, and the run ends when all have read it.
+        Rank 0 announces in the store that the run ends after the next step, and by which signal. Every other rank reads
+        it in time, because it cannot finish that step without rank 0. In jobs of more than `_READERS` ranks, so many
+        ranks read the store after a step, in turn, and the run ends when all have read it.
         """
         store, turns = ranks.store, -(-ranks.world_size // _READERS)
         if self.received is not None:
-            store.set(_WISH, "1")
+            store.set(_WISH, str(self.received))
         if ranks.is_main and self._last is None and store.check([_WISH]):
-            self._last = step + turns
-            store.set(_LAST_STEP, str(self._last))
-        elif self._last is None and (step + ranks.rank) % turns == 0 and store.check([_LAST_STEP]):
-            self._last = int(store.get(_LAST_STEP))
+            store.set(_LAST_STEP, f"{step + turns} {int(store.get(_WISH))}")
+        if self._last is None and (ranks.is_main or (step + ranks.rank) % turns == 0) and store.check([_LAST_STEP]):
+            self._last, self._number = map(int, store.get(_LAST_STEP).split())
         return self._last is not None and step >= self._last
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
@@ -68,8 +68,8 @@ class PreemptionHandler:
 
     @property
     def exit_code(self) -> int:
-        """Exit code that a shell reports for a process that the signal ended: 128 + its number."""
-        return 128 + (self.received or signal.SIGTERM)
+        """Exit code that a shell reports for a process that the signal ended: 128 + its number, on all ranks."""
+        return 128 + (self._number or self.received or signal.SIGTERM)
 
 
 @contextmanager

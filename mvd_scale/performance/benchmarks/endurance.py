@@ -14,8 +14,8 @@ import numpy as np
 import psutil
 import torch
 
+from mvd_scale.distributed.health.watchdog import Watchdog
 from mvd_scale.distributed.process_group import Ranks, destroy_distributed, init_distributed, run_on_rank0
-from mvd_scale.distributed.watchdog import Watchdog
 from mvd_scale.performance.bench_setup import bench_recipe, bench_trainer
 from mvd_scale.performance.benchmarks.watching_cost import time_watching
 from mvd_scale.performance.report import Metric, Report, this_machine
@@ -23,7 +23,7 @@ from mvd_scale.run_dir import RunFolder
 from mvd_scale.targets.build import init_teacher
 from mvd_scale.training.callbacks import Callback, CallbackList
 from mvd_scale.training.checkpointing.checkpointer import Checkpointer, RunState
-from mvd_scale.training.metrics import MetricWriter
+from mvd_scale.training.metrics.writer import MetricWriter
 from mvd_scale.utils.events import EventLog
 
 _SAMPLES = 200

@@ -10,9 +10,9 @@ import torch
 from mvd_scale.config.training import CheckpointConfig
 from mvd_scale.data.loaders.dali_failures import WINDOW, DaliFailures
 from mvd_scale.distributed.cpu_affinity import count_cpus
+from mvd_scale.distributed.health.verdict import Member
+from mvd_scale.distributed.health.watchdog import Watchdog
 from mvd_scale.distributed.process_group import Ranks, barrier_via_store, run_on_rank0
-from mvd_scale.distributed.verdict import Member
-from mvd_scale.distributed.watchdog import Watchdog
 from mvd_scale.performance.benchmarks.simulated_ranks import SimulatedJob, Traffic
 from mvd_scale.training.checkpointing.pieces import Pieces
 from mvd_scale.training.checkpointing.writer import CheckpointWriter

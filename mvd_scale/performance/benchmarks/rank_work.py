@@ -17,7 +17,7 @@ from mvd_scale.checkpoints.tensor_folder import DESCRIPTION, complete_descriptio
 from mvd_scale.config import DataConfig, ModelConfig
 from mvd_scale.data.manifest import Manifest, Row
 from mvd_scale.data.sampling.sampler import RankShard, Sampler
-from mvd_scale.distributed.progress import Progress
+from mvd_scale.distributed.health.progress import Progress
 from mvd_scale.models import Encoder
 from mvd_scale.training.checkpointing.pieces import Pieces, PiecesSavePlanner, State
 

@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from mvd_scale.distributed.health.verdict import Member
+from mvd_scale.distributed.health.watchdog import Watchdog
 from mvd_scale.distributed.process_group import Ranks
-from mvd_scale.distributed.verdict import Member
-from mvd_scale.distributed.watchdog import Watchdog
 from mvd_scale.training.preemption import PreemptionHandler
 from mvd_scale.utils.events import EventLog
 

@@ -38,9 +38,13 @@ class CheckpointWriter:
         path: folder of the checkpoints.
         ranks: this process among all.
         config: checkpoints to keep.
+        check: function that rank 0 calls before a checkpoint gets its name; its `UserError` leaves it partial.
     """
 
-    def __init__(self, path: Path, ranks: Ranks, config: CheckpointConfig) -> None:
+    def __init__(
+        self, path: Path, ranks: Ranks, config: CheckpointConfig, check: Callable[[], None] = lambda: None
+    ) -> None:
+        self._check = check
         self.path = path
         self.ranks = ranks
         self.config = config
@@ -67,15 +71,18 @@ class CheckpointWriter:
                 "command again; it resumes from the last checkpoint"
             )
 
-    def start(self, step: int, state: State, document: dict[str, Any]) -> None:
+    def start(
+        self, step: int, state: State, document: dict[str, Any], saved: Callable[[float], None] = lambda _: None
+    ) -> None:
         """Begin to write a checkpoint, and return at once.
 
         Args:
             step: number of optimizer steps, which names the checkpoint.
             state: tensors on the CPU that nobody changes.
             document: content of `state.json`.
+            saved: function that rank 0 calls when the checkpoint is on disk, with the seconds that it took.
         """
-        self._writing = _Writing(step, lambda: self._write(step, state, document))
+        self._writing = _Writing(step, lambda: self._write(step, state, document, saved))
 
     def wait(self) -> None:
         """Wait until the last checkpoint is on disk.
@@ -107,7 +114,7 @@ class CheckpointWriter:
         folder = checkpoint_folder(self.path, step)
         return folder.with_name(folder.name + PARTIAL)
 
-    def _write(self, step: int, state: State, document: dict[str, Any]) -> None:
+    def _write(self, step: int, state: State, document: dict[str, Any], saved: Callable[[float], None]) -> None:
         """Write a checkpoint and give it its name when all of it is on disk. The thread of every rank calls it.
 
         Raises:
@@ -121,6 +128,7 @@ class CheckpointWriter:
         if self.ranks.is_main:
             seconds = time.monotonic() - started
             logger.info("saved checkpoint %s (%.1f s beside the training)", checkpoint_folder(self.path, step), seconds)
+            saved(seconds)
 
     def _write_own(self, partial: Path, state: State) -> _Part:
         """Write the pieces of this rank; any error is returned, so that the other ranks learn of it."""
@@ -140,6 +148,7 @@ class CheckpointWriter:
             return "; ".join(failed)
         partial = self._partial(step)
         try:
+            self._check()
             complete_description(partial, self.ranks.world_size)
             write_atomic(partial / STATE, json.dumps(document, indent=1))
             records = [*(part["files"] for part in parts), describe_files(partial.glob("*.json"))]
@@ -150,7 +159,7 @@ class CheckpointWriter:
             for old in saved_steps(self.path)[: -self.config.keep]:
                 if not every or old % every:
                     shutil.rmtree(checkpoint_folder(self.path, old))
-        except OSError as error:
+        except (OSError, UserError) as error:
             return f"rank 0: {error}"
         return None
 

@@ -14,7 +14,7 @@ from mvd_scale.performance.benchmarks.rank_growth import Cost
 from mvd_scale.performance.benchmarks.rank_work import plan_checkpoint, time_sampling
 from mvd_scale.performance.benchmarks.simulated_ranks import SimulatedJob, Traffic
 from mvd_scale.training import preemption
-from mvd_scale.training.metrics import Meter, MicroBatchMetrics
+from mvd_scale.training.metrics.meter import Meter, MicroBatchMetrics
 from mvd_scale.training.preemption import PreemptionHandler
 
 RANKS = (8, 16, 32, 64)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mvd_scale.distributed.progress import Position, Progress
-from mvd_scale.distributed.verdict import Heartbeats, Member, Verdict, name_phases, name_ranks
+from mvd_scale.distributed.health.progress import Position, Progress
+from mvd_scale.distributed.health.verdict import Heartbeats, Member, Verdict, name_phases, name_ranks
 
 MEMBERS = {rank: Member(rank, f"node-{rank // 2}", 100 + rank) for rank in range(12)}
 
@@ -13,7 +13,7 @@ def beat(number: int, position: Position) -> str:
 
 
 def at(arrivals: int, phase: str = "backward", patience: int = 1) -> Position:
-    return Position(arrivals, 0, patience, 7, phase)
+    return Position(arrivals, 3, 0, patience, 7, phase)
 
 
 def heartbeats(*positions: Position, now: float = 0) -> Heartbeats:
@@ -27,7 +27,7 @@ def test_positions_survive_the_store() -> None:
     progress = Progress()
     progress.enter("data wait", 3)
     progress.tick()
-    assert Position.parse(str(progress.position)) == progress.position == (1, 1, 1, 3, "data wait")
+    assert Position.parse(str(progress.position)) == progress.position == (1, 0, 1, 1, 3, "data wait")
 
 
 def test_unlimited_phase_returns_to_the_phase_before() -> None:
@@ -35,7 +35,7 @@ def test_unlimited_phase_returns_to_the_phase_before() -> None:
     progress.enter("save", 5)
     with progress.unlimited("room for step 5"):
         assert progress.position.patience == 0
-    assert progress.position[2:] == (1, 5, "save")
+    assert progress.position[3:] == (1, 5, "save")
 
 
 def test_rank_whose_heartbeat_stands_still_is_silent() -> None:
@@ -52,6 +52,17 @@ def test_hang_needs_that_no_rank_moves() -> None:
     beats.record(1, beat(1, at(6)), 8)
     assert not beats.hang(10, 5)
     assert beats.hang(14, 5)
+
+
+def test_collectives_are_progress() -> None:
+    beats = heartbeats(at(4))
+    beats.record(0, beat(1, at(4)._replace(collectives=4)), 8)
+    assert not beats.hang(10, 5)
+
+
+def test_rank_in_the_same_phase_that_began_fewer_collectives_is_late() -> None:
+    assert heartbeats(at(4), at(4)._replace(collectives=2), at(4)).late() == [1]
+    assert heartbeats(at(4), at(4)._replace(collectives=2), at(3)).late() == [2]
 
 
 def test_ticks_are_progress() -> None:

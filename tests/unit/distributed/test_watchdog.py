@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
-from mvd_scale.distributed import watchdog as module
+from mvd_scale.distributed.health import watchdog as module
+from mvd_scale.distributed.health.watchdog import Watchdog
 from mvd_scale.distributed.process_group import Ranks
-from mvd_scale.distributed.watchdog import Watchdog
 from mvd_scale.errors import UserError
 from mvd_scale.utils.events import EventLog, read_events
 
@@ -54,6 +54,7 @@ def pair(tmp_path: Path, ends: dict[str, int]) -> Iterator[list[Watchdog]]:
     for dog in dogs:
         for thread in dog._threads:
             thread.join()
+        dog._resources.close()
 
 
 def enter(dogs: list[Watchdog]) -> None:
@@ -94,6 +95,21 @@ def test_rank_that_hangs_is_named_with_its_phase(
     assert "did not leave 'data wait' of step 5, and the others wait in 'backward' of step 5" in fault(tmp_path)
     assert capfd.readouterr().err.count("mvd-scale: no progress for 2 s") == 1
     assert "test_watchdog.py" in (tmp_path / "faults" / "rank_0.txt").read_text()
+
+
+def test_rank_that_waits_in_no_collective_is_named(
+    pair: list[Watchdog], ends: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both ranks are in the same phase, and only one has begun the collective in which it waits for the other."""
+    names: dict[str, int] = {}
+    monkeypatch.setattr(module, "count_collectives", lambda: names.setdefault(str(threading.get_ident()), len(names)))
+    enter(pair)
+    for dog in pair:
+        dog.ranks.progress.enter("optimizer", 4)
+    wait_for(lambda: bool(ends) and (tmp_path / "events.jsonl").exists())
+    leave(pair)
+    assert fault(tmp_path).count("(host ") == 1
+    assert "did not leave 'optimizer' of step 5, and the others wait in 'optimizer' of step 5" in fault(tmp_path)
 
 
 def test_rank_without_heartbeat_is_named(pair: list[Watchdog], ends: dict[str, int], tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from mvd_scale.checkpoints.tensor_folder import (
     read_tensors,
     save_pieces,
 )
-from mvd_scale.distributed.progress import Progress
+from mvd_scale.distributed.health.progress import Progress
 from mvd_scale.errors import UserError
 from mvd_scale.training.checkpointing.pieces import Pieces, PiecesLoadPlanner, PiecesSavePlanner, boxes
 
@@ -115,7 +115,7 @@ def test_a_description_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
     (folder / "__0_0.distcp").rename(tmp_path / "__0_0.distcp")
     described = json.loads((folder / "tensors.json").read_text().replace("__0_0.distcp", "../__0_0.distcp"))
     (folder / "tensors.json").write_text(json.dumps(described))
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match="which is no file beside it"):
         read_tensors(folder)
 
 

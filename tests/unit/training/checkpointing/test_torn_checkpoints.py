@@ -15,7 +15,7 @@ import torch
 
 from mvd_scale.checkpoints.reading import read_raw_checkpoint
 from mvd_scale.checkpoints.tensor_folder import complete_description, save_pieces
-from mvd_scale.distributed.progress import Progress
+from mvd_scale.distributed.health.progress import Progress
 from mvd_scale.errors import UserError
 from mvd_scale.training.checkpointing.checkpointer import Checkpointer
 from mvd_scale.training.checkpointing.files import describe_files, find_damage, write_record

@@ -127,6 +127,31 @@ def test_an_error_of_writing_keeps_the_checkpoint_before(
     assert saved_steps(tmp_path) == [10, 30]
 
 
+def test_a_checkpoint_on_disk_is_told_with_its_seconds(tmp_path: Path) -> None:
+    writer, told = make(tmp_path), []
+
+    def saved(seconds: float) -> None:
+        told.append((seconds, saved_steps(tmp_path)))
+
+    writer.make_room(7, 4000)
+    writer.start(7, state(1.0), {"step": 7, "weights": {}}, saved)
+    writer.wait()
+    ((seconds, steps),) = told
+    assert seconds > 0
+    assert steps == [7]
+
+
+def test_a_folder_that_was_taken_over_meanwhile_gets_no_checkpoint(tmp_path: Path) -> None:
+    def lost() -> None:
+        raise UserError("taken over by process 7 of host b")
+
+    writer = CheckpointWriter(tmp_path, Ranks(0, 0, 1, torch.device("cpu")), CheckpointConfig(), lost)
+    write(writer, 7)
+    with pytest.raises(UserError, match="taken over by process 7 of host b"):
+        writer.wait()
+    assert saved_steps(tmp_path) == []
+
+
 def share(ranks: Ranks) -> State:
     """Half of a tensor for each of two ranks."""
     return {"model.w": Pieces.of_range(torch.full((10,), float(ranks.rank)), 10 * ranks.rank, (20,))}

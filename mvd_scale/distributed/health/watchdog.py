@@ -4,8 +4,10 @@ Every rank has two threads. One exchanges heartbeats over a connection of its ow
 each rank publishes its position and reads the verdict and the heartbeat of rank 0; rank 0 reads all. The other decides
 without any communication, so that a cut link cannot hold it up: rank 0 over all ranks, the others over rank 0.
 
-    rank hangs in a phase         rank 0 sees no progress, and names the rank that has entered the fewest phases
-    process stopped, link cut     rank 0 sees no heartbeat of the rank; the rank sees none of rank 0
+    rank hangs in a phase         rank 0 sees no progress, and names the rank that has entered the fewest phases,
+                                  or of those in one phase has begun the fewest collectives
+    process stopped, link cut     rank 0 sees no heartbeat of the rank; the rank sees none of rank 0; a process that is
+                                  stopped cannot end itself, and its guard ends it (`stall_guard`)
     process killed                a collective fails within seconds on other ranks, which ask rank 0 for its verdict
     exception on one rank         that rank reports it before it ends; the others end with its exit code
     launcher killed               the rank stops as after SIGTERM, with a checkpoint
@@ -23,7 +25,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -33,10 +35,11 @@ import torch
 from torch.distributed.distributed_c10d import Store
 
 from mvd_scale.distributed.exchange import StoreExchange
-from mvd_scale.distributed.launcher_processes import LauncherProcesses
-from mvd_scale.distributed.process_group import Ranks
-from mvd_scale.distributed.stack_file import StackFile
-from mvd_scale.distributed.verdict import Heartbeats, Member, Verdict, name_phases, name_ranks
+from mvd_scale.distributed.health.launcher_processes import LauncherProcesses
+from mvd_scale.distributed.health.stack_file import StackFile
+from mvd_scale.distributed.health.stall_guard import StallGuard
+from mvd_scale.distributed.health.verdict import Heartbeats, Member, Verdict, name_phases, name_ranks
+from mvd_scale.distributed.process_group import Ranks, count_collectives
 from mvd_scale.errors import FAULT_CODE, UserError
 from mvd_scale.utils.events import EventLog
 
@@ -81,12 +84,14 @@ class Watchdog:
         self._verdict: Verdict | None = None
         self._explained = self._ending = False
         self._slept = False
+        self._guard: StallGuard | None = None
         self._stop = threading.Event()
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
         ranks = self.ranks
-        self._stacks = StackFile(self._faults, ranks.rank)
+        self._resources = ExitStack()
+        self._stacks = self._resources.enter_context(StackFile(self._faults, ranks.rank))
         self._launcher = LauncherProcesses()
         self._launcher_ended = False
         me = Member(ranks.rank, socket.gethostname(), os.getpid())
@@ -95,6 +100,9 @@ class Watchdog:
         if ranks.world_size > 1:
             self.connect(me)
             self._threads.append(threading.Thread(target=self._exchange_until_end, name="heartbeat", daemon=True))
+            if self.limit < float("inf"):
+                # Later than the other ranks notice, so that they tell the reason.
+                self._guard = self._resources.enter_context(StallGuard(self.limit + 5 * self.interval))
         for thread in self._threads:
             thread.start()
         return self
@@ -107,7 +115,7 @@ class Watchdog:
                 self._explain(error)
         finally:
             self._stop.set()
-            self._stacks.close()
+            self._resources.close()
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
@@ -144,7 +152,8 @@ class Watchdog:
         return [value.decode() for value in self._store.multi_get(keys)]
 
     def _publish(self) -> None:
-        self._store.set(f"{_PREFIX}beat {self.ranks.rank}", f"{time.monotonic()} {self.ranks.progress.position}")
+        position = self.ranks.progress.position._replace(collectives=count_collectives())
+        self._store.set(f"{_PREFIX}beat {self.ranks.rank}", f"{time.monotonic()} {position}")
 
     def _exchange_until_end(self) -> None:
         """Exchange heartbeats until the end of the run, or until the store is lost."""
@@ -191,6 +200,8 @@ class Watchdog:
     def _judge_until_end(self) -> None:
         before = time.monotonic()
         while not self._stop.wait(self.interval):
+            if self._guard is not None:
+                self._guard.beat()
             now = time.monotonic()
             with self._lock:
                 if now - before > max(5 * self.interval, 1.0):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Self
 
-from mvd_scale.distributed.progress import Position
+from mvd_scale.distributed.health.progress import Position
 
 _NAMED = 4
 """Number of ranks that a message names one by one."""
@@ -86,9 +86,10 @@ class Heartbeats:
         return 0 not in patience and now - max(self.moved.values()) > seconds * max(patience)
 
     def late(self) -> list[int]:
-        """Ranks that have entered the fewest phases; empty if all have entered as many."""
-        fewest = min(position.arrivals for position in self.positions.values())
-        late = sorted(rank for rank, position in self.positions.items() if position.arrivals == fewest)
+        """Ranks that have entered the fewest phases, and of these begun the fewest collectives; empty if all have."""
+        places = {rank: (position.arrivals, position.collectives) for rank, position in self.positions.items()}
+        last = min(places.values())
+        late = sorted(rank for rank, place in places.items() if place == last)
         return [] if len(late) == len(self.positions) else late
 
 

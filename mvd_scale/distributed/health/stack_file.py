@@ -9,6 +9,8 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Thread
+from types import TracebackType
+from typing import Self
 
 import torch
 
@@ -56,7 +58,12 @@ class StackFile:
             with suppress(OSError, RuntimeError):
                 self.path.with_suffix(".nccl.json").write_bytes(dump())
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Close the file, and remove it and its folder if they are empty."""
         faulthandler.unregister(signal.SIGUSR2)
         self._file.close()

@@ -17,6 +17,10 @@ class Position(NamedTuple):
     """Number of phases entered so far. All ranks enter the same phases, so that the rank with the smallest number is
     the one that the others wait for."""
 
+    collectives: int
+    """Number of collective operations begun so far. Of ranks in one phase, those with the smallest number are the ones
+    that the others wait for."""
+
     ticks: int
     """Number of signs of progress within phases."""
 
@@ -30,13 +34,13 @@ class Position(NamedTuple):
     """Name of the phase."""
 
     def __str__(self) -> str:
-        return f"{self.arrivals} {self.ticks} {self.patience} {self.step} {self.phase}"
+        return f"{self.arrivals} {self.collectives} {self.ticks} {self.patience} {self.step} {self.phase}"
 
     @classmethod
     def parse(cls, text: str) -> Self:
         """Convert the text of a position back."""
-        arrivals, ticks, patience, step, phase = text.split(" ", 4)
-        return cls(int(arrivals), int(ticks), int(patience), int(step), phase)
+        arrivals, collectives, ticks, patience, step, phase = text.split(" ", 5)
+        return cls(int(arrivals), int(collectives), int(ticks), int(patience), int(step), phase)
 
     @property
     def description(self) -> str:
@@ -48,7 +52,7 @@ class Progress:
     """Progress of this rank. The main thread enters phases, any thread may tick; the watchdog reads."""
 
     def __init__(self) -> None:
-        self.position = Position(0, 0, patience=0, step=0, phase="start")
+        self.position = Position(0, 0, 0, patience=0, step=0, phase="start")
 
     def enter(self, phase: str, step: int | None = None, *, patience: int = 1) -> None:
         """Record that this rank begins a phase.
@@ -59,7 +63,8 @@ class Progress:
             patience: factor on the time without progress that is allowed; 0 for any time.
         """
         old = self.position
-        self.position = Position(old.arrivals + 1, old.ticks, patience, old.step if step is None else step, phase)
+        step = old.step if step is None else step
+        self.position = Position(old.arrivals + 1, 0, old.ticks, patience, step, phase)
 
     def tick(self) -> None:
         """Record progress within a phase that takes long, such as the batches of a validation."""

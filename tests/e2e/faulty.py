@@ -1,0 +1,119 @@
+"""`mvd-scale` with a fault in one rank: `python -m tests.e2e.faulty FAULT RANK STEP ARGUMENTS...`.
+
+The fault begins on rank RANK with optimizer step STEP, counted from 0: the name of a function of this module.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mvd_scale.cli import main
+from mvd_scale.data.loaders.clip_loader import ClipLoader
+from mvd_scale.training.checkpointing.writer import CheckpointWriter
+from mvd_scale.training.trainer import Trainer
+
+FILE_BYTES = 50_000
+"""Size at which files cannot grow any more in `failing_disk`: larger than logs, smaller than a checkpoint."""
+
+FREE_BYTES = 2**20
+"""Room that `full_disk` leaves."""
+
+
+def block(*_: Any) -> Any:
+    """Wait for ever, as for a disk or a lock that never comes."""
+    while True:
+        time.sleep(1)
+
+
+def loader(trainer: Trainer) -> None:
+    """The loader never returns the next batch."""
+    ClipLoader.__next__ = block  # type: ignore[method-assign]
+
+
+def optimizer(trainer: Trainer) -> None:
+    """The optimizer's step never ends, before it talks to the other ranks."""
+    type(trainer.engine).step = block
+
+
+def save(trainer: Trainer) -> None:
+    """The thread that writes checkpoints never ends."""
+    CheckpointWriter._write = block  # type: ignore[method-assign]
+
+
+def crash(trainer: Trainer) -> None:
+    """An error of the program."""
+    raise ZeroDivisionError("a bug")
+
+
+def not_a_number(trainer: Trainer) -> None:
+    """The loss of this step is not a number."""
+    objective = trainer.objective
+
+    def spoiled(engine: Any, batch: Any) -> Any:
+        trainer.objective = objective
+        loss, parts = objective(engine, batch)
+        return loss * float("nan"), parts
+
+    trainer.objective = spoiled  # type: ignore[assignment]
+
+
+def always_not_a_number(trainer: Trainer) -> None:
+    """The loss of this step and of all that follow is not a number."""
+    objective = trainer.objective
+
+    def spoiled(engine: Any, batch: Any) -> Any:
+        loss, parts = objective(engine, batch)
+        return loss * float("nan"), parts
+
+    trainer.objective = spoiled  # type: ignore[assignment]
+
+
+def clock(trainer: Trainer) -> None:
+    """The clock of the host is set back by a day."""
+    now = time.time
+    time.time = lambda: now() - 86_400
+
+
+def full_disk(trainer: Trainer) -> None:
+    """A file fills the disk of the folder `DISK`, but for a little room for logs."""
+    folder = Path(os.environ["DISK"])
+    with (folder / "filler").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(folder).free - FREE_BYTES)
+
+
+def failing_disk(trainer: Trainer) -> None:
+    """No file can grow beyond `FILE_BYTES`, so that writing a checkpoint fails when it has begun."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def vanished_videos(trainer: Trainer) -> None:
+    """Three videos are deleted."""
+    for video in sorted(Path(os.environ["VIDEOS"]).glob("*"))[:3]:
+        video.unlink()
+
+
+def inject(fault: Callable[[Trainer], None], step: int) -> None:
+    """Let a fault begin with an optimizer step."""
+    train_step = Trainer.train_step
+
+    def faulty(trainer: Trainer) -> Any:
+        if trainer.step == step:
+            fault(trainer)
+        return train_step(trainer)
+
+    Trainer.train_step = faulty  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    name, rank, first = sys.argv[1:4]
+    del sys.argv[1:4]
+    if os.environ.get("RANK", "0") == rank:
+        inject(globals()[name], int(first))
+    main()
