@@ -14,13 +14,17 @@ class UserError(Exception):
     """Whether another rank prints the message."""
 
 
-class RunFault(Exception):
-    """Failure of a rank, a host, a link or a device during a run, which the same command may survive when it restarts.
+class Preempted(Exception):
+    """Exception: the run ended before its last step on request; a checkpoint was saved and it can be resumed."""
 
-    The message names rank, host and phase. The command line prints it without a traceback and exits with `FAULT_CODE`,
-    by which `mvd-scale supervise` and job schedulers tell it from invalid input (exit code 2), which no restart mends.
-    """
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(exit_code)
+        self.exit_code = exit_code
 
 
 FAULT_CODE = 75
-"""Exit code after a `RunFault`: EX_TEMPFAIL of sysexits.h, a failure that may pass."""
+"""Exit code after a failure of a rank, a host, a link or a device, which the same command may survive when it restarts.
+
+It is EX_TEMPFAIL of sysexits.h, a failure that may pass. By it `mvd-scale supervise` and job schedulers tell a fault from
+invalid input (exit code 2), which no restart mends.
+"""

@@ -26,7 +26,7 @@ from mvd_scale.cli import (
     weights,
 )
 from mvd_scale.config.launcher import env_rank
-from mvd_scale.errors import FAULT_CODE, RunFault, UserError
+from mvd_scale.errors import UserError
 from mvd_scale.utils.logging import configure_logging
 
 
@@ -69,10 +69,7 @@ for _command in (
 
 
 def main() -> None:
-    """Run the command line. A `UserError` prints one message and exits with code 2, a `RunFault` with `FAULT_CODE`.
-
-    `--debug` prints the traceback.
-    """
+    """Run the command line. A `UserError` prints one message and exits with code 2; `--debug` prints the traceback."""
     debug = "--debug" in sys.argv
     if debug:
         # click accepts options of a group before the subcommand only; --debug may stand anywhere.
@@ -88,11 +85,6 @@ def main() -> None:
             _delay_message_of_other_ranks()
             click.echo(f"mvd-scale: {error}", err=True)
         sys.exit(2)
-    except RunFault as error:
-        if debug:
-            raise
-        click.echo(f"mvd-scale: {error}", err=True)
-        sys.exit(FAULT_CODE)
 
 
 def _collect_garbage_rarely() -> None:

@@ -25,7 +25,7 @@ class Cause(StrEnum):
     ERROR = "error"
     """Exit code 1, a traceback: hardly anything that a restart mends, but it may."""
     FAULT = "fault"
-    """A `RunFault`, or a process that a signal has ended, as the kernel does where memory is short."""
+    """The exit code of the watchdog, or a process that a signal has ended, as the kernel does where memory is short."""
     HOST_LOST = "host lost"
     HOST_JOINED = "host joined"
 

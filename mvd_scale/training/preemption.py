@@ -11,6 +11,7 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from mvd_scale.distributed.process_group import Ranks
+from mvd_scale.errors import Preempted
 
 logger = logging.getLogger("mvd_scale")
 
@@ -80,11 +81,3 @@ def exit_on_preemption() -> Iterator[None]:
     except Preempted as stop:
         logger.info("stopped on request after saving a checkpoint; the same command resumes from it")
         sys.exit(stop.exit_code)
-
-
-class Preempted(Exception):
-    """Exception: the run ended before its last step on request; a checkpoint was saved and it can be resumed."""
-
-    def __init__(self, exit_code: int) -> None:
-        super().__init__(exit_code)
-        self.exit_code = exit_code

@@ -113,7 +113,8 @@ def run_training(job: TrainingJob[Any]) -> None:
     Raises:
         UserError: the recipe, the data or the environment is invalid; no result was overwritten.
         Preempted: the run received a stop signal and saved a checkpoint.
-        RunFault: another rank, its host or the link to it failed.
+
+    If another rank, its host or the link to it fails, the process ends with `FAULT_CODE`; see `Watchdog`.
     """
     recipe, folder = job.recipe, job.folder
     with recording_end(folder):

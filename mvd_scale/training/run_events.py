@@ -11,10 +11,9 @@ from mvd_scale import __version__
 from mvd_scale.config import RunRecipe
 from mvd_scale.config.deepspeed import zero_stage
 from mvd_scale.distributed.process_group import Ranks
-from mvd_scale.errors import FAULT_CODE, RunFault, UserError
+from mvd_scale.errors import Preempted, UserError
 from mvd_scale.run_dir import RunFolder
 from mvd_scale.training.lr_schedule import Schedule
-from mvd_scale.training.preemption import Preempted
 from mvd_scale.utils.events import EventLog
 from mvd_scale.utils.io import last_metrics
 
@@ -73,8 +72,6 @@ def describe_end(error: BaseException) -> tuple[str, str, int]:
     message = str(error)[:_MAX_MESSAGE]
     if isinstance(error, Preempted):
         return "stopped", "", error.exit_code
-    if isinstance(error, RunFault):
-        return "fault", message, FAULT_CODE
     if isinstance(error, (UserError, OSError)):
         return "invalid", message, 2
     if isinstance(error, SystemExit):

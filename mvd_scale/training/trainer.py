@@ -18,13 +18,14 @@ from mvd_scale.config import RunRecipe
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.distributed.health.progress import FIRST_STEP_PATIENCE
 from mvd_scale.distributed.process_group import Ranks
+from mvd_scale.errors import Preempted
 from mvd_scale.training.ema import ModelEma
 from mvd_scale.training.lr_schedule import Schedule
 from mvd_scale.training.metrics.meter import Meter, MicroBatchMetrics
 from mvd_scale.training.metrics.writer import metric_writer
 from mvd_scale.training.nonfinite import NonfiniteSteps, smallest_loss_scale
 from mvd_scale.training.optimizer import apply_schedule
-from mvd_scale.training.preemption import Preempted, PreemptionHandler
+from mvd_scale.training.preemption import PreemptionHandler
 from mvd_scale.training.teachers.prefetch import TeacherPrefetcher
 
 if TYPE_CHECKING:

@@ -40,7 +40,7 @@ from mvd_scale.distributed.health.stack_file import StackFile
 from mvd_scale.distributed.health.stall_guard import StallGuard
 from mvd_scale.distributed.health.verdict import Heartbeats, Member, Verdict, name_phases, name_ranks
 from mvd_scale.distributed.process_group import Ranks, count_collectives
-from mvd_scale.errors import FAULT_CODE, UserError
+from mvd_scale.errors import FAULT_CODE, Preempted, UserError
 from mvd_scale.utils.events import EventLog
 
 logger = logging.getLogger("mvd_scale")
@@ -323,7 +323,7 @@ class Watchdog:
 
     def _explain(self, error: Exception) -> None:
         """Report an exception of this rank to the others; end the process if another rank caused it."""
-        if self._explained or self.ranks.world_size == 1:
+        if self._explained or isinstance(error, Preempted) or self.ranks.world_size == 1:
             return
         if self._ending:
             # The other thread ends this process.

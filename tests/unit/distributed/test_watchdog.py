@@ -14,7 +14,7 @@ from torch.distributed import TCPStore
 from mvd_scale.distributed.health import watchdog as module
 from mvd_scale.distributed.health.watchdog import Watchdog
 from mvd_scale.distributed.process_group import Ranks
-from mvd_scale.errors import UserError
+from mvd_scale.errors import Preempted, UserError
 from mvd_scale.utils.events import EventLog, read_events
 
 MINUTES = 2 / 60
@@ -190,6 +190,15 @@ def test_error_of_a_collective_among_living_ranks_is_raised(pair: list[Watchdog]
         raise RuntimeError("gloo: sizes differ")
     leave(pair)
     assert not ends
+
+
+def test_a_run_that_stops_on_request_is_no_fault(pair: list[Watchdog], ends: dict[str, int], tmp_path: Path) -> None:
+    enter(pair)
+    with pytest.raises(Preempted), pair[0].explaining():
+        raise Preempted(143)
+    leave(pair)
+    assert not ends
+    assert not (tmp_path / "events.jsonl").exists()
 
 
 def test_end_of_the_launcher_is_a_request_to_stop(

@@ -10,10 +10,9 @@ from torch.distributed import HashStore
 
 from mvd_scale.config import load_recipe
 from mvd_scale.distributed.process_group import Ranks
-from mvd_scale.errors import RunFault, UserError
+from mvd_scale.errors import Preempted, UserError
 from mvd_scale.run_dir import RunFolder
 from mvd_scale.training.lr_schedule import Schedule
-from mvd_scale.training.preemption import Preempted
 from mvd_scale.training.run_events import describe_end, record_start, recording_end
 from mvd_scale.utils.events import read_events
 from mvd_scale.utils.lease import look_at_lease
@@ -23,7 +22,6 @@ from mvd_scale.utils.lease import look_at_lease
     ("error", "expected"),
     [
         (Preempted(143), ("stopped", "", 143)),
-        (RunFault("rank 3 of host b hangs"), ("fault", "rank 3 of host b hangs", 75)),
         (SystemExit(75), ("fault", "another rank failed", 75)),
         (UserError("no room"), ("invalid", "no room", 2)),
         (OSError(28, "No space left"), ("invalid", "[Errno 28] No space left", 2)),
