@@ -25,6 +25,6 @@ class Preempted(Exception):
 FAULT_CODE = 75
 """Exit code after a failure of a rank, a host, a link or a device, which the same command may survive when it restarts.
 
-It is EX_TEMPFAIL of sysexits.h, a failure that may pass. By it `mvd-scale supervise` and job schedulers tell a fault from
-invalid input (exit code 2), which no restart mends.
+It is EX_TEMPFAIL of sysexits.h, a failure that may pass. By it `mvd-scale supervise` and job schedulers tell a fault
+from invalid input (exit code 2), which no restart mends.
 """

@@ -110,11 +110,11 @@ class TrainingJob(ABC, Generic[AnyRecipe]):
 def run_training(job: TrainingJob[Any]) -> None:
     """Run a job from its start or its newest checkpoint to its end. All ranks call it.
 
+    If another rank, its host or the link to it fails, the process ends with `FAULT_CODE`; see `Watchdog`.
+
     Raises:
         UserError: the recipe, the data or the environment is invalid; no result was overwritten.
         Preempted: the run received a stop signal and saved a checkpoint.
-
-    If another rank, its host or the link to it fails, the process ends with `FAULT_CODE`; see `Watchdog`.
     """
     recipe, folder = job.recipe, job.folder
     with recording_end(folder):
