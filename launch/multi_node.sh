@@ -27,15 +27,20 @@ HOSTFILE="${HOSTFILE:-hostfile}"
 # DeepSpeed's launcher answers a malformed hostfile with a traceback, or starts nothing without a word.
 python -m mvd_scale.distributed.hostfile "$HOSTFILE" ${NODE_RANK:+"$NODE_RANK"}
 
+words=(mvd_scale "$@")
 options=(--hostfile "$HOSTFILE" --master_port "${MASTER_PORT:-29500}" --module --no_local_rank --quiet)
 if [[ -n "${MASTER_ADDR:-}" ]]; then
     options+=(--master_addr "$MASTER_ADDR")
 fi
 if [[ -n "${NODE_RANK:-}" ]]; then
     [[ -n "${MASTER_ADDR:-}" ]] || mvd_fail "NODE_RANK is set, but MASTER_ADDR is not: set MASTER_ADDR to the address of the first host"
-    if ((NODE_RANK == 0)); then
+    if [[ "$NODE_RANK" == 0 ]]; then
         python "$mvd_root/mvd_scale/distributed/free_port.py" "${MASTER_PORT:-29500}" >/dev/null
     fi
     options+=(--no_ssh --node_rank "$NODE_RANK")
+else
+    # DeepSpeed makes a line for the shells of the other hosts out of the words.
+    packed="$(python -m mvd_scale.distributed.remote_command pack mvd_scale "$@")"
+    mapfile -t words <<<"$packed"
 fi
-mvd_launch deepspeed "${options[@]}" mvd_scale "$@"
+mvd_launch deepspeed "${options[@]}" "${words[@]}"

@@ -35,7 +35,9 @@ mvd_constraints() {
 
 mvd_find_python() {
     local name version found=""
-    for name in ${MVD_PYTHON:-python3.11 python3.12 python3.13 python3 python}; do
+    local names=(python3.11 python3.12 python3.13 python3 python)
+    [[ -z "${MVD_PYTHON:-}" ]] || names=("$MVD_PYTHON")
+    for name in "${names[@]}"; do
         version="$("$name" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" || continue
         case "$version" in
             3.11 | 3.12 | 3.13)
@@ -92,6 +94,10 @@ mvd_install() {
 
 mvd_set_up() {
     local wanted
+    # pip writes the path into programs that a shell starts, and PATH is split at colons.
+    [[ ! "$mvd_root" =~ [^[:alnum:]\ @+=,./_-] ]] ||
+        mvd_fail "the repository is at $mvd_root, and shells would interpret some characters of this path:" \
+            "move it to a path of letters, digits, spaces and @+=,./-_"
     wanted="$(mvd_wanted)"
     [[ -x "$mvd_venv/bin/python" && "$(cat "$mvd_venv/stamp" 2>/dev/null)" == "$wanted" ]] && return
     # A lock, because two first starts at the same time would install into the same folder.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,10 +9,13 @@ from typing import Any
 
 from mvd_scale.config import RunRecipe, load_any_recipe
 from mvd_scale.data.loaders.dali_failures import FAILURES_FILE
+from mvd_scale.data.loaders.quarantine import Quarantine
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.errors import UserError
 from mvd_scale.utils.env_report import collect_capabilities, format_capabilities
+from mvd_scale.utils.events import EventLog
 from mvd_scale.utils.io import write_atomic
+from mvd_scale.utils.lease import Lease
 
 
 class RunFolder:
@@ -21,13 +23,16 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.lock = path / ".lock"
+        self.lease_file = path / "lease.json"
+        self.lease: Lease | None = None
+        self.started = False
         self.recipe = path / "recipe.yaml"
         self.environment = path / "environment.txt"
         self.metrics = path / "metrics.jsonl"
         self.events = path / "events.jsonl"
         self.faults = path / "faults"
         self.tensorboard = path / "tensorboard"
+        self.wandb = path / "wandb.json"
         self.checkpoints = path / "checkpoints"
         self.manifest = path / "manifest.parquet"
         self.index = path / "index"
@@ -63,7 +68,7 @@ class RunFolder:
                     + "\n".join(differing)
                     + "\nChoose another folder with `--run.folder`, or move that one away"
                 )
-        elif self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir()) and not self.lock.exists()):
+        elif self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir()) and not self.lease_file.exists()):
             raise UserError(
                 f"{self.path} exists and holds no run of mvd-scale; choose an empty or new folder with `--run.folder`"
             )
@@ -73,21 +78,34 @@ class RunFolder:
         return self.metrics.is_file() or self.checkpoints.is_dir()
 
     def claim(self) -> None:
-        """Create the folder and lock it against other processes.
+        """Create the folder and lease it against other processes, on this host and others.
 
         Raises:
             UserError: another process trains in the folder, or it cannot be written.
         """
         try:
             self.index.mkdir(parents=True, exist_ok=True)
-            self._lock = self.lock.open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"another process is training in {self.path}; wait for it or choose another `--run.folder`"
-            ) from error
+            self.lease = Lease(self.lease_file)
         except OSError as error:
             raise UserError(f"run.folder {self.path} cannot be written: {error.strerror}") from error
+
+    def check_lease(self) -> None:
+        """Check that no other process has taken the folder over; does nothing in a process that has not claimed it.
+
+        Raises:
+            UserError: another process trains in the folder now.
+        """
+        if self.lease is not None:
+            self.lease.check()
+
+    def release(self) -> None:
+        """Let other processes train in the folder; does nothing in a process that has not claimed it."""
+        if self.lease is not None:
+            self.lease.release()
+
+    def open_quarantine(self) -> Quarantine:
+        """Create the record of videos that cannot be decoded, which writes to the event log too."""
+        return Quarantine(self.quarantine, EventLog(self.events))
 
     def record(self, recipe: RunRecipe, manifest: Manifest) -> None:
         """Write the resolved recipe, the manifest of the videos and a description of the machine.
@@ -102,7 +120,8 @@ class RunFolder:
             )
         if not self._begun:
             # An earlier start that finished no step may have had other videos.
-            self.dali_failures.unlink(missing_ok=True)
+            for file in (self.dali_failures, self.quarantine):
+                file.unlink(missing_ok=True)
         write_atomic(self.recipe, recipe.to_yaml())
         write_atomic(self.environment, format_capabilities(collect_capabilities()) + "\n")
         manifest.save(self.manifest)
@@ -125,5 +144,10 @@ class RunFolder:
         return True
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write the summary, which marks the run as finished."""
+        """Write the summary, which marks the run as finished.
+
+        Raises:
+            UserError: another process has taken the folder over.
+        """
+        self.check_lease()
         write_atomic(self.summary, json.dumps(summary, indent=2) + "\n")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mvd_scale.checkpoints.pickles import load_pickle
 from mvd_scale.errors import UserError
+from mvd_scale.utils.io import is_plain_name
 
 _WHOLE = "mp_rank_00_model_states.pt"
 _PARTED = "mp_rank_01_model_states.pt"
@@ -40,7 +41,7 @@ def find_deepspeed(folder: Path) -> Path | None:
     if not latest.is_file():
         return None
     tag = latest.read_text(encoding="utf-8", errors="replace").strip()
-    if Path(tag).name != tag or find_deepspeed(folder / tag) is None:
+    if not is_plain_name(tag) or find_deepspeed(folder / tag) is None:
         raise UserError(f"{latest} names the checkpoint {tag!r}, which is not in {folder}; give a complete folder")
     return folder / tag
 

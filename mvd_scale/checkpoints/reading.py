@@ -25,6 +25,7 @@ from mvd_scale.checkpoints.pickles import load_pickle
 from mvd_scale.checkpoints.tensor_folder import is_tensor_folder, read_model
 from mvd_scale.checkpoints.wrappers import SEPARATOR, nested, unwrap
 from mvd_scale.errors import UserError
+from mvd_scale.utils.io import is_plain_name
 
 logger = logging.getLogger("mvd_scale")
 
@@ -227,10 +228,10 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         raise UserError(f"{index} has no `weight_map`: expected the index of sharded weights")
     shards: dict[str, dict[str, Tensor]] = {}
     for name in sorted(set(places.values())):
-        shard = index.with_name(Path(name).name)
-        if shard.name != name or not shard.is_file():
+        # An index that names an index would never be read to its end.
+        if not is_plain_name(name) or name.endswith(".index.json") or not index.with_name(name).is_file():
             raise UserError(f"{index} names the shard {name!r}, which is not in the same folder; download all shards")
-        shards[name] = _read_file(shard).tensors
+        shards[name] = _read_file(index.with_name(name)).tensors
     missing = sorted(tensor for tensor, shard in places.items() if tensor not in shards[shard])
     if missing:
         raise UserError(

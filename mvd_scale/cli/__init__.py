@@ -10,7 +10,21 @@ import time
 import click
 
 from mvd_scale import __version__
-from mvd_scale.cli import about, bench, data, detection, plan, probe, profile, testing, training, weights
+from mvd_scale.cli import (
+    about,
+    bench,
+    data,
+    detection,
+    doctor,
+    plan,
+    probe,
+    profile,
+    status,
+    supervise,
+    testing,
+    training,
+    weights,
+)
 from mvd_scale.config.launcher import env_rank
 from mvd_scale.errors import FAULT_CODE, RunFault, UserError
 from mvd_scale.utils.logging import configure_logging
@@ -30,6 +44,7 @@ for _command in (
     training.pipeline,
     training.quickstart,
     training.draw,
+    supervise.supervise,
     testing.evaluate,
     testing.predict,
     testing.ensemble,
@@ -44,9 +59,11 @@ for _command in (
     bench.bench,
     plan.plan,
     profile.profile,
+    status.status,
     about.recipes,
     about.schema,
     about.env,
+    doctor.doctor,
 ):
     cli.add_command(_command)
 

@@ -245,6 +245,80 @@ def growth(
 
 
 @bench.command()
+@click.option(
+    "--size", type=click.Choice(["S", "B", "L", "H"]), default="B", show_default=True, help="Size of the model."
+)
+@click.option("--deepspeed", default="zero2", show_default=True, help="DeepSpeed file, see training.deepspeed.")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16", "fp16"]),
+    help="Precision of the model; fp16 on GPUs and fp32 on CPUs if omitted.",
+)
+@click.option(
+    "--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True,
+    help="Device of the model.",
+)  # fmt: skip
+@click.option("--saves", type=click.IntRange(min=1), default=3, show_default=True, help="Number of saves.")
+@click.option(
+    "--work", type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder to write to, which all ranks see; a temporary one if omitted.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+def checkpoint(
+    size: str, deepspeed: str, precision: Precision | None, device: str, saves: int, work: Path | None, as_json: bool
+) -> None:
+    """Time how long a save keeps the training waiting, until it is durable, and a resume; start this on all ranks."""
+    from mvd_scale.performance.benchmarks.checkpointing import measure_checkpoint
+
+    report = measure_checkpoint(size, deepspeed, precision, device, saves=saves, work=work)
+    if env_rank() == 0:
+        click.echo(report.to_json() if as_json else report.to_text())
+
+
+@bench.command(context_settings=WITH_OVERRIDES)
+@click.option("--recipe", default="quickstart/video_teacher", show_default=True, help="Recipe to train.")
+@click.option("--steps", type=click.IntRange(min=4), default=2000, show_default=True, help="Number of steps.")
+@click.option("--saves", type=click.IntRange(min=1), default=20, show_default=True, help="Number of checkpoints.")
+@click.option("--png", type=click.Path(path_type=Path), help="Plot to write (.png).")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@overrides_argument
+def endurance(recipe: str, steps: int, saves: int, png: Path | None, as_json: bool, overrides: tuple[str, ...]) -> None:
+    """Sample memory, open files and keys in the store over many steps and saves; start this on all ranks."""
+    from mvd_scale.performance.benchmarks.endurance import measure_endurance, plot_endurance
+
+    report = measure_endurance(recipe, list(overrides), steps=steps, saves=saves)
+    if env_rank() == 0:
+        click.echo(report.to_json() if as_json else report.to_text())
+        if png is not None:
+            plot_endurance(report, png)
+
+
+@bench.command()
+@click.option(
+    "--ranks", type=IntListType(), default="16,64,256", show_default=True,
+    help="Numbers of ranks that threads stand for.",
+)  # fmt: skip
+@click.option(
+    "--target", type=click.IntRange(min=1), default=4096, show_default=True,
+    help="Number of ranks to which costs are extrapolated.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+def ranks(ranks: list[int], target: int, as_json: bool) -> None:
+    """Count how the traffic on the store and the planning of checkpoints grow with ranks, and fit the exponents.
+
+    Ranks are threads which run what a run says to the others; no model computes, so that a laptop can stand for a
+    cluster.
+    """
+    import tempfile
+
+    from mvd_scale.performance.benchmarks.rank_growth import measure_ranks
+
+    with tempfile.TemporaryDirectory() as scratch:
+        report = measure_ranks(ranks, target, Path(scratch))
+    click.echo(report.to_json() if as_json else report.to_text())
+
+
+@bench.command()
 @click.argument("old", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("new", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,7 +76,7 @@ def propose(
         manifest = load_source(DataConfig(source=source), Path(scratch))
     weights = InitialEncoder(encoder, positions)
     proposal = propose_recipe(manifest, model, source=source, weights=weights, validation=validation, folder=folder)
-    command = f"launch/single_node.sh finetune --recipe {out}"
+    command = f"launch/single_node.sh finetune --recipe {shlex.quote(str(out))}"
     write_atomic(out, proposal.to_yaml(command))
     click.echo(f"{out}: {proposal.title}\nStart it: {command}")
 

@@ -32,6 +32,10 @@ def parse_yaml_mapping(raw: bytes, source: str, expected: str) -> dict[str, Any]
     return values
 
 
+_MARKED = ("'", '"', "|", ">", "!", "&")
+"""Characters with which YAML begins text that it is to read in its own way."""
+
+
 def parse_overrides(words: list[str]) -> list[tuple[list[str], Any]]:
     """Parse command-line words such as `--training.epochs 3` or `--training.epochs=3` to keys and values.
 
@@ -50,9 +54,13 @@ def parse_overrides(words: list[str]) -> list[tuple[list[str], Any]]:
                 raise UserError(f"override --{key} has no value: write `--{key} VALUE`")
             value = following
         try:
-            pairs.append((key.split("."), yaml.safe_load(value)))
+            parsed = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise UserError(f"override --{key}: {value!r} is not a valid YAML value: {error}") from error
+        # Text without quotes is what was typed: to YAML ` #` begins a comment, and a line break is a space.
+        if isinstance(parsed, str) and value.lstrip()[:1] not in _MARKED:
+            parsed = value.strip()
+        pairs.append((key.split("."), parsed))
     return pairs
 
 

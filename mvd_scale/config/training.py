@@ -216,6 +216,26 @@ class ProbeConfig(Section):
     """Number of videos per batch of a rank."""
 
 
+class WandbConfig(Section):
+    """Run of Weights & Biases, which needs the package `wandb`."""
+
+    project: str = "mvd-scale"
+    """Project of the run."""
+
+    entity: str | None = None
+    """User or team that owns the project; the default of the account if omitted."""
+
+    name: str | None = None
+    """Name of the run; the name of its folder if omitted."""
+
+    mode: Literal["online", "offline", "disabled"] = "online"
+    """`online`: upload while the run goes on. `offline`: write into the run folder, for `wandb sync`. `disabled`: keep
+    the section and write nothing."""
+
+    tags: tuple[str, ...] = ()
+    """Tags of the run."""
+
+
 class LoggingConfig(Section):
     """Metrics. They stay on the device and are read once every `every_steps` optimizer steps."""
 
@@ -224,6 +244,14 @@ class LoggingConfig(Section):
 
     tensorboard: bool = True
     """Write TensorBoard event files, in addition to `metrics.jsonl`."""
+
+    wandb: WandbConfig | None = None
+    """Write to Weights & Biases too; null for none. `{}` or any of its keys turns it on. A resumed run goes on there
+    under the same id."""
+
+    prometheus: Path | None = None
+    """File ending in `.prom`, or folder for such files, of the textfile collector of Prometheus' node exporter on the
+    host of rank 0, rewritten at each reading; null for none."""
 
 
 class PretrainLogging(LoggingConfig):

@@ -91,10 +91,14 @@ def _pool(workers: int) -> ProcessPoolExecutor:
 
 
 def exit_with_parent() -> None:
-    """Make a worker process ignore Ctrl-C (SIGINT), and exit as soon as its parent process ends for any reason."""
+    """Make a worker process ignore SIGINT and SIGUSR1, and exit as soon as its parent process ends for any reason.
+
+    Both signals may reach all processes of a job; a rank needs its workers until it has saved a checkpoint.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_exit_after, args=(parent.sentinel,), daemon=True).start()
 
 

@@ -18,6 +18,7 @@ from mvd_scale.checkpoints.weights import build_detector, read_checkpoint
 from mvd_scale.config.data import DataConfig, ViewsConfig
 from mvd_scale.config.detection import DetectionTest
 from mvd_scale.config.training import Precision
+from mvd_scale.data.loaders.quarantine import Quarantine
 from mvd_scale.data.loaders.view_loader import ViewShape
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.detection.annotations import (
@@ -122,7 +123,7 @@ def run_detection_evaluation(
     def load(items: NDArray[np.int64]) -> WholeFrameLoader:
         shape = ViewShape(read.model.frames, test.short_side)
         return make_frame_loader(
-            told, items, data, shape, batch=batch, rank=ranks.data_rank, quarantine_file=shards.quarantine
+            told, items, data, shape, batch=batch, rank=ranks.data_rank, quarantine=Quarantine(shards.quarantine)
         )
 
     rows = np.arange(len(told.key_frames))

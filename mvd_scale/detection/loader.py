@@ -6,7 +6,6 @@ Legend: B clips, P people of all clips, C actions.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,8 @@ from torch import Tensor
 
 from mvd_scale.config import DataConfig, DetectionRecipe, ModelConfig
 from mvd_scale.data.batch import ClipBatch
-from mvd_scale.data.loaders.base import Failure
 from mvd_scale.data.loaders.clip_loader import BatchPlan, ClipLoader
+from mvd_scale.data.loaders.quarantine import Failure, Quarantine
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.sampling.sampler import Sampler, box_generator
 from mvd_scale.detection.key_frames import KeyFrames, frames_around
@@ -90,7 +89,7 @@ class KeyFrameLoader(ClipLoader):
         rank: DataRank,
         steps: range,
         *,
-        quarantine_file: Path | None = None,
+        quarantine: Quarantine | None = None,
     ) -> KeyFrameLoader:
         """Create the loader of a run that trains a detector; see `ClipLoader.for_run`.
 
@@ -100,7 +99,7 @@ class KeyFrameLoader(ClipLoader):
             recipe: recipe of the run, with the settings of sampling, batches and jitter.
             rank: see `ClipLoader`.
             steps: optimizer steps to load, from the first one that is not completed to the last.
-            quarantine_file: see `ClipLoader`.
+            quarantine: see `ClipLoader`.
 
         Raises:
             UserError: see `ClipLoader.for_run`.
@@ -115,7 +114,7 @@ class KeyFrameLoader(ClipLoader):
             recipe.seed,
             plan=plan,
             rank=rank,
-            quarantine_file=quarantine_file,
+            quarantine=quarantine,
         )
 
     def _make_sampler(self, manifest: Manifest, data: DataConfig, model: ModelConfig, seed: int) -> Sampler:

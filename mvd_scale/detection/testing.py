@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from mvd_scale.config import DataConfig, DetectorConfig
 from mvd_scale.config.detection import DetectionTest
+from mvd_scale.data.loaders.quarantine import Quarantine
 from mvd_scale.data.loaders.view_loader import ViewShape
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.detection.annotations import read_actions, read_excluded, read_ground_truth, read_person_boxes
@@ -165,9 +165,7 @@ def make_frame_loader(
     *,
     batch: int,
     rank: DataRank,
-    quarantine_file: Path | None = None,
+    quarantine: Quarantine | None = None,
 ) -> WholeFrameLoader:
     """Create the loader of the clips around the key frames `rows` of an evaluation; see `WholeFrameLoader`."""
-    return WholeFrameLoader(
-        test.key_frames, rows, data, shape=shape, batch=batch, rank=rank, quarantine_file=quarantine_file
-    )
+    return WholeFrameLoader(test.key_frames, rows, data, shape=shape, batch=batch, rank=rank, quarantine=quarantine)

@@ -84,7 +84,7 @@ class DetectionTask(FinetuneTask[DetectionRecipe]):
     def load(self, ranks: Ranks, steps: range) -> KeyFrameLoader:
         """Create the loader of clips around the key frames."""
         return KeyFrameLoader.for_training(
-            self.key_frames, self.people, self.recipe, ranks.data_rank, steps, quarantine_file=self.folder.quarantine
+            self.key_frames, self.people, self.recipe, ranks.data_rank, steps, quarantine=self.folder.open_quarantine()
         )
 
     def measure(self, ranks: Ranks) -> Callable[[Any], float]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from torch.utils.dlpack import from_dlpack
 from mvd_scale.config.data import DataConfig, ViewsConfig
 from mvd_scale.data.decoding.dali_geometry import Sample
 from mvd_scale.data.loaders.base import Outputs
+from mvd_scale.data.loaders.quarantine import Quarantine
 from mvd_scale.data.loaders.view_loader import ItemLoader, ViewShape, ViewSource, whole_frames
 from mvd_scale.detection.key_frames import KeyFrames, frames_around
 from mvd_scale.distributed.data_rank import DataRank
@@ -66,7 +66,7 @@ class WholeFrameLoader(ItemLoader[FrameBatch]):
         shape: frames of a clip (T), and length of the short side in pixels.
         batch: see `ItemLoader`.
         rank: see `ItemLoader`.
-        quarantine_file: see `ItemLoader`.
+        quarantine: see `ItemLoader`.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class WholeFrameLoader(ItemLoader[FrameBatch]):
         shape: ViewShape,
         batch: int,
         rank: DataRank,
-        quarantine_file: Path | None = None,
+        quarantine: Quarantine | None = None,
     ) -> None:
         self._key_frames = key_frames
         self._views = ViewsConfig(stride=data.stride, clips=1, crops=1)
@@ -91,7 +91,7 @@ class WholeFrameLoader(ItemLoader[FrameBatch]):
             frames=shape.frames,
             batch=batch,
             rank=rank,
-            quarantine_file=quarantine_file,
+            quarantine=quarantine,
         )
 
     def _video(self, row: int) -> str:

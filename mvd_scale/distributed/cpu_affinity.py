@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
+from mvd_scale.distributed.exchange import StoreExchange
 from mvd_scale.utils.cpu_quota import cpu_quota
 
 logger = logging.getLogger("mvd_scale")
@@ -63,17 +63,18 @@ class CpuBinding:
             set_affinity(self.share.numa_cpus)
 
 
-def bind_to_cpus(rank: int, threads: int | None) -> CpuBinding:
+def bind_to_cpus(exchange: StoreExchange, threads: int | None) -> CpuBinding:
     """Bind this rank to its share of its machine. All ranks must call it, after the process group is initialised.
 
     All existing threads are bound; threads and processes that are started later, such as torch's threads and data
     workers, inherit the binding. Rank 0 logs the shares of its machine.
 
     Args:
-        rank: number of this rank.
+        exchange: exchange with all ranks, whose place is the machine of this rank.
         threads: number of torch's threads that the user chose; None for one per core of the share.
     """
-    given, shares = _gather_shares(threads)
+    rank = exchange.rank
+    given, shares = _gather_shares(exchange, threads)
     set_affinity(shares[rank].numa_cpus)
     torch.set_num_threads(shares[rank].threads)
     if rank == 0:
@@ -81,9 +82,9 @@ def bind_to_cpus(rank: int, threads: int | None) -> CpuBinding:
     return CpuBinding(given, shares[rank])
 
 
-def count_cpus(rank: int) -> int:
+def count_cpus(exchange: StoreExchange) -> int:
     """Number of CPUs for this rank and its data workers, which are not bound. All ranks must call it."""
-    return _gather_shares(None)[1][rank].budget
+    return _gather_shares(exchange, None)[1][exchange.rank].budget
 
 
 def count_own_cpus() -> int:
@@ -92,14 +93,13 @@ def count_own_cpus() -> int:
     return cpus if quota is None else min(cpus, max(int(quota), 1))
 
 
-def _gather_shares(threads: int | None) -> tuple[CPUs, dict[int, CpuShare]]:
+def _gather_shares(exchange: StoreExchange, threads: int | None) -> tuple[CPUs, dict[int, CpuShare]]:
     """Return the CPUs of this process, and the shares of all ranks of its machine. All ranks must call it."""
     given = frozenset(os.sched_getaffinity(0))
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, (machine_id(), given, threads))
-    shares = partition_cpus({other: cpus for other, (place, cpus, _) in enumerate(everyone) if place == machine_id()})
+    here = exchange.gather("cpus", [format_cpus(given), threads])
+    shares = partition_cpus({rank: parse_cpus(cpus) for rank, (cpus, _) in here.items()})
     shares = limit_to_quota(shares, cpu_quota())
-    return given, {rank: share._replace(threads=everyone[rank][2] or share.threads) for rank, share in shares.items()}
+    return given, {rank: share._replace(threads=here[rank][1] or share.threads) for rank, share in shares.items()}
 
 
 def partition_cpus(given: Mapping[int, CPUs], system: Path = SYSTEM) -> dict[int, CpuShare]:
@@ -244,9 +244,3 @@ def format_cpus(cpus: CPUs) -> str:
 
 def _describe(share: CpuShare) -> str:
     return f"{format_cpus(share.numa_cpus)} ({share.threads} thread{'s' if share.threads > 1 else ''})"
-
-
-def machine_id() -> tuple[str, str]:
-    """Identifier of this machine: host name and boot id, which differs between machines of the same name."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return socket.gethostname(), boot.read_text() if boot.is_file() else ""

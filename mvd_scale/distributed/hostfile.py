@@ -50,6 +50,11 @@ def read_hostfile(path: str) -> dict[str, int]:
     return hosts
 
 
+def is_host(text: str) -> bool:
+    """Whether a text is the name or address of a host, which shells, ssh and pdsh take as it is."""
+    return _HOST.fullmatch(text) is not None
+
+
 def _entry(path: str, number: int, entry: str) -> tuple[str, int]:
     found = _LINE.fullmatch(entry)
     if found is None or entry.startswith("\ufeff"):
@@ -61,7 +66,7 @@ def _entry(path: str, number: int, entry: str) -> tuple[str, int]:
             f"hostfile {path}:{number}: {entry!r} is malformed, {fault}: expected `HOST slots=N`, N being the ranks of "
             "the host, one for each GPU"
         )
-    if not _HOST.fullmatch(found[1]):
+    if not is_host(found[1]):
         raise UserError(
             f"hostfile {path}:{number}: {found[1]!r} is no name or address of a host: write one line for each host, "
             "without ranges, quotes, ports and variables"

@@ -7,7 +7,6 @@ is imported.
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import os
 from collections.abc import Callable
@@ -19,16 +18,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvd_scale.distributed.cpu_affinity import CpuBinding, bind_to_cpus, count_cpus, machine_id
-from mvd_scale.distributed.data_rank import DataRank, Exchange
-from mvd_scale.distributed.exchange import StoreExchange
+from mvd_scale.config.launcher import check_environment, local_world_size
+from mvd_scale.distributed.cpu_affinity import CpuBinding, bind_to_cpus, count_cpus
+from mvd_scale.distributed.data_rank import DataRank
+from mvd_scale.distributed.exchange import StoreExchange, answer_from_rank0
 from mvd_scale.distributed.free_port import free_port
-from mvd_scale.distributed.progress import Progress
+from mvd_scale.distributed.health.progress import Progress
+from mvd_scale.distributed.interface import set_interface
+from mvd_scale.distributed.rendezvous import has_own_meaning_here, open_store, resolve_endpoint
 from mvd_scale.errors import UserError
+from mvd_scale.utils.machine import machine_id
 from mvd_scale.utils.nvdec import Nvdec, query_nvdec, shared_nvdec
 
 _GC_INTERVALS = (700, 10, 10)
 """Python's own intervals of garbage collection, which the command line lengthens for its start."""
+
+_LONGEST_WORK = timedelta(days=7)
+"""Longest wait for work that only some ranks do, such as the indexing of a data set by rank 0."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +75,18 @@ class Ranks:
             self.open_exchange if self.world_size > 1 else None,
         )
 
-    def open_exchange(self) -> Exchange:
+    def open_exchange(self) -> StoreExchange:
         """Open an exchange of messages over the store of the process group. All ranks must call it as often."""
-        store = torch.distributed.distributed_c10d._get_default_store()
-        return StoreExchange(store, self.rank, self.world_size, self.timeout)
+        return StoreExchange(self.store, self.rank, self.world_size, self.timeout, self.host)
+
+    @property
+    def store(self) -> Any:
+        """Store of the process group, by which ranks exchange short messages."""
+        return _default_store()
+
+
+def _default_store() -> Any:
+    return torch.distributed.distributed_c10d._get_default_store()
 
 
 def choose_device(device: str) -> torch.device:
@@ -104,12 +118,12 @@ def init_distributed(device: str, timeout_minutes: float) -> Ranks:
         timeout_minutes: longest wait for other ranks in a collective operation, in minutes.
 
     Raises:
-        UserError: there is no GPU for this rank, the launcher's environment is incomplete, the port is in use, or ranks
-            did not connect in time.
+        UserError: there is no GPU for this rank, the launcher's environment is incomplete, the port is in use, ranks
+            did not connect in time, or MASTER_ADDR leads nowhere.
     """
     kind = choose_device(device).type
     if "RANK" in os.environ:
-        _check_environment()
+        check_environment()
     else:
         alone = {
             "RANK": 0,
@@ -140,13 +154,9 @@ def init_distributed(device: str, timeout_minutes: float) -> Ranks:
     else:
         # DeepSpeed's shared-memory reductions would be compiled at the first start; gloo needs no compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    own_device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     try:
-        deepspeed.init_distributed(
-            dist_backend="nccl" if kind == "cuda" else "gloo",
-            auto_mpi_discovery=False,
-            verbose=False,
-            timeout=timedelta(minutes=timeout_minutes),
-        )
+        _join_group(own_device, timedelta(minutes=timeout_minutes))
     except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
@@ -154,29 +164,58 @@ def init_distributed(device: str, timeout_minutes: float) -> Ranks:
             "If the port is in use, choose another with `deepspeed --master_port`; "
             "otherwise check that every host can reach this address"
         ) from error
-    own_device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+    # DeepSpeed takes over a process group that stands.
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     rank = torch.distributed.get_rank()
     # torch has read OMP_NUM_THREADS; a value that the launcher set counts as the user's choice too.
     threads = torch.get_num_threads() if os.environ.get("OMP_NUM_THREADS") else None
-    binding = bind_to_cpus(rank, threads) if kind == "cpu" else None
+    timeout = timedelta(minutes=timeout_minutes)
+    world_size = torch.distributed.get_world_size()
+    exchange = StoreExchange(_default_store(), rank, world_size, timeout, place=" ".join(machine_id()))
+    binding = bind_to_cpus(exchange, threads) if kind == "cpu" else None
     return Ranks(
         rank=rank,
         local_rank=local_rank,
-        world_size=torch.distributed.get_world_size(),
+        world_size=world_size,
         device=own_device,
-        timeout=timedelta(minutes=timeout_minutes),
+        timeout=timeout,
         host=_host(),
         binding=binding,
-        cpus=binding.share.budget if binding else count_cpus(rank),
-        nvdec=_common_nvdec(own_device) if kind == "cuda" else None,
+        cpus=binding.share.budget if binding else count_cpus(exchange),
+        nvdec=_common_nvdec(exchange, own_device) if kind == "cuda" else None,
     )
 
 
-def _common_nvdec(device: torch.device) -> Nvdec:
+def _join_group(device: torch.device, timeout: timedelta) -> None:
+    """Meet the other ranks at MASTER_ADDR and MASTER_PORT, and initialise the process group of torch.
+
+    Raises:
+        DistNetworkError, DistStoreError: the ranks did not meet.
+        UserError: MASTER_ADDR is not known, cannot be reached from other hosts, or by no network interface.
+    """
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    endpoint = resolve_endpoint(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout)
+    if not has_own_meaning_here(endpoint, several_hosts=1 < world_size != local_world_size(1)):
+        set_interface(endpoint, os.environ)
+    torch.distributed.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=open_store(endpoint, rank, world_size, timeout),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+        # Bound to its device, NCCL connects at once and not in the first collective; a single rank has no peer.
+        device_id=device if device.type == "cuda" and world_size > 1 else None,
+    )
+
+
+def _common_nvdec(exchange: StoreExchange, device: torch.device) -> Nvdec:
     """Capabilities of NVDEC that the GPUs of all ranks have. All ranks call it."""
-    parts = [query_nvdec(device)] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, query_nvdec(device))
-    return shared_nvdec(parts)
+    common = exchange.decide(
+        "nvdec",
+        query_nvdec(device).to_json(),
+        lambda parts: shared_nvdec([Nvdec.from_json(part) for part in parts]).to_json(),
+    )
+    return Nvdec.from_json(common)
 
 
 def _host() -> str:
@@ -185,16 +224,6 @@ def _host() -> str:
         if number in os.environ:
             return os.environ[number]
     return " ".join(machine_id())
-
-
-def _check_environment() -> None:
-    names = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    if missing := [name for name in names if name not in os.environ]:
-        raise UserError(
-            f"RANK is {os.environ['RANK']}, but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set: "
-            "start ranks with the `deepspeed` launcher, or set RANK, LOCAL_RANK (number of the rank on its host; on "
-            "Slurm $SLURM_LOCALID), WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each; to run one process, unset RANK"
-        )
 
 
 def run_on_rank0(ranks: Ranks, name: str, work: Callable[[], Any]) -> Any:
@@ -207,40 +236,21 @@ def run_on_rank0(ranks: Ranks, name: str, work: Callable[[], Any]) -> Any:
         name: name of the call, unique in the job.
         work: function to run; its result must be serialisable as JSON.
     """
-    key = f"mvd_scale/decision/{name}"
-    with ranks.progress.unlimited(name):
-        return _run_on_rank0(ranks, key, work)
 
+    def with_all_cpus() -> Any:
+        with ranks.binding.lifted_to_all_cpus() if ranks.binding else nullcontext():
+            return work()
 
-def _run_on_rank0(ranks: Ranks, key: str, work: Callable[[], Any]) -> Any:
-    store = torch.distributed.distributed_c10d._get_default_store()
-    if ranks.is_main:
-        try:
-            with ranks.binding.lifted_to_all_cpus() if ranks.binding else nullcontext():
-                answer = {"result": work()}
-        except UserError as error:
-            answer = {"error": str(error)}
-        except BaseException:
-            # Without an answer the other ranks would wait for the timeout of 7 days.
-            store.set(key, json.dumps({"error": f"rank 0 failed in {key.rpartition('/')[2]!r}; see its own message"}))
-            raise
-        store.set(key, json.dumps(answer))
     # The store, not a collective operation: its timeout would be too short for the indexing of a data set.
-    store.wait([key], timedelta(days=7))
-    answer = json.loads(store.get(key))
-    if "error" in answer:
-        failure = UserError(answer["error"])
-        failure.reported = not ranks.is_main
-        raise failure
-    return answer["result"]
+    with ranks.progress.unlimited(name):
+        return answer_from_rank0(ranks.store, f"mvd_scale/{name}", ranks.rank, with_all_cpus, _LONGEST_WORK)
 
 
 def barrier_via_store(ranks: Ranks, name: str) -> None:
     """Wait until all ranks have called this function with the same name; in contrast to a collective, up to 7 days."""
-    store = torch.distributed.distributed_c10d._get_default_store()
-    store.set(f"mvd_scale/done/{name}/{ranks.rank}", "1")
+    exchange = StoreExchange(ranks.store, ranks.rank, ranks.world_size, _LONGEST_WORK)
     with ranks.progress.unlimited(name):
-        store.wait([f"mvd_scale/done/{name}/{rank}" for rank in range(ranks.world_size)], timedelta(days=7))
+        exchange.wait_for_all(name)
 
 
 def gather_rows(mine: Tensor, ranks: Ranks) -> Tensor:

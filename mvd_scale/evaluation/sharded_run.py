@@ -23,6 +23,7 @@ from mvd_scale.config.data import DataConfig, ViewsConfig
 from mvd_scale.config.model import ModelConfig
 from mvd_scale.data.batch import ViewBatch
 from mvd_scale.data.indexing.build import load_source
+from mvd_scale.data.loaders.quarantine import Quarantine
 from mvd_scale.data.loaders.view_loader import ItemLoader, ViewLoader, ViewShape, view_items
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.distributed.process_group import Ranks, barrier_via_store, run_on_rank0
@@ -177,7 +178,7 @@ class ResultShards:
                 shape=ViewShape.of(model),
                 batch=batch,
                 rank=ranks.data_rank,
-                quarantine_file=self.quarantine,
+                quarantine=Quarantine(self.quarantine),
             )
 
         items = view_items(manifest, views, frames=model.frames)

@@ -10,9 +10,12 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from mvd_scale.errors import UserError
+from mvd_scale.performance.benchmarks.checkpointing import CheckpointReport
 from mvd_scale.performance.benchmarks.data_loading import DataReport
+from mvd_scale.performance.benchmarks.endurance import EnduranceReport
 from mvd_scale.performance.benchmarks.evaluation import EvalReport
 from mvd_scale.performance.benchmarks.methods import MethodsReport
+from mvd_scale.performance.benchmarks.rank_growth import RanksReport
 from mvd_scale.performance.benchmarks.scaling import GrowthReport
 from mvd_scale.performance.benchmarks.step import StepReport
 from mvd_scale.performance.benchmarks.teacher_loading import LoadReport
@@ -27,6 +30,9 @@ KINDS: dict[str, type[Report]] = {
     "eval": EvalReport,
     "load": LoadReport,
     "growth": GrowthReport,
+    "ranks": RanksReport,
+    "checkpoint": CheckpointReport,
+    "endurance": EnduranceReport,
     "teachers": TeachersReport,
     "profile": ProfileReport,
 }

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from mvd_scale.config.pipeline import (
 )
 from mvd_scale.distributed.free_port import free_port
 from mvd_scale.distributed.hostfile import read_hostfile
+from mvd_scale.distributed.remote_command import remote_words
 from mvd_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -179,14 +181,16 @@ def _evaluate(pipeline: Pipeline, name: str, ranks: int, lock: int) -> None:
 
 
 def _launch(pipeline: Pipeline, name: str, arguments: list[str], ranks: int, lock: int, device: str) -> None:
+    words = ["mvd_scale", *arguments]
     if pipeline.hostfile is None:
         # What the `deepspeed` command runs on a single host, without the 3 seconds that the command takes.
         hosts = base64.urlsafe_b64encode(json.dumps({"localhost": device_ids(ranks)}).encode()).decode()
         launcher = ["deepspeed.launcher.launch", f"--world_info={hosts}", "--master_addr", "127.0.0.1"]
     else:
         launcher = ["deepspeed.launcher.runner", "--hostfile", str(pipeline.hostfile)]
+        words = remote_words("mvd_scale", arguments)
     command = [sys.executable, "-m", *launcher, "--master_port", str(free_port())]
-    command += ["--no_local_rank", "--quiet", "--module", "mvd_scale", *arguments]
+    command += ["--no_local_rank", "--quiet", "--module", *words]
     # `held` is the write end of the pipe by which the guard notices that this process ended.
     alive, held = os.pipe()
     guarded = [sys.executable, "-m", "mvd_scale.distributed.process_guard", str(alive), *command]
@@ -201,8 +205,8 @@ def _launch(pipeline: Pipeline, name: str, arguments: list[str], ranks: int, loc
             _wait_for_group(job)
     if code:
         raise UserError(
-            f"stage {name}, `mvd-scale {' '.join(arguments)}`, ended with exit code {code}; its own message is above. "
-            "Start the same command again to resume"
+            f"stage {name}, `mvd-scale {shlex.join(arguments)}`, ended with exit code {code}; its own message is "
+            "above. Start the same command again to resume"
         )
 
 
@@ -238,6 +242,10 @@ def _exclusive_lock(folder: Path) -> Iterator[int]:
                 if second == 0:
                     logger.info("another start of this pipeline still runs in %s: waiting until it ends", folder)
                 time.sleep(1)
+            except OSError as error:
+                # A network file system without locks. The runs in it have leases of their own.
+                logger.warning("%s has no locks (%s): start no other process of this pipeline", folder, error.strerror)
+                break
         else:
             raise UserError(f"another process runs a pipeline in {folder}: end it, or choose another folder")
         yield file.fileno()
@@ -276,7 +284,7 @@ def _print_summary(pipeline: Pipeline, trained: list[str], ranks: int, seconds: 
     console = Console()
     if trained:
         console.print(table)
-        console.print(f"Curves: tensorboard --logdir {pipeline.folder}")
+        console.print(f"Curves: tensorboard --logdir {shlex.quote(str(pipeline.folder))}")
     for name in pipeline.stages:
         if isinstance(pipeline.stages[name], DrawStage):
             console.print(f"Picture: {_output(pipeline, name)}")

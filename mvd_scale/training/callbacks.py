@@ -5,7 +5,6 @@ They do not change the run: they use the student between two steps, without grad
 
 from __future__ import annotations
 
-import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -31,7 +30,8 @@ from mvd_scale.evaluation.features import pool_tokens
 from mvd_scale.evaluation.frozen_classifiers import linear_classifier, nearest_neighbours, top1
 from mvd_scale.run_dir import RunFolder
 from mvd_scale.targets import Target
-from mvd_scale.training.metrics import MetricWriter
+from mvd_scale.training.metrics.writer import MetricWriter
+from mvd_scale.utils.io import append_json_line
 from mvd_scale.visualization.predictions import compose, make_panels, visualization_batch
 
 logger = logging.getLogger("mvd_scale")
@@ -145,7 +145,7 @@ class ProbeCallback(Callback):
         super().__init__(config.every_epochs, steps_per_epoch)
         self.config = config
         self.grid = recipe.model.grid
-        self.quarantine_file = folder.probe
+        self.results_file = folder.probe
         self.ranks = ranks
         manifests = [Manifest.load(folder.path / part / "manifest.parquet") for part in ("probe_train", "probe_test")]
         self.classes = len(manifests[0].classes)
@@ -169,8 +169,7 @@ class ProbeCallback(Callback):
         else:
             scores = linear_classifier(known, labels, tested, classes=self.classes)
         accuracy = top1(scores, truth)
-        with self.quarantine_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "kind": self.config.kind, "top1": accuracy}) + "\n")
+        append_json_line(self.results_file, {"step": step, "kind": self.config.kind, "top1": accuracy})
         writer.show(step, f"probe/{self.config.kind}_top1", accuracy)
         logger.info("step %d  %s probe: top-1 %.1f %% of %d videos", step, self.config.kind, 100 * accuracy, len(truth))
 

@@ -92,4 +92,7 @@ def ranks_by_host(ranks: Ranks) -> dict[str, list[int]]:
     hosts = [ranks.host] * ranks.world_size
     if ranks.world_size > 1:
         torch.distributed.all_gather_object(hosts, ranks.host)
-    return {host: [rank for rank, other in enumerate(hosts) if other == host] for host in dict.fromkeys(hosts)}
+    members: dict[str, list[int]] = {}
+    for rank, host in enumerate(hosts):
+        members.setdefault(host, []).append(rank)
+    return members

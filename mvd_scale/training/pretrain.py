@@ -93,7 +93,7 @@ class Pretraining(TrainingJob[Recipe]):
         """Create the loader of masked clips, resized to the input sides of student and teachers."""
         sides = teacher_input_sizes(self.recipe, self.targets)
         return ClipLoader.for_run(
-            self.manifest, self.recipe, ranks.data_rank, steps, sides=sides, quarantine_file=self.folder.quarantine
+            self.manifest, self.recipe, ranks.data_rank, steps, sides=sides, quarantine=self.folder.open_quarantine()
         )
 
     def prefetch(self, ranks: Ranks) -> BatchStarter | None:

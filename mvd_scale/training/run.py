@@ -16,14 +16,16 @@ from mvd_scale.config.deepspeed import check_deepspeed_config
 from mvd_scale.data.loaders.clip_loader import ClipLoader
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.sampling.sampler import mixture_components, steps_per_epoch
+from mvd_scale.distributed.health.watchdog import Watchdog
 from mvd_scale.distributed.process_group import Ranks, destroy_distributed, init_distributed, run_on_rank0
-from mvd_scale.distributed.watchdog import Watchdog
 from mvd_scale.errors import UserError
 from mvd_scale.models.precision import dtype_of
 from mvd_scale.run_dir import RunFolder
 from mvd_scale.training.callbacks import Callback, CallbackList
 from mvd_scale.training.checkpointing.checkpointer import Checkpointer, RunState
 from mvd_scale.training.lr_schedule import Schedule
+from mvd_scale.training.metrics.writer import check_sinks
+from mvd_scale.training.run_events import record_start, recording_end
 from mvd_scale.training.teachers.prefetch import BatchStarter, TeacherPrefetcher
 from mvd_scale.training.trainer import TrainedModel, Trainer
 from mvd_scale.utils.events import EventLog
@@ -53,8 +55,10 @@ class TrainingJob(ABC, Generic[AnyRecipe]):
         """Check that this run may use the folder, claim it, and index the data. Only rank 0 calls it.
 
         Raises:
-            UserError: the folder contains other files or another run, or the data are invalid.
+            UserError: the folder contains other files or another run, the data are invalid, or metrics cannot be
+                written where the recipe says.
         """
+        check_sinks(self.recipe)
         self.folder.check(self.recipe)
         self.folder.claim()
         self.folder.record(self.recipe, self.index())
@@ -112,12 +116,13 @@ def run_training(job: TrainingJob[Any]) -> None:
         RunFault: another rank, its host or the link to it failed.
     """
     recipe, folder = job.recipe, job.folder
-    ranks = init_distributed(recipe.device, recipe.training.collective_timeout_minutes)
-    check_deepspeed_config(recipe, ranks.world_size)
-    run_on_rank0(ranks, "prepared", job.prepare)
-    with Watchdog(ranks, folder.faults, EventLog(folder.events), recipe.training.hang_minutes) as watchdog:
-        _train(job, ranks, watchdog)
-    destroy_distributed()
+    with recording_end(folder):
+        ranks = init_distributed(recipe.device, recipe.training.collective_timeout_minutes)
+        check_deepspeed_config(recipe, ranks.world_size)
+        run_on_rank0(ranks, "prepared", job.prepare)
+        with Watchdog(ranks, folder.faults, EventLog(folder.events), recipe.training.hang_minutes) as watchdog:
+            _train(job, ranks, watchdog)
+        destroy_distributed()
 
 
 def _train(job: TrainingJob[Any], ranks: Ranks, watchdog: Watchdog) -> None:
@@ -133,6 +138,7 @@ def _train(job: TrainingJob[Any], ranks: Ranks, watchdog: Watchdog) -> None:
         return
 
     torch.manual_seed(recipe.seed)
+    record_start(folder, recipe, schedule, ranks)
     model = job.build(ranks, schedule)
     run = RunState(origin, job.describe())
     with Checkpointer(folder, recipe, ranks, run, steps, model.engine, model.averages) as checkpointer:

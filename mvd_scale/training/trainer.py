@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from mvd_scale.config import RunRecipe
 from mvd_scale.data.batch import ClipBatch
+from mvd_scale.distributed.health.progress import FIRST_STEP_PATIENCE
 from mvd_scale.distributed.process_group import Ranks
-from mvd_scale.distributed.progress import FIRST_STEP_PATIENCE
 from mvd_scale.training.ema import ModelEma
 from mvd_scale.training.lr_schedule import Schedule
-from mvd_scale.training.metrics import Meter, MetricWriter, MicroBatchMetrics
+from mvd_scale.training.metrics.meter import Meter, MicroBatchMetrics
+from mvd_scale.training.metrics.writer import metric_writer
 from mvd_scale.training.nonfinite import NonfiniteSteps, smallest_loss_scale
 from mvd_scale.training.optimizer import apply_schedule
 from mvd_scale.training.preemption import Preempted, PreemptionHandler
@@ -195,9 +196,8 @@ class Trainer:
         """
         recipe, last = self.recipe, self.schedule.last_step
         meter = Meter(list(self.objective.parts), self.ranks)
-        events = folder.tensorboard if recipe.logging.tensorboard else None
         self._nonfinite.folder = folder
-        writer = MetricWriter(folder.metrics, events, self.ranks, start_step=self.step, total_steps=last)
+        writer = metric_writer(folder, recipe, self.ranks, start_step=self.step, total_steps=last)
         with PreemptionHandler() as stop, writer, callbacks:
             while self.step < last:
                 meter.add_step(self.train_step())

@@ -18,10 +18,10 @@ from typing import Any, Literal
 logger = logging.getLogger("mvd_scale")
 
 EventName = Literal["start", "resume", "save", "skip", "quarantine", "fault", "restart", "end"]
-"""`start`: the process group stands, before data are indexed. `resume`: a checkpoint was loaded. `save`: a checkpoint
-is on disk. `skip`: an optimizer step was skipped, because gradients were not finite. `quarantine`: a video cannot be
-decoded. `fault`: a rank, host or link failed. `restart`: `mvd-scale supervise` starts the job again. `end`: the run
-has ended, finished or not."""
+"""`start`: the data are indexed, and the model is about to be built. `resume`: a checkpoint was loaded. `save`: a
+checkpoint is on disk. `skip`: an optimizer step was skipped, because gradients were not finite. `quarantine`: a video
+cannot be decoded. `fault`: a rank, host or link failed. `restart`: `mvd-scale supervise` starts the job again. `end`:
+the run has ended, finished or not."""
 
 MAX_BYTES = 16 * 2**20
 """Size of `events.jsonl` at which it becomes `events.jsonl.1`, which replaces an older one; about 100,000 events."""

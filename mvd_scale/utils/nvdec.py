@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cache
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     import torch
@@ -116,6 +116,16 @@ class Nvdec:
 
     missing: str = ""
     """Reason why there is no NVDEC; empty if there is one."""
+
+    def to_json(self) -> Any:
+        """Convert to short values that JSON can hold."""
+        return astuple(self)
+
+    @classmethod
+    def from_json(cls, values: Any) -> Self:
+        """Convert the values of `to_json` back."""
+        formats, missing = values
+        return cls(tuple(NvdecFormat(*kind) for kind in formats), missing)
 
     def refusal(self, codec: str, pixel_format: str, size: tuple[int, int]) -> str:
         """Reason why NVDEC does not decode a video; empty if it does.

@@ -16,6 +16,9 @@ FIRST = ("docs/tutorial.md", "README.md")
 LAUNCHERS = ("launch/single_node.sh", "launch/multi_node.sh")
 """Scripts that run a subcommand of mvd-scale on several ranks."""
 
+STARTS = (("launch/slurm.sbatch",), ("-m", "mvd_scale"))
+"""Words of other programs, after which a subcommand of mvd-scale stands."""
+
 
 @dataclass(frozen=True)
 class Block:
@@ -56,6 +59,10 @@ class Command:
         """The words after `mvd-scale`, or after a launcher that stands for it; None for other programs."""
         if self.words[0] == "mvd-scale" or self.words[0].removeprefix("./") in LAUNCHERS:
             return self.words[1:]
+        for start in STARTS:
+            for end in range(len(start), len(self.words)):
+                if self.words[end - len(start) : end] == start:
+                    return self.words[end:]
         return None
 
 

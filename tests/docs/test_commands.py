@@ -25,7 +25,8 @@ from .pages import REPOSITORY, Command, all_commands, blocks, commands, inline_c
 REASONS = ("needs ", "changes ")
 """How the title of a block of commands begins that no test runs."""
 
-PROGRAMS = ("pip", "git", "cd", "mkdocs", "./launch/quickstart.sh", "./launch/test.sh", "./launch/gpu_bringup.sh")
+SCRIPTS = ("./launch/quickstart.sh", "./launch/test.sh", "./launch/gpu_bringup.sh")
+PROGRAMS = ("pip", "git", "cd", "mkdocs", "docker", "kubectl", "scancel", *SCRIPTS)
 """Programs that are not checked here, other than mvd-scale and modules of Python."""
 
 SHORTER = {

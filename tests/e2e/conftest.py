@@ -62,8 +62,12 @@ class Jobs:
         if ranks:
             command += ["deepspeed.launcher.runner", "--hostfile=", "--num_gpus", str(ranks)]
             command += ["--master_port", str(free_port()), "--no_local_rank", "--quiet", "--module"]
+        return self.start_command([*command, "mvd_scale", *map(str, arguments)])
+
+    def start_command(self, command: list[str]) -> subprocess.Popen[str]:
+        """A command in a process group of its own, with ranks on CPUs."""
         process = subprocess.Popen(
-            [*command, "mvd_scale", *map(str, arguments)],
+            command,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

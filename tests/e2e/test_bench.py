@@ -67,3 +67,33 @@ def test_8_bit_teachers_train_and_are_part_of_the_run(jobs: Jobs, clips: Path, t
     code, output = jobs.run("bench", "step", *arguments, "--batch", "2", "--steps", "1", *eight)
     assert code == 0, output
     assert "image teacher" in output
+
+
+def test_a_checkpoint_is_timed_from_its_begin_to_the_disk_and_back(jobs: Jobs, tmp_path: Path) -> None:
+    arguments = ["--size", "S", "--device", "cpu", "--saves", "2", "--work", tmp_path]
+    code, output = jobs.run("bench", "checkpoint", *arguments, "--json", ranks=2)
+    assert code == 0, output
+    report = json.loads(output[output.index("{\n") : output.rindex("}") + 1])
+    assert report["gib"] == pytest.approx(12 * report["parameters"] / 2**30, rel=0.02)
+    assert len(report["waiting"]) == len(report["durable"]) == 2
+    assert all(0 < waits < durable for waits, durable in zip(report["waiting"], report["durable"], strict=True))
+    assert report["resuming"] > 0
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_long_run_is_sampled_beside_its_saves(jobs: Jobs, clips: Path, tmp_path: Path) -> None:
+    arguments = ["--steps", "8", "--saves", "2", "--data.source", clips, "--png", tmp_path / "plot.png"]
+    code, output = jobs.run("bench", "endurance", *arguments, "--json", ranks=2)
+    assert code == 0, output
+    report = json.loads(output[output.index("{\n") : output.rindex("}") + 1])
+    assert report["steps"] == list(range(1, 9))
+    assert all(len(values) == 8 and min(values) > 0 for values in report["samples"].values())
+    assert {"phases", "request to stop", "events", "heartbeats"} == report["watching"].keys()
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_the_costs_of_a_large_job_are_fitted_and_extrapolated(jobs: Jobs) -> None:
+    code, output = jobs.run("bench", "ranks", "--ranks", "2,4", "--target", "64")
+    assert code == 0, output
+    assert "step: request to stop, requests" in output
+    assert "at 64" in output

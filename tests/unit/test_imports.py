@@ -19,10 +19,11 @@ LAYERS = (
     {"models"},
     {"checkpoints", "data"},
     {"run_dir"},
-    {"evaluation", "targets"},
+    {"elastic", "evaluation", "targets"},
     {"visualization"},
     {"training"},
-    {"detection", "performance", "pipelines"},
+    {"detection", "performance", "pipelines", "run_status"},
+    {"doctor"},
     {"cli"},
 )
 """Packages and modules of `mvd_scale`, from the lowest layer up. Packages of one layer do not import each other."""

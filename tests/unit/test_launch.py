@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from mvd_scale.distributed.remote_command import unpack
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LAUNCH = REPOSITORY / "launch"
@@ -87,7 +90,8 @@ def machine(tmp_path: Path) -> Machine:
     shutil.copytree(LAUNCH, root / "launch")
     shutil.copy(REPOSITORY / "pyproject.toml", root)
     (root / "mvd_scale" / "distributed").mkdir(parents=True)
-    for file in ("errors.py", "distributed/free_port.py", "distributed/hostfile.py", "distributed/launch_guard.py"):
+    modules = ("free_port", "hostfile", "launch_guard", "remote_command")
+    for file in ("errors.py", *(f"distributed/{name}.py" for name in modules)):
         shutil.copy(REPOSITORY / "mvd_scale" / file, root / "mvd_scale" / file)
     for tool in TOOLS:
         found = shutil.which(tool)
@@ -292,6 +296,71 @@ def test_multi_node_without_ssh(launcher: Machine) -> None:
     assert "[--hostfile][launch/hostfile.example]" in words
     assert "[--master_addr][10.0.0.1]" in words
     assert "[--no_ssh][--node_rank][1]" in words
+
+
+HOSTILE = ["--run.folder", 'runs/it\'s "a"; touch marker', "--data.source", "$(touch marker)\n`touch marker`", "*"]
+
+
+def test_multi_node_by_ssh_packs_the_words(launcher: Machine) -> None:
+    """DeepSpeed makes a line for the shells of the other hosts out of them."""
+    command = f"launch/multi_node.sh pretrain {shlex.join(HOSTILE)}"
+    result = launcher.start(command, HOSTFILE="launch/hostfile.example")
+    words = re.findall(r"\[([^]]*)]", result.stdout.splitlines()[-1])
+    assert words[-3:-1] == ["mvd_scale.distributed.remote_command", "run"], result.stderr
+    assert unpack(words[-1]) == ["mvd_scale", "pretrain", *HOSTILE]
+    assert not (launcher.root / "marker").exists()
+
+
+@pytest.mark.parametrize("script", ["single_node.sh", "multi_node.sh"])
+def test_words_of_ranks_of_this_host_stay_as_they_are(launcher: Machine, script: str) -> None:
+    env = {"HOSTFILE": "launch/hostfile.example", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1"}
+    result = launcher.start(f"launch/{script} pretrain {shlex.join(HOSTILE)}", **env)
+    assert result.stdout.endswith("[mvd_scale][pretrain]" + "".join(f"[{word}]" for word in HOSTILE)), result.stderr
+    assert not (launcher.root / "marker").exists()
+
+
+def test_a_folder_that_other_shells_would_interpret_is_refused(launcher: Machine) -> None:
+    command = "mkdir 'my runs'; cd 'my runs'; ../launch/multi_node.sh pretrain"
+    result = launcher.start(command, HOSTFILE="../launch/hostfile.example", PYTHONPATH=str(launcher.root))
+    assert "the current folder is" in one_error(result)
+    assert (result.returncode, result.stdout) == (2, "")
+
+
+def test_a_hostfile_of_any_name(launcher: Machine) -> None:
+    name = "it's my; hostfile $(touch marker)"
+    shutil.copy(launcher.root / "launch" / "hostfile.example", launcher.root / name)
+    result = launcher.start("launch/multi_node.sh pretrain", HOSTFILE=name)
+    assert f"[--hostfile][{name}]" in result.stdout, result.stderr
+    assert not (launcher.root / "marker").exists()
+
+
+def test_numbers_of_hosts_are_no_expressions(launcher: Machine) -> None:
+    """Bash evaluates subscripts in arithmetic, commands in them too."""
+    env = {"HOSTFILE": "launch/hostfile.example", "MASTER_ADDR": "10.0.0.1", "NODE_RANK": "a[$(touch marker)]"}
+    assert "NODE_RANK is a[$(touch marker)], but" in one_error(launcher.start("launch/multi_node.sh pretrain", **env))
+    env |= {"NODE_RANK": "0", "MASTER_PORT": "a[$(touch marker)]"}
+    assert "MASTER_PORT is" in one_error(launcher.start("launch/multi_node.sh pretrain", **env))
+    assert not (launcher.root / "marker").exists()
+
+
+def test_a_python_whose_path_has_spaces(machine: Machine) -> None:
+    folder = machine.root / "my python"
+    folder.mkdir()
+    machine.python("mine")
+    (machine.bin / "mine").rename(folder / "mine")
+    assert machine.start(MVD_PYTHON=str(folder / "mine")).stdout == "ready\n"
+
+
+def test_a_repository_whose_path_a_shell_would_interpret_is_refused(machine: Machine) -> None:
+    for name in ("a;b", "it's", "$(touch marker)", "a:b", "a\nb"):
+        folder = machine.root / name
+        shutil.copytree(machine.root / "launch", folder / "launch")
+        shutil.copy(machine.root / "pyproject.toml", folder)
+        result = machine.start(f"cd {shlex.quote(name)}; source launch/setup.sh; echo ready")
+        assert "shells would interpret some characters of this path" in result.stderr
+        assert result.stdout == ""
+        assert not (folder / ".venv").exists()
+    assert machine.pip_calls == 0
 
 
 def test_all_checks_run_and_those_that_fail_are_named(machine: Machine) -> None:

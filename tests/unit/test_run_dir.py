@@ -75,6 +75,32 @@ def test_two_processes_do_not_share_a_folder(recipe: Recipe) -> None:
         RunFolder(recipe.run.folder).claim()
 
 
+def test_a_folder_that_was_released_is_free(recipe: Recipe) -> None:
+    first = RunFolder(recipe.run.folder)
+    first.claim()
+    first.check_lease()
+    first.release()
+    second = RunFolder(recipe.run.folder)
+    second.check(recipe)
+    second.claim()
+    with pytest.raises(UserError, match="was taken over by process"):
+        first.check_lease()
+
+
+def test_a_summary_is_not_written_over_that_of_the_process_that_took_over(recipe: Recipe) -> None:
+    folder = begun(recipe)
+    folder.lease_file.unlink()
+    with pytest.raises(UserError, match="is gone"):
+        folder.finish({"steps": 7})
+    assert not folder.summary.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"run\.folder .*file/run cannot be written: Not a directory"):
+        RunFolder(tmp_path / "file" / "run").claim()
+
+
 def test_a_folder_of_something_else_is_refused(recipe: Recipe) -> None:
     recipe.run.folder.mkdir()
     (recipe.run.folder / "thesis.tex").write_text("years of work")

@@ -47,7 +47,7 @@ _UNCHANGED = np.eye(3, dtype=np.float32)
 """Matrix that leaves colours as they are."""
 
 GRACE_SECONDS = 20.0
-"""Seconds that a worker continues after SIGTERM or SIGUSR1; the launcher kills the remaining processes after 30 s."""
+"""Seconds that a worker continues after SIGTERM; the launcher kills the remaining processes after 30 s."""
 
 Arrays = dict[str, NDArray[Any]]
 """Arrays of one sample, by the names of `FIELDS`."""
@@ -141,9 +141,8 @@ class VideoSource(ABC):
         if parent_process() is not None:
             # This process is a worker. DALI's workers wait on shared memory and would outlive a parent that was killed.
             exit_with_parent()
-            # They reach the workers as well as their rank, which needs batches until it has saved a checkpoint.
-            for number in (signal.SIGTERM, signal.SIGUSR1):
-                signal.signal(number, _exit_after_grace_period)
+            # SIGTERM reaches the workers as well as their rank, which needs batches until it has saved a checkpoint.
+            signal.signal(signal.SIGTERM, _exit_after_grace_period)
 
     def __call__(self, sample: Any) -> tuple[NDArray[Any], ...]:
         """Return the arrays of one sample, in the order of `fields`, for a `nvidia.dali.types.SampleInfo`.

@@ -7,9 +7,8 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
 from dataclasses import replace
-from pathlib import Path
 from types import TracebackType
-from typing import Self, TypedDict
+from typing import Self
 
 import torch
 from nvidia.dali.pipeline import Pipeline
@@ -25,6 +24,7 @@ from mvd_scale.data.decoding.pyav import decode_frames
 from mvd_scale.data.decoding.sample_source import NO_SUBSTITUTE, VideoSource
 from mvd_scale.data.loaders.dali_failures import HORIZON, LIMIT, DaliFailures
 from mvd_scale.data.loaders.decoder_choice import choose_decoders
+from mvd_scale.data.loaders.quarantine import Failure, Quarantine
 from mvd_scale.data.loaders.shared_memory import bytes_per_sample, check_shared_memory
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.storage import DecodeError, run_with_timeout
@@ -53,14 +53,6 @@ Outputs = list[TensorListCPU | TensorListGPU]
 """Outputs of one run of a DALI graph, one batch per output."""
 
 
-class Failure(TypedDict):
-    """Record of a video that could not be decoded: row of the manifest, path, and reason."""
-
-    row: int
-    path: str
-    error: str
-
-
 class DaliLoader(ABC):
     """Base class of loaders: a DALI graph that recovers from decode errors, and the count of videos that fail.
 
@@ -70,8 +62,7 @@ class DaliLoader(ABC):
         batch: samples per run of the graph.
         samples: numbers of the samples to load, consecutive.
         rank: rank that the loader serves: device of the batches, and CPUs for workers and threads.
-        quarantine_file: file to append a JSON line (row, path, error, step) to for each video that could not be
-            decoded; None for none.
+        quarantine: record of the videos that could not be decoded; None for none.
     """
 
     def __init__(
@@ -82,7 +73,7 @@ class DaliLoader(ABC):
         batch: int,
         samples: range,
         rank: DataRank,
-        quarantine_file: Path | None,
+        quarantine: Quarantine | None,
     ) -> None:
         self.clips = 0
         self.substituted = 0
@@ -92,7 +83,7 @@ class DaliLoader(ABC):
         self._next = samples.start
         self._end = samples.stop
         self._device = rank.device
-        self._quarantine_file = quarantine_file
+        self._quarantine = quarantine
         self._reported: set[Hashable] = set()
         self._pyav_samples: frozenset[int] = frozenset()
         self._decoders = choose_decoders(manifest, data.decoder, rank)
@@ -142,7 +133,7 @@ class DaliLoader(ABC):
 
     @property
     def step(self) -> int:
-        """Progress of the loader, which `quarantine_file` records with each failure: number of the next sample."""
+        """Progress of the loader, which the quarantine records with each failure: number of the next sample."""
         return self._next
 
     def run(self) -> Outputs:
@@ -282,9 +273,8 @@ class DaliLoader(ABC):
             return
         self._reported.add(video)
         log.warning("video %s cannot be decoded%s: %s", failure["path"], self._failure_suffix, failure["error"])
-        if self._quarantine_file is not None:
-            with self._quarantine_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**failure, "step": self.step}) + "\n")
+        if self._quarantine is not None:
+            self._quarantine.add(failure, self.step)
 
     def _video(self, row: int) -> Hashable:
         """Key of the video of a row: each key is reported once."""
@@ -292,7 +282,7 @@ class DaliLoader(ABC):
 
     @property
     def _advice(self) -> str:
-        listed = f"The videos are listed in {self._quarantine_file}. " if self._quarantine_file is not None else ""
+        listed = f"The videos are listed in {self._quarantine.path}. " if self._quarantine is not None else ""
         return f"{listed}Restore the files, or index the videos again, or raise data.max_broken"
 
 

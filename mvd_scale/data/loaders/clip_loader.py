@@ -11,7 +11,6 @@ Legend: B clips, T frames.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 from nvidia.dali.pipeline import Pipeline
@@ -24,6 +23,7 @@ from mvd_scale.data.decoding.dali_graph import build_pipeline, training_graph_bo
 from mvd_scale.data.decoding.sample_source import ClipSource
 from mvd_scale.data.loaders.base import DaliLoader, as_tensor
 from mvd_scale.data.loaders.dali_failures import FAILURES_FILE, DaliFailures
+from mvd_scale.data.loaders.quarantine import Quarantine
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.sampling.sampler import RankShard, Sampler, steps_per_epoch
 from mvd_scale.distributed.data_rank import DataRank
@@ -62,7 +62,7 @@ class ClipLoader(DaliLoader):
 
     Clip k of optimizer step s is the same for any numbers of ranks, workers and micro batches: the whole state of the
     loader is the step. A clip whose video cannot be decoded is replaced by a deterministic substitute; `substituted`
-    counts these clips, and `quarantine_file` lists each video once. All batch sizes count every copy of a clip
+    counts these clips, and `quarantine` lists each video once. All batch sizes count every copy of a clip
     (`data.copies`).
 
     Args:
@@ -73,8 +73,7 @@ class ClipLoader(DaliLoader):
         plan: batch sizes, and the optimizer steps to load.
         rank: rank that the loader serves: its part of each global batch, device, and CPUs for workers and threads.
         sides: further input sides, in pixels, to resize each crop to (`ClipBatch.at`).
-        quarantine_file: file to append a JSON line (row, path, error, step) to for each video that could not be
-            decoded; None for none.
+        quarantine: record of the videos that could not be decoded; None for none.
 
     Raises:
         ValueError: the batch sizes of `plan` do not divide over ranks, micro batches and copies.
@@ -92,7 +91,7 @@ class ClipLoader(DaliLoader):
         plan: BatchPlan,
         rank: DataRank,
         sides: tuple[int, ...] = (),
-        quarantine_file: Path | None = None,
+        quarantine: Quarantine | None = None,
     ) -> None:
         total, micro = plan.global_batch, plan.micro_batch
         if total % (rank.world_size * micro) or micro % data.copies:
@@ -107,9 +106,7 @@ class ClipLoader(DaliLoader):
         self._shard = RankShard(self._sampler.clips, total // data.copies, rank.rank, rank.world_size)
         each = self._shard.clips_per_step
         samples = range(plan.steps.start * each, plan.steps.stop * each)
-        super().__init__(
-            manifest, data, batch=micro // data.copies, samples=samples, rank=rank, quarantine_file=quarantine_file
-        )
+        super().__init__(manifest, data, batch=micro // data.copies, samples=samples, rank=rank, quarantine=quarantine)
 
     @classmethod
     def for_run(
@@ -120,7 +117,7 @@ class ClipLoader(DaliLoader):
         steps: range,
         *,
         sides: tuple[int, ...] = (),
-        quarantine_file: Path | None = None,
+        quarantine: Quarantine | None = None,
     ) -> ClipLoader:
         """Create the loader of a training run.
 
@@ -130,7 +127,7 @@ class ClipLoader(DaliLoader):
             rank: see `ClipLoader`.
             steps: optimizer steps to load, from the first one that is not completed to the last.
             sides: see `ClipLoader`.
-            quarantine_file: see `ClipLoader`.
+            quarantine: see `ClipLoader`.
 
         Raises:
             UserError: see `ClipLoader`; or the global batch cannot be split over the ranks.
@@ -144,7 +141,7 @@ class ClipLoader(DaliLoader):
             plan=plan,
             rank=rank,
             sides=sides,
-            quarantine_file=quarantine_file,
+            quarantine=quarantine,
         )
 
     @property
@@ -218,6 +215,6 @@ class ClipLoader(DaliLoader):
         return DaliFailures(
             self._decoders.videos,
             self._step_of(self._next),
-            None if self._quarantine_file is None else self._quarantine_file.with_name(FAILURES_FILE),
+            None if self._quarantine is None else self._quarantine.path.with_name(FAILURES_FILE),
             rank.open_exchange() if rank.open_exchange is not None else None,
         )

@@ -19,9 +19,12 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mvd_scale.data.decoding.backends import DaliDevice, VideoKind
-from mvd_scale.distributed.data_rank import Exchange
+
+if TYPE_CHECKING:  # `mvd-scale status` reads the name of the file without waiting for torch
+    from mvd_scale.distributed.data_rank import Exchange
 
 FAILURES_FILE = "dali_failures.jsonl"
 """Name of the file that records the failures of a run, in the folder of the run."""

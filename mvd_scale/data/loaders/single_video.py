@@ -19,7 +19,7 @@ from mvd_scale.config.model import ModelConfig
 from mvd_scale.data.decoding.backends import DecodeBackend
 from mvd_scale.data.decoding.sample_source import DecoderInput
 from mvd_scale.data.indexing.media_probe import probe_video
-from mvd_scale.data.loaders.base import Failure
+from mvd_scale.data.loaders.quarantine import Failure
 from mvd_scale.data.loaders.view_loader import ViewLoader, ViewShape, ViewSource, view_items
 from mvd_scale.data.manifest import Manifest, Row
 from mvd_scale.data.sampling.crops import Box

@@ -10,7 +10,6 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
@@ -28,7 +27,8 @@ from mvd_scale.data.decoding.backends import DecodeBackend
 from mvd_scale.data.decoding.dali_geometry import Resampling, Sample, upright
 from mvd_scale.data.decoding.dali_graph import build_pipeline
 from mvd_scale.data.decoding.sample_source import Arrays, DecoderInput, VideoSource, flip_axes
-from mvd_scale.data.loaders.base import DaliLoader, Failure, Outputs, as_tensor
+from mvd_scale.data.loaders.base import DaliLoader, Outputs, as_tensor
+from mvd_scale.data.loaders.quarantine import Failure, Quarantine
 from mvd_scale.data.manifest import Manifest, Row
 from mvd_scale.data.sampling.eval_views import crop_corners, resized_size, view_frame_indices
 from mvd_scale.data.storage import DecodeError
@@ -167,7 +167,7 @@ class ItemLoader(DaliLoader, Generic[Batch]):
         frames: frames of one item.
         batch: items per batch; the last batch may have fewer.
         rank: rank that the loader serves: device of the batches, and CPUs for workers and threads.
-        quarantine_file: file to append a JSON line to for each video that could not be decoded; None for none.
+        quarantine: record of the videos that could not be decoded; None for none.
     """
 
     _failure_suffix = ""
@@ -181,12 +181,12 @@ class ItemLoader(DaliLoader, Generic[Batch]):
         frames: int,
         batch: int,
         rank: DataRank,
-        quarantine_file: Path | None = None,
+        quarantine: Quarantine | None = None,
     ) -> None:
         self.items = items
         self._frames = frames
         samples = range(math.ceil(len(items) / batch) * batch)
-        super().__init__(manifest, data, batch=batch, samples=samples, rank=rank, quarantine_file=quarantine_file)
+        super().__init__(manifest, data, batch=batch, samples=samples, rank=rank, quarantine=quarantine)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -275,7 +275,7 @@ class ViewLoader(ItemLoader[ViewBatch]):
         shape: frames and side of a view.
         batch: see `ItemLoader`.
         rank: see `ItemLoader`.
-        quarantine_file: see `ItemLoader`.
+        quarantine: see `ItemLoader`.
     """
 
     def __init__(
@@ -288,7 +288,7 @@ class ViewLoader(ItemLoader[ViewBatch]):
         shape: ViewShape,
         batch: int,
         rank: DataRank,
-        quarantine_file: Path | None = None,
+        quarantine: Quarantine | None = None,
     ) -> None:
         self._views = views
         self._shape = shape
@@ -299,7 +299,7 @@ class ViewLoader(ItemLoader[ViewBatch]):
             frames=views.clips * shape.frames,
             batch=batch,
             rank=rank,
-            quarantine_file=quarantine_file,
+            quarantine=quarantine,
         )
 
     def _collect(self, outputs: Outputs, valid: Tensor, items: NDArray[np.int64], decoded: Tensor) -> ViewBatch:

@@ -23,7 +23,7 @@ from mvd_scale.performance.profiling.report import Operator, PartFigures, Profil
 from mvd_scale.performance.profiling.trace import STEP, Span, Trace, covered_seconds, read_trace
 from mvd_scale.performance.report import this_machine
 from mvd_scale.targets.build import load_or_init_teacher
-from mvd_scale.training.metrics import MicroBatchMetrics
+from mvd_scale.training.metrics.meter import MicroBatchMetrics
 from mvd_scale.training.trainer import Trainer
 from mvd_scale.utils.memory import peak_memory_gib
 

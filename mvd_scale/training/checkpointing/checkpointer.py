@@ -30,16 +30,20 @@ from mvd_scale.distributed.process_group import Ranks, run_on_rank0
 from mvd_scale.errors import UserError
 from mvd_scale.run_dir import RunFolder
 from mvd_scale.training.checkpointing.engine_state import Counters, engine_state, read_counters, restore_engine
-from mvd_scale.training.checkpointing.files import find_damage
+from mvd_scale.training.checkpointing.files import find_damage, recorded_bytes
 from mvd_scale.training.checkpointing.folders import PARTIAL, PREFIX, checkpoint_folder, saved_steps
 from mvd_scale.training.checkpointing.host_copy import HostCopy
 from mvd_scale.training.checkpointing.pieces import PiecesLoadPlanner
 from mvd_scale.training.checkpointing.writer import CheckpointWriter
 from mvd_scale.training.ema import ModelEma
+from mvd_scale.utils.events import EventLog
 
 logger = logging.getLogger("mvd_scale")
 
 _VERSION = 1
+
+_PATIENCE = 3.0
+"""Seconds that a checkpoint gets to its end after a fault, which may have ended a rank that the others wait for."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class Checkpointer:
         engine: Any,
         averages: Sequence[ModelEma],
     ) -> None:
+        self.folder = folder
         self.path = folder.checkpoints
         self.recipe = recipe
         self.ranks = ranks
@@ -87,7 +92,8 @@ class Checkpointer:
         self.intervals = [interval for interval in (by_epoch, every.every_steps) if interval]
         self.saved_at = time.monotonic()
         self._host = HostCopy()
-        self._writer = CheckpointWriter(self.path, ranks, every)
+        self._events = EventLog(folder.events)
+        self._writer = CheckpointWriter(self.path, ranks, every, folder.check_lease)
 
     def __enter__(self) -> Self:
         return self
@@ -99,7 +105,8 @@ class Checkpointer:
         if error is None:
             self.wait()
         else:
-            self._writer.finish()
+            # All ranks end by the same invalid input; after any other error one of them may be dead.
+            self._writer.finish(None if isinstance(error, UserError) else _PATIENCE)
 
     def should_save(self, step: int) -> bool:
         """Whether a checkpoint must be saved after this step by the count of steps; the same on all ranks."""
@@ -114,16 +121,36 @@ class Checkpointer:
         """Copy the state after `step` optimizer steps to host memory, and begin to write it. All ranks must call it.
 
         Raises:
-            UserError: the disk has no room for it, or the checkpoint before it could not be written.
+            UserError: the disk has no room for it, the checkpoint before it could not be written, or another process
+                has taken the run folder over.
         """
+        began = time.monotonic()
         self.wait()
         state = engine_state(self.engine)
         for average in self.averages:
             state |= average.share_of_state()
         needed = sum(pieces.whole_bytes for pieces in state.values())
-        run_on_rank0(self.ranks, f"room for step {step}", lambda: self._writer.make_room(step, needed))
-        self._writer.start(step, self._host.copy(state), self._document(step))
+        run_on_rank0(self.ranks, f"room for step {step}", lambda: self._make_room(step, needed))
+        copied, document = self._host.copy(state), self._document(step)
         self.saved_at = time.monotonic()
+        waited = self.saved_at - began
+        self._writer.start(step, copied, document, lambda written: self._record_save(step, waited, written))
+
+    def _make_room(self, step: int, needed: int) -> None:
+        self.folder.check_lease()
+        self._writer.make_room(step, needed)
+
+    def _record_save(self, step: int, waited: float, written: float) -> None:
+        """Write the event of a checkpoint that is on disk; times in seconds: `waited` is what the step waited."""
+        folder = checkpoint_folder(self.path, step)
+        self._events.write(
+            "save",
+            step=step,
+            checkpoint=str(folder),
+            bytes=recorded_bytes(folder),
+            seconds_waited=round(waited, 3),
+            seconds_written=round(written, 3),
+        )
 
     def wait(self) -> None:
         """Wait until the last checkpoint is on disk. All ranks must call it.
@@ -158,12 +185,11 @@ class Checkpointer:
         restore_engine(self.engine, state, Counters(**document["counters"]), step, batch, accumulation)
         for average in self.averages:
             average.publish()
-        changes = "".join(
-            f"; {key} {value}, before {document['layout'][key]}"
-            for key, value in self._layout().items()
-            if document["layout"][key] != value
-        )
+        before, now = document["layout"], self._layout()
+        changes = "".join(f"; {key} {now[key]}, before {before[key]}" for key in now if before[key] != now[key])
         logger.info("resumed from %s%s", folder, changes)
+        if self.ranks.is_main:
+            self._events.write("resume", step=step, checkpoint=str(folder), clips=document["clips"], before=before)
         return step
 
     def clear_partial(self) -> None:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypedDict
 
-from mvd_scale.utils.io import write_atomic
+from mvd_scale.utils.io import is_plain_name, write_atomic
 
 _RECORD = "files.json"
 _THREADS = 8
@@ -42,6 +42,12 @@ def write_record(folder: Path, record: Record) -> None:
     flush_folder(folder)
 
 
+def recorded_bytes(folder: Path) -> int:
+    """Sum of the sizes of a checkpoint's files in bytes, by their record."""
+    record: Record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+    return sum(file["bytes"] for file in record.values())
+
+
 def find_damage(folder: Path) -> str | None:
     """Find a file of a checkpoint that is missing, cut off or altered: name and fault; None if all are whole.
 
@@ -49,13 +55,16 @@ def find_damage(folder: Path) -> str | None:
     """
     try:
         record: Record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        sizes = {name: int(expected["bytes"]) for name, expected in record.items() if expected["sha256"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"its list of files, {_RECORD}, is missing or cut off"
-    for name, expected in record.items():
+    for name, size in sizes.items():
+        if not is_plain_name(name):
+            return f"its list of files names {name!r}, which is no file beside it"
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"
-        found, size = file.stat().st_size, expected["bytes"]
+        found = file.stat().st_size
         if found != size:
             return f"{name} has {found} of {size} bytes"
     with ThreadPoolExecutor(_THREADS) as pool:

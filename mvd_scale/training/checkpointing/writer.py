@@ -10,14 +10,11 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-import torch
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_saver import save
-
-from mvd_scale.checkpoints.tensor_folder import STATE, TensorFolderWriter, reasons
+from mvd_scale.checkpoints.tensor_folder import STATE, complete_description, save_pieces
 from mvd_scale.config.training import CheckpointConfig
+from mvd_scale.distributed.exchange import StoreExchange
 from mvd_scale.distributed.process_group import Ranks
 from mvd_scale.errors import UserError
 from mvd_scale.training.checkpointing.files import Record, describe_files, flush_folder, write_record
@@ -41,14 +38,19 @@ class CheckpointWriter:
         path: folder of the checkpoints.
         ranks: this process among all.
         config: checkpoints to keep.
+        check: function that rank 0 calls before a checkpoint gets its name; its `UserError` leaves it partial.
     """
 
-    def __init__(self, path: Path, ranks: Ranks, config: CheckpointConfig) -> None:
+    def __init__(
+        self, path: Path, ranks: Ranks, config: CheckpointConfig, check: Callable[[], None] = lambda: None
+    ) -> None:
+        self._check = check
         self.path = path
         self.ranks = ranks
         self.config = config
-        # A group of its own: the thread communicates while the training does.
-        self._group: Any = torch.distributed.new_group(backend="gloo", timeout=_TIMEOUT)
+        # A connection of its own, on which the thread waits while the training uses the other. A group of gloo would
+        # have as many connections on each rank as there are ranks.
+        self._exchange = StoreExchange(ranks.store.clone(), ranks.rank, ranks.world_size, _TIMEOUT)
         self._writing: _Writing | None = None
 
     def make_room(self, step: int, needed: int) -> None:
@@ -69,15 +71,18 @@ class CheckpointWriter:
                 "command again; it resumes from the last checkpoint"
             )
 
-    def start(self, step: int, state: State, document: dict[str, Any]) -> None:
+    def start(
+        self, step: int, state: State, document: dict[str, Any], saved: Callable[[float], None] = lambda _: None
+    ) -> None:
         """Begin to write a checkpoint, and return at once.
 
         Args:
             step: number of optimizer steps, which names the checkpoint.
             state: tensors on the CPU that nobody changes.
             document: content of `state.json`.
+            saved: function that rank 0 calls when the checkpoint is on disk, with the seconds that it took.
         """
-        self._writing = _Writing(step, lambda: self._write(step, state, document))
+        self._writing = _Writing(step, lambda: self._write(step, state, document, saved))
 
     def wait(self) -> None:
         """Wait until the last checkpoint is on disk.
@@ -96,58 +101,74 @@ class CheckpointWriter:
                 f"checkpoint {checkpoint_folder(self.path, writing.step)} could not be written: {error}; {last}"
             ) from error
 
-    def finish(self) -> None:
-        """Wait for the last checkpoint at the end of a failed run; an error of writing was logged."""
+    def finish(self, seconds: float | None) -> None:
+        """Wait for the last checkpoint at the end of a failed run; an error of writing was logged.
+
+        Args:
+            seconds: longest wait, after which the checkpoint may remain partial; None to wait for its end.
+        """
         if self._writing is not None:
-            self._writing.join()
+            self._writing.join(seconds)
 
     def _partial(self, step: int) -> Path:
         folder = checkpoint_folder(self.path, step)
         return folder.with_name(folder.name + PARTIAL)
 
-    def _write(self, step: int, state: State, document: dict[str, Any]) -> None:
+    def _write(self, step: int, state: State, document: dict[str, Any], saved: Callable[[float], None]) -> None:
         """Write a checkpoint and give it its name when all of it is on disk. The thread of every rank calls it.
 
         Raises:
             Exception: any rank failed; raised on all ranks.
         """
-        partial, started = self._partial(step), time.monotonic()
-        planner = PiecesSavePlanner(self.ranks.progress)
-        save(state, storage_writer=TensorFolderWriter(partial), planner=planner, process_group=self._group)
-        records = self._on_all_ranks(lambda: describe_files(partial.glob(f"__{self.ranks.rank}_*")))
-        self._on_all_ranks(lambda: self._complete(step, document, records) if self.ranks.is_main else {})
+        started = time.monotonic()
+        own = self._write_own(self._partial(step), state)
+        failure = self._exchange.decide(f"step {step}", own, lambda parts: self._complete(step, document, parts))
+        if failure is not None:
+            raise OSError(failure)
         if self.ranks.is_main:
             seconds = time.monotonic() - started
             logger.info("saved checkpoint %s (%.1f s beside the training)", checkpoint_folder(self.path, step), seconds)
+            saved(seconds)
 
-    def _complete(self, step: int, document: dict[str, Any], records: list[Record]) -> Record:
-        """Write the JSON files, rename the folder and delete superseded checkpoints; return the record of all files."""
-        partial = self._partial(step)
-        write_atomic(partial / STATE, json.dumps(document, indent=1))
-        record = {
-            name: file for part in (*records, describe_files(partial.glob("*.json"))) for name, file in part.items()
-        }
-        write_record(partial, record)
-        partial.rename(checkpoint_folder(self.path, step))
-        flush_folder(self.path)
-        every = self.config.keep_every_steps
-        for old in saved_steps(self.path)[: -self.config.keep]:
-            if not every or old % every:
-                shutil.rmtree(checkpoint_folder(self.path, old))
-        return record
-
-    def _on_all_ranks(self, work: Callable[[], Record]) -> list[Record]:
-        """Run a function on every rank and return all results; an error of any rank is raised on all."""
-        result: Record | str
+    def _write_own(self, partial: Path, state: State) -> _Part:
+        """Write the pieces of this rank; any error is returned, so that the other ranks learn of it."""
         try:
-            result = work()
-        except OSError as error:
-            result = f"rank {self.ranks.rank}: {error}"
-        gathered: list[Any] = [None] * self.ranks.world_size
-        torch.distributed.all_gather_object(gathered, result, group=self._group)
-        if failed := [entry for entry in gathered if isinstance(entry, str)]:
-            raise OSError("; ".join(failed))
-        return gathered
+            save_pieces(state, partial, PiecesSavePlanner(self.ranks.progress), self.ranks.rank)
+            return {"files": describe_files(partial.glob(f"__{self.ranks.rank}_*")), "error": None}
+        except Exception as error:
+            return {"files": {}, "error": f"rank {self.ranks.rank}: {error}"}
+
+    def _complete(self, step: int, document: dict[str, Any], parts: list[_Part]) -> str | None:
+        """Write the JSON files, rename the folder and delete superseded checkpoints. Only rank 0 calls it.
+
+        Returns:
+            the errors of all ranks that failed, or None.
+        """
+        if failed := [part["error"] for part in parts if part["error"] is not None]:
+            return "; ".join(failed)
+        partial = self._partial(step)
+        try:
+            self._check()
+            complete_description(partial, self.ranks.world_size)
+            write_atomic(partial / STATE, json.dumps(document, indent=1))
+            records = [*(part["files"] for part in parts), describe_files(partial.glob("*.json"))]
+            write_record(partial, {name: file for record in records for name, file in record.items()})
+            partial.rename(checkpoint_folder(self.path, step))
+            flush_folder(self.path)
+            every = self.config.keep_every_steps
+            for old in saved_steps(self.path)[: -self.config.keep]:
+                if not every or old % every:
+                    shutil.rmtree(checkpoint_folder(self.path, old))
+        except (OSError, UserError) as error:
+            return f"rank 0: {error}"
+        return None
+
+
+class _Part(TypedDict):
+    """What a rank tells rank 0 about its part of a checkpoint."""
+
+    files: Record
+    error: str | None
 
 
 class _Writing:
@@ -161,16 +182,14 @@ class _Writing:
         self._thread = threading.Thread(target=self._run, name=f"checkpoint {step}", daemon=True)
         self._thread.start()
 
-    def join(self) -> Exception | None:
-        """Wait for the end of the thread, and return the error that ended it."""
-        self._thread.join()
+    def join(self, seconds: float | None = None) -> Exception | None:
+        """Wait for the end of the thread, at most so long, and return the error that ended it."""
+        self._thread.join(seconds)
         return self._error
 
     def _run(self) -> None:
         try:
             self._write()
-        except CheckpointException as error:
-            self._error = OSError(reasons(error))
         except Exception as error:
             self._error = error
         if self._error is not None:

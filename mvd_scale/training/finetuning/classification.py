@@ -75,7 +75,7 @@ class ClassificationTask(FinetuneTask[FinetuneRecipe]):
     def load(self, ranks: Ranks, steps: range) -> ClipLoader:
         """Create the loader of training clips."""
         return ClipLoader.for_run(
-            self.manifest, self.recipe, ranks.data_rank, steps, quarantine_file=self.folder.quarantine
+            self.manifest, self.recipe, ranks.data_rank, steps, quarantine=self.folder.open_quarantine()
         )
 
     def measure(self, ranks: Ranks) -> Callable[[Any], float]:

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from mvd_scale.checkpoints.native import write_tensors
@@ -139,11 +138,13 @@ def run_finetune(task: FinetuneTask[Any]) -> None:
 
 def _agree(digests: dict[str, Any], ranks: Ranks) -> None:
     """Raise a `UserError` on all ranks if the data digests of any rank differ from those of rank 0."""
-    gathered: list[Any] = [None] * ranks.world_size
-    torch.distributed.all_gather_object(gathered, digests)
-    differing = [rank for rank, other in enumerate(gathered) if other != gathered[0]]
-    if differing:
-        raise UserError(f"rank {differing[0]} reads other data than rank 0: all hosts need the same files")
+
+    def compare(everyone: list[Any]) -> None:
+        differing = [rank for rank, other in enumerate(everyone) if other != everyone[0]]
+        if differing:
+            raise UserError(f"rank {differing[0]} reads other data than rank 0: all hosts need the same files")
+
+    ranks.open_exchange().decide("digests of the data", digests, compare)
 
 
 def _average(averaged: nn.Module, engine: Any, task: FinetuneTask[Any], ranks: Ranks) -> ModelEma:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable
@@ -15,8 +14,8 @@ from torch import nn
 from mvd_scale.distributed.process_group import Ranks, run_on_rank0
 from mvd_scale.run_dir import RunFolder
 from mvd_scale.training.callbacks import Callback
-from mvd_scale.training.metrics import MetricWriter
-from mvd_scale.utils.io import read_metrics
+from mvd_scale.training.metrics.writer import MetricWriter
+from mvd_scale.utils.io import append_json_line, read_metrics
 
 logger = logging.getLogger("mvd_scale")
 
@@ -64,8 +63,7 @@ class ValidationCallback(Callback):
         if judged > best:
             self._keep(engine)
         if self.ranks.is_main:
-            with self.folder.validation.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values, "judged": judged}) + "\n")
+            append_json_line(self.folder.validation, {"step": step, **values, "judged": judged})
             for name, value in values.items():
                 writer.show(step, f"validation/{name}", value)
             text = "  ".join(f"{name} {100 * value:.1f} %" for name, value in values.items())

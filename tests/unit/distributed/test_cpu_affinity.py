@@ -7,7 +7,8 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from itertools import accumulate
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from mvd_scale.distributed.cpu_affinity import (
     partition_cpus,
     set_affinity,
 )
+from mvd_scale.distributed.exchange import StoreExchange
 
 
 def machine(sizes: list[int], threads: int = 1) -> list[list[CPUs]]:
@@ -212,34 +214,32 @@ def test_threads_and_children_stay_at_home_but_for_work_that_the_others_wait_for
 
 
 @pytest.fixture
-def joined() -> Iterator[None]:
-    """As the only rank."""
-    before = torch.get_num_threads()
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
+def alone() -> Iterator[Callable[[], StoreExchange]]:
+    """Opens an exchange as the only rank of a job."""
+    before, store = torch.get_num_threads(), torch.distributed.HashStore()
+    yield lambda: StoreExchange(store, 0, 1, timedelta(seconds=10), place="here")
     torch.set_num_threads(before)
 
 
-@pytest.mark.usefixtures("joined")
 def test_the_first_rank_tells_who_computes_where(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    alone: Callable[[], StoreExchange], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = frozenset(os.sched_getaffinity(0))
     with caplog.at_level(logging.INFO, "mvd_scale"):
-        bind_to_cpus(0, threads=7)
+        bind_to_cpus(alone(), threads=7)
     assert caplog.messages == [f"CPUs by rank: 0: {format_cpus(given)} (7 threads)"]
     assert torch.get_num_threads() == 7
     monkeypatch.setattr("mvd_scale.distributed.cpu_affinity.cpu_quota", lambda: None)
-    bind_to_cpus(0, threads=None)
+    bind_to_cpus(alone(), threads=None)
     assert torch.get_num_threads() == sum(map(len, cores_by_node(given)))
 
 
-@pytest.mark.usefixtures("joined")
-def test_a_rank_that_is_not_bound_counts_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_is_not_bound_counts_its_share(
+    alone: Callable[[], StoreExchange], monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = frozenset(os.sched_getaffinity(0))
     monkeypatch.setattr("mvd_scale.distributed.cpu_affinity.cpu_quota", lambda: None)
-    assert count_cpus(0) == len(given)
+    assert count_cpus(alone()) == len(given)
     monkeypatch.setattr("mvd_scale.distributed.cpu_affinity.cpu_quota", lambda: 1.0)
-    assert count_cpus(0) == 1
+    assert count_cpus(alone()) == 1
     assert frozenset(os.sched_getaffinity(0)) == given

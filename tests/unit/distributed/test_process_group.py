@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from mvd_scale.distributed import process_group as ranks
-from mvd_scale.distributed.cpu_affinity import machine_id
 from mvd_scale.distributed.process_group import init_distributed
 from mvd_scale.errors import UserError
+from mvd_scale.utils.machine import machine_id
 
 PLACE = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 

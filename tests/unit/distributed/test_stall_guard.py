@@ -13,11 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mvd_scale.distributed import stall_guard
+from mvd_scale.distributed.health import stall_guard
 
 _GUARDED = """
 import faulthandler, signal, sys, time
-from mvd_scale.distributed.stall_guard import StallGuard
+from mvd_scale.distributed.health.stall_guard import StallGuard
 
 faulthandler.register(signal.SIGUSR2, open(sys.argv[1], "w"))
 with StallGuard(0.5) as guard:

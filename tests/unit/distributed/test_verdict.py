@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mvd_scale.distributed.progress import Position, Progress
-from mvd_scale.distributed.verdict import Heartbeats, Member, Verdict, name_phases, name_ranks
+from mvd_scale.distributed.health.progress import Position, Progress
+from mvd_scale.distributed.health.verdict import Heartbeats, Member, Verdict, name_phases, name_ranks
 
 MEMBERS = {rank: Member(rank, f"node-{rank // 2}", 100 + rank) for rank in range(12)}
 

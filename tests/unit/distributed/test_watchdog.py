@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
-from mvd_scale.distributed import watchdog as module
+from mvd_scale.distributed.health import watchdog as module
+from mvd_scale.distributed.health.watchdog import Watchdog
 from mvd_scale.distributed.process_group import Ranks
-from mvd_scale.distributed.watchdog import Watchdog
 from mvd_scale.errors import UserError
 from mvd_scale.utils.events import EventLog, read_events
 

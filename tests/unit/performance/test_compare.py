@@ -12,9 +12,12 @@ from click.testing import CliRunner, Result
 
 from mvd_scale.cli import cli
 from mvd_scale.errors import UserError
+from mvd_scale.performance.benchmarks.checkpointing import CheckpointReport
 from mvd_scale.performance.benchmarks.data_loading import DataReport, LoaderSpeed
+from mvd_scale.performance.benchmarks.endurance import FIGURES, EnduranceReport
 from mvd_scale.performance.benchmarks.evaluation import EvalReport, EvalSpeed
 from mvd_scale.performance.benchmarks.methods import MethodsReport
+from mvd_scale.performance.benchmarks.rank_growth import Cost, RanksReport
 from mvd_scale.performance.benchmarks.scaling import GrowthReport, Point
 from mvd_scale.performance.benchmarks.step import StepReport
 from mvd_scale.performance.benchmarks.teacher_loading import LoadReport
@@ -115,6 +118,35 @@ GROWTH = GrowthReport(
     base={"tokens": 196, "frames": 16, "batch": 1, "depth": 12},
     points={"batch": [Point(1, 2.0, 1.0), Point(2, 4.0, 1.5)]},
 )
+RANKS = RanksReport(
+    machine=MACHINE,
+    target=4096,
+    microseconds_per_request=12.0,
+    costs=[Cost("save", "requests", {16: 102.0, 64: 390.0}), Cost("drawing", "s", {16: 0.1, 64: 0.1})],
+)
+CHECKPOINT = CheckpointReport(
+    machine=MACHINE,
+    size="S",
+    deepspeed="zero2",
+    precision="fp32",
+    ranks=2,
+    parameters=10,
+    gib=0.3,
+    waiting=[0.1, 0.2],
+    durable=[1.0, 2.0],
+    resuming=1.5,
+)
+ENDURANCE = EnduranceReport(
+    machine=MACHINE,
+    recipe="quickstart/video_teacher",
+    overrides=[],
+    ranks=2,
+    saves=2,
+    steps=[1, 2, 3, 4],
+    samples={name: [5.0, 6.0, 6.0, 7.0] for name in FIGURES},
+    step_seconds=0.1,
+    watching={"phases": 1e-5},
+)
 REPORTS: dict[str, Report] = {
     "step": STEP,
     "methods": MethodsReport(machine=MACHINE, steps={"co-teaching": STEP}),
@@ -122,6 +154,9 @@ REPORTS: dict[str, Report] = {
     "eval": EVAL,
     "load": LOAD,
     "growth": GROWTH,
+    "ranks": RANKS,
+    "checkpoint": CHECKPOINT,
+    "endurance": ENDURANCE,
     "teachers": TEACHERS,
     "profile": PROFILE,
 }
@@ -236,3 +271,22 @@ def test_what_is_no_report_is_refused(tmp_path, text, said):
     with pytest.raises(UserError) as error:
         compare_reports(tmp_path / "report.json", tmp_path / "report.json", 0.05)
     assert said in str(error.value)
+
+
+def test_costs_are_extrapolated_by_their_powers():
+    linear, constant = RANKS.costs
+    assert linear.power == pytest.approx(0.967, abs=1e-3)
+    assert linear.at(4096) == pytest.approx(390 * 64**linear.power)
+    assert linear.is_linear
+    assert constant.at(4096) == pytest.approx(0.1)
+    assert not Cost("barrier", "keys", {16: 256.0, 64: 4096.0}).is_linear
+    assert "0.97      21,800" in RANKS.to_text()
+
+
+def test_growth_in_a_long_run_is_that_of_its_second_half():
+    grown = replace(ENDURANCE, steps=[100, 200, 300, 400], samples={"memory": [1.0, 5.0, 10.0, 11.0]})
+    assert grown.growth("memory") == pytest.approx(10.0)
+
+
+def test_the_share_of_the_watching_is_told():
+    assert "watching takes 0.010% of a step of 100 ms" in ENDURANCE.to_text()

@@ -17,7 +17,7 @@ from mvd_scale.performance.bringup.session import Check, LeftOut, Session
 from mvd_scale.utils.env_report import Capability, collect_capabilities, torch_compile
 from mvd_scale.utils.nvdec import query_nvdec
 
-_SHARED_MEMORY = 2**28
+LEAST_SHARED = 2**28
 """Least bytes of /dev/shm: DALI's workers hand their samples over in it, and a container has 64 MB if not told."""
 
 _HOST_COPY = 2**28
@@ -81,8 +81,8 @@ def shared_memory(check: Check) -> None:
     check.figure("total, GiB", used.total / 2**30)
     check.figure("free, GiB", used.free / 2**30)
     check.expect(
-        used.free >= _SHARED_MEMORY,
-        f"/dev/shm has {used.free / 2**20:.0f} MiB free, and DALI's workers need {_SHARED_MEMORY / 2**20:.0f} or more: "
+        used.free >= LEAST_SHARED,
+        f"/dev/shm has {used.free / 2**20:.0f} MiB free, and DALI's workers need {LEAST_SHARED / 2**20:.0f} or more: "
         "start the container with --shm-size 8g, or set data.workers to 0",
     )
 

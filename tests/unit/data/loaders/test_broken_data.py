@@ -19,6 +19,7 @@ from mvd_scale.config.data import CenterCrop, DataConfig
 from mvd_scale.config.model import ModelConfig
 from mvd_scale.data.indexing.build import build_manifest
 from mvd_scale.data.loaders.clip_loader import BatchPlan, ClipLoader
+from mvd_scale.data.loaders.quarantine import Quarantine
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.sampling.sampler import Sampler
 from mvd_scale.distributed.data_rank import DataRank
@@ -155,7 +156,7 @@ def test_a_video_that_breaks_after_indexing_is_replaced_and_named(tmp_path, how,
     BROKEN[how](broken)
     quarantine_file = tmp_path / "quarantine.jsonl"
     data = DATA.model_copy(update={"clips_per_video": 4, "read_timeout": 0.5 if how == "a read that hangs" else 20})
-    with load(manifest, 12, data, quarantine_file=quarantine_file) as loader:
+    with load(manifest, 12, data, quarantine=Quarantine(quarantine_file)) as loader:
         batch = next(loader)
         assert loader.substituted >= 1
     assert set(batch.video_ids.tolist()) == {0, 2}

@@ -30,6 +30,7 @@ from mvd_scale.data.decoding.sample_source import DecodeBackend
 from mvd_scale.data.indexing.build import build_manifest
 from mvd_scale.data.loaders.base import MAX_READERS, thread_count, worker_count
 from mvd_scale.data.loaders.clip_loader import BatchPlan, ClipLoader
+from mvd_scale.data.loaders.quarantine import Quarantine
 from mvd_scale.data.manifest import Manifest, Row
 from mvd_scale.data.sampling.sampler import Sampler
 from mvd_scale.distributed.cpu_affinity import count_own_cpus
@@ -264,7 +265,7 @@ def test_videos_that_break_after_indexing_are_replaced_the_same_way_everywhere(
     data = DATA.model_copy(update={"workers": workers})
     with (
         caplog.at_level(logging.WARNING, logger="mvd_scale"),
-        load(manifest, data, quarantine_file=quarantine_file) as loader,
+        load(manifest, data, quarantine=Quarantine(quarantine_file)) as loader,
     ):
         got = list(loader)
         replaced = loader.substituted
@@ -320,7 +321,7 @@ def test_too_many_broken_videos_end_the_run(tmp_path, videos):
     (tmp_path / "3.mp4").unlink()
     data = DATA.model_copy(update={"max_broken": 0.01})
     quarantine_file = tmp_path / "q.jsonl"
-    with load(manifest, data, total_steps=200, quarantine_file=quarantine_file) as loader:
+    with load(manifest, data, total_steps=200, quarantine=Quarantine(quarantine_file)) as loader:
         with pytest.raises(UserError, match=r"data.max_broken 0.01 .*q.jsonl"):
             list(loader)
         assert 100 <= loader.clips < 110

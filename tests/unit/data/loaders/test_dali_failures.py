@@ -21,6 +21,7 @@ from mvd_scale.data.decoding.backends import DaliDevice, VideoKind
 from mvd_scale.data.indexing.build import build_manifest
 from mvd_scale.data.loaders.clip_loader import BatchPlan, ClipLoader
 from mvd_scale.data.loaders.dali_failures import FAILURES_FILE, HORIZON, LIMIT, WINDOW, DaliFailures
+from mvd_scale.data.loaders.quarantine import Quarantine
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.distributed.data_rank import DataRank
 from mvd_scale.distributed.exchange import StoreExchange
@@ -79,7 +80,7 @@ def load(manifest: Manifest, folder: Path, rank: DataRank | None = None, start: 
     plan = BatchPlan(CLIPS, options.pop("micro", CLIPS // rank.world_size), range(start, options.pop("end", STEPS)))
     folder.mkdir(exist_ok=True)
     return ClipLoader(
-        manifest, DATA, MODEL, 1, plan=plan, rank=rank, quarantine_file=folder / "quarantine.jsonl", **options
+        manifest, DATA, MODEL, 1, plan=plan, rank=rank, quarantine=Quarantine(folder / "quarantine.jsonl"), **options
     )
 
 

@@ -12,6 +12,7 @@ from torch.nn.functional import interpolate
 from mvd_scale.config.data import DataConfig, ViewsConfig
 from mvd_scale.data.batch import ViewBatch
 from mvd_scale.data.indexing.build import build_manifest
+from mvd_scale.data.loaders.quarantine import Quarantine
 from mvd_scale.data.loaders.view_loader import ViewLoader, ViewShape, view_items
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.sampling.eval_views import crop_corners, resized_size, sliding_views, view_frame_indices
@@ -102,7 +103,7 @@ def test_a_video_that_cannot_be_decoded_is_marked_and_named_never_dropped(tmp_pa
     whole = (tmp_path / "4.webm").read_bytes()
     (tmp_path / "4.webm").write_bytes(whole[:400] + bytes(len(whole) - 400))
     quarantine_file = tmp_path / "quarantine.jsonl"
-    batches = collect(manifest, quarantine_file=quarantine_file)
+    batches = collect(manifest, quarantine=Quarantine(quarantine_file))
     assert torch.cat([batch.video_ids for batch in batches]).tolist() == list(range(10))
     decoded = torch.cat([batch.decoded for batch in batches])
     assert decoded.tolist() == [row not in (3, 4) for row in range(10)]

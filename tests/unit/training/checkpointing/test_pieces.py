@@ -14,10 +14,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict_saver import save
 
-from mvd_scale.checkpoints.tensor_folder import TensorFolderWriter, load_pieces, read_description, read_tensors
-from mvd_scale.distributed.progress import Progress
+from mvd_scale.checkpoints.tensor_folder import (
+    complete_description,
+    load_pieces,
+    read_description,
+    read_tensors,
+    save_pieces,
+)
+from mvd_scale.distributed.health.progress import Progress
 from mvd_scale.errors import UserError
 from mvd_scale.training.checkpointing.pieces import Pieces, PiecesLoadPlanner, PiecesSavePlanner, boxes
 
@@ -54,7 +59,8 @@ def written(folder: Path, tensors: dict[str, Tensor], cut: int) -> None:
             for part, start in ((tensor.flatten()[:cut], 0), (tensor.flatten()[cut:], cut))
         )
         state[name] = Pieces(tuple(tensor.shape), tensor.dtype, {**first, **second})
-    save(state, storage_writer=TensorFolderWriter(folder), planner=PiecesSavePlanner(Progress()), no_dist=True)
+    save_pieces(state, folder, PiecesSavePlanner(Progress()), rank=0)
+    complete_description(folder, ranks=1)
 
 
 TENSORS = {"a": torch.randn(5, 3, 4), "b": torch.randn(70), "c": torch.randn(7, 11)}
@@ -109,7 +115,7 @@ def test_a_description_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
     (folder / "__0_0.distcp").rename(tmp_path / "__0_0.distcp")
     described = json.loads((folder / "tensors.json").read_text().replace("__0_0.distcp", "../__0_0.distcp"))
     (folder / "tensors.json").write_text(json.dumps(described))
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match="which is no file beside it"):
         read_tensors(folder)
 
 

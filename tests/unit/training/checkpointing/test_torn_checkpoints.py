@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from mvd_scale.checkpoints.reading import read_raw_checkpoint
-from mvd_scale.checkpoints.tensor_folder import TensorFolderWriter
-from mvd_scale.distributed.progress import Progress
+from mvd_scale.checkpoints.tensor_folder import complete_description, save_pieces
+from mvd_scale.distributed.health.progress import Progress
 from mvd_scale.errors import UserError
 from mvd_scale.training.checkpointing.checkpointer import Checkpointer
 from mvd_scale.training.checkpointing.files import describe_files, find_damage, write_record
@@ -30,7 +29,8 @@ TENSORS = "__0_0.distcp"
 def checkpoint(run: Path, step: int) -> Path:
     folder = run / "checkpoints" / f"step_{step:08d}"
     state = {"model.w": Pieces.of_range(torch.full((100,), float(step)), 0, (100,))}
-    save(state, storage_writer=TensorFolderWriter(folder), planner=PiecesSavePlanner(Progress()), no_dist=True)
+    save_pieces(state, folder, PiecesSavePlanner(Progress()), rank=0)
+    complete_description(folder, ranks=1)
     (folder / "state.json").write_text(json.dumps({"step": step, "weights": {}}))
     write_record(folder, describe_files(folder.iterdir()))
     return folder

@@ -14,8 +14,9 @@ from torch.distributed import HashStore
 
 from mvd_scale.checkpoints.tensor_folder import read_tensors
 from mvd_scale.config.training import CheckpointConfig
-from mvd_scale.distributed.process_group import Ranks
+from mvd_scale.distributed.process_group import Ranks, run_on_rank0
 from mvd_scale.errors import UserError
+from mvd_scale.performance.benchmarks.simulated_ranks import SimulatedJob
 from mvd_scale.training.checkpointing import writer as module
 from mvd_scale.training.checkpointing.files import find_damage
 from mvd_scale.training.checkpointing.folders import saved_steps
@@ -56,14 +57,14 @@ def test_a_checkpoint_appears_whole(tmp_path: Path) -> None:
 
 def test_the_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go, begun = threading.Event(), threading.Event()
-    save = module.save
+    save = module.save_pieces
 
     def slow(*arguments: Any, **options: Any) -> Any:
         begun.set()
         assert go.wait(60)
         return save(*arguments, **options)
 
-    monkeypatch.setattr(module, "save", slow)
+    monkeypatch.setattr(module, "save_pieces", slow)
     writer, weights = make(tmp_path), torch.ones(1000)
     writer.make_room(5, 4000)
     copied = HostCopy().copy({"model.w": Pieces.of_range(weights, 0, (1000,))})
@@ -100,7 +101,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(tmp_path: Path, monkeypa
     assert [folder.name for folder in tmp_path.iterdir()] == ["step_00000010"]
 
 
-@pytest.mark.parametrize("broken", ["save", "describe_files", "write_record"])
+@pytest.mark.parametrize("broken", ["save_pieces", "describe_files", "complete_description", "write_record"])
 def test_an_error_of_writing_keeps_the_checkpoint_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
@@ -124,3 +125,89 @@ def test_an_error_of_writing_keeps_the_checkpoint_before(
     write(writer, 30)
     writer.wait()
     assert saved_steps(tmp_path) == [10, 30]
+
+
+def test_a_checkpoint_on_disk_is_told_with_its_seconds(tmp_path: Path) -> None:
+    writer, told = make(tmp_path), []
+
+    def saved(seconds: float) -> None:
+        told.append((seconds, saved_steps(tmp_path)))
+
+    writer.make_room(7, 4000)
+    writer.start(7, state(1.0), {"step": 7, "weights": {}}, saved)
+    writer.wait()
+    ((seconds, steps),) = told
+    assert seconds > 0
+    assert steps == [7]
+
+
+def test_a_folder_that_was_taken_over_meanwhile_gets_no_checkpoint(tmp_path: Path) -> None:
+    def lost() -> None:
+        raise UserError("taken over by process 7 of host b")
+
+    writer = CheckpointWriter(tmp_path, Ranks(0, 0, 1, torch.device("cpu")), CheckpointConfig(), lost)
+    write(writer, 7)
+    with pytest.raises(UserError, match="taken over by process 7 of host b"):
+        writer.wait()
+    assert saved_steps(tmp_path) == []
+
+
+def share(ranks: Ranks) -> State:
+    """Half of a tensor for each of two ranks."""
+    return {"model.w": Pieces.of_range(torch.full((10,), float(ranks.rank)), 10 * ranks.rank, (20,))}
+
+
+def test_the_pieces_of_all_ranks_become_one_description(tmp_path: Path) -> None:
+    def save(ranks: Ranks) -> None:
+        writer = CheckpointWriter(tmp_path, ranks, CheckpointConfig())
+        run_on_rank0(ranks, "room", lambda: writer.make_room(3, 80))
+        writer.start(3, share(ranks), {"step": 3, "weights": {}})
+        writer.wait()
+
+    SimulatedJob(2).run(save)
+    folder = tmp_path / "step_00000003"
+    names = ["__0_0.distcp", "__1_0.distcp", "files.json", "state.json", "tensors.json"]
+    assert sorted(file.name for file in folder.iterdir()) == names
+    assert find_damage(folder) is None
+    assert read_tensors(folder)["model.w"].tolist() == [0.0] * 10 + [1.0] * 10
+
+
+def test_an_error_of_one_rank_is_known_to_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    described = module.describe_files
+
+    def fail(files: Iterator[Path]) -> Any:
+        found = list(files)
+        if any(file.name.startswith("__1_") for file in found):
+            raise OSError(5, "Input/output error")
+        return described(found)
+
+    monkeypatch.setattr(module, "describe_files", fail)
+
+    def save(ranks: Ranks) -> str:
+        writer = CheckpointWriter(tmp_path, ranks, CheckpointConfig())
+        run_on_rank0(ranks, "room", lambda: writer.make_room(3, 80))
+        writer.start(3, share(ranks), {"step": 3, "weights": {}})
+        with pytest.raises(UserError) as caught:
+            writer.wait()
+        return str(caught.value)
+
+    for message in SimulatedJob(2).run(save):
+        assert "could not be written: rank 1: [Errno 5] Input/output error; there is no other" in message
+    assert not saved_steps(tmp_path)
+
+
+def test_a_tensor_whose_pieces_are_not_all_of_it_is_no_checkpoint(tmp_path: Path) -> None:
+    writer = make(tmp_path)
+    writer.make_room(3, 80)
+    writer.start(3, {"model.w": Pieces.of_range(torch.zeros(10), 0, (20,))}, {"step": 3, "weights": {}})
+    with pytest.raises(UserError, match=r"hold 10 of the 20 elements of model\.w"):
+        writer.wait()
+
+
+def test_a_failed_run_does_not_wait_for_a_rank_that_is_gone(tmp_path: Path) -> None:
+    alone, *_ = SimulatedJob(2).ranks
+    writer = CheckpointWriter(tmp_path, alone, CheckpointConfig())
+    writer.make_room(3, 80)
+    writer.start(3, share(alone), {"step": 3, "weights": {}})
+    writer.finish(0.2)
+    assert not saved_steps(tmp_path)

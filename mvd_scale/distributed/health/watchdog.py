@@ -34,12 +34,12 @@ import psutil
 import torch
 from torch.distributed.distributed_c10d import Store
 
-from mvd_scale.config.launcher import local_world_size
-from mvd_scale.distributed.launcher_processes import LauncherProcesses
+from mvd_scale.distributed.exchange import StoreExchange
+from mvd_scale.distributed.health.launcher_processes import LauncherProcesses
+from mvd_scale.distributed.health.stack_file import StackFile
+from mvd_scale.distributed.health.stall_guard import StallGuard
+from mvd_scale.distributed.health.verdict import Heartbeats, Member, Verdict, name_phases, name_ranks
 from mvd_scale.distributed.process_group import Ranks, count_collectives
-from mvd_scale.distributed.stack_file import StackFile
-from mvd_scale.distributed.stall_guard import StallGuard
-from mvd_scale.distributed.verdict import Heartbeats, Member, Verdict, name_phases, name_ranks
 from mvd_scale.errors import FAULT_CODE, UserError
 from mvd_scale.utils.events import EventLog
 
@@ -77,6 +77,7 @@ class Watchdog:
         self._given = store
         self._events = events
         self._beats = Heartbeats()
+        self._members: dict[int, Member] = {}
         self._answered = time.monotonic()
         self._lost: str | None = None
         self._alarmed: float | None = None
@@ -94,12 +95,10 @@ class Watchdog:
         self._launcher = LauncherProcesses()
         self._launcher_ended = False
         me = Member(ranks.rank, socket.gethostname(), os.getpid())
-        self._members = {me.rank: me}
+        self._members[me.rank] = me
         self._threads = [threading.Thread(target=self._judge_until_end, name="watchdog", daemon=True)]
         if ranks.world_size > 1:
-            # A connection of its own: a request of the main thread may wait for hours.
-            self._store = (self._given or torch.distributed.distributed_c10d._get_default_store()).clone()
-            self._meet(me)
+            self.connect(me)
             self._threads.append(threading.Thread(target=self._exchange_until_end, name="heartbeat", daemon=True))
             if self.limit < float("inf"):
                 # Later than the other ranks notice, so that they tell the reason.
@@ -131,17 +130,20 @@ class Watchdog:
             self._explain(error)
             raise
 
-    def _meet(self, me: Member) -> None:
+    def connect(self, me: Member) -> None:
         """Publish this process, and read those whose end this rank may have to tell: all of its host, and rank 0."""
-        ranks, store = self.ranks, self._store
+        # A connection of its own: a request of the main thread may wait for hours.
+        ranks, store = self.ranks, (self._given or self.ranks.store).clone()
+        self._store = store
         store.set(f"{_PREFIX}who {me.rank}", f"{me.pid} {me.host}")
         self._publish()
         if ranks.is_main:
             for key in (_VERDICT, _ALARM, _FAILED):
                 store.set(key, _NONE)
-        first = ranks.rank - ranks.local_rank
-        near = range(first, min(first + local_world_size(ranks.world_size), ranks.world_size))
-        known = range(ranks.world_size) if ranks.is_main else {0, *near}
+        exchange = StoreExchange(store, ranks.rank, ranks.world_size, ranks.timeout, place=ranks.host)
+        for rank, (pid, host) in exchange.gather("processes", [me.pid, me.host]).items():
+            self._members[rank] = Member(rank, host, pid)
+        known = range(ranks.world_size) if ranks.is_main else (0,)
         for rank, text in zip(known, self._read([f"{_PREFIX}who {rank}" for rank in known]), strict=True):
             pid, host = text.split(" ", 1)
             self._members[rank] = Member(rank, host, int(pid))
@@ -155,21 +157,26 @@ class Watchdog:
 
     def _exchange_until_end(self) -> None:
         """Exchange heartbeats until the end of the run, or until the store is lost."""
-        watched = range(self.ranks.world_size) if self.ranks.is_main else (0,)
-        keys = [_VERDICT, _ALARM, _FAILED, *(f"{_PREFIX}beat {rank}" for rank in watched)]
         try:
             while not self._stop.wait(self.interval):
-                self._publish()
-                verdict, alarm, failed, *beats = self._read(keys)
-                now = time.monotonic()
-                with self._lock:
-                    self._answered = now
-                    for rank, beat in zip(watched, beats, strict=True):
-                        self._beats.record(rank, beat, now)
-                    self._take(verdict, alarm, failed, now)
+                self.exchange()
         except RuntimeError as error:
             # torch's errors of the store are RuntimeErrors; the other thread decides what it means.
             self._lost = str(error).splitlines()[0]
+
+    def exchange(self) -> None:
+        """Publish the heartbeat of this rank and read that of rank 0; rank 0 reads all."""
+        self._publish()
+        watched = range(self.ranks.world_size) if self.ranks.is_main else (0,)
+        verdict, alarm, failed, *beats = self._read(
+            [_VERDICT, _ALARM, _FAILED, *(f"{_PREFIX}beat {r}" for r in watched)]
+        )
+        now = time.monotonic()
+        with self._lock:
+            self._answered = now
+            for rank, beat in zip(watched, beats, strict=True):
+                self._beats.record(rank, beat, now)
+            self._take(verdict, alarm, failed, now)
 
     def _take(self, verdict: str, alarm: str, failed: str, now: float) -> None:
         """Take what ranks have reported: rank 0 makes it a verdict, the others follow that."""

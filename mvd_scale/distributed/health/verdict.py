@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Self
 
-from mvd_scale.distributed.progress import Position
+from mvd_scale.distributed.health.progress import Position
 
 _NAMED = 4
 """Number of ranks that a message names one by one."""

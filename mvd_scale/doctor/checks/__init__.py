@@ -1,0 +1,1 @@
+"""Checks by group: those of a host alone, and those that hosts make together."""

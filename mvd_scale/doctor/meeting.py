@@ -1,0 +1,254 @@
+"""Meeting of the hosts of a job over the store of the launcher's rendezvous: it goes on without those that do not come.
+
+The process group of a run waits for all ranks. The meeting waits for a set time, and knows who is there. All messages
+are JSON; rank 0 leads.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
+from mvd_scale.config.launcher import LaunchedRank
+from mvd_scale.distributed.process_group import choose_device
+from mvd_scale.utils.machine import machine_id
+
+_MARGIN = 10.0
+"""Seconds that a rank waits for the leader beyond the leader's own wait for the slowest."""
+
+
+_POLL = 0.02
+
+
+class NoAnswer(Exception):
+    """A rank, or the store, that does not answer in time."""
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A rank at the meeting."""
+
+    rank: int
+    local_rank: int
+
+    host: str
+    """Identifier of its host: the launcher's number, or else name and boot id."""
+
+    name: str
+    """Name that its host calls itself."""
+
+    device: str
+    """`cuda` or `cpu`."""
+
+    label: str = ""
+    """Name of the host in findings, unique in the job."""
+
+
+class Meeting:
+    """Meeting of the ranks of a job, as one of them sees it.
+
+    Args:
+        store: store that all ranks reach.
+        seat: this rank.
+    """
+
+    def __init__(self, store: Store, seat: Seat) -> None:
+        self._store = store
+        self.seat = seat
+        self.seats: list[Seat] = []
+        """All ranks that came, in their order; empty until `assemble`."""
+        self._present: list[int] = []
+        """Ranks of the hosts that were ready for all phases so far; of meaning on rank 0."""
+        self.put(f"rank/{seat.rank}", asdict(seat))
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0."""
+        return self.seat.rank == 0
+
+    @property
+    def hosts(self) -> list[Seat]:
+        """First rank of every host that came, in the order of ranks."""
+        return [seat for seat in self.seats if seat.local_rank == 0]
+
+    @property
+    def device(self) -> str:
+        """Device of collective operations: `cuda` if all ranks have a GPU, else `cpu`."""
+        return "cuda" if all(seat.device == "cuda" for seat in self.seats) else "cpu"
+
+    def put(self, key: str, value: Any) -> None:
+        """Publish a value under a name.
+
+        Raises:
+            NoAnswer: the store does not answer.
+        """
+        try:
+            self._store.set(key, json.dumps(value))
+        except DistError as error:
+            raise NoAnswer(f"the store of rank 0 is gone: {error}") from error
+
+    def get(self, key: str, seconds: float) -> Any:
+        """Wait for a value, and return it.
+
+        Raises:
+            NoAnswer: it does not come in time, or the store does not answer.
+        """
+        seconds = max(seconds, 0.001)
+        try:
+            self._store.wait([key], timedelta(seconds=seconds))
+            return json.loads(self._store.get(key))
+        except DistError as error:
+            raise NoAnswer(f"no answer within {seconds:.0f} s ({key})") from error
+
+    def has(self, key: str) -> bool:
+        """Whether a value was published.
+
+        Raises:
+            NoAnswer: the store does not answer.
+        """
+        try:
+            return bool(self._store.check([key]))
+        except DistError as error:
+            raise NoAnswer(f"the store of rank 0 is gone: {error}") from error
+
+    def branch(self, name: str) -> Store:
+        """Return the same store with names of its own, for a process group."""
+        return PrefixStore(name, self._store)
+
+    def assemble(self, world_size: int, until: float, names: Sequence[str] = ()) -> None:
+        """Wait for the ranks of the job, and learn who came.
+
+        Args:
+            world_size: number of ranks that are expected.
+            until: time of `time.monotonic` until which rank 0 waits for the others.
+            names: names of the hosts in the order of the launcher; otherwise what hosts call themselves.
+
+        Raises:
+            NoAnswer: rank 0 does not answer, or it did not wait for this rank.
+        """
+        if self.leads:
+            came = [Seat(**value) for _, value in self._collect((f"rank/{n}" for n in range(world_size)), until)]
+            self.put("roster", [asdict(seat) for seat in _labelled(came, names)])
+        seats = [Seat(**value) for value in self.get("roster", until - time.monotonic() + _MARGIN)]
+        mine = [seat for seat in seats if seat.rank == self.seat.rank]
+        if not mine:
+            raise NoAnswer("rank 0 did not wait for this rank any longer")
+        self.seats, self.seat = seats, mine[0]
+        self._present = [host.rank for host in self.hosts]
+
+    def begin(self, phase: str, seconds: float, order: Any = None) -> Any:
+        """Begin a phase together with the other hosts. One that is not ready in time is not waited for again.
+
+        Args:
+            phase: name of the phase, unique in the job.
+            seconds: longest time that a host may need until it is ready.
+            order: what rank 0 tells the others; of no meaning on them.
+
+        Returns:
+            ranks of the hosts that take part, and the order of rank 0.
+
+        Raises:
+            NoAnswer: rank 0 does not answer, or did not wait for this host.
+        """
+        self.put(f"phase/{self.seat.rank}", phase)
+        self.put(f"{phase}/ready/{self.seat.rank}", True)
+        if self.leads:
+            keys = {f"{phase}/ready/{rank}": rank for rank in self._present}
+            self._present = [keys[key] for key, _ in self._collect(keys, time.monotonic() + seconds)]
+            self.put(f"{phase}/begin", [self._present, order])
+        ready, order = self.get(f"{phase}/begin", seconds + _MARGIN)
+        if self.seat.rank not in ready:
+            raise NoAnswer(f"rank 0 did not wait for this host any longer, before {phase}")
+        return ready, order
+
+    def phase_of(self, rank: int) -> str:
+        """Name of the phase that a host was ready for last; empty if for none."""
+        return next((phase for _, phase in self._collect([f"phase/{rank}"], time.monotonic())), "")
+
+    def _collect(self, keys: Iterable[str], until: float) -> Iterator[tuple[str, Any]]:
+        """Yield the values that are published until a time, with their names."""
+        for key in keys:
+            # Not `get`, whose wait logs a warning of torch where a value does not come.
+            while not (there := self.has(key)) and time.monotonic() < until:
+                time.sleep(_POLL)
+            if there:
+                yield key, self.get(key, _MARGIN)
+
+
+def _labelled(seats: list[Seat], names: Sequence[str]) -> list[Seat]:
+    """Give each host a label that no other host has: the name in the hostfile, or its own name and a number."""
+    order = list(dict.fromkeys(seat.host for seat in seats))
+    own = {seat.host: seat.name for seat in seats}
+    known = {host: names[int(host)] for host in order if host.isdecimal() and int(host) < len(names)}
+    often = Counter(own.values())
+    labels = {
+        host: known.get(host) or (own[host] if often[own[host]] == 1 else f"{own[host]}#{place}")
+        for place, host in enumerate(order)
+    }
+    return [Seat(**{**asdict(seat), "label": labels[seat.host]}) for seat in seats]
+
+
+def own_seat(rank: LaunchedRank) -> Seat:
+    """Describe this rank."""
+    host = " ".join(machine_id()) if rank.host is None else rank.host
+    return Seat(rank.rank, rank.local_rank, host, socket.gethostname(), choose_device("auto").type)
+
+
+def open_store(rank: LaunchedRank, seconds: float) -> Store:
+    """Open the store where the launcher lets ranks meet; rank 0 serves it, if torchrun's agent does not.
+
+    Raises:
+        NoAnswer: it cannot be reached, or served.
+    """
+    serves = rank.rank == 0 and not rank.store_of_agent
+    if not serves:
+        # A client of the store would print a trace of torch's own code.
+        await_server(rank.address, rank.port, seconds)
+    try:
+        store = TCPStore(
+            rank.address,
+            rank.port,
+            is_master=serves,
+            timeout=timedelta(seconds=seconds),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except DistError as error:
+        raise NoAnswer(next(iter(str(error).splitlines()), "")) from error
+    return PrefixStore(f"mvd_scale/doctor/{rank.attempt}", store)
+
+
+def await_server(address: str, port: int, seconds: float) -> None:
+    """Wait until a TCP connection to an address can be opened.
+
+    Raises:
+        NoAnswer: it cannot in that time; the message has the reason.
+    """
+    until = time.monotonic() + seconds
+    while reason := diagnose(address, port, max(until - time.monotonic(), 1.0)):
+        if time.monotonic() > until:
+            raise NoAnswer(reason)
+        time.sleep(_POLL)
+
+
+def diagnose(address: str, port: int, seconds: float) -> str:
+    """Reason why a TCP connection to an address cannot be opened; empty if it can."""
+    try:
+        with socket.create_connection((address, port), timeout=seconds):
+            return ""
+    except socket.gaierror as error:
+        return f"the name {address} is not known here ({error.strerror})"
+    except TimeoutError:
+        return f"no answer from {address}:{port}: a firewall drops it, or there is no way to that network"
+    except ConnectionRefusedError:
+        return f"nothing listens at {address}:{port}: rank 0 did not start there, or has ended"
+    except OSError as error:
+        return f"{address}:{port} cannot be reached: {error.strerror}"
