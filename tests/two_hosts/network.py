@@ -91,11 +91,12 @@ class Host:
         return found
 
     def kill_all(self) -> None:
-        """End every process at once, as a loss of power does."""
+        """End every process at once, as a loss of power does: none sees another one end."""
         while processes := self.processes():
-            for process in processes:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
+            for number in (signal.SIGSTOP, signal.SIGKILL):
+                for process in processes:
+                    with suppress(psutil.NoSuchProcess):
+                        process.send_signal(number)
             psutil.wait_procs(processes, timeout=10)
 
     def listening_ports(self) -> set[int]:
