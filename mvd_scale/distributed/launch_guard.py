@@ -24,6 +24,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SECONDS_TO_SAVE = 600
 """Time of the ranks to save a checkpoint after the launcher has ended."""
 
+SECONDS_TO_LOOK = 1
+"""Time from one look for ranks to the next."""
+
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -41,21 +44,32 @@ class LaunchGuard:
             signal.signal(number, self._pass_on)
         # In a session of its own, so that Ctrl-C at a terminal reaches the ranks once, from here.
         self.launcher = subprocess.Popen(command, start_new_session=True)
+        self._ranks: set[int] = set()
+        self._look_for_ranks(signal.SIGALRM, None)
 
     def wait(self) -> int:
         """Wait until all processes have ended, and return the exit code of the job."""
-        first, counted = 0, {self.launcher.pid}
+        first = 0
         for process, code in self._ended():
-            if process in counted:
+            if process == self.launcher.pid or process in self._ranks:
                 first = first or code
             if process == self.launcher.pid:
                 # Ranks that are left have nobody else to end them.
                 left = set(find_ranks(os.getpid()))
-                counted |= left
+                self._ranks |= left
                 _send(left, signal.SIGTERM)
                 signal.signal(signal.SIGALRM, self._kill_all)
                 signal.alarm(SECONDS_TO_SAVE)
         return exit_code(first)
+
+    def _look_for_ranks(self, number: int, frame: FrameType | None) -> None:
+        """Note the ranks, again and again until all are there: one that has ended cannot be told from a helper."""
+        found = set(find_ranks(os.getpid()))
+        complete = bool(found) and found == self._ranks
+        self._ranks |= found
+        if not complete:
+            signal.signal(signal.SIGALRM, self._look_for_ranks)
+            signal.alarm(SECONDS_TO_LOOK)
 
     def _ended(self) -> Iterator[tuple[int, int]]:
         """Processes as they end, with their exit codes; minus the signal that ended one."""

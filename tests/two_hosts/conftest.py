@@ -10,7 +10,7 @@ import pytest
 
 from tests.e2e.conftest import RECIPE
 from tests.fork_server import ForkServer
-from tests.two_hosts.job import HANG_SECONDS, SAVED_EVERY, Job, Readings, installed_copy, readings, train
+from tests.two_hosts.job import SAVED_EVERY, Job, Readings, installed_copy, readings, train
 from tests.two_hosts.network import Host, connected_hosts, skip_without_namespaces
 
 
@@ -27,7 +27,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     recipe.write_text(RECIPE)
     words = ["pretrain", "--recipe", str(recipe), "--data.source", str(write_sample_clips(folder / "clips"))]
     words += ["--training.epochs", "500", "--checkpoints.every_steps", str(SAVED_EVERY)]
-    return [*words, "--training.hang_minutes", str(HANG_SECONDS / 60)]
+    return words
 
 
 @pytest.fixture(scope="session")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from mvd_scale.errors import FAULT_CODE
 from mvd_scale.utils.io import read_metrics
 from tests.fork_server import ROOT, ForkServer
 from tests.two_hosts.network import Host, wait_until_empty
@@ -20,8 +22,17 @@ from tests.two_hosts.network import Host, wait_until_empty
 SAVED_EVERY = 20
 """Optimizer steps from one checkpoint to the next."""
 
-HANG_SECONDS = 6
-"""Time after which a hung run is ended."""
+HANG_SECONDS = 10
+"""Limit of the watchdog where a test waits for it; longer than a busy machine lets a rank wait for its turn."""
+
+ENDS_SOON = ["--training.hang_minutes", str(HANG_SECONDS / 60)]
+"""Words of a command with this limit."""
+
+PATIENCE = 60
+"""Seconds until the last process is gone after any fault, on a machine that is busy."""
+
+RANK_0, RANK_1 = "rank 0 (host node-1, pid ", "rank 1 (host node-2, pid "
+"""How messages name the ranks of the two hosts."""
 
 Readings = dict[int, tuple[float, float, float]]
 """Loss, norm of the gradients and learning rate by optimizer step."""
@@ -63,7 +74,7 @@ class Job:
         hostfile = self.root / "hostfile"
         hostfile.write_text("".join(f"{host.name} slots=1\n" for host in self.hosts))
         common = {"HOSTFILE": str(hostfile), "MASTER_ADDR": self.hosts[0].address, "DS_ACCELERATOR": "cpu"}
-        common |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": Host.interface}
+        common |= {"OMP_NUM_THREADS": "1"}
         self.launchers = []
         for number, host in enumerate(self.hosts):
             command = [self.root / "launch" / "multi_node.sh", *self.words, *words]
@@ -80,9 +91,9 @@ class Job:
             assert time.monotonic() < deadline, f"not met after {seconds} s:\n{self.printed}"
             time.sleep(0.05)
 
-    def start_and_train(self) -> None:
+    def start_and_train(self, *words: str) -> None:
         """Start, and wait until the first checkpoint is complete, which is long before the next one."""
-        self.start()
+        self.start(*words)
         self.wait_for(lambda: bool(self.saved_steps()), 120)
 
     def wait(self, seconds: float) -> Ending:
@@ -122,11 +133,40 @@ class Job:
         """Steps of the complete checkpoints."""
         return sorted(int(p.name[5:]) for p in (self.run / "checkpoints").glob("step_*") if p.name[5:].isdecimal())
 
-    def go_on(self, fork_server: ForkServer, steps: int) -> Readings:
-        """Resume from the newest checkpoint, without launcher and network, and return the readings of the whole run."""
-        output = train(fork_server, self.words, steps)
-        assert "resumed from" in output
-        return readings(self.run)
+    def check_fault(self, ending: Ending, said: Mapping[str, str]) -> None:
+        """Check that hosts ended with one message each that names a rank, its host and its phase, or with none.
+
+        Args:
+            ending: how the job ended.
+            said: beginning of the message by the name of the host; hosts that are left out print none.
+        """
+        for host, code in zip(self.hosts, ending.codes, strict=True):
+            messages = ending.messages[host.name]
+            if host.name in said:
+                assert code == FAULT_CODE, self.printed
+                (message,) = messages
+                assert said[host.name] in message
+                assert re.search(r"'[a-z ]+' of step \d+", message), message
+            else:
+                assert code != 0
+                assert not messages, self.printed
+
+    def check_continuation(self, fork_server: ForkServer, undisturbed: Readings, *, lost: int = SAVED_EVERY) -> None:
+        """Resume, without launcher and network, and check that the readings are those of a run in which nothing failed.
+
+        Args:
+            fork_server: starter of the ranks.
+            undisturbed: readings of that run.
+            lost: largest number of steps after the newest checkpoint, which the run repeats.
+        """
+        reached = max(readings(self.run))
+        assert reached - self.saved_steps()[-1] <= lost
+        last = reached + 2
+        assert last in undisturbed, "the run went on longer than the undisturbed one, so that they cannot be compared"
+        # The lease of a host that does not answer ends after 30 s.
+        (self.run / "lease.json").unlink(missing_ok=True)
+        assert "resumed from" in train(fork_server, self.words, last)
+        assert readings(self.run) == {step: undisturbed[step] for step in range(1, last + 1)}
 
     def _log(self, host: Host) -> Path:
         return self.root / f"{host.name}.log"

@@ -29,4 +29,12 @@ class LauncherProcesses:
         """Number of a process that launched this one and has ended; None if all of them live."""
         if self._processes and os.getppid() != self._parent:
             return self._parent
-        return next((process.pid for process in self._processes if not process.is_running()), None)
+        return next((process.pid for process in self._processes if _has_ended(process)), None)
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    try:
+        # A process whose parent does not take its exit code is kept in the table as a zombie.
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True

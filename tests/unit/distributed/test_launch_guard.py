@@ -39,6 +39,8 @@ if code == "killed":
 sys.exit(int(code))
 """
 
+_ORPHANED_RANK = "import os, sys, time; time.sleep(3); sys.exit(143)"
+
 
 def start(*words: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-P", launch_guard.__file__, sys.executable, "-c", _LAUNCHER, *words]
@@ -63,6 +65,14 @@ def test_ranks_whose_launcher_has_ended_are_asked_to_stop_and_waited_for(how: st
     code = guard.wait(20)
     assert (tmp_path / "out").read_text() == f"{signal.SIGTERM.value} None\n"
     assert code == (137 if how == "killed" else 143)
+
+
+def test_a_rank_that_ended_before_its_killed_launcher_counts(tmp_path: Path) -> None:
+    """The `deepspeed` command returns 0 when its part that started the ranks was killed; the rank may end before it."""
+    inner = f"RANK=0 {sys.executable} -c '{_ORPHANED_RANK}' & sleep 2; kill -KILL $$"
+    outer = f"import subprocess, time; subprocess.run(['bash', '-c', {inner!r}]); time.sleep(3)"
+    guard = subprocess.Popen([sys.executable, "-P", launch_guard.__file__, sys.executable, "-c", outer])
+    assert guard.wait(30) == 143
 
 
 @pytest.mark.parametrize(("code", "said"), [("0", 0), ("2", 2), ("75", 75), ("143", 143), ("247", 137), ("-9", 137)])
