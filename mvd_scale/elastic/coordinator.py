@@ -2,9 +2,9 @@
 
 It has no sockets, no processes and no clock: `server` tells it what happens and when, and sends its messages.
 
-Messages to a host: `start` (run ranks), `stop` (end them by a signal), `end` (the job is over, with this exit code).
-Messages from a host: `failed` (a rank has ended with a failure), `ended` (all ranks have ended), `stop` (somebody
-asked the job to stop by a signal).
+Messages to a host: `start` (run ranks), `spare` (others run), `stop` (end ranks by a signal), `end` (the job is over,
+with this exit code). Messages from a host: `failed` (a rank has ended with a failure), `ended` (all ranks have ended),
+`stop` (somebody asked the job to stop by a signal). `server` adds those by which hosts meet, and signs of life.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Hooks(Protocol):
 
 
 class Coordinator:
-    """State of a job; every method takes the time in seconds of one monotonic clock.
+    """State of a job. `now` is the time in seconds by one monotonic clock.
 
     Args:
         membership: hosts that the job needs.
@@ -192,7 +192,7 @@ class Coordinator:
         """Note a port of a host that is free now."""
         self._members[host].port = port
 
-    def request_stop(self, number: int, now: float) -> None:
+    def request_stop(self, number: int) -> None:
         """Stop the job for good, by a signal that one of its hosts received."""
         if self.phase is Phase.OVER:
             return

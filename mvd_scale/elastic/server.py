@@ -153,7 +153,7 @@ class CoordinatorServer(threading.Thread):
         elif kind == "beat" and "port" in message:
             self._coordinator.offer_port(host, int(message["port"]))
         elif kind == "stop":
-            self._coordinator.request_stop(int(message["signal"]), now)
+            self._coordinator.request_stop(int(message["signal"]))
 
     def _lose(self, host: str, now: float) -> None:
         self._hosts.pop(host).close()

@@ -23,8 +23,9 @@ def ranks_of(supervisor: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 def listening_addresses(processes: list[psutil.Process]) -> set[str]:
-    connections = [connection for process in processes for connection in process.net_connections("inet")]
-    return {connection.laddr.ip for connection in connections if connection.status == psutil.CONN_LISTEN}
+    numbers = {process.pid for process in processes}
+    found = [connection for connection in psutil.net_connections("inet") if connection.pid in numbers]
+    return {connection.laddr.ip for connection in found if connection.status == psutil.CONN_LISTEN}
 
 
 def saved(run: Path) -> set[str]:

@@ -113,8 +113,8 @@ def test_under_torchrun_whose_store_listens_everywhere_no_interface_follows_from
 
 def listening_addresses() -> set[str]:
     """Local addresses at which this process listens."""
-    own = psutil.Process(os.getpid()).net_connections("inet")
-    return {connection.laddr.ip for connection in own if connection.status == psutil.CONN_LISTEN}
+    found = [connection for connection in psutil.net_connections("inet") if connection.pid == os.getpid()]
+    return {connection.laddr.ip for connection in found if connection.status == psutil.CONN_LISTEN}
 
 
 def test_the_store_listens_at_the_address_of_the_rendezvous_alone() -> None:

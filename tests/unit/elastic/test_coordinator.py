@@ -227,7 +227,7 @@ def test_a_host_that_adds_no_ranks_does_not_disturb_the_run() -> None:
 @pytest.mark.parametrize(("number", "code"), [(15, 143), (10, 138), (2, 130)])
 def test_a_stop_request_reaches_all_hosts_and_is_passed_on(number: int, code: int) -> None:
     job = running("a", "b")
-    job.coordinator.request_stop(number, job.now)
+    job.coordinator.request_stop(number)
     assert {host: (told["signal"], told["saves"]) for host, told in job.told("stop").items()} == {
         "a": (number, True),
         "b": (number, True),
@@ -239,7 +239,7 @@ def test_a_stop_request_reaches_all_hosts_and_is_passed_on(number: int, code: in
 
 def test_a_stop_request_that_meets_a_failing_save_tells_the_failure() -> None:
     job = running("a")
-    job.coordinator.request_stop(15, job.now)
+    job.coordinator.request_stop(15)
     job.end(2, -15, host="a")
     assert job.over == 2
 
@@ -247,7 +247,7 @@ def test_a_stop_request_that_meets_a_failing_save_tells_the_failure() -> None:
 def test_a_stop_request_between_attempts_ends_the_job() -> None:
     job = running("a")
     job.end(75, host="a")
-    job.coordinator.request_stop(15, job.now)
+    job.coordinator.request_stop(15)
     assert job.over == 143
 
 
@@ -261,7 +261,7 @@ def test_ranks_that_somebody_asked_to_stop_are_not_restarted() -> None:
 
 def test_a_run_that_finished_while_it_was_asked_to_stop_is_finished() -> None:
     job = running("a")
-    job.coordinator.request_stop(15, job.now)
+    job.coordinator.request_stop(15)
     job.end(0, 0, host="a")
     assert job.over == 0
 
@@ -323,7 +323,7 @@ def test_what_an_earlier_attempt_still_says_is_ignored() -> None:
 def test_a_host_that_comes_at_the_end_ends_as_well() -> None:
     job = running("a", "b")
     job.coordinator.leave("b", job.now)
-    job.coordinator.request_stop(15, job.now)
+    job.coordinator.request_stop(15)
     job.end(143, host="a")
     job.told("end")
     job.join("b")

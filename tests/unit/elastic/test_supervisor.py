@@ -116,7 +116,7 @@ def toy(tmp_path: Path) -> Iterator[Callable[..., ToyJob]]:
 
 
 def listening(process: int) -> list[str]:
-    found = psutil.Process(process).net_connections("inet")
+    found = [connection for connection in psutil.net_connections("inet") if connection.pid == process]
     return [connection.laddr.ip for connection in found if connection.status == psutil.CONN_LISTEN]
 
 
