@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mvd_scale.distributed.free_port import free_port
+from mvd_scale.distributed.remote_command import remote_words
 from mvd_scale.doctor.all_hosts import Examined
 from mvd_scale.doctor.checks.network import resolve
 from mvd_scale.doctor.findings import Finding
@@ -91,10 +92,12 @@ def _run(hosts: Mapping[str, int], words: Sequence[str]) -> Examined:
     with tempfile.TemporaryDirectory(prefix="mvd-doctor-") as folder:
         file = Path(folder) / "hostfile"
         file.write_text("".join(f"{name} slots={slots}\n" for name, slots in hosts.items()))
+        doctor = ["doctor", "--json", "--hostfile", str(file), *words]
+        # A single host needs no line for a shell.
+        module = remote_words("mvd_scale", doctor) if len(hosts) > 1 else ["mvd_scale", *doctor]
         command = [
             sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(file), "--launcher_args=-N", "--quiet",
-            "--master_port", str(free_port()), "--module", "--no_local_rank",
-            "mvd_scale", "doctor", "--json", "--hostfile", str(file), *words,
+            "--master_port", str(free_port()), "--module", "--no_local_rank", *module,
         ]  # fmt: skip
         try:
             job = subprocess.run(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mvd_scale.distributed.remote_command import unpack
 from mvd_scale.doctor import start
 from mvd_scale.doctor.findings import Finding
 from mvd_scale.doctor.report import Report
@@ -67,7 +68,8 @@ def test_all_hosts_are_started_as_multi_node_does(programs: Programs) -> None:
     assert [finding.check for finding in examined.findings] == ["ssh", "ssh", "ssh", "CPUs"]
     command = programs.commands[-1]
     assert command[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
-    assert command[-4:] == ["--folder", "/a b", "--rounds", "3"]
+    assert command[-3:-1] == ["mvd_scale.distributed.remote_command", "run"]
+    assert unpack(command[-1])[-4:] == ["--folder", "/a b", "--rounds", "3"]
     assert programs.hostfiles == ["node-1 slots=8\nnode-2 slots=8\nnode-3 slots=4\n"]
 
 
