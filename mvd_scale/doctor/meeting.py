@@ -26,6 +26,7 @@ from mvd_scale.distributed import rendezvous
 from mvd_scale.distributed.interface import set_interface
 from mvd_scale.distributed.process_group import choose_device
 from mvd_scale.distributed.rendezvous import has_own_meaning_here, resolve_endpoint
+from mvd_scale.doctor.findings import TimeLimit, within
 from mvd_scale.errors import UserError
 from mvd_scale.utils.machine import machine_id
 
@@ -102,10 +103,8 @@ class Meeting:
         Raises:
             NoAnswer: the store does not answer.
         """
-        try:
-            self._store.set(key, json.dumps(value))
-        except DistError as error:
-            raise NoAnswer(f"the store of rank 0 is gone: {error}") from error
+        text = json.dumps(value)
+        _answered(lambda: self._store.set(key, text), _SILENT)
 
     def get(self, key: str, seconds: float) -> Any:
         """Wait for a value, and return it.
@@ -115,10 +114,10 @@ class Meeting:
         """
         seconds = max(seconds, 0.001)
         try:
-            self._store.wait([key], timedelta(seconds=seconds))
-            return json.loads(self._store.get(key))
-        except DistError as error:
+            within(seconds + _MARGIN, lambda: self._store.wait([key], timedelta(seconds=seconds)))
+        except (DistError, TimeLimit) as error:
             raise NoAnswer(f"no answer within {seconds:.0f} s ({key})") from error
+        return json.loads(_answered(lambda: self._store.get(key), _SILENT))
 
     def poll(self, key: str, seconds: float) -> Any:
         """Wait for a value as `get` does, but ask again and again: so a store that is gone is noticed.
@@ -140,10 +139,7 @@ class Meeting:
         Raises:
             NoAnswer: the store does not answer.
         """
-        try:
-            return bool(self._store.check([key]))
-        except DistError as error:
-            raise NoAnswer(f"the store of rank 0 is gone: {error}") from error
+        return bool(_answered(lambda: self._store.check([key]), _SILENT))
 
     def branch(self, name: str) -> Store:
         """Return the same store with names of its own, for a process group."""
@@ -227,6 +223,18 @@ class Meeting:
                 time.sleep(_POLL)
             if there:
                 yield key, self.get(key, _MARGIN)
+
+
+def _answered(ask: Callable[[], Any], seconds: float) -> Any:
+    """Ask the store. Over a link that is cut torch would wait until the kernel gives up, which takes many minutes.
+
+    Raises:
+        NoAnswer: it does not answer in time, or is gone.
+    """
+    try:
+        return within(seconds, ask)
+    except (DistError, TimeLimit) as error:
+        raise NoAnswer(f"the store of rank 0 does not answer: {next(iter(str(error).splitlines()), '')}") from error
 
 
 def _labelled(seats: list[Seat], names: Sequence[str]) -> list[Seat]:

@@ -216,6 +216,24 @@ def test_a_host_that_dies_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> 
     assert time.monotonic() - started < 10
 
 
+def test_a_store_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    meeting, ended = Meeting(HashStore(), seat(0)), threading.Event()
+    monkeypatch.setattr(meeting_module, "_SILENT", 0.1)
+    monkeypatch.setattr(meeting_module, "_MARGIN", 0.1)
+    monkeypatch.setattr(meeting, "_store", Hung(ended))
+    for ask in (lambda: meeting.has("x"), lambda: meeting.put("x", 1), lambda: meeting.get("x", 0.1)):
+        with pytest.raises(NoAnswer, match="answer"):
+            ask()
+    ended.set()
+
+
+class Hung:
+    """A store over a link that is cut."""
+
+    def __init__(self, ended: threading.Event) -> None:
+        self.set = self.check = self.wait = lambda *arguments: ended.wait(60)
+
+
 def test_a_host_that_lives_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meeting_module, "_SILENT", 0.3)
     monkeypatch.setattr(meeting_module, "_BEAT", 0.05)
