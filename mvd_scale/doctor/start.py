@@ -38,11 +38,10 @@ def examine_hostfile(hosts: Mapping[str, int], words: Sequence[str]) -> Examined
         hosts: number of ranks by name of host.
         words: options of `mvd-scale doctor` for the ranks.
     """
-    # The launcher starts the ranks of a single host itself, without ssh.
-    findings = try_hosts(list(hosts)) if len(hosts) > 1 else []
+    findings = try_hosts(list(hosts))
     refused = {finding.host for finding in findings if finding.outcome == "fail"}
     reached = {name: slots for name, slots in hosts.items() if name not in refused}
-    if len(hosts) > 1 and shutil.which("pdsh") is None:
+    if shutil.which("pdsh") is None:
         return Examined((), 0, [*findings, _no_pdsh()])
     if not reached:
         return Examined((), 0, findings)
@@ -93,11 +92,11 @@ def _run(hosts: Mapping[str, int], words: Sequence[str]) -> Examined:
         file = Path(folder) / "hostfile"
         file.write_text("".join(f"{name} slots={slots}\n" for name, slots in hosts.items()))
         doctor = ["doctor", "--json", "--hostfile", str(file), *words]
-        # A single host needs no line for a shell.
-        module = remote_words("mvd_scale", doctor) if len(hosts) > 1 else ["mvd_scale", *doctor]
         command = [
             sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(file), "--launcher_args=-N", "--quiet",
-            "--master_port", str(free_port()), "--module", "--no_local_rank", *module,
+            "--master_port", str(free_port()), "--module", "--no_local_rank",
+            # Without it the ranks of a single host would run on this node.
+            "--force_multi", *remote_words("mvd_scale", doctor),
         ]  # fmt: skip
         try:
             job = subprocess.run(
