@@ -47,9 +47,15 @@ def check_deepspeed_config(recipe: RunRecipe, world_size: int) -> None:
     """Check that a recipe and its DeepSpeed file fit each other and the number of ranks.
 
     Raises:
-        UserError: see `student_deepspeed_config`.
+        UserError: see `student_deepspeed_config`; or the file keeps optimizer states on NVMe.
     """
-    student_deepspeed_config(recipe, world_size)
+    config = student_deepspeed_config(recipe, world_size)
+    # DeepSpeed's tensors of states on NVMe are empty between steps: resumed weights cannot be published from them.
+    if config["zero_optimization"].get("offload_optimizer", {}).get("device") == "nvme":
+        raise UserError(
+            f"training.deepspeed {recipe.training.deepspeed}: zero_optimization.offload_optimizer.device is 'nvme', "
+            "but no run can be resumed from states there: expected 'cpu', or no offload_optimizer"
+        )
 
 
 def check_stage(recipe: RunRecipe) -> None:

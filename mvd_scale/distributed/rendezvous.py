@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import time
 from datetime import timedelta
@@ -14,6 +15,12 @@ from mvd_scale.distributed.interface import Endpoint, is_loopback, listen_at, ow
 from mvd_scale.errors import UserError
 
 _RETRY_SECONDS = 1.0
+
+CONNECTIONS_OF_A_RANK = 3
+"""Connections of each rank to the store: of its main thread, its writer of checkpoints and its watchdog."""
+
+_OWN_FILES = 256
+"""Files that a rank opens besides: 35 in a small run, and pipes of its data workers."""
 
 
 def resolve_endpoint(host: str, port: int, timeout: timedelta) -> Endpoint:
@@ -74,8 +81,11 @@ def open_store(endpoint: Endpoint, rank: int, world_size: int, timeout: timedelt
 
     Raises:
         DistNetworkError: the port is in use, the address is not one of this host, or rank 0 does not answer.
+        UserError: rank 0 may not open as many files as the ranks have connections.
     """
     serves = rank == 0 and not _agent_serves()
+    if serves:
+        _allow_connections(world_size)
     try:
         listener = listen_at(endpoint.address, endpoint.port) if serves else None
     except OSError as error:
@@ -90,6 +100,23 @@ def open_store(endpoint: Endpoint, rank: int, world_size: int, timeout: timedelt
         wait_for_workers=wait_for_all,
         master_listen_fd=listener.detach() if listener else None,
     )
+
+
+def _allow_connections(world_size: int) -> None:
+    """Raise this process's limit of open files to what the connections of all ranks need.
+
+    Raises:
+        UserError: the hard limit is lower.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = CONNECTIONS_OF_A_RANK * world_size + _OWN_FILES
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise UserError(
+            f"rank 0 may open {hard} files, but the connections of {world_size} ranks need {needed}: raise the hard "
+            "limit of open files on its host, by /etc/security/limits.conf, LimitNOFILE or --ulimit of the container"
+        )
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _agent_serves() -> bool:

@@ -37,6 +37,9 @@ def examine_hostfile(hosts: Mapping[str, int], words: Sequence[str]) -> Examined
     Args:
         hosts: number of ranks by name of host.
         words: options of `mvd-scale doctor` for the ranks.
+
+    Raises:
+        UserError: shells of the other hosts would interpret a part of the launcher's command.
     """
     findings = try_hosts(list(hosts))
     refused = {finding.host for finding in findings if finding.outcome == "fail"}

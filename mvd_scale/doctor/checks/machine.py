@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mvd_scale.config.launcher import job_end
 from mvd_scale.data.loaders import shared_memory
+from mvd_scale.distributed.rendezvous import CONNECTIONS_OF_A_RANK
 from mvd_scale.doctor.findings import Finding, HostCheck
 from mvd_scale.performance.bringup.checks.machine import LEAST_SHARED
 from mvd_scale.utils.cpu_quota import cpu_quota
@@ -19,8 +20,8 @@ from mvd_scale.utils.cpu_quota import cpu_quota
 _LITTLE_SHARED = 2**30
 """Bytes of /dev/shm below which loaders of videos in full size find too little."""
 
-_FILES, _FILES_OF_RANK = 4096, 2
-"""Open files that a rank needs (libraries, workers, videos), and those for each other rank: a connection each way."""
+_FILES = 4096
+"""Open files that a rank needs: libraries, workers, videos."""
 
 _PROCESSES = 4096
 """Processes and threads of a user: each rank has its workers, and each of them a thread for every core."""
@@ -85,7 +86,7 @@ def shared() -> Iterator[Finding]:
 
 def limits(world_size: int) -> Iterator[Finding]:
     """Check the limits of this process, which ranks inherit."""
-    files = _FILES + _FILES_OF_RANK * world_size
+    files = _FILES + CONNECTIONS_OF_A_RANK * world_size
     yield _limit("open files", resource.RLIMIT_NOFILE, files, "ulimit -n", "LimitNOFILE")
     yield _limit("processes", resource.RLIMIT_NPROC, _PROCESSES, "ulimit -u", "TasksMax and LimitNPROC")
     yield _limit("CPU time", resource.RLIMIT_CPU, None, "ulimit -t", "LimitCPU")

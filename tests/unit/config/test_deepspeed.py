@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 
 from mvd_scale.config import Recipe, load_any_recipe
-from mvd_scale.config.deepspeed import student_deepspeed_config, teacher_deepspeed_config, zero_stage
+from mvd_scale.config.deepspeed import (
+    check_deepspeed_config,
+    student_deepspeed_config,
+    teacher_deepspeed_config,
+    zero_stage,
+)
 from mvd_scale.errors import UserError
 
 from .test_recipe import TINY
@@ -106,3 +111,13 @@ def test_an_unknown_file_lists_the_shipped(tmp_path: Path) -> None:
     file.write_text("{}")
     with pytest.raises(UserError, match="expected 1, 2 or 3"):
         zero_stage(recipe(str(file)))
+
+
+def test_states_on_nvme_are_refused_before_a_run_begins(tmp_path: Path) -> None:
+    file = tmp_path / "nvme.json"
+    states = {"device": "nvme", "nvme_path": "/mnt/nvme"}
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_optimizer": states}}))
+    with pytest.raises(UserError, match=r"offload_optimizer\.device is 'nvme', .* be resumed .* expected 'cpu'"):
+        check_deepspeed_config(recipe(str(file)), world_size=1)
+    file.write_text(file.read_text().replace('"nvme",', '"cpu",'))
+    check_deepspeed_config(recipe(str(file)), world_size=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 from datetime import timedelta
 
@@ -10,6 +11,7 @@ import psutil
 import pytest
 import torch
 
+from mvd_scale.distributed import rendezvous
 from mvd_scale.distributed.free_port import free_port
 from mvd_scale.distributed.interface import (
     GLOO,
@@ -131,3 +133,20 @@ def test_a_port_in_use_is_an_error_of_the_rendezvous() -> None:
         taken.listen()
         with pytest.raises(torch.distributed.DistNetworkError, match=r"Address already in use"):
             open_store(Endpoint("127.0.0.1", taken.getsockname()[1], "127.0.0.1"), 0, 1, timedelta(seconds=1))
+
+
+@pytest.mark.parametrize(("soft", "hard", "ranks", "set_to"), [(1024, 4096, 2, None), (1024, 65536, 4096, 12544)])
+def test_rank_0_may_open_a_file_for_each_connection(
+    soft: int, hard: int, ranks: int, set_to: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda what, both: limits.append(both))
+    rendezvous._allow_connections(ranks)
+    assert limits == ([] if set_to is None else [(set_to, hard)])
+
+
+def test_more_ranks_than_rank_0_may_have_files_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (1024, 4096))
+    with pytest.raises(UserError, match=r"may open 4096 files, but the connections of 2000 ranks need 6256: raise the"):
+        rendezvous._allow_connections(2000)

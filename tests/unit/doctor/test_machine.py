@@ -50,8 +50,8 @@ def test_a_low_limit_of_files_that_the_user_can_raise() -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert finding.outcome == "fail"
-    assert finding.detail == "1000, expected 4112 or more"
-    assert "`ulimit -n 4112`" in finding.remedy
+    assert finding.detail == "1000, expected 4120 or more"
+    assert "`ulimit -n 4120`" in finding.remedy
 
 
 def test_a_hard_limit_needs_the_administrator(monkeypatch: pytest.MonkeyPatch) -> None:

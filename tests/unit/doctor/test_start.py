@@ -62,14 +62,16 @@ def faults(findings: list[Finding]) -> dict[str, Finding]:
 
 
 def test_all_hosts_are_started_as_multi_node_does(programs: Programs) -> None:
-    examined = start.examine_hostfile(HOSTS, ["--folder", "/a b", "--rounds", "3"])
+    examined = start.examine_hostfile(HOSTS, ["--folder", "/a b; touch marker", "--rounds", "3"])
     assert not faults(examined.findings)
     assert (examined.hosts, examined.ranks) == (("node-1", "node-2"), 16)
     assert [finding.check for finding in examined.findings] == ["ssh", "ssh", "ssh", "CPUs"]
     command = programs.commands[-1]
     assert command[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
-    assert command[-3:-1] == ["mvd_scale.distributed.remote_command", "run"]
-    assert unpack(command[-1])[-4:] == ["--folder", "/a b", "--rounds", "3"]
+    module, action, packed = command[-3:]
+    assert (module, action) == ("mvd_scale.distributed.remote_command", "run")
+    assert unpack(packed)[:3] == ["mvd_scale", "doctor", "--json"]
+    assert unpack(packed)[-4:] == ["--folder", "/a b; touch marker", "--rounds", "3"]
     assert programs.hostfiles == ["node-1 slots=8\nnode-2 slots=8\nnode-3 slots=4\n"]
 
 

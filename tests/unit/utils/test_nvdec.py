@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import struct
 from dataclasses import replace
 
@@ -116,3 +117,10 @@ def test_ranks_of_different_gpus_agree_on_what_all_of_them_decode() -> None:
     assert mixed.formats[0] == NvdecFormat("h264", "4:2:0", 8, 64, 16, 4096, 2048, 65536)
     assert shared_nvdec([ada, ada]) == ada
     assert shared_nvdec([ada, Nvdec(missing="the library is gone")]).missing == "rank 1: the library is gone"
+
+
+def test_capabilities_come_back_from_the_messages_of_ranks() -> None:
+    for part in (capabilities(ADA), Nvdec(missing="the library is gone")):
+        text = json.dumps(part.to_json())
+        assert Nvdec.from_json(json.loads(text)) == part
+        assert len(text) < 1000
