@@ -64,7 +64,7 @@ def has_own_meaning_here(endpoint: Endpoint, *, several_hosts: bool) -> bool:
     return True
 
 
-def open_store(endpoint: Endpoint, rank: int, world_size: int, timeout: timedelta) -> Any:
+def open_store(endpoint: Endpoint, rank: int, world_size: int, timeout: timedelta, *, wait_for_all: bool = True) -> Any:
     """Open the store of the rendezvous; rank 0 serves it at the address of the endpoint alone.
 
     Torch by itself would listen on all addresses of the host, as the agent of `torchrun` does.
@@ -74,6 +74,7 @@ def open_store(endpoint: Endpoint, rank: int, world_size: int, timeout: timedelt
         rank: number of this rank.
         world_size: number of ranks.
         timeout: longest wait for the connection and for a key.
+        wait_for_all: whether rank 0 waits until all ranks are connected.
 
     Returns:
         `torch.distributed.TCPStore`.
@@ -96,6 +97,7 @@ def open_store(endpoint: Endpoint, rank: int, world_size: int, timeout: timedelt
         world_size,
         is_master=serves,
         timeout=timeout,
+        wait_for_workers=wait_for_all,
         master_listen_fd=listener.detach() if listener else None,
     )
 

@@ -75,6 +75,7 @@ def examine_all(rank: LaunchedRank, settings: Settings) -> Examined | None:
     if rank.local_rank:
         _join_all_reduce(meeting)
         return None
+    meeting.live()
     facts: Facts = {}
     findings = make_checks([facts_check(facts), *host_checks(settings, meeting.seat.device, rank)], settings)
     try:
@@ -110,7 +111,7 @@ def _no_meeting(rank: LaunchedRank, reason: str) -> Finding:
 def _join_all_reduce(meeting: Meeting) -> None:
     """Take part in the all-reduce, as a rank that makes no checks."""
     try:
-        ranks, device = meeting.get("all-reduce", _JOB_SECONDS)
+        ranks, device = meeting.poll("all-reduce", _JOB_SECONDS)
     except NoAnswer:
         return  # rank 0 finds so itself
     if meeting.seat.rank in ranks:

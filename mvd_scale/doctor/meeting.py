@@ -6,26 +6,37 @@ are JSON; rank 0 leads.
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import socket
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistError, PrefixStore, Store  # type: ignore[attr-defined]
 
 from mvd_scale.config.launcher import LaunchedRank
+from mvd_scale.distributed import rendezvous
+from mvd_scale.distributed.interface import set_interface
 from mvd_scale.distributed.process_group import choose_device
+from mvd_scale.distributed.rendezvous import has_own_meaning_here, resolve_endpoint
+from mvd_scale.doctor.findings import TimeLimit, within
+from mvd_scale.errors import UserError
 from mvd_scale.utils.machine import machine_id
 
 _MARGIN = 10.0
 """Seconds that a rank waits for the leader beyond the leader's own wait for the slowest."""
 
 
-_POLL = 0.02
+_POLL, _SLOWEST_POLL = 0.02, 0.25
+_BEAT, _SILENT = 2.0, 30.0
+"""Seconds between two signs of life of a host, and those after which one without them is not waited for."""
 
 
 class NoAnswer(Exception):
@@ -67,6 +78,8 @@ class Meeting:
         """All ranks that came, in their order; empty until `assemble`."""
         self._present: list[int] = []
         """Ranks of the hosts that were ready for all phases so far; of meaning on rank 0."""
+        self._beats: dict[int, tuple[int, float]] = {}
+        """Last sign of life of each host, and when it was seen; of meaning on rank 0."""
         self.put(f"rank/{seat.rank}", asdict(seat))
 
     @property
@@ -90,10 +103,8 @@ class Meeting:
         Raises:
             NoAnswer: the store does not answer.
         """
-        try:
-            self._store.set(key, json.dumps(value))
-        except DistError as error:
-            raise NoAnswer(f"the store of rank 0 is gone: {error}") from error
+        text = json.dumps(value)
+        _answered(lambda: self._store.set(key, text), _SILENT)
 
     def get(self, key: str, seconds: float) -> Any:
         """Wait for a value, and return it.
@@ -103,10 +114,24 @@ class Meeting:
         """
         seconds = max(seconds, 0.001)
         try:
-            self._store.wait([key], timedelta(seconds=seconds))
-            return json.loads(self._store.get(key))
-        except DistError as error:
+            within(seconds + _MARGIN, lambda: self._store.wait([key], timedelta(seconds=seconds)))
+        except (DistError, TimeLimit) as error:
             raise NoAnswer(f"no answer within {seconds:.0f} s ({key})") from error
+        return json.loads(_answered(lambda: self._store.get(key), _SILENT))
+
+    def poll(self, key: str, seconds: float) -> Any:
+        """Wait for a value as `get` does, but ask again and again: so a store that is gone is noticed.
+
+        Raises:
+            NoAnswer: it does not come in time, or the store does not answer.
+        """
+        until, pause = time.monotonic() + seconds, _POLL
+        while not self.has(key):
+            if time.monotonic() > until:
+                raise NoAnswer(f"no answer within {seconds:.0f} s ({key})")
+            time.sleep(pause)
+            pause = min(2 * pause, _SLOWEST_POLL)
+        return self.get(key, _MARGIN)
 
     def has(self, key: str) -> bool:
         """Whether a value was published.
@@ -114,10 +139,7 @@ class Meeting:
         Raises:
             NoAnswer: the store does not answer.
         """
-        try:
-            return bool(self._store.check([key]))
-        except DistError as error:
-            raise NoAnswer(f"the store of rank 0 is gone: {error}") from error
+        return bool(_answered(lambda: self._store.check([key]), _SILENT))
 
     def branch(self, name: str) -> Store:
         """Return the same store with names of its own, for a process group."""
@@ -162,9 +184,10 @@ class Meeting:
         self.put(f"{phase}/ready/{self.seat.rank}", True)
         if self.leads:
             keys = {f"{phase}/ready/{rank}": rank for rank in self._present}
-            self._present = [keys[key] for key, _ in self._collect(keys, time.monotonic() + seconds)]
+            until = time.monotonic() + seconds
+            self._present = [keys[key] for key, _ in self._collect(keys, until, lambda key: self._silent(keys[key]))]
             self.put(f"{phase}/begin", [self._present, order])
-        ready, order = self.get(f"{phase}/begin", seconds + _MARGIN)
+        ready, order = self.poll(f"{phase}/begin", seconds + _MARGIN)
         if self.seat.rank not in ready:
             raise NoAnswer(f"rank 0 did not wait for this host any longer, before {phase}")
         return ready, order
@@ -173,14 +196,45 @@ class Meeting:
         """Name of the phase that a host was ready for last; empty if for none."""
         return next((phase for _, phase in self._collect([f"phase/{rank}"], time.monotonic())), "")
 
-    def _collect(self, keys: Iterable[str], until: float) -> Iterator[tuple[str, Any]]:
+    def live(self) -> None:
+        """Send signs of life from now on, by a thread."""
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def _beat(self) -> None:
+        with suppress(NoAnswer):
+            for number in itertools.count():
+                self.put(f"beat/{self.seat.rank}", number)
+                time.sleep(_BEAT)
+
+    def _silent(self, rank: int) -> bool:
+        """Whether a host has not sent a sign of life for `_SILENT` seconds, while rank 0 waited for it."""
+        number, now = self.get(f"beat/{rank}", _MARGIN) if self.has(f"beat/{rank}") else -1, time.monotonic()
+        if self._beats.get(rank, (None, now))[0] != number:
+            self._beats[rank] = number, now
+        return now - self._beats[rank][1] > _SILENT
+
+    def _collect(
+        self, keys: Iterable[str], until: float, give_up: Callable[[str], bool] = lambda key: False
+    ) -> Iterator[tuple[str, Any]]:
         """Yield the values that are published until a time, with their names."""
         for key in keys:
             # Not `get`, whose wait logs a warning of torch where a value does not come.
-            while not (there := self.has(key)) and time.monotonic() < until:
+            while not (there := self.has(key)) and time.monotonic() < until and not give_up(key):
                 time.sleep(_POLL)
             if there:
                 yield key, self.get(key, _MARGIN)
+
+
+def _answered(ask: Callable[[], Any], seconds: float) -> Any:
+    """Ask the store. Over a link that is cut torch would wait until the kernel gives up, which takes many minutes.
+
+    Raises:
+        NoAnswer: it does not answer in time, or is gone.
+    """
+    try:
+        return within(seconds, ask)
+    except (DistError, TimeLimit) as error:
+        raise NoAnswer(f"the store of rank 0 does not answer: {next(iter(str(error).splitlines()), '')}") from error
 
 
 def _labelled(seats: list[Seat], names: Sequence[str]) -> list[Seat]:
@@ -203,25 +257,22 @@ def own_seat(rank: LaunchedRank) -> Seat:
 
 
 def open_store(rank: LaunchedRank, seconds: float) -> Store:
-    """Open the store where the launcher lets ranks meet; rank 0 serves it, if torchrun's agent does not.
+    """Open the store where the launcher lets ranks meet, and choose the interface for gloo, both as a run does.
 
     Raises:
-        NoAnswer: it cannot be reached, or served.
+        NoAnswer: it cannot be reached or served, or no interface leads there.
     """
-    serves = rank.rank == 0 and not rank.store_of_agent
-    if not serves:
-        # A client of the store would print a trace of torch's own code.
-        await_server(rank.address, rank.port, seconds)
+    timeout = timedelta(seconds=seconds)
+    several = rank.world_size > 1 if rank.hosts is None else rank.hosts > 1
     try:
-        store = TCPStore(
-            rank.address,
-            rank.port,
-            is_master=serves,
-            timeout=timedelta(seconds=seconds),
-            wait_for_workers=False,
-            multi_tenant=True,
-        )
-    except DistError as error:
+        endpoint = resolve_endpoint(rank.address, rank.port, timeout)
+        if not has_own_meaning_here(endpoint, several_hosts=several):
+            set_interface(endpoint, os.environ)
+        if rank.rank or rank.store_of_agent:
+            # A client of the store would print a trace of torch's own code.
+            await_server(rank.address, rank.port, seconds)
+        store = rendezvous.open_store(endpoint, rank.rank, rank.world_size, timeout, wait_for_all=False)
+    except (UserError, DistError) as error:
         raise NoAnswer(next(iter(str(error).splitlines()), "")) from error
     return PrefixStore(f"mvd_scale/doctor/{rank.attempt}", store)
 

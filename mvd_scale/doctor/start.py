@@ -41,11 +41,10 @@ def examine_hostfile(hosts: Mapping[str, int], words: Sequence[str]) -> Examined
     Raises:
         UserError: shells of the other hosts would interpret a part of the launcher's command.
     """
-    # The launcher starts the ranks of a single host itself, without ssh.
-    findings = try_hosts(list(hosts)) if len(hosts) > 1 else []
+    findings = try_hosts(list(hosts))
     refused = {finding.host for finding in findings if finding.outcome == "fail"}
     reached = {name: slots for name, slots in hosts.items() if name not in refused}
-    if len(hosts) > 1 and shutil.which("pdsh") is None:
+    if shutil.which("pdsh") is None:
         return Examined((), 0, [*findings, _no_pdsh()])
     if not reached:
         return Examined((), 0, findings)
@@ -95,11 +94,12 @@ def _run(hosts: Mapping[str, int], words: Sequence[str]) -> Examined:
     with tempfile.TemporaryDirectory(prefix="mvd-doctor-") as folder:
         file = Path(folder) / "hostfile"
         file.write_text("".join(f"{name} slots={slots}\n" for name, slots in hosts.items()))
-        arguments = ["doctor", "--json", "--hostfile", str(file), *words]
+        doctor = ["doctor", "--json", "--hostfile", str(file), *words]
         command = [
             sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(file), "--launcher_args=-N", "--quiet",
             "--master_port", str(free_port()), "--module", "--no_local_rank",
-            *(remote_words("mvd_scale", arguments) if len(hosts) > 1 else ["mvd_scale", *arguments]),
+            # Without it the ranks of a single host would run on this node.
+            "--force_multi", *remote_words("mvd_scale", doctor),
         ]  # fmt: skip
         try:
             job = subprocess.run(

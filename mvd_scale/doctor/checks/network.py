@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 import psutil
 
 from mvd_scale.config.launcher import chosen_interfaces
+from mvd_scale.distributed.interface import is_loopback
 from mvd_scale.doctor.findings import Finding, HostCheck
 
 _LOOKUPS = 16
@@ -59,7 +59,7 @@ def own_interfaces() -> list[Interface]:
     for name, entries in psutil.net_if_addrs().items():
         families = (socket.AF_INET, socket.AF_INET6)
         addresses = tuple(entry.address.partition("%")[0] for entry in entries if entry.family in families)
-        if addresses and not all(ipaddress.ip_address(address).is_loopback for address in addresses):
+        if addresses and not all(map(is_loopback, addresses)):
             state = states.get(name)
             there = (state.isup, state.speed, state.mtu) if state else (False, 0, 0)
             found.append(Interface(name, addresses, *there))
@@ -121,7 +121,7 @@ def own_name(name: str, hosts: int, by_user: Mapping[str, str]) -> Iterator[Find
         by_user: interfaces that the user has chosen, by variable.
     """
     check, addresses = "own name", resolve(name)
-    loopback = bool(addresses) and all(ipaddress.ip_address(address).is_loopback for address in addresses)
+    loopback = bool(addresses) and all(map(is_loopback, addresses))
     figures = {"name": name, "addresses": addresses}
     said = f"{name} is {', '.join(addresses)}" if addresses else f"{name} is not known"
     if addresses and not loopback:

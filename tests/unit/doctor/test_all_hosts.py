@@ -17,6 +17,7 @@ from torch.distributed import HashStore
 from mvd_scale.config.launcher import LaunchedRank, launched_rank
 from mvd_scale.distributed.free_port import free_port
 from mvd_scale.doctor import all_hosts
+from mvd_scale.doctor import meeting as meeting_module
 from mvd_scale.doctor.all_hosts import Examined, examine_all
 from mvd_scale.doctor.checks import folder, links
 from mvd_scale.doctor.findings import Finding, HostCheck
@@ -41,6 +42,8 @@ def examine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Examine:
     """Examine hosts as threads; checks of a host alone are replaced by one that is sound."""
     monkeypatch.setattr(all_hosts, "host_checks", lambda settings, device, rank: [sound(rank)])
     monkeypatch.setattr(all_hosts, "facts_check", facts)
+    # The interface would be chosen for the whole process of the tests.
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     monkeypatch.setattr(links, "_BYTES", {"cpu": (2**16,)})
     monkeypatch.setattr(folder, "_SEEN", 1.0)
 
@@ -144,7 +147,7 @@ def test_a_host_that_does_not_reach_rank_0_has_its_own_report(examine: Examine) 
 def test_a_name_that_is_not_known_is_the_reason(examine: Examine) -> None:
     (examined,) = examine([place(1, 2, 29500, address="no.such.host.invalid")], wait=0.5)
     found = by_check(examined)
-    assert "the name no.such.host.invalid is not known here" in found["meeting", socket.gethostname()].detail
+    assert "MASTER_ADDR 'no.such.host.invalid' has no address" in found["meeting", socket.gethostname()].detail
 
 
 def test_a_port_in_use_is_a_finding(examine: Examine) -> None:
@@ -202,6 +205,47 @@ def test_a_host_that_hangs_is_a_finding(examine: Examine, monkeypatch: pytest.Mo
     assert late is None or any(finding.outcome == "fail" for finding in late.findings)
 
 
+def test_a_host_that_dies_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting_module, "_SILENT", 0.3)
+    store = HashStore()
+    lead, dead = Meeting(store, seat(0)), Meeting(store, seat(1))
+    lead.assemble(2, time.monotonic() + 1)
+    dead.put("beat/1", 7)
+    started = time.monotonic()
+    assert lead.begin("names", 60)[0] == [0]
+    assert time.monotonic() - started < 10
+
+
+def test_a_store_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    meeting, ended = Meeting(HashStore(), seat(0)), threading.Event()
+    monkeypatch.setattr(meeting_module, "_SILENT", 0.1)
+    monkeypatch.setattr(meeting_module, "_MARGIN", 0.1)
+    monkeypatch.setattr(meeting, "_store", Hung(ended))
+    for ask in (lambda: meeting.has("x"), lambda: meeting.put("x", 1), lambda: meeting.get("x", 0.1)):
+        with pytest.raises(NoAnswer, match="answer"):
+            ask()
+    ended.set()
+
+
+class Hung:
+    """A store over a link that is cut."""
+
+    def __init__(self, ended: threading.Event) -> None:
+        self.set = self.check = self.wait = lambda *arguments: ended.wait(60)
+
+
+def test_a_host_that_lives_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting_module, "_SILENT", 0.3)
+    monkeypatch.setattr(meeting_module, "_BEAT", 0.05)
+    store = HashStore()
+    lead, slow = Meeting(store, seat(0)), Meeting(store, seat(1))
+    lead.assemble(2, time.monotonic() + 1)
+    slow.live()
+    threading.Timer(1.0, lambda: slow.put("names/ready/1", True)).start()
+    lead.put("names/ready/0", True)
+    assert lead.begin("names", 60)[0] == [0, 1]
+
+
 def test_unknown_hosts_of_between_are_a_finding(examine: Examine) -> None:
     port = free_port()
     hosts = {"north": 1, "south": 1}
@@ -256,9 +300,11 @@ def test_the_launcher_is_read() -> None:
         launched_rank({"RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "1"})
 
 
-def test_a_store_of_an_agent_is_only_joined() -> None:
+def test_a_store_of_an_agent_is_only_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     port = free_port()
     served = open_store(place(0, 2, port), 5)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     joined = open_store(place(0, 2, port, store_of_agent=True), 5)
     served.set("key", "value")
     assert joined.get("key") == b"value"

@@ -117,10 +117,10 @@ def test_without_pdsh_the_way_without_it_is_told(programs: Programs, monkeypatch
     assert programs.hostfiles == []
 
 
-def test_a_single_host_needs_neither_ssh_nor_pdsh(programs: Programs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shutil.which", lambda name: None)
+def test_a_single_host_is_not_taken_for_this_node(programs: Programs) -> None:
     assert not faults(start.examine_hostfile({"node-1": 2}, []).findings)
-    assert [command[0] for command in programs.commands] == [sys.executable]
+    assert [command[0] for command in programs.commands] == ["ssh", sys.executable]
+    assert "--force_multi" in programs.commands[-1]
 
 
 @pytest.mark.parametrize(
