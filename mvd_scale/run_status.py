@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from mvd_scale.config import RunRecipe, load_any_recipe
+from mvd_scale.config import DetectionRecipe, load_any_recipe
 from mvd_scale.errors import UserError
 from mvd_scale.run_dir import RunFolder
 from mvd_scale.training.checkpointing.folders import checkpoint_folder, saved_steps
@@ -232,7 +232,9 @@ def _total_steps(folder: RunFolder) -> int | None:
     if not folder.recipe.is_file() or not folder.manifest.is_file():
         return None
     try:
-        recipe: RunRecipe = load_any_recipe(folder.recipe)
+        recipe = load_any_recipe(folder.recipe)
+        if isinstance(recipe, DetectionRecipe):
+            return None  # its epochs count key frames, which the manifest does not list
         steps = steps_per_epoch(Manifest.load(folder.manifest), recipe.data, recipe.training.global_batch)
     except (UserError, OSError, ValueError):
         return None  # written by another version

@@ -38,14 +38,15 @@ def status(runs: tuple[Path, ...], as_json: bool, watch: float | None) -> None:
     from mvd_scale.run_status import find_runs, read_statuses
 
     def look() -> tuple[list[RunStatus], list[str]]:
-        found: dict[Path, None] = {}
+        found: dict[Path, Path] = {}
         errors = []
         for path in runs:
             try:
-                found |= dict.fromkeys(find_runs(path))
+                # Links may lead to one run by several paths: the first one is shown.
+                found = {run.resolve(): run for run in reversed(find_runs(path))} | found
             except (UserError, OSError) as error:
                 errors.append(str(error))
-        return read_statuses(found), errors
+        return read_statuses(sorted(found.values())), errors
 
     def show(indent: int | None) -> list[str]:
         statuses, errors = look()

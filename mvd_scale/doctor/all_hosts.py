@@ -20,6 +20,7 @@ from mvd_scale.doctor.findings import Finding, Group, HostCheck, TimeLimit, with
 from mvd_scale.doctor.meeting import Meeting, NoAnswer, open_store, own_seat
 from mvd_scale.doctor.one_host import Facts, compare_facts, facts_check, host_checks, make_checks
 from mvd_scale.doctor.settings import Settings
+from mvd_scale.utils.markdown import counted
 
 _ALONE_SECONDS = 300.0
 """Longest time that the checks of a host alone take: where one of each group hangs."""
@@ -192,7 +193,7 @@ def _presence(meeting: Meeting, rank: LaunchedRank, settings: Settings) -> Itera
     """Report which hosts and ranks came."""
     came = {seat.rank for seat in meeting.seats}
     missing = [number for number in range(rank.world_size) if number not in came]
-    said = f"{len(meeting.hosts)} hosts with {len(came)} ranks"
+    said = f"{counted(len(meeting.hosts), 'host')} with {counted(len(came), 'rank')}"
     devices = {seat.device for seat in meeting.seats}
     if len(devices) > 1:
         without = ", ".join(host.label for host in meeting.hosts if host.device == "cpu")

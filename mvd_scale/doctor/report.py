@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mvd_scale.doctor.findings import GROUPS, Finding, Outcome
+from mvd_scale.utils.markdown import counted
 
 SCHEMA = 1
 """Number of the form of the JSON: raised when a key changes its name or meaning."""
@@ -65,10 +66,10 @@ class Report:
 
     def _summary(self) -> str:
         counts = {outcome: sum(finding.outcome == outcome for finding in self.findings) for outcome in _MARKS}
-        hosts = f"{len(self.hosts)} host{'s' * (len(self.hosts) != 1)}"
         return (
-            f"{counts['fail']} failed, {counts['warning']} warnings, {counts['ok']} OK, {counts['left out']} left out "
-            f"(-); {hosts}, {self.ranks} rank{'s' * (self.ranks != 1)}, {self.seconds:.0f} s"
+            f"{counts['fail']} failed, {counted(counts['warning'], 'warning')}, {counts['ok']} OK, "
+            f"{counts['left out']} left out (-); {counted(len(self.hosts), 'host')}, {counted(self.ranks, 'rank')}, "
+            f"{self.seconds:.0f} s"
         )
 
     def _rows(self) -> Iterator[tuple[str, str, str, Finding]]:

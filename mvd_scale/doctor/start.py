@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mvd_scale.distributed.free_port import free_port
+from mvd_scale.distributed.remote_command import remote_words
 from mvd_scale.doctor.all_hosts import Examined
 from mvd_scale.doctor.checks.network import resolve
 from mvd_scale.doctor.findings import Finding
@@ -36,6 +37,9 @@ def examine_hostfile(hosts: Mapping[str, int], words: Sequence[str]) -> Examined
     Args:
         hosts: number of ranks by name of host.
         words: options of `mvd-scale doctor` for the ranks.
+
+    Raises:
+        UserError: shells of the other hosts would interpret a part of the launcher's command.
     """
     # The launcher starts the ranks of a single host itself, without ssh.
     findings = try_hosts(list(hosts)) if len(hosts) > 1 else []
@@ -91,10 +95,11 @@ def _run(hosts: Mapping[str, int], words: Sequence[str]) -> Examined:
     with tempfile.TemporaryDirectory(prefix="mvd-doctor-") as folder:
         file = Path(folder) / "hostfile"
         file.write_text("".join(f"{name} slots={slots}\n" for name, slots in hosts.items()))
+        arguments = ["doctor", "--json", "--hostfile", str(file), *words]
         command = [
             sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(file), "--launcher_args=-N", "--quiet",
             "--master_port", str(free_port()), "--module", "--no_local_rank",
-            "mvd_scale", "doctor", "--json", "--hostfile", str(file), *words,
+            *(remote_words("mvd_scale", arguments) if len(hosts) > 1 else ["mvd_scale", *arguments]),
         ]  # fmt: skip
         try:
             job = subprocess.run(

@@ -38,6 +38,8 @@ class SupervisedCommand:
 
     def allows(self, ranks: int) -> bool:
         """Whether the global batch can be split over a number of ranks."""
+        if self.recipe.training.global_batch % ranks:
+            return False
         try:
             self.recipe.micro_batch_and_accumulation(ranks)
         except UserError:

@@ -130,6 +130,7 @@ class Coordinator:
         self._joined_at: float | None = None
         self._reason = ""
         self._stop_signal: int | None = None
+        self._holder: str | None = None
 
     @property
     def members(self) -> list[str]:
@@ -169,9 +170,7 @@ class Coordinator:
         """Note that ranks of a host have ended with these exit codes, other ones maybe not yet."""
         attempt = self._attempt
         if attempt is not None and number == attempt.number and host in attempt.running:
-            attempt.first = attempt.first or first_cause(codes)
-            if self.phase is Phase.RUNNING:
-                self._stop(signal.SIGTERM, saves=attempt.first[0] is Cause.STOPPED)
+            self._note_failure(attempt, codes)
 
     def ended(self, host: str, number: int, codes: list[int], port: int, now: float) -> None:
         """Note that all ranks of a host have ended, with these exit codes; `port` is free now."""
@@ -180,7 +179,14 @@ class Coordinator:
         if attempt is not None and number == attempt.number and host in attempt.running:
             attempt.running.discard(host)
             attempt.codes += codes
+            if failed := [code for code in codes if code]:
+                self._note_failure(attempt, failed)
             self._conclude(now)
+
+    def _note_failure(self, attempt: Attempt, codes: list[int]) -> None:
+        attempt.first = attempt.first or first_cause(codes)
+        if self.phase is Phase.RUNNING:
+            self._stop(signal.SIGTERM, saves=attempt.first[0] is Cause.STOPPED)
 
     def offer_port(self, host: str, port: int) -> None:
         """Note a port of a host that is free now."""
@@ -225,7 +231,9 @@ class Coordinator:
         # Ranks of an earlier attempt, or of hosts behind a cut link, may still be in the run folder. The first start
         # of all hosts goes ahead: if others train there, it is the ranks that refuse, as without a supervisor.
         if (self.number or self._is_incomplete) and (holder := self._hooks.folder_holder()):
-            logger.info("supervise: waits for the run folder: %s", holder)
+            if holder != self._holder:
+                logger.info("supervise: waits for the run folder: %s", holder)
+            self._holder = holder
             self._not_before = now + _FOLDER_SECONDS
         elif ranks:
             self._start(ranks, now)
@@ -278,7 +286,7 @@ class Coordinator:
         if attempt is None or attempt.running:
             return
         self._attempt = None
-        cause, code = attempt.first or first_cause(attempt.codes or [FAULT_CODE])
+        cause, code = attempt.first or (Cause.FINISHED, 0)
         if not attempt.lost and not any(attempt.codes):
             self._finish(0, "finished")
         elif self._stop_signal is not None:

@@ -19,7 +19,7 @@ class LeaseWatch:
         seconds: time without a renewal after which the process on another host counts as gone.
     """
 
-    def __init__(self, path: Path, seconds: float = 3 * RENEW_SECONDS) -> None:
+    def __init__(self, path: Path, seconds: float = 2 * RENEW_SECONDS) -> None:
         self._path = path
         self._seconds = seconds
         self._seen: tuple[LeaseView, float] | None = None

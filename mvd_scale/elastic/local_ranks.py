@@ -50,6 +50,9 @@ class LocalRanks:
         command: words of the command of a rank.
         place: place of the ranks.
         environment: environment variables besides those of the place.
+
+    Raises:
+        OSError: a process cannot be started, as where memory is short; none of them is left.
     """
 
     def __init__(self, command: Sequence[str], place: Place, environment: Mapping[str, str]) -> None:
@@ -57,16 +60,18 @@ class LocalRanks:
         self.codes: list[int] = []
         """Exit codes of the ranks that have ended; that of a rank that a signal ended is negative."""
         self._kill_at = float("inf")
-        self._running = [
-            # A session of its own: Ctrl-C in the terminal reaches the supervisor alone, which forwards it.
-            subprocess.Popen(
-                list(command),
-                env=kept | place.environment(local_rank),
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-            for local_rank in range(place.ranks)
-        ]
+        self._running: list[subprocess.Popen[bytes]] = []
+        try:
+            for local_rank in range(place.ranks):
+                environment = kept | place.environment(local_rank)
+                # A session of its own: Ctrl-C in the terminal reaches the supervisor alone, which forwards it.
+                rank = subprocess.Popen(
+                    list(command), env=environment, stdin=subprocess.DEVNULL, start_new_session=True
+                )
+                self._running.append(rank)
+        except OSError:
+            self.kill()
+            raise
 
     @property
     def is_running(self) -> bool:

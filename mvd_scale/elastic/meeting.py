@@ -123,11 +123,20 @@ def is_better(site: Site, host: str) -> bool:
     return phase is not None and (phase != Phase.GATHERING.name or site.hosts.index(host) < site.index)
 
 
+class JoinRefused(Exception):
+    """Reason why a coordinator does not take a host in."""
+
+    def __init__(self, reason: str, *, final: bool = True) -> None:
+        super().__init__(reason)
+        self.final = final
+        """Whether it will not take it in later either."""
+
+
 def join_coordinator(site: Site, host: str, hello: Message) -> Connection | None:
     """Join the coordinator of another host; None if it does not answer.
 
     Raises:
-        UserError: it refuses this host.
+        JoinRefused: it does not take this host in.
     """
     with suppress(OSError, ValueError, KeyError):
         sock = site.reach(host)
@@ -136,7 +145,7 @@ def join_coordinator(site: Site, host: str, hello: Message) -> Connection | None
             return Connection(sock)
         sock.close()
         if answer["kind"] == "refused":
-            raise UserError(f"the supervisor of {host} refuses {site.name}: {answer['reason']}")
+            raise JoinRefused(str(answer["reason"]), final=bool(answer["final"]))
     return None
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import selectors
 import socket
 import threading
 import time
 from collections.abc import Callable
 
 from mvd_scale.elastic.coordinator import Coordinator, Member, Phase
+from mvd_scale.elastic.meeting import JoinRefused
 from mvd_scale.elastic.messages import Connection, Message
 
-_TICK_SECONDS = 0.1
+_TICK_SECONDS = 0.05
+"""Seconds from one look at all connections to the next. Waiting for the first of many to speak would cost more."""
 BEAT_SECONDS = 1.0
 """Seconds from one sign of life of a host to the next."""
 _HELLO_SECONDS = 5.0
@@ -24,8 +25,8 @@ class CoordinatorServer(threading.Thread):
     Args:
         coordinator: state of the job, which belongs to the thread from now on.
         listener: listening socket for the other hosts; None for a job on one host, which then listens nowhere.
-        refusal: function from a host's name, its address and the digest of its job to the reason why it may not take
-            part, or None.
+        refusal: function from a host's name, its address and the digest of its job to the reason why it is not taken
+            in, or None.
         dead_seconds: seconds of silence after which a host counts as lost.
     """
 
@@ -33,7 +34,7 @@ class CoordinatorServer(threading.Thread):
         self,
         coordinator: Coordinator,
         listener: socket.socket | None,
-        refusal: Callable[[str, str, str], str | None],
+        refusal: Callable[[str, str, str], JoinRefused | None],
         dead_seconds: float,
     ) -> None:
         super().__init__(name="coordinator", daemon=True)
@@ -67,14 +68,14 @@ class CoordinatorServer(threading.Thread):
 
     def run(self) -> None:
         """Serve the coordinator."""
-        while not self._closed.is_set():
-            self._wait()
+        while not self._closed.wait(_TICK_SECONDS):
             self._accept()
             now = time.monotonic()
-            for connection in [*self._unknown]:
-                self._greet(connection, now)
+            # In this order: a supervisor that ended before another was started on its host is gone first.
             for host, connection in [*self._hosts.items()]:
                 self._listen(host, connection, now)
+            for connection in [*self._unknown]:
+                self._greet(connection, now)
             self._coordinator.tick(now)
             self._send(now)
             self.phase, self.members = self._coordinator.phase, self._coordinator.members
@@ -82,14 +83,6 @@ class CoordinatorServer(threading.Thread):
             connection.close()
         if self._listener is not None:
             self._listener.close()
-
-    def _wait(self) -> None:
-        with selectors.DefaultSelector() as selector:
-            for connection in [*self._unknown, *self._hosts.values()]:
-                selector.register(connection, selectors.EVENT_READ)
-            if self._listener is not None:
-                selector.register(self._listener, selectors.EVENT_READ)
-            selector.select(_TICK_SECONDS)
 
     def _accept(self) -> None:
         while self._listener is not None:
@@ -124,9 +117,12 @@ class CoordinatorServer(threading.Thread):
 
     def _admit(self, connection: Connection, hello: Message, now: float) -> None:
         host = str(hello["host"])
-        reason = self._refusal(host, connection.peer, str(hello["job"]))
-        if reason is not None:
-            connection.send({"kind": "refused", "reason": reason})
+        refused = self._refusal(host, connection.peer, str(hello["job"]))
+        # A host that lost its power leaves a connection behind, but a silent one.
+        if refused is None and host in self._hosts and now - self._hosts[host].heard < 3 * BEAT_SECONDS:
+            refused = JoinRefused(f"{host} has a supervisor of this job already")
+        if refused is not None:
+            connection.send({"kind": "refused", "reason": str(refused), "final": refused.final})
             connection.close()
             return
         member = Member(int(hello["slots"]), str(hello["address"]), int(hello["port"]))

@@ -17,11 +17,18 @@ from typing import Any
 from mvd_scale.distributed.free_port import free_port
 from mvd_scale.elastic.coordinator import Coordinator, Hooks, Membership
 from mvd_scale.elastic.local_ranks import LocalRanks, Place
-from mvd_scale.elastic.meeting import Site, addresses_of, find_coordinator, is_better, join_coordinator
+from mvd_scale.elastic.meeting import (
+    JoinRefused,
+    Site,
+    addresses_of,
+    find_coordinator,
+    is_better,
+    join_coordinator,
+)
 from mvd_scale.elastic.messages import Connection, Message
 from mvd_scale.elastic.policy import STOP_SIGNALS, Limits, RestartBudget
 from mvd_scale.elastic.server import BEAT_SECONDS, CoordinatorServer
-from mvd_scale.errors import UserError
+from mvd_scale.errors import FAULT_CODE, UserError
 
 logger = logging.getLogger("mvd_scale")
 
@@ -75,6 +82,7 @@ class Supervisor:
         self._stopped: int | None = None
         self._exit_code: int | None = None
         self._rivals = _Rivals(site)
+        self._refused = ""
 
     def run(self) -> int:
         """Run until the job is over; return its exit code.
@@ -101,6 +109,8 @@ class Supervisor:
     def _step(self) -> None:
         """Take one turn: a signal, messages of the coordinator, the ranks, or the search for a coordinator."""
         self._forward_signals()
+        if self._exit_code is not None:
+            return
         if self._connection is not None:
             self._exchange(self._connection)
         elif self._ranks is None:
@@ -144,8 +154,7 @@ class Supervisor:
         if "failures" in message:
             self._budget.take_over(message["failures"], time.monotonic())
         if kind == "start":
-            place = Place(**{name: message[name] for name in Place.__dataclass_fields__})
-            self._ranks = LocalRanks(self._job.command, place, os.environ)
+            self._start(Place(**{name: message[name] for name in Place.__dataclass_fields__}))
         elif kind == "stop" and self._ranks is not None:
             # A signal that this host itself received has been forwarded.
             number = message["signal"] if message["signal"] != self._stopped else None
@@ -153,6 +162,13 @@ class Supervisor:
         elif kind == "end":
             logger.info("supervise: ends with exit code %d: %s", message["code"], message["reason"])
             self._exit_code = int(message["code"])
+
+    def _start(self, place: Place) -> None:
+        try:
+            self._ranks = LocalRanks(self._job.command, place, os.environ)
+        except OSError as error:
+            logger.error("supervise: ranks cannot be started: %s", error)
+            self._tell_end([FAULT_CODE])
 
     def _watch_ranks(self) -> None:
         """Tell the coordinator about ranks that have ended."""
@@ -164,7 +180,10 @@ class Supervisor:
             self._tell({"kind": "failed", "attempt": self._attempt, "codes": failed})
         if not self._ranks.is_running:
             codes, self._ranks = self._ranks.codes, None
-            self._tell({"kind": "ended", "attempt": self._attempt, "codes": codes, "port": self._free_port()})
+            self._tell_end(codes)
+
+    def _tell_end(self, codes: list[int]) -> None:
+        self._tell({"kind": "ended", "attempt": self._attempt, "codes": codes, "port": self._free_port()})
 
     def _tell(self, message: Message) -> None:
         if self._connection is not None:
@@ -185,12 +204,24 @@ class Supervisor:
         while not self._signals:
             host = find_coordinator(self._site, self._site.others)
             if host is not None:
-                self._connection = join_coordinator(self._site, host, self._hello())
+                self._connection = self._join(host)
                 if self._connection is not None:
                     return
             elif time.monotonic() >= deadline and self._try_to_serve():
                 return
             time.sleep(_SEARCH_SECONDS)
+
+    def _join(self, host: str) -> Connection | None:
+        try:
+            return join_coordinator(self._site, host, self._hello())
+        except JoinRefused as refusal:
+            said = f"the supervisor of {host} refuses {self._site.name}: {refusal}"
+            if refusal.final:
+                raise UserError(said) from refusal
+            if said != self._refused:
+                logger.warning("supervise: %s; tries again", said)
+            self._refused = said
+            return None
 
     def _try_to_serve(self) -> bool:
         try:
@@ -222,17 +253,19 @@ class Supervisor:
             "failures": self._budget.to_message(time.monotonic()),
         }
 
-    def _refusal(self, host: str, address: str, digest: str) -> str | None:
+    def _refusal(self, host: str, address: str, digest: str) -> JoinRefused | None:
         """Reason why a host that connects from an address may not take part; None if it may."""
+        mine = self._site.name
         if host not in self._site.hosts:
-            return f"the hostfile of {self._site.name} has no host {host}"
-        if address and address not in addresses_of(host):
-            return f"{address} is no address of {host} as {self._site.name} knows it"
+            return JoinRefused(f"the hostfile of {mine} has no host {host}")
         if digest != self._job.digest:
-            return (
-                f"the supervisor of {self._site.name} has another command or another hostfile: start it with the same "
-                "on all hosts, or choose another `--port` for another job"
+            return JoinRefused(
+                f"{mine} has another command or another hostfile: start the same on all hosts, or choose another "
+                "`--port` for another job"
             )
+        if address and address not in addresses_of(host):
+            # Names of pods that start anew have new addresses, which are known later.
+            return JoinRefused(f"{address} is no address of {host} as {mine} knows it", final=False)
         return None
 
     def _disconnect(self) -> None:

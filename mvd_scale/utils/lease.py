@@ -125,8 +125,12 @@ class Lease:
         self._warned = False
         self._writing = threading.Lock()
         self._ended = threading.Event()
-        while not self._acquire():
-            time.sleep(0.01)
+        try:
+            while not self._acquire():
+                time.sleep(0.01)
+        except (UserError, OSError):
+            self._close()
+            raise
         self._thread = threading.Thread(target=self._renew_for_ever, name=f"lease {path}", daemon=True)
         self._thread.start()
         atexit.register(self.release)
@@ -159,7 +163,7 @@ class Lease:
         self._thread.join(self.renew_seconds)
         atexit.unregister(self.release)
         self._renew(released=True)
-        os.close(self._file)
+        self._close()
 
     def _acquire(self) -> bool:
         """Try once to become the holder; False if another process changed something meanwhile.
@@ -240,8 +244,7 @@ class Lease:
 
     def _create(self, path: Path) -> bool:
         """Create a lease of this process, whole at once; False if the file exists."""
-        if self._file >= 0:
-            os.close(self._file)
+        self._close()
         partial = path.with_name(f"{path.name}.{self._holder.token}")
         self._file = _write_new(partial, self._holder.encode())
         try:
@@ -264,6 +267,11 @@ class Lease:
         os.close(self._file)
         self._file = created
         return True
+
+    def _close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+        self._file = -1
 
     def _renew_for_ever(self) -> None:
         while not self._ended.wait(self.renew_seconds):

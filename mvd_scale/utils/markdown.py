@@ -21,6 +21,11 @@ def number(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def counted(count: int, noun: str) -> str:
+    """Format a number of things, such as `1 host` or `2 hosts`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def first_line(text: str | None) -> str:
     """Return the first line of a text that is not empty; an empty string if there is none."""
     return next(iter((text or "").strip().splitlines()), "")

@@ -54,7 +54,7 @@ def test_a_run_goes_on_after_a_rank_died_and_stops_on_request(
     supervisor.send_signal(signal.SIGUSR1)
     output, _ = supervisor.communicate(timeout=120)
     assert supervisor.returncode == 128 + signal.SIGUSR1, output[-3000:]
-    assert output.count("stopped on request") == 1
+    assert output.count("stopped on request after saving a checkpoint") == 1
     steps = [row["step"] for row in read_metrics(run / "metrics.jsonl")]
     assert steps == list(range(1, steps[-1] + 1))
     assert f"step_{steps[-1]:08d}" in saved(run)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from mvd_scale.distributed.free_port import free_port
 from mvd_scale.utils.io import read_metrics
 
 from .conftest import Jobs, wait_for
@@ -90,6 +95,42 @@ def test_ranks_get_their_words_as_they_are(jobs: Jobs) -> None:
     code, output = finish(start(jobs, "--no-python", sys.executable, "-c", "import sys; print(sys.argv[1:])", *words))
     assert code == 0, output
     assert output.count(str(words)) == 2, output
+
+
+@pytest.mark.parametrize(
+    ("options", "address"),
+    [
+        ([], "127.0.0.1"),
+        (["--standalone"], "127.0.0.1"),
+        (["--nnodes", "2", "--node-rank", "0", "--master-addr", "127.0.0.2"], "127.0.0.2"),
+    ],
+    ids=["one host", "standalone", "two hosts"],
+)
+def test_it_listens_at_the_address_of_the_job_alone(jobs: Jobs, options: list[str], address: str) -> None:
+    ports = ["--master-port", str(free_port())] if "--nnodes" in options else []
+    process = start(jobs, *options, *ports, "--no-python", "sleep", "100")
+    wait_for(lambda: bool(listening(process)), 60, process)
+    time.sleep(0.5)
+    assert {found.ip for found in listening(process)} == {address}
+
+
+def listening(process: subprocess.Popen[str]) -> set[Any]:
+    """Addresses at which the processes of a job listen."""
+    addresses = set()
+    for member in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            addresses |= {c.laddr for c in member.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    return addresses
+
+
+def test_a_port_in_use_is_named(jobs: Jobs) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        code, output = finish(start(jobs, "--master-port", port, "-m", "mvd_scale", "recipes"))
+    assert code == 75, output
+    assert f"127.0.0.1:{port} cannot be used (Address already in use)" in output
 
 
 def test_hosts_that_do_not_meet_are_a_fault(jobs: Jobs) -> None:

@@ -53,7 +53,7 @@ class Host:
         self.name = name
         self.namespace = namespace
         self.address = address
-        self._names = names
+        self.names = names
 
     def start(self, *command: str | Path, **options: Any) -> subprocess.Popen[str]:
         """Start a command in a session of its own; options are those of `subprocess.Popen`."""
@@ -104,7 +104,7 @@ class Host:
         return {int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == _LISTENING}
 
     def _entered(self, command: Sequence[str | Path]) -> list[str]:
-        inside = ["sh", "-c", _ENTER, "sh", self.name, self._names, *command]
+        inside = ["sh", "-c", _ENTER, "sh", self.name, self.names, *command]
         return ["ip", "netns", "exec", self.namespace, "unshare", "--uts", *map(str, inside)]
 
 

@@ -100,6 +100,7 @@ def test_what_torchrun_reads_from_the_pod(cluster: dict[str, Any], pod: dict[str
     read = torchrun.parse_args(container["args"])
     assert (read.nnodes, read.nproc_per_node, read.node_rank) == ("2", "8", 1)
     assert (read.master_addr, read.master_port) == ("mvd-scale-0.mvd-scale", 29500)
+    assert read.rdzv_conf == "timeout=3600"
     assert (read.module, read.training_script) == (True, "mvd_scale")
     assert read.training_script_args[0] == "pretrain"
 

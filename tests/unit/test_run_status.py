@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from mvd_scale.cli.status import status
-from mvd_scale.config import load_recipe
+from mvd_scale.config import load_detection_recipe, load_recipe
 from mvd_scale.data.manifest import Manifest, Row
 from mvd_scale.errors import UserError
 from mvd_scale.run_dir import RunFolder
@@ -148,6 +148,17 @@ def test_an_old_run_without_events_and_lease_tells_what_its_files_tell(tmp_path:
     assert (run.state, run.step, run.total_steps, run.ranks, run.loss) == ("unknown", 40, 70, 8, None)
 
 
+def test_an_old_run_of_detection_does_not_tell_its_last_step(tmp_path: Path) -> None:
+    """Its epochs count key frames, which the manifest of the run does not list."""
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    recipe = load_detection_recipe("quickstart/detector", ["--run.folder", str(folder.path)])
+    folder.recipe.write_text(recipe.to_yaml())
+    rows = [Row(name=f"{n}.mp4", path=f"{n}.mp4", frames=16, width=32, height=32) for n in range(200)]
+    Manifest.from_rows(rows, source="list").save(folder.manifest)
+    assert read(folder).total_steps is None
+
+
 @pytest.mark.parametrize("name", ["events.jsonl", "metrics.jsonl", "quarantine.jsonl", "summary.json", "lease.json"])
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"5\n", b"[]\n", b"null\n", b"\xff\xfe\n", b'{"event": "start"}\n', b"{}\n"]
@@ -178,7 +189,9 @@ def invoke(*words: str | Path) -> Result:
 def test_wrong_paths_are_named_and_the_other_runs_are_shown(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     write_lease(folder)
-    result = invoke(folder.path, tmp_path / "missing", tmp_path / "run", "--json")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "same").symlink_to(folder.path)
+    result = invoke(folder.path, tmp_path / "missing", tmp_path / "run", tmp_path / "runs", "--json")
     assert result.exit_code == 2
     shown = json.loads(result.stdout)
     assert [run["path"] for run in shown["runs"]] == [str(folder.path)]

@@ -143,7 +143,7 @@ def test_a_host_runs_torchrun_with_its_number_and_the_words_as_they_are(job: Job
     assert words[words.index("mvd_scale") + 1 :] == hostile
     assert not (job.folder / "marker").exists()
     options = job.words("srun")[: job.words("srun").index("bash")]
-    assert options == ["--kill-on-bad-exit=0", "--cpus-per-task=96"]
+    assert options == ["--export=ALL", "--kill-on-bad-exit=0", "--cpus-per-task=96"]
     assert job.requeued == []
 
 

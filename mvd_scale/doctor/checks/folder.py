@@ -21,6 +21,7 @@ from uuid import uuid4
 from mvd_scale.doctor.findings import Finding, HostCheck
 from mvd_scale.doctor.meeting import Meeting, NoAnswer
 from mvd_scale.utils.io import write_atomic
+from mvd_scale.utils.markdown import counted
 
 _PREFIX = ".mvd-doctor-"
 
@@ -204,7 +205,7 @@ def _lead(meeting: Meeting, others: list[int], folder: Path) -> Iterator[Finding
         remedy = "mount the same file system at this path on all hosts"
         yield Finding("shared folder", "fail", said, remedy)
         return
-    yield Finding("shared folder", "ok", f"{place.parent}: files of {len(others)} other hosts appear")
+    yield Finding("shared folder", "ok", f"{place.parent}: files of {counted(len(others), 'other host')} appear")
 
 
 def _shows(meeting: Meeting, place: Path, rank: int, until: float) -> bool:

@@ -23,8 +23,11 @@ from mvd_scale.doctor.meeting import Meeting, NoAnswer
 Pair = tuple[int, int]
 """Numbers of two hosts, the lower one first."""
 
-_BYTES = {"cuda": 2**28, "cpu": 2**24}
-"""Bytes of a measured all-reduce: so much that latency does not count."""
+_BYTES = {"cuda": (2**16, 2**20, 2**24, 2**28), "cpu": (2**16, 2**20, 2**24)}
+"""Bytes of an all-reduce, one after the other until it takes long: with the last ones latency does not count."""
+
+_LONG = 0.5
+"""Seconds of an all-reduce that is long enough to be the only one."""
 
 _SMALL = 2**10
 """Bytes of an all-reduce whose time is all latency."""
@@ -96,19 +99,32 @@ def measure(store: Store, rank: int, size: int, device: str, seconds: float) -> 
         TimeLimit: it has not ended in time.
         RuntimeError: ranks cannot connect, or the sum is wrong.
     """
-    return within(seconds, lambda: _measure(store, rank, size, device, timedelta(seconds=seconds)))
+    stages = ["they do not connect"]
+    try:
+        return within(seconds, lambda: _measure(store, rank, size, device, timedelta(seconds=seconds), stages))
+    except TimeLimit as limit:
+        raise TimeLimit(f"{limit}: {stages[-1]}") from limit
 
 
-def _measure(store: Store, rank: int, size: int, device: str, timeout: timedelta) -> Speed:
+def _measure(store: Store, rank: int, size: int, device: str, timeout: timedelta, stages: list[str]) -> Speed:
     group = _open_group(store, rank, size, device, timeout)
     _kept.append(group)
+    stages.append("they connect, but a reduction of 4 bytes does not end")
     _reduce(group, torch.ones(1, device=device), size)
     latency = min(_reduce(group, torch.ones(_SMALL // 4, device=device), size) for _ in range(_REPEATS))
-    large = torch.ones(_BYTES[device] // 4, device=device)
-    _reduce(group, large, size)
-    seconds = statistics.median(_reduce(group, large.fill_(1), size) for _ in range(_REPEATS))
+    for count in _BYTES[device]:
+        stages.append(f"they connect, but a reduction of {count} bytes does not end")
+        values = torch.ones(count // 4, device=device)
+        # The ranks must agree whether to go on: by the mean of their times.
+        mean = torch.full((1,), _reduce(group, values, size) / size, device=device)
+        group.allreduce([mean]).wait()
+        seconds = float(mean)
+        if seconds > _LONG:
+            break
+    if seconds <= _LONG:
+        seconds = statistics.median(_reduce(group, values.fill_(1), size) for _ in range(_REPEATS))
     _kept.remove(group)
-    return Speed(2 * (size - 1) / size * _BYTES[device] / seconds / 1e9, latency)
+    return Speed(2 * (size - 1) / size * count / seconds / 1e9, latency)
 
 
 def _open_group(store: Store, rank: int, size: int, device: str, timeout: timedelta) -> Any:

@@ -41,7 +41,7 @@ def examine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Examine:
     """Examine hosts as threads; checks of a host alone are replaced by one that is sound."""
     monkeypatch.setattr(all_hosts, "host_checks", lambda settings, device, rank: [sound(rank)])
     monkeypatch.setattr(all_hosts, "facts_check", facts)
-    monkeypatch.setattr(links, "_BYTES", {"cpu": 2**16})
+    monkeypatch.setattr(links, "_BYTES", {"cpu": (2**16,)})
     monkeypatch.setattr(folder, "_SEEN", 1.0)
 
     def run(places: list[LaunchedRank], **settings: Any) -> list[Examined | None]:

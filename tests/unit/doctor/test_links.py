@@ -7,6 +7,7 @@ import time
 from itertools import combinations
 
 import pytest
+from torch import Tensor
 from torch.distributed import HashStore, PrefixStore, ProcessGroupGloo, Store
 
 from mvd_scale.doctor.checks import links
@@ -19,7 +20,7 @@ from mvd_scale.doctor.checks.links import (
     measure_pairs,
     rounds_of_pairs,
 )
-from mvd_scale.doctor.findings import Finding
+from mvd_scale.doctor.findings import Finding, TimeLimit
 from mvd_scale.doctor.meeting import Meeting
 from tests.unit.doctor.conftest import Meet, seat
 
@@ -28,7 +29,7 @@ LABELS = {number: f"n{number}" for number in range(8)}
 
 @pytest.fixture(autouse=True)
 def small_messages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(links, "_BYTES", {"cpu": 2**16})
+    monkeypatch.setattr(links, "_BYTES", {"cpu": (2**16,)})
 
 
 @pytest.mark.parametrize("count", range(2, 20))
@@ -60,7 +61,32 @@ def test_a_rank_that_does_not_come_ends_by_the_time_limit(monkeypatch: pytest.Mo
     assert time.monotonic() - started < 5
     assert finding.outcome == "fail"
     assert finding.detail.startswith("gloo, 2 ranks: ")
+    assert "connect" in finding.detail or "Wait timeout" in finding.detail
     assert "NCCL_DEBUG=INFO" in finding.remedy
+
+
+def test_a_slow_link_is_measured_by_small_messages(meet: Meet, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    whole = links._reduce
+
+    def reduce(group: object, values: Tensor, size: int) -> float:
+        sizes.append(values.numel() * 4)
+        return whole(group, values, size) + values.numel() * 4 / 2**16
+
+    monkeypatch.setattr(links, "_BYTES", {"cpu": (2**10, 2**16, 2**20)})
+    monkeypatch.setattr(links, "_reduce", reduce)
+    first, second = meet(2, lambda meeting: measure_all(meeting, [0, 1], "cpu"))
+    assert first.outcome == second.outcome == "ok"
+    assert max(sizes) == 2**16
+    assert sizes.count(2**16) == 2
+    assert first.figures["gigabytes"] == pytest.approx(2**16 / 1e9, rel=0.2)
+
+
+def test_a_reduction_that_does_not_end_says_how_far_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links, "_open_group", lambda *arguments: None)
+    monkeypatch.setattr(links, "_reduce", lambda *arguments: time.sleep(1))
+    with pytest.raises(TimeLimit, match=r"within 0\.1 s: they connect, but a reduction of 4 bytes does not end"):
+        measure(HashStore(), 0, 2, "cpu", 0.1)
 
 
 def test_a_wrong_sum_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ def test_the_table() -> None:
         "  FAIL     clock   b    9 s ahead\n"
         "           -> start chrony\n"
         "\n"
-        "1 failed, 1 warnings, 3 OK, 1 left out (-); 3 hosts, 6 ranks, 12 s"
+        "1 failed, 1 warning, 3 OK, 1 left out (-); 3 hosts, 6 ranks, 12 s"
     )
 
 

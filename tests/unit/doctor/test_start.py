@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mvd_scale.distributed.remote_command import unpack
 from mvd_scale.doctor import start
 from mvd_scale.doctor.findings import Finding
 from mvd_scale.doctor.report import Report
@@ -61,13 +62,16 @@ def faults(findings: list[Finding]) -> dict[str, Finding]:
 
 
 def test_all_hosts_are_started_as_multi_node_does(programs: Programs) -> None:
-    examined = start.examine_hostfile(HOSTS, ["--folder", "/a b", "--rounds", "3"])
+    examined = start.examine_hostfile(HOSTS, ["--folder", "/a b; touch marker", "--rounds", "3"])
     assert not faults(examined.findings)
     assert (examined.hosts, examined.ranks) == (("node-1", "node-2"), 16)
     assert [finding.check for finding in examined.findings] == ["ssh", "ssh", "ssh", "CPUs"]
     command = programs.commands[-1]
     assert command[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
-    assert command[-4:] == ["--folder", "/a b", "--rounds", "3"]
+    module, action, packed = command[-3:]
+    assert (module, action) == ("mvd_scale.distributed.remote_command", "run")
+    assert unpack(packed)[:3] == ["mvd_scale", "doctor", "--json"]
+    assert unpack(packed)[-4:] == ["--folder", "/a b; touch marker", "--rounds", "3"]
     assert programs.hostfiles == ["node-1 slots=8\nnode-2 slots=8\nnode-3 slots=4\n"]
 
 

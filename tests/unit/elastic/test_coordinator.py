@@ -141,6 +141,15 @@ def test_a_failure_stops_the_others_and_restarts_after_a_wait(code: int) -> None
     assert (ranks, attempt) == ({"a": 2, "b": 2}, 2)
 
 
+def test_a_host_that_cannot_start_its_ranks_stops_the_others() -> None:
+    job = running("a", "b")
+    job.coordinator.ended("b", 1, [75], 29501, job.now)
+    assert job.told("stop").keys() == {"a"}
+    job.end(-15, -15, host="a")
+    job.wait(6)
+    assert job.told("start").keys() == {"a", "b"}
+
+
 def test_invalid_input_is_final() -> None:
     job = running("a", "b")
     job.end(2, -15, host="a")

@@ -17,8 +17,10 @@ import psutil
 import pytest
 
 from mvd_scale.distributed.free_port import free_port
-from mvd_scale.elastic.meeting import Site, join_coordinator
-from mvd_scale.errors import UserError
+from mvd_scale.elastic import supervisor
+from mvd_scale.elastic.coordinator import Membership
+from mvd_scale.elastic.meeting import JoinRefused, Site, join_coordinator
+from mvd_scale.elastic.supervisor import SupervisedJob, Supervisor
 
 FIRST, SECOND = "127.0.0.1", "127.0.0.2"
 
@@ -214,9 +216,31 @@ def test_strangers_are_refused(toy: Callable[..., ToyJob]) -> None:
     wait_until(lambda: bool(job.started()), "a start without the second host")
     hello = {"kind": "hello", "host": SECOND, "slots": 2, "address": SECOND, "port": 1, "attempt": 0, "failures": []}
     site = Site(job.hosts, SECOND, SECOND, job.port)
-    with pytest.raises(UserError, match="another command or another hostfile"):
+    with pytest.raises(JoinRefused, match="another command or another hostfile") as refused:
         join_coordinator(site, FIRST, hello | {"job": "other"})
-    with pytest.raises(UserError, match=r"the hostfile of 127\.0\.0\.1 has no host node-7"):
+    assert refused.value.final
+    with pytest.raises(JoinRefused, match=r"the hostfile of 127\.0\.0\.1 has no host node-7"):
         join_coordinator(site, FIRST, hello | {"job": "toy", "host": "node-7"})
-    with pytest.raises(UserError, match=r"127\.0\.0\.3 is no address of 127\.0\.0\.2"):
+    with pytest.raises(JoinRefused, match=r"127\.0\.0\.3 is no address of 127\.0\.0\.2") as refused:
         join_coordinator(Site(job.hosts, SECOND, "127.0.0.3", job.port), FIRST, hello | {"job": "toy"})
+    assert not refused.value.final
+
+
+def test_a_second_supervisor_of_a_host_is_refused(toy: Callable[..., ToyJob]) -> None:
+    job = toy(FIRST, SECOND)
+    for host in job.hosts:
+        job.start(host)
+    ranks = job.wait_for_ranks(4)
+    code, output = job.end(job.start(SECOND))
+    assert code != 0
+    assert f"{SECOND} has a supervisor of this job already" in output
+    assert all(is_running(rank["pid"]) for rank in ranks)
+
+
+def test_a_stop_request_ends_the_search_for_other_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = SupervisedJob(["unused"], "toy", None, Membership((FIRST, SECOND)))  # type: ignore[arg-type]
+    monkeypatch.setattr(supervisor, "find_coordinator", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(supervisor, "_SEARCH_SECONDS", 0)
+    before = signal.getsignal(signal.SIGTERM)
+    assert Supervisor(job, Site((FIRST, SECOND), SECOND, SECOND, 1), 2).run() == 143
+    assert signal.getsignal(signal.SIGTERM) is before

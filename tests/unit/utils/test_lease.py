@@ -100,6 +100,16 @@ def test_the_holder_is_named_to_the_second(path: Path) -> None:
     lease.release()
 
 
+def test_no_descriptor_is_left_open(path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    lease = take(path)
+    for _ in range(3):
+        with pytest.raises(UserError):
+            take(path)
+    lease.release()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_a_killed_holder_of_this_machine_keeps_nobody_waiting(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     process = hold(path, 60)
     assert first_line(process) == "held"
