@@ -56,8 +56,11 @@ def test_a_run_resumes_under_torchrun_bit_for_bit(jobs: Jobs, recipe: Path, clip
     assert losses(parted) == losses(whole)
 
 
-@pytest.mark.parametrize("everyone", [True, False], ids=["to all processes", "to torchrun alone"])
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    ("number", "everyone"),
+    [(signal.SIGUSR1, True), (signal.SIGTERM, False)],
+    ids=["SIGUSR1 to all processes", "SIGTERM to torchrun alone"],
+)
 def test_a_signal_saves_and_is_reported(
     jobs: Jobs, recipe: Path, clips: Path, tmp_path: Path, number: signal.Signals, everyone: bool
 ) -> None:
