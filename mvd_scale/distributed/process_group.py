@@ -187,12 +187,14 @@ def init_distributed(device: str, timeout_minutes: float) -> Ranks:
 
 
 def _join_group(device: torch.device, timeout: timedelta) -> None:
-    """Meet the other ranks at MASTER_ADDR and MASTER_PORT, and initialise the process group of torch.
+    """Meet the other ranks at MASTER_ADDR and MASTER_PORT, and initialise the process group of torch if there is none.
 
     Raises:
         DistNetworkError, DistStoreError: the ranks did not meet.
         UserError: MASTER_ADDR is not known, cannot be reached from other hosts, or by no network interface.
     """
+    if torch.distributed.is_initialized():
+        return
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     endpoint = resolve_endpoint(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout)
     if not has_own_meaning_here(endpoint, several_hosts=1 < world_size != local_world_size(1)):

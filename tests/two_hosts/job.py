@@ -146,7 +146,8 @@ class Job:
                 assert code == FAULT_CODE, self.printed
                 (message,) = messages
                 assert said[host.name] in message
-                assert re.search(r"'[a-z ]+' of step \d+", message), message
+                # Heartbeats come every 2 s: that of a rank that was killed may be of the phase before the first step.
+                assert re.search(r"'[a-z ]+'( of step \d+)?", message), message
             else:
                 assert code != 0
                 assert not messages, self.printed
