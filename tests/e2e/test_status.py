@@ -72,6 +72,7 @@ def test_a_run_is_told_while_it_goes_on_after_a_kill_and_at_its_end(
     assert f'mvd_scale_running{{run="{run}"}} 0.0' in exported.read_text()
 
 
+@pytest.mark.extended
 def test_a_run_that_is_asked_to_stop_is_stopped(jobs: Jobs, recipe: Path, clips: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = jobs.start(

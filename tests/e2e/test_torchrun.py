@@ -58,7 +58,7 @@ def test_a_run_resumes_under_torchrun_bit_for_bit(jobs: Jobs, recipe: Path, clip
 
 @pytest.mark.parametrize(
     ("number", "everyone"),
-    [(signal.SIGUSR1, True), (signal.SIGTERM, False)],
+    [(signal.SIGUSR1, True), pytest.param(signal.SIGTERM, False, marks=pytest.mark.extended)],
     ids=["SIGUSR1 to all processes", "SIGTERM to torchrun alone"],
 )
 def test_a_signal_saves_and_is_reported(
@@ -87,12 +87,19 @@ def test_invalid_input_is_told_from_a_fault(jobs: Jobs, tmp_path: Path) -> None:
     assert code == 0, output
 
 
-@pytest.mark.parametrize(("script", "expected"), [("exit 75", 75), ("kill -KILL $$", 137)], ids=["fault", "killed"])
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        pytest.param("exit 75", 75, id="fault", marks=pytest.mark.extended),
+        pytest.param("kill -KILL $$", 137, id="killed"),
+    ],
+)
 def test_the_code_of_the_rank_that_failed_is_that_of_torchrun(jobs: Jobs, script: str, expected: int) -> None:
     code, output = finish(start(jobs, "--no-python", "sh", "-c", f'[ "$RANK" = 0 ] && exec sleep 100; {script}'))
     assert code == expected, output
 
 
+@pytest.mark.extended
 def test_ranks_get_their_words_as_they_are(jobs: Jobs) -> None:
     words = ["a$$b", "${local_rank}", "$(id)", "two words", "it's; \"", "line\nbreak", "*"]
     code, output = finish(start(jobs, "--no-python", sys.executable, "-c", "import sys; print(sys.argv[1:])", *words))
@@ -104,7 +111,7 @@ def test_ranks_get_their_words_as_they_are(jobs: Jobs) -> None:
     ("options", "address"),
     [
         ([], "127.0.0.1"),
-        (["--standalone"], "127.0.0.1"),
+        pytest.param(["--standalone"], "127.0.0.1", marks=pytest.mark.extended),
         (["--nnodes", "2", "--node-rank", "0", "--master-addr", "127.0.0.2"], "127.0.0.2"),
     ],
     ids=["one host", "standalone", "two hosts"],
@@ -126,6 +133,7 @@ def listening(process: subprocess.Popen[str]) -> set[Any]:
     return addresses
 
 
+@pytest.mark.extended
 def test_a_port_in_use_is_named(jobs: Jobs) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -136,6 +144,7 @@ def test_a_port_in_use_is_named(jobs: Jobs) -> None:
     assert f"127.0.0.1:{port} cannot be used (Address already in use)" in output
 
 
+@pytest.mark.extended
 def test_hosts_that_do_not_meet_are_a_fault(jobs: Jobs) -> None:
     lost = ["--nnodes", "2", "--node-rank", "1", "--master-addr", "127.0.0.1", "--master-port", "9"]
     code, output = finish(start(jobs, *lost, "--rdzv-conf", "timeout=2", "-m", "mvd_scale", "recipes"))

@@ -64,6 +64,7 @@ def test_two_hosts_are_compared_and_rank_0_reports(hosts: tuple[Host, Host], tmp
     assert list(shared.iterdir()) == []
 
 
+@pytest.mark.extended
 def test_a_cable_that_is_cut_meanwhile_is_a_red_line_on_both_hosts(hosts: tuple[Host, Host], tmp_path: Path) -> None:
     doctors = Doctors(hosts, tmp_path, "--only", "network", "--only", "hosts", "--wait", "15")
     deadline = time.monotonic() + 60

@@ -77,7 +77,13 @@ class SupervisedRun:
         }
 
 
-@pytest.mark.parametrize("lost", [1, 0], ids=["second host", "first host, which coordinates"])
+@pytest.mark.parametrize(
+    "lost",
+    [
+        pytest.param(1, id="second host"),
+        pytest.param(0, id="first host, which coordinates", marks=pytest.mark.extended),
+    ],
+)
 @pytest.mark.timeout(900)
 def test_a_run_loses_a_host_goes_on_and_gets_it_back(
     lost: int, hosts: tuple[Host, Host], words: list[str], fork_server: ForkServer, tmp_path: Path
@@ -112,6 +118,7 @@ def test_a_run_loses_a_host_goes_on_and_gets_it_back(
         assert values == pytest.approx(expected[step], rel=TOLERANCE), f"step {step}"
 
 
+@pytest.mark.extended
 def test_of_two_sides_of_a_cut_link_one_goes_on_and_takes_the_other_in_again(
     hosts: tuple[Host, Host], tmp_path: Path
 ) -> None:
