@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from mvd_scale.config import RunRecipe
-from mvd_scale.data.manifest import Manifest
 from mvd_scale.distributed.process_group import Ranks
 from mvd_scale.errors import UserError
 from mvd_scale.utils.events import EventLog
@@ -102,6 +101,8 @@ class NonfiniteSteps:
         if self.folder is None:
             logger.warning("step %d changes no weight: %s not finite", step, cause)
             return
+        from mvd_scale.data.manifest import Manifest
+
         paths = Manifest.load(self.folder.manifest).path
         clips = [str(paths[row]) for row in rows[:_NAMED_CLIPS]]
         logger.warning(

@@ -22,7 +22,6 @@ from mvd_scale.errors import Preempted
 from mvd_scale.training.ema import ModelEma
 from mvd_scale.training.lr_schedule import Schedule
 from mvd_scale.training.metrics.meter import Meter, MicroBatchMetrics
-from mvd_scale.training.metrics.writer import metric_writer
 from mvd_scale.training.nonfinite import NonfiniteSteps, smallest_loss_scale
 from mvd_scale.training.optimizer import apply_schedule
 from mvd_scale.training.preemption import PreemptionHandler
@@ -195,6 +194,9 @@ class Trainer:
             Preempted: the run received a stop signal and saved a checkpoint.
             UserError: see `train_step`.
         """
+        # Benchmarks and the bring-up run steps without the packages that run folders need.
+        from mvd_scale.training.metrics.writer import metric_writer
+
         recipe, last = self.recipe, self.schedule.last_step
         meter = Meter(list(self.objective.parts), self.ranks)
         self._nonfinite.folder = folder

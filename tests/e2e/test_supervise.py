@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -32,6 +33,10 @@ def saved(run: Path) -> set[str]:
     return {path.name for path in (run / "checkpoints").glob("step_*")}
 
 
+def restarts(run: Path) -> list[dict[str, Any]]:
+    return [event for event in read_events(run / "events.jsonl") if event["event"] == "restart"]
+
+
 def test_a_run_goes_on_after_a_rank_died_and_stops_on_request(
     jobs: Jobs, recipe: Path, clips: Path, tmp_path: Path
 ) -> None:
@@ -47,9 +52,10 @@ def test_a_run_goes_on_after_a_rank_died_and_stops_on_request(
     assert listening_addresses([psutil.Process(supervisor.pid)]) == set()
 
     ranks[1].kill()
+    wait_for(lambda: bool(restarts(run)), 120, supervisor)
     before = saved(run)
     wait_for(lambda: bool(saved(run) - before), 120, supervisor)
-    (restart,) = [event for event in read_events(run / "events.jsonl") if event["event"] == "restart"]
+    (restart,) = restarts(run)
     assert (restart["reason"], restart["ranks"], restart["attempt"]) == ("fault, exit code -9", 2, 2)
 
     supervisor.send_signal(signal.SIGUSR1)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from mvd_scale.data.manifest import Manifest
 from mvd_scale.distributed.process_group import Ranks
 from mvd_scale.errors import UserError
-from mvd_scale.training import nonfinite
 from mvd_scale.training.nonfinite import NonfiniteSteps
 from mvd_scale.utils.events import read_events
 
@@ -41,7 +41,7 @@ def other_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     manifest = SimpleNamespace(path=[f"{row}.mp4" for row in range(9)])
-    monkeypatch.setattr(nonfinite.Manifest, "load", lambda file: manifest)
+    monkeypatch.setattr(Manifest, "load", lambda file: manifest)
 
 
 @pytest.mark.usefixtures("other_rank")
