@@ -86,7 +86,7 @@ class Attempt:
 
 
 class Hooks(Protocol):
-    """What a coordinator must know of the supervised command."""
+    """Properties of the supervised command that a coordinator must know."""
 
     def allows(self, ranks: int) -> bool:
         """Whether the global batch can be split over a number of ranks."""

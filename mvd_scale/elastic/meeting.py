@@ -31,7 +31,7 @@ class Site:
     hosts: tuple[str, ...]
     """Names or addresses of all hosts, without users, in the order of the hostfile."""
     name: str
-    """That of this host."""
+    """Name of this host, one of `hosts`."""
     address: str
     """Own address at which other hosts reach this one."""
     port: int

@@ -313,7 +313,7 @@ def _write(descriptor: int, content: bytes) -> None:
 
 @dataclass(frozen=True)
 class LeaseView:
-    """What another process can tell of a lease by one look, see `look_at_lease`."""
+    """State of a lease as another process sees it by one look, see `look_at_lease`."""
 
     holder: Holder | None
     """None if there is no lease, or it cannot be read."""

@@ -11,7 +11,7 @@ import signal
 import pytest
 
 from tests.fork_server import ForkServer
-from tests.two_hosts.job import ENDS_SOON, PATIENCE, RANK_0, RANK_1, Job, Readings
+from tests.two_hosts.job import BEATS_OFTEN, ENDS_SOON, PATIENCE, RANK_0, RANK_1, Job, Readings
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 def test_a_rank_or_host_that_is_killed_ends_the_run_on_both_hosts(
     victim: str, said: dict[str, str], job: Job, fork_server: ForkServer, undisturbed: Readings
 ) -> None:
-    job.start_and_train()
+    job.start_and_train(*BEATS_OFTEN)
     if victim == "host":
         job.hosts[1].kill_all()
     else:

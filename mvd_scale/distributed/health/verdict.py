@@ -6,9 +6,13 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Self
 
 from mvd_scale.distributed.health.progress import Position
+from mvd_scale.errors import FAULT_CODE
+
+_ADVICE = "The same command resumes from the last checkpoint"
 
 _NAMED = 4
 """Number of ranks that a message names one by one."""
@@ -112,3 +116,43 @@ def name_phases(ranks: list[int], positions: Mapping[int, Position]) -> str:
         count[positions[rank].description] += 1
     named = sorted(count, key=lambda phase: -count[phase])
     return " and ".join(named[:2]) + (f" and {len(named) - 2} other phases" if len(named) > 2 else "")
+
+
+def gone_verdict(ranks: list[int], beats: Heartbeats, members: Mapping[int, Member]) -> Verdict:
+    """Verdict on ranks whose processes have ended."""
+    message = (
+        f"{name_ranks(ranks, members)} ended without a message{_last_seen(ranks, beats)}: killed, or out of memory"
+    )
+    return Verdict(f"{message}. {_ADVICE}", FAULT_CODE, tuple(ranks))
+
+
+def silent_verdict(ranks: list[int], seconds: float, beats: Heartbeats, members: Mapping[int, Member]) -> Verdict:
+    """Verdict on ranks that have sent no heartbeat for so many seconds."""
+    message = (
+        f"no sign of life of {name_ranks(ranks, members)} for {seconds:.0f} s{_last_seen(ranks, beats)}: "
+        "the process is stopped or killed, its host is down, or the link is cut"
+    )
+    return Verdict(f"{message}. {_ADVICE}", FAULT_CODE, tuple(ranks), hangs=True)
+
+
+def hang_verdict(seconds: float, faults: Path, beats: Heartbeats, members: Mapping[int, Member]) -> Verdict:
+    """Verdict on a run in which no rank has made progress for so many seconds; it names those the others wait for."""
+    late = beats.late()
+    ranks = late or sorted(beats.positions)
+    message = f"no progress for {seconds:.0f} s: {name_ranks(ranks, members)} did not leave "
+    message += name_phases(ranks, beats.positions)
+    if others := sorted(set(beats.positions) - set(ranks)):
+        message += f", and the others wait in {name_phases(others, beats.positions)}"
+    message += f". Python stacks are in {faults}. {_ADVICE}; training.hang_minutes sets the limit"
+    return Verdict(message, FAULT_CODE, tuple(late), hangs=True)
+
+
+def main_verdict(how: str, beats: Heartbeats, members: Mapping[int, Member], *, hangs: bool) -> Verdict:
+    """Verdict of another rank on rank 0, such as that it `has ended`."""
+    message = f"{name_ranks([0], members)} {how}{_last_seen([0], beats)}. {_ADVICE}"
+    return Verdict(message, FAULT_CODE, (0,), hangs=hangs)
+
+
+def _last_seen(ranks: list[int], beats: Heartbeats) -> str:
+    phases = name_phases([rank for rank in ranks if rank in beats.positions], beats.positions)
+    return f", last seen in {phases}" if phases else ""

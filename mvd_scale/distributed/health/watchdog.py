@@ -38,7 +38,16 @@ from mvd_scale.distributed.exchange import StoreExchange
 from mvd_scale.distributed.health.launcher_processes import LauncherProcesses
 from mvd_scale.distributed.health.stack_file import StackFile
 from mvd_scale.distributed.health.stall_guard import StallGuard
-from mvd_scale.distributed.health.verdict import Heartbeats, Member, Verdict, name_phases, name_ranks
+from mvd_scale.distributed.health.verdict import (
+    Heartbeats,
+    Member,
+    Verdict,
+    gone_verdict,
+    hang_verdict,
+    main_verdict,
+    name_ranks,
+    silent_verdict,
+)
 from mvd_scale.distributed.process_group import Ranks, count_collectives
 from mvd_scale.errors import FAULT_CODE, Preempted, UserError
 from mvd_scale.utils.events import EventLog
@@ -51,8 +60,6 @@ _NONE = "none"
 
 _SECONDS_TO_END = 10.0
 """Time of the main thread of a rank to end by itself after a verdict about another rank."""
-
-ADVICE = "The same command resumes from the last checkpoint"
 
 
 class Watchdog:
@@ -187,7 +194,7 @@ class Watchdog:
         elif alarm != _NONE and self._alarmed is None:
             self._alarmed = now
             if self.ranks.is_main and (gone := [int(rank) for rank in alarm.split()]):
-                self._decide(self._gone(gone))
+                self._decide(gone_verdict(gone, self._beats, self._members))
 
     def _decide(self, verdict: Verdict) -> None:
         """Give the verdict of rank 0 to all ranks. Called with the lock or by one thread only."""
@@ -230,45 +237,17 @@ class Watchdog:
             # After an alarm a rank that lives has three intervals to show it.
             limit = self.limit if self._alarmed is None else 3 * self.interval
             if silent := self._beats.silent(now, limit):
-                self._decide(self._silent(silent, limit))
+                self._decide(silent_verdict(silent, limit, self._beats, self._members))
             elif self._alarmed is None and self._beats.hang(now, self.limit):
-                self._decide(self._hang())
+                self._decide(hang_verdict(self.limit, self._faults, self._beats, self._members))
         elif self._lost is not None:
-            self._decide(self._main_lost("has ended"))
+            self._decide(main_verdict("has ended", self._beats, self._members, hangs=False))
         else:
             since = min(self._answered, self._beats.seen.get(0, self._answered))
             limit = self.limit if self._alarmed is None else 4 * self.interval
             if now - since > limit:
-                self._decide(self._main_lost(f"has not answered for {limit:.0f} s"))
-
-    def _gone(self, ranks: list[int]) -> Verdict:
-        phases = name_phases([rank for rank in ranks if rank in self._beats.positions], self._beats.positions)
-        where = f", last seen in {phases}" if phases else ""
-        message = f"{name_ranks(ranks, self._members)} ended without a message{where}: killed, or out of memory"
-        return Verdict(f"{message}. {ADVICE}", FAULT_CODE, tuple(ranks))
-
-    def _silent(self, ranks: list[int], limit: float) -> Verdict:
-        phases = name_phases(ranks, self._beats.positions)
-        message = (
-            f"no sign of life of {name_ranks(ranks, self._members)} for {limit:.0f} s, last seen in {phases}: "
-            "the process is stopped or killed, its host is down, or the link is cut"
-        )
-        return Verdict(f"{message}. {ADVICE}", FAULT_CODE, tuple(ranks), hangs=True)
-
-    def _hang(self) -> Verdict:
-        beats, late = self._beats, self._beats.late()
-        ranks = late or sorted(beats.positions)
-        message = f"no progress for {self.limit:.0f} s: {name_ranks(ranks, self._members)} did not leave "
-        message += name_phases(ranks, beats.positions)
-        if late and (others := sorted(set(beats.positions) - set(late))):
-            message += f", and the others wait in {name_phases(others, beats.positions)}"
-        message += f". Python stacks are in {self._faults}. {ADVICE}; training.hang_minutes sets the limit"
-        return Verdict(message, FAULT_CODE, tuple(late), hangs=True)
-
-    def _main_lost(self, how: str) -> Verdict:
-        rank = name_ranks([0], self._members)
-        where = f", last seen in {name_phases([0], self._beats.positions)}" if 0 in self._beats.positions else ""
-        return Verdict(f"{rank} {how}{where}. {ADVICE}", FAULT_CODE, (0,), hangs=self._lost is None)
+                how = f"has not answered for {limit:.0f} s"
+                self._decide(main_verdict(how, self._beats, self._members, hangs=True))
 
     def _end(self, verdict: Verdict) -> None:
         """End this process, which hangs, or has another 10 s to end by itself."""
@@ -336,7 +315,8 @@ class Watchdog:
             return self._report_failure(error)
         verdict = self._ask()
         if verdict is None:
-            return
+            # All ranks live: it is this rank's own, whatever its text reads like.
+            return self._report_failure(error)
         self._report(verdict)
         self._linger()
         _exit_with_children(verdict.code)

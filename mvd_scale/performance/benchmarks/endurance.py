@@ -35,7 +35,7 @@ FIGURES = {"memory": "MiB", "files": "open files", "threads": "threads", "keys":
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EnduranceReport(Report):
-    """What rank 0 holds after some steps: it holds most, the store of the job among it."""
+    """Memory and handles of rank 0 after some steps: it holds most, the store of the job among it."""
 
     kind: Literal["endurance"] = "endurance"
     recipe: str

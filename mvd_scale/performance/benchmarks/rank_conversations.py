@@ -1,4 +1,4 @@
-"""What the ranks of a run tell each other over the store, as threads that call the run's own functions."""
+"""Messages of the ranks of a run over the store, by threads that call the run's own functions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one rank of a large job computes for its share, and rank 0 for all."""
+"""Work of one rank of a large job for its share, and of rank 0 for all."""
 
 from __future__ import annotations
 

@@ -165,7 +165,7 @@ class CheckpointWriter:
 
 
 class _Part(TypedDict):
-    """What a rank tells rank 0 about its part of a checkpoint."""
+    """Report of a rank to rank 0 about its part of a checkpoint."""
 
     files: Record
     error: str | None

@@ -63,10 +63,10 @@ def test_a_traced_run_holds_what_was_predicted(name: str, fork_server: ForkServe
     # One batch at a time, without a loader.
     parallel = replace(parallel_config(made, workload, case["world"]), prefetch=0)
     memory = predict_memory(workload, parallel)
-    measured = measure(case, fork_server)
-    # Real ranks hold more of the gathered weights at once when the other one is late.
-    together = case["world"] > 1 and not case["fake"]
-    assert memory.peak == pytest.approx(measured, rel=0.15 if together else 0.1)
+    # Of two real ranks one holds more gathered weights while the other is late, as on a busy machine.
+    late = case["world"] > 1 and not case["fake"]
+    measured = min(measure(case, fork_server) for _ in range(2 if late else 1))
+    assert memory.peak == pytest.approx(measured, rel=0.1)
     # No part decides alone, so one that is wrong is seen.
     assert max(memory.parts.values()) < 0.5 * measured
 
