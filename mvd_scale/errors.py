@@ -13,6 +13,9 @@ class UserError(Exception):
     reported = False
     """Whether another rank prints the message."""
 
+    exit_code = 2
+    """Exit code of the command; that of rank 0 on the other ranks, where rank 0 has failed otherwise."""
+
 
 class Preempted(Exception):
     """Exception: the run ended before its last step on request; a checkpoint was saved and it can be resumed."""

@@ -149,7 +149,7 @@ def _is_alive(view: LeaseView, folder: RunFolder) -> bool:
 
 def _read(folder: RunFolder, alive: bool, view: LeaseView) -> RunStatus:
     now = time.time()
-    events = [event for event in read_events(folder.events) if isinstance(event, dict)]
+    events = read_events(folder.events)
     reading = last_metrics(folder.metrics) or {}
     start = _last(events, "start")
     step, total = int(reading.get("step", 0)), start.get("steps") or _total_steps(folder)

@@ -84,7 +84,7 @@ def main() -> None:
         if not getattr(error, "reported", False):
             _delay_message_of_other_ranks()
             click.echo(f"mvd-scale: {error}", err=True)
-        sys.exit(2)
+        sys.exit(getattr(error, "exit_code", UserError.exit_code))
 
 
 def _collect_garbage_rarely() -> None:

@@ -121,17 +121,18 @@ def answer_from_rank0(store: Any, key: str, rank: int, work: Callable[[], Any], 
         try:
             answer = {"result": work()}
         except UserError as error:
-            answer = {"error": str(error)}
+            answer = {"error": str(error), "exit_code": error.exit_code}
         except BaseException:
             # Without an answer the other ranks would wait until the timeout.
             work_name = key.removeprefix("mvd_scale/")
-            store.set(f"{key}/answer", json.dumps({"error": f"rank 0 failed in {work_name!r}; see its own message"}))
+            failed = {"error": f"rank 0 failed in {work_name!r}; see its own message", "exit_code": 1}
+            store.set(f"{key}/answer", json.dumps(failed))
             raise
         store.set(f"{key}/answer", json.dumps(answer))
     store.wait([f"{key}/answer"], timeout)
     answer = json.loads(store.get(f"{key}/answer"))
     if "error" in answer:
         failure = UserError(answer["error"])
-        failure.reported = rank != 0
+        failure.reported, failure.exit_code = rank != 0, answer["exit_code"]
         raise failure
     return answer["result"]

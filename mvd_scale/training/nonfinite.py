@@ -27,6 +27,10 @@ MicroBatch = tuple[Tensor, Tensor]
 """Loss of a micro batch, a float32 scalar, and the rows of its videos in the manifest, int64 (B,) on the host."""
 
 
+class NonfiniteError(UserError):
+    """Gradients that are not finite; DeepSpeed finds them on all ranks, which all raise this."""
+
+
 class NonfiniteSteps:
     """Count of the steps in a row that DeepSpeed skipped because gradients are not finite.
 
@@ -63,7 +67,7 @@ class NonfiniteSteps:
             micro_batches: micro batches of this rank in this step.
 
         Raises:
-            UserError: too many steps in a row were skipped; raised on every rank. None of them changed any weight.
+            NonfiniteError: too many steps in a row were skipped. None of them changed any weight.
         """
         if not self._counts or engine.skipped_steps == self._skipped_before:
             self.in_a_row = 0
@@ -73,7 +77,7 @@ class NonfiniteSteps:
         if self._ranks.is_main:
             self._record(step, culprits, rows)
         if self.in_a_row > self._limit:
-            raise UserError(
+            raise NonfiniteError(
                 f"the gradients of step {step} are not finite on at least one rank"
                 + (f", nor those of the {self._limit} steps before it" if self._limit else "")
                 + "; the weights were not changed. Start the same command again to resume from the last checkpoint. If "
@@ -125,7 +129,7 @@ def smallest_loss_scale(step: int) -> Iterator[None]:
     DeepSpeed raises it on every rank, before it changes a weight, if the gradients overflow at the smallest loss scale.
 
     Raises:
-        UserError: the gradients are not finite at the smallest loss scale.
+        NonfiniteError: the gradients are not finite at the smallest loss scale.
     """
     try:
         yield
@@ -133,7 +137,7 @@ def smallest_loss_scale(step: int) -> Iterator[None]:
         # DeepSpeed raises a bare `Exception`, whose text is all that tells it from others.
         if type(error) is not Exception or "loss scale already at minimum" not in str(error):
             raise
-        raise UserError(
+        raise NonfiniteError(
             f"the gradients of step {step} are not finite in fp16 even at the smallest loss scale; the weights were "
             "not changed. Set `--training.precision bf16` where the GPU has it, or start a new run with a smaller "
             "`--training.base_lr` or with `--training.clip_grad 1`; the last checkpoint may already have diverged"

@@ -234,7 +234,11 @@ def finish(job: TrainingJob[Any], model: TrainedModel, ranks: Ranks, summary: di
     job.export(model.engine, folder.path, ranks)
     for average in model.averages:
         average.save(folder.path)
-    if ranks.is_main:
+
+    def write_summary() -> None:
         readings = read_metrics(folder.metrics)
         folder.finish({**summary, "first": readings[0], "last": readings[-1]})
         logger.info("finished: %s", folder.path)
+
+    # The others stay until it is written: rank 0 would miss their heartbeats while it writes the weights.
+    run_on_rank0(ranks, "summary", write_summary)

@@ -67,15 +67,13 @@ def describe_end(error: BaseException) -> tuple[str, str, int]:
     """Describe the end of a run by an exception.
 
     Returns:
-        `stopped` (by a signal, after a checkpoint), `fault`, `invalid` or `error`; the message; and the exit code.
+        `stopped` (by a signal, after a checkpoint), `invalid` or `error`; the message; and the exit code.
     """
     message = str(error)[:_MAX_MESSAGE]
     if isinstance(error, Preempted):
         return "stopped", "", error.exit_code
     if isinstance(error, (UserError, OSError)):
         return "invalid", message, 2
-    if isinstance(error, SystemExit):
-        return "fault", "another rank failed", error.code if isinstance(error.code, int) else 1
     if isinstance(error, KeyboardInterrupt):
         return "stopped", "a second Ctrl-C", 130
     return "error", f"{type(error).__name__}: {message}", 1

@@ -22,7 +22,7 @@ from mvd_scale.errors import Preempted
 from mvd_scale.training.ema import ModelEma
 from mvd_scale.training.lr_schedule import Schedule
 from mvd_scale.training.metrics.meter import Meter, MicroBatchMetrics
-from mvd_scale.training.nonfinite import NonfiniteSteps, smallest_loss_scale
+from mvd_scale.training.nonfinite import NonfiniteError, NonfiniteSteps, smallest_loss_scale
 from mvd_scale.training.optimizer import apply_schedule
 from mvd_scale.training.preemption import PreemptionHandler
 from mvd_scale.training.teachers.prefetch import TeacherPrefetcher
@@ -144,7 +144,7 @@ class Trainer:
 
         Raises:
             StopIteration: the loader has no more batches.
-            UserError: the gradients of several steps in a row are not finite; raised on all ranks.
+            NonfiniteError: the gradients of several steps in a row are not finite; raised on all ranks.
         """
         apply_schedule(self.engine.optimizer, self.schedule, self.step)
         self._nonfinite.begin(self.engine)
@@ -203,7 +203,12 @@ class Trainer:
         writer = metric_writer(folder, recipe, self.ranks, start_step=self.step, total_steps=last)
         with PreemptionHandler() as stop, writer, callbacks:
             while self.step < last:
-                meter.add_step(self.train_step())
+                try:
+                    meter.add_step(self.train_step())
+                except NonfiniteError:
+                    # All ranks are here, so that a checkpoint that is being written can be completed.
+                    checkpointer.wait()
+                    raise
                 ended, stopping = self.step == last, stop.should_stop(self.ranks, self.step - 1)
                 overdue = False
                 self._enter("metrics")

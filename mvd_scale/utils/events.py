@@ -7,15 +7,14 @@ line is one append, so that lines of several processes do not mix.
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import socket
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-logger = logging.getLogger("mvd_scale")
+from mvd_scale.utils.io import append_json_line, read_metrics
 
 EventName = Literal["start", "resume", "save", "skip", "quarantine", "fault", "restart", "end"]
 """`start`: the data are indexed, and the model is about to be built. `resume`: a checkpoint was loaded. `save`: a
@@ -45,16 +44,10 @@ class EventLog:
             fields: values that are serialisable as JSON.
         """
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        line = json.dumps({"time": now, "event": event, "host": socket.gethostname(), "pid": os.getpid(), **fields})
-        try:
+        document = {"time": now, "event": event, "host": socket.gethostname(), "pid": os.getpid(), **fields}
+        with suppress(OSError):
             self._rotate()
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            try:
-                os.write(descriptor, f"{line}\n".encode())
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            logger.warning("event %s cannot be written to %s: %s", event, self.path, error.strerror)
+        append_json_line(self.path, document)
 
     def _rotate(self) -> None:
         if self.path.exists() and self.path.stat().st_size >= MAX_BYTES:
@@ -63,12 +56,8 @@ class EventLog:
 
 def read_events(path: Path) -> list[dict[str, Any]]:
     """Read all events, oldest first; skips a line that a killed process wrote partially. Empty without a file."""
-    events = []
+    events: list[dict[str, Any]] = []
     for file in (path.with_name(f"{path.name}.1"), path):
         if file.is_file():
-            for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    events.append(json.loads(line))
-                except json.JSONDecodeError:
-                    continue
+            events += read_metrics(file)
     return events

@@ -25,13 +25,17 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def append_whole(path: Path, content: bytes) -> int:
-    """Append to a file all of the content or nothing, and return the size of the file in bytes.
+    """Append lines to a file, all of the content or nothing, and return the size of the file in bytes.
+
+    A last line that a killed process wrote partially is ended first.
 
     Raises:
         OSError: the content could not be written; a part that was written is removed.
     """
-    with path.open("ab", buffering=0) as file:
-        before = file.tell()
+    with path.open("a+b", buffering=0) as file:
+        before = file.seek(0, os.SEEK_END)
+        if before and os.pread(file.fileno(), 1, before - 1) != b"\n":
+            content = b"\n" + content
         try:
             while content:
                 content = content[file.write(content) :]
@@ -61,7 +65,7 @@ def is_plain_name(name: Any) -> bool:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read all readings of a `metrics.jsonl`, oldest first; skips a line that a killed process wrote partially."""
+    """Read all documents of a file of JSON lines, oldest first; skips lines that a killed process wrote partially."""
     readings = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:

@@ -141,8 +141,13 @@ class Lease:
         Raises:
             UserError: another process has taken it over, or its file is gone.
         """
-        with self._writing:
-            content = read_lease(self.path)
+        try:
+            with self._writing:
+                content = read_lease(self.path)
+        except OSError as error:
+            # A network file system that does not answer for a moment has told nothing of another holder.
+            self._warn(f"{self.path} cannot be read: {error.strerror}")
+            return
         if content is None:
             raise UserError(
                 f"{self.path} is gone: somebody has moved or deleted the folder of this run, which ends before it "
@@ -162,6 +167,9 @@ class Lease:
         # A file system that hangs must not hold up the end of the process.
         self._thread.join(self.renew_seconds)
         atexit.unregister(self.release)
+        if self._thread.is_alive():
+            # It holds the lock, and the lease becomes stale by itself.
+            return
         self._renew(released=True)
         self._close()
 
@@ -284,9 +292,13 @@ class Lease:
             with self._writing:
                 _write(self._file, self._holder.encode())
         except OSError as error:
-            if not self._warned:
-                logger.warning("%s cannot be renewed: %s", self.path, error.strerror)
-            self._warned = True
+            self._warn(f"{self.path} cannot be renewed: {error.strerror}")
+
+    def _warn(self, message: str) -> None:
+        """Log the first of all failures."""
+        if not self._warned:
+            logger.warning(message)
+        self._warned = True
 
 
 def _write_new(path: Path, content: bytes) -> int:

@@ -75,6 +75,18 @@ def always_not_a_number(trainer: Trainer) -> None:
     trainer.objective = spoiled  # type: ignore[assignment]
 
 
+def slow_disk_and_no_numbers(trainer: Trainer) -> None:
+    """Checkpoints take 8 s longer, and from the next step on the losses are not numbers."""
+    write = CheckpointWriter._write
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(8)
+        write(*arguments)
+
+    CheckpointWriter._write = slow  # type: ignore[method-assign]
+    inject(always_not_a_number, trainer.step + 1)
+
+
 def clock(trainer: Trainer) -> None:
     """The clock of the host is set back by a day."""
     now = time.time

@@ -147,6 +147,14 @@ def test_losses_that_stay_no_numbers_end_the_run_with_its_checkpoint(run: Run, u
     run.check_continuation(undisturbed)
 
 
+def test_a_checkpoint_that_is_being_written_is_completed_before_such_an_end(run: Run) -> None:
+    code, output = run.with_fault("slow_disk_and_no_numbers", rank=1, step=SAVED_EVERY - 1)
+    assert code == 2
+    (message,) = messages(output)
+    assert "the gradients of step 8 are not finite" in message
+    assert run.saved_steps == [SAVED_EVERY]
+
+
 def test_a_clock_that_is_set_back_changes_nothing(run: Run, undisturbed: dict[int, Reading]) -> None:
     code, output = run.with_fault("clock", rank=0, step=7)
     assert code == 0, output

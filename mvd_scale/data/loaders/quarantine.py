@@ -28,7 +28,6 @@ class Quarantine:
     def __init__(self, path: Path, events: EventLog | None = None) -> None:
         self.path = path
         self._events = events
-        self._listed: set[int] | None = None
 
     def add(self, failure: Failure, step: int) -> None:
         """List a video, unless it is listed; a full disk is a warning.
@@ -37,13 +36,12 @@ class Quarantine:
             failure: the video and the reason.
             step: progress of the loader.
         """
-        if self._listed is None:
-            # Read at the first failure: most processes see none.
-            lines = read_metrics(self.path) if self.path.is_file() else []
-            self._listed = {line["row"] for line in lines}
-        if failure["row"] in self._listed or not append_json_line(self.path, {**failure, "step": step}):
+        # Read again each time, which is rare: other ranks list videos too.
+        lines = read_metrics(self.path) if self.path.is_file() else []
+        if any(line["row"] == failure["row"] for line in lines):
             return
-        self._listed.add(failure["row"])
+        if not append_json_line(self.path, {**failure, "step": step}):
+            return
         if self._events is not None:
             video, reason = failure["path"], failure["error"]
             self._events.write("quarantine", video=video, row=failure["row"], reason=reason, step=step)

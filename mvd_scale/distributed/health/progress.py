@@ -52,7 +52,14 @@ class Progress:
     """Progress of this rank. The main thread enters phases, any thread may tick; the watchdog reads."""
 
     def __init__(self) -> None:
-        self.position = Position(0, 0, 0, patience=0, step=0, phase="start")
+        self._entered = Position(0, 0, 0, patience=0, step=0, phase="start")
+        # Of its own: a thread that ticks must not put a phase back that the main thread has left meanwhile.
+        self._ticks = 0
+
+    @property
+    def position(self) -> Position:
+        """Place of this rank."""
+        return self._entered._replace(ticks=self._ticks)
 
     def enter(self, phase: str, step: int | None = None, *, patience: int = 1) -> None:
         """Record that this rank begins a phase.
@@ -62,18 +69,18 @@ class Progress:
             step: number of completed optimizer steps; None if it has not changed.
             patience: factor on the time without progress that is allowed; 0 for any time.
         """
-        old = self.position
+        old = self._entered
         step = old.step if step is None else step
-        self.position = Position(old.arrivals + 1, 0, old.ticks, patience, step, phase)
+        self._entered = Position(old.arrivals + 1, 0, 0, patience, step, phase)
 
     def tick(self) -> None:
         """Record progress within a phase that takes long, such as the batches of a validation."""
-        self.position = self.position._replace(ticks=self.position.ticks + 1)
+        self._ticks += 1
 
     @contextmanager
     def unlimited(self, phase: str) -> Iterator[None]:
         """Run a `with` block as a phase of unlimited length, and return to the phase before it."""
-        before = self.position
+        before = self._entered
         self.enter(phase, patience=0)
         try:
             yield

@@ -64,9 +64,13 @@ class StackFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close the file, and remove it and its folder if they are empty."""
+        """Close the file, and remove it if nothing was written."""
         faulthandler.unregister(signal.SIGUSR2)
         self._file.close()
+        self.remove_if_empty()
+
+    def remove_if_empty(self) -> None:
+        """Remove the file if nothing was written, and its folder if that is empty."""
         with suppress(OSError):
             if not self.path.stat().st_size:
                 self.path.unlink()

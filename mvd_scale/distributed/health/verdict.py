@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -11,6 +12,7 @@ from typing import Self
 
 from mvd_scale.distributed.health.progress import Position
 from mvd_scale.errors import FAULT_CODE
+from mvd_scale.utils.machine import ProcessSpace, is_running, process_start
 
 _ADVICE = "The same command resumes from the last checkpoint"
 
@@ -25,6 +27,32 @@ class Member:
     rank: int
     host: str
     pid: int
+    start: int | None = None
+    """Start of the process, by which it differs from a later one of the same number: see `process_start`."""
+
+    space: ProcessSpace | None = None
+    """Machine and PID namespace in which the number of the process means this process."""
+
+    @classmethod
+    def own(cls, rank: int) -> Self:
+        """Member that is this process."""
+        space, pid = ProcessSpace.own(), os.getpid()
+        return cls(rank, space.host, pid, process_start(pid), space)
+
+    @property
+    def lives(self) -> bool:
+        """Whether the process is running; only for a process of the own space."""
+        return is_running(self.pid, self.start)
+
+    def to_json(self) -> str:
+        """Serialise as JSON."""
+        return json.dumps([self.rank, self.host, self.pid, self.start, self.space])
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Convert the JSON of a member back."""
+        rank, host, pid, start, space = json.loads(text)
+        return cls(rank, host, pid, start, ProcessSpace(*space))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -101,7 +100,7 @@ class Watchdog:
         self._stacks = self._resources.enter_context(StackFile(self._faults, ranks.rank))
         self._launcher = LauncherProcesses()
         self._launcher_ended = False
-        me = Member(ranks.rank, socket.gethostname(), os.getpid())
+        me = Member.own(ranks.rank)
         self._members[me.rank] = me
         self._threads = [threading.Thread(target=self._judge_until_end, name="watchdog", daemon=True)]
         if ranks.world_size > 1:
@@ -122,6 +121,8 @@ class Watchdog:
                 self._explain(error)
         finally:
             self._stop.set()
+            # It may be about to write to the guard; it waits for no other rank.
+            self._threads[0].join(_SECONDS_TO_END)
             self._resources.close()
 
     @contextmanager
@@ -142,18 +143,16 @@ class Watchdog:
         # A connection of its own: a request of the main thread may wait for hours.
         ranks, store = self.ranks, (self._given or self.ranks.store).clone()
         self._store = store
-        store.set(f"{_PREFIX}who {me.rank}", f"{me.pid} {me.host}")
+        store.set(f"{_PREFIX}who {me.rank}", me.to_json())
         self._publish()
         if ranks.is_main:
             for key in (_VERDICT, _ALARM, _FAILED):
                 store.set(key, _NONE)
         exchange = StoreExchange(store, ranks.rank, ranks.world_size, ranks.timeout, place=ranks.host)
-        for rank, (pid, host) in exchange.gather("processes", [me.pid, me.host]).items():
-            self._members[rank] = Member(rank, host, pid)
         known = range(ranks.world_size) if ranks.is_main else (0,)
-        for rank, text in zip(known, self._read([f"{_PREFIX}who {rank}" for rank in known]), strict=True):
-            pid, host = text.split(" ", 1)
-            self._members[rank] = Member(rank, host, int(pid))
+        others = self._read([f"{_PREFIX}who {rank}" for rank in known])
+        for member in map(Member.parse, [*exchange.gather("processes", me.to_json()).values(), *others]):
+            self._members[member.rank] = member
 
     def _read(self, keys: list[str]) -> list[str]:
         return [value.decode() for value in self._store.multi_get(keys)]
@@ -260,16 +259,20 @@ class Watchdog:
         if not self._explained:
             self._report(verdict)
         self._linger()
-        _exit_with_children(verdict.code)
+        self._leave(verdict.code)
 
     def _wake_neighbours(self, verdict: Verdict) -> None:
         """Make ranks of this host that hang write their stacks, also if they are stopped or hold the interpreter."""
-        for rank in verdict.ranks:
-            member = self._members.get(rank)
-            if member and rank != self.ranks.rank and member.host == self._members[self.ranks.rank].host:
+        for member in self._neighbours():
+            if member.rank in verdict.ranks and member.lives:
                 with suppress(OSError):
                     os.kill(member.pid, signal.SIGUSR2)
                     os.kill(member.pid, signal.SIGCONT)
+
+    def _neighbours(self) -> list[Member]:
+        """Other ranks whose processes this one can see by their numbers."""
+        me = self._members[self.ranks.rank]
+        return [member for member in self._members.values() if member.space == me.space and member.rank != me.rank]
 
     def _report(self, verdict: Verdict) -> None:
         """Print the verdict and record it, on the one rank that reports."""
@@ -285,8 +288,8 @@ class Watchdog:
             return False
         if 0 not in verdict.ranks or self.ranks.world_size == 1:
             return self.ranks.is_main
-        here = self._members[self.ranks.rank].host
-        return self.ranks.rank == min(rank for rank, member in self._members.items() if rank and member.host == here)
+        # Ranks other than 0 know those of their own host, and rank 0.
+        return self.ranks.rank == min(rank for rank in self._members if rank)
 
     def _record(self, verdict: Verdict) -> None:
         hosts = sorted({self._members[rank].host for rank in verdict.ranks if rank in self._members})
@@ -319,7 +322,7 @@ class Watchdog:
             return self._report_failure(error)
         self._report(verdict)
         self._linger()
-        _exit_with_children(verdict.code)
+        self._leave(verdict.code)
 
     def _report_failure(self, error: Exception) -> None:
         """Report an exception of this rank to the others.
@@ -327,14 +330,16 @@ class Watchdog:
         The command line prints the `UserError` of rank 0, and Python the tracebacks of all. A rank other than 0 prints
         its `UserError` here, with its name, unless rank 0 has raised it too.
         """
-        main, for_user = self.ranks.is_main, isinstance(error, UserError)
+        # As the command line takes them, see `cli.main`.
+        main, for_user = self.ranks.is_main, isinstance(error, (UserError, OSError))
+        code = getattr(error, "exit_code", UserError.exit_code) if for_user else 1
         if not main:
             # An error that all ranks raise is reported by rank 0.
             time.sleep(2 * self.interval)
         name = name_ranks([self.ranks.rank], self._members)
         text = str(error) if for_user else f"{type(error).__name__}: {error}"
         where = self.ranks.progress.position.description
-        verdict = Verdict(f"{name} failed in {where}: {text}", 2 if for_user else 1, (self.ranks.rank,))
+        verdict = Verdict(f"{name} failed in {where}: {text}", code, (self.ranks.rank,))
         first = verdict
         with suppress(RuntimeError):
             first = Verdict.parse(self._store.compare_set(_FAILED, _NONE, verdict.to_json()).decode())
@@ -343,20 +348,23 @@ class Watchdog:
             if for_user and not main:
                 _print(verdict)
         if for_user and not main:
-            _exit_with_children(verdict.code)
+            self._leave(first.code)
         self._linger()
 
     def _ask(self) -> Verdict | None:
         """Raise the alarm and wait for the verdict; None if all ranks live."""
-        me = self._members[self.ranks.rank]
-        near = [m for m in self._members.values() if m.host == me.host and m.rank != me.rank]
-        gone = [str(member.rank) for member in near if not _lives(member.pid)]
+        gone = [str(member.rank) for member in self._neighbours() if not member.lives]
         with suppress(RuntimeError):
             self._store.compare_set(_ALARM, _NONE, " ".join(gone))
         deadline = time.monotonic() + 8 * self.interval + 1
         while self._verdict is None and time.monotonic() < deadline:
             time.sleep(self.interval / 4)
         return self._verdict
+
+    def _leave(self, code: int) -> None:
+        """End this process at once."""
+        self._stacks.remove_if_empty()
+        _exit_with_children(code)
 
     def _linger(self) -> None:
         """Let the others read from the store, which lives in the process of rank 0."""
@@ -376,13 +384,6 @@ def _is_communication(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(
         word in text for word in ("gloo", "NCCL", "onnection", "Broken pipe", "Socket", "imed out", "rank")
     )
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
 
 
 def _exit_with_children(code: int) -> None:

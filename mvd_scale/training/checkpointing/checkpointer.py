@@ -43,7 +43,7 @@ logger = logging.getLogger("mvd_scale")
 _VERSION = 1
 
 _PATIENCE = 3.0
-"""Seconds that a checkpoint gets to its end after a fault, which may have ended a rank that the others wait for."""
+"""Seconds that a checkpoint gets to its end after an error, which may have ended a rank that the others wait for."""
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,11 @@ class Checkpointer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Wait for a checkpoint that is being written, however the run ended."""
+        """Wait for a checkpoint that is being written; after an error not for long, as one of the ranks may be gone."""
         if error is None:
             self.wait()
         else:
-            # All ranks end by the same invalid input; after any other error one of them may be dead.
-            self._writer.finish(None if isinstance(error, UserError) else _PATIENCE)
+            self._writer.finish(_PATIENCE)
 
     def should_save(self, step: int) -> bool:
         """Whether a checkpoint must be saved after this step by the count of steps; the same on all ranks."""

@@ -101,11 +101,11 @@ class CheckpointWriter:
                 f"checkpoint {checkpoint_folder(self.path, writing.step)} could not be written: {error}; {last}"
             ) from error
 
-    def finish(self, seconds: float | None) -> None:
+    def finish(self, seconds: float) -> None:
         """Wait for the last checkpoint at the end of a failed run; an error of writing was logged.
 
         Args:
-            seconds: longest wait, after which the checkpoint may remain partial; None to wait for its end.
+            seconds: longest wait, after which the checkpoint may remain partial.
         """
         if self._writing is not None:
             self._writing.join(seconds)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 from mvd_scale.distributed.health.progress import Position, Progress
 from mvd_scale.distributed.health.verdict import Heartbeats, Member, Verdict, name_phases, name_ranks
 
@@ -28,6 +30,22 @@ def test_positions_survive_the_store() -> None:
     progress.enter("data wait", 3)
     progress.tick()
     assert Position.parse(str(progress.position)) == progress.position == (1, 0, 1, 1, 3, "data wait")
+
+
+def test_ticks_of_a_thread_take_no_phase_back() -> None:
+    progress, ended = Progress(), threading.Event()
+
+    def tick() -> None:
+        while not ended.is_set():
+            progress.tick()
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    for step in range(50_000):
+        progress.enter("forward", step)
+    ended.set()
+    thread.join()
+    assert progress.position.arrivals == 50_000
 
 
 def test_unlimited_phase_returns_to_the_phase_before() -> None:

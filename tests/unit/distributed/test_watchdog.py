@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch.distributed import TCPStore
 
 from mvd_scale.distributed.health import watchdog as module
+from mvd_scale.distributed.health.verdict import Member
 from mvd_scale.distributed.health.watchdog import Watchdog
 from mvd_scale.distributed.process_group import Ranks
 from mvd_scale.errors import Preempted, UserError
@@ -175,13 +177,54 @@ def test_dead_neighbour_is_named_after_an_error_of_a_collective(
     enter(pair)
     pair[1].ranks.progress.enter("optimizer", 9)
     time.sleep(0.5)
-    monkeypatch.setattr(module, "_lives", lambda pid: False)
+    monkeypatch.setattr(Member, "lives", property(lambda member: False))
     with pytest.raises(Ended), pair[0].explaining():
         raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:4711")
     leave(pair)
     assert ends["MainThread"] == 75
     assert "rank 1 (host " in fault(tmp_path)
     assert "ended without a message, last seen in 'optimizer' of step 10" in fault(tmp_path)
+
+
+def test_process_of_another_machine_of_the_same_name_is_not_looked_for_here(
+    pair: list[Watchdog], ends: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter(pair)
+    there = pair[0]._members[1]
+    assert there.space is not None
+    pair[0]._members[1] = replace(there, space=there.space._replace(boot="another"))
+    monkeypatch.setattr(Member, "lives", property(lambda member: False))
+    assert pair[0]._neighbours() == []
+    leave(pair)
+    assert not ends
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(OSError(28, "No space left"), 2), (ValueError("a bug"), 1), (UserError("no videos"), 2)]
+)
+def test_others_end_with_the_code_of_the_command_line(
+    error: Exception, code: int, pair: list[Watchdog], ends: dict[str, int]
+) -> None:
+    enter(pair)
+    with pytest.raises(type(error)), pair[0].explaining():
+        raise error
+    wait_for(lambda: ends.get("watchdog") == code)
+    leave(pair)
+
+
+def test_others_end_with_the_code_of_rank_0_that_failed_in_its_own_work(
+    pair: list[Watchdog], ends: dict[str, int]
+) -> None:
+    """As after `run_on_rank0`: a traceback of rank 0 must not end the job for good, as invalid input does."""
+    enter(pair)
+    with pytest.raises(ZeroDivisionError), pair[0].explaining():
+        raise ZeroDivisionError
+    told = UserError("rank 0 failed in 'summary'; see its own message")
+    told.reported, told.exit_code = True, 1
+    with pytest.raises(Ended), pair[1].explaining():
+        raise told
+    leave(pair)
+    assert ends["MainThread"] == 1
 
 
 def test_error_of_a_collective_among_living_ranks_is_that_of_its_rank(

@@ -22,7 +22,6 @@ from mvd_scale.utils.lease import look_at_lease
     ("error", "expected"),
     [
         (Preempted(143), ("stopped", "", 143)),
-        (SystemExit(75), ("fault", "another rank failed", 75)),
         (UserError("no room"), ("invalid", "no room", 2)),
         (OSError(28, "No space left"), ("invalid", "[Errno 28] No space left", 2)),
         (KeyboardInterrupt(), ("stopped", "a second Ctrl-C", 130)),

@@ -336,3 +336,33 @@ def test_a_failing_renewal_is_one_warning(
 
 def test_the_file_is_as_long_whatever_it_holds() -> None:
     assert len(foreign().encode()) == len(foreign(renewals=10**9, released=True).encode()) == 512
+
+
+def test_a_file_system_that_does_not_answer_a_check_ends_no_run(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    lease = take(path)
+
+    def stale(path: Path) -> bytes:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with monkeypatch.context() as failing, caplog.at_level("WARNING", logger="mvd_scale"):
+        failing.setattr(leases, "read_lease", stale)
+        lease.check()
+        lease.check()
+    assert caplog.text.count("cannot be read: Stale file handle") == 1
+    lease.check()
+    lease.release()
+
+
+def test_a_renewal_that_hangs_does_not_hold_up_the_end(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lease, hung, ended = take(path), threading.Event(), threading.Event()
+
+    def hang(descriptor: int, content: bytes) -> None:
+        hung.set()
+        ended.wait()
+
+    monkeypatch.setattr(leases, "_write", hang)
+    assert hung.wait(20)
+    lease.release()
+    ended.set()
