@@ -23,9 +23,8 @@ from torch.distributed import DistError, PrefixStore, Store  # type: ignore[attr
 
 from mvd_scale.config.launcher import LaunchedRank
 from mvd_scale.distributed import rendezvous
-from mvd_scale.distributed.interface import set_interface
 from mvd_scale.distributed.process_group import choose_device
-from mvd_scale.distributed.rendezvous import has_own_meaning_here, resolve_endpoint
+from mvd_scale.distributed.rendezvous import choose_way, resolve_endpoint
 from mvd_scale.doctor.findings import TimeLimit, within
 from mvd_scale.errors import UserError
 from mvd_scale.utils.machine import machine_id
@@ -266,8 +265,7 @@ def open_store(rank: LaunchedRank, seconds: float) -> Store:
     several = rank.world_size > 1 if rank.hosts is None else rank.hosts > 1
     try:
         endpoint = resolve_endpoint(rank.address, rank.port, timeout)
-        if not has_own_meaning_here(endpoint, several_hosts=several):
-            set_interface(endpoint, os.environ)
+        choose_way(endpoint, os.environ, several_hosts=several, device=choose_device("auto"))
         if rank.rank or rank.store_of_agent:
             # A client of the store would print a trace of torch's own code.
             await_server(rank.address, rank.port, seconds)
