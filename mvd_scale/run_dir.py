@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mvd_scale.config import RunRecipe, load_any_recipe
+from mvd_scale.config.recipe import student_folder
 from mvd_scale.data.loaders.dali_failures import FAILURES_FILE
 from mvd_scale.data.loaders.quarantine import Quarantine
 from mvd_scale.data.manifest import Manifest
@@ -46,6 +47,10 @@ class RunFolder:
         self.tested = path / "validation" / "manifest.parquet"
         self.student = path / "student.safetensors"
         self.summary = path / "summary.json"
+
+    def of_student(self, name: str) -> RunFolder:
+        """Run folder of one of several students of this run; this folder itself for an empty name."""
+        return RunFolder(student_folder(self.path, name)) if name else self
 
     def check(self, recipe: RunRecipe) -> None:
         """Check that the folder is free or holds this run; a run without any finished step counts as free.

@@ -134,7 +134,7 @@ def _read_folder(path: Path) -> RawCheckpoint:
     if deepspeed is not None:
         _log_choice(path, deepspeed)
         return RawCheckpoint(path, load_deepspeed(deepspeed), recipe=_recipe_near(deepspeed))
-    steps = sorted(step for step in path.glob("checkpoints/step_*") if step.suffix not in (".partial", TORN))
+    steps = sorted(step for step in path.glob("checkpoints/step_*") if not step.suffix)
     if steps:
         return _read_newest(steps)
     named = "".join(

@@ -69,6 +69,30 @@ def step(
 
 
 @bench.command(context_settings=WITH_OVERRIDES)
+@click.option("--recipe", default="distill/sb_from_b", show_default=True, help="Recipe of several students.")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16", "fp16"]),
+    help="Precision of the students; fp16 on GPUs and fp32 on CPUs if omitted.",
+)
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Clips per step.")
+@click.option(
+    "--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Number of timed steps of every run."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@overrides_argument
+def students(
+    recipe: str, precision: Precision | None, batch: int, rounds: int, as_json: bool, overrides: tuple[str, ...]
+) -> None:
+    """Time a step of several students in one run, and of each in a run of its own; the runs take turns step by step."""
+    from mvd_scale.performance.benchmarks.students import measure_students
+
+    report = measure_students(recipe, list(overrides), precision=precision, batch=batch, rounds=rounds)
+    if env_rank() == 0:
+        click.echo(report.to_json() if as_json else report.to_text())
+
+
+@bench.command(context_settings=WITH_OVERRIDES)
 @click.option("--recipe", default="distill/b_from_b", show_default=True, help="Recipe whose teachers are timed.")
 @click.option("--steps", type=click.IntRange(min=1), default=3, show_default=True, help="Number of timed calls.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")

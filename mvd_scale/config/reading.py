@@ -22,7 +22,7 @@ def parse_yaml_mapping(raw: bytes, source: str, expected: str) -> dict[str, Any]
         UserError: the file is not text, is not valid YAML, or does not hold a mapping.
     """
     try:
-        values = _unshared(yaml.safe_load(raw.decode()))
+        values = copy_mappings(yaml.safe_load(raw.decode()))
     except UnicodeDecodeError as error:
         raise UserError(f"{source} is not a text file: expected YAML with {expected}") from error
     except yaml.YAMLError as error:
@@ -89,6 +89,8 @@ def _without_tags(parts: list[str]) -> list[str]:
     """Key as the user writes it, without the kind of a target, crop or stage that pydantic inserts after its name."""
     if len(parts) > 3 and (parts[0] in ("targets", "stages") or parts[:2] == ["data", "crop"]):
         del parts[2]
+    elif len(parts) > 5 and parts[0] == "students" and parts[2] == "targets":
+        del parts[4]
     return parts
 
 
@@ -108,6 +110,6 @@ def format_validation_error(error: ValidationError) -> str:
     return "\n".join(lines)
 
 
-def _unshared(value: Any) -> Any:
+def copy_mappings(value: Any) -> Any:
     """Copy nested mappings: YAML aliases share one object, and an override must change one place only."""
-    return {key: _unshared(inner) for key, inner in value.items()} if isinstance(value, dict) else value
+    return {key: copy_mappings(inner) for key, inner in value.items()} if isinstance(value, dict) else value

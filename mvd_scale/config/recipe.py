@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
@@ -11,6 +12,7 @@ from pydantic import Field, model_validator
 from mvd_scale.config.data import DataConfig, ShortSideCrop
 from mvd_scale.config.model import ModelConfig
 from mvd_scale.config.section import Section
+from mvd_scale.config.students import StudentConfig, find_contradictions, merge_student
 from mvd_scale.config.target import MomentumTarget, TargetConfig, TeacherTarget
 from mvd_scale.config.training import (
     CheckpointConfig,
@@ -52,7 +54,16 @@ class RunRecipe(Section):
     """Metrics and their destinations."""
 
     @model_validator(mode="after")
-    def _check_training(self) -> Self:
+    def _check_sections(self) -> Self:
+        self._check_training()
+        return self
+
+    def _check_training(self) -> None:
+        """Check device, schedule and crop.
+
+        Raises:
+            ValueError: sections contradict each other.
+        """
         if self.device == "cpu" and self.training.precision == "fp16":
             raise ValueError(
                 "training.precision fp16 needs a GPU (CPUs compute fp16 slowly or not at all): use bf16 or fp32"
@@ -74,7 +85,6 @@ class RunRecipe(Section):
                 f"data.crop.sides begins with {crop.sides[0]} pixels, which is less than the crop of model.input_size "
                 f"{self.model.input_size}: give at least {self.model.input_size}"
             )
-        return self
 
     @property
     def lr_batch(self) -> int:
@@ -155,6 +165,22 @@ class Recipe(RunRecipe):
     logging: PretrainLogging = PretrainLogging()
     """Metrics, pictures and probes, and their destinations."""
 
+    students: dict[str, StudentConfig] = Field(default={})
+    """Several students by name, for one pass of the teachers: all see the same clips, masks and features, and each has
+    its own DeepSpeed engine, and its own run folder `students/NAME` in that of the run. Losses and weights equal those
+    of a run alone. Keys that a student does not name have the recipe's values. Without any, the recipe's `model` is the
+    only student."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _merge_students(cls, values: object) -> object:
+        """Merge each student over the recipe; a student that is null is left out, as a student of its base."""
+        if not isinstance(values, dict) or not isinstance(values.get("students"), dict):
+            return values
+        kept = {name: own for name, own in values["students"].items() if own is not None}
+        values = {**values, "students": kept}
+        return {**values, "students": {name: merge_student(values, name) for name in kept}}
+
     @model_validator(mode="before")
     @classmethod
     def _drop_targets(cls, values: object) -> object:
@@ -166,13 +192,29 @@ class Recipe(RunRecipe):
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> Self:
+        self._check_models()
+        for name, student in self.students.items():
+            _check_name("students", "student", name)
+            contradictions = list(find_contradictions(name, student, self.model, self.targets, self.training))
+            if contradictions:
+                raise ValueError("; ".join(contradictions))
+            alone = self.alone(name)
+            try:
+                alone._check_training()
+                alone._check_models()
+            except ValueError as error:
+                raise ValueError(f"students.{name}: {error}") from error
+        return self
+
+    def _check_models(self) -> None:
+        """Check the student of this recipe, its targets and its teachers.
+
+        Raises:
+            ValueError: sections contradict each other.
+        """
         self._check_mask()
         for name, target in self.targets.items():
-            if not name.isidentifier():
-                raise ValueError(
-                    f"targets.{name}: the name of a target must consist of letters, digits and underscores, and must "
-                    "not begin with a digit"
-                )
+            _check_name("targets", "target", name)
             if target.decoder is None:
                 continue
             if target.decoder.width % target.decoder.heads:
@@ -192,7 +234,6 @@ class Recipe(RunRecipe):
             )
         self._check_eight_bits()
         self._check_programs()
-        return self
 
     def _check_programs(self) -> None:
         teachers = self.teachers
@@ -281,6 +322,27 @@ class Recipe(RunRecipe):
                     "tokens. Set it to 1"
                 )
 
+    def alone(self, name: str) -> Recipe:
+        """Recipe of one of the `students`: that of the run in its folder, which trains it alone.
+
+        Args:
+            name: name of the student.
+        """
+        student = self.students[name]
+        return self.model_copy(
+            update={
+                "run": RunConfig(folder=student_folder(self.run.folder, name)),
+                "model": student.model,
+                "targets": student.targets,
+                "training": student.training,
+                "students": {},
+            }
+        )
+
+    def each_student(self) -> dict[str, Recipe]:
+        """Recipes of all students by name; this recipe itself, under an empty name, if it names no students."""
+        return {name: self.alone(name) for name in self.students} or {"": self}
+
     @property
     def tokens(self) -> int:
         """Number of tokens of a clip (N)."""
@@ -306,7 +368,27 @@ class Recipe(RunRecipe):
         del values["teachers"], values["training"]["batch_decoders"]
         for target in values["targets"].values():
             target.pop("checkpoint", None)
+        if self.students:
+            # The recipe's own sections are only the values of keys that students do not name.
+            own = tuple(StudentConfig.model_fields)
+            values = {section: content for section, content in values.items() if section not in own}
+            parts = {name: self.alone(name)._identity() for name in self.students}
+            values["students"] = {name: {section: part[section] for section in own} for name, part in parts.items()}
         return values
+
+
+def student_folder(run: Path, name: str) -> Path:
+    """Run folder of one of several students in the folder of their run."""
+    return run / "students" / name
+
+
+def _check_name(section: str, noun: str, name: str) -> None:
+    """Raise a `ValueError` if a name cannot be the name of a module, a metric and a folder."""
+    if not name.isidentifier():
+        raise ValueError(
+            f"{section}.{name}: the name of a {noun} must consist of letters, digits and underscores, and must not "
+            "begin with a digit"
+        )
 
 
 def _nearest(numbers: list[int], wanted: int) -> list[int]:

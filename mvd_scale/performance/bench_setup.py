@@ -14,10 +14,10 @@ from mvd_scale.distributed.process_group import Ranks
 from mvd_scale.models import Encoder, Student
 from mvd_scale.models.timm_vit import TimmViT
 from mvd_scale.targets import MaskedDistillation, Target, build_targets
+from mvd_scale.targets.build import SharedTeachers, merge_targets
 from mvd_scale.targets.load import teacher_input_sizes
 from mvd_scale.training.capabilities import make_placement
-from mvd_scale.training.distillation import distillation_model
-from mvd_scale.training.lr_schedule import Schedule
+from mvd_scale.training.distillation import StudentParts, distillation_models, random_student
 from mvd_scale.training.teachers.prefetch import BatchSource, TeacherPrefetcher, make_prefetcher
 from mvd_scale.training.trainer import Trainer
 
@@ -63,19 +63,29 @@ def bench_trainer(
     from mvd_scale.data.loaders.clip_loader import ClipLoader
 
     torch.manual_seed(recipe.seed)
-    targets = build_targets(recipe, lambda name: build_teacher(recipe, name))
+    targets = bench_targets(recipe, build_teacher)
     manifest = load_source(with_clips(recipe.data, scratch), scratch)
     repeats = max(recipe.training.global_batch, recipe.data.clips_per_video)
     repeated = recipe.model_copy(update={"data": recipe.data.model_copy(update={"clips_per_video": repeats})})
-    sides = teacher_input_sizes(recipe, targets)
+    sides = teacher_input_sizes(recipe, merge_targets(targets.values()))
     # One more step than the trainer runs: the last step also starts the next batch in advance.
     with ClipLoader.for_run(manifest, repeated, ranks.data_rank, range(steps + 1), sides=sides) as loader:
         yield make_trainer(recipe, targets, ranks, loader)
 
 
+def bench_targets(recipe: Recipe, build_teacher: BuildTeacher) -> dict[str, dict[str, Target]]:
+    """Build the targets of each student of a recipe by its name, see `Recipe.each_student`; students share teachers."""
+    teachers = SharedTeachers(build_teacher)
+
+    def targets_of(alone: Recipe) -> dict[str, Target]:
+        return build_targets(alone, lambda name: teachers(alone, name))
+
+    return {student: targets_of(alone) for student, alone in recipe.each_student().items()}
+
+
 def make_trainer(
     recipe: Recipe,
-    targets: Mapping[str, Target],
+    targets: Mapping[str, Mapping[str, Target]],
     ranks: Ranks,
     batches: BatchSource,
     *,
@@ -88,21 +98,29 @@ def make_trainer(
 
     Args:
         recipe: recipe of the run.
-        targets: targets by name, with unsharded teachers; their teachers are replaced.
+        targets: result of `bench_targets`, with unsharded teachers; their teachers are replaced.
         ranks: this process among all.
         batches: micro batches of this rank.
-        student: student of the recipe; None to build it with random weights.
-        prefetch: whether teachers may compute their features one batch in advance, as the placement says.
+        student: student of the recipe, if it has one; None to build all with random weights.
+        prefetch: whether teachers may compute their features before the students see a batch, as in a run.
 
     Raises:
-        UserError: see `make_placement` and `distillation_model`.
+        UserError: see `make_placement` and `distillation_models`.
     """
-    placement = make_placement(recipe, targets, ranks)
-    student = student or Student.from_recipe(recipe, targets)
-    schedule = Schedule(recipe.training, 1, recipe.lr_batch)
-    model = distillation_model(student, targets, recipe, placement, ranks, schedule)
-    begin = make_prefetcher(MaskedDistillation(targets), placement, ranks.device) if prefetch else None
-    return Trainer(model, TeacherPrefetcher(batches, begin), schedule, recipe, ranks)
+    parts = [
+        StudentParts(
+            student or random_student(alone, targets[name]),
+            targets[name],
+            alone,
+            make_placement(alone, targets[name], ranks, name),
+            name,
+        )
+        for name, alone in recipe.each_student().items()
+    ]
+    models = distillation_models(parts, ranks, steps_per_epoch=1)
+    objective = MaskedDistillation(merge_targets(targets.values()))
+    begin = make_prefetcher(objective, [part.placement for part in parts], ranks.device) if prefetch else None
+    return Trainer(models, TeacherPrefetcher(batches, begin), recipe, ranks)
 
 
 def with_clips(data: DataConfig, scratch: Path) -> DataConfig:

@@ -18,6 +18,7 @@ from mvd_scale.performance.benchmarks.methods import MethodsReport
 from mvd_scale.performance.benchmarks.rank_growth import RanksReport
 from mvd_scale.performance.benchmarks.scaling import GrowthReport
 from mvd_scale.performance.benchmarks.step import StepReport
+from mvd_scale.performance.benchmarks.students import StudentsReport
 from mvd_scale.performance.benchmarks.teacher_loading import LoadReport
 from mvd_scale.performance.benchmarks.teachers import TeachersReport
 from mvd_scale.performance.profiling.report import ProfileReport
@@ -34,6 +35,7 @@ KINDS: dict[str, type[Report]] = {
     "checkpoint": CheckpointReport,
     "endurance": EnduranceReport,
     "teachers": TeachersReport,
+    "students": StudentsReport,
     "profile": ProfileReport,
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from mvd_scale.config import ImageTeacherTarget, MomentumTarget, PixelTarget, Recipe, TimmTarget
@@ -49,6 +49,36 @@ def build_targets(recipe: Recipe, load_teacher: Callable[[str], Encoder | TimmVi
         else:
             targets[name] = VideoTeacher(name, config, teacher, recipe.model)
     return targets
+
+
+class SharedTeachers:
+    """Function from a student's recipe and a target's name to its frozen model, which all students share.
+
+    Models of momentum targets are a student's own.
+
+    Args:
+        build: function that loads or builds a model; called once for each target.
+    """
+
+    def __init__(self, build: Callable[[Recipe, str], Encoder | TimmViT]) -> None:
+        self._build = build
+        self._built: dict[str, Encoder | TimmViT] = {}
+
+    def __call__(self, recipe: Recipe, name: str) -> Encoder | TimmViT:
+        """Return the model of the target `name`."""
+        if isinstance(recipe.targets[name], MomentumTarget):
+            return self._build(recipe, name)
+        if name not in self._built:
+            self._built[name] = self._build(recipe, name)
+        return self._built[name]
+
+
+def merge_targets(students: Iterable[Mapping[str, Target]]) -> dict[str, Target]:
+    """Merge the targets of students by name; one that several students have is that of the first."""
+    merged: dict[str, Target] = {}
+    for targets in students:
+        merged = {**targets, **merged}
+    return merged
 
 
 def load_targets(recipe: Recipe, averages: Path | None = None) -> dict[str, Target]:

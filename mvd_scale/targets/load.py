@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from mvd_scale.checkpoints.checkpoint import Hints
@@ -71,16 +71,24 @@ def _load_timm(config: TimmTarget, student: ModelConfig) -> TimmViT:
     return teacher
 
 
-def weight_digests(recipe: Recipe) -> dict[str, str]:
+def weight_digests(recipes: Iterable[Recipe]) -> list[dict[str, str]]:
     """Compute SHA-256 (first 16 hex digits) of the weights of each teacher and of the initial encoder, by name.
 
     A resumed run compares them with the stored digests to ensure that it continues with the same weights.
+
+    Args:
+        recipes: recipe of each student; a file that several of them name is read once.
     """
-    digests = {}
-    paths = {name: getattr(config, "checkpoint", None) for name, config in recipe.targets.items()}
-    for name, path in (*paths.items(), ("initial encoder", recipe.training.initial_encoder)):
-        if path is not None:
-            digests[name] = tensors_digest(read_raw_checkpoint(path).tensors)
+    known: dict[Path, str] = {}
+    digests: list[dict[str, str]] = []
+    for recipe in recipes:
+        paths = {name: getattr(config, "checkpoint", None) for name, config in recipe.targets.items()}
+        paths["initial encoder"] = recipe.training.initial_encoder
+        given = {name: path for name, path in paths.items() if path is not None}
+        for path in given.values():
+            if path not in known:
+                known[path] = tensors_digest(read_raw_checkpoint(path).tensors)
+        digests.append({name: known[path] for name, path in given.items()})
     return digests
 
 

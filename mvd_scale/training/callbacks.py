@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from PIL import Image
@@ -34,6 +34,9 @@ from mvd_scale.training.metrics.writer import MetricWriter
 from mvd_scale.utils.io import append_json_line
 from mvd_scale.visualization.predictions import compose, make_panels, visualization_batch
 
+if TYPE_CHECKING:
+    from mvd_scale.training.trainer import TrainedModel
+
 logger = logging.getLogger("mvd_scale")
 
 
@@ -52,9 +55,13 @@ class Callback(ABC):
 
 
 class CallbackList:
-    """Context manager that runs the observers of a run and closes them at the end."""
+    """Context manager that runs the observers of a run and closes them at the end.
 
-    def __init__(self, callbacks: Sequence[Callback]) -> None:
+    Args:
+        callbacks: each model of the run with its observers.
+    """
+
+    def __init__(self, callbacks: Sequence[tuple[TrainedModel, Sequence[Callback]]]) -> None:
         self.callbacks = callbacks
 
     def __enter__(self) -> Self:
@@ -64,18 +71,20 @@ class CallbackList:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with ExitStack() as stack:
-            for callback in self.callbacks:
-                stack.callback(callback.close)
+            for _, callbacks in self.callbacks:
+                for callback in callbacks:
+                    stack.callback(callback.close)
 
     @torch.no_grad()
-    def on_step_end(self, engine: Any, step: int, writer: MetricWriter) -> None:
-        """Run the observers whose interval ends with this step, with the model in evaluation mode."""
-        due = [callback for callback in self.callbacks if step % callback.interval == 0]
-        if due:
-            engine.eval()
-            for callback in due:
-                callback.on_step_end(engine, step, writer)
-            engine.train()
+    def on_step_end(self, step: int, writer: MetricWriter) -> None:
+        """Run the observers whose interval ends with this step, with their model in evaluation mode."""
+        for model, callbacks in self.callbacks:
+            due = [callback for callback in callbacks if step % callback.interval == 0]
+            if due:
+                model.engine.eval()
+                for callback in due:
+                    callback.on_step_end(model.engine, step, writer.named(model.metrics))
+                model.engine.train()
 
 
 class PredictionImages(Callback):
@@ -174,20 +183,26 @@ class ProbeCallback(Callback):
         logger.info("step %d  %s probe: top-1 %.1f %% of %d videos", step, self.config.kind, 100 * accuracy, len(truth))
 
 
-def index_probe_videos(config: ProbeConfig, folder: RunFolder) -> None:
+def index_probe_videos(config: ProbeConfig, folders: Sequence[RunFolder]) -> None:
     """Index the videos of a probe in a run's folder. Only rank 0 calls it.
+
+    Args:
+        config: probe of the recipe.
+        folders: folder of the run, and those of its students, which get the same manifests.
 
     Raises:
         UserError: the videos have no labels, or training and test videos have different classes.
     """
     manifests = []
     for part, source in (("probe_train", config.train), ("probe_test", config.test)):
-        cache = folder.path / part
-        cache.mkdir(exist_ok=True)
-        manifest = load_source(DataConfig(source=source, root=config.root), cache)
+        caches = [folder.path / part for folder in folders]
+        for cache in caches:
+            cache.mkdir(exist_ok=True)
+        manifest = load_source(DataConfig(source=source, root=config.root), caches[0])
         if not manifest.classes or not (manifest.label[manifest.usable] >= 0).any():
             raise UserError(f"logging.probe: {source} has no labelled videos; give labels by class folders or a list")
-        manifest.save(cache / "manifest.parquet")
+        for cache in caches:
+            manifest.save(cache / "manifest.parquet")
         manifests.append(manifest)
     train, test = manifests
     if train.classes != test.classes:

@@ -28,13 +28,14 @@ from mvd_scale.utils.env_report import torch_compile
 logger = logging.getLogger("mvd_scale")
 
 
-def make_placement(recipe: RunRecipe, targets: Mapping[str, Target], ranks: Ranks) -> Placement:
+def make_placement(recipe: RunRecipe, targets: Mapping[str, Target], ranks: Ranks, student: str = "") -> Placement:
     """Decide how a recipe runs on its ranks, and log every decision. All ranks call it.
 
     Args:
         recipe: recipe of pre-training, fine-tuning or detection.
         targets: targets of the recipe by name, with unsharded teachers; empty except in pre-training.
         ranks: this process among all.
+        student: name of the student, for one of several.
 
     Raises:
         UserError: see `decide_placement`.
@@ -47,7 +48,9 @@ def make_placement(recipe: RunRecipe, targets: Mapping[str, Target], ranks: Rank
     )
     devices = Devices(kind, ranks.world_size, max(len(members) for members in hosts), capabilities)
     placement = decide_placement(recipe, teacher_facts(targets), devices)
-    for line in placement.to_lines():
+    title, *lines = placement.to_lines()
+    logger.info("%s%s", f"students.{student}: " if student else "", title)
+    for line in lines:
         logger.info("%s", line)
     return placement
 

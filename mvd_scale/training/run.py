@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -22,7 +23,7 @@ from mvd_scale.errors import UserError
 from mvd_scale.models.precision import dtype_of
 from mvd_scale.run_dir import RunFolder
 from mvd_scale.training.callbacks import Callback, CallbackList
-from mvd_scale.training.checkpointing.checkpointer import Checkpointer, RunState
+from mvd_scale.training.checkpointing.checkpointer import Checkpointer, SavedModel
 from mvd_scale.training.lr_schedule import Schedule
 from mvd_scale.training.metrics.writer import check_sinks
 from mvd_scale.training.run_events import record_start, recording_end
@@ -39,29 +40,44 @@ AnyRecipe = TypeVar("AnyRecipe", bound=RunRecipe)
 class TrainingJob(ABC, Generic[AnyRecipe]):
     """Model and data of a run. `run_training` calls the methods in the order of their definition.
 
+    A run of several students is a job with the data, and for each student the job of its run alone, in `students`: it
+    describes and exports the student, and owns its folder.
+
     Args:
         recipe: recipe of the run.
         folder: folder of the run.
+        name: name of the student, for one of several.
     """
 
     rows: str = "videos"
     """Plural noun for the rows of the manifest in log lines."""
 
-    def __init__(self, recipe: AnyRecipe, folder: RunFolder) -> None:
+    def __init__(self, recipe: AnyRecipe, folder: RunFolder, name: str = "") -> None:
         self.recipe = recipe
         self.folder = folder
+        self.name = name
+        self.students: Sequence[TrainingJob[AnyRecipe]] = [self]
+
+    @property
+    def runs(self) -> Sequence[TrainingJob[AnyRecipe]]:
+        """This job, and those of its students if they are others."""
+        return [self, *(student for student in self.students if student is not self)]
 
     def prepare(self) -> None:
-        """Check that this run may use the folder, claim it, and index the data. Only rank 0 calls it.
+        """Check that this run may use its folders, claim them, and index the data. Only rank 0 calls it.
 
         Raises:
-            UserError: the folder contains other files or another run, the data are invalid, or metrics cannot be
+            UserError: a folder contains other files or another run, the data are invalid, or metrics cannot be
                 written where the recipe says.
         """
         check_sinks(self.recipe)
-        self.folder.check(self.recipe)
-        self.folder.claim()
-        self.folder.record(self.recipe, self.index())
+        for run in self.runs:
+            run.folder.check(run.recipe)
+        for run in self.runs:
+            run.folder.claim()
+        manifest = self.index()
+        for run in self.runs:
+            run.folder.record(run.recipe, manifest)
 
     @abstractmethod
     def index(self) -> Manifest:
@@ -76,15 +92,19 @@ class TrainingJob(ABC, Generic[AnyRecipe]):
         """Read the data that `prepare` indexed; the manifest has a row per `rows` item. All ranks call it."""
 
     @abstractmethod
-    def origin(self, ranks: Ranks) -> dict[str, Any]:
-        """Compute digests of the data and weights that the run depends on, serialisable as JSON. All ranks call it.
+    def origins(self, ranks: Ranks) -> list[dict[str, Any]]:
+        """Compute digests of the data and weights that each of `students` depends on, as JSON. All ranks call it.
 
         A checkpoint stores them; it can be resumed only with equal ones.
         """
 
     @abstractmethod
-    def build(self, ranks: Ranks, schedule: Schedule) -> TrainedModel:
-        """Build the model and its DeepSpeed engine. All ranks call it, with equally seeded random generators."""
+    def build(self, ranks: Ranks, steps_per_epoch: int) -> list[TrainedModel]:
+        """Build the model of each of `students` and its engine. All ranks call it, with equally seeded generators."""
+
+    def schedule(self, steps_per_epoch: int) -> Schedule:
+        """Create the schedule of learning rate and weight decay."""
+        return Schedule(self.recipe.training, steps_per_epoch, self.recipe.lr_batch)
 
     @abstractmethod
     def export(self, engine: Any, folder: Path, ranks: Ranks) -> None:
@@ -103,7 +123,7 @@ class TrainingJob(ABC, Generic[AnyRecipe]):
         return None
 
     @abstractmethod
-    def callbacks(self, ranks: Ranks, schedule: Schedule) -> Sequence[Callback]:
+    def callbacks(self, ranks: Ranks, steps_per_epoch: int) -> Sequence[Callback]:
         """Create the callbacks that run between optimizer steps."""
 
 
@@ -117,9 +137,12 @@ def run_training(job: TrainingJob[Any]) -> None:
         Preempted: the run received a stop signal and saved a checkpoint.
     """
     recipe, folder = job.recipe, job.folder
-    with recording_end(folder):
+    with ExitStack() as ends:
+        for run in job.runs:
+            ends.enter_context(recording_end(run.folder))
         ranks = init_distributed(recipe.device, recipe.training.collective_timeout_minutes)
-        check_deepspeed_config(recipe, ranks.world_size)
+        for run in job.runs:
+            check_deepspeed_config(run.recipe, ranks.world_size)
         run_on_rank0(ranks, "prepared", job.prepare)
         with Watchdog(ranks, folder.faults, EventLog(folder.events), recipe.training.hang_minutes) as watchdog:
             _train(job, ranks, watchdog)
@@ -132,28 +155,43 @@ def _train(job: TrainingJob[Any], ranks: Ranks, watchdog: Watchdog) -> None:
     ranks.progress.enter("build", patience=0)
     manifest = job.open(ranks)
     steps = steps_per_epoch(manifest, recipe.data, recipe.training.global_batch)
-    schedule = Schedule(recipe.training, steps, recipe.lr_batch)
-    origin = job.origin(ranks)
-    if run_on_rank0(ranks, "finished", lambda: folder.is_finished(schedule.last_step, origin)):
+    schedule = job.schedule(steps)
+    origins = job.origins(ranks)
+    if run_on_rank0(ranks, "finished", lambda: is_finished(job, schedule.last_step, origins)):
         logger.info("%s is already finished: see %s", folder.path, folder.summary)
         return
 
     torch.manual_seed(recipe.seed)
-    record_start(folder, recipe, schedule, ranks)
-    model = job.build(ranks, schedule)
-    run = RunState(origin, job.describe())
-    with Checkpointer(folder, recipe, ranks, run, steps, model.engine, model.averages) as checkpointer:
+    for run in job.runs:
+        record_start(run.folder, run.recipe, schedule, ranks)
+    models = job.build(ranks, steps)
+    saved = [
+        SavedModel(student.folder, student.recipe, model, origin, student.describe())
+        for student, model, origin in zip(job.students, models, origins, strict=True)
+    ]
+    with Checkpointer(saved, recipe, ranks, steps) as checkpointer:
         ranks.progress.enter("resume", patience=0)
         start = resume(checkpointer, schedule, folder, ranks)
         log_run_summary(recipe, manifest, schedule, ranks, job.rows)
-        callbacks = CallbackList(job.callbacks(ranks, schedule))
+        callbacks = [student.callbacks(ranks, steps) for student in job.students]
         with job.load(ranks, range(start, schedule.last_step)) as loader:
-            batches = TeacherPrefetcher(loader, job.prefetch(ranks))
-            trainer = Trainer(model, batches, schedule, recipe, ranks, start)
+            trainer = Trainer(models, TeacherPrefetcher(loader, job.prefetch(ranks)), recipe, ranks, start)
             with watchdog.explaining():
-                trainer.train(folder, checkpointer, callbacks)
+                trainer.train(folder, checkpointer, CallbackList(list(zip(models, callbacks, strict=True))))
     ranks.progress.enter("export", patience=0)
-    finish(job, model, ranks, {"steps": schedule.last_step, "origin": origin})
+    finish(job, models, ranks, schedule.last_step, origins)
+
+
+def is_finished(job: TrainingJob[Any], last_step: int, origins: Sequence[dict[str, Any]]) -> bool:
+    """Whether a run, and that of each of its students, has finished after `last_step` steps. Only rank 0 calls it.
+
+    Raises:
+        UserError: see `RunFolder.is_finished`.
+    """
+    finished = [
+        student.folder.is_finished(last_step, origin) for student, origin in zip(job.students, origins, strict=True)
+    ]
+    return all(finished) and job.folder.is_finished(last_step, {})
 
 
 def resume(checkpointer: Checkpointer, schedule: Schedule, folder: RunFolder, ranks: Ranks) -> int:
@@ -228,17 +266,34 @@ def _attention(recipe: RunRecipe, ranks: Ranks) -> str:
     return ", ".join(f"{name} ({reason})" if reason else name for name, reason in reasons.items())
 
 
-def finish(job: TrainingJob[Any], model: TrainedModel, ranks: Ranks, summary: dict[str, Any]) -> None:
-    """Export the final weights, and write the summary of the run with its first and last metrics."""
-    folder = job.folder
-    job.export(model.engine, folder.path, ranks)
-    for average in model.averages:
-        average.save(folder.path)
+def finish(
+    job: TrainingJob[Any],
+    models: Sequence[TrainedModel],
+    ranks: Ranks,
+    last_step: int,
+    origins: Sequence[dict[str, Any]],
+) -> None:
+    """Export the final weights, and write the summary of the run with its first and last metrics.
+
+    Args:
+        job: the finished job.
+        models: model of each of its students.
+        ranks: this process among all.
+        last_step: number of optimizer steps.
+        origins: result of `TrainingJob.origins`.
+    """
+    for student, model in zip(job.students, models, strict=True):
+        student.export(model.engine, student.folder.path, ranks)
+        for average in model.averages:
+            average.save(student.folder.path)
 
     def write_summary() -> None:
-        readings = read_metrics(folder.metrics)
-        folder.finish({**summary, "first": readings[0], "last": readings[-1]})
-        logger.info("finished: %s", folder.path)
+        summaries = {student.folder: origin for student, origin in zip(job.students, origins, strict=True)}
+        # The one of the whole run comes last: it says that all are there.
+        for folder, origin in (summaries if job.folder in summaries else {**summaries, job.folder: {}}).items():
+            readings = read_metrics(folder.metrics)
+            folder.finish({"steps": last_step, "origin": origin, "first": readings[0], "last": readings[-1]})
+        logger.info("finished: %s", job.folder.path)
 
     # The others stay until it is written: rank 0 would miss their heartbeats while it writes the weights.
     run_on_rank0(ranks, "summary", write_summary)

@@ -1,6 +1,7 @@
 """The training step and the training loop of every run: pre-training, distillation, fine-tuning and detection.
 
-Benchmarks and profiles run the same steps with a timer attached.
+Several students learn from each batch one after the other, each by its own engine; a run of one model is the same with
+one. Benchmarks and profiles run the same steps with a timer attached.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class NoTimer:
         """Register no hooks."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class TrainedModel:
     """DeepSpeed engine of a model with the loss that it minimises."""
 
@@ -80,17 +81,37 @@ class TrainedModel:
 
     objective: Objective
 
+    schedule: Schedule
+    """Learning rate and weight decay by step."""
+
     averages: Sequence[ModelEma] = ()
     """Moving averages of the weights, updated after every optimizer step."""
 
+    name: str = ""
+    """Name of the student if there are several, else empty."""
+
+    @property
+    def metrics(self) -> str:
+        """Prefix of the names of metrics: `students/NAME/` if there are several students, else empty."""
+        return f"students/{self.name}/" if self.name else ""
+
+    @property
+    def losses(self) -> list[str]:
+        """Names of the metrics of the loss and of its terms."""
+        return [f"{self.metrics}{name}" for name in ("loss", *(f"loss/{part}" for part in self.objective.parts))]
+
+    def part(self, name: str) -> str:
+        """Name of one of the model's own parts of a step."""
+        return f"{self.name}: {name}" if self.name else name
+
 
 class Trainer:
-    """Owner of a model in training: runs optimizer steps. All ranks create one and call its methods.
+    """Owner of the models in training: runs optimizer steps. All ranks create one and call its methods.
 
     Args:
-        model: engine, loss and moving averages.
+        models: engine, loss, schedule and moving averages of each model; several if the recipe names `students`. All
+            have as many steps.
         batches: micro batches of this rank, starting with those of optimizer step `step`.
-        schedule: learning rate and weight decay by step.
         recipe: recipe of the run: batch sizes, precision, seed and logging.
         ranks: this process among all.
         step: number of completed optimizer steps.
@@ -104,37 +125,48 @@ class Trainer:
 
     def __init__(
         self,
-        model: TrainedModel,
+        models: Sequence[TrainedModel],
         batches: TeacherPrefetcher,
-        schedule: Schedule,
         recipe: RunRecipe,
         ranks: Ranks,
         step: int = 0,
     ) -> None:
-        self.engine, self.objective, self.averages = model.engine, model.objective, model.averages
+        self.models = models
         self.batches = batches
-        self.schedule = schedule
         self.recipe = recipe
         self.ranks = ranks
         self.step = step
         self._timer: StepTimer = NoTimer()
-        self._nonfinite = NonfiniteSteps(recipe, ranks)
+        self._nonfinite = [NonfiniteSteps(recipe, ranks, model.name) for model in models]
         self._patience = FIRST_STEP_PATIENCE
         _, self.accumulation = recipe.micro_batch_and_accumulation(ranks.world_size)
 
     @property
     def part_names(self) -> list[str]:
         """Names of all parts that a step may have, in the order of tables."""
-        teachers = [f"{name} teacher" for name in self.objective.teachers]
-        return ["data wait", *teachers, "student forward", "backward", "optimizer", "moving average"]
+        own = ("student forward", "backward", "optimizer", "moving average")
+        return ["data wait", *self._teachers, *(model.part(name) for model in self.models for name in own)]
+
+    @property
+    def _teachers(self) -> dict[str, nn.Module]:
+        """Teachers by the name of their part; one that all students share is listed once."""
+        pairs = [(name, model, teacher) for model in self.models for name, teacher in model.objective.teachers.items()]
+        modules: dict[str, set[nn.Module]] = {}
+        for name, _, teacher in pairs:
+            modules.setdefault(name, set()).add(teacher)
+        return {
+            f"{name} teacher" if len(modules[name]) == 1 else model.part(f"{name} teacher"): teacher
+            for name, model, teacher in pairs
+        }
 
     def attach(self, timer: StepTimer) -> None:
         """Time the parts of all following steps. A timer cannot be detached: its module hooks stay registered."""
         self._timer = timer
         self.batches.waiting = lambda: timer.part("data wait")
-        for name, teacher in self.objective.teachers.items():
-            timer.watch(f"{name} teacher", teacher)
-        timer.watch("student forward", self.engine)
+        for name, teacher in self._teachers.items():
+            timer.watch(name, teacher)
+        for model in self.models:
+            timer.watch(model.part("student forward"), model.engine)
 
     def train_step(self) -> list[MicroBatchMetrics]:
         """Run one optimizer step without waiting for the device.
@@ -146,38 +178,51 @@ class Trainer:
             StopIteration: the loader has no more batches.
             NonfiniteError: the gradients of several steps in a row are not finite; raised on all ranks.
         """
-        apply_schedule(self.engine.optimizer, self.schedule, self.step)
-        self._nonfinite.begin(self.engine)
+        for model, nonfinite in zip(self.models, self._nonfinite, strict=True):
+            apply_schedule(model.engine.optimizer, model.schedule, self.step)
+            nonfinite.begin(model.engine)
         steps = [self._micro_step(micro) for micro in range(self.accumulation)]
-        metrics = [metric for metric, _ in steps]
-        self._nonfinite.check(self.engine, self.step, [(metric.loss, rows) for metric, rows in steps])
-        if not self._nonfinite.in_a_row:
-            for average in self.averages:
-                with self._timer.part("moving average"):
+        for model, nonfinite in zip(self.models, self._nonfinite, strict=True):
+            losses = [(metrics.losses[f"{model.metrics}loss"], rows) for metrics, rows in steps]
+            nonfinite.check(model.engine, self.step, losses)
+            for average in model.averages if not nonfinite.in_a_row else ():
+                with self._timer.part(model.part("moving average")):
                     average.update(self.step)
         self.step += 1
         self._patience = 1
-        return metrics
+        return [metrics for metrics, _ in steps]
 
     def _micro_step(self, micro: int) -> tuple[MicroBatchMetrics, Tensor]:
-        """Run the forward and backward pass of one micro batch; DeepSpeed steps the optimizer after the last one.
+        """Run the forward and backward passes of all models on one micro batch.
 
         Returns:
             metrics, and the rows of the videos in the manifest, int64 (B,) on the host.
         """
-        reseed(self.recipe, self.step, micro, self.ranks)
         self._enter("data wait")
         self.batch = next(self.batches)
+        losses: dict[str, Tensor] = {}
+        for model in self.models:
+            # Each model draws the random numbers that it would draw alone.
+            reseed(self.recipe, self.step, micro, self.ranks)
+            losses |= self._learn(model)
+        loss = torch.stack([losses[f"{model.metrics}loss"] for model in self.models]).sum()
+        return MicroBatchMetrics(loss, losses, len(self.batch.pixels), self.batches.waited), self.batch.video_ids
+
+    def _learn(self, model: TrainedModel) -> dict[str, Tensor]:
+        """Run the passes of one model; DeepSpeed steps the optimizer after the last micro batch of a step.
+
+        Returns:
+            the loss and its terms by the names of their metrics.
+        """
         self._enter("forward")
-        loss, parts = self.objective(self.engine, self.batch)
+        loss, parts = model.objective(model.engine, self.batch)
         self._enter("backward")
-        with self._timer.part("backward"):
-            self.engine.backward(loss)
+        with self._timer.part(model.part("backward")):
+            model.engine.backward(loss)
         self._enter("optimizer")
-        with self._timer.part("optimizer"), smallest_loss_scale(self.step):
-            self.engine.step()
-        metrics = MicroBatchMetrics(loss.detach(), parts, len(self.batch.pixels), self.batches.waited)
-        return metrics, self.batch.video_ids
+        with self._timer.part(model.part("optimizer")), smallest_loss_scale(self.step, model.name):
+            model.engine.step()
+        return dict(zip(model.losses, (loss.detach(), *(parts[part] for part in model.objective.parts)), strict=True))
 
     def _enter(self, phase: str) -> None:
         self.ranks.progress.enter(phase, self.step, patience=self._patience)
@@ -197,9 +242,10 @@ class Trainer:
         # Benchmarks and the bring-up run steps without the packages that run folders need.
         from mvd_scale.training.metrics.writer import metric_writer
 
-        recipe, last = self.recipe, self.schedule.last_step
-        meter = Meter(list(self.objective.parts), self.ranks)
-        self._nonfinite.folder = folder
+        recipe, last = self.recipe, self.models[0].schedule.last_step
+        meter = Meter([name for model in self.models for name in model.losses], self.ranks)
+        for nonfinite in self._nonfinite:
+            nonfinite.folder = folder
         writer = metric_writer(folder, recipe, self.ranks, start_step=self.step, total_steps=last)
         with PreemptionHandler() as stop, writer, callbacks:
             while self.step < last:
@@ -216,11 +262,11 @@ class Trainer:
                     values, overdue = meter.read(checkpointer.time_to_save(), self.batches.substituted)
                     writer.write(self.step, values | self._optimizer_values())
                 self._enter("callbacks")
-                callbacks.on_step_end(self.engine, self.step, writer)
+                callbacks.on_step_end(self.step, writer)
                 self._enter("save")
                 due = overdue or checkpointer.should_save(self.step)
                 # While steps are skipped, the weights may be those that diverged: older checkpoints must stay.
-                if (due and not self._nonfinite.in_a_row) or ended or stopping:
+                if (due and not any(nonfinite.in_a_row for nonfinite in self._nonfinite)) or ended or stopping:
                     checkpointer.save(self.step)
                 if stopping and not ended:
                     # The message of `Preempted` promises a checkpoint.
@@ -229,15 +275,19 @@ class Trainer:
 
     def _optimizer_values(self) -> dict[str, float]:
         """Collect learning rate, weight decay, gradient norm, loss scale and skipped steps of the latest step."""
-        engine, step = self.engine, self.step - 1
-        norm = engine.get_global_grad_norm()
-        return {
-            "lr": self.schedule.lr(step),
-            "weight_decay": self.schedule.weight_decay(step),
-            "grad_norm": float("nan") if norm is None else float(norm),
-            "loss_scale": float(engine.optimizer.loss_scale),
-            "skipped_steps": float(engine.skipped_steps),
-        }
+        values: dict[str, float] = {}
+        for model in self.models:
+            engine, schedule, step = model.engine, model.schedule, self.step - 1
+            norm = engine.get_global_grad_norm()
+            own = {
+                "lr": schedule.lr(step),
+                "weight_decay": schedule.weight_decay(step),
+                "grad_norm": float("nan") if norm is None else float(norm),
+                "loss_scale": float(engine.optimizer.loss_scale),
+                "skipped_steps": float(engine.skipped_steps),
+            }
+            values |= {f"{model.metrics}{name}": value for name, value in own.items()}
+        return values
 
 
 def reseed(recipe: RunRecipe, step: int, micro: int, ranks: Ranks) -> None:

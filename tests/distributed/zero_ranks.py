@@ -31,9 +31,8 @@ from mvd_scale.targets import FrozenTeacher, build_targets
 from mvd_scale.targets.load import ema_file
 from mvd_scale.training.capabilities import make_placement
 from mvd_scale.training.deepspeed_engine import full_parameters
-from mvd_scale.training.distillation import distillation_model
+from mvd_scale.training.distillation import StudentParts, distillation_models
 from mvd_scale.training.ema import ModelEma
-from mvd_scale.training.lr_schedule import Schedule
 from mvd_scale.training.teachers.prefetch import TeacherPrefetcher
 from mvd_scale.training.trainer import Trainer
 
@@ -59,12 +58,10 @@ def train(ranks: Ranks, made: Recipe, *, poison_last: bool = False, out: Path | 
         made = made.model_copy(update={"training": made.training.model_copy(update={"skip_nonfinite_steps": 0})})
     targets = build_targets(made, tiny_teacher)
     torch.manual_seed(0)
-    schedule = Schedule(made.training, 1, made.lr_batch)
-    model = distillation_model(
-        Student.from_recipe(made, targets), targets, made, make_placement(made, targets, ranks), ranks, schedule
-    )
+    parts = StudentParts(Student.from_recipe(made, targets), targets, made, make_placement(made, targets, ranks))
+    (model,) = distillation_models([parts], ranks, steps_per_epoch=1)
     batches = TeacherPrefetcher(BatchLoader(micro_batches(ranks, made, poison_last=poison_last)))
-    trainer, engine, averages = Trainer(model, batches, schedule, made, ranks), model.engine, model.averages
+    trainer, engine, averages = Trainer([model], batches, made, ranks), model.engine, model.averages
     expected = encoder_weights(engine) if averages else {}
     losses, before = [], 0.0
     for step in range(STEPS):

@@ -39,7 +39,7 @@ def loader(trainer: Trainer) -> None:
 
 def optimizer(trainer: Trainer) -> None:
     """The optimizer's step never ends, before it talks to the other ranks."""
-    type(trainer.engine).step = block
+    type(trainer.models[0].engine).step = block
 
 
 def save(trainer: Trainer) -> None:
@@ -54,25 +54,29 @@ def crash(trainer: Trainer) -> None:
 
 def not_a_number(trainer: Trainer) -> None:
     """The loss of this step is not a number."""
-    objective = trainer.objective
+    model = trainer.models[0]
+    objective = model.objective
 
     def spoiled(engine: Any, batch: Any) -> Any:
-        trainer.objective = objective
+        model.objective = objective
         loss, parts = objective(engine, batch)
         return loss * float("nan"), parts
 
-    trainer.objective = spoiled  # type: ignore[assignment]
+    spoiled.parts, spoiled.teachers = objective.parts, objective.teachers  # type: ignore[attr-defined]
+    model.objective = spoiled  # type: ignore[assignment]
 
 
 def always_not_a_number(trainer: Trainer) -> None:
     """The loss of this step and of all that follow is not a number."""
-    objective = trainer.objective
+    model = trainer.models[0]
+    objective = model.objective
 
     def spoiled(engine: Any, batch: Any) -> Any:
         loss, parts = objective(engine, batch)
         return loss * float("nan"), parts
 
-    trainer.objective = spoiled  # type: ignore[assignment]
+    spoiled.parts, spoiled.teachers = objective.parts, objective.teachers  # type: ignore[attr-defined]
+    model.objective = spoiled  # type: ignore[assignment]
 
 
 def slow_disk_and_no_numbers(trainer: Trainer) -> None:

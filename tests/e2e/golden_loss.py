@@ -128,8 +128,7 @@ def _steps() -> Curve:
     from mvd_scale.targets import build_targets
     from mvd_scale.targets.build import init_teacher
     from mvd_scale.training.capabilities import make_placement
-    from mvd_scale.training.distillation import distillation_model
-    from mvd_scale.training.lr_schedule import Schedule
+    from mvd_scale.training.distillation import StudentParts, distillation_models
     from mvd_scale.training.teachers.prefetch import TeacherPrefetcher
     from mvd_scale.training.trainer import Trainer
 
@@ -146,19 +145,18 @@ def _steps() -> Curve:
     micro, accumulation = recipe.micro_batch_and_accumulation(ranks.world_size)
     torch.manual_seed(recipe.seed)
     targets = build_targets(recipe, lambda name: init_teacher(recipe, name))
-    schedule = Schedule(recipe.training, 1, recipe.lr_batch)
-    model = distillation_model(
-        Student.from_recipe(recipe, targets), targets, recipe, make_placement(recipe, targets, ranks), ranks, schedule
-    )
+    student = Student.from_recipe(recipe, targets)
+    parts = StudentParts(student, targets, recipe, make_placement(recipe, targets, ranks))
+    models = distillation_models([parts], ranks, steps_per_epoch=1)
     # The same two micro batches again and again, so that the loss falls.
     clips = (micro_batch(turn) for _ in range(STEPS) for turn in range(accumulation))
-    trainer = Trainer(model, TeacherPrefetcher(BatchLoader(clips)), schedule, recipe, ranks)
+    trainer = Trainer(models, TeacherPrefetcher(BatchLoader(clips)), recipe, ranks)
     curve: Curve = {name: [] for name in ("loss", *targets, "gradient norm")}
     for _ in range(STEPS):
         last = trainer.train_step()[-1]
-        norm = trainer.engine.get_global_grad_norm()
-        for name, value in {"loss": last.loss, **last.parts, "gradient norm": norm}.items():
-            curve[name].append(float(value))
+        norm = models[0].engine.get_global_grad_norm()
+        for name, value in {**last.losses, "gradient norm": norm}.items():
+            curve[name.removeprefix("loss/")].append(float(value))
     destroy_distributed()
     return curve
 

@@ -22,6 +22,8 @@ def checkpoint_bytes(recipe: Recipe | FinetuneRecipe) -> int:
     Raises:
         UserError: the shape of a teacher, or the number of classes, is missing.
     """
+    if isinstance(recipe, Recipe) and recipe.students:
+        return sum(checkpoint_bytes(alone) for alone in recipe.each_student().values())
     workload = build_workload(recipe)
     averaged = 0
     if isinstance(recipe, FinetuneRecipe):
@@ -49,6 +51,8 @@ def recipe_files(recipe: Recipe | FinetuneRecipe) -> dict[str, Path]:
     if isinstance(recipe, Recipe):
         for name, target in recipe.targets.items():
             weights[f"targets.{name}.checkpoint"] = getattr(target, "checkpoint", None)
+        for name, student in recipe.students.items():
+            weights[f"students.{name}.training.initial_encoder"] = student.training.initial_encoder
     return paths | {key: path for key, path in weights.items() if path is not None}
 
 

@@ -22,7 +22,7 @@ from mvd_scale.performance.report import Metric, Report, this_machine
 from mvd_scale.run_dir import RunFolder
 from mvd_scale.targets import build_targets
 from mvd_scale.targets.build import init_teacher
-from mvd_scale.training.checkpointing.checkpointer import Checkpointer, RunState
+from mvd_scale.training.checkpointing.checkpointer import Checkpointer, SavedModel
 from mvd_scale.training.trainer import Trainer
 
 _RECIPE = "pretrain/videomae_b_k400"
@@ -94,7 +94,7 @@ def measure_checkpoint(
     overrides = ["--model.size", size, "--training.deepspeed", deepspeed]
     recipe = bench_recipe(_RECIPE, overrides, precision, ranks.world_size)
     targets = build_targets(recipe, lambda name: init_teacher(recipe, name))
-    trainer = make_trainer(recipe, targets, ranks, BatchLoader(iter([])))
+    trainer = make_trainer(recipe, {"": targets}, ranks, BatchLoader(iter([])))
     folder = Path(run_on_rank0(ranks, "folder of the checkpoints", lambda: tempfile.mkdtemp(dir=work)))
     try:
         report = _measure(trainer, recipe, ranks, folder, saves)
@@ -108,8 +108,9 @@ def measure_checkpoint(
 
 def _measure(trainer: Trainer, recipe: Recipe, ranks: Ranks, folder: Path, saves: int) -> CheckpointReport:
     seconds: list[tuple[float, float]] = []
-    state = RunState({}, {})
-    with Checkpointer(RunFolder(folder), recipe, ranks, state, 1, trainer.engine, trainer.averages) as checkpointer:
+    (model,) = trainer.models
+    saved = SavedModel(RunFolder(folder), recipe, model)
+    with Checkpointer([saved], recipe, ranks, 1) as checkpointer:
         for step in range(1, saves + 1):
             torch.distributed.barrier()
             started = time.perf_counter()
@@ -121,7 +122,7 @@ def _measure(trainer: Trainer, recipe: Recipe, ranks: Ranks, folder: Path, saves
         started = time.perf_counter()
         checkpointer.resume()
         resumed = time.perf_counter() - started
-        written = sum(file.stat().st_size for file in max(checkpointer.path.iterdir()).iterdir())
+        written = sum(file.stat().st_size for file in max(saved.folder.checkpoints.iterdir()).iterdir())
     slowest = torch.tensor([*(value for save in seconds for value in save), resumed], dtype=torch.float64)
     slowest = slowest.to(ranks.device)
     torch.distributed.all_reduce(slowest, torch.distributed.ReduceOp.MAX)
@@ -142,4 +143,5 @@ def _measure(trainer: Trainer, recipe: Recipe, ranks: Ranks, folder: Path, saves
 
 def _parameters(trainer: Trainer) -> int:
     """Number of the model's parameters, sharded or not."""
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trainer.engine.module.parameters())
+    (model,) = trainer.models
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.engine.module.parameters())

@@ -22,7 +22,7 @@ from mvd_scale.performance.report import Metric, Report, this_machine
 from mvd_scale.run_dir import RunFolder
 from mvd_scale.targets.build import init_teacher
 from mvd_scale.training.callbacks import Callback, CallbackList
-from mvd_scale.training.checkpointing.checkpointer import Checkpointer, RunState
+from mvd_scale.training.checkpointing.checkpointer import Checkpointer, SavedModel
 from mvd_scale.training.metrics.writer import MetricWriter
 from mvd_scale.utils.events import EventLog
 
@@ -141,10 +141,12 @@ def measure_endurance(name: str, overrides: list[str], *, steps: int, saves: int
         with (
             Watchdog(ranks, folder.faults, EventLog(folder.events), recipe.training.hang_minutes),
             bench_trainer(recipe, ranks, init_teacher, steps=steps, scratch=own) as trainer,
-            Checkpointer(folder, recipe, ranks, RunState({}, {}), 1, trainer.engine, trainer.averages) as checkpointer,
+            Checkpointer(
+                [SavedModel(folder.of_student(model.name), recipe, model) for model in trainer.models], recipe, ranks, 1
+            ) as checkpointer,
         ):
             started = time.perf_counter()
-            trainer.train(folder, checkpointer, CallbackList([sampler]))
+            trainer.train(folder, checkpointer, CallbackList([(trainer.models[0], [sampler])]))
             step_seconds = (time.perf_counter() - started) / steps
         watching = time_watching(ranks, own, step_seconds=step_seconds, steps_per_event=steps / saves)
         torch.distributed.barrier()

@@ -15,6 +15,7 @@ from mvd_scale.distributed.health.watchdog import Watchdog
 from mvd_scale.distributed.process_group import Ranks, barrier_via_store, run_on_rank0
 from mvd_scale.performance.benchmarks.simulated_ranks import SimulatedJob, Traffic
 from mvd_scale.training.checkpointing.pieces import Pieces
+from mvd_scale.training.checkpointing.selection import Retention
 from mvd_scale.training.checkpointing.writer import CheckpointWriter
 from mvd_scale.training.preemption import PreemptionHandler
 from mvd_scale.utils.events import EventLog
@@ -30,7 +31,8 @@ def conversations(world_size: int, folder: Path) -> Iterator[tuple[str, Sequence
     job = SimulatedJob(world_size)
     exchanges = job.run(lambda ranks: ranks.open_exchange())
     handlers = job.run(lambda ranks: PreemptionHandler())
-    writers = job.run(lambda ranks: CheckpointWriter(folder, ranks, CheckpointConfig()))
+    retention = Retention([folder], CheckpointConfig())
+    writers = job.run(lambda ranks: CheckpointWriter(folder, ranks, retention))
     failures = job.run(lambda ranks: DaliFailures("cpu", 0, None, ranks.open_exchange()))
     watchdogs = job.run(lambda ranks: Watchdog(ranks, folder / "faults", EventLog(folder / "events.jsonl"), None))
     # The first windows are not collected yet, or not forgotten.

@@ -6,6 +6,7 @@ The rules follow the code of this project and of DeepSpeed, and were derived fro
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,80 +52,169 @@ class Memory:
 
 
 def predict_memory(workload: Workload, parallel: ParallelConfig) -> Memory:
-    """Predict the memory of one rank.
-
-    Some tensors exist during the whole step (weights, optimizer states, batches, features computed in advance). Each
-    phase adds others to them, and the prediction is the phase with the largest sum: a teacher's forward pass, start or
-    end of the backward pass, or the optimizer step.
+    """Predict the memory of one rank that trains one student; see `predict_students_memory`.
 
     Args:
         workload: models of the step.
         parallel: ranks, micro batch, ZeRO settings and precision.
     """
-    size, clips = SIZES[parallel.precision], parallel.micro
-    teachers = list(zip(workload.teachers, parallel.sharded, parallel.prefetched, parallel.graphed, strict=True))
-    rest = _persistent_bytes(workload, parallel)
-    for part, sharded, _, graphed in teachers:
-        if graphed:
-            recorded = sum(_teacher_forward_bytes(part, sharded, parallel).values()) + clips * workload.pixels
-            rest = _sum(rest, {"CUDA graphs": recorded})
-    ahead = [(part, sharded, graphed) for part, sharded, early, graphed in teachers if early]
+    return predict_students_memory({"": (workload, parallel)})
+
+
+def predict_students_memory(students: Mapping[str, tuple[Workload, ParallelConfig]]) -> Memory:
+    """Predict the memory of one rank that trains one or several students.
+
+    Some tensors exist during the whole step (weights, optimizer states, batches, features computed in advance). Each
+    phase adds others to them, and the prediction is the phase with the largest sum: a teacher's forward pass, start or
+    end of the backward pass, or the optimizer step. Several students share frozen teachers and batches, and learn one
+    after the other, after the teachers.
+
+    Args:
+        students: models of the step, and ranks, micro batch, ZeRO settings and precision of each student, by its name;
+            an empty name for a single student.
+    """
+    several = len(students) > 1
+    rest: Bytes = {}
+    phases: dict[str, Bytes] = {}
+    shared: dict[str, _Teacher] = {}
+    for name, (workload, parallel) in students.items():
+        label = f"{name}: " if several else ""
+        teachers = _teachers_of(workload, parallel)
+        own = [teacher for teacher in teachers if not several or teacher.moves]
+        shared |= {teacher.part.name: teacher for teacher in teachers if teacher not in own}
+        rest = _sum(rest, _sum(_student_bytes(workload, parallel), _teachers_bytes(own)))
+        tensors = _student_tensors(workload, parallel, features=own if several else teachers)
+        for teacher in own:
+            if not teacher.early:
+                phases[f"{label}{teacher.part.name}"] = _sum(tensors, teacher.working)
+        student = _student_phases(workload, parallel, tensors)
+        phases |= {f"{label}{phase}": parts for phase, parts in student.items()}
+    workload, parallel = max(students.values(), key=lambda student: student[0].pixels)
+    common = list(shared.values())
+    rest = _sum(rest, {"batches": (1 + parallel.prefetch) * parallel.micro * workload.pixels})
+    rest = _sum(rest, _teachers_bytes(common))
+    everyone = common if several else own
+    ahead = [teacher for teacher in everyone if teacher.early]
     if ahead:
-        features = clips * SIZES[parallel.teacher_precision] * sum(part.predicted for part, *_ in ahead)
-        rest = _sum(rest, {"prefetched features": features, "batches": clips * workload.pixels})
-    # A teacher that computes the next micro batch in parallel with the student can have its peak at any time of the
-    # step. Several such teachers run one after the other, so that only the largest one counts.
-    working = [_teacher_forward_bytes(part, sharded, parallel) for part, sharded, graphed in ahead if not graphed]
-    if working:
-        rest = _sum(rest, max(working, key=lambda needs: sum(needs.values())))
+        rest = _sum(rest, {"batches": parallel.micro * workload.pixels})
+        # A teacher that computes the next micro batch in parallel with the student can have its peak at any time of the
+        # step. Several such teachers run one after the other, so that only the largest one counts.
+        rest = _sum(rest, max((teacher.working for teacher in ahead), key=lambda needs: sum(needs.values())))
+    kept = sum(teacher.features for teacher in (common if several else ahead))
+    if kept:
+        rest = _sum(rest, {"prefetched features" if ahead else "features": kept})
+    for teacher in common:
+        if not teacher.early:
+            phases[teacher.part.name] = teacher.working
+    return Memory({name: _sum(rest, phase) for name, phase in phases.items()})
+
+
+@dataclass(frozen=True)
+class _Teacher:
+    """A frozen teacher and its memory on a rank."""
+
+    part: ModelPart
+    moves: bool
+    """Whether it is a moving average of one student."""
+
+    early: bool
+    """Whether it computes the next micro batch in parallel with the student."""
+
+    at_rest: Bytes
+    """Weights, and the recording of a CUDA graph."""
+
+    working: Bytes
+    """Bytes that a forward pass adds; none in a CUDA graph, which keeps them."""
+
+    features: int
+
+
+def _teachers_of(workload: Workload, parallel: ParallelConfig) -> list[_Teacher]:
+    teachers, clips = [], parallel.micro
+    for part, shards, early, graphed in zip(
+        workload.teachers, parallel.shards, parallel.prefetched, parallel.graphed, strict=True
+    ):
+        working = _teacher_forward_bytes(part, shards is not None, parallel)
+        at_rest = {"teachers": _persistent_teacher_bytes(part, parallel, shards)}
+        if graphed:
+            at_rest["CUDA graphs"] = sum(working.values()) + clips * workload.pixels
+        teachers.append(
+            _Teacher(
+                part,
+                part.teacher is not None and part.teacher.moves,
+                early,
+                at_rest,
+                {} if graphed else working,
+                clips * SIZES[parallel.teacher_precision] * part.predicted,
+            )
+        )
+    return teachers
+
+
+def _teachers_bytes(teachers: Sequence[_Teacher]) -> Bytes:
+    total: Bytes = {"teachers": 0}
+    for teacher in teachers:
+        total = _sum(total, teacher.at_rest)
+    return total
+
+
+def _student_tensors(workload: Workload, parallel: ParallelConfig, features: Sequence[_Teacher]) -> Bytes:
+    """Compute the bytes of a student's forward pass that its backward pass needs.
+
+    Args:
+        workload: models of the step.
+        parallel: settings of the student.
+        features: teachers whose features the student's own pass computes and keeps.
+    """
+    size, clips = SIZES[parallel.precision], parallel.micro
     kept = clips * sum(activations(part, size, checkpointing=parallel.checkpointing) for part in workload.trained)
-    predicted = sum(part.predicted for part in workload.trained)
-    compared = clips * _compared(workload, parallel)
     live = _gathered(workload.parameters, parallel.zero, size) if parallel.stage == 3 and parallel.world > 1 else 0
+    compared = clips * _compared(workload, parallel, [teacher.part for teacher in features])
     student = {"activations": kept, "predictions and targets": compared, "gathered weights": live}
-    groups = _groups(workload, batched=parallel.batched)
-    together = [part for group in groups if len(group) > 1 for part in group]
+    together = [part for group in _groups(workload, batched=parallel.batched) if len(group) > 1 for part in group]
     if together:
         student["stacked weights"] = size * sum(_stacked(part, parallel.checkpointing) for part in together)
+    return student
+
+
+def _student_phases(workload: Workload, parallel: ParallelConfig, student: Bytes) -> dict[str, Bytes]:
+    """Compute the bytes that each phase of a student adds; `student` is the result of `_student_tensors`."""
+    size, clips = SIZES[parallel.precision], parallel.micro
+    predicted = sum(part.predicted for part in workload.trained)
     # Loss: the gradients of all predictions exist before the first head uses its own. Start of the backward pass: all
     # activations still exist, and the heads' last blocks need their workspace first. End: the activations are gone, but
     # the gradients exist.
     first = max(
-        sum(backward_workspace(part, size, checkpointing=parallel.checkpointing) for part in group) for group in groups
+        sum(backward_workspace(part, size, checkpointing=parallel.checkpointing) for part in group)
+        for group in _groups(workload, batched=parallel.batched)
     )
-
-    phases = {}
-    for part, sharded, early, graphed in teachers:
-        if not early:
-            phases[part.name] = student if graphed else _sum(student, _teacher_forward_bytes(part, sharded, parallel))
     gradients = workload.parameters * size
     buckets = _buckets(parallel, size)
-    phases["loss"] = student | {"gradients": buckets, "workspace": clips * size * predicted}
-    phases["start of the backward pass"] = student | {
-        "predictions and targets": 0,
-        "gradients": buckets,
-        "workspace": clips * first,
+    return {
+        "loss": student | {"gradients": buckets, "workspace": clips * size * predicted},
+        "start of the backward pass": student
+        | {"predictions and targets": 0, "gradients": buckets, "workspace": clips * first},
+        "end of the backward pass": {
+            "gathered weights": student["gathered weights"],
+            "gradients": buckets + _gradients_after_backward(gradients, parallel, size),
+            "workspace": clips * backward_workspace(workload.trained[0], size, checkpointing=parallel.checkpointing),
+        },
+        "optimizer step": {"gradients": _gradients_in_optimizer_step(gradients, parallel, size)},
     }
-    phases["end of the backward pass"] = {
-        "gathered weights": live,
-        "gradients": buckets + _gradients_after_backward(gradients, parallel, size),
-        "workspace": clips * backward_workspace(workload.trained[0], size, checkpointing=parallel.checkpointing),
-    }
-    phases["optimizer step"] = {"gradients": _gradients_in_optimizer_step(gradients, parallel, size)}
-    return Memory({name: _sum(rest, phase) for name, phase in phases.items()})
 
 
-def _compared(workload: Workload, parallel: ParallelConfig) -> int:
+def _compared(workload: Workload, parallel: ParallelConfig, teachers: Sequence[ModelPart]) -> int:
     """Compute the bytes per clip of predictions and true features, which exist until the loss is differentiated.
 
     GPUs read both as they are: features of teachers in the teachers' precision, pixels in float32. CPUs convert both to
-    float32.
+    float32. Features of teachers that are not among `teachers` are counted elsewhere.
     """
     predicted = sum(part.predicted for part in workload.trained)
     if parallel.device == "cpu":
         return 8 * predicted
-    of_teachers = sum(part.predicted for part in workload.teachers)
-    features = SIZES[parallel.teacher_precision] * of_teachers + 4 * (predicted - of_teachers)
+    of_teachers = sum(part.predicted for part in teachers)
+    of_pixels = predicted - sum(part.predicted for part in workload.teachers)
+    features = SIZES[parallel.teacher_precision] * of_teachers + 4 * of_pixels
     return SIZES[parallel.precision] * predicted + features
 
 
@@ -179,8 +269,8 @@ def _stacked(part: ModelPart, checkpointing: Checkpointing) -> int:
     return embed.inputs * embed.outputs + sum(block.weights(checkpointing) for block in part.blocks)
 
 
-def _persistent_bytes(workload: Workload, parallel: ParallelConfig) -> Bytes:
-    """Compute the bytes that exist during the whole step, by part."""
+def _student_bytes(workload: Workload, parallel: ParallelConfig) -> Bytes:
+    """Compute the bytes of a student that exist during the whole step, by part."""
     size, share = SIZES[parallel.precision], -(-workload.parameters // parallel.world)
     offloaded = parallel.zero.get("offload_optimizer", {}).get("device") in ("cpu", "nvme")
     weights_offloaded = parallel.zero.get("offload_param", {}).get("device") in ("cpu", "nvme")
@@ -193,17 +283,11 @@ def _persistent_bytes(workload: Workload, parallel: ParallelConfig) -> Bytes:
     elif parallel.accumulation > 1:
         # Stage 1 keeps all gradients until the last micro batch; stage 2 reduces after each and keeps a share.
         gradients = size * (workload.parameters if parallel.stage == 1 else share)
-    teachers = sum(
-        _persistent_teacher_bytes(part, parallel, shards)
-        for part, shards in zip(workload.teachers, parallel.shards, strict=True)
-    )
     return {
         "weights": weights,
         # 12 bytes: a float32 copy of the weights and AdamW's two moments.
         "optimizer": 0 if offloaded else 12 * share,
         "gradients": gradients,
-        "teachers": teachers,
-        "batches": (1 + parallel.prefetch) * parallel.micro * workload.pixels,
     }
 
 
@@ -250,7 +334,7 @@ def _gradients_after_backward(gradients: int, parallel: ParallelConfig, size: in
     """Compute the bytes of gradients after the backward pass: a rank's share, or at stage 3 two copies of a bucket."""
     if parallel.stage == 3:
         return 2 * min(gradients, size * parallel.zero["reduce_bucket_size"])
-    # With accumulation, `_persistent_bytes` counts the gradients.
+    # With accumulation, `_student_bytes` counts the gradients.
     return 0 if parallel.accumulation > 1 else -(-gradients // parallel.world)
 
 

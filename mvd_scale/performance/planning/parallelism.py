@@ -166,8 +166,14 @@ def setting_from(placement: Placement, recipe: Recipe | FinetuneRecipe) -> Paral
 
 
 def with_training(recipe: AnyRecipe, **values: object) -> AnyRecipe:
-    """Copy a recipe with other values in its section `training`."""
-    return recipe.model_copy(update={"training": recipe.training.model_copy(update=values)})
+    """Copy a recipe with other values in its section `training`, and in those of its students."""
+    update: dict[str, object] = {"training": recipe.training.model_copy(update=values)}
+    if isinstance(recipe, Recipe):
+        update["students"] = {
+            name: student.model_copy(update={"training": student.training.model_copy(update=values)})
+            for name, student in recipe.students.items()
+        }
+    return recipe.model_copy(update=update)
 
 
 def with_teachers(recipe: Recipe, **values: object) -> Recipe:

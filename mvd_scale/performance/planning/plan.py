@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import get_args
 
 from mvd_scale.config import FinetuneRecipe, Recipe, load_any_recipe, load_finetune_recipe, load_recipe
 from mvd_scale.config.training import Checkpointing
 from mvd_scale.errors import UserError
-from mvd_scale.performance.planning.communication import Collective, collectives
-from mvd_scale.performance.planning.flops import PartFlops, part_flops
+from mvd_scale.performance.planning.communication import Collective
+from mvd_scale.performance.planning.flops import PartFlops
 from mvd_scale.performance.planning.hardware import (
     GIB,
     GPUS,
@@ -21,23 +22,27 @@ from mvd_scale.performance.planning.hardware import (
     sustained_flops,
     usable_memory,
 )
-from mvd_scale.performance.planning.memory import Memory, predict_memory
-from mvd_scale.performance.planning.parallelism import (
-    ParallelConfig,
-    placement_on,
-    setting_from,
-    with_teachers,
-    with_training,
-)
+from mvd_scale.performance.planning.memory import Memory, predict_students_memory
+from mvd_scale.performance.planning.parallelism import ParallelConfig, with_teachers, with_training
 from mvd_scale.performance.planning.published import PublishedComparison, compare_with_paper
-from mvd_scale.performance.planning.step_time import PhaseTime, phase_times
+from mvd_scale.performance.planning.step_time import PhaseTime
+from mvd_scale.performance.planning.students import (
+    PlannedStudent,
+    Students,
+    build_workloads,
+    place_students,
+    students_collectives,
+    students_flops,
+    students_phases,
+    with_checkpointing,
+)
 from mvd_scale.performance.planning.video_decoding import (
     VideoFormat,
     decoded_clips,
     decoded_frames,
     decoding_memory,
 )
-from mvd_scale.performance.planning.workload import Workload, build_workload
+from mvd_scale.performance.planning.workload import Workload
 from mvd_scale.training.placement import Placement
 
 
@@ -96,11 +101,17 @@ class Plan:
     cluster: Cluster
     placement: Placement
     parallel: ParallelConfig
+    """Settings of the model; of several students those of the first."""
+
+    students: dict[str, Placement]
+    """Placement of each of several students by name; empty for one model."""
+
     recipe_micro: int
     parameters: int
+    """Number of trained parameters of all students."""
 
     tensors: int
-    """Number of trained parameter tensors."""
+    """Number of trained parameter tensors of all students."""
 
     flops: list[PartFlops]
     memory: Memory
@@ -149,24 +160,28 @@ def make_plan(name: str, overrides: list[str], cluster: Cluster) -> Plan:
             precision, or no micro batch fits in memory; the message then lists changes that fit.
     """
     recipe = load(name, overrides)
-    workload = build_workload(recipe)
-    placement = _placement(recipe, workload, cluster)
-    requested = setting_from(placement, recipe)
-    teacher_precisions = [requested.quantized or requested.teacher_precision] if workload.teachers else []
+    workloads = build_workloads(recipe)
+    requested = _first(_place(recipe, workloads, cluster)).parallel
+    frozen = any(workload.teachers for workload in workloads.values())
+    teacher_precisions = [requested.quantized or requested.teacher_precision] if frozen else []
     # Raises a `UserError` if the GPU does not support one of the precisions.
     for precision in (*teacher_precisions, requested.precision):
         sustained_flops(cluster.gpu, precision, cluster.kernel, 1, cluster.efficiency)
     recipes = [with_training(recipe, micro_batch=micro) for micro in micro_batches(recipe, cluster.gpus)]
-    settings = [_setting(changed, workload, cluster) for changed in recipes]
-    candidates = [_candidate(recipe, workload, parallel, cluster) for parallel in settings]
+    settings = [_place(changed, workloads, cluster) for changed in recipes]
+    candidates = [_candidate(recipe, students, cluster) for students in settings]
     if not candidates[0].fits:
-        raise UserError(_what_fits(recipe, workload, settings[0], cluster))
-    fitting = [parallel for parallel, candidate in zip(settings, candidates, strict=True) if candidate.fits]
+        raise UserError(_what_fits(recipe, settings[0], cluster))
+    fitting = [students for students, candidate in zip(settings, candidates, strict=True) if candidate.fits]
     # The micro batch that the run would use; if it does not fit, the largest smaller one that does.
-    parallel = max((s for s in fitting if s.micro <= requested.micro), key=lambda s: s.micro)
-    if parallel.micro != requested.micro:
-        placement = _placement(with_training(recipe, micro_batch=parallel.micro), workload, cluster)
-    return _plan(name, recipe, workload, placement, cluster, candidates, requested.micro)
+    micros = {_first(students).parallel.micro: students for students in fitting}
+    micro = max(micro for micro in micros if micro <= requested.micro)
+    students = (
+        _place(with_training(recipe, micro_batch=micro), workloads, cluster)
+        if micro != requested.micro
+        else _place(recipe, workloads, cluster)
+    )
+    return _plan(name, recipe, students, cluster, candidates, requested.micro)
 
 
 def make_cluster(
@@ -230,19 +245,20 @@ def micro_batches(recipe: Recipe | FinetuneRecipe, world: int) -> list[int]:
     return [count for count in range(copies, share + 1, copies) if share % count == 0]
 
 
-def _placement(recipe: Recipe | FinetuneRecipe, workload: Workload, cluster: Cluster) -> Placement:
-    return placement_on(recipe, workload, cluster.gpus, per_node=cluster.per_node, gpu=cluster.gpu)
+def _place(
+    recipe: Recipe | FinetuneRecipe, workloads: Mapping[str, Workload], cluster: Cluster
+) -> dict[str, PlannedStudent]:
+    return place_students(recipe, workloads, cluster.gpus, per_node=cluster.per_node, gpu=cluster.gpu)
 
 
-def _setting(recipe: Recipe | FinetuneRecipe, workload: Workload, cluster: Cluster) -> ParallelConfig:
-    return setting_from(_placement(recipe, workload, cluster), recipe)
+def _first(students: Students) -> PlannedStudent:
+    return next(iter(students.values()))
 
 
-def _candidate(
-    recipe: Recipe | FinetuneRecipe, workload: Workload, parallel: ParallelConfig, cluster: Cluster
-) -> MicroBatchForecast:
-    memory = _memory(recipe, workload, parallel, cluster).peak
-    seconds = _step_seconds(recipe, parallel, _phases(workload, parallel, cluster), cluster)
+def _candidate(recipe: Recipe | FinetuneRecipe, students: Students, cluster: Cluster) -> MicroBatchForecast:
+    parallel = _first(students).parallel
+    memory = _memory(recipe, students, cluster).peak
+    seconds = _step_seconds(recipe, parallel, _phases(students, cluster), cluster)
     return MicroBatchForecast(
         parallel.micro,
         parallel.accumulation,
@@ -253,36 +269,32 @@ def _candidate(
 
 
 def _policy(
-    recipe: Recipe | FinetuneRecipe,
-    workload: Workload,
-    parallel: ParallelConfig,
-    cluster: Cluster,
-    checkpointing: Checkpointing,
+    recipe: Recipe | FinetuneRecipe, students: Students, cluster: Cluster, checkpointing: Checkpointing
 ) -> CheckpointingForecast:
-    parallel = replace(parallel, checkpointing=checkpointing)
-    candidate = _candidate(recipe, workload, parallel, cluster)
+    students = with_checkpointing(students, checkpointing)
+    candidate = _candidate(recipe, students, cluster)
+    phases = _students_memory(students).phases
     return CheckpointingForecast(
-        sum(part.recomputed for part in part_flops(workload, checkpointing=checkpointing)),
-        predict_memory(workload, parallel).phases["start of the backward pass"]["activations"],
+        sum(part.recomputed for part in students_flops(students)),
+        max(parts["activations"] for phase, parts in phases.items() if phase.endswith("start of the backward pass")),
         candidate.memory,
         candidate.fits,
         candidate.clips_per_second,
     )
 
 
-def _memory(recipe: Recipe | FinetuneRecipe, workload: Workload, parallel: ParallelConfig, cluster: Cluster) -> Memory:
+def _students_memory(students: Students) -> Memory:
+    return predict_students_memory({name: (known.workload, known.parallel) for name, known in students.items()})
+
+
+def _memory(recipe: Recipe | FinetuneRecipe, students: Students, cluster: Cluster) -> Memory:
+    parallel = _first(students).parallel
     decoding = decoding_memory(recipe.data, recipe.model, cluster.video, parallel.micro, parallel.decoder)
-    return predict_memory(workload, parallel).with_parts(decoding)
+    return _students_memory(students).with_parts(decoding)
 
 
-def _messages(workload: Workload, parallel: ParallelConfig, cluster: Cluster) -> list[Collective]:
-    return collectives(workload, parallel, cluster.gpu, cluster.per_node)
-
-
-def _phases(workload: Workload, parallel: ParallelConfig, cluster: Cluster) -> list[PhaseTime]:
-    flops = part_flops(workload, checkpointing=parallel.checkpointing)
-    messages = _messages(workload, parallel, cluster)
-    return phase_times(workload, flops, messages, parallel, cluster.gpu, cluster.kernel, cluster.efficiency)
+def _phases(students: Students, cluster: Cluster) -> list[PhaseTime]:
+    return students_phases(students, cluster.gpu, cluster.per_node, cluster.kernel, cluster.efficiency)
 
 
 def _decode_capacity(recipe: Recipe | FinetuneRecipe, parallel: ParallelConfig, cluster: Cluster) -> float | None:
@@ -314,15 +326,14 @@ def _limit(phases: list[PhaseTime], step_seconds: float) -> str:
 def _plan(
     name: str,
     recipe: Recipe | FinetuneRecipe,
-    workload: Workload,
-    placement: Placement,
+    students: Students,
     cluster: Cluster,
     candidates: list[MicroBatchForecast],
     recipe_micro: int,
 ) -> Plan:
-    parallel = setting_from(placement, recipe)
-    batch, phases = recipe.training.global_batch, _phases(workload, parallel, cluster)
-    flops = part_flops(workload, checkpointing=parallel.checkpointing)
+    first = _first(students)
+    parallel, workloads = first.parallel, [student.workload for student in students.values()]
+    batch, phases, flops = recipe.training.global_batch, _phases(students, cluster), students_flops(students)
     seconds = _step_seconds(recipe, parallel, phases, cluster)
     drawn = cluster.videos * recipe.data.clips_per_video * recipe.data.copies
     steps = drawn // batch
@@ -335,15 +346,16 @@ def _plan(
     return Plan(
         recipe=name,
         cluster=cluster,
-        placement=placement,
+        placement=first.placement,
         parallel=parallel,
+        students={name: student.placement for name, student in students.items() if name},
         recipe_micro=recipe_micro,
-        parameters=workload.parameters,
-        tensors=workload.tensors,
+        parameters=sum(workload.parameters for workload in workloads),
+        tensors=sum(workload.tensors for workload in workloads),
         flops=flops,
-        memory=_memory(recipe, workload, parallel, cluster),
+        memory=_memory(recipe, students, cluster),
         memory_usable=usable_memory(cluster.gpu),
-        messages=_messages(workload, parallel, cluster),
+        messages=students_collectives(students, cluster.gpu, cluster.per_node),
         phases=phases,
         decoded_frames=decoded_frames(recipe.data, recipe.model, cluster.video),
         decode_capacity=_decode_capacity(recipe, parallel, cluster),
@@ -355,23 +367,20 @@ def _plan(
         run_hours=hours,
         limit=_limit(phases, seconds),
         candidates=candidates,
-        policies={choice: _policy(recipe, workload, parallel, cluster, choice) for choice in get_args(Checkpointing)},
+        policies={choice: _policy(recipe, students, cluster, choice) for choice in get_args(Checkpointing)},
         comparison=compare_with_paper(
-            name, cluster.gpu, cluster.gpus, workload, planned * batch, hours, hours * computing / seconds
+            name, cluster.gpu, cluster.gpus, first.workload, planned * batch, hours, hours * computing / seconds
         ),
     )
 
 
-def _what_fits(recipe: Recipe | FinetuneRecipe, workload: Workload, parallel: ParallelConfig, cluster: Cluster) -> str:
+def _what_fits(recipe: Recipe | FinetuneRecipe, students: Students, cluster: Cluster) -> str:
     """Compose the error message for a smallest micro batch that does not fit, with the changes that would fit."""
-    needed, usable = _memory(recipe, workload, parallel, cluster).peak, usable_memory(cluster.gpu)
+    needed, usable = _memory(recipe, students, cluster).peak, usable_memory(cluster.gpu)
+    parallel, workloads = _first(students).parallel, {name: known.workload for name, known in students.items()}
     recipe = with_training(recipe, micro_batch=parallel.micro)
-    settings = {
-        options: _setting(changed, workload, cluster) for options, changed in _changes(recipe, parallel).items()
-    }
-    fitting = [
-        options for options, changed in settings.items() if _memory(recipe, workload, changed, cluster).peak <= usable
-    ]
+    settings = {options: _place(changed, workloads, cluster) for options, changed in _changes(recipe, parallel).items()}
+    fitting = [options for options, changed in settings.items() if _memory(recipe, changed, cluster).peak <= usable]
     fitting += [f"--gpu {gpu.name}" for gpu in GPUS.values() if needed <= usable_memory(gpu)]
     return (
         f"a rank needs {needed / GIB:.1f} GiB even with a micro batch of {parallel.micro}, and {cluster.gpu.name} has "

@@ -49,8 +49,10 @@ def _head(plan: Plan) -> Iterator[str]:
 
 
 def _placement(plan: Plan) -> Iterator[str]:
-    yield ""
-    yield from (f"  {line}" for line in plan.placement.to_lines())
+    for student, placement in (plan.students or {"": plan.placement}).items():
+        yield ""
+        title, *lines = placement.to_lines()
+        yield from (f"  {line}" for line in (f"{student}: {title}" if student else title, *lines))
 
 
 def _flops(plan: Plan) -> Iterator[str]:
@@ -104,7 +106,7 @@ def _time(plan: Plan) -> Iterator[str]:
     yield f"\n  {'ms per step':<14}{'arithmetic':>12}{'launches':>12}{'messages':>12}{'total':>12}"
     for phase in plan.phases:
         columns = (phase.arithmetic, phase.launching, phase.communication, phase.seconds)
-        yield f"  {phase.phase:<14}" + "".join(f"{1000 * seconds:>12.1f}" for seconds in columns)
+        yield f"  {phase.label:<14}" + "".join(f"{1000 * seconds:>12.1f}" for seconds in columns)
     yield (
         f"  step {plan.step_seconds:.3f} s, {plan.clips_per_second:.0f} clips/s "
         f"({plan.clips_per_second / plan.cluster.gpus:.1f} per GPU), epoch {plan.epoch_seconds / 60:.1f} min, "

@@ -48,6 +48,14 @@ class PhaseTime:
 
     communication: float
 
+    student: str = ""
+    """Name of the student, of one of several."""
+
+    @property
+    def label(self) -> str:
+        """Name of the phase, after that of the student if there are several."""
+        return f"{self.student}: {self.phase}" if self.student and self.phase != "teachers" else self.phase
+
     @property
     def bounds(self) -> dict[str, float]:
         """Seconds of the phase by the resource that limits it."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from mvd_kernels.bench.limits import PRODUCTS, product_flops, product_side
-from mvd_scale.config import Recipe
+from mvd_scale.config import MomentumTarget, Recipe
 from mvd_scale.config.training import Precision
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.models import Student
@@ -71,7 +72,29 @@ def count_flops(recipe: Recipe, clips: ClipBatch) -> dict[str, int]:
     Args:
         recipe: recipe that states the shapes of all teachers.
         clips: a micro batch; only its shapes are used.
+
+    Returns:
+        FLOPs by the names of `Trainer.part_names`.
     """
+    shapes = clips.map(lambda tensor: torch.empty_like(tensor, device="meta"))
+    shapes, flops = dataclasses.replace(shapes, features={}), dict[str, int]()
+    students = recipe.each_student()
+    moving = Counter(
+        f"{target} teacher"
+        for alone in students.values()
+        for target, own in alone.targets.items()
+        if isinstance(own, MomentumTarget)
+    )
+    for name, alone in students.items():
+        for part, count in _count_student(alone, shapes).items():
+            # A frozen teacher computes for all students at once.
+            shared = part.endswith(" teacher") and moving[part] < 2
+            flops[f"{name}: {part}" if name and not shared else part] = count
+    return flops
+
+
+def _count_student(recipe: Recipe, clips: ClipBatch) -> dict[str, int]:
+    """Count the FLOPs of the student of a recipe and of its teachers on a batch on torch's meta device."""
     parts = FlopParts()
     with torch.device("meta"):
         targets = build_targets(recipe, lambda name: init_teacher(recipe, name))
@@ -81,8 +104,7 @@ def count_flops(recipe: Recipe, clips: ClipBatch) -> dict[str, int]:
             parts.watch(f"{name} teacher", target.teacher.to("meta"))
     parts.watch("student forward", student)
     with parts.counter:
-        shapes = clips.map(lambda tensor: torch.empty_like(tensor, device="meta"))
-        loss, _ = MaskedDistillation(targets)(student, dataclasses.replace(shapes, features={}))
+        loss, _ = MaskedDistillation(targets)(student, clips)
         with parts.part("backward"):
             loss.backward()
     return parts.flops

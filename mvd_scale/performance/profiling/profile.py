@@ -68,8 +68,8 @@ def profile_recipe(
         name: recipe, see `load_recipe`.
         overrides: dotted overrides; teachers without a checkpoint have random weights, and without `data.source` the
             clips of the `samples` extra are used.
-        out: folder for `trace.json.gz` (and `trace_rank1.json.gz` ...), `memory.png`, `modules.txt`, `summary.json`
-            and `summary.txt`.
+        out: folder for `trace.json.gz` (and `trace_rank1.json.gz` ...), `memory.png`, `modules.txt` (of several
+            students `modules_NAME.txt`), `summary.json` and `summary.txt`.
         precision: precision of the student; fp16 on GPUs and float32 on CPUs if None.
         batch: clips per step over all ranks.
         steps: number of profiled steps.
@@ -89,11 +89,13 @@ def profile_recipe(
             with _profiler(ranks) as profiler:
                 profiled = _timed(trainer, steps, losses)
             peak_memory = peak_memory_gib(ranks.device)
-            # After all measurements, because the table patches functions of torch; eager, because it cannot see the
+            # After all measurements, because the tables patch functions of torch; eager, because they cannot see the
             # modules inside compiled blocks.
-            table = module_table(trainer.engine.module, out / "modules.txt", write=ranks.is_main)
-            with torch.compiler.set_stance("force_eager"), table, torch.no_grad():
-                trainer.objective(trainer.engine, trainer.batch)
+            for model in trainer.models:
+                file = f"modules_{model.name}.txt" if model.name else "modules.txt"
+                table = module_table(model.engine.module, out / file, write=ranks.is_main)
+                with torch.compiler.set_stance("force_eager"), table, torch.no_grad():
+                    model.objective(model.engine, trainer.batch)
     path = out / ("trace.json.gz" if ranks.is_main else f"trace_rank{ranks.rank}.json.gz")
     profiler.export_chrome_trace(str(path))
     trace = read_trace(path, trainer.part_names)

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from mvd_scale.checkpoints.tensor_folder import STATE, complete_description, save_pieces
-from mvd_scale.config.training import CheckpointConfig
 from mvd_scale.distributed.exchange import StoreExchange
 from mvd_scale.distributed.process_group import Ranks
 from mvd_scale.errors import UserError
 from mvd_scale.training.checkpointing.files import Record, describe_files, flush_folder, write_record
-from mvd_scale.training.checkpointing.folders import PARTIAL, checkpoint_folder, saved_steps
+from mvd_scale.training.checkpointing.folders import checkpoint_folder, partial_folder, saved_steps
 from mvd_scale.training.checkpointing.pieces import PiecesSavePlanner, State
+from mvd_scale.training.checkpointing.selection import Retention
 from mvd_scale.utils.io import write_atomic
 
 logger = logging.getLogger("mvd_scale")
@@ -32,22 +32,22 @@ _TIMEOUT = timedelta(hours=2)
 
 
 class CheckpointWriter:
-    """Writer of the checkpoints of one run. All ranks create one and call its methods.
+    """Writer of the checkpoints of one model. All ranks create one and call its methods.
 
     Args:
         path: folder of the checkpoints.
         ranks: this process among all.
-        config: checkpoints to keep.
+        retention: checkpoints to keep.
         check: function that rank 0 calls before a checkpoint gets its name; its `UserError` leaves it partial.
     """
 
     def __init__(
-        self, path: Path, ranks: Ranks, config: CheckpointConfig, check: Callable[[], None] = lambda: None
+        self, path: Path, ranks: Ranks, retention: Retention, check: Callable[[], None] = lambda: None
     ) -> None:
         self._check = check
         self.path = path
         self.ranks = ranks
-        self.config = config
+        self._retention = retention
         # A connection of its own, on which the thread waits while the training uses the other. A group of gloo would
         # have as many connections on each rank as there are ranks.
         self._exchange = StoreExchange(ranks.store.clone(), ranks.rank, ranks.world_size, _TIMEOUT)
@@ -59,7 +59,7 @@ class CheckpointWriter:
         Raises:
             UserError: the disk has less than `needed` bytes free; there is no folder then.
         """
-        partial = self._partial(step)
+        partial = partial_folder(self.path, step)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         free = shutil.disk_usage(partial).free
@@ -110,10 +110,6 @@ class CheckpointWriter:
         if self._writing is not None:
             self._writing.join(seconds)
 
-    def _partial(self, step: int) -> Path:
-        folder = checkpoint_folder(self.path, step)
-        return folder.with_name(folder.name + PARTIAL)
-
     def _write(self, step: int, state: State, document: dict[str, Any], saved: Callable[[float], None]) -> None:
         """Write a checkpoint and give it its name when all of it is on disk. The thread of every rank calls it.
 
@@ -121,7 +117,7 @@ class CheckpointWriter:
             Exception: any rank failed; raised on all ranks.
         """
         started = time.monotonic()
-        own = self._write_own(self._partial(step), state)
+        own = self._write_own(partial_folder(self.path, step), state)
         failure = self._exchange.decide(f"step {step}", own, lambda parts: self._complete(step, document, parts))
         if failure is not None:
             raise OSError(failure)
@@ -146,7 +142,7 @@ class CheckpointWriter:
         """
         if failed := [part["error"] for part in parts if part["error"] is not None]:
             return "; ".join(failed)
-        partial = self._partial(step)
+        partial = partial_folder(self.path, step)
         try:
             self._check()
             complete_description(partial, self.ranks.world_size)
@@ -155,10 +151,7 @@ class CheckpointWriter:
             write_record(partial, {name: file for record in records for name, file in record.items()})
             partial.rename(checkpoint_folder(self.path, step))
             flush_folder(self.path)
-            every = self.config.keep_every_steps
-            for old in saved_steps(self.path)[: -self.config.keep]:
-                if not every or old % every:
-                    shutil.rmtree(checkpoint_folder(self.path, old))
+            self._retention.delete_old()
         except (OSError, UserError) as error:
             return f"rank 0: {error}"
         return None

@@ -25,7 +25,6 @@ from mvd_scale.training.capabilities import make_placement
 from mvd_scale.training.deepspeed_engine import full_parameters, train_engine
 from mvd_scale.training.ema import ModelEma
 from mvd_scale.training.finetuning.validation import ValidationCallback
-from mvd_scale.training.lr_schedule import Schedule
 from mvd_scale.training.optimizer import layer_scale, parameter_groups
 from mvd_scale.training.run import TrainingJob, run_training
 from mvd_scale.training.trainer import Objective, TrainedModel
@@ -76,15 +75,15 @@ class FinetuneTask(TrainingJob[AnyRecipe]):
         _agree(self.data_digests(), ranks)
         return manifest
 
-    def origin(self, ranks: Ranks) -> dict[str, Any]:
+    def origins(self, ranks: Ranks) -> list[dict[str, Any]]:
         """Compute digests of the data and of the encoder's initial weights. All ranks call it."""
         weights = self.recipe.training.initial_encoder
         digest = run_on_rank0(
             ranks, "weights", lambda: None if weights is None else tensors_digest(read_raw_checkpoint(weights).tensors)
         )
-        return self.data_digests() | {"initial encoder": digest}
+        return [self.data_digests() | {"initial encoder": digest}]
 
-    def build(self, ranks: Ranks, schedule: Schedule) -> TrainedModel:
+    def build(self, ranks: Ranks, steps_per_epoch: int) -> list[TrainedModel]:
         """Build the model from the initial weights of the encoder, and its moving average if the recipe has one."""
         training = self.recipe.training
         model = self.create_model()
@@ -95,7 +94,7 @@ class FinetuneTask(TrainingJob[AnyRecipe]):
         groups = parameter_groups(model, training.weight_decay, lambda name: layer_scale(name, depth, decay))
         engine = train_engine(model, groups, self.recipe, make_placement(self.recipe, {}, ranks), ranks)
         averages = [] if self.averaged is None else [_average(self.averaged, engine, self, ranks)]
-        return TrainedModel(engine, self.objective(), averages)
+        return [TrainedModel(engine, self.objective(), self.schedule(steps_per_epoch), averages)]
 
     def export(self, engine: Any, folder: Path, ranks: Ranks) -> None:
         """Write the weights of the whole model. All ranks call it."""
@@ -103,11 +102,11 @@ class FinetuneTask(TrainingJob[AnyRecipe]):
         if ranks.is_main:
             self.write(folder / self.weights, tensors)
 
-    def callbacks(self, ranks: Ranks, schedule: Schedule) -> list[Callback]:
+    def callbacks(self, ranks: Ranks, steps_per_epoch: int) -> list[Callback]:
         """Create the validation callback, if the recipe has a validation."""
         if self.recipe.validation is None:
             return []
-        every, steps = self.recipe.validation.every_epochs, schedule.steps_per_epoch
+        every, steps = self.recipe.validation.every_epochs, steps_per_epoch
         keep = partial(self._keep, ranks=ranks)
         measure = self.measure(ranks)
         return [ValidationCallback(every, steps, self.figure, measure, self.folder, ranks, self.averaged, keep)]

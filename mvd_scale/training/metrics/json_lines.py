@@ -7,7 +7,8 @@ import math
 from collections import deque
 from pathlib import Path
 
-from mvd_scale.training.metrics.sink import MetricSink, Values
+from mvd_scale.run_dir import RunFolder
+from mvd_scale.training.metrics.sink import MetricSink, Values, select_student
 from mvd_scale.utils.io import append_whole, truncate_metrics, write_atomic
 
 MAX_BYTES = 64 * 2**20
@@ -56,3 +57,22 @@ class JsonLines(MetricSink):
         """Remove every second reading, and keep the first and the last one."""
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
         write_atomic(self.path, "".join([*lines[:-1:2], lines[-1]]))
+
+
+class StudentJsonLines(JsonLines):
+    """File of the metrics of one of several students in its own run folder, under the names that a run alone has.
+
+    Args:
+        folder: folder of the run of all students.
+        student: name of the student.
+        start_step: number of completed optimizer steps.
+    """
+
+    def __init__(self, folder: RunFolder, student: str, start_step: int) -> None:
+        super().__init__(folder.of_student(student).metrics, start_step)
+        self.name = str(self.path.relative_to(folder.path))
+        self._student = student
+
+    def write(self, step: int, values: Values) -> None:
+        """Append a line of the student's metrics, and of those that all students share."""
+        super().write(step, select_student(values, self._student))

@@ -20,10 +20,10 @@ class MicroBatchMetrics(NamedTuple):
     """Metrics of one micro batch of this rank. Tensors stay on the device, so that the host does not wait for them."""
 
     loss: Tensor
-    """Float32 scalar, detached."""
+    """Loss, of several students the sum of their losses: float32 scalar, detached."""
 
-    parts: dict[str, Tensor]
-    """Terms of the objective by name, float32 scalars, detached."""
+    losses: dict[str, Tensor]
+    """Losses and their terms by the name of the metric, see `TrainedModel.metrics`: float32 scalars, detached."""
 
     clips: int
     """Number of clips, counting every copy."""
@@ -36,17 +36,17 @@ class Meter:
     """Accumulator of metrics between two readings.
 
     Args:
-        targets: names of the objective's terms.
+        losses: names of losses and of their terms.
         ranks: this process among all.
     """
 
-    def __init__(self, targets: list[str], ranks: Ranks) -> None:
-        self.targets = targets
+    def __init__(self, losses: list[str], ranks: Ranks) -> None:
+        self.losses = losses
         self.ranks = ranks
         self._reset()
 
     def _reset(self) -> None:
-        self.distances = torch.zeros(len(self.targets) + 1, device=self.ranks.device, dtype=torch.float64)
+        self.sums = torch.zeros(len(self.losses), device=self.ranks.device, dtype=torch.float64)
         self.micro_batches = 0
         self.clips = 0
         self.steps = 0
@@ -56,7 +56,7 @@ class Meter:
     def add_step(self, micro_batches: Sequence[MicroBatchMetrics]) -> None:
         """Add the metrics of all micro batches of an optimizer step."""
         for micro in micro_batches:
-            self.distances += torch.stack([micro.loss, *(micro.parts[name] for name in self.targets)])
+            self.sums += torch.stack([micro.losses[name] for name in self.losses])
             self.clips += micro.clips
             self.waited += micro.waited
         self.micro_batches += len(micro_batches)
@@ -73,16 +73,13 @@ class Meter:
             metrics by name, and whether a checkpoint is overdue on any rank.
         """
         elapsed = time.perf_counter() - self.started
-        mine = self.distances.new_tensor(
-            [float(replaced), float(overdue), self.waited, peak_memory_gib(self.ranks.device)]
-        )
-        sums, worst = torch.cat([self.distances / self.micro_batches, mine[:1]]), mine[1:]
+        mine = self.sums.new_tensor([float(replaced), float(overdue), self.waited, peak_memory_gib(self.ranks.device)])
+        sums, worst = torch.cat([self.sums / self.micro_batches, mine[:1]]), mine[1:]
         # Reductions: their size does not depend on the number of ranks.
         torch.distributed.all_reduce(sums)
         torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX)
         *totals, replaced_by_all, any_overdue, waited, memory = torch.cat([sums, worst]).tolist()
-        names = ["loss", *(f"loss/{name}" for name in self.targets)]
-        values = {name: total / self.ranks.world_size for name, total in zip(names, totals, strict=True)}
+        values = {name: total / self.ranks.world_size for name, total in zip(self.losses, totals, strict=True)}
         values["clips_per_second"] = self.clips * self.ranks.world_size / elapsed
         values["seconds_per_step"] = elapsed / self.steps
         values["data_wait_share"] = waited / elapsed

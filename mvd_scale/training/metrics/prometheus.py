@@ -15,10 +15,13 @@ from typing import NamedTuple
 
 from mvd_scale.errors import UserError
 from mvd_scale.run_dir import RunFolder
-from mvd_scale.training.checkpointing.folders import checkpoint_folder, saved_steps
-from mvd_scale.training.metrics.sink import MetricSink, Values
+from mvd_scale.training.checkpointing.folders import checkpoint_folder, common_steps
+from mvd_scale.training.metrics.sink import MetricSink, Values, select_student, students_of
 from mvd_scale.utils.events import read_events
 from mvd_scale.utils.io import write_atomic
+
+Labels = tuple[tuple[str, str], ...]
+"""Labels of a sample with their values, in addition to `run`."""
 
 
 class Metric(NamedTuple):
@@ -98,8 +101,10 @@ class PrometheusFile(MetricSink):
             Metric("restarts", "Restarts by mvd-scale supervise."): float(self._restarts),
             Metric("faults", "Faults of ranks, hosts and links."): float(self._faults),
         }
-        if saved := saved_steps(self.folder.checkpoints):
-            written = checkpoint_folder(self.folder.checkpoints, saved[-1]).stat().st_mtime
+        assert self._last is not None
+        paths = [self.folder.of_student(student).checkpoints for student in students_of(self._last[1]) or [""]]
+        if saved := common_steps(paths):
+            written = max(checkpoint_folder(path, saved[-1]).stat().st_mtime for path in paths)
             samples[Metric("checkpoint_step", "Step of the newest checkpoint.")] = float(saved[-1])
             samples[Metric("checkpoint_timestamp_seconds", "Time of the newest checkpoint since the epoch.")] = written
         return samples
@@ -128,28 +133,40 @@ def prom_file(path: Path, run: Path) -> Path:
     return path
 
 
-def render(samples: Mapping[Metric, float | Mapping[str, float]], run: str) -> str:
+def render(samples: Mapping[Metric, float | Mapping[Labels, float]], run: str) -> str:
     """Format samples in the text format.
 
     Args:
-        samples: value of each metric, or its values by the label `part`.
+        samples: value of each metric, or its values by further labels.
         run: value of the label `run`.
     """
     lines = []
     for metric, value in samples.items():
         name = f"mvd_scale_{metric.name}"
         lines += [f"# HELP {name} {_escape(metric.help, quotes=False)}", f"# TYPE {name} gauge"]
-        for part, number in value.items() if isinstance(value, Mapping) else [(None, value)]:
-            labels = f'run="{_escape(run)}"' + ("" if part is None else f',part="{_escape(part)}"')
-            lines.append(f"{name}{{{labels}}} {_number(number)}")
+        for labels, number in value.items() if isinstance(value, Mapping) else [((), value)]:
+            pairs = (("run", run), *labels)
+            text = ",".join(f'{label}="{_escape(name_of)}"' for label, name_of in pairs)
+            lines.append(f"{name}{{{text}}} {_number(number)}")
     return "\n".join(lines) + "\n"
 
 
-def _of_reading(values: Values) -> dict[Metric, float | dict[str, float]]:
-    samples: dict[Metric, float | dict[str, float]] = {
+def _of_reading(values: Values) -> dict[Metric, float | dict[Labels, float]]:
+    """Samples of a reading; those of several students have the label `student`."""
+    students = students_of(values)
+    samples: dict[Metric, float | dict[Labels, float]] = {
         metric: values[name] * metric.scale for name, metric in _READINGS.items() if name in values
     }
-    parts = {name.removeprefix("loss/"): value for name, value in values.items() if name.startswith("loss/")}
+    parts: dict[Labels, float] = {}
+    for student in students or [""]:
+        labels: Labels = (("student", student),) if student else ()
+        for name, value in (select_student(values, student) if student else values).items():
+            if name.startswith("loss/"):
+                parts[*labels, ("part", name.removeprefix("loss/"))] = value
+            elif student and name in _READINGS and name not in values:
+                of_students = samples.setdefault(_READINGS[name], {})
+                assert isinstance(of_students, dict)
+                of_students[labels] = value * _READINGS[name].scale
     return samples | ({_PART: parts} if parts else {})
 
 

@@ -8,7 +8,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 Values = dict[str, float]
-"""Metrics of one reading by name, such as `loss` and `loss/video`."""
+"""Metrics of one reading by name, such as `loss` and `loss/video`; of several students `students/NAME/loss`."""
+
+_STUDENTS = "students/"
+
+
+def students_of(values: Values) -> list[str]:
+    """List the students that a reading has metrics of, in their order; empty if the run has one model."""
+    names = (name.split("/")[1] for name in values if name.startswith(_STUDENTS))
+    return list(dict.fromkeys(names))
+
+
+def select_student(values: Values, student: str) -> Values:
+    """Select the metrics of a student, under the names of a run alone, and those that all students share."""
+    own = f"{_STUDENTS}{student}/"
+    return {
+        name.removeprefix(own): value
+        for name, value in values.items()
+        if name.startswith(own) or not name.startswith(_STUDENTS)
+    }
 
 
 class MetricSink(ABC):

@@ -8,7 +8,7 @@ import sys
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mvd_scale.training.metrics.sink import MetricSink, Values
+from mvd_scale.training.metrics.sink import MetricSink, Values, select_student, students_of
 
 logger = logging.getLogger("mvd_scale")
 
@@ -56,10 +56,16 @@ class Terminal(MetricSink):
 
 
 def _one_line(values: Values) -> str:
-    losses = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name.partition("/")[0] == "loss")
+    students = {f"{name}: ": select_student(values, name) for name in students_of(values)} or {"": values}
+    models = "  ".join(f"{name}{_model(own)}" for name, own in students.items())
     speed = f"{values['clips_per_second']:.1f} clips/s  wait {values['data_wait_share']:.0%}"
+    return f"{models}  {speed}  {values['memory_gib']:.1f} GiB"
+
+
+def _model(values: Values) -> str:
+    losses = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name.partition("/")[0] == "loss")
     optimizer = f"lr {values['lr']:.2e}  norm {values['grad_norm']:.2g}  scale {values['loss_scale']:g}"
-    return f"{losses.replace('loss/', '')}  {optimizer}  {speed}  {values['memory_gib']:.1f} GiB"
+    return f"{losses.replace('loss/', '')}  {optimizer}"
 
 
 def format_duration(seconds: float) -> str:

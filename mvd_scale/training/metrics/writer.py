@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,11 +12,11 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from mvd_scale.config import RunRecipe
+from mvd_scale.config import Recipe, RunRecipe
 from mvd_scale.distributed.process_group import Ranks
 from mvd_scale.errors import UserError
 from mvd_scale.run_dir import RunFolder
-from mvd_scale.training.metrics.json_lines import JsonLines
+from mvd_scale.training.metrics.json_lines import JsonLines, StudentJsonLines
 from mvd_scale.training.metrics.prometheus import PrometheusFile, prom_file
 from mvd_scale.training.metrics.sink import MetricSink, Values
 from mvd_scale.training.metrics.tensorboard import TensorBoard
@@ -40,6 +41,7 @@ class MetricWriter:
         self._sinks = sinks
         self._check = check
         self._failing: set[MetricSink] = set()
+        self._prefix = ""
 
     def __enter__(self) -> Self:
         for sink in self._sinks:
@@ -54,11 +56,17 @@ class MetricWriter:
             with self._tolerating(sink):
                 sink.close(failed=error is not None)
 
+    def named(self, prefix: str) -> MetricWriter:
+        """Return a writer to the same sinks that puts a prefix before the names of what callbacks show."""
+        view = copy.copy(self)
+        view._prefix = self._prefix + prefix
+        return view
+
     def show(self, step: int, name: str, value: float | NDArray[np.uint8]) -> None:
         """Write a number or an image uint8 (H, W, 3) of a callback; may be called from another thread."""
         for sink in self._sinks:
             with self._tolerating(sink):
-                sink.show(step, name, value)
+                sink.show(step, self._prefix + name, value)
 
     def write(self, step: int, values: Values) -> None:
         """Write the metrics that were read after `step` optimizer steps.
@@ -120,6 +128,8 @@ def metric_writer(
         logged = last_metrics(folder.metrics)
         sinks.append(Wandb(logging_.wandb, recipe, folder, logged["step"] if logged else 0))
     sinks.append(JsonLines(folder.metrics, start_step))
+    if isinstance(recipe, Recipe):
+        sinks += [StudentJsonLines(folder, name, start_step) for name in recipe.students]
     if logging_.tensorboard:
         sinks.append(TensorBoard(folder.tensorboard, start_step, -(-total_steps // logging_.every_steps)))
     if logging_.prometheus is not None:

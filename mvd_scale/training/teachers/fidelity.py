@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -44,14 +44,18 @@ class Fidelity:
 
 
 def check_fidelity(
-    targets: Mapping[str, Target], recipe: Recipe, placement: Placement, manifest: Manifest, device: torch.device
+    targets: Mapping[str, Target],
+    recipe: Recipe,
+    placements: Iterable[Placement],
+    manifest: Manifest,
+    device: torch.device,
 ) -> None:
     """Check the features of every teacher that will be quantized to 8 bits on one clip of the run.
 
     Args:
-        targets: targets by name, with unsharded teachers on the CPU.
+        targets: targets of all students by name, with unsharded teachers on the CPU.
         recipe: recipe of the run.
-        placement: placement of the recipe.
+        placements: placement of each student; a teacher that several students share is placed alike for all.
         manifest: videos of the run.
         device: device that the teachers will run on.
 
@@ -59,7 +63,8 @@ def check_fidelity(
         UserError: the mean cosine of a teacher's features with its float32 features is below `LEAST_COSINE`, and
             `teachers.accept_inexact` is false.
     """
-    eight_bit = {placed.name: placed for placed in placement.teachers if placed.precision.value in ("int8", "fp8")}
+    placed_teachers = (placed for placement in placements for placed in placement.teachers)
+    eight_bit = {placed.name: placed for placed in placed_teachers if placed.precision.value in ("int8", "fp8")}
     if not eight_bit or recipe.teachers.accept_inexact:
         return
     clips = first_clip(targets, recipe, manifest, device)

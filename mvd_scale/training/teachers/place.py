@@ -20,16 +20,28 @@ from mvd_scale.training.compile import speed_up_teacher, transformer_blocks
 from mvd_scale.training.placement import Placement, TeacherPlacement
 
 
-def place_teachers(targets: Mapping[str, Target], placement: Placement, ranks: Ranks) -> None:
+def place_teachers(
+    targets: Mapping[str, Target], placement: Placement, ranks: Ranks, shared: dict[nn.Module, nn.Module] | None = None
+) -> None:
     """Move the frozen teachers of all targets to their device, precision and shards. All ranks call it.
+
+    Args:
+        targets: targets by name; their teachers are replaced.
+        placement: placement of the recipe.
+        ranks: this process among all.
+        shared: teachers of other students that were placed before, by the model that was placed; those that are placed
+            now are added.
 
     Raises:
         UserError: see `place_teacher`.
     """
+    shared = {} if shared is None else shared
     for name, target in targets.items():
         if isinstance(target, FrozenTeacher):
-            placed = placement.teacher(name)
-            target.teacher = place_teacher(target.teacher, placed, ranks)
+            placed, teacher = placement.teacher(name), target.teacher
+            if teacher not in shared:
+                shared[teacher] = place_teacher(teacher, placed, ranks)
+            target.teacher = shared[teacher]
             if isinstance(target, EncoderTeacher):
                 # Copying shared rows into the buffers of a CUDA graph would cost more than computing them again.
                 target.accepts_rows = not placed.cuda_graph.value

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Protocol, Self
 
@@ -75,7 +75,7 @@ class TeacherPrefetcher:
     ) -> None:
         self._loader = loader
         self._begin = begin or _fetched
-        self._depth = 0 if begin is None else 1
+        self._depth = 0 if begin is None or isinstance(begin, TeachersFirst) else 1
         self.waiting = waiting
         self._begun: deque[tuple[Callable[[], ClipBatch], int]] = deque()
 
@@ -142,10 +142,40 @@ class PrefetchStream:
         return wait_ready
 
 
-def make_prefetcher(objective: MaskedDistillation, placement: Placement, device: torch.device) -> BatchStarter | None:
-    """Create the function that computes teacher features in advance; None if no teacher is placed with prefetch."""
-    early = any(teacher.prefetch.value for teacher in placement.teachers)
-    return PrefetchStream(device, objective.prefetch_features) if early else None
+class TeachersFirst:
+    """Function that computes teacher features when a batch is needed, before any of several students sees it.
+
+    Args:
+        teach: function that adds teacher features to a batch.
+    """
+
+    def __init__(self, teach: Callable[[ClipBatch], ClipBatch]) -> None:
+        self._teach = teach
+
+    def __call__(self, fetch: Callable[[], ClipBatch]) -> Callable[[], ClipBatch]:
+        """Load a batch and compute its features; the returned function returns it."""
+        batch = self._teach(fetch())
+        return lambda: batch
+
+
+def make_prefetcher(
+    objective: MaskedDistillation, placements: Sequence[Placement], device: torch.device
+) -> BatchStarter | None:
+    """Create the function that computes teacher features before the students see a batch.
+
+    Args:
+        objective: objective with the targets of all students.
+        placements: placement of each student.
+        device: device of this rank.
+
+    Returns:
+        function for features in advance if a teacher is placed with prefetch, or once for several students; None for a
+        single student, whose objective calls the teachers.
+    """
+    early = any(teacher.prefetch.value for placement in placements for teacher in placement.teachers)
+    if early:
+        return PrefetchStream(device, objective.prefetch_features)
+    return TeachersFirst(objective.prefetch_features) if len(placements) > 1 else None
 
 
 def _fetched(fetch: Callable[[], ClipBatch]) -> Callable[[], ClipBatch]:

@@ -88,9 +88,9 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_a_reading_of_the_metrics_is_as_large_in_a_large_job(sent: list[int]) -> None:
     def elements(world_size: int) -> list[int]:
         sent.clear()
-        meter = Meter(["image", "video"], Ranks(0, 0, world_size, torch.device("cpu")))
+        meter = Meter(["loss", "loss/image", "loss/video"], Ranks(0, 0, world_size, torch.device("cpu")))
         one = torch.ones(())
-        meter.add_step([MicroBatchMetrics(one, {"image": one, "video": one}, 1, 0.0)])
+        meter.add_step([MicroBatchMetrics(one, dict.fromkeys(meter.losses, one), 1, 0.0)])
         meter.read(False, 0)
         return sent.copy()
 

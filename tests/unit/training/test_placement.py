@@ -244,7 +244,7 @@ class Spy:
         )
         place_teachers(targets, placement, ranks)
         trained = train_engine(student, [{"params": list(student.parameters())}], config, placement, ranks)
-        begun = make_prefetcher(MaskedDistillation(targets), placement, ranks.device) is not None
+        begun = make_prefetcher(MaskedDistillation(targets), [placement], ranks.device) is not None
         deepspeed = self.config
         run = {
             "precision": next((p for p in ("fp16", "bf16") if deepspeed[p]["enabled"]), "fp32"),

@@ -29,8 +29,9 @@ def test_all_ranks_stay_until_the_results_are_written(tmp_path: Path) -> None:
 
     def end(ranks: Ranks) -> bool:
         job: Any = SimpleNamespace(folder=folder, export=export)
+        job.students = [job]
         model: Any = SimpleNamespace(engine=None, averages=())
-        finish(job, model, ranks, {"steps": 1, "origin": {}})
+        finish(job, [model], ranks, 1, [{}])
         return folder.summary.is_file()
 
     assert SimulatedJob(2).run(end) == [True, True]

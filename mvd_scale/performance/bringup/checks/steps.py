@@ -189,7 +189,8 @@ def _measure(check: Check, recipe: Recipe, plan: Plan, setting: Setting) -> None
         with counted_syncs(device) as syncs:
             losses.append(step_loss(trainer))
     finally:
-        trainer.engine.destroy()
+        for model in trainer.models:
+            model.engine.destroy()
     flops = speed * sum(part.forward + part.backward for part in plan.flops)
     known = setting.gpu is not None
     check.figure("clips/s", speed)
@@ -212,7 +213,7 @@ def make_random_trainer(recipe: Recipe, ranks: Ranks) -> Trainer:
         targets = build_targets(recipe, lambda name: init_teacher(recipe, name))
         student = Student.from_recipe(recipe, targets)
     batches = random_batches(recipe, micro, ranks.device, teacher_input_sizes(recipe, targets))
-    return make_trainer(recipe, targets, ranks, batches, student=student)
+    return make_trainer(recipe, {"": targets}, ranks, batches, student=student)
 
 
 def step_loss(trainer: Trainer) -> torch.Tensor:

@@ -79,7 +79,8 @@ def overflows(ranks: Ranks, stage: str) -> dict[str, Any]:
     """Run steps with gradients that are not finite, and one finite step; return loss scales and weight changes."""
     run, poisoned = TinyRun(ranks, stage, "fp16"), range(2, 2 + POISONED)
     trainer = run.trainer(range(poisoned.stop + 1), poisoned)
-    engine = trainer.engine
+    (model,) = trainer.models
+    engine = model.engine
     run.step(trainer)
     run.step(trainer)
     scales, before = [float(engine.optimizer.loss_scale)], weights(engine)
@@ -143,7 +144,7 @@ class TinyRun:
         targets = build_targets(self.recipe, tiny_teacher)
         torch.manual_seed(0)
         batches = chain.from_iterable(self._batches(step, poisoned=step in poisoned) for step in steps)
-        return make_trainer(self.recipe, targets, self.ranks, BatchLoader(batches), prefetch=ahead)
+        return make_trainer(self.recipe, {"": targets}, self.ranks, BatchLoader(batches), prefetch=ahead)
 
     def step(self, trainer: Trainer) -> float:
         """Run one optimizer step and return its loss, averaged over all ranks."""

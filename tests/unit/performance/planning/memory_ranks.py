@@ -28,8 +28,7 @@ from mvd_scale.targets import build_targets
 from mvd_scale.targets.build import init_teacher
 from mvd_scale.training import capabilities
 from mvd_scale.training.capabilities import make_placement
-from mvd_scale.training.distillation import distillation_model
-from mvd_scale.training.lr_schedule import Schedule
+from mvd_scale.training.distillation import StudentParts, distillation_models
 from mvd_scale.training.teachers.prefetch import TeacherPrefetcher
 from mvd_scale.training.trainer import Trainer
 
@@ -85,13 +84,11 @@ def clips(made: Recipe, micro: int) -> ClipBatch:
 
 def train(made: Recipe, ranks: Ranks) -> Any:
     targets = build_targets(made, lambda name: init_teacher(made, name))
-    schedule = Schedule(made.training, 1, made.lr_batch)
-    model = distillation_model(
-        Student.from_recipe(made, targets), targets, made, make_placement(made, targets, ranks), ranks, schedule
-    )
+    parts = StudentParts(Student.from_recipe(made, targets), targets, made, make_placement(made, targets, ranks))
+    models = distillation_models([parts], ranks, steps_per_epoch=1)
     micro, _ = made.micro_batch_and_accumulation(ranks.world_size)
     batches = TeacherPrefetcher(BatchLoader(clips(made, micro) for _ in count()))
-    trainer = Trainer(model, batches, schedule, made, ranks)
+    trainer = Trainer(models, batches, made, ranks)
     for step in range(STEPS):
         with record_function(f"step {step}"):
             trainer.train_step()

@@ -7,7 +7,6 @@ import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +16,9 @@ from mvd_scale.checkpoints.reading import read_raw_checkpoint
 from mvd_scale.checkpoints.tensor_folder import complete_description, save_pieces
 from mvd_scale.distributed.health.progress import Progress
 from mvd_scale.errors import UserError
-from mvd_scale.training.checkpointing.checkpointer import Checkpointer
 from mvd_scale.training.checkpointing.files import describe_files, find_damage, write_record
 from mvd_scale.training.checkpointing.pieces import Pieces, PiecesSavePlanner
+from mvd_scale.training.checkpointing.selection import choose_resumed_step
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -68,13 +67,6 @@ def test_a_torn_checkpoint_is_recognised(tmp_path: Path, tear: str) -> None:
     assert re.search(said, damage), damage
 
 
-def checkpointer(run: Path) -> Checkpointer:
-    made = object.__new__(Checkpointer)
-    made.path = run / "checkpoints"
-    made.ranks = SimpleNamespace(is_main=True)  # type: ignore[assignment]
-    return made
-
-
 def test_the_checkpoint_before_a_torn_one_is_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for step in (5, 10, 15):
         checkpoint(tmp_path, step)
@@ -82,18 +74,18 @@ def test_the_checkpoint_before_a_torn_one_is_taken(tmp_path: Path, caplog: pytes
         cut(tmp_path / "checkpoints" / f"step_{step:08d}" / TENSORS)
     with caplog.at_level(logging.INFO, logger="mvd_scale"):
         assert read_raw_checkpoint(tmp_path).tensors["w"][0] == 5
-        assert checkpointer(tmp_path)._set_torn_aside() == 5
+        assert choose_resumed_step([tmp_path / "checkpoints"]) == 5
     assert caplog.text.count("a torn checkpoint is passed over") == 2
     assert "step_00000015 is torn: __0_0.distcp has" in caplog.text
     kept = sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir())
     assert kept == ["step_00000005", "step_00000010.torn", "step_00000015.torn"]
-    assert checkpointer(tmp_path)._set_torn_aside() == 5
+    assert choose_resumed_step([tmp_path / "checkpoints"]) == 5
     assert read_raw_checkpoint(tmp_path).tensors["w"][0] == 5
 
 
 def test_a_run_does_not_begin_anew_over_torn_checkpoints(tmp_path: Path) -> None:
-    assert checkpointer(tmp_path)._set_torn_aside() is None
+    assert choose_resumed_step([tmp_path / "checkpoints"]) is None
     cut(checkpoint(tmp_path, 5) / TENSORS)
     with pytest.raises(UserError, match=r"no checkpoint in .* is whole \(step_00000005: __0_0.distcp has"):
-        checkpointer(tmp_path)._set_torn_aside()
+        choose_resumed_step([tmp_path / "checkpoints"])
     assert (tmp_path / "checkpoints" / "step_00000005").is_dir()

@@ -22,6 +22,7 @@ from mvd_scale.training.checkpointing.files import find_damage
 from mvd_scale.training.checkpointing.folders import saved_steps
 from mvd_scale.training.checkpointing.host_copy import HostCopy
 from mvd_scale.training.checkpointing.pieces import Pieces, State
+from mvd_scale.training.checkpointing.selection import Retention
 from mvd_scale.training.checkpointing.writer import CheckpointWriter
 
 
@@ -37,7 +38,7 @@ def state(value: float) -> State:
 
 
 def make(path: Path, **config: Any) -> CheckpointWriter:
-    return CheckpointWriter(path, Ranks(0, 0, 1, torch.device("cpu")), CheckpointConfig(**config))
+    return CheckpointWriter(path, Ranks(0, 0, 1, torch.device("cpu")), Retention([path], CheckpointConfig(**config)))
 
 
 def write(writer: CheckpointWriter, step: int, value: float = 0.0) -> None:
@@ -145,7 +146,9 @@ def test_a_folder_that_was_taken_over_meanwhile_gets_no_checkpoint(tmp_path: Pat
     def lost() -> None:
         raise UserError("taken over by process 7 of host b")
 
-    writer = CheckpointWriter(tmp_path, Ranks(0, 0, 1, torch.device("cpu")), CheckpointConfig(), lost)
+    writer = CheckpointWriter(
+        tmp_path, Ranks(0, 0, 1, torch.device("cpu")), Retention([tmp_path], CheckpointConfig()), lost
+    )
     write(writer, 7)
     with pytest.raises(UserError, match="taken over by process 7 of host b"):
         writer.wait()
@@ -159,7 +162,7 @@ def share(ranks: Ranks) -> State:
 
 def test_the_pieces_of_all_ranks_become_one_description(tmp_path: Path) -> None:
     def save(ranks: Ranks) -> None:
-        writer = CheckpointWriter(tmp_path, ranks, CheckpointConfig())
+        writer = CheckpointWriter(tmp_path, ranks, Retention([tmp_path], CheckpointConfig()))
         run_on_rank0(ranks, "room", lambda: writer.make_room(3, 80))
         writer.start(3, share(ranks), {"step": 3, "weights": {}})
         writer.wait()
@@ -184,7 +187,7 @@ def test_an_error_of_one_rank_is_known_to_all(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(module, "describe_files", fail)
 
     def save(ranks: Ranks) -> str:
-        writer = CheckpointWriter(tmp_path, ranks, CheckpointConfig())
+        writer = CheckpointWriter(tmp_path, ranks, Retention([tmp_path], CheckpointConfig()))
         run_on_rank0(ranks, "room", lambda: writer.make_room(3, 80))
         writer.start(3, share(ranks), {"step": 3, "weights": {}})
         with pytest.raises(UserError) as caught:
@@ -206,7 +209,7 @@ def test_a_tensor_whose_pieces_are_not_all_of_it_is_no_checkpoint(tmp_path: Path
 
 def test_a_failed_run_does_not_wait_for_a_rank_that_is_gone(tmp_path: Path) -> None:
     alone, *_ = SimulatedJob(2).ranks
-    writer = CheckpointWriter(tmp_path, alone, CheckpointConfig())
+    writer = CheckpointWriter(tmp_path, alone, Retention([tmp_path], CheckpointConfig()))
     writer.make_room(3, 80)
     writer.start(3, share(alone), {"step": 3, "weights": {}})
     writer.finish(0.2)

@@ -71,7 +71,7 @@ def test_a_reading_is_exported_with_the_state_of_the_run(folder: RunFolder, tmp_
 
 
 def test_names_are_escaped() -> None:
-    text = render({Metric("loss", "a\\b\nc"): {'q"': 1.0}}, 'a"b\\c\nd')
+    text = render({Metric("loss", "a\\b\nc"): {(("part", 'q"'),): 1.0}}, 'a"b\\c\nd')
     assert text == (
         "# HELP mvd_scale_loss a\\\\b\\nc\n# TYPE mvd_scale_loss gauge\n"
         'mvd_scale_loss{run="a\\"b\\\\c\\nd",part="q\\""} 1.0\n'

@@ -71,11 +71,11 @@ def test_what_is_not_near_is_refused_unless_asked_for(monkeypatch: pytest.Monkey
     monkeypatch.setattr(fidelity, "lowered", lambda *_: Fidelity(0.99, 0.1))
     made = recipe("--teachers.precision", "int8")
     with pytest.raises(UserError, match=r"targets.image have a mean cosine of 0.99000 .* less than 0.999"):
-        check_fidelity(teachers(made), made, placed(made), None, CPU)  # type: ignore[arg-type]
+        check_fidelity(teachers(made), made, [placed(made)], None, CPU)  # type: ignore[arg-type]
     accepted = recipe("--teachers.precision", "int8", "--teachers.accept_inexact", "true")
-    check_fidelity(teachers(accepted), accepted, placed(accepted), None, CPU)  # type: ignore[arg-type]
+    check_fidelity(teachers(accepted), accepted, [placed(accepted)], None, CPU)  # type: ignore[arg-type]
     plain = recipe()
-    check_fidelity(teachers(plain), plain, placed(plain), None, CPU)  # type: ignore[arg-type]
+    check_fidelity(teachers(plain), plain, [placed(plain)], None, CPU)  # type: ignore[arg-type]
 
 
 def test_features_that_are_no_numbers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +83,7 @@ def test_features_that_are_no_numbers_are_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(fidelity, "lowered", lambda *_: Fidelity(float("nan"), float("nan")))
     made = recipe("--teachers.precision", "int8")
     with pytest.raises(UserError, match="mean cosine of nan"):
-        check_fidelity(teachers(made), made, placed(made), None, CPU)  # type: ignore[arg-type]
+        check_fidelity(teachers(made), made, [placed(made)], None, CPU)  # type: ignore[arg-type]
 
 
 def test_weights_in_half_precision_are_compared_with_float32() -> None:

@@ -152,7 +152,7 @@ def test_batches_are_begun_ahead_if_any_teacher_is_placed_so(monkeypatch: pytest
 
     def begun(*prefetched: bool) -> Any:
         teachers = [SimpleNamespace(prefetch=Decision(early, "")) for early in prefetched]
-        return make_prefetcher(objective, SimpleNamespace(teachers=teachers), gpu)  # type: ignore[arg-type]
+        return make_prefetcher(objective, [SimpleNamespace(teachers=teachers)], gpu)  # type: ignore[list-item]
 
     assert begun() is None
     assert begun(False, False) is None
