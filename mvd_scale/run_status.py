@@ -18,7 +18,7 @@ from typing import Any, Literal
 from mvd_scale.config import DetectionRecipe, load_any_recipe
 from mvd_scale.errors import UserError
 from mvd_scale.run_dir import RunFolder
-from mvd_scale.training.checkpointing.folders import checkpoint_folder, saved_steps
+from mvd_scale.training.checkpointing.folders import checkpoint_folder, common_steps
 from mvd_scale.utils.events import read_events
 from mvd_scale.utils.io import last_metrics, read_metrics
 from mvd_scale.utils.lease import RENEW_SECONDS, STALE_RENEWALS, LeaseView, look_at_lease
@@ -85,7 +85,7 @@ class RunStatus:
 
 
 def find_runs(path: Path) -> list[Path]:
-    """List the run folders that a path stands for: itself, or those beneath it.
+    """List the run folders that a path stands for: itself, or those beneath it; with those of students.
 
     Raises:
         UserError: there are none.
@@ -102,6 +102,8 @@ def _walk(path: Path, depth: int) -> Iterator[Path]:
     folder = RunFolder(path)
     if any(file.is_file() for file in (folder.lease_file, folder.recipe, folder.metrics)):
         yield path
+        # A run of several students is followed by theirs.
+        yield from (student for student in path.glob("students/*") if student.is_dir())
     elif depth:
         try:
             below = [Path(entry.path) for entry in os.scandir(path) if entry.is_dir() and entry.name[0] != "."]
@@ -242,8 +244,10 @@ def _total_steps(folder: RunFolder) -> int | None:
 
 
 def _checkpoint(folder: RunFolder, now: float) -> Checkpoint | None:
-    for step in reversed(saved_steps(folder.checkpoints)):
-        age = _age(checkpoint_folder(folder.checkpoints, step), now)
+    students = [RunFolder(path).checkpoints for path in sorted(folder.path.glob("students/*"))]
+    paths = students or [folder.checkpoints]
+    for step in reversed(common_steps(paths)):
+        age = _age(checkpoint_folder(paths[0], step), now)
         if age is not None:
             return Checkpoint(step, age)
     return None

@@ -142,6 +142,11 @@ def _read_folder(path: Path) -> RawCheckpoint:
         for name, meaning in _BY_NAME.items()
         if (path / name).is_file()
     )
+    students = sorted(student for student in path.glob("students/*") if student.is_dir())
+    if students:
+        raise UserError(
+            f"{path} is a run of {len(students)} students: give the folder of one of them, such as {students[0]}"
+        )
     others = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES and file.name not in _BY_NAME)
     hint = f". Of other files, give the file itself, such as {others[0]}" if others else ""
     raise UserError(

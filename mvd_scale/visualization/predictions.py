@@ -63,7 +63,9 @@ def draw_predictions(run: Path, *, clips: int = 4) -> Path:
     """
     folder = RunFolder(run)
     if not folder.student.is_file():
-        raise UserError(f"{run} holds no finished run: expected {folder.student}")
+        students = sorted(student for student in run.glob("students/*") if student.is_dir())
+        hint = f"; of a run of several students give the folder of one, such as {students[0]}" if students else ""
+        raise UserError(f"{run} holds no finished run: expected {folder.student}{hint}")
     recipe = load_recipe(folder.recipe)
     manifest = load_source(recipe.data, run)
     targets = load_targets(recipe, run)

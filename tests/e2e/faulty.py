@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import resource
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -77,6 +78,17 @@ def always_not_a_number(trainer: Trainer) -> None:
 
     spoiled.parts, spoiled.teachers = objective.parts, objective.teachers  # type: ignore[attr-defined]
     model.objective = spoiled  # type: ignore[assignment]
+
+
+def killed(trainer: Trainer) -> None:
+    """The process is killed."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def not_a_number_and_later_killed(trainer: Trainer) -> None:
+    """The loss of this step is not a number, of the first of several students; 9 steps later the process is killed."""
+    not_a_number(trainer)
+    inject(killed, trainer.step + 9)
 
 
 def slow_disk_and_no_numbers(trainer: Trainer) -> None:

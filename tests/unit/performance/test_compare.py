@@ -20,6 +20,7 @@ from mvd_scale.performance.benchmarks.methods import MethodsReport
 from mvd_scale.performance.benchmarks.rank_growth import Cost, RanksReport
 from mvd_scale.performance.benchmarks.scaling import GrowthReport, Point
 from mvd_scale.performance.benchmarks.step import StepReport
+from mvd_scale.performance.benchmarks.students import StudentsReport
 from mvd_scale.performance.benchmarks.teacher_loading import LoadReport
 from mvd_scale.performance.benchmarks.teachers import TeacherSpeed, TeachersReport
 from mvd_scale.performance.compare import KINDS, compare_reports
@@ -40,6 +41,17 @@ STEP = StepReport(
     milliseconds_per_step=1000.0,
     clips_per_second=2.0,
     peak_memory_gib=5.0,
+)
+STUDENTS = StudentsReport(
+    machine=MACHINE,
+    recipe="distill/sb_from_b",
+    overrides=[],
+    precision="fp32",
+    ranks=1,
+    clips_per_step=2,
+    rounds=3,
+    together=4.0,
+    alone={"s": 2.0, "b": 4.0},
 )
 DATA = DataReport(
     machine=MACHINE,
@@ -158,6 +170,7 @@ REPORTS: dict[str, Report] = {
     "checkpoint": CHECKPOINT,
     "endurance": ENDURANCE,
     "teachers": TEACHERS,
+    "students": STUDENTS,
     "profile": PROFILE,
 }
 
@@ -290,3 +303,10 @@ def test_growth_in_a_long_run_is_that_of_its_second_half():
 
 def test_the_share_of_the_watching_is_told():
     assert "watching takes 0.010% of a step of 100 ms" in ENDURANCE.to_text()
+
+
+def test_students_together_are_compared_with_their_runs_one_after_the_other() -> None:
+    assert STUDENTS.speedup == 1.5
+    text = STUDENTS.to_text()
+    assert "one after the other                 6000     0.333" in text
+    assert "takes 0.667 of the time of 2 runs: 1.50 times as fast" in text

@@ -159,6 +159,22 @@ def test_batches_are_begun_ahead_if_any_teacher_is_placed_so(monkeypatch: pytest
     assert begun(False, True) == (gpu, objective.prefetch_features)
 
 
+def test_teachers_compute_once_for_several_students_and_moving_ones_for_each() -> None:
+    log: list[str] = []
+    fixed = Teacher("fixed", log, moves=False)
+    moving = [Teacher(f"moving of {name}", log, moves=True) for name in ("a", "b")]
+    objectives = [MaskedDistillation({"fixed": fixed, "moving": own}) for own in moving]
+    placement: Any = SimpleNamespace(teachers=[SimpleNamespace(prefetch=Decision(False, ""))])
+    begin = make_prefetcher(objectives[0], [placement, placement], torch.device("cpu"))
+    batches = TeacherPrefetcher(Loader(log), begin)
+    for _ in range(2):
+        batch = next(batches)
+        for objective in objectives:
+            objective(lambda pixels, *_: dict.fromkeys(("fixed", "moving"), 3 * pixels), batch)  # type: ignore[arg-type]
+    steps = [["load", "fixed", "moving of a", "moving of b"] for _ in range(2)]
+    assert log == [f"{what} {step}" for step, names in enumerate(steps) for what in names]
+
+
 def test_every_tensor_of_a_batch_crosses() -> None:
     empty: Any = torch.zeros(1)
     batch = ClipBatch(empty, empty, empty, empty, empty, {14: empty}, {"video": empty})
