@@ -24,6 +24,7 @@ from pydantic_core import PydanticUndefined
 from mvd_scale.cli import cli
 from mvd_scale.config import DetectionRecipe, FinetuneRecipe, Recipe, list_recipes
 from mvd_scale.config.pipeline import Pipeline
+from mvd_scale.config.students import StudentConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -122,7 +123,10 @@ def _nested(prefix: str, field: FieldInfo) -> Iterator[tuple[str, list[str]]]:
         rows = [f"| `{prefix}` | section{_or_null(field)} | {default(field)} | {cell(model.__doc__)} |"]
         deeper = []
         for key, inner in model.model_fields.items():
-            if models_of(inner.annotation):
+            if model is StudentConfig:
+                # Its sections have the keys of the recipe's own, and their values.
+                rows.append(f"| `{prefix}.{key}` | section | the recipe's | {cell(inner.description)} |")
+            elif models_of(inner.annotation):
                 deeper.append((f"{prefix}.{key}", inner))
             else:
                 rows.append(row(f"{prefix}.{key}", inner))

@@ -147,7 +147,10 @@ class RunRecipe(Section):
 
     def to_yaml(self) -> str:
         """Resolved recipe as YAML with a value for every field; `load_recipe` reads it back."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return yaml.safe_dump(self._resolved(), sort_keys=False)
+
+    def _resolved(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
 
 
 class Recipe(RunRecipe):
@@ -362,6 +365,13 @@ class Recipe(RunRecipe):
         if mask.kind == "tube":
             return self.tokens - time * int(mask.ratio * height * width)
         return self.tokens - int(mask.ratio * self.tokens)
+
+    def _resolved(self) -> dict[str, Any]:
+        values = super()._resolved()
+        for student in values["students"].values():
+            # Targets that a student leaves out would be merged into it again.
+            student["targets"] = {name: student["targets"].get(name) for name in values["targets"]}
+        return values
 
     def _identity(self) -> dict[str, Any]:
         values = super()._identity()

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from mvd_kernels import attention_backends
-from mvd_scale.config import RunRecipe
+from mvd_scale.config import Recipe, RunRecipe
 from mvd_scale.config.deepspeed import check_deepspeed_config
 from mvd_scale.data.loaders.clip_loader import ClipLoader
 from mvd_scale.data.manifest import Manifest
@@ -242,7 +242,8 @@ def log_run_summary(
         micro,
         accumulation,
     )
-    logger.info("attention of the student: %s", _attention(recipe, ranks))
+    for name, alone in recipe.each_student().items() if isinstance(recipe, Recipe) else [("", recipe)]:
+        logger.info("attention of %s: %s", f"students.{name}" if name else "the student", _attention(alone, ranks))
     short = int((manifest.frames[manifest.usable] < recipe.model.frames * recipe.data.stride).sum())
     if short and not recipe.data.spans_whole_videos:
         logger.info("%d %s are in videos shorter than a clip, whose frames are repeated", short, rows)

@@ -44,6 +44,10 @@ def test_the_resolved_recipe_says_everything() -> None:
     assert again == made
     assert again.identity() == made.identity()
     assert made.identity()["students.s.model.width"] == 384
+    # A target that is left out, a shape and a null stay what they are.
+    own = "{model: {width: 64, depth: 2, heads: 2}, targets: {image: null}, training: {clip_grad: null}}"
+    other = family(f"{{t: {own}}}", "--training.clip_grad", "1", "--targets.video.decoder.depth", "3")
+    assert Recipe.model_validate(yaml.safe_load(other.to_yaml())) == other
     # What no student takes from the recipe is no part of the run.
     assert "model.width" not in made.identity()
 

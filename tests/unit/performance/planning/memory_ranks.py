@@ -22,15 +22,10 @@ from mvd_scale.config import Recipe
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.data.sampling.masks import draw_mask
 from mvd_scale.distributed.process_group import Ranks, destroy_distributed, init_distributed
-from mvd_scale.models import Student
 from mvd_scale.performance.batches import BatchLoader
-from mvd_scale.targets import build_targets
+from mvd_scale.performance.bench_setup import bench_targets, make_trainer
 from mvd_scale.targets.build import init_teacher
 from mvd_scale.training import capabilities
-from mvd_scale.training.capabilities import make_placement
-from mvd_scale.training.distillation import StudentParts, distillation_models
-from mvd_scale.training.teachers.prefetch import TeacherPrefetcher
-from mvd_scale.training.trainer import Trainer
 
 VIDEO: dict[str, Any] = {"size": "S", "frames": 8, "input_size": 96}
 IMAGE = {**VIDEO, "frames": 1, "tubelet": 1, "positions": "sincos2d", "class_token": True}
@@ -70,6 +65,7 @@ def recipe(case: dict[str, Any]) -> Recipe:
                 "gradient_checkpointing": case["checkpointing"],
                 "batch_decoders": case["batched"],
             },
+            "students": case["students"],
         }
     )
 
@@ -83,12 +79,9 @@ def clips(made: Recipe, micro: int) -> ClipBatch:
 
 
 def train(made: Recipe, ranks: Ranks) -> Any:
-    targets = build_targets(made, lambda name: init_teacher(made, name))
-    parts = StudentParts(Student.from_recipe(made, targets), targets, made, make_placement(made, targets, ranks))
-    models = distillation_models([parts], ranks, steps_per_epoch=1)
     micro, _ = made.micro_batch_and_accumulation(ranks.world_size)
-    batches = TeacherPrefetcher(BatchLoader(clips(made, micro) for _ in count()))
-    trainer = Trainer(models, batches, made, ranks)
+    batches = BatchLoader(clips(made, micro) for _ in count())
+    trainer = make_trainer(made, bench_targets(made, init_teacher), ranks, batches)
     for step in range(STEPS):
         with record_function(f"step {step}"):
             trainer.train_step()

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from mvd_scale.config import load_recipe
 from mvd_scale.distributed.process_group import Ranks
 from mvd_scale.performance.planning import memory as memory_model
-from mvd_scale.performance.planning.memory import predict_memory
+from mvd_scale.performance.planning.memory import predict_memory, predict_students_memory
 from mvd_scale.performance.planning.parallelism import parallel_config
 from mvd_scale.performance.planning.workload import build_workload
 from mvd_scale.targets import FrozenTeacher, build_targets
@@ -29,13 +29,15 @@ from .memory_ranks import clips, held_from, recipe
 
 CASE: dict[str, Any] = {
     "world": 1, "micro": 16, "accumulation": 1, "deepspeed": "zero2", "teachers": "replicated", "checkpointing": "none",
-    "batched": False, "fake": False,
+    "batched": False, "fake": False, "students": {},
 }  # fmt: skip
+SMALL = {"width": 192, "heads": 3}
 CASES: dict[str, dict[str, Any]] = {
     "stage 2, attention again": {"checkpointing": "attention"},
     "stage 2, decoders together": {"batched": True},
     "stage 3, blocks again": {"checkpointing": "block", "deepspeed": "zero3"},
     "two ranks, stage 3, sharded teachers": {"world": 2, "deepspeed": "zero3", "teachers": "zero3"},
+    "two students": {"students": {"small": {"model": SMALL}, "large": {"training": {"deepspeed": "zero1"}}}},
     "64 ranks, stage 1": {"world": 64, "deepspeed": "zero1", "fake": True},
     "64 ranks, stage 2, sharded teachers": {"world": 64, "teachers": "zero3", "fake": True},
     "64 ranks, stage 3, sharded teachers": {"world": 64, "deepspeed": "zero3", "teachers": "zero3", "fake": True},
@@ -58,11 +60,12 @@ def measure(case: dict[str, Any], fork_server: ForkServer) -> int:
 @pytest.mark.parametrize("name", CASES)
 def test_a_traced_run_holds_what_was_predicted(name: str, fork_server: ForkServer) -> None:
     case = CASE | CASES[name]
-    made = recipe(case)
-    workload = build_workload(made)
-    # One batch at a time, without a loader.
-    parallel = replace(parallel_config(made, workload, case["world"]), prefetch=0)
-    memory = predict_memory(workload, parallel)
+    students = {}
+    for student, alone in recipe(case).each_student().items():
+        workload = build_workload(alone)
+        # One batch at a time, without a loader.
+        students[student] = (workload, replace(parallel_config(alone, workload, case["world"]), prefetch=0))
+    memory = predict_students_memory(students)
     # Of two real ranks one holds more gathered weights while the other is late, as on a busy machine.
     late = case["world"] > 1 and not case["fake"]
     measured = min(measure(case, fork_server) for _ in range(2 if late else 1))

@@ -352,3 +352,35 @@ def test_what_fits_on_no_micro_batch_says_what_would() -> None:
             plan("pretrain/videomae_b_k400", *big, gpu=changed[1], gpus=16)
         else:
             plan("pretrain/videomae_b_k400", *big, *with_stage(changed[2:], 3), gpu="V100", gpus=16)
+
+
+def test_several_students_are_their_sum_with_the_teachers_once() -> None:
+    """The teachers of the two recipes are the same, and are not prefetched here, which would hide their phases."""
+    words = ("--teachers.prefetch", "false", "--teachers.cuda_graphs", "false")
+    both, small, large = (plan(f"distill/{name}_from_b", *words) for name in ("sb", "s", "b"))
+    assert both.parameters == small.parameters + large.parameters
+    assert both.memory.parts["teachers"] == large.memory.parts["teachers"]
+    for part in ("weights", "optimizer"):
+        assert both.memory.parts[part] == small.memory.parts[part] + large.memory.parts[part]
+    # One student after the other: the activations of the larger alone.
+    assert both.memory.parts["activations"] == large.memory.parts["activations"]
+    assert both.memory.peak < small.memory.peak + large.memory.peak
+    assert both.memory.phases["image teacher"].get("activations", 0) == 0
+    teachers = {part.part: part.total for part in large.flops if part.part.endswith("teacher")}
+    flops = [sum(part.total for part in made.flops) for made in (both, small, large)]
+    assert flops[0] == flops[1] + flops[2] - sum(teachers.values())
+    assert teachers.items() <= {part.part: part.total for part in both.flops}.items()
+    seconds = [sum(phase.seconds for phase in made.phases) for made in (both, small, large)]
+    once = next(phase.seconds for phase in large.phases if phase.phase == "teachers")
+    assert seconds[0] == pytest.approx(seconds[1] + seconds[2] - once)
+    text = to_text(both)
+    assert "s: placement on 8 x H100" in text
+    assert "b: video decoder" in text
+    assert "s: backward" in text
+    assert [phase.label for phase in both.phases].count("teachers") == 1
+
+
+def test_a_smaller_micro_batch_is_that_of_all_students() -> None:
+    made = plan("distill/sbl_from_l", "--training.micro_batch", "128", gpu="V100")
+    assert made.parallel.micro < 128
+    assert {placement.micro_batch.value for placement in made.students.values()} == {made.parallel.micro}
