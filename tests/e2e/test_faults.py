@@ -234,7 +234,7 @@ def test_a_full_disk_is_seen_before_a_checkpoint_is_written(
 def test_a_disk_that_fails_while_a_checkpoint_is_written(run: Run, undisturbed: dict[int, Reading]) -> None:
     code, output = run.with_fault("failing_disk", 1, step=7)
     assert code == 2
-    message = run.check_message(output, 1, "failed in 'save' of step 10: [Errno 27]")
+    message = run.check_message(output, 1, "failed in 'save' of step 10: ")
     assert "step_00000010 could not be written" in message
     assert f"the last whole one is {run.folder}/checkpoints/step_00000005" in message
     assert run.saved_steps == [SAVED_EVERY]

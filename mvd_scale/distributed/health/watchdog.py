@@ -360,7 +360,8 @@ class Watchdog:
         first = verdict
         with suppress(RuntimeError):
             first = Verdict.parse(self._store.compare_set(_FAILED, _NONE, verdict.to_json()).decode())
-        if first == verdict and (main or not isinstance(error, SharedError)):
+        told_by_main = isinstance(error, SharedError) or getattr(error, "reported", False)
+        if first == verdict and (main or not told_by_main):
             self._record(verdict)
             if not (main and for_user):
                 _print(verdict)
