@@ -55,7 +55,8 @@ _LOGGING = Logging.now()
 def ordinary_logging(request: pytest.FixtureRequest) -> Iterator[None]:
     """A test sees the messages of the package, whatever an earlier one, or a fixture of its module, has set up.
 
-    `configure_logging` keeps them from pytest's handler, for the rest of the process.
+    A level or `logging.disable` that is left keeps them from pytest's handler for the rest of the process, and so does
+    `configure_logging` with releases of pytest that pass over loggers without propagation.
     """
     _LOGGING.restore()
     yield

@@ -327,13 +327,13 @@ class Watchdog:
         """
         if self._explained or isinstance(error, Preempted) or self.ranks.world_size == 1:
             return
+        # A launcher that has seen a rank die ends the others by SIGTERM, before they can say why.
+        with suppress(ValueError):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if self._ending:
             # The other thread ends this process.
             time.sleep(_SECONDS_TO_END)
         self._explained = True
-        # A launcher that has seen a rank die ends the others by SIGTERM, before they can say why.
-        with suppress(ValueError):
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if not _is_communication(error):
             return self._report_failure(error, named=named)
         verdict = self._ask()

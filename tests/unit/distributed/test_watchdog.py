@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -237,6 +239,27 @@ def test_dead_neighbour_is_named_after_an_error_of_a_collective(
     assert ends["MainThread"] == 75
     assert "rank 1 (host " in fault(tmp_path)
     assert "ended without a message, last seen in 'optimizer' of step 10" in fault(tmp_path)
+
+
+def test_launcher_cannot_end_a_rank_before_its_watchdog_does(
+    pair: list[Watchdog], ends: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its exit code would be that of a request to stop, while the verdict on a rank that hangs is being told."""
+    handlers: list[object] = []
+
+    def sleep(seconds: float) -> None:
+        handlers.append(signal.getsignal(signal.SIGTERM))
+        raise Ended
+
+    enter(pair)
+    pair[0]._ending = True
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    monkeypatch.setattr(module, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
+    with pytest.raises(Ended), pair[0].explaining():
+        raise RuntimeError("[gloo] Connection closed by peer")
+    signal.signal(signal.SIGTERM, before)
+    leave(pair)
+    assert handlers == [signal.SIG_IGN]
 
 
 def test_process_of_another_machine_of_the_same_name_is_not_looked_for_here(
