@@ -431,7 +431,7 @@ class Manifest:
         for rows in self.usable_blocks():
             turned, height, width = self.rotation[rows] % 180 != 0, self.height[rows], self.width[rows]
             texts = {name: self.codes(name, rows) for name in ("codec", "pixel_format", "colour")}
-            columns = {"still": self.still[rows], "plain": self.plain[rows]}
+            columns: dict[str, NDArray[Any]] = {"still": self.still[rows], "plain": self.plain[rows]}
             columns |= {name: codes for name, (codes, _) in texts.items()}
             columns |= {"height": np.where(turned, width, height), "width": np.where(turned, height, width)}
             grouped = pa.table(columns).group_by(list(columns), use_threads=False).aggregate([([], "count_all")])
@@ -470,10 +470,12 @@ class Manifest:
             for tag in np.unique(tags).tolist():
                 tagged = self.still[start:stop] & (tags == tag) & (tag != 1)
                 rotation, mirrored = orientation_of_exif(tag)
-                other = {"height": "width", "width": "height"}.get(name) if rotation % 180 else name
                 upright = {"rotation": rotation, "mirrored": mirrored, "exif_orientation": 1}
-                value = upright[name] if name in upright else getattr(self, other)[start:stop][tagged]
-                column[tagged] = value
+                if name in upright:
+                    column[tagged] = upright[name]
+                elif rotation % 180:
+                    other = self.width if name == "height" else self.height
+                    column[tagged] = other[start:stop][tagged]
             yield pa.array(column)
             self.release()
 
@@ -589,9 +591,13 @@ def _parquet_writer(path: str, about: dict[str, Any]) -> pq.ParquetWriter:
 
 
 def _described(about: dict[str, Any]) -> dict[str, Any]:
-    """Fields `source`, `classes` and `part` of a manifest, from their JSON."""
-    part = None if about["part"] is None else (about["part"][0], about["part"][1])
-    return {"source": about["source"], "classes": tuple(about["classes"]), "part": part}
+    """Fields `source`, `classes` and `part` of a manifest, from JSON that has those of them that are not the default."""
+    part = about.get("part")
+    return {
+        "source": about.get("source", ""),
+        "classes": tuple(about.get("classes", ())),
+        "part": None if part is None else (part[0], part[1]),
+    }
 
 
 def _dtype(name: str) -> np.dtype[Any]:

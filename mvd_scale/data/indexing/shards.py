@@ -60,10 +60,11 @@ class _Writer:
     encoding: TranscodeOptions | None
     timeout: float
 
-    def __call__(self, tasks: Sequence[_Task]) -> list[None]:
+    def __call__(self, tasks: Sequence[_Task]) -> list[int]:
         return [self._write(task) for task in tasks]
 
-    def _write(self, task: _Task) -> None:
+    def _write(self, task: _Task) -> int:
+        """Write a shard and its index, and return the number of its videos, packed or left out."""
         rows = []
         path = shard_path(self.folder, task.number)
         with (
@@ -86,6 +87,7 @@ class _Writer:
                 rows.append(replace(row, path=path, offset=start + tarfile.BLOCKSIZE, size=len(data)))
         # The index is written last: its presence marks the shard as complete.
         _write_text(index_path(path), json.dumps([asdict(row) for row in rows]))
+        return len(rows)
 
     def _read(self, video: Row) -> tuple[Row, bytes]:
         read = run_with_timeout(self.timeout, video.path, read_bytes, video.path, video.offset, video.size)
@@ -206,7 +208,7 @@ def _packed_rows(manifest: Manifest, out: str, tasks: Sequence[_Task]) -> Iterat
     yield from map(manifest.row, range(place, len(manifest)))
 
 
-def _raise_crashed(manifest: Manifest, task: _Task) -> None:
+def _raise_crashed(manifest: Manifest, task: _Task) -> int:
     first, last = (manifest.path[manifest.usable[video]] for video in (task.start, task.stop - 1))
     raise UserError(
         f"shard {task.number} cannot be written: one of its videos, from {first} to {last}, crashes the process that "

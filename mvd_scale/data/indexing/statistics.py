@@ -135,7 +135,7 @@ class Statistics:
                     "rotated": int(((manifest.rotation[rows] != 0) | manifest.mirrored[rows]).sum()),
                     "slow": sum(n for code, n in _counted(codes).items() if ways[code] == "count"),
                     "in shards": int((manifest.offset[rows] != WHOLE_FILE).sum()),
-                }  # type: ignore[arg-type]
+                }
             )
         return cls(
             videos=len(manifest.usable),

@@ -47,9 +47,9 @@ def keyed_generator(key: tuple[int, ...]) -> Generator:
     return Generator(Philox(SeedSequence(key)))
 
 
-def _draw(key: tuple[int, ...], count: int) -> NDArray[np.integer]:
+def _draw(key: tuple[int, ...], count: int) -> NDArray[np.uint32 | np.uint64]:
     # `Generator.permutation` shuffles int64; the swaps do not depend on the type.
-    order = np.arange(count, dtype=np.uint32 if count <= 1 << 32 else np.uint64)
+    order: NDArray[np.uint32 | np.uint64] = np.arange(count, dtype=np.uint32 if count <= 1 << 32 else np.uint64)
     keyed_generator(key).shuffle(order)
     return order
 
