@@ -591,7 +591,7 @@ def _parquet_writer(path: str, about: dict[str, Any]) -> pq.ParquetWriter:
 
 
 def _described(about: dict[str, Any]) -> dict[str, Any]:
-    """Fields `source`, `classes` and `part` of a manifest, from JSON that has those of them that are not the default."""
+    """Fields `source`, `classes` and `part` of a manifest, from JSON that may lack those of the default."""
     part = about.get("part")
     return {
         "source": about.get("source", ""),
