@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import DTypeLike, NDArray
 
-BLOCK = 1 << 17
+BLOCK = 1 << 16
 """Entries of a column that are read or written at a time."""
 
 _MAGIC = b"MVDCOLS1"

@@ -2,8 +2,8 @@
 
 They lie in the temporary folder (`TMPDIR`): on the host itself, so that pages are read from no network, and apart from
 the data, whose folders may be read-only. A file appears whole, by a rename after it has reached the disk. Whoever needs
-it first makes it under a lock of the kernel, which ends with its process; a part that a killed process leaves is
-overwritten by the next. Files that nobody has opened for `KEPT_DAYS` days go when another one is made.
+it first makes it under a lock of the kernel, which ends with its process; a part that a killed process leaves goes with
+the next. Files that nobody has opened for some days (`KEPT_DAYS`) go when another one is made.
 
 Workers import this module: it must not import torch.
 """
@@ -22,7 +22,9 @@ from typing import BinaryIO
 
 from mvd_scale.data.columns import ColumnFile, TornFileError, in_memory
 
-KEPT_DAYS = 14
+KEPT_DAYS = {"order": 1, "manifest": 14}
+"""Days since a file was last opened after which it goes, by the first word of its name. Every epoch has an order of its
+own: those of a day take 4 bytes for each clip that a run draws in it."""
 
 log = logging.getLogger("mvd_scale")
 
@@ -39,7 +41,7 @@ def open_or_make(name: str, what: str, write: Callable[[BinaryIO], None]) -> Col
     shares with its workers alone.
 
     Args:
-        name: name of the file; it determines its content.
+        name: name of the file, which determines its content and begins with a key of `KEPT_DAYS`.
         what: the content, for messages.
         write: function that writes the columns to an empty file, see `ColumnWriter`.
     """
@@ -88,7 +90,9 @@ def _open_or_make(path: Path, what: str, write: Callable[[BinaryIO], None]) -> C
             return found
         _remove_unused(path.parent)
         log.info("%s is written to %s, once for all processes of this host", what, path)
-        partial = path.with_suffix(".partial")
+        for left in path.parent.glob(f"{path.stem}.*.partial"):  # by processes that were killed
+            left.unlink(missing_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
         try:
             with partial.open("wb") as file:
                 write(file)
@@ -126,11 +130,12 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _remove_unused(folder: Path) -> None:
-    # Processes that have mapped a file keep it when its name goes.
-    oldest = time.time() - KEPT_DAYS * 86400
+    # Processes that have mapped a file keep it when its name goes. Without its lock two may write it at once: into
+    # parts of their own, so that either is whole.
     for path in folder.iterdir():
+        days = KEPT_DAYS.get(path.name.partition("-")[0], 0)
         with suppress(OSError):
-            if path.suffix != ".lock" and path.stat().st_mtime < oldest:
+            if time.time() - path.stat().st_mtime > days * 86400:
                 path.unlink()
 
 

@@ -12,7 +12,6 @@ import filecmp
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -502,11 +501,12 @@ class Manifest:
 
         A file that has the same content already stays as it is, with its time.
         """
+        if self._parquet is not None and self._parquet.is_at(path):
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_name(f".{path.name}.{os.getpid()}")
-        if self._parquet is not None and self._parquet.is_unchanged:
-            # With its time, by which the columns of the copy are found to be those that this host has already.
-            shutil.copy2(self._parquet.path, new)
+        if self._parquet is not None and self._parquet.is_at(self._parquet.path):
+            self._parquet.copy(new)
         else:
             self._write_parquet(new)
         if path.is_file() and filecmp.cmp(new, path, shallow=False):

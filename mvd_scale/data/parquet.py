@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -84,13 +86,18 @@ class ParquetSource:
                 "index the videos again"
             ) from error
 
-    @property
-    def is_unchanged(self) -> bool:
-        """Whether the file at the path is still the one that was opened."""
+    def is_at(self, path: str | Path) -> bool:
+        """Whether a path leads to the file that was opened, unchanged, or to a `copy` of it."""
         try:
-            return self.key is not None and _key(self.path) == self.key
+            return self.key is not None and _key(str(path)) == self.key
         except OSError:
             return False
+
+    def copy(self, path: Path) -> None:
+        """Copy the file with its time, so that the copy has its key."""
+        shutil.copyfile(self.path, path)
+        status = os.stat(self.path)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
     def check_unchanged(self) -> None:
         """Check that the file was not written to or replaced meanwhile.
@@ -98,7 +105,7 @@ class ParquetSource:
         Raises:
             UserError: it was.
         """
-        if not self.is_unchanged:
+        if not self.is_at(self.path):
             raise UserError(f"the manifest {self.path} changed while it was read: start the command again")
 
 

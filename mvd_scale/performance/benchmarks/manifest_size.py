@@ -34,7 +34,7 @@ BATCH = 8
 FEW = 1000
 """Rows of the manifest with which the others are compared: what its processes hold is not the manifest."""
 
-_MORE = 25
+_MORE = 10
 """Batches after the first one, while memory is measured: pages that clips touch would add up."""
 
 _VIDEOS = (("libx264", (64, 48)), ("libx264", (80, 64)), ("libvpx-vp9", (64, 48)), ("libvpx-vp9", (96, 64)))
@@ -199,7 +199,7 @@ def _measure_start(path: str, workers: int, cache: str) -> tuple[float, float, f
     started = time.perf_counter()
     with _MemoryReader() as memory:
         manifest, model = Manifest.load(path), ModelConfig(size="S", input_size=32)
-        plan, rank = BatchPlan(BATCH, BATCH, range(1 + _MORE + 10)), DataRank(torch.device("cpu"))
+        plan, rank = BatchPlan(BATCH, BATCH, range(_MORE + 11)), DataRank(torch.device("cpu"))
         with ClipLoader(manifest, DataConfig(workers=workers), model, 0, plan=plan, rank=rank) as loader:
             next(loader)
             seconds = time.perf_counter() - started

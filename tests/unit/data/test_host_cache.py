@@ -44,11 +44,11 @@ def files() -> list[str]:
 
 def test_a_file_is_made_once(caplog):
     with caplog.at_level(logging.INFO):
-        made = open_or_make("a.columns", "the numbers", write)
-        found = open_or_make("a.columns", "the numbers", never)
+        made = open_or_make("manifest-a.columns", "the numbers", write)
+        found = open_or_make("manifest-a.columns", "the numbers", never)
     assert made["numbers"].tolist() == found["numbers"].tolist() == list(range(10))
     assert os.path.sameopenfile(made._descriptor, found._descriptor)
-    assert files() == ["a.columns", "a.lock"]
+    assert files() == ["manifest-a.columns", "manifest-a.lock"]
     assert caplog.text.count("once for all processes of this host") == 1
     assert cache_folder().stat().st_mode & 0o777 == 0o700
 
@@ -69,7 +69,7 @@ def write(file):
     writer.finish({})
 
 print("starts", flush=True)
-print(host_cache.open_or_make("a.columns", "the numbers", write)["others"].sum())
+print(host_cache.open_or_make("manifest-a.columns", "the numbers", write)["others"].sum())
 """
 
 
@@ -82,7 +82,7 @@ def test_processes_that_start_together_make_one_file():
     said = [process.communicate(timeout=60)[0].split() for process in processes]
     assert sorted(words[-1] for words in said) == ["10"] * 3
     assert sum(words.count("writes") for words in said) == 1
-    assert files() == ["a.columns", "a.lock"]
+    assert files() == ["manifest-a.columns", "manifest-a.lock"]
 
 
 def test_a_process_that_is_killed_while_it_writes_keeps_nobody_from_it():
@@ -93,19 +93,19 @@ def test_a_process_that_is_killed_while_it_writes_keeps_nobody_from_it():
     waiting = start(0)
     assert waiting.stdout is not None
     waiting.stdout.readline()
-    assert "a.columns" not in files()
+    assert "manifest-a.columns" not in files()
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     assert waiting.communicate(timeout=60)[0].split() == ["writes", "10"]
-    assert files() == ["a.columns", "a.lock"]
+    assert files() == ["manifest-a.columns", "manifest-a.lock"]
 
 
 @pytest.mark.parametrize("length", [0, 5, 200])
 def test_a_torn_file_is_named_and_made_again(caplog, length):
-    open_or_make("a.columns", "the numbers", write)
-    path = cache_folder() / "a.columns"
+    open_or_make("manifest-a.columns", "the numbers", write)
+    path = cache_folder() / "manifest-a.columns"
     os.truncate(path, length)
-    assert open_or_make("a.columns", "the numbers", write)["numbers"].tolist() == list(range(10))
+    assert open_or_make("manifest-a.columns", "the numbers", write)["numbers"].tolist() == list(range(10))
     assert f"{path}, which holds the numbers, is not whole: it is made again" in caplog.text
     assert ColumnFile.open(path)["numbers"].tolist() == list(range(10))
 
@@ -119,17 +119,17 @@ def test_a_full_disk_is_named_and_columns_stay_in_memory(caplog):
         if len(places) == 1:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    made = open_or_make("a.columns", "the numbers", write_until_full)
+    made = open_or_make("manifest-a.columns", "the numbers", write_until_full)
     assert made["numbers"].tolist() == list(range(10))
-    assert places == [str(cache_folder() / "a.partial"), "/memfd:mvd_scale (deleted)"]
+    assert places == [str(cache_folder() / f"manifest-a.{os.getpid()}.partial"), "/memfd:mvd_scale (deleted)"]
     assert f"the numbers cannot be kept in {cache_folder()}: No space left on device" in caplog.text
     assert "set TMPDIR" in caplog.text
-    assert files() == ["a.lock"]
+    assert files() == ["manifest-a.lock"]
 
 
 def test_a_folder_that_cannot_be_written_is_named(caplog, temporary):
     (temporary / f"mvd_scale-{os.getuid()}").write_text("no folder")
-    made = open_or_make("a.columns", "the numbers", write)
+    made = open_or_make("manifest-a.columns", "the numbers", write)
     assert made["numbers"].tolist() == list(range(10))
     assert f"the numbers cannot be kept in {cache_folder()}: File exists" in caplog.text
     assert make_unnamed(write)["numbers"].tolist() == list(range(10))
@@ -140,19 +140,26 @@ def test_a_folder_of_another_user_is_not_trusted(caplog, monkeypatch):
     folder.mkdir()
     monkeypatch.setattr(host_cache, "cache_folder", lambda: folder)
     monkeypatch.setattr(os, "getuid", lambda: 12345)
-    assert open_or_make("a.columns", "the numbers", write)["numbers"].tolist() == list(range(10))
+    assert open_or_make("manifest-a.columns", "the numbers", write)["numbers"].tolist() == list(range(10))
     assert "is no folder of this user" in caplog.text
     assert not list(folder.iterdir())
 
 
 def test_files_that_nobody_uses_go_when_another_is_made():
-    kept = open_or_make("old.columns", "old numbers", write)
-    open_or_make("used.columns", "used numbers", write)
-    past = time.time() - (host_cache.KEPT_DAYS + 1) * 86400
-    (cache_folder() / "left.partial").write_bytes(b"of a process that was killed")
-    for name in ("old.columns", "used.columns", "left.partial"):
+    kept = open_or_make("manifest-old.columns", "old numbers", write)
+    for name in ("manifest-used", "manifest-fresh", "order-old", "order-fresh"):
+        open_or_make(f"{name}.columns", name, write)
+    (cache_folder() / "manifest-x.17.partial").write_bytes(b"of a process that was killed")
+    for name, days in (
+        *(("manifest-old.columns", 15), ("manifest-old.lock", 15), ("manifest-used.columns", 15)),
+        *(("manifest-fresh.columns", 13), ("order-old.columns", 2), ("manifest-x.17.partial", 15)),
+    ):
+        past = time.time() - days * 86400
         os.utime(cache_folder() / name, (past, past))
-    open_or_make("used.columns", "used numbers", never)
-    open_or_make("new.columns", "new numbers", write)
-    assert [name for name in files() if not name.endswith(".lock")] == ["new.columns", "used.columns"]
+    open_or_make("manifest-used.columns", "used numbers", never)
+    open_or_make("order-new.columns", "new numbers", write)
+    assert [name for name in files() if name.endswith(".columns")] == [
+        *("manifest-fresh.columns", "manifest-used.columns", "order-fresh.columns", "order-new.columns")
+    ]
+    assert not {"manifest-old.lock", "manifest-x.17.partial"} & set(files())
     assert kept["numbers"].tolist() == list(range(10))
