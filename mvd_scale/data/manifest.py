@@ -12,7 +12,6 @@ import filecmp
 import hashlib
 import json
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -241,13 +240,13 @@ class Manifest:
     def from_rows(cls, rows: Iterable[Row], **about: Any) -> Self:
         """Build a manifest from rows; `about` gives the fields `source`, `classes` and `part`.
 
-        Of many rows, a block is held at a time: the rest goes through a Parquet file without a name.
+        Of many rows, a block is held at a time; the others lie in a Parquet file in memory, of 20 bytes a row.
         """
         coming = iter(rows)
         first = list(islice(coming, MAPPED_FROM))
         if len(first) < MAPPED_FROM:
             return cls._in_memory(first, **about)
-        with tempfile.TemporaryFile() as spool:
+        with os.fdopen(os.memfd_create("mvd_scale", os.MFD_CLOEXEC), "wb") as spool:
             path = f"/proc/self/fd/{spool.fileno()}"
             with _parquet_writer(path, about) as writer:
                 block = first
@@ -487,10 +486,12 @@ class Manifest:
         """
         if self._file is not None and "digest" in self._file.about:
             return str(self._file.about["digest"])
-        digest = hashlib.sha256()
-        for number, rows in enumerate(self.usable_blocks()):
-            names = "\n".join(_taken(self.name, rows))
-            digest.update((f"\n{names}" if number else names).encode("utf-8", "surrogateescape"))
+        digest, before = hashlib.sha256(), ""
+        for rows in self.usable_blocks():
+            if len(rows):
+                names = before + "\n".join(_taken(self.name, rows))
+                digest.update(names.encode("utf-8", "surrogateescape"))
+                before = "\n"
         for column in (self.frames, self.height, self.width, self.dataset):
             for rows in self.usable_blocks():
                 digest.update(column[rows].tobytes())

@@ -91,6 +91,16 @@ def test_a_mapped_manifest_is_the_one_in_memory(tmp_path):
     )
 
 
+@pytest.mark.parametrize("left_out", [range(7), range(7, 21), range(14, 100), range(100)], ids=str)
+def test_blocks_without_usable_videos_leave_no_trace(tmp_path, monkeypatch, left_out):
+    made = [replace(row, left_out="broken" if k in left_out else None) for k, row in enumerate(rows())]
+    loaded = saved(tmp_path / "m.parquet", made)
+    assert loaded.usable.tolist() == [k for k in range(100) if k not in left_out]
+    assert loaded.unusable.tolist() == list(left_out)
+    monkeypatch.setattr(manifest, "BLOCK", 1000)
+    assert in_memory(made).digest == loaded.digest
+
+
 def test_a_column_that_is_replaced_is_that_of_the_copy(tmp_path):
     changed = replace(saved(tmp_path / "m.parquet", rows()), frames=np.arange(100))
     assert changed.digest != in_memory(rows()).digest
