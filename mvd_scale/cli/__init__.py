@@ -58,6 +58,7 @@ for _command in (
     weights.inspect,
     bench.bench,
     plan.plan,
+    plan.tables,
     profile.profile,
     status.status,
     about.recipes,
