@@ -65,3 +65,23 @@ def test_ranks_and_batches_give_the_same_matrices(jobs: Jobs, clips: Path, weigh
         np.testing.assert_allclose(np.diagonal(first["matrix"]), 1, atol=1e-5)
         assert first["weights"] == second["weights"]
     assert {"source", "precision", "views", "frames", "side", "manifest"} <= one["settings"].keys()
+
+
+def test_pictures_of_a_run(jobs: Jobs, clips: Path, recipe: Path, weights: list[str], tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "features.png"
+    words = ("--data.source", clips, "--data.workers", "0", "--training.max_steps", "2", "--run.folder", run)
+    code, output = jobs.run("pretrain", "--recipe", recipe, *words)
+    assert code == 0, output
+    pictures = ("--out", out, "--moving", tmp_path / "features.gif")
+    video = sorted(clips.iterdir())[0]
+    code, output = jobs.run("analyze", "features", run, *weights, "--video", video, *pictures)
+    assert code == 0, output
+    assert "video: no decoder: no predictions" in output
+    assert Image.open(out).size > (400, 1500)
+    before = out.read_bytes()
+    code, output = jobs.run("analyze", "features", run, *weights, "--video", video, "--out", out)
+    assert code == 0, output
+    assert out.read_bytes() == before
+    code, output = jobs.run("analyze", "features", run, "--video", tmp_path / "none.mp4", "--out", out)
+    assert code == 2
+    assert "none.mp4 cannot be decoded" in output
