@@ -199,7 +199,7 @@ def _ask(sock: socket.socket, question: Message) -> Message:
 
 def addresses_of(host: str) -> list[str]:
     """Addresses of a host, those of IPv4 first; empty if its name is not known."""
-    with suppress(socket.gaierror):
+    with suppress(socket.gaierror, UnicodeError):  # the latter for a name that is too long
         found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
         return sorted(found, key=lambda address: (":" in address, address))
     return []

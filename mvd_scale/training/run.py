@@ -244,7 +244,8 @@ def log_run_summary(
     )
     for name, alone in recipe.each_student().items() if isinstance(recipe, Recipe) else [("", recipe)]:
         logger.info("attention of %s: %s", f"students.{name}" if name else "the student", _attention(alone, ranks))
-    short = int((manifest.frames[manifest.usable] < recipe.model.frames * recipe.data.stride).sum())
+    length = recipe.model.frames * recipe.data.stride
+    short = sum(int((manifest.frames[rows] < length).sum()) for rows in manifest.usable_blocks())
     if short and not recipe.data.spans_whole_videos:
         logger.info("%d %s are in videos shorter than a clip, whose frames are repeated", short, rows)
     logger.info(
