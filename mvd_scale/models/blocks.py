@@ -155,6 +155,11 @@ class Blocks(nn.ModuleList):
         return tokens
 
 
+def sequences_per_pass(tokens: int) -> int:
+    """Number of sequences of N tokens that a block on a CPU computes at a time without gradients."""
+    return max(_CACHED_TOKENS // tokens, 1)
+
+
 def _gathers(block: nn.Module) -> bool:
     """Whether each call of a block gathers its weights from all ranks (ZeRO-3).
 
@@ -165,7 +170,7 @@ def _gathers(block: nn.Module) -> bool:
 
 def _in_chunks(block: nn.Module, tokens: Tensor, output_tokens: OutputTokens) -> Tensor:
     """Apply a block to a few sequences at a time, so that activations between its layers stay in the CPU's cache."""
-    size = max(_CACHED_TOKENS // tokens.shape[1], 1)
+    size = sequences_per_pass(tokens.shape[1])
     if len(tokens) <= size:
         whole: Tensor = block(tokens, output_tokens)
         return whole

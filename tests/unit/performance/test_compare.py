@@ -25,6 +25,7 @@ from mvd_scale.performance.benchmarks.teachers import TeacherSpeed, TeachersRepo
 from mvd_scale.performance.compare import KINDS, compare_reports
 from mvd_scale.performance.profiling.report import Operator, PartFigures, ProfileReport
 from mvd_scale.performance.report import Machine, Report
+from mvd_scale.performance.roofline.report import RateRow, RooflineReport, RooflineRow
 
 MACHINE = Machine("cpu", "A CPU", 2, 2, {"torch": "2.9.0"})
 STEP = StepReport(
@@ -147,6 +148,32 @@ ENDURANCE = EnduranceReport(
     step_seconds=0.1,
     watching={"phases": 1e-5},
 )
+ROOFLINE = RooflineReport(
+    machine=MACHINE,
+    recipe="distill/b_from_b",
+    overrides=[],
+    precision="bf16",
+    teacher_precision="bf16",
+    teacher_sharding="auto",
+    ranks=1,
+    clips_per_step=4,
+    milliseconds_per_step=1000.0,
+    profiled_milliseconds=1010.0,
+    limit_milliseconds=400.0,
+    share=0.4,
+    shares=[0.39, 0.4, 0.45],
+    rows=[
+        RooflineRow("encoder", "backward", "products", 60e9, 300.0, 600.0),
+        RooflineRow("data wait", "", "rest", 0, 0.0, 250.0),
+        RooflineRow("optimizer", "", "memory", 2e9, 60.0, 157.0),
+        RooflineRow("encoder", "forward", "products", 10e9, 40.0, 3.0),
+    ],
+    rates=[
+        RateRow("a product", "G W", "products", 1e9, 5.0, 12),
+        RateRow("a smaller one", "G W", "products", 1.5e8, 1.0, 4),
+        RateRow("a copy", "copy_", "memory", 1e8, 5.0, 20),
+    ],
+)
 REPORTS: dict[str, Report] = {
     "step": STEP,
     "methods": MethodsReport(machine=MACHINE, steps={"co-teaching": STEP}),
@@ -159,6 +186,7 @@ REPORTS: dict[str, Report] = {
     "endurance": ENDURANCE,
     "teachers": TEACHERS,
     "profile": PROFILE,
+    "roofline": ROOFLINE,
 }
 
 
