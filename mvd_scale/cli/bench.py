@@ -32,6 +32,10 @@ def bench() -> None:
     help="Instead of a recipe, compare methods of the paper with co-teaching: all, or names separated by commas.",
 )
 @click.option("--checkpointing", is_flag=True, help="Compare all values of training.gradient_checkpointing.")
+@click.option(
+    "--roofline", is_flag=True,
+    help="Compare the step with its work at the rates of this machine, in as many rounds as --steps.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 @overrides_argument
 def step(
@@ -41,6 +45,7 @@ def step(
     steps: int,
     methods: str | None,
     checkpointing: bool,
+    roofline: bool,
     as_json: bool,
     overrides: tuple[str, ...],
 ) -> None:
@@ -50,6 +55,8 @@ def step(
     training.
     """
     from mvd_scale.performance.benchmarks.step import measure_step
+    from mvd_scale.performance.report import Report
+    from mvd_scale.performance.roofline.measure import measure_roofline
 
     if methods is not None or checkpointing:
         from mvd_scale.performance.benchmarks.methods import measure_checkpointing, measure_methods
@@ -57,13 +64,18 @@ def step(
         words = ["--batch", str(batch), "--steps", str(steps), *overrides]
         words += [] if precision is None else ["--precision", precision]
         if methods is not None:
-            _refuse_beside("methods", "recipe", "checkpointing")
+            _refuse_beside("methods", "recipe", "checkpointing", "roofline")
             table = measure_methods(methods, words)
         else:
+            _refuse_beside("checkpointing", "roofline")
             table = measure_checkpointing(["--recipe", recipe, *words])
         click.echo(table.to_json() if as_json else table.to_text())
         return
-    report = measure_step(recipe, list(overrides), precision=precision, batch=batch, steps=steps)
+    report: Report
+    if roofline:
+        report = measure_roofline(recipe, list(overrides), precision=precision, batch=batch, rounds=steps)
+    else:
+        report = measure_step(recipe, list(overrides), precision=precision, batch=batch, steps=steps)
     if env_rank() == 0:
         click.echo(report.to_json() if as_json else report.to_text())
 

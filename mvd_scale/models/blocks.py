@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mvd_kernels import AddLayerNorm, LayerNorm, attention
+from mvd_kernels import AddLayerNorm, LayerNorm, Linear, attention, linear
 from mvd_scale.models.drop_path import DropPath
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ class QKV(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Project tokens to query, key and value: (B, N, D) to (B, N, 3 D)."""
-        return F.linear(tokens, self.weight, self.bias())
+        return linear(tokens, self.weight, self.bias())
 
     def bias(self) -> Tensor:
         """Return the packed bias (3 D,), which is zero for the keys."""
@@ -64,7 +63,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv: nn.Module = QKV(width)
-        self.proj: nn.Module = nn.Linear(width, width)
+        self.proj: nn.Module = Linear(width, width)
 
     def forward(self, tokens: Tensor, output_tokens: OutputTokens = None) -> Tensor:
         """Attend from the tokens `output_tokens` (all if None) to all tokens: (B, N, D) to (B, K, D)."""
@@ -81,9 +80,9 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1: nn.Module = nn.Linear(width, hidden)
+        self.fc1: nn.Module = Linear(width, hidden)
         self.act = nn.GELU()
-        self.fc2: nn.Module = nn.Linear(hidden, width)
+        self.fc2: nn.Module = Linear(hidden, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Apply both layers to each token: (B, N, D) to (B, N, D)."""
@@ -155,6 +154,11 @@ class Blocks(nn.ModuleList):
         return tokens
 
 
+def sequences_per_pass(tokens: int) -> int:
+    """Number of sequences of N tokens that a block on a CPU computes at a time without gradients."""
+    return max(_CACHED_TOKENS // tokens, 1)
+
+
 def _gathers(block: nn.Module) -> bool:
     """Whether each call of a block gathers its weights from all ranks (ZeRO-3).
 
@@ -165,7 +169,7 @@ def _gathers(block: nn.Module) -> bool:
 
 def _in_chunks(block: nn.Module, tokens: Tensor, output_tokens: OutputTokens) -> Tensor:
     """Apply a block to a few sequences at a time, so that activations between its layers stay in the CPU's cache."""
-    size = max(_CACHED_TOKENS // tokens.shape[1], 1)
+    size = sequences_per_pass(tokens.shape[1])
     if len(tokens) <= size:
         whole: Tensor = block(tokens, output_tokens)
         return whole

@@ -44,7 +44,7 @@ def bench_recipe(name: str, overrides: list[str], precision: Precision | None, b
 
 @contextmanager
 def bench_trainer(
-    recipe: Recipe, ranks: Ranks, build_teacher: BuildTeacher, *, steps: int, scratch: Path
+    recipe: Recipe, ranks: Ranks, build_teacher: BuildTeacher, *, steps: int, scratch: Path, prefetch: bool = True
 ) -> Iterator[Trainer]:
     """Create a trainer of a recipe, whose loader runs until the end of the `with` block. All ranks call it.
 
@@ -54,6 +54,7 @@ def bench_trainer(
         build_teacher: function from recipe and target name to the frozen model of the target.
         steps: largest number of steps that the trainer can run.
         scratch: folder for videos and manifest.
+        prefetch: see `make_trainer`.
 
     Raises:
         UserError: see `build_teacher`; or the data source has no usable videos.
@@ -70,7 +71,7 @@ def bench_trainer(
     sides = teacher_input_sizes(recipe, merge_targets(targets.values()))
     # One more step than the trainer runs: the last step also starts the next batch in advance.
     with ClipLoader.for_run(manifest, repeated, ranks.data_rank, range(steps + 1), sides=sides) as loader:
-        yield make_trainer(recipe, targets, ranks, loader)
+        yield make_trainer(recipe, targets, ranks, loader, prefetch=prefetch)
 
 
 def bench_targets(recipe: Recipe, build_teacher: BuildTeacher) -> dict[str, dict[str, Target]]:

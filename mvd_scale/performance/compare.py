@@ -24,6 +24,7 @@ from mvd_scale.performance.benchmarks.teacher_loading import LoadReport
 from mvd_scale.performance.benchmarks.teachers import TeachersReport
 from mvd_scale.performance.profiling.report import ProfileReport
 from mvd_scale.performance.report import Machine, Metric, Report
+from mvd_scale.performance.roofline.report import RooflineReport
 
 KINDS: dict[str, type[Report]] = {
     "step": StepReport,
@@ -39,6 +40,7 @@ KINDS: dict[str, type[Report]] = {
     "teachers": TeachersReport,
     "students": StudentsReport,
     "profile": ProfileReport,
+    "roofline": RooflineReport,
 }
 
 

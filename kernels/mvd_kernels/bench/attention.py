@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from mvd_kernels.attention import FLASH_ATTENTION_RELEASES, attention_backend, attention_backends
 from mvd_kernels.bench.case import BenchmarkCase, clips, leaf
@@ -20,13 +20,24 @@ def cases(device: torch.device) -> Iterator[BenchmarkCase]:
     for model, heads in (("B", 12), ("L", 16)):
         for tokens in (160, 1568):
             qkv = leaf(count, tokens, 3, heads, 64, device=device, dtype=dtype)
-            implementations: dict[str, Callable[[], Any]] = {"sdpa": partial(attention, qkv)}
-            refused = attention_backends(device, dtype)
-            for backend in FLASH_ATTENTION_RELEASES:
-                if refused.get(backend.name) == "":
-                    implementations[backend.name] = partial(backend.attend, qkv)
-            if attention_backend(device, dtype) == "native":
-                implementations["native"] = partial(native.attention, qkv, tokens)
             shape = f"{model}: B {count}, N {tokens}, H {heads}, K 64"
             flops = 4 * count * heads * tokens**2 * 64
-            yield BenchmarkCase(shape, dtype, implementations, (qkv,), flops=flops)
+            yield BenchmarkCase(shape, dtype, attention_implementations(qkv, tokens), (qkv,), flops=flops)
+
+
+def attention_implementations(qkv: Tensor, queries: int) -> dict[str, Callable[[], Tensor]]:
+    """Make the calls of attention by every implementation that its device has; {implementation: call}.
+
+    Args:
+        qkv: (B, N, 3, H, K), any floating dtype.
+        queries: number Q of last tokens whose output is computed.
+    """
+    device, dtype, channels = qkv.device, qkv.dtype, qkv.shape[-1]
+    calls: dict[str, Callable[[], Tensor]] = {"sdpa": partial(attention, qkv, queries)}
+    refused = attention_backends(device, dtype, channels)
+    for backend in FLASH_ATTENTION_RELEASES:
+        if refused.get(backend.name) == "":
+            calls[backend.name] = partial(backend.attend, qkv, None if queries == qkv.shape[1] else queries)
+    if attention_backend(device, dtype, channels) == "native":
+        calls["native"] = partial(native.attention, qkv, queries)
+    return calls

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
-from torch import Tensor
 
-from mvd_kernels.bench.timing import milliseconds
+from mvd_kernels.bench.timing import milliseconds, seconds
 
 PRODUCTS = 5
 """Number of timed matrix products."""
@@ -30,14 +27,4 @@ def product_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Measure the FLOP/s of large products of square matrices of random values: the best of `PRODUCTS`."""
     side = product_side(device)
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    return 2 * side**3 / min(_seconds_of_product(left, right) for _ in range(PRODUCTS))
-
-
-def _seconds_of_product(left: Tensor, right: Tensor) -> float:
-    if left.is_cuda:
-        torch.cuda.synchronize(left.device)
-    started = time.perf_counter()
-    left @ right
-    if left.is_cuda:
-        torch.cuda.synchronize(left.device)
-    return time.perf_counter() - started
+    return 2 * side**3 / min(seconds(lambda: left @ right, left.device) for _ in range(PRODUCTS))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 logger = logging.getLogger("mvd_kernels")
 
@@ -66,7 +67,7 @@ def _run(*command: str) -> str:
 
 
 def call(name: str, tensors: tuple[Tensor, ...], *numbers: int) -> None:
-    """Call a compiled function.
+    """Call a compiled function; profilers of torch see it by its name.
 
     Args:
         name: name of the function.
@@ -75,4 +76,5 @@ def call(name: str, tensors: tuple[Tensor, ...], *numbers: int) -> None:
     """
     function = getattr(library(), name)
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
-    function(*pointers, *map(ctypes.c_int64, (*numbers, torch.get_num_threads())))
+    with record_function(name):
+        function(*pointers, *map(ctypes.c_int64, (*numbers, torch.get_num_threads())))

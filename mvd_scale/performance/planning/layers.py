@@ -1,4 +1,4 @@
-"""Cost model of linear layers and transformer blocks: FLOPs, and bytes saved for the backward pass, by shape.
+"""Cost model of linear layers and transformer blocks: FLOPs, memory traffic, and bytes saved for the backward pass.
 
 FLOPs are counted as by `torch.utils.flop_counter`: matrix products and attention only, 2 per multiply-add.
 
@@ -54,6 +54,12 @@ class ElementwiseCost:
     statistics: int = 0
     """Float32 values saved per row."""
 
+    passed: int = 2
+    """Number of tensors (rows, width) that the forward pass reads and writes."""
+
+    passed_back: int = 3
+    """Number of tensors that the backward pass reads and writes: gradient and input, and the input's gradient."""
+
     forward = 0
 
     def backward(self, attention: Backward) -> int:
@@ -63,6 +69,35 @@ class ElementwiseCost:
     def saved(self, size: int) -> int:
         """Bytes per clip saved for the backward pass, of elements of `size` bytes."""
         return self.rows * (size * self.width + 4 * self.statistics)
+
+
+@dataclass(frozen=True)
+class AttentionCost:
+    """Attention of a block: the scores, their softmax, and their product with the values."""
+
+    keys: int
+    """Tokens with keys and values per sequence, N."""
+
+    queries: int
+    """Tokens with queries per sequence, Q."""
+
+    width: int
+    heads: int
+
+    sequences: int = 1
+    """Sequences per clip."""
+
+    @property
+    def forward(self) -> int:
+        """FLOPs of the two products of the forward pass per clip."""
+        return 4 * self.sequences * self.queries * self.keys * self.width
+
+    def backward(self, attention: Backward) -> int:
+        """FLOPs of the backward pass per clip: two products for each product of the forward pass.
+
+        `fused` attention also recomputes the first of its two products, the scores.
+        """
+        return 2 * self.forward + (self.forward // 2 if attention == "fused" else 0)
 
 
 @dataclass(frozen=True)
@@ -95,39 +130,48 @@ class BlockCost:
         return {"none": attention + mlp, "attention": mlp, "block": 0}[checkpointing]
 
     @property
+    def linear_layers(self) -> tuple[LinearCost, LinearCost, LinearCost, LinearCost]:
+        """Linear layers: packed projection, output projection, and both layers of the MLP."""
+        keys, outputs = self.sequences * self.keys, self.sequences * self.outputs
+        return (
+            LinearCost(keys, self.width, 3 * self.width),
+            LinearCost(outputs, self.width, self.width),
+            LinearCost(outputs, self.width, self.hidden),
+            LinearCost(outputs, self.hidden, self.width),
+        )
+
+    @property
+    def attention(self) -> AttentionCost:
+        """Attention between the packed and the output projection."""
+        return AttentionCost(self.keys, self.queries, self.width, self.heads, self.sequences)
+
+    @property
+    def elementwise_layers(self) -> tuple[ElementwiseCost, ...]:
+        """First norm, residual sum with its norm, activation, and second residual sum.
+
+        The gradient of the residual connection is added in the backward pass of the norm beside it.
+        """
+        keys, outputs = self.sequences * self.keys, self.sequences * self.outputs
+        return (
+            ElementwiseCost(keys, self.width, 2, passed=2, passed_back=4),
+            ElementwiseCost(outputs, self.width, 2, passed=4, passed_back=4),
+            ElementwiseCost(outputs, self.hidden),
+            ElementwiseCost(outputs, self.width, passed=3, passed_back=0),
+        )
+
+    @property
     def products(self) -> int:
         """FLOPs of the linear layers in the forward pass per clip."""
-        return self.sequences * self._products
-
-    @property
-    def _products(self) -> int:
-        return self._packed + 2 * self.outputs * self.width**2 + 2 * self._half_mlp
-
-    @property
-    def _packed(self) -> int:
-        return 6 * self.keys * self.width**2
-
-    @property
-    def _half_mlp(self) -> int:
-        return 2 * self.outputs * self.width * self.hidden
-
-    @property
-    def _attention(self) -> int:
-        """FLOPs of the scores and of their product with the values, per sequence."""
-        return 4 * self.queries * self.keys * self.width
+        return sum(layer.forward for layer in self.linear_layers)
 
     @property
     def forward(self) -> int:
         """FLOPs of the forward pass per clip."""
-        return self.sequences * (self._products + self._attention)
+        return self.products + self.attention.forward
 
     def backward(self, attention: Backward) -> int:
-        """FLOPs of the backward pass per clip: two products for each product of the forward pass.
-
-        `fused` attention also recomputes the first of its two products, the scores.
-        """
-        again = self._attention // 2 if attention == "fused" else 0
-        return 2 * self.forward + self.sequences * again
+        """FLOPs of the backward pass per clip: two products for each product of the forward pass, and attention's."""
+        return 2 * self.products + self.attention.backward(attention)
 
     def recomputed(self, checkpointing: Checkpointing) -> int:
         """FLOPs per clip that gradient checkpointing adds.
@@ -136,8 +180,8 @@ class BlockCost:
         MLP's second layer; for the attention half, the input of the output projection.
         """
         if checkpointing == "block":
-            return self.forward - self.sequences * self._half_mlp
-        return self.sequences * (self._packed + self._attention) if checkpointing == "attention" else 0
+            return self.forward - self.linear_layers[-1].forward
+        return self.linear_layers[0].forward + self.attention.forward if checkpointing == "attention" else 0
 
     def saved(self, size: int, checkpointing: Checkpointing = "none") -> int:
         """Bytes per clip saved for the backward pass, of elements of `size` bytes; statistics are float32.

@@ -17,8 +17,12 @@ from typing import Any
 STEP = "step"
 """Annotation around a whole step."""
 
-_ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
-_LAUNCHES = ("cuda_runtime", "cuda_driver")
+ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
+"""Categories of events that run on a GPU."""
+
+LAUNCHES = ("cuda_runtime", "cuda_driver")
+"""Categories of events of the host that launch them, by the argument `correlation`."""
+
 _CPU, _CUDA = 0, 1
 """Device types of torch."""
 
@@ -68,15 +72,14 @@ def read_trace(path: Path, parts: Iterable[str]) -> Trace:
         path: path of the `.json.gz`.
         parts: names of the annotations that mark parts.
     """
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        events: list[dict[str, Any]] = json.load(file)["traceEvents"]
+    events = read_events(path)
     complete = [event for event in events if event.get("ph") == "X"]
     notes = [event for event in complete if event.get("cat") == "user_annotation"]
     names = set(parts)
     ours = sorted((_span(event) for event in notes if event["name"] in names), key=lambda span: span.start)
     steps = sorted((_span(event) for event in notes if event["name"] == STEP), key=lambda span: span.start)
     zero = min(span.start for span in (*steps, *ours))
-    kernels = [event for event in complete if event.get("cat") in _ON_DEVICE]
+    kernels = [event for event in complete if event.get("cat") in ON_DEVICE]
     talk = [event for event in kernels if "nccl" in event["name"].lower()]
     talk = talk or [event for event in notes if event["name"].startswith(("gloo:", "nccl:"))]
     return Trace(
@@ -86,6 +89,13 @@ def read_trace(path: Path, parts: Iterable[str]) -> Trace:
         communication=[_from(zero, _span(event)) for event in talk],
         memory=_memory(events, _CUDA if kernels else _CPU, zero),
     )
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """Read the events of a trace (`.json.gz`) as the profiler wrote them; times in microseconds."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        events: list[dict[str, Any]] = json.load(file)["traceEvents"]
+    return events
 
 
 def covered_seconds(spans: Iterable[Span]) -> float:
@@ -102,7 +112,7 @@ def _device_seconds(parts: list[Span], kernels: list[dict[str, Any]], events: li
     launched = {
         event["args"]["correlation"]: event["ts"] / 1e6
         for event in events
-        if event.get("cat") in _LAUNCHES and "correlation" in event["args"]
+        if event.get("cat") in LAUNCHES and "correlation" in event["args"]
     }
     starts = [span.start for span in parts]
     seconds: dict[str, float] = defaultdict(float)

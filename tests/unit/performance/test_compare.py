@@ -27,6 +27,7 @@ from mvd_scale.performance.benchmarks.teachers import TeacherSpeed, TeachersRepo
 from mvd_scale.performance.compare import KINDS, compare_reports
 from mvd_scale.performance.profiling.report import Operator, PartFigures, ProfileReport
 from mvd_scale.performance.report import Machine, Report
+from mvd_scale.performance.roofline.report import RateRow, RooflineReport, RooflineRow
 
 MACHINE = Machine("cpu", "A CPU", 2, 2, {"torch": "2.9.0"})
 STEP = StepReport(
@@ -165,6 +166,32 @@ MANIFEST = ManifestReport(
     starts=[Start(rows, "later", 2, 1.0, 300.0, 70.0) for rows in (1000, 10_000_000)],
     sizes=[Size(rows, rows / 2**20, rows / 2**18, 1.0, 100.0) for rows in (1000, 10_000_000)],
 )
+ROOFLINE = RooflineReport(
+    machine=MACHINE,
+    recipe="distill/b_from_b",
+    overrides=[],
+    precision="bf16",
+    teacher_precision="bf16",
+    teacher_sharding="auto",
+    ranks=1,
+    clips_per_step=4,
+    milliseconds_per_step=1000.0,
+    profiled_milliseconds=1010.0,
+    limit_milliseconds=400.0,
+    share=0.4,
+    shares=[0.39, 0.4, 0.45],
+    rows=[
+        RooflineRow("encoder", "backward", "products", 60e9, 300.0, 600.0),
+        RooflineRow("data wait", "", "rest", 0, 0.0, 250.0),
+        RooflineRow("optimizer", "", "memory", 2e9, 60.0, 157.0),
+        RooflineRow("encoder", "forward", "products", 10e9, 40.0, 3.0),
+    ],
+    rates=[
+        RateRow("a product", "G W", "products", 1e9, 5.0, 12),
+        RateRow("a smaller one", "G W", "products", 1.5e8, 1.0, 4),
+        RateRow("a copy", "copy_", "memory", 1e8, 5.0, 20),
+    ],
+)
 REPORTS: dict[str, Report] = {
     "step": STEP,
     "methods": MethodsReport(machine=MACHINE, steps={"co-teaching": STEP}),
@@ -179,6 +206,7 @@ REPORTS: dict[str, Report] = {
     "teachers": TEACHERS,
     "students": STUDENTS,
     "profile": PROFILE,
+    "roofline": ROOFLINE,
 }
 
 
