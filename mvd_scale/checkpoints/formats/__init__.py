@@ -13,7 +13,8 @@ from mvd_scale.checkpoints.formats.jepa import DINO, I_JEPA, V_JEPA
 from mvd_scale.checkpoints.formats.mae import MAE
 from mvd_scale.checkpoints.formats.mvd import MVD, MVD_CLASSIFIER
 from mvd_scale.checkpoints.formats.timm import TIMM
-from mvd_scale.checkpoints.formats.videomae import VIDEOMAE, VIDEOMAE_FINETUNED
+from mvd_scale.checkpoints.formats.umt import UMT
+from mvd_scale.checkpoints.formats.videomae import VIDEOMAE, VIDEOMAE_FINETUNED, VIDEOMAE_V2_GIANT
 from mvd_scale.checkpoints.formats.vjepa2 import HF_VJEPA2, V_JEPA_2, V_JEPA_2_1
 from mvd_scale.config.model import Positions
 
@@ -28,7 +29,7 @@ FAMILIES: dict[str, tuple[Format, ...]] = {
 
 _ORDER = (
     *(HF_MAE, HF_VIDEOMAE, HF_VJEPA2, VIDEOMAE, V_JEPA, V_JEPA_2_1, V_JEPA_2),
-    *(MVD, MAE, MVD_CLASSIFIER, VIDEOMAE_FINETUNED),
+    *(UMT, VIDEOMAE_V2_GIANT, MVD, MAE, MVD_CLASSIFIER, VIDEOMAE_FINETUNED),
     *(DINO, I_JEPA, TIMM),
 )
 """Order of recognition, the most specific keys first: later formats also match files of earlier ones."""

@@ -24,6 +24,10 @@ def _has_layer_scale(tensors: Tensors) -> bool:
     return patch_axes(tensors, *names) == 4 and _has("ls1.gamma", "gamma_1", "layer_scale1.lambda1")(tensors)
 
 
+def _is_internvideo2(tensors: Tensors) -> bool:
+    return patch_axes(tensors, "patch_embed.proj.weight") == 5 and _has("attn.q_norm.weight")(tensors)
+
+
 def _is_clip_model_of_unknown_positions(tensors: Tensors) -> bool:
     if V_JEPA_2.recognise(tensors) or V_JEPA_2_1.recognise(tensors):
         return False
@@ -31,6 +35,11 @@ def _is_clip_model_of_unknown_positions(tensors: Tensors) -> bool:
 
 
 _FOREIGN: tuple[tuple[Callable[[Tensors], bool], str, str], ...] = (
+    (
+        _is_internvideo2,
+        "InternVideo2",
+        "its blocks have RMS norms, norms of queries and keys, and a scale on each residual branch",
+    ),
     (
         _has("pos_embed_spatial"),
         "MAE-ST (facebookresearch/mae_st)",

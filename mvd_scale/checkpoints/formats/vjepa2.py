@@ -14,6 +14,7 @@ from torch import Tensor
 from mvd_scale.checkpoints.checkpoint import Hints
 from mvd_scale.checkpoints.formats.format import FUSED_LEAVES, Format, int_or_none, patch_axes
 from mvd_scale.checkpoints.formats.names import Table
+from mvd_scale.checkpoints.formats.videomae import has_split_biases
 
 _HEADS = {768: 12, 1024: 16, 1280: 16, 1408: 22, 1664: 26}
 _FRAMES = 64
@@ -28,8 +29,7 @@ _MODULES: Table = (
 def is_fused_clip_model(tensors: Mapping[str, Tensor]) -> bool:
     """Whether a file holds a model of clips with biases of the keys, which VideoMAE and MVD lack."""
     biased = any(name.endswith("attn.qkv.bias") for name in tensors)
-    split = any(name.endswith("attn.q_bias") for name in tensors)
-    return patch_axes(tensors, "patch_embed.proj.weight") == 5 and biased and not split
+    return patch_axes(tensors, "patch_embed.proj.weight") == 5 and biased and not has_split_biases(tensors)
 
 
 def _recognise_2(tensors: Mapping[str, Tensor]) -> bool:
