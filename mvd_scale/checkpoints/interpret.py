@@ -32,10 +32,7 @@ from mvd_scale.errors import UserError
 from mvd_scale.models.positions import position_table
 
 _PUBLISHED_GRID = 14
-"""Patches along a side of every published video model; used if a file contains no positions."""
-
-_PUBLISHED_FRAMES = 16
-"""Frames per clip of every published video model; used if neither the file nor the hints state them."""
+"""Patches along a side of the published video models of 224 pixels; used if a file contains no positions."""
 
 
 def interpret(source: RawCheckpoint, hints: Hints) -> Checkpoint:
@@ -54,7 +51,7 @@ def interpret(source: RawCheckpoint, hints: Hints) -> Checkpoint:
         return native.interpret(replace(source, tensors=tensors), hints)
     if hints.positions is None and is_ambiguous(form):
         raise _ambiguous(source)
-    ours, unexpected, unused = _rename(tensors, form)
+    ours, unexpected, unused = _rename(form.prepare(tensors), form)
     _check_kinds(source, ours)
     try:
         return _assemble(source, form, _merge(hints, form.facts(source.config)), ours, unexpected, unused)
@@ -67,7 +64,7 @@ def _refuse_foreign(source: RawCheckpoint, tensors: Mapping[str, Tensor], hints:
     if foreign is not None:
         raise UserError(
             f"{source.path} is a file of {foreign[0]}, which is not read: {foreign[1]}. Formats that are read: MAE, "
-            "VideoMAE, MVD, timm, Hugging Face, I-JEPA, V-JEPA, DINO"
+            "VideoMAE, MVD, timm, Hugging Face, I-JEPA, V-JEPA 1 to 2.1, DINO"
         )
 
 
@@ -118,7 +115,7 @@ def _rename(tensors: Mapping[str, Tensor], form: Format) -> tuple[dict[str, Tens
             unused.append(name)
         else:
             unexpected[name] = tensor
-    return pack_attention(ours), unexpected, unused
+    return pack_attention(ours, key_bias=form.is_rotary), unexpected, unused
 
 
 def _assemble(
@@ -142,7 +139,7 @@ def _assemble(
     values: dict[str, Any] = {
         "width": width,
         "depth": infer_depth(encoder, str(source.path)),
-        "heads": hints.heads or encoder_heads(width, str(source.path)),
+        "heads": hints.heads or form.heads.get(width) or encoder_heads(width, str(source.path)),
         "mlp_ratio": infer_mlp_ratio(encoder, width),
         "patch_size": side,
         "tubelet": tubelet,
@@ -150,8 +147,8 @@ def _assemble(
     }
     learned = None
     if table is None:
-        frames = 1 if form.image else hints.frames or _PUBLISHED_FRAMES
-        size = hints.input_size or _PUBLISHED_GRID * side
+        frames = 1 if form.image else hints.frames or form.frames
+        size = hints.input_size or form.input_size or _PUBLISHED_GRID * side
         model = ModelConfig(**values, positions=hints.positions or form.positions, frames=frames, input_size=size)
     else:
         model, learned = _place(source, form, hints, values, table)
@@ -211,7 +208,7 @@ def _place(
                 return model, None
     if hints.positions is not None:
         raise UserError(f"{source.path} holds learned positions; leave `--positions {hints.positions}` out")
-    wanted = (hints.frames or _PUBLISHED_FRAMES) // values["tubelet"]
+    wanted = (hints.frames or form.frames) // values["tubelet"]
     chosen = next((grid for grid in grids if form.image or grid[0] == wanted), None)
     if chosen is None:
         raise UserError(

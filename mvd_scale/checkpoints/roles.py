@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -77,9 +79,16 @@ def describe_checkpoint(checkpoint: Checkpoint) -> str:
     count = sum(tensor.numel() for name, tensor in checkpoint.tensors().items() if not name.endswith("positions"))
     lines["parameters"] = f"{count / 1e6:.2f} M"
     if checkpoint.unused:
-        lines["left out"] = ", ".join(checkpoint.unused)
+        lines["left out"] = _group(checkpoint.unused)
     faults = find_mismatches(checkpoint)
     lines["faults"] = "none" if not faults else ""
     width = max(map(len, lines))
     text = "\n".join(f"{key:{width}}  {value}".rstrip() for key, value in lines.items())
     return "\n  ".join([text, *faults])
+
+
+def _group(names: Sequence[str]) -> str:
+    """List names of tensors, those of one module of the model together: `predictor.* (188 tensors)`."""
+    counts = Counter(name.partition(".")[0] for name in names)
+    alone = {name.partition(".")[0]: name for name in names}
+    return ", ".join(alone[start] if count == 1 else f"{start}.* ({count} tensors)" for start, count in counts.items())

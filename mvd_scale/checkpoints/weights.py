@@ -20,7 +20,7 @@ from mvd_scale.config.model import Positions
 from mvd_scale.errors import UserError
 from mvd_scale.models import Classifier, Encoder, Student
 from mvd_scale.models.detector import Detector
-from mvd_scale.models.positions import position_table
+from mvd_scale.models.positions import encoder_positions
 
 __all__ = [
     "build_classifier",
@@ -126,19 +126,26 @@ def load_encoder(
         UserError: see `read_checkpoint`; or tensors do not fit, and the message names each of them.
     """
     checkpoint = read_checkpoint(path, hints)
-    if not mapped:
-        return build_encoder(checkpoint, final_norm=final_norm)
+    return (
+        map_encoder(checkpoint, final_norm=final_norm) if mapped else build_encoder(checkpoint, final_norm=final_norm)
+    )
+
+
+def map_encoder(checkpoint: Checkpoint, *, final_norm: bool) -> Encoder:
+    """Build the encoder of any checkpoint with its tensors as they are, memory-mapped if the file's format allows it.
+
+    Raises:
+        UserError: tensors do not fit; the message names each of them.
+    """
     with torch.device("meta"):
         encoder = _empty_encoder(checkpoint, final_norm=final_norm)
     tensors = _encoder_tensors(checkpoint, final_norm=final_norm)
     faults = _misnamed(encoder, tensors)
     if faults:
-        raise _does_not_fit(str(path), faults)
+        raise _does_not_fit(checkpoint.source, faults)
     encoder.load_state_dict(tensors, assign=True)
     if "positions" not in tensors:
-        model = encoder.config
-        table = position_table(model.positions, model.grid, encoder.width)
-        encoder.register_buffer("positions", table, persistent=False)
+        encoder.register_buffer("positions", encoder_positions(encoder.config), persistent=False)
     return encoder
 
 

@@ -24,6 +24,7 @@ _DEEPEST = 8
 """More levels than any file has; ends the search in a dictionary that contains itself."""
 
 _FAMILIES = (
+    ({"ema_encoder", "predictor"}, "a file of V-JEPA 2.1: published features are those of ema_encoder"),
     ({"encoder", "target_encoder", "predictor"}, "a file of I-JEPA or V-JEPA: published tests use target_encoder"),
     ({"student", "teacher"}, "a file of DINO, iBOT or the like: published tests use teacher"),
 )

@@ -88,8 +88,10 @@ def view_options(command: Any) -> Any:
 def positions_option(command: Decorated) -> Decorated:
     """Add the option `--positions` of weights that do not hold their position table."""
     return click.option(
-        "--positions", type=click.Choice(["sincos3d", "sinusoid", "sincos2d"]),
-        help="Position table of the training, for weights that hold none: sincos3d for MVD, sinusoid for VideoMAE.",
+        "--positions",
+        type=click.Choice(["sincos3d", "sinusoid", "sincos2d", "rotary_vjepa2", "rotary_vjepa2_1"]),
+        help="Position table of the training, for weights that hold none: sincos3d for MVD, sinusoid for VideoMAE, "
+        "rotary_vjepa2 for V-JEPA 2, rotary_vjepa2_1 for V-JEPA 2.1.",
     )(command)  # fmt: skip
 
 

@@ -19,7 +19,21 @@ SIZES: dict[str, tuple[int, int, int]] = {
 }
 """Width (channels), depth (blocks) and attention heads of the published sizes."""
 
-Positions = Literal["sincos3d", "sinusoid", "sincos2d"]
+Positions = Literal["sincos3d", "sinusoid", "sincos2d", "rotary_vjepa2", "rotary_vjepa2_1"]
+
+WIDTH_MULTIPLES: dict[Positions, int] = {
+    "sincos3d": 16,
+    "sinusoid": 1,
+    "sincos2d": 4,
+    "rotary_vjepa2": 1,
+    "rotary_vjepa2_1": 1,
+}
+"""Number of which the width must be a multiple, by the kind of positions."""
+
+
+def is_rotary(positions: Positions) -> bool:
+    """Whether positions turn queries and keys; other positions are added to the tokens."""
+    return positions.startswith("rotary")
 
 
 class ModelConfig(Section):
@@ -53,7 +67,9 @@ class ModelConfig(Section):
     """Number of frames per token."""
 
     positions: Positions = "sincos3d"
-    """Fixed position table: `sincos3d` (MVD), `sinusoid` over the token index (VideoMAE), or `sincos2d` (MAE).
+    """Fixed position table: `sincos3d` (MVD), `sinusoid` over the token index (VideoMAE), or `sincos2d` (MAE); or
+    rotary positions, which turn queries and keys by time slice, row and column: `rotary_vjepa2` (V-JEPA 2),
+    `rotary_vjepa2_1` (V-JEPA 2.1). Rotary positions are those of frozen teachers only.
 
     Initial weights follow: with `sincos2d`, an image model, the patch embedding is Xavier uniform and mask tokens are
     normal, as MAE's; otherwise the patch embedding has PyTorch's default weights and mask tokens are cut at one
@@ -90,7 +106,7 @@ class ModelConfig(Section):
             raise ValueError(f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
         if self.frames % self.tubelet:
             raise ValueError(f"frames {self.frames} is not a multiple of tubelet {self.tubelet}")
-        multiple = {"sincos3d": 16, "sincos2d": 4, "sinusoid": 1}[self.positions]
+        multiple = WIDTH_MULTIPLES[self.positions]
         if self.width % multiple:
             raise ValueError(
                 f"positions {self.positions} require a width that is a multiple of {multiple}, not {self.width}"
@@ -100,7 +116,25 @@ class ModelConfig(Section):
                 f"positions sincos2d do not encode time, but frames {self.frames} is more than tubelet {self.tubelet}: "
                 "set them equal (an image model), or use sincos3d"
             )
+        if self.is_rotary and (self.head_width % 2 or self.head_width < 6 or self.class_token):
+            raise ValueError(
+                f"positions {self.positions} turn pairs of channels along three axes: expected an even number of at "
+                f"least 6 channels per head and no class token, got {self.head_width} channels and "
+                f"{'a' if self.class_token else 'no'} class token"
+            )
         return self
+
+    @property
+    def is_rotary(self) -> bool:
+        """Whether positions turn queries and keys; other positions are added to the tokens."""
+        return is_rotary(self.positions)
+
+    @property
+    def head_width(self) -> int:
+        """Number of channels of an attention head."""
+        assert self.width is not None
+        assert self.heads is not None
+        return self.width // self.heads
 
     @property
     def is_image_model(self) -> bool:

@@ -10,7 +10,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from mvd_scale.config.data import DataConfig, ShortSideCrop
-from mvd_scale.config.model import ModelConfig
+from mvd_scale.config.model import WIDTH_MULTIPLES, ModelConfig
 from mvd_scale.config.section import Section
 from mvd_scale.config.students import StudentConfig, find_contradictions, merge_student
 from mvd_scale.config.target import MomentumTarget, TargetConfig, TeacherTarget
@@ -70,6 +70,11 @@ class RunRecipe(Section):
             )
         if self.device == "cpu" and self.data.decoder == "nvdec":
             raise ValueError("data.decoder nvdec needs a GPU, but device is cpu: use auto")
+        if self.model.is_rotary:
+            raise ValueError(
+                f"model.positions {self.model.positions} are those of frozen teachers: a model that is trained has "
+                "sincos3d, sinusoid or sincos2d"
+            )
         if self.training.warmup_epochs >= self.training.epochs:
             raise ValueError(
                 f"training.warmup_epochs {self.training.warmup_epochs:g} must be less than "
@@ -225,7 +230,7 @@ class Recipe(RunRecipe):
                     f"targets.{name}.decoder: width {target.decoder.width} is not a multiple of heads "
                     f"{target.decoder.heads}"
                 )
-            multiple = {"sincos3d": 16, "sincos2d": 4, "sinusoid": 1}[self.model.positions]
+            multiple = WIDTH_MULTIPLES[self.model.positions]
             if target.decoder.width % multiple:
                 raise ValueError(
                     f"targets.{name}.decoder: model.positions {self.model.positions} require a width that is a "

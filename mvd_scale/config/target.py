@@ -126,7 +126,23 @@ class TeacherTarget(BaseTarget):
     """Normalise each target feature over its channels (LayerNorm without affine parameters)."""
 
 
-class TrainedTeacherTarget(TeacherTarget):
+class FrozenTeacherTarget(TeacherTarget):
+    """Base of the targets of a frozen teacher from a file, which sees frames at an input size of its own."""
+
+    input_size: int | None = Field(default=None, gt=0)
+    """Side in pixels of the frames that the teacher sees. If omitted: that of its checkpoint; for a model of timm the
+    one that gives the token grid of the student."""
+
+    resample: bool = False
+    """Resample the teacher's features from its token grid to the student's where they differ, linearly in time, height
+    and width; each feature is then a weighted mean of those around its place. Without it, grids must agree."""
+
+    final_norm: bool = False
+    """Apply the model's norm after the last block, as published features of V-JEPA 2 and DINOv3 do; those of the
+    paper's teachers are the output of the last block."""
+
+
+class TrainedTeacherTarget(FrozenTeacherTarget):
     """Base of the targets of a frozen teacher in one of the formats that `mvd-scale inspect` knows."""
 
     checkpoint: Path | None = None
@@ -147,12 +163,15 @@ class VideoTeacherTarget(TrainedTeacherTarget):
 
     kind: Literal["video_teacher"] = "video_teacher"
 
+    frames: int | None = Field(default=None, gt=0)
+    """Number of frames of the clip that the teacher sees: every n-th from the first one on. If omitted: as many as its
+    checkpoint takes; all for a model with rotary positions, which takes any number."""
 
-class TimmTarget(TeacherTarget):
+
+class TimmTarget(FrozenTeacherTarget):
     """Target: patch token features of a vision transformer of timm on the first frame of every tubelet.
 
-    The teacher sees frames at the input size that gives the token grid of the student, normalised by its own mean and
-    standard deviation.
+    The teacher sees frames normalised by its own mean and standard deviation.
     """
 
     kind: Literal["timm"] = "timm"
@@ -162,12 +181,6 @@ class TimmTarget(TeacherTarget):
 
     checkpoint: Path | None = None
     """Weights of the teacher in timm's names; if omitted, timm downloads the pre-trained weights."""
-
-    input_size: int | None = Field(default=None, gt=0)
-    """Input side in pixels, which must give the token grid of the student; derived from that grid if omitted."""
-
-    final_norm: bool = False
-    """Apply the model's norm after the last block."""
 
 
 class MomentumTarget(TeacherTarget):

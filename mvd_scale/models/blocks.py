@@ -1,6 +1,6 @@
 """The transformer block that encoders and decoders share (Sec. 3.3: vanilla, joint space-time attention).
 
-Legend: B clips, N tokens, K output tokens, D width.
+Legend: B clips, N tokens, K output tokens, D width, C channels of a head.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mvd_kernels import AddLayerNorm, LayerNorm, Linear, attention, linear
 from mvd_scale.models.drop_path import DropPath
+from mvd_scale.models.rotary import rotate
 
 if TYPE_CHECKING:
     from mvd_scale.config.training import Checkpointing
@@ -35,15 +36,17 @@ def select_output_tokens(tokens: Tensor, output_tokens: OutputTokens) -> Tensor:
 
 
 class QKV(nn.Module):
-    """Packed projection to query, key and value, with biases for query and value only.
+    """Packed projection to query, key and value, with biases for query and value.
 
-    A bias of the keys would add the same number to all scores of a query, which the softmax cancels.
+    A bias of the keys would add the same number to all scores of a query, which the softmax cancels; unless rotary
+    positions turn it by another angle at every key (`key_bias`).
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, key_bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(3 * width, width))
         self.q_bias = nn.Parameter(torch.zeros(width))
+        self.k_bias = nn.Parameter(torch.zeros(width)) if key_bias else None
         self.v_bias = nn.Parameter(torch.zeros(width))
         nn.init.xavier_uniform_(self.weight)
 
@@ -52,23 +55,29 @@ class QKV(nn.Module):
         return linear(tokens, self.weight, self.bias())
 
     def bias(self) -> Tensor:
-        """Return the packed bias (3 D,), which is zero for the keys."""
-        return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        """Return the packed bias (3 D,), which is zero for keys without a bias."""
+        of_keys = torch.zeros_like(self.q_bias) if self.k_bias is None else self.k_bias
+        return torch.cat([self.q_bias, of_keys, self.v_bias])
 
 
 class Attention(nn.Module):
     """Multi-head self-attention over all tokens."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, *, key_bias: bool = False) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv: nn.Module = QKV(width)
+        self.qkv: nn.Module = QKV(width, key_bias=key_bias)
         self.proj: nn.Module = Linear(width, width)
 
-    def forward(self, tokens: Tensor, output_tokens: OutputTokens = None) -> Tensor:
-        """Attend from the tokens `output_tokens` (all if None) to all tokens: (B, N, D) to (B, K, D)."""
+    def forward(self, tokens: Tensor, output_tokens: OutputTokens = None, rotation: Tensor | None = None) -> Tensor:
+        """Attend from the tokens `output_tokens` (all if None) to all tokens: (B, N, D) to (B, K, D).
+
+        Queries and keys are turned by `rotation` (2, N, C), see `rotation_table`, if it is given.
+        """
         clips, count, width = tokens.shape
         packed = self.qkv(tokens).view(clips, count, 3, self.heads, width // self.heads)
+        if rotation is not None:
+            packed = rotate(packed, rotation)
         last = output_tokens if isinstance(output_tokens, int) else None
         attended = attention(packed, last)
         projected: Tensor = self.proj(attended if last is not None else select_output_tokens(attended, output_tokens))
@@ -93,53 +102,71 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and MLP, each with a residual and stochastic depth."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, drop_path: float) -> None:
+    def __init__(self, width: int, heads: int, mlp_ratio: float, drop_path: float, *, key_bias: bool = False) -> None:
         super().__init__()
         self.norm1: nn.Module = LayerNorm(width)
-        self.attn = Attention(width, heads)
+        self.attn = Attention(width, heads, key_bias=key_bias)
         self.norm2: nn.Module = AddLayerNorm(width)
         self.mlp: nn.Module = Mlp(width, int(width * mlp_ratio))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(
-        self, tokens: Tensor, output_tokens: OutputTokens = None, *, recompute_attention: bool = False
+        self,
+        tokens: Tensor,
+        output_tokens: OutputTokens = None,
+        rotation: Tensor | None = None,
+        *,
+        recompute_attention: bool = False,
     ) -> Tensor:
         """Apply the block: (B, N, D) to (B, K, D).
 
         Args:
             tokens: (B, N, D).
             output_tokens: tokens to return, all if None. They attend to all tokens; the MLP computes only them.
+            rotation: (2, N, C) of rotary positions, or None.
             recompute_attention: recompute the attention half in the backward pass instead of storing its activations.
         """
         if recompute_attention:
-            update = self.drop_path(checkpoint(self._attend, tokens, output_tokens, use_reentrant=False))
+            update = self.drop_path(checkpoint(self._attend, tokens, output_tokens, rotation, use_reentrant=False))
         else:
-            update = self.drop_path(self._attend(tokens, output_tokens))
+            update = self.drop_path(self._attend(tokens, output_tokens, rotation))
         tokens, normed = self.norm2(select_output_tokens(tokens, output_tokens), update)
         # A block's memory peaks in the MLP, which does not need it.
         del update
         return tokens + self.drop_path(self.mlp(normed))
 
-    def _attend(self, tokens: Tensor, output_tokens: OutputTokens) -> Tensor:
-        attended: Tensor = self.attn(self.norm1(tokens), output_tokens)
+    def _attend(self, tokens: Tensor, output_tokens: OutputTokens, rotation: Tensor | None) -> Tensor:
+        attended: Tensor = self.attn(self.norm1(tokens), output_tokens, rotation)
         return attended
 
 
 class Blocks(nn.ModuleList):
     """A stack of blocks; stochastic depth grows linearly from 0 to `drop_path`."""
 
-    def __init__(self, width: int, depth: int, heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0) -> None:
+    def __init__(
+        self,
+        width: int,
+        depth: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        *,
+        key_bias: bool = False,
+    ) -> None:
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        super().__init__(Block(width, heads, mlp_ratio, rate) for rate in rates)
+        super().__init__(Block(width, heads, mlp_ratio, rate, key_bias=key_bias) for rate in rates)
         self.gradient_checkpointing: Checkpointing = "none"
         self.needs_whole_batch = False
         """Whether a block must get the whole batch at once, since its sequences belong to different weights."""
 
-    def forward(self, tokens: Tensor, output_tokens: OutputTokens = None) -> Tensor:
-        """Apply all blocks, (B, N, D) to (B, K, D); the last one returns only `output_tokens` (None: all tokens)."""
+    def forward(self, tokens: Tensor, output_tokens: OutputTokens = None, rotation: Tensor | None = None) -> Tensor:
+        """Apply all blocks, (B, N, D) to (B, K, D); the last one returns only `output_tokens` (None: all tokens).
+
+        `rotation` (2, N, C) holds rotary positions, if the blocks have any.
+        """
         again = self.gradient_checkpointing if self.training else "none"
         for number, block in enumerate(self, start=1):
-            arguments = (tokens, output_tokens if number == len(self) else None)
+            arguments = (tokens, output_tokens if number == len(self) else None, rotation)
             if again == "block":
                 tokens = checkpoint(block, *arguments, use_reentrant=False)
             elif (
@@ -167,15 +194,15 @@ def _gathers(block: nn.Module) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in block.parameters())
 
 
-def _in_chunks(block: nn.Module, tokens: Tensor, output_tokens: OutputTokens) -> Tensor:
+def _in_chunks(block: nn.Module, tokens: Tensor, output_tokens: OutputTokens, rotation: Tensor | None) -> Tensor:
     """Apply a block to a few sequences at a time, so that activations between its layers stay in the CPU's cache."""
     size = sequences_per_pass(tokens.shape[1])
     if len(tokens) <= size:
-        whole: Tensor = block(tokens, output_tokens)
+        whole: Tensor = block(tokens, output_tokens, rotation)
         return whole
     parts = tokens.split(size)
     keeps = output_tokens.split(size) if isinstance(output_tokens, Tensor) else [output_tokens] * len(parts)
-    return torch.cat([block(*part) for part in zip(parts, keeps, strict=True)])
+    return torch.cat([block(part, keep, rotation) for part, keep in zip(parts, keeps, strict=True)])
 
 
 def set_gradient_checkpointing(model: nn.Module, checkpointing: Checkpointing) -> None:

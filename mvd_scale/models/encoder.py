@@ -1,6 +1,6 @@
 """The encoder (f of Eq. 1): a plain vision transformer that can embed a subset of the tokens.
 
-Legend: B clips, T frames, H W pixels, N tokens, K chosen tokens, D width.
+Legend: B clips, T frames, H W pixels, N tokens, K chosen tokens, D width, C channels of a head.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from mvd_kernels import LayerNorm, Linear, tube_rows
 from mvd_scale.config import ModelConfig
 from mvd_scale.models.blocks import Blocks
 from mvd_scale.models.initialization import init_patch_embed, init_pretrain_weights
-from mvd_scale.models.positions import position_table, resize_positions
+from mvd_scale.models.positions import encoder_positions, resize_positions
+from mvd_scale.models.rotary import rotation_table
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -51,6 +52,7 @@ class Encoder(nn.Module):
     """
 
     positions: Tensor
+    """Table (N, D) that is added to the tokens; for rotary positions the rotation (2, N, C) of queries and keys."""
 
     def __init__(self, config: ModelConfig, *, final_norm: bool = True) -> None:
         super().__init__()
@@ -61,9 +63,9 @@ class Encoder(nn.Module):
         self.mean, self.std = IMAGENET_MEAN, IMAGENET_STD
         self.patch_embed = Linear(3 * config.tubelet * config.patch_size**2, config.width)
         self.class_token = nn.Parameter(torch.zeros(1, 1, config.width)) if config.class_token else None
-        table = position_table(config.positions, config.grid, config.width)
-        self.register_buffer("positions", table, persistent=False)
-        self.blocks = Blocks(config.width, config.depth, config.heads, config.mlp_ratio, config.drop_path)
+        self.register_buffer("positions", encoder_positions(config), persistent=False)
+        shape = (config.width, config.depth, config.heads, config.mlp_ratio, config.drop_path)
+        self.blocks = Blocks(*shape, key_bias=config.is_rotary)
         self.norm = LayerNorm(config.width) if final_norm else None
         init_patch_embed(self.patch_embed, config)
         self.blocks.apply(init_pretrain_weights)
@@ -85,8 +87,12 @@ class Encoder(nn.Module):
         return frames // self.config.tubelet, height // self.config.patch_size, width // self.config.patch_size
 
     def _positions_of(self, pixels: Tensor) -> Tensor:
-        grid = self.grid_of(pixels)
-        return self.positions if grid == self.config.grid else resize_positions(self.positions, self.config.grid, grid)
+        grid, model = self.grid_of(pixels), self.config
+        if grid == model.grid:
+            return self.positions
+        if model.is_rotary:
+            return rotation_table(model.positions, grid, model.head_width).to(self.positions)
+        return resize_positions(self.positions, model.grid, grid)
 
     @property
     def patchify(self) -> Patchify:
@@ -103,7 +109,8 @@ class Encoder(nn.Module):
     ) -> Tensor:
         """Encode all or some tokens of each clip.
 
-        For frames of another size than the model's, the position table is interpolated to their grid.
+        For frames of another size than the model's, the position table is interpolated to their grid; rotary
+        positions are computed for it.
 
         Args:
             pixels: (B, T, H, W, 3), uint8 in 0..255 or floating in 0..1.
@@ -115,18 +122,28 @@ class Encoder(nn.Module):
         Returns:
             (B, K, D) in the dtype of the weights, preceded by the class token if the model has one; (B, M, D) with
             `output_tokens`.
+
+        Raises:
+            ValueError: some tokens are to be encoded by a model with rotary positions.
         """
+        rotary = self.config.is_rotary
+        if rotary and tokens is not None:
+            raise ValueError("a model with rotary positions encodes whole clips, not a part of their tokens")
         if rows is None:
             rows = self.patchify.rows(pixels, tokens)
         # As one matrix (B K, t p p 3): `rows` may be a strided view, which a 2-D product reads without a copy.
         embedded = self.patch_embed(rows.flatten(0, 1)).unflatten(0, rows.shape[:2])
-        positions = self._positions_of(pixels).to(embedded.dtype)
-        encoded = embedded + (positions if tokens is None else positions[tokens])
+        positions = self._positions_of(pixels)
+        if rotary:
+            encoded = embedded
+        else:
+            table = positions.to(embedded.dtype)
+            encoded = embedded + (table if tokens is None else table[tokens])
         # Else they would be held while the blocks run.
         del rows, embedded
         if self.class_token is not None:
             encoded = torch.cat([self.class_token.expand(encoded.shape[0], -1, -1), encoded], dim=1)
         if output_tokens is not None and self.class_token is not None:
             output_tokens = output_tokens + 1
-        encoded = self.blocks(encoded, output_tokens)
+        encoded = self.blocks(encoded, output_tokens, positions if rotary else None)
         return encoded if self.norm is None else self.norm(encoded)

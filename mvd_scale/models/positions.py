@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mvd_scale.config.model import Positions
+from mvd_scale.config.model import ModelConfig, Positions
+from mvd_scale.models.rotary import rotation_table
+
+
+def encoder_positions(model: ModelConfig) -> Tensor:
+    """Compute the fixed positions of an encoder: the table (N, D) that is added, or the rotation (2, N, C); float32."""
+    if model.is_rotary:
+        return rotation_table(model.positions, model.grid, model.head_width)
+    assert model.width is not None
+    return position_table(model.positions, model.grid, model.width)
 
 
 def position_table(kind: Positions, grid: tuple[int, int, int], width: int) -> Tensor:

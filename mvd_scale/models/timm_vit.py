@@ -19,24 +19,32 @@ from mvd_scale.errors import UserError
 class TimmViT(nn.Module):
     """Image model that returns the patch features of its last block; class and register tokens are dropped."""
 
-    def __init__(self, name: str, grid: int, *, final_norm: bool, pretrained: bool) -> None:
-        """Build a model at the input size at which its patches form a grid of `grid` x `grid`.
+    def __init__(
+        self, name: str, grid: int, *, final_norm: bool, pretrained: bool, input_size: int | None = None
+    ) -> None:
+        """Build a model at an input size, or at the one at which its patches form a grid of `grid` x `grid`.
 
         Args:
             name: name of a model of timm.
-            grid: patches along a side.
+            grid: patches along a side, without an input size.
             final_norm: keep the norm after the last block.
             pretrained: download timm's weights; otherwise the weights are random.
+            input_size: side of the frames in pixels.
 
         Raises:
-            UserError: timm has no such model, or the model is no plain vision transformer.
+            UserError: timm has no such model, the model is no plain vision transformer, or the input size is not a
+                multiple of its patches.
         """
         super().__init__()
         if not timm.is_model(name):
             close = ", ".join(get_close_matches(name, timm.list_models())) or "none"
             raise UserError(f"timm has no model {name!r}; close to it: {close}")
         self.patch_size = _patch_size(name)
-        self.input_size = grid * self.patch_size
+        self.input_size = grid * self.patch_size if input_size is None else input_size
+        if self.input_size % self.patch_size:
+            raise UserError(
+                f"input_size {input_size} is not a multiple of the patch of {name}, {self.patch_size} pixels"
+            )
         # If the weights are for another input size, timm resamples their positions.
         self.vit = timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=self.input_size)
         if not final_norm:

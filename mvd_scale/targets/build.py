@@ -11,7 +11,7 @@ from mvd_scale.errors import UserError
 from mvd_scale.models import Encoder
 from mvd_scale.models.timm_vit import TimmViT
 from mvd_scale.targets.image_teacher import ImageTeacher
-from mvd_scale.targets.load import build_ema_encoder, load_teacher
+from mvd_scale.targets.load import build_ema_encoder, build_timm, load_teacher, running_shape
 from mvd_scale.targets.momentum import MomentumTeacher
 from mvd_scale.targets.pixels import Pixels
 from mvd_scale.targets.target import Target
@@ -103,13 +103,13 @@ def init_teacher(recipe: Recipe, name: str) -> Encoder | TimmViT:
     """
     config = recipe.targets[name]
     if isinstance(config, TimmTarget):
-        return TimmViT(config.vit, recipe.model.grid[1], final_norm=config.final_norm, pretrained=False)
+        return build_timm(config, recipe.model, pretrained=False)
     if isinstance(config, MomentumTarget):
         return build_ema_encoder(recipe)
     assert isinstance(config, TrainedTeacherTarget)
     if config.model is None:
         raise UserError(f"targets.{name}.model is missing: a benchmark builds its teachers from their shape")
-    return Encoder(config.model, final_norm=False)
+    return Encoder(running_shape(name, config, config.model, recipe.model), final_norm=config.final_norm)
 
 
 def load_or_init_teacher(recipe: Recipe, name: str) -> Encoder | TimmViT:

@@ -9,7 +9,7 @@ from mvd_scale.config import ImageTeacherTarget, ModelConfig
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.errors import UserError
 from mvd_scale.models import Encoder
-from mvd_scale.models.blocks import select_output_tokens
+from mvd_scale.targets.resampling import make_resampler
 from mvd_scale.targets.target import EncoderTeacher
 
 
@@ -29,7 +29,7 @@ class ImageTeacher(EncoderTeacher):
             tubes: whether every tubelet of a clip has the same number of target tokens (tube masking).
 
         Raises:
-            UserError: the teacher takes clips, or its grid differs from the student's.
+            UserError: the teacher takes clips, or its grid differs from the student's and is not resampled.
         """
         super().__init__(config, teacher, student.tubelet)
         self.tubes = tubes
@@ -39,13 +39,9 @@ class ImageTeacher(EncoderTeacher):
                 f"targets.{name} is an image teacher, but its checkpoint takes clips of {teacher.config.frames} "
                 "frames; expected a model of single frames (model.frames 1), or `kind: video_teacher`"
             )
-        _, rows, columns = teacher.config.grid
-        if (rows, columns) != student.grid[1:]:
-            size = student.grid[1] * teacher.config.patch_size
-            raise UserError(
-                f"targets.{name}: the teacher's grid is {rows}x{columns}, the student's "
-                f"{student.grid[1]}x{student.grid[2]}; a teacher of input size {size} would match"
-            )
+        grid = (student.grid[0], *teacher.config.grid[1:])
+        side = student.grid[1] * teacher.config.patch_size
+        self.resampler = make_resampler(name, grid, student.grid, allowed=config.resample, side=side)
 
     def encode(self, batch: ClipBatch, tokens: Tensor | None, rows: Tensor | None = None) -> Tensor:
         """Features at the tokens int64 (B, M), or at all tokens but the class token if None: (B, M, D).
@@ -59,14 +55,14 @@ class ImageTeacher(EncoderTeacher):
         if rows is not None:
             front = rows[..., : rows.shape[-1] // self.tubelet]
             given["rows"] = front.unflatten(1, (shape[1], -1)).flatten(0, 1)
-        if tokens is not None and self.tubes:
+        if tokens is not None and self.tubes and self.resampler is None:
             # Tokens are ascending and time-major, so they split into equal runs, one per frame. Subtracting the
             # frame's first index turns indices in the clip into indices in the frame.
             slices = tokens.view(*shape, -1) - self.patches * torch.arange(shape[1], device=tokens.device).unsqueeze(1)
             features: Tensor = self.teacher(fronts, output_tokens=slices.flatten(0, 1), **given)
             return features.unflatten(0, shape).flatten(1, 2)
         features = self.teacher(fronts, **given)
-        return select_output_tokens(features[:, self.extra_tokens :].unflatten(0, shape).flatten(1, 2), tokens)
+        return self.select(features[:, self.extra_tokens :].unflatten(0, shape).flatten(1, 2), tokens)
 
 
 def front_frames(pixels: Tensor, tubelet: int) -> tuple[Tensor, tuple[int, int]]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from mvd_scale.checkpoints.adapt import adapt
 from mvd_scale.checkpoints.checkpoint import Hints
 from mvd_scale.checkpoints.reading import read_raw_checkpoint, tensors_digest
-from mvd_scale.checkpoints.weights import load_encoder
-from mvd_scale.config import ModelConfig, MomentumTarget, Recipe, TimmTarget
+from mvd_scale.checkpoints.weights import load_encoder, map_encoder, read_checkpoint
+from mvd_scale.config import ModelConfig, MomentumTarget, Recipe, TimmTarget, VideoTeacherTarget
 from mvd_scale.config.target import TrainedTeacherTarget
 from mvd_scale.errors import UserError
 from mvd_scale.models import Encoder
@@ -53,19 +54,55 @@ def load_teacher(recipe: Recipe, name: str, averages: Path | None = None) -> Enc
     if config.model is not None:
         shape = config.model
         hints = Hints(shape.heads, None, shape.frames, shape.input_size, shape.positions)
-    teacher = load_encoder(config.checkpoint, final_norm=False, hints=hints, mapped=True)
+    checkpoint = read_checkpoint(config.checkpoint, hints)
     if config.model is not None:
-        actual, expected = (model.model_dump(exclude={"drop_path"}) for model in (teacher.config, config.model))
+        actual, expected = (model.model_dump(exclude={"drop_path"}) for model in (checkpoint.model, config.model))
         differing = ", ".join(
             f"{key} {value} (recipe: {expected[key]})" for key, value in actual.items() if value != expected[key]
         )
         if differing:
             raise UserError(f"{config.checkpoint} is not the teacher of targets.{name}.model: it has {differing}")
-    return teacher
+    runs = running_shape(name, config, checkpoint.model, recipe.model)
+    checkpoint = adapt(checkpoint, frames=runs.frames, input_size=runs.input_size)
+    return map_encoder(checkpoint, final_norm=config.final_norm)
+
+
+def running_shape(name: str, config: TrainedTeacherTarget, model: ModelConfig, student: ModelConfig) -> ModelConfig:
+    """Return the shape in which a teacher sees the student's clips: its own, with the frames and size of the recipe.
+
+    Args:
+        name: name of the target, for messages.
+        config: settings of the target.
+        model: shape of the teacher's checkpoint.
+        student: shape of the student's encoder.
+
+    Raises:
+        UserError: the frames are not a multiple of the teacher's tubelet, or the size not one of its patch.
+    """
+    frames = config.frames if isinstance(config, VideoTeacherTarget) else None
+    if frames is None:
+        frames = student.frames if model.is_rotary else model.frames
+    side = config.input_size or model.input_size
+    for key, value, unit in (("frames", frames, model.tubelet), ("input_size", side, model.patch_size)):
+        if value % unit:
+            part = "tubelet" if key == "frames" else "patch"
+            raise UserError(f"targets.{name}.{key} {value} is not a multiple of the teacher's {part} of {unit}")
+    return model.model_copy(update={"frames": frames, "input_size": side})
+
+
+def build_timm(config: TimmTarget, student: ModelConfig, *, pretrained: bool) -> TimmViT:
+    """Build a teacher of timm at its input size; see `TimmViT`."""
+    return TimmViT(
+        config.vit,
+        student.grid[1],
+        final_norm=config.final_norm,
+        pretrained=pretrained,
+        input_size=config.input_size,
+    )
 
 
 def _load_timm(config: TimmTarget, student: ModelConfig) -> TimmViT:
-    teacher = TimmViT(config.vit, student.grid[1], final_norm=config.final_norm, pretrained=config.checkpoint is None)
+    teacher = build_timm(config, student, pretrained=config.checkpoint is None)
     if config.checkpoint is not None:
         teacher.load(read_raw_checkpoint(config.checkpoint).tensors, str(config.checkpoint))
     return teacher

@@ -16,7 +16,9 @@ from mvd_kernels import masked_distance
 from mvd_scale.config.target import BaseTarget, TeacherTarget
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.models import Encoder
+from mvd_scale.models.blocks import select_output_tokens
 from mvd_scale.models.encoder import Patchify
+from mvd_scale.targets.resampling import GridResampler
 
 
 class Target(ABC):
@@ -54,11 +56,26 @@ class FrozenTeacher(Target):
     config: TeacherTarget
     prefetchable = True
 
+    resampler: GridResampler | None = None
+    """Resampler of features from the teacher's token grid to the student's; None if the grids agree."""
+
     def __init__(self, config: TeacherTarget, teacher: nn.Module, channels: int, input_size: int) -> None:
         super().__init__(config)
         self.teacher = teacher.eval().requires_grad_(False)
         self.channels = channels
         self.input_size = input_size
+
+    def select(self, features: Tensor, tokens: Tensor | None) -> Tensor:
+        """Select features at the student's tokens.
+
+        Args:
+            features: (B, N, D) at all tokens of the teacher's grid, without a class token.
+            tokens: int64 (B, M) in the student's grid, or None for all tokens in order.
+
+        Returns:
+            (B, M, D).
+        """
+        return select_output_tokens(features if self.resampler is None else self.resampler(features), tokens)
 
     @abstractmethod
     def encode(self, batch: ClipBatch, tokens: Tensor | None) -> Tensor:

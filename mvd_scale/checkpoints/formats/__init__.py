@@ -13,7 +13,9 @@ from mvd_scale.checkpoints.formats.jepa import DINO, I_JEPA, V_JEPA
 from mvd_scale.checkpoints.formats.mae import MAE
 from mvd_scale.checkpoints.formats.mvd import MVD, MVD_CLASSIFIER
 from mvd_scale.checkpoints.formats.timm import TIMM
-from mvd_scale.checkpoints.formats.videomae import VIDEOMAE, VIDEOMAE_FINETUNED
+from mvd_scale.checkpoints.formats.umt import UMT
+from mvd_scale.checkpoints.formats.videomae import VIDEOMAE, VIDEOMAE_FINETUNED, VIDEOMAE_V2_GIANT
+from mvd_scale.checkpoints.formats.vjepa2 import HF_VJEPA2, V_JEPA_2, V_JEPA_2_1
 from mvd_scale.config.model import Positions
 
 FAMILIES: dict[str, tuple[Format, ...]] = {
@@ -26,7 +28,8 @@ FAMILIES: dict[str, tuple[Format, ...]] = {
 """Formats that can be written, by the value of `mvd-scale export --to`."""
 
 _ORDER = (
-    *(HF_MAE, HF_VIDEOMAE, VIDEOMAE, V_JEPA, MVD, MAE, MVD_CLASSIFIER, VIDEOMAE_FINETUNED),
+    *(HF_MAE, HF_VIDEOMAE, HF_VJEPA2, VIDEOMAE, V_JEPA, V_JEPA_2_1, V_JEPA_2),
+    *(UMT, VIDEOMAE_V2_GIANT, MVD, MAE, MVD_CLASSIFIER, VIDEOMAE_FINETUNED),
     *(DINO, I_JEPA, TIMM),
 )
 """Order of recognition, the most specific keys first: later formats also match files of earlier ones."""
@@ -42,7 +45,8 @@ def recognise(tensors: Mapping[str, Tensor], positions: Positions | None) -> For
     """Recognise the published format of a state dict without wrapper prefixes.
 
     Fine-tuned classifiers of VideoMAE and MVD have the same keys: `is_ambiguous` tells whether `positions` must say
-    which one it is. They are VideoMAE's if it is `sinusoid`, else MVD's.
+    which one it is. They are VideoMAE's if it is `sinusoid`, else MVD's. V-JEPA 2 has the keys of V-JEPA but for the
+    table, which a file may hold all the same, and those of other models of clips: there `positions` decides as well.
 
     Args:
         tensors: tensors by the names of the file.
@@ -52,6 +56,10 @@ def recognise(tensors: Mapping[str, Tensor], positions: Positions | None) -> For
         the format, or None if no published format has these keys.
     """
     found = next((form for form in _ORDER if form.recognise(tensors)), None)
+    if found is V_JEPA and positions == V_JEPA_2.positions:
+        return V_JEPA_2
+    if found is V_JEPA_2 and positions not in (None, V_JEPA_2.positions):
+        return VIDEOMAE_FINETUNED
     return VIDEOMAE_FINETUNED if found is MVD_CLASSIFIER and positions == "sinusoid" else found
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from mvd_scale.checkpoints.formats.format import patch_axes
+from mvd_scale.checkpoints.formats.vjepa2 import V_JEPA_2, V_JEPA_2_1, is_fused_clip_model
 
 Tensors = Mapping[str, Tensor]
 
@@ -23,13 +24,22 @@ def _has_layer_scale(tensors: Tensors) -> bool:
     return patch_axes(tensors, *names) == 4 and _has("ls1.gamma", "gamma_1", "layer_scale1.lambda1")(tensors)
 
 
+def _is_internvideo2(tensors: Tensors) -> bool:
+    return patch_axes(tensors, "patch_embed.proj.weight") == 5 and _has("attn.q_norm.weight")(tensors)
+
+
 def _is_clip_model_of_unknown_positions(tensors: Tensors) -> bool:
-    # VideoMAE and MVD, which store no table either, have no bias of the keys.
-    fused = _has("attn.qkv.bias")(tensors) and not _has("attn.q_bias")(tensors)
-    return patch_axes(tensors, "patch_embed.proj.weight") == 5 and fused and "pos_embed" not in tensors
+    if V_JEPA_2.recognise(tensors) or V_JEPA_2_1.recognise(tensors):
+        return False
+    return is_fused_clip_model(tensors) and "pos_embed" not in tensors
 
 
 _FOREIGN: tuple[tuple[Callable[[Tensors], bool], str, str], ...] = (
+    (
+        _is_internvideo2,
+        "InternVideo2",
+        "its blocks have RMS norms, norms of queries and keys, and a scale on each residual branch",
+    ),
     (
         _has("pos_embed_spatial"),
         "MAE-ST (facebookresearch/mae_st)",
@@ -47,9 +57,9 @@ _FOREIGN: tuple[tuple[Callable[[Tensors], bool], str, str], ...] = (
     ),
     (
         _is_clip_model_of_unknown_positions,
-        "V-JEPA 2 or another model of clips without a stored position table",
-        "it has biases that VideoMAE and MVD lack, and seems to turn queries and keys by their positions; if it adds a "
-        "fixed table, give it with --positions",
+        "a model of clips without a stored position table",
+        "it has biases that VideoMAE and MVD lack, and is no V-JEPA 2, whose encoders end in a norm and have no head; "
+        "if it adds a fixed table, give it with --positions",
     ),
 )
 

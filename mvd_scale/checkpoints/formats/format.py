@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from mvd_scale.checkpoints.checkpoint import Checkpoint, Hints, Kind
 from mvd_scale.checkpoints.formats.names import AttentionForm, Table
-from mvd_scale.config.model import Positions
+from mvd_scale.config.model import Positions, is_rotary
 
 SPLIT_LEAVES: Table = (("attn.q_bias", "attn.qkv.q_bias"), ("attn.v_bias", "attn.qkv.v_bias"), ("", ""))
 """Names within a block, for VideoMAE and MVD."""
@@ -29,6 +29,10 @@ HF_LEAVES: Table = (
     ("layernorm_after.", "norm2."),
 )
 """Names within a block, for the files on Hugging Face's hub."""
+
+
+def _unchanged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return dict(tensors)
 
 
 def _no_facts(config: Mapping[str, Any]) -> Hints:
@@ -69,6 +73,18 @@ class Format:
     key_bias: bool = False
     """Whether the keys have a bias (`separate` attention only)."""
 
+    heads: Mapping[int, int] = field(default_factory=dict)
+    """Attention heads by width, for sizes that are not in `SIZES` or have another number of heads there."""
+
+    frames: int = 16
+    """Frames per clip of the published models; used if neither the file nor the hints state them."""
+
+    input_size: int | None = None
+    """Input side in pixels of the published models, for files that contain no positions; None for 14 patches."""
+
+    prepare: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = _unchanged
+    """Function that merges tensors of a file that always act together, before they are renamed."""
+
     ignored: tuple[str, ...] = ()
     """Prefixes of names that are known and deliberately not loaded."""
 
@@ -77,6 +93,11 @@ class Format:
 
     config: Callable[[Checkpoint], dict[str, Any]] | None = None
     """Function that makes the `config.json` to write beside the weights; None if the format has none."""
+
+    @property
+    def is_rotary(self) -> bool:
+        """Whether the positions turn queries and keys, so that a bias of the keys counts."""
+        return is_rotary(self.positions)
 
 
 def patch_axes(tensors: Mapping[str, Tensor], *names: str) -> int:

@@ -32,17 +32,19 @@ def to_published_name(name: str, modules: Table, leaves: Table) -> str | None:
     return _rename(leaf_renamed, _flip(modules)) if leaf_renamed is not None else None
 
 
-def pack_attention(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Convert any form of attention to ours: one packed weight, and biases for query and value only.
+def pack_attention(tensors: Mapping[str, Tensor], *, key_bias: bool = False) -> dict[str, Tensor]:
+    """Convert any form of attention to ours: one packed weight, and biases for query and value.
 
     A bias of the keys adds the same number to all scores of a query, which the softmax cancels: it is dropped without
-    any change of the output.
+    any change of the output, unless rotary positions turn it (`key_bias`).
     """
     packed = dict(tensors)
     for name in tensors:
         start, end = name[: name.rfind(".") + 1], name[name.rfind(".") + 1 :]
         if start.endswith("attn.qkv.") and end == "bias":
-            packed[start + "q_bias"], _, packed[start + "v_bias"] = packed.pop(name).chunk(3)
+            packed[start + "q_bias"], of_keys, packed[start + "v_bias"] = packed.pop(name).chunk(3)
+            if key_bias:
+                packed[start + "k_bias"] = of_keys
         elif start.endswith("attn.q."):
             attention = start.removesuffix("q.")
             parts = [f"{attention}{part}.weight" for part in "qkv"]
@@ -50,7 +52,9 @@ def pack_attention(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 packed[attention + "qkv.weight"] = torch.cat([packed.pop(part) for part in parts])
             elif end == "bias":
                 packed[attention + "qkv.q_bias"] = packed.pop(name)
-                packed.pop(attention + "k.bias", None)
+                of_separate_keys = packed.pop(attention + "k.bias", None)
+                if key_bias and of_separate_keys is not None:
+                    packed[attention + "qkv.k_bias"] = of_separate_keys
         elif start.endswith("attn.v.") and end == "bias":
             packed[start.removesuffix("v.") + "qkv.v_bias"] = packed.pop(name)
     return packed

@@ -1,16 +1,23 @@
-"""VideoMAE (MCG-NJU/VideoMAE): pre-training files with encoder and pixel decoder; encoders and fine-tuned classifiers.
+"""VideoMAE and VideoMAE V2 (MCG-NJU/VideoMAE, OpenGVLab/VideoMAEv2): pre-training files with encoder and pixel decoder;
+encoders and fine-tuned classifiers.
 
-Neither kind of file contains a position table: VideoMAE's code adds a sinusoid over the token index.
+ViT-g of VideoMAE V2 has patches of 14 pixels, which no model of VideoMAE or MVD has. No file contains a position table:
+VideoMAE's code adds a sinusoid over the token index.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
 from mvd_scale.checkpoints.formats.format import SPLIT_LEAVES, Format, patch_axes
 from mvd_scale.checkpoints.formats.names import Table
+
+_HEADS = {1408: 16}
+_SIDE = 224
+_PATCHES = "patch_embed.proj.weight"
 
 FINETUNED_MODULES: Table = (
     ("patch_embed.proj.", "encoder.patch_embed."),
@@ -30,6 +37,16 @@ def _recognise_encoder(tensors: Mapping[str, Tensor]) -> bool:
     return patch_axes(tensors, "patch_embed.proj.weight") == 5
 
 
+def _recognise_giant(tensors: Mapping[str, Tensor]) -> bool:
+    patches = tensors.get(_PATCHES)
+    return has_split_biases(tensors) and patches is not None and patches.ndim == 5 and patches.shape[-1] == 14
+
+
+def has_split_biases(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether queries and values have biases of their own, as in VideoMAE, MVD and UMT."""
+    return any(name.endswith("attn.q_bias") for name in tensors)
+
+
 VIDEOMAE = Format(
     name="videomae",
     recognise=_recognise,
@@ -45,6 +62,8 @@ VIDEOMAE = Format(
     attention="split",
     positions="sinusoid",
     kinds=("student",),
+    heads=_HEADS,
+    input_size=_SIDE,
 )
 
 VIDEOMAE_FINETUNED = Format(
@@ -55,4 +74,8 @@ VIDEOMAE_FINETUNED = Format(
     attention="split",
     positions="sinusoid",
     kinds=("encoder", "classifier"),
+    heads=_HEADS,
+    input_size=_SIDE,
 )
+
+VIDEOMAE_V2_GIANT = replace(VIDEOMAE_FINETUNED, recognise=_recognise_giant)

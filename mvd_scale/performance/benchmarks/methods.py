@@ -35,9 +35,10 @@ METHODS: dict[str, list[str]] = {
     "alignment, visible tokens": [
         "--recipe", "distill/b_from_b", "--targets.image", _VISIBLE, "--targets.video", _VISIBLE,
     ],
+    "DINOv3-L and V-JEPA 2-L": ["--recipe", "distill/b_from_dinov3_l_and_vjepa2_l"],
     "VideoMAE": ["--recipe", "pretrain/videomae_b_k400"],
 }  # fmt: skip
-"""Command-line arguments of each method at size B; the first method is the reference of the others."""
+"""Command-line arguments of each method for a student of size B; the first method is the reference of the others."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,13 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mvd_scale.config import DecoderConfig, FinetuneRecipe, ModelConfig, Recipe, TokenHeadConfig
 from mvd_scale.errors import UserError
-from mvd_scale.models import Classifier, Encoder, Student
+from mvd_scale.models import Classifier, Student
 from mvd_scale.models.quantization import quantizable_weights
 from mvd_scale.models.timm_vit import TimmViT
 from mvd_scale.performance.planning.layers import BlockCost, ElementwiseCost, LayerCost, LinearCost
 from mvd_scale.targets import FrozenTeacher, Target, build_targets
 from mvd_scale.targets.build import init_teacher
 from mvd_scale.targets.image_teacher import ImageTeacher
+from mvd_scale.targets.target import EncoderTeacher
 from mvd_scale.training.capabilities import teacher_of
 from mvd_scale.training.placement import Teacher
 
@@ -240,20 +241,21 @@ def _teacher_part(target_name: str, target: FrozenTeacher, recipe: Recipe) -> Mo
     token_counts = {"masked": masked_tokens(recipe), "visible": recipe.visible_tokens, "all": recipe.tokens}
     values = token_counts[target.config.tokens] * target.channels
     if isinstance(teacher, TimmViT):
-        seen = recipe.tokens + teacher.vit.num_prefix_tokens * recipe.model.grid[0]
+        patches = (teacher.input_size // teacher.patch_size) ** 2
+        seen = (patches + teacher.vit.num_prefix_tokens) * recipe.model.grid[0]
         counts |= {"products": 2 * seen * counts["linear"], "counted": _counted(teacher, recipe.model)}
         # The peak of a block with an MLP ratio of 4; timm's models have about that ratio.
         opaque = 12 * seen * teacher.width
         return ModelPart(
             name, teacher.width, (), values, opaque=opaque, teacher=teacher_of(target_name, target), **counts
         )
-    assert isinstance(teacher, Encoder)
-    model = teacher.config
+    assert isinstance(target, EncoderTeacher)
+    model = target.encoder.config
     sequences = recipe.model.grid[0] if isinstance(target, ImageTeacher) else 1
-    tokens = recipe.tokens // sequences
+    tokens = model.grid[0] * model.grid[1] * model.grid[2]
     seen = tokens + model.class_token
     outputs = seen if target.config.tokens == "all" else token_counts[target.config.tokens] // sequences
-    if isinstance(target, ImageTeacher) and not target.tubes:
+    if (isinstance(target, ImageTeacher) and not target.tubes) or target.resampler is not None:
         outputs = seen
     embedding = LinearCost(sequences * tokens, 3 * model.tubelet * model.patch_size**2, _width(model))
     blocks = encoder_blocks(model, seen, outputs=outputs, sequences=sequences)

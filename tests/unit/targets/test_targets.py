@@ -215,8 +215,12 @@ def test_no_gradient_reaches_a_teacher_and_none_of_it_is_the_student(batch: Clip
     ("kind", "shape", "message"),
     [
         ("image_teacher", VIDEO, "takes clips of 4 frames"),
-        ("image_teacher", {**IMAGE, "patch_size": 8}, "a teacher of input size 16 would match"),
-        ("video_teacher", {**VIDEO, "frames": 8}, "8 frames into a grid of 4x2x2"),
+        (
+            "image_teacher",
+            {**IMAGE, "patch_size": 8},
+            r"the student's 2x2x2: .*`resample: true`, or .*`input_size: 16`",
+        ),
+        ("video_teacher", {**VIDEO, "frames": 8}, "takes 8 frames, the student's clips have 4"),
     ],
 )
 def test_a_teacher_of_another_grid_is_refused(kind: str, shape: dict[str, Any], message: str) -> None:

@@ -65,7 +65,7 @@ def test_patch_features_of_front_frames(tmp_path: Path, vit: str, final_norm: bo
 @pytest.mark.parametrize(
     ("vit", "target", "message"),
     [
-        ("vit_tiny_patch16_224", {"input_size": 224}, "64 would match"),
+        ("vit_tiny_patch16_224", {"input_size": 224}, "`input_size: 64`"),
         ("vit_tinny_patch16_224", {}, "close to it: vit_tiny_patch16_224"),
         ("resnet18", {}, "no plain vision transformer"),
     ],
