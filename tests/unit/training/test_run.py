@@ -32,6 +32,7 @@ def test_a_run_is_not_resumed_with_optimizer_states_on_nvme(tmp_path: Path, monk
     recipe = load_recipe("quickstart/student", ["--training.deepspeed", str(file), "--run.folder", str(run)])
     monkeypatch.setattr(module, "init_distributed", lambda *_: Ranks(0, 0, 1, torch.device("cpu")))
     job: Any = SimpleNamespace(recipe=recipe, folder=RunFolder(run))
+    job.runs = [job]
     with pytest.raises(UserError, match=r"nvme\.json: zero_optimization\.offload_optimizer\.device .* expected 'cpu'"):
         run_training(job)
     assert [path.relative_to(run) for path in run.rglob("*")] == [
