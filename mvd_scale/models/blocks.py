@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mvd_kernels import AddLayerNorm, LayerNorm, Linear, attention, linear
+from mvd_kernels import AddLayerNorm, LayerNorm, attention
 from mvd_scale.models.drop_path import DropPath
 from mvd_scale.models.rotary import rotate
 
@@ -52,7 +53,7 @@ class QKV(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Project tokens to query, key and value: (B, N, D) to (B, N, 3 D)."""
-        return linear(tokens, self.weight, self.bias())
+        return F.linear(tokens, self.weight, self.bias())
 
     def bias(self) -> Tensor:
         """Return the packed bias (3 D,), which is zero for keys without a bias."""
@@ -67,7 +68,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv: nn.Module = QKV(width, key_bias=key_bias)
-        self.proj: nn.Module = Linear(width, width)
+        self.proj: nn.Module = nn.Linear(width, width)
 
     def forward(self, tokens: Tensor, output_tokens: OutputTokens = None, rotation: Tensor | None = None) -> Tensor:
         """Attend from the tokens `output_tokens` (all if None) to all tokens: (B, N, D) to (B, K, D).
@@ -89,9 +90,9 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1: nn.Module = Linear(width, hidden)
+        self.fc1: nn.Module = nn.Linear(width, hidden)
         self.act = nn.GELU()
-        self.fc2: nn.Module = Linear(hidden, width)
+        self.fc2: nn.Module = nn.Linear(hidden, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Apply both layers to each token: (B, N, D) to (B, N, D)."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from mvd_kernels import LayerNorm, Linear, decoder_input
+from mvd_kernels import LayerNorm, decoder_input
 from mvd_scale.config import DecoderConfig, ModelConfig
 from mvd_scale.models.blocks import Blocks
 from mvd_scale.models.grouped import GroupedLinear, grouped_blocks
@@ -27,14 +27,14 @@ class Decoder(nn.Module):
         super().__init__()
         assert encoder.width is not None
         self.config = config
-        self.embed = Linear(encoder.width, config.width, bias=config.embed_bias)
+        self.embed = nn.Linear(encoder.width, config.width, bias=config.embed_bias)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))
         table = position_table(encoder.positions, encoder.grid, config.width)
         self.register_buffer("positions", table, persistent=False)
         drop_path = encoder.drop_path if config.drop_path is None else config.drop_path
         self.blocks = Blocks(config.width, config.depth, config.heads, encoder.mlp_ratio, drop_path)
         self.norm = LayerNorm(config.width)
-        self.head = Linear(config.width, out_channels)
+        self.head = nn.Linear(config.width, out_channels)
         self.blocks.apply(init_pretrain_weights)
         init_pretrain_weights(self.head)
         if config.embed_bias:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mvd_kernels import LayerNorm, Linear, tube_rows
+from mvd_kernels import LayerNorm, tube_rows
 from mvd_scale.config import ModelConfig
 from mvd_scale.models.blocks import Blocks
 from mvd_scale.models.initialization import init_patch_embed, init_pretrain_weights
@@ -61,7 +61,7 @@ class Encoder(nn.Module):
         assert config.heads is not None
         self.config = config
         self.mean, self.std = IMAGENET_MEAN, IMAGENET_STD
-        self.patch_embed = Linear(3 * config.tubelet * config.patch_size**2, config.width)
+        self.patch_embed = nn.Linear(3 * config.tubelet * config.patch_size**2, config.width)
         self.class_token = nn.Parameter(torch.zeros(1, 1, config.width)) if config.class_token else None
         self.register_buffer("positions", encoder_positions(config), persistent=False)
         shape = (config.width, config.depth, config.heads, config.mlp_ratio, config.drop_path)

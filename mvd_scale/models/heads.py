@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from mvd_kernels import Linear
 from mvd_scale.config import ModelConfig, TokenHeadConfig
 from mvd_scale.models.initialization import init_pretrain_weights
 
@@ -20,10 +19,10 @@ class TokenHead(nn.Module):
         assert encoder.width is not None
         self.layers: nn.Module
         if config.kind == "linear":
-            self.layers = Linear(encoder.width, out_channels)
+            self.layers = nn.Linear(encoder.width, out_channels)
         else:
             hidden = config.hidden or encoder.width
-            self.layers = nn.Sequential(Linear(encoder.width, hidden), nn.GELU(), Linear(hidden, out_channels))
+            self.layers = nn.Sequential(nn.Linear(encoder.width, hidden), nn.GELU(), nn.Linear(hidden, out_channels))
         self.apply(init_pretrain_weights)
 
     def forward(self, encoded: Tensor, visible: Tensor) -> Tensor:
