@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from mvd_scale.config import Recipe
 from mvd_scale.config.training import Precision
 from mvd_scale.distributed.process_group import Ranks, destroy_distributed, init_distributed
+from mvd_scale.errors import UserError
 from mvd_scale.models import Student
 from mvd_scale.models.precision import dtype_of
 from mvd_scale.performance.bench_setup import bench_recipe, bench_trainer
@@ -78,16 +79,21 @@ def measure_roofline(
         rounds: number of rounds, each of two steps; two steps come before.
 
     Raises:
-        UserError: see `bench_recipe` and `bench_trainer`.
+        UserError: the recipe has several students; see also `bench_recipe` and `bench_trainer`.
     """
     recipe = bench_recipe(name, overrides, precision, batch)
+    if recipe.students:
+        raise UserError(
+            f"a roofline is that of one student, but {name} has students {', '.join(recipe.students)}: choose the recipe "
+            "of one of them"
+        )
     ranks = init_distributed(recipe.device, recipe.training.collective_timeout_minutes)
     workload, steps = build_workload(recipe), _WARM_UP + 2 * rounds
     with (
         tempfile.TemporaryDirectory() as scratch,
         bench_trainer(recipe, ranks, init_teacher, steps=steps, scratch=Path(scratch), prefetch=False) as trainer,
     ):
-        groups = part_groups(trainer.engine.module)
+        groups = part_groups(trainer.models[0].engine.module)
         places = _annotate(trainer, groups)
         for _ in range(_WARM_UP):
             trainer.train_step()
@@ -125,7 +131,7 @@ def _annotate(trainer: Trainer, groups: Mapping[str, tuple[nn.Module, tuple[str,
     trainer.attach(annotations)
     for name, (module, _) in groups.items():
         annotations.watch(name, module)
-    passes = ["student forward", *groups, *(f"{name} teacher" for name in trainer.objective.teachers)]
+    passes = ["student forward", *groups, *(f"{name} teacher" for name in trainer.models[0].objective.teachers)]
     return {
         "data wait": Place("data wait", "", "rest"),
         "backward": GRADIENTS,
@@ -154,7 +160,7 @@ def _conditions(
     return Conditions(
         clips=len(trainer.batch.pixels),
         student=Computing(dtype_of(recipe.training.precision)),
-        teachers={f"{name} teacher": computing(model) for name, model in trainer.objective.teachers.items()},
+        teachers={f"{name} teacher": computing(model) for name, model in trainer.models[0].objective.teachers.items()},
         groups={name: members for name, (_, members) in groups.items()},
         accumulation=trainer.accumulation,
         ranks=trainer.ranks.world_size,
