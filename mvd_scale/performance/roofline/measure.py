@@ -84,8 +84,8 @@ def measure_roofline(
     recipe = bench_recipe(name, overrides, precision, batch)
     if recipe.students:
         raise UserError(
-            f"a roofline is that of one student, but {name} has students {', '.join(recipe.students)}: choose the recipe "
-            "of one of them"
+            f"a roofline is that of one student, but {name} has students {', '.join(recipe.students)}: choose the "
+            "recipe of one of them"
         )
     ranks = init_distributed(recipe.device, recipe.training.collective_timeout_minutes)
     workload, steps = build_workload(recipe), _WARM_UP + 2 * rounds
