@@ -144,6 +144,7 @@ def _assemble(
         "patch_size": side,
         "tubelet": tubelet,
         "class_token": "class_token" in encoder,
+        "rms_norm": "blocks.0.attn.q_norm.weight" in encoder,
     }
     learned = None
     if table is None:

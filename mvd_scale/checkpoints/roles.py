@@ -66,6 +66,8 @@ def describe_checkpoint(checkpoint: Checkpoint) -> str:
         "class token": "yes" if model.class_token else "no",
         "final norm": "yes" if checkpoint.final_norm else "no",
     }
+    if model.rms_norm:
+        lines["blocks"] = "norms by the root mean square, of queries and keys too"
     for name, decoder in checkpoint.decoders.items():
         deep = decoder.config
         lines[f"decoder {name}"] = (

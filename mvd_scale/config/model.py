@@ -78,6 +78,10 @@ class ModelConfig(Section):
     class_token: bool = False
     """Prepend a class token, as image models do."""
 
+    rms_norm: bool = False
+    """Blocks of InternVideo2: norms by the root mean square in place of LayerNorms, and norms of queries and keys;
+    those of frozen teachers only."""
+
     drop_path: float = Field(default=0.0, ge=0, lt=1)
     """Drop probability of stochastic depth in the last block of the encoder, and of each decoder that gives no rate of
     its own; it grows linearly from 0 in the first block."""

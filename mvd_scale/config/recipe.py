@@ -75,6 +75,8 @@ class RunRecipe(Section):
                 f"model.positions {self.model.positions} are those of frozen teachers: a model that is trained has "
                 "sincos3d, sinusoid or sincos2d"
             )
+        if self.model.rms_norm:
+            raise ValueError("model.rms_norm is for frozen teachers: a model that is trained has LayerNorms")
         if self.training.warmup_epochs >= self.training.epochs:
             raise ValueError(
                 f"training.warmup_epochs {self.training.warmup_epochs:g} must be less than "

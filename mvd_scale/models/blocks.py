@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mvd_kernels import AddLayerNorm, LayerNorm, attention
 from mvd_scale.models.drop_path import DropPath
+from mvd_scale.models.rms_norm import AddRMSNorm, RMSNorm
 from mvd_scale.models.rotary import rotate
 
 if TYPE_CHECKING:
@@ -62,11 +63,14 @@ class QKV(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over all tokens."""
+    """Multi-head self-attention over all tokens; with `rms`, of normalised queries and keys."""
 
-    def __init__(self, width: int, heads: int, *, key_bias: bool = False) -> None:
+    def __init__(self, width: int, heads: int, *, key_bias: bool = False, rms: bool = False) -> None:
         super().__init__()
         self.heads = heads
+        # Over the channels of all heads together.
+        self.q_norm = RMSNorm(width) if rms else None
+        self.k_norm = RMSNorm(width) if rms else None
         self.qkv: nn.Module = QKV(width, key_bias=key_bias)
         self.proj: nn.Module = nn.Linear(width, width)
 
@@ -76,7 +80,11 @@ class Attention(nn.Module):
         Queries and keys are turned by `rotation` (2, N, C), see `rotation_table`, if it is given.
         """
         clips, count, width = tokens.shape
-        packed = self.qkv(tokens).view(clips, count, 3, self.heads, width // self.heads)
+        packed = self.qkv(tokens)
+        if self.q_norm is not None and self.k_norm is not None:
+            queries, keys, values = packed.chunk(3, dim=-1)
+            packed = torch.cat([self.q_norm(queries), self.k_norm(keys), values], dim=-1)
+        packed = packed.view(clips, count, 3, self.heads, width // self.heads)
         if rotation is not None:
             packed = rotate(packed, rotation)
         last = output_tokens if isinstance(output_tokens, int) else None
@@ -103,11 +111,20 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and MLP, each with a residual and stochastic depth."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, drop_path: float, *, key_bias: bool = False) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float,
+        drop_path: float,
+        *,
+        key_bias: bool = False,
+        rms: bool = False,
+    ) -> None:
         super().__init__()
-        self.norm1: nn.Module = LayerNorm(width)
-        self.attn = Attention(width, heads, key_bias=key_bias)
-        self.norm2: nn.Module = AddLayerNorm(width)
+        self.norm1: nn.Module = RMSNorm(width) if rms else LayerNorm(width)
+        self.attn = Attention(width, heads, key_bias=key_bias, rms=rms)
+        self.norm2: nn.Module = AddRMSNorm(width) if rms else AddLayerNorm(width)
         self.mlp: nn.Module = Mlp(width, int(width * mlp_ratio))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
@@ -153,9 +170,10 @@ class Blocks(nn.ModuleList):
         drop_path: float = 0.0,
         *,
         key_bias: bool = False,
+        rms: bool = False,
     ) -> None:
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        super().__init__(Block(width, heads, mlp_ratio, rate, key_bias=key_bias) for rate in rates)
+        super().__init__(Block(width, heads, mlp_ratio, rate, key_bias=key_bias, rms=rms) for rate in rates)
         self.gradient_checkpointing: Checkpointing = "none"
         self.needs_whole_batch = False
         """Whether a block must get the whole batch at once, since its sequences belong to different weights."""

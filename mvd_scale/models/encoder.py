@@ -65,7 +65,7 @@ class Encoder(nn.Module):
         self.class_token = nn.Parameter(torch.zeros(1, 1, config.width)) if config.class_token else None
         self.register_buffer("positions", encoder_positions(config), persistent=False)
         shape = (config.width, config.depth, config.heads, config.mlp_ratio, config.drop_path)
-        self.blocks = Blocks(*shape, key_bias=config.is_rotary)
+        self.blocks = Blocks(*shape, key_bias=config.is_rotary, rms=config.rms_norm)
         self.norm = LayerNorm(config.width) if final_norm else None
         init_patch_embed(self.patch_embed, config)
         self.blocks.apply(init_pretrain_weights)

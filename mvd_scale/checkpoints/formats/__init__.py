@@ -9,6 +9,7 @@ from torch import Tensor
 from mvd_scale.checkpoints.formats.format import Format
 from mvd_scale.checkpoints.formats.hf_mae import HF_MAE
 from mvd_scale.checkpoints.formats.hf_videomae import HF_VIDEOMAE
+from mvd_scale.checkpoints.formats.internvideo2 import INTERNVIDEO2
 from mvd_scale.checkpoints.formats.jepa import DINO, I_JEPA, V_JEPA
 from mvd_scale.checkpoints.formats.mae import MAE
 from mvd_scale.checkpoints.formats.mvd import MVD, MVD_CLASSIFIER
@@ -29,7 +30,7 @@ FAMILIES: dict[str, tuple[Format, ...]] = {
 
 _ORDER = (
     *(HF_MAE, HF_VIDEOMAE, HF_VJEPA2, VIDEOMAE, V_JEPA, V_JEPA_2_1, V_JEPA_2),
-    *(UMT, VIDEOMAE_V2_GIANT, MVD, MAE, MVD_CLASSIFIER, VIDEOMAE_FINETUNED),
+    *(INTERNVIDEO2, UMT, VIDEOMAE_V2_GIANT, MVD, MAE, MVD_CLASSIFIER, VIDEOMAE_FINETUNED),
     *(DINO, I_JEPA, TIMM),
 )
 """Order of recognition, the most specific keys first: later formats also match files of earlier ones."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from mvd_scale.checkpoints.formats.format import patch_axes
+from mvd_scale.checkpoints.formats.internvideo2 import INTERNVIDEO2
 from mvd_scale.checkpoints.formats.vjepa2 import V_JEPA_2, V_JEPA_2_1, is_fused_clip_model
 
 Tensors = Mapping[str, Tensor]
@@ -24,10 +25,6 @@ def _has_layer_scale(tensors: Tensors) -> bool:
     return patch_axes(tensors, *names) == 4 and _has("ls1.gamma", "gamma_1", "layer_scale1.lambda1")(tensors)
 
 
-def _is_internvideo2(tensors: Tensors) -> bool:
-    return patch_axes(tensors, "patch_embed.proj.weight") == 5 and _has("attn.q_norm.weight")(tensors)
-
-
 def _is_clip_model_of_unknown_positions(tensors: Tensors) -> bool:
     if V_JEPA_2.recognise(tensors) or V_JEPA_2_1.recognise(tensors):
         return False
@@ -35,11 +32,6 @@ def _is_clip_model_of_unknown_positions(tensors: Tensors) -> bool:
 
 
 _FOREIGN: tuple[tuple[Callable[[Tensors], bool], str, str], ...] = (
-    (
-        _is_internvideo2,
-        "InternVideo2",
-        "its blocks have RMS norms, norms of queries and keys, and a scale on each residual branch",
-    ),
     (
         _has("pos_embed_spatial"),
         "MAE-ST (facebookresearch/mae_st)",
@@ -71,6 +63,9 @@ def find_foreign(tensors: Tensors, *, positions_given: bool) -> tuple[str, str] 
         tensors: tensors by the names of the file, without wrapper prefixes.
         positions_given: whether the user states the position table.
     """
+    if INTERNVIDEO2.recognise(tensors):
+        # Its separate position tables have the names of MAE-ST's.
+        return None
     for recognise, name, reason in _FOREIGN:
         if recognise(tensors) and not (positions_given and recognise is _is_clip_model_of_unknown_positions):
             return name, reason

@@ -46,9 +46,9 @@ def _recognise_hf(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _merge_clip_vector(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    merged = dict(tensors)
-    if _CLIP_VECTOR in merged and _PATCH_BIAS in merged:
-        merged[_PATCH_BIAS] = merged[_PATCH_BIAS] + merged.pop(_CLIP_VECTOR).flatten()
+    merged, vector, bias = dict(tensors), tensors.get(_CLIP_VECTOR), tensors.get(_PATCH_BIAS)
+    if vector is not None and bias is not None and vector.flatten().shape == bias.shape:
+        merged[_PATCH_BIAS] = bias + merged.pop(_CLIP_VECTOR).flatten()
     return merged
 
 
