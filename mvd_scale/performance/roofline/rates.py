@@ -15,7 +15,10 @@ from mvd_kernels.bench.timing import seconds
 from mvd_scale.performance.roofline.calls import Call
 
 REPEATS = 3
-"""Number of timed repetitions of a call in a round, after one that is not timed."""
+"""Least number of timed repetitions of a call in a round, after one that is not timed."""
+
+_SHORTEST = 0.05
+"""Seconds that the repetitions take at least: more of short calls, which a short disturbance would spoil."""
 
 
 @dataclass(frozen=True)
@@ -53,4 +56,7 @@ class RateMeter:
 
 def _best(run: Callable[[], object], device: torch.device) -> float:
     run()
-    return min(seconds(run, device) for _ in range(REPEATS))
+    times: list[float] = []
+    while len(times) < REPEATS or sum(times) < _SHORTEST:
+        times.append(seconds(run, device))
+    return min(times)

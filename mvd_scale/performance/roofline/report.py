@@ -129,7 +129,7 @@ class RooflineReport(Report):
             "",
             *self._table("by kind", self._sums(lambda row: row.kind)),
             "",
-            f"rates: fastest of {REPEATS} calls in the round",
+            f"rates: fastest of at least {REPEATS} calls in the round",
             *self._rate_lines(),
         ]
         return "\n".join(lines)
