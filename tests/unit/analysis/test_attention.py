@@ -61,6 +61,26 @@ def test_rollout_of_uniform_attention_is_that_computed_by_hand(model: ModelConfi
     torch.testing.assert_close(seen.rollout, torch.full((2, patches), share / tokens))
 
 
+@torch.no_grad()
+def test_later_blocks_read_what_earlier_blocks_have_mixed() -> None:
+    encoder, pixels = Encoder(VIDEO, final_norm=False).eval(), clips(VIDEO, 2)
+    for block in encoder.blocks:
+        torch.nn.init.normal_(block.attn.qkv.weight)
+    seen = look(encoder, pixels)
+    tokens = encoder.patch_embed(encoder.patchify.rows(pixels)) + encoder.positions
+    mixed = torch.eye(tokens.shape[1])
+    for block in encoder.blocks:
+        scores = mean_attention(block.attn, block.norm1(tokens))
+        mixed = (scores / 2 + torch.eye(tokens.shape[1]) / 2) @ mixed
+        tokens = block(tokens)
+    torch.testing.assert_close(seen.features, tokens)
+    torch.testing.assert_close(seen.last, scores.mean(1), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(seen.rollout, mixed.mean(1), atol=1e-5, rtol=1e-4)
+    # What all tokens attend to, not what a token attends to, which would be the same for all.
+    torch.testing.assert_close(seen.last.sum(1), torch.ones(2))
+    assert seen.last.std() > 0.01
+
+
 def test_sequences_in_chunks_are_as_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder, images = Encoder(IMAGE, final_norm=False).eval(), clips(IMAGE, 5)
     alone = [look(encoder, image.unsqueeze(0)) for image in images]
