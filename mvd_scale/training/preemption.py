@@ -45,21 +45,30 @@ class PreemptionHandler:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def should_stop(self, ranks: Ranks, step: int) -> bool:
+    def should_stop(self, ranks: Ranks, step: int, *, failed: bool = False) -> bool:
         """Whether all ranks stop after this step. All ranks must call it after every step; does not synchronise.
 
         Rank 0 announces in the store that the run ends after the next step, and by which signal. Every other rank reads
         it in time, because it cannot finish that step without rank 0. In jobs of more than `_READERS` ranks, so many
         ranks read the store after a step, in turn, and the run ends when all have read it.
+
+        Args:
+            ranks: this process among all.
+            step: number of completed steps before the one that has just been made.
+            failed: whether the writing of a checkpoint has failed, which ends the run at its next save; rank 0 brings
+                that forward, so that no steps are made that the run loses.
         """
         store, turns = ranks.store, -(-ranks.world_size // _READERS)
         if self.received is not None:
             store.set(_WISH, f"{self.received} {Member.own(ranks.rank).name}")
-        if ranks.is_main and self._last is None and store.check([_WISH]):
-            number, _, who = store.get(_WISH).decode().partition(" ")
+        if ranks.is_main and self._last is None and (failed or store.check([_WISH])):
+            number, why = int(signal.SIGTERM), "the writing of a checkpoint has failed"
+            if not failed:
+                text, _, who = store.get(_WISH).decode().partition(" ")
+                number = int(text)
+                why = f"{who} received {signal.Signals(number).name}"
             store.set(_LAST_STEP, f"{step + turns} {number}")
-            asked, last = signal.Signals(int(number)).name, step + turns + 1
-            logger.info("%s received %s by step %d: the run ends after step %d", who, asked, step + 1, last)
+            logger.info("%s by step %d: the run ends after step %d", why, step + 1, step + turns + 1)
         if self._last is None and (ranks.is_main or (step + ranks.rank) % turns == 0) and store.check([_LAST_STEP]):
             self._last, self._number = map(int, store.get(_LAST_STEP).split())
         return self._last is not None and step >= self._last

@@ -255,7 +255,8 @@ class Trainer:
                     # All ranks are here, so that a checkpoint that is being written can be completed.
                     checkpointer.wait()
                     raise
-                ended, stopping = self.step == last, stop.should_stop(self.ranks, self.step - 1)
+                ended = self.step == last
+                stopping = stop.should_stop(self.ranks, self.step - 1, failed=checkpointer.has_failed)
                 overdue = False
                 # These phases belong to the step that has just been counted.
                 self.ranks.progress.enter("metrics")

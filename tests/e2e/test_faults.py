@@ -238,5 +238,5 @@ def test_a_disk_that_fails_while_a_checkpoint_is_written(run: Run, undisturbed: 
     assert "step_00000010 could not be written" in message
     assert f"the last whole one is {run.folder}/checkpoints/step_00000005" in message
     assert run.saved_steps == [SAVED_EVERY]
-    # It is told when the next checkpoint waits for it, at the last step.
+    # At the latest it is told when the next checkpoint waits for it, at the last step.
     run.check_continuation(undisturbed, lost=LAST - SAVED_EVERY)

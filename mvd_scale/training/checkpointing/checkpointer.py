@@ -130,6 +130,11 @@ class Checkpointer:
             model.folder.check_lease()
             model.writer.make_room(step, needed)
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether this rank knows that the last checkpoint could not be written; `wait` raises the error."""
+        return any(model.writer.has_failed for model in self._models)
+
     def wait(self) -> None:
         """Wait until the last checkpoint is on disk. All ranks must call it.
 

@@ -85,6 +85,11 @@ class CheckpointWriter:
         """
         self._writing = _Writing(step, lambda: self._write(step, state, document, saved))
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether the last checkpoint could not be written; false while it is being written."""
+        return self._writing is not None and self._writing.error is not None
+
     def wait(self) -> None:
         """Wait until the last checkpoint is on disk.
 
@@ -185,7 +190,8 @@ class _Writing:
     def __init__(self, step: int, write: Callable[[], None]) -> None:
         self.step = step
         self._write = write
-        self._error: Exception | None = None
+        self.error: Exception | None = None
+        """Error that ended the thread."""
         # The process may end without it: after the death of another rank nobody may answer.
         self._thread = threading.Thread(target=self._run, name=f"checkpoint {step}", daemon=True)
         self._thread.start()
@@ -193,12 +199,12 @@ class _Writing:
     def join(self, seconds: float | None = None) -> Exception | None:
         """Wait for the end of the thread, at most so long, and return the error that ended it."""
         self._thread.join(seconds)
-        return self._error
+        return self.error
 
     def _run(self) -> None:
         try:
             self._write()
         except Exception as error:
-            self._error = error
-        if self._error is not None and not getattr(self._error, "reported", False):
-            logger.error("the checkpoint after step %d could not be written: %s", self.step, self._error)
+            self.error = error
+            if not getattr(error, "reported", False):
+                logger.error("the checkpoint after step %d could not be written: %s", self.step, error)

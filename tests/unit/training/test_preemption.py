@@ -36,3 +36,22 @@ def test_a_signal_to_one_rank_ends_all(receiver: int, number: signal.Signals, mo
     assert [handler.exit_code for handler in handlers] == [128 + number] * 2
     name = f"rank {receiver} (host {socket.gethostname()}, pid {os.getpid()})"
     assert told == [f"{name} received {number.name} by step {last}: the run ends after step {last + 1}"]
+
+
+def test_a_checkpoint_that_could_not_be_written_ends_all_ranks_before_the_next_save(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The message is that of the failure, which every rank raises when it saves after its last step."""
+    told: list[str] = []
+    monkeypatch.setattr(preemption.logger, "info", lambda text, *values: told.append(text % values))
+    store = HashStore()
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
+    ranks = [Ranks(rank, rank, 2, torch.device("cpu")) for rank in range(2)]
+    handlers = [PreemptionHandler() for _ in ranks]
+    # Rank 1 may learn of it a step later than rank 0.
+    stops = [
+        [handler.should_stop(ranks[rank], step, failed=step >= 1 + rank) for rank, handler in enumerate(handlers)]
+        for step in range(4)
+    ]
+    assert stops == [[False, False], [False, False], [True, True], [True, True]]
+    assert told == ["the writing of a checkpoint has failed by step 2: the run ends after step 3"]

@@ -7,6 +7,7 @@ import re
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -195,6 +196,10 @@ def test_an_error_of_one_rank_is_known_to_all(tmp_path: Path, monkeypatch: pytes
         writer = CheckpointWriter(tmp_path, ranks, Retention([tmp_path], CheckpointConfig()))
         run_on_rank0(ranks, "room", lambda: writer.make_room(3, 80))
         writer.start(3, share(ranks), {"step": 3, "weights": {}})
+        deadline = time.monotonic() + 30
+        while not writer.has_failed:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         with pytest.raises(SharedError) as caught:
             writer.wait()
         assert ranks.progress.position.parts == 1
