@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """Invalid input: a recipe, a path, a checkpoint, or a machine that lacks a required capability.
@@ -15,6 +17,19 @@ class UserError(Exception):
 
     exit_code = 2
     """Exit code of the command; that of rank 0 on the other ranks, where rank 0 has failed otherwise."""
+
+
+class SharedError(UserError):
+    """Error that all ranks raise with the same message, which names the ranks at fault, their hosts and their phase.
+
+    Args:
+        message: text for the user.
+        ranks: ranks at fault; empty if none can be told.
+    """
+
+    def __init__(self, message: str, ranks: Iterable[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
 
 
 class Preempted(Exception):

@@ -19,7 +19,7 @@ from mvd_scale.config import DetectionRecipe, load_any_recipe
 from mvd_scale.errors import UserError
 from mvd_scale.run_dir import RunFolder
 from mvd_scale.training.checkpointing.folders import checkpoint_folder, saved_steps
-from mvd_scale.utils.events import read_events
+from mvd_scale.utils.events import first_faults, read_events
 from mvd_scale.utils.io import last_metrics, read_metrics
 from mvd_scale.utils.lease import RENEW_SECONDS, STALE_RENEWALS, LeaseView, look_at_lease
 
@@ -75,6 +75,7 @@ class RunStatus:
     """Number of ranks by host."""
     restarts: int = 0
     faults: int = 0
+    """Starts of the processes that ended by a fault."""
     last_fault: Fault | None = None
     quarantined: int = 0
     """Videos that cannot be decoded."""
@@ -156,7 +157,7 @@ def _read(folder: RunFolder, alive: bool, view: LeaseView) -> RunStatus:
     state, note = _judge(folder, alive, view, events, step)
     seconds = reading.get("seconds_per_step")
     remaining = (total - step) * seconds if total is not None and seconds is not None and state == "running" else None
-    fault = _last(events, "fault")
+    faults = first_faults(events)
     checkpoint = _checkpoint(folder, now)
     return RunStatus(
         path=folder.path,
@@ -172,9 +173,9 @@ def _read(folder: RunFolder, alive: bool, view: LeaseView) -> RunStatus:
         checkpoint=checkpoint,
         ranks=start.get("ranks") or _ranks_of(folder, checkpoint),
         hosts=start.get("hosts") or {},
-        restarts=_count(events, "restart"),
-        faults=_count(events, "fault"),
-        last_fault=Fault(fault.get("time", ""), fault.get("message", "")) if fault else None,
+        restarts=sum(event.get("event") == "restart" for event in events),
+        faults=len(faults),
+        last_fault=Fault(faults[-1].get("time", ""), faults[-1].get("message", "")) if faults else None,
         quarantined=_count_videos(folder.quarantine),
     )
 
@@ -217,10 +218,6 @@ def _index(names: list[Any], name: str) -> int:
 
 def _last(events: list[dict[str, Any]], name: str) -> dict[str, Any]:
     return next((event for event in reversed(events) if event.get("event") == name), {})
-
-
-def _count(events: list[dict[str, Any]], name: str) -> int:
-    return sum(event.get("event") == name for event in events)
 
 
 def _total_steps(folder: RunFolder) -> int | None:

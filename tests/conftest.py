@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import pytest
 from hypothesis import settings
@@ -20,6 +23,46 @@ def ordinary_priority() -> Iterator[None]:
     """A test that encodes AV1 leaves no real-time priority to those after it, which would starve the others."""
     yield
     leave_real_time()
+
+
+class Logging(NamedTuple):
+    """State on which it depends whether `caplog` sees a message of the package."""
+
+    disabled_level: int
+    root_level: int
+    loggers: dict[str, tuple[int, bool, bool, list[logging.Handler]]]
+    """Level, propagation, whether it is disabled, and handlers, by name."""
+
+    @staticmethod
+    def now() -> Logging:
+        loggers = {name: logging.getLogger(name) for name in ("mvd_scale", "mvd_kernels")}
+        states = {name: (one.level, one.propagate, one.disabled, one.handlers[:]) for name, one in loggers.items()}
+        return Logging(logging.root.manager.disable, logging.root.level, states)
+
+    def restore(self) -> None:
+        logging.disable(self.disabled_level)
+        logging.root.setLevel(self.root_level)
+        for name, (level, propagate, disabled, handlers) in self.loggers.items():
+            logger = logging.getLogger(name)
+            logger.setLevel(level)
+            logger.propagate, logger.disabled, logger.handlers = propagate, disabled, handlers[:]
+
+
+_LOGGING = Logging.now()
+
+
+@pytest.fixture(autouse=True)
+def ordinary_logging(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test sees the messages of the package, whatever an earlier one, or a fixture of its module, has set up.
+
+    A level or `logging.disable` that is left keeps them from pytest's handler for the rest of the process, and so does
+    `configure_logging` with releases of pytest that pass over loggers without propagation.
+    """
+    _LOGGING.restore()
+    yield
+    if (left := Logging.now()) != _LOGGING:
+        warnings.warn(f"{request.node.nodeid} leaves logging changed: {left}", stacklevel=1)
+        _LOGGING.restore()
 
 
 @pytest.fixture(scope="session")

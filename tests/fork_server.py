@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mvd_scale.distributed.free_port import free_port
+from tests.leftovers import TCP_TABLES, group_processes, listening_ports, wait_until_gone
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,6 +35,9 @@ LATE_IMPORTS = ("deepspeed", "matplotlib.pyplot", "torch.utils.tensorboard")
 
 SECONDS_TO_LEAVE = 30
 """For the other ranks, when one has failed."""
+
+SECONDS_TO_VANISH = 10
+"""For children of the ranks, when those have ended."""
 
 
 class Job(NamedTuple):
@@ -47,6 +51,9 @@ class Job(NamedTuple):
 
 class ForkServer:
     """The process that is forked, as seen from the tests."""
+
+    codes: Sequence[int] = ()
+    """Exit codes of the ranks of the last job, in the order in which they ended."""
 
     def __init__(self) -> None:
         self._connection, there = Pipe()
@@ -81,6 +88,7 @@ class ForkServer:
 
         Raises:
             TimeoutError: it took longer; nothing of it is left.
+            AssertionError: all ranks have ended, but one of their children has not, or the port where they met is held.
         """
         wanted = {**os.environ, "DS_ACCELERATOR": "cpu", **(env or {})}
         environment = {name: value for name, value in wanted.items() if value is not None}
@@ -91,21 +99,41 @@ class ForkServer:
         send_handle(self._connection, theirs, self._process.pid)
         os.close(theirs)
         group: int = self._connection.recv()
-        codes: list[int] = []
+        self.codes = ()
         try:
             printed = _read_all(output, time.monotonic() + seconds)
-            codes = self._connection.recv()
+            self.codes = self._connection.recv()
         finally:
             os.close(output)
-            if not codes:
+            if not self.codes:
                 os.killpg(group, signal.SIGKILL)
                 self._connection.recv()
-        return next((code for code in codes if code), 0), printed.decode(errors="replace")
+        check_leftovers(group, places[0].get("MASTER_PORT"))
+        return next((code for code in self.codes if code), 0), printed.decode(errors="replace")
 
     def close(self) -> None:
         """End the server, which has no job any more."""
         self._connection.close()
         assert self._process.wait(timeout=60) == 0
+
+
+def check_leftovers(group: int, port: str | None) -> None:
+    """Check that nothing is left of a job whose ranks have ended.
+
+    Args:
+        group: process group of the job.
+        port: port where its ranks met; None for a process alone.
+
+    Raises:
+        AssertionError: a process is left, which is killed then, or the port is held.
+    """
+    try:
+        wait_until_gone(lambda: group_processes(group), SECONDS_TO_VANISH)
+    except AssertionError:
+        os.killpg(group, signal.SIGKILL)
+        raise
+    tables = "".join(Path(table).read_text() for table in TCP_TABLES if Path(table).exists())
+    assert port is None or int(port) not in listening_ports(tables), f"port {port} is held"
 
 
 def launched_ranks(hosts: Sequence[int]) -> list[dict[str, str]]:

@@ -12,6 +12,7 @@ import click
 from mvd_scale import __version__
 from mvd_scale.cli import (
     about,
+    analyze,
     bench,
     data,
     detection,
@@ -51,6 +52,7 @@ for _command in (
     testing.report,
     testing.features,
     probe.probe,
+    analyze.analyze,
     detection.detect,
     data.data,
     weights.import_weights,
@@ -58,6 +60,7 @@ for _command in (
     weights.inspect,
     bench.bench,
     plan.plan,
+    plan.tables,
     profile.profile,
     status.status,
     about.recipes,

@@ -1,6 +1,8 @@
-"""Command `mvd-scale plan`: prediction of time and memory of a run."""
+"""Commands `mvd-scale plan`, a prediction of time and memory of a run, and `mvd-scale tables`, the sizes of models."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import click
 
@@ -68,3 +70,17 @@ def plan(
     )  # fmt: skip
     made = make_plan(recipe, with_stage(list(overrides), stage), cluster)
     click.echo(to_json(made) if as_json else to_text(made))
+
+
+@click.command()
+@click.option(
+    "--size", "sizes", type=click.Choice(["S", "B", "L", "H"]), multiple=True,
+    help="Size to show; may be given several times. All if omitted.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+def tables(sizes: tuple[Any, ...], as_json: bool) -> None:
+    """Print parameters and multiply-accumulates of the models of Tables 3 and 4, beside the published ones."""
+    from mvd_scale.performance.planning import published_models
+
+    models = published_models.compute_models(sizes or published_models.SIZES)
+    click.echo(published_models.to_json(models) if as_json else published_models.to_text(models))

@@ -18,12 +18,14 @@ if TYPE_CHECKING:
 _seconds = click.FloatRange(min=0, min_open=True)
 
 
-@click.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": False})
+@click.command(context_settings={"allow_interspersed_args": False})
 @click.option(
     "--hostfile", type=click.Path(path_type=Path),
     help="File of the hosts and the largest number of ranks on each; this host alone if omitted.",
 )  # fmt: skip
-@click.option("--host", help="Name of this host in the hostfile; found by its addresses if omitted.")
+@click.option(
+    "--host", help="Name of this host in the hostfile, if several names there are addresses of this host."
+)  # fmt: skip
 @click.option(
     "--ranks", type=click.IntRange(min=1),
     help="Largest number of ranks of this host, in place of the hostfile; one for each GPU, or 2 on CPUs, if omitted.",
@@ -81,6 +83,10 @@ def supervise(context: click.Context, /, words: tuple[str, ...], **options: Any)
     from mvd_scale.elastic.policy import Limits
     from mvd_scale.elastic.supervisor import SupervisedJob, Supervisor
 
+    if options["host"] is not None and options["hostfile"] is None:
+        raise UserError(
+            f"--host is {options['host']}, but there is no hostfile: give `--hostfile`, or leave out `--host`"
+        )
     slots = _slots(options["hostfile"], options["ranks"])
     site = find_site(list(slots), options["host"], options["port"])
     if options["min_hosts"] > len(slots):

@@ -51,7 +51,7 @@ def check_deepspeed_config(recipe: RunRecipe, world_size: int) -> None:
     """
     config = student_deepspeed_config(recipe, world_size)
     # DeepSpeed's tensors of states on NVMe are empty between steps: resumed weights cannot be published from them.
-    if config["zero_optimization"].get("offload_optimizer", {}).get("device") == "nvme":
+    if _section(config["zero_optimization"], "offload_optimizer", recipe.training.deepspeed).get("device") == "nvme":
         raise UserError(
             f"training.deepspeed {recipe.training.deepspeed}: zero_optimization.offload_optimizer.device is 'nvme', "
             "but no run can be resumed from states there: expected 'cpu', or no offload_optimizer"

@@ -24,8 +24,7 @@ from mvd_scale.distributed.data_rank import DataRank
 from mvd_scale.distributed.exchange import StoreExchange, answer_from_rank0
 from mvd_scale.distributed.free_port import free_port
 from mvd_scale.distributed.health.progress import Progress
-from mvd_scale.distributed.interface import set_interface
-from mvd_scale.distributed.rendezvous import has_own_meaning_here, open_store, resolve_endpoint
+from mvd_scale.distributed.rendezvous import choose_way, open_store, resolve_endpoint
 from mvd_scale.errors import UserError
 from mvd_scale.utils.machine import machine_id
 from mvd_scale.utils.nvdec import Nvdec, query_nvdec, shared_nvdec
@@ -197,8 +196,7 @@ def _join_group(device: torch.device, timeout: timedelta) -> None:
         return
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     endpoint = resolve_endpoint(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout)
-    if not has_own_meaning_here(endpoint, several_hosts=1 < world_size != local_world_size(1)):
-        set_interface(endpoint, os.environ)
+    choose_way(endpoint, os.environ, several_hosts=1 < world_size != local_world_size(1), device=device)
     torch.distributed.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=open_store(endpoint, rank, world_size, timeout),

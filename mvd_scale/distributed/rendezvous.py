@@ -6,12 +6,19 @@ import os
 import resource
 import socket
 import time
+from collections.abc import MutableMapping
 from datetime import timedelta
 from typing import Any
 
 import torch
 
-from mvd_scale.distributed.interface import Endpoint, is_loopback, listen_at, own_interfaces
+from mvd_scale.distributed.interface import (
+    Endpoint,
+    list_outer_addresses,
+    listen_at,
+    set_interface,
+    set_only_interface,
+)
 from mvd_scale.errors import UserError
 
 _RETRY_SECONDS = 1.0
@@ -54,14 +61,31 @@ def has_own_meaning_here(endpoint: Endpoint, *, several_hosts: bool) -> bool:
     if not several_hosts or not endpoint.is_loopback or endpoint.host in ("localhost", endpoint.address):
         return False
     if not _agent_serves():
-        listed = ", ".join(
-            address for addresses in own_interfaces().values() for address in addresses if not is_loopback(address)
-        )
         raise UserError(
             f"MASTER_ADDR {endpoint.host} is {endpoint.address} on its own host, which other hosts cannot reach: set "
-            f"MASTER_ADDR to an address of this host ({listed or 'it has none'}), or to 127.0.0.1 for a job on one host"
+            f"MASTER_ADDR to an address of this host ({list_outer_addresses()}), or to 127.0.0.1 for a job on one host"
         )
     return True
+
+
+def choose_way(
+    endpoint: Endpoint, environment: MutableMapping[str, str], *, several_hosts: bool, device: torch.device
+) -> None:
+    """Set the variables by which gloo and NCCL find the interface to the other ranks, unless the user has set one.
+
+    Args:
+        endpoint: address of the rendezvous.
+        environment: variables of this process.
+        several_hosts: whether the job has several hosts.
+        device: device of this rank: those of CPUs reduce over gloo.
+
+    Raises:
+        UserError: no interface leads there, or nothing tells which; or as `has_own_meaning_here`.
+    """
+    if has_own_meaning_here(endpoint, several_hosts=several_hosts):
+        set_only_interface(endpoint, environment, gloo=device.type == "cpu")
+    else:
+        set_interface(endpoint, environment)
 
 
 def open_store(endpoint: Endpoint, rank: int, world_size: int, timeout: timedelta, *, wait_for_all: bool = True) -> Any:

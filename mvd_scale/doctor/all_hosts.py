@@ -7,17 +7,17 @@ findings of all, and has the report. A host that is missing, dies or hangs is a 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
-from mvd_scale.config.launcher import LaunchedRank
+from mvd_scale.config.launcher import LaunchedRank, chosen_interfaces
 from mvd_scale.doctor.checks.clocks import compare_clocks
 from mvd_scale.doctor.checks.folder import share_folder
 from mvd_scale.doctor.checks.links import PAIRS_SECONDS, PairsOrder, measure_all, measure_pairs
 from mvd_scale.doctor.checks.network import names_of_others
 from mvd_scale.doctor.findings import Finding, Group, HostCheck, TimeLimit, within
-from mvd_scale.doctor.meeting import Meeting, NoAnswer, open_store, own_seat
+from mvd_scale.doctor.meeting import Meeting, NoAnswer, labelled, open_store, own_seat
 from mvd_scale.doctor.one_host import Facts, compare_facts, facts_check, host_checks, make_checks
 from mvd_scale.doctor.settings import Settings
 from mvd_scale.utils.markdown import counted
@@ -26,10 +26,13 @@ _ALONE_SECONDS = 300.0
 """Longest time that the checks of a host alone take: where one of each group hangs."""
 
 _JOB_SECONDS = 900.0
-"""Longest time until the all-reduce of all ranks."""
+"""Longest time from the roster until the all-reduce of all ranks."""
 
 _COLLECT_SECONDS = 20.0
 """Time in which all hosts send their findings at the end."""
+
+PRESENCE = "presence"
+"""Name of the check of which hosts and ranks came, which rank 0 alone makes."""
 
 _HUNG = "see that host: what it waits for (`py-spy dump`), its disk, its network; then start again"
 
@@ -67,32 +70,36 @@ def examine_all(rank: LaunchedRank, settings: Settings) -> Examined | None:
     Returns:
         findings, on rank 0 those of all hosts, on a host that does not reach rank 0 its own; None on others.
     """
-    until = time.monotonic() + settings.wait
+    by_user = chosen_interfaces()  # before the store is opened, which chooses one for gloo
     try:
         meeting = within(settings.wait + 10, lambda: Meeting(open_store(rank, settings.wait), own_seat(rank)))
     except (NoAnswer, TimeLimit) as error:
-        return None if rank.local_rank else _apart(rank, settings, str(error))
+        return None if rank.local_rank else _apart(rank, settings, by_user, str(error))
     if rank.local_rank:
-        _join_all_reduce(meeting)
+        _join_all_reduce(meeting, settings.wait + _JOB_SECONDS)
         return None
     meeting.live()
-    facts: Facts = {}
-    findings = make_checks([facts_check(facts), *host_checks(settings, meeting.seat.device, rank)], settings)
     try:
-        meeting.assemble(rank.world_size, until, list(settings.hosts))
+        # Before the checks, which take each host another time.
+        meeting.assemble(rank.world_size, settings.wait, list(settings.hosts))
+    except NoAnswer as error:
+        return _apart(rank, settings, by_user, str(error))
+    facts: Facts = {}
+    findings = make_checks([facts_check(facts), *host_checks(settings, meeting.seat.device, rank, by_user)], settings)
+    try:
         findings = [*_on_host(meeting.seat.label, findings), *_meet(meeting, rank, settings)]
         meeting.put(f"findings/{rank.rank}", [list(map(asdict, findings)), facts])
     except NoAnswer as error:
-        name = meeting.seat.label or meeting.seat.name
-        return Examined((name,), 1, _on_host(name, [*findings, _no_meeting(rank, str(error))]))
+        label = meeting.seat.label
+        return Examined((label,), 1, _on_host(label, [*findings, _no_meeting(rank, str(error))]))
     return _collect(meeting, rank, settings) if meeting.leads else None
 
 
-def _apart(rank: LaunchedRank, settings: Settings, reason: str) -> Examined:
+def _apart(rank: LaunchedRank, settings: Settings, by_user: Mapping[str, str], reason: str) -> Examined:
     """Make the checks of this host alone, since it does not reach the others."""
-    seat = own_seat(rank)
-    findings = [_no_meeting(rank, reason), *make_checks(host_checks(settings, seat.device, rank), settings)]
-    return Examined((seat.name,), 1, _on_host(seat.name, findings))
+    (seat,) = labelled([own_seat(rank)], list(settings.hosts))
+    findings = [_no_meeting(rank, reason), *make_checks(host_checks(settings, seat.device, rank, by_user), settings)]
+    return Examined((seat.label,), 1, _on_host(seat.label, findings))
 
 
 def _on_host(label: str, findings: Iterable[Finding]) -> list[Finding]:
@@ -108,10 +115,10 @@ def _no_meeting(rank: LaunchedRank, reason: str) -> Finding:
     return Finding("meeting", "fail", said, remedy, group="hosts")
 
 
-def _join_all_reduce(meeting: Meeting) -> None:
-    """Take part in the all-reduce, as a rank that makes no checks."""
+def _join_all_reduce(meeting: Meeting, seconds: float) -> None:
+    """Take part in the all-reduce, which begins within some seconds, as a rank that makes no checks."""
     try:
-        ranks, device = meeting.poll("all-reduce", _JOB_SECONDS)
+        ranks, device = meeting.poll("all-reduce", seconds)
     except NoAnswer:
         return  # rank 0 finds so itself
     if meeting.seat.rank in ranks:
@@ -202,7 +209,7 @@ def _presence(meeting: Meeting, rank: LaunchedRank, settings: Settings) -> Itera
             "devices", "fail", f"no GPU on {without}, and GPUs on others", "see the GPUs of that host", group="hosts"
         )
     if not missing:
-        yield Finding("presence", "ok", f"{said}: all that the launcher counts", group="hosts")
+        yield Finding(PRESENCE, "ok", f"{said}: all that the launcher counts", group="hosts")
         return
     hosts = ", ".join(_names_of(missing, settings) or _numbers_of(meeting, rank)) or "hosts that the launcher knows"
     remedy = (
@@ -210,7 +217,7 @@ def _presence(meeting: Meeting, rank: LaunchedRank, settings: Settings) -> Itera
         f"{rank.port}` there, while this runs); --wait gives it more time"
     )
     detail = f"{said} came; within {settings.wait:g} s there was nothing of ranks {_ranges(missing)}: {hosts}"
-    yield Finding("presence", "fail", detail, remedy, {"missing ranks": missing}, group="hosts")
+    yield Finding(PRESENCE, "fail", detail, remedy, {"missing ranks": missing}, group="hosts")
 
 
 def _names_of(ranks: list[int], settings: Settings) -> list[str]:

@@ -23,9 +23,8 @@ from torch.distributed import DistError, PrefixStore, Store  # type: ignore[attr
 
 from mvd_scale.config.launcher import LaunchedRank
 from mvd_scale.distributed import rendezvous
-from mvd_scale.distributed.interface import set_interface
 from mvd_scale.distributed.process_group import choose_device
-from mvd_scale.distributed.rendezvous import has_own_meaning_here, resolve_endpoint
+from mvd_scale.distributed.rendezvous import choose_way, resolve_endpoint
 from mvd_scale.doctor.findings import TimeLimit, within
 from mvd_scale.errors import UserError
 from mvd_scale.utils.machine import machine_id
@@ -145,21 +144,25 @@ class Meeting:
         """Return the same store with names of its own, for a process group."""
         return PrefixStore(name, self._store)
 
-    def assemble(self, world_size: int, until: float, names: Sequence[str] = ()) -> None:
+    def assemble(self, world_size: int, seconds: float, names: Sequence[str] = ()) -> None:
         """Wait for the ranks of the job, and learn who came.
 
         Args:
             world_size: number of ranks that are expected.
-            until: time of `time.monotonic` until which rank 0 waits for the others.
+            seconds: longest time that rank 0 waits for the others, and that they wait for rank 0.
             names: names of the hosts in the order of the launcher; otherwise what hosts call themselves.
 
         Raises:
             NoAnswer: rank 0 does not answer, or it did not wait for this rank.
         """
         if self.leads:
+            until = time.monotonic() + seconds
             came = [Seat(**value) for _, value in self._collect((f"rank/{n}" for n in range(world_size)), until)]
-            self.put("roster", [asdict(seat) for seat in _labelled(came, names)])
-        seats = [Seat(**value) for value in self.get("roster", until - time.monotonic() + _MARGIN)]
+            self.put("roster", [asdict(seat) for seat in labelled(came, names)])
+        # Not `get`, which holds the connection: signs of life go over it meanwhile.
+        self.poll("rank/0", seconds)
+        # Rank 0 may have come after this rank, and waits from then on.
+        seats = [Seat(**value) for value in self.poll("roster", seconds + _MARGIN)]
         mine = [seat for seat in seats if seat.rank == self.seat.rank]
         if not mine:
             raise NoAnswer("rank 0 did not wait for this rank any longer")
@@ -237,7 +240,7 @@ def _answered(ask: Callable[[], Any], seconds: float) -> Any:
         raise NoAnswer(f"the store of rank 0 does not answer: {next(iter(str(error).splitlines()), '')}") from error
 
 
-def _labelled(seats: list[Seat], names: Sequence[str]) -> list[Seat]:
+def labelled(seats: list[Seat], names: Sequence[str]) -> list[Seat]:
     """Give each host a label that no other host has: the name in the hostfile, or its own name and a number."""
     order = list(dict.fromkeys(seat.host for seat in seats))
     own = {seat.host: seat.name for seat in seats}
@@ -266,8 +269,7 @@ def open_store(rank: LaunchedRank, seconds: float) -> Store:
     several = rank.world_size > 1 if rank.hosts is None else rank.hosts > 1
     try:
         endpoint = resolve_endpoint(rank.address, rank.port, timeout)
-        if not has_own_meaning_here(endpoint, several_hosts=several):
-            set_interface(endpoint, os.environ)
+        choose_way(endpoint, os.environ, several_hosts=several, device=choose_device("auto"))
         if rank.rank or rank.store_of_agent:
             # A client of the store would print a trace of torch's own code.
             await_server(rank.address, rank.port, seconds)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 
 from mvd_scale.config import FinetuneRecipe, Recipe
-from mvd_scale.config.launcher import LaunchedRank
+from mvd_scale.config.launcher import LaunchedRank, chosen_interfaces
 from mvd_scale.distributed.process_group import choose_device
 from mvd_scale.doctor.checks.decoding import decoding_checks
 from mvd_scale.doctor.checks.folder import folder_checks
@@ -35,26 +35,29 @@ def examine_alone(settings: Settings) -> list[Finding]:
     reduce = partial(from_bringup, "all-reduce", machine.one_rank, device)
     checks = [
         facts_check(facts),
-        *host_checks(settings, device, None),
+        *host_checks(settings, device, None, chosen_interfaces()),
         HostCheck("network", "all-reduce", reduce, 40, "see the interfaces, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"),
     ]
     findings = make_checks(checks, settings)
     return [replace(finding, host=label) for finding in [*findings, *compare_facts({label: facts})]]
 
 
-def host_checks(settings: Settings, device: str, rank: LaunchedRank | None) -> list[HostCheck]:
+def host_checks(
+    settings: Settings, device: str, rank: LaunchedRank | None, by_user: Mapping[str, str]
+) -> list[HostCheck]:
     """List the checks that a host makes alone, but for its versions.
 
     Args:
         settings: settings of the examination.
         device: device of the ranks of this host, `cuda` or `cpu`.
         rank: this rank of a job; None without a launcher.
+        by_user: network interfaces that the user has chosen, by variable.
     """
     hosts = 1 if rank is None else rank.hosts or rank.world_size
     return [
         *machine_checks(1 if rank is None else rank.world_size),
         *gpu_checks(device),
-        *network_checks(None if rank is None else rank.address, hosts),
+        *network_checks(None if rank is None else rank.address, hosts, by_user),
         *folder_checks(settings.folder, _needed(settings.recipe)),
         *(recipe_checks(settings.recipe) if settings.recipe else []),
         *decoding_checks(device),

@@ -86,9 +86,11 @@ class Report:
 
     def _hosts_of(self, findings: Sequence[Finding]) -> str:
         hosts = list(dict.fromkeys(finding.host for finding in findings if finding.host))
-        if not hosts or len(self.hosts) == 1:
+        # Hosts that did not come have findings, too.
+        named = {*self.hosts, *(finding.host for finding in self.findings if finding.host)}
+        if not hosts or len(named) == 1:
             return ""
-        if len(hosts) == len(self.hosts):
+        if len(hosts) == len(named):
             return "all"
         return ", ".join(hosts) if len(hosts) <= 2 else f"{len(hosts)} hosts, as {hosts[0]}"
 

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from mvd_scale.distributed.free_port import free_port
 from mvd_scale.distributed.remote_command import remote_words
-from mvd_scale.doctor.all_hosts import Examined
-from mvd_scale.doctor.checks.network import resolve
+from mvd_scale.doctor.all_hosts import PRESENCE, Examined
 from mvd_scale.doctor.findings import Finding
 from mvd_scale.doctor.report import report_from_json
+from mvd_scale.elastic.meeting import addresses_of
 
 _SSH_SECONDS = 10
 _TRIES = 32
@@ -60,7 +60,7 @@ def try_hosts(names: Sequence[str]) -> list[Finding]:
 
 def _try_host(name: str) -> Finding:
     plain = name.rpartition("@")[2]
-    if not resolve(plain):
+    if not addresses_of(plain):
         remedy = f"write {plain} into /etc/hosts or the name server, or its address into the hostfile"
         return Finding("ssh", "fail", f"the name {plain} is not known here", remedy, host=name)
     remedy = f"mend `ssh -o BatchMode=yes {name} true`: see that the host is up, its sshd runs, and your key is there"
@@ -90,7 +90,7 @@ def _no_pdsh() -> Finding:
 
 
 def _run(hosts: Mapping[str, int], words: Sequence[str]) -> Examined:
-    """Run the ranks under the launcher, and read the report that rank 0 prints."""
+    """Run the ranks under the launcher, and join the report of rank 0 with those of hosts that do not reach it."""
     with tempfile.TemporaryDirectory(prefix="mvd-doctor-") as folder:
         file = Path(folder) / "hostfile"
         file.write_text("".join(f"{name} slots={slots}\n" for name, slots in hosts.items()))
@@ -107,12 +107,14 @@ def _run(hosts: Mapping[str, int], words: Sequence[str]) -> Examined:
             )
         except subprocess.TimeoutExpired:
             return Examined((), 0, [_no_report(f"the ranks do not end within {JOB_SECONDS:g} s")])
-    reports = [line for line in job.stdout.splitlines() if line.startswith('{"schema"')]
+    reports = [report_from_json(line) for line in job.stdout.splitlines() if line.startswith('{"schema"')]
     if not reports:
         said = "; ".join((job.stderr.strip() or job.stdout.strip()).splitlines()[-_LOG_LINES:])
         return Examined((), 0, [_no_report(f"code {job.returncode}: {said}")])
-    report = report_from_json(reports[0])
-    return Examined(report.hosts, report.ranks, list(report.findings))
+    # In any order, as ssh carries them. Where each host is alone with one rank, only that of rank 0 tells who came.
+    reports.sort(key=lambda report: (report.ranks, any(finding.check == PRESENCE for finding in report.findings)))
+    findings = [finding for report in reversed(reports) for finding in report.findings]
+    return Examined(reports[-1].hosts, reports[-1].ranks, findings)
 
 
 def _no_report(reason: str) -> Finding:

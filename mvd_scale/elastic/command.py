@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from mvd_scale.elastic.lease_watch import LeaseWatch
 from mvd_scale.errors import UserError
 from mvd_scale.run_dir import RunFolder
 from mvd_scale.utils.events import EventLog
+
+logger = logging.getLogger("mvd_scale")
 
 
 @dataclass
@@ -54,6 +57,11 @@ class SupervisedCommand:
         """Write an event `restart`; arguments as `coordinator.Hooks`."""
         folder = RunFolder(self.recipe.run.folder)
         # Without a lease no rank has begun there; a file would make the folder look like that of somebody else.
-        if folder.lease_file.exists():
+        try:
+            begun = folder.lease_file.exists()
+        except OSError as error:
+            logger.warning("%s cannot be read (%s): the restart is not recorded", folder.lease_file, error.strerror)
+            return
+        if begun:
             log = EventLog(folder.events)
             log.write("restart", reason=reason, hosts=list(ranks), ranks=sum(ranks.values()), attempt=attempt)

@@ -26,8 +26,12 @@ class LeaseWatch:
         """Lease of another host, and when it was first seen so."""
 
     def holder(self) -> str | None:
-        """Description of the process that holds the lease; None if the folder is free."""
-        view = look_at_lease(self._path)
+        """Description of the process that holds the lease, or why nobody can tell; None if the folder is free."""
+        try:
+            view = look_at_lease(self._path)
+        except OSError as error:
+            # A network file system that does not answer for a moment has told nothing of a holder.
+            return f"{self._path} cannot be read ({error.strerror})"
         alive = view.alive
         if alive is None:
             now = time.monotonic()

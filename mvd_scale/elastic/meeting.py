@@ -10,12 +10,19 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 
-from mvd_scale.distributed.interface import is_loopback, listen_at, own_interfaces, route_source
+from mvd_scale.distributed.interface import (
+    is_loopback,
+    list_outer_addresses,
+    listen_at,
+    own_interfaces,
+    route_source,
+)
 from mvd_scale.elastic.coordinator import Phase
 from mvd_scale.elastic.messages import MAX_BYTES, Connection, Message
 from mvd_scale.errors import UserError
@@ -83,27 +90,45 @@ def find_site(hosts: Sequence[str], named: str | None, port: int) -> Site:
         port: port of the coordinator.
 
     Raises:
-        UserError: no host or several of the hostfile are this one, or `named` is not among them.
+        UserError: no host or several of the hostfile are this one, `named` is not among them, or is another host.
     """
     names = tuple(host.rpartition("@")[2] for host in hosts)
+    if named is not None and named not in names:
+        raise UserError(f"--host is {named}: expected a host of the hostfile, which has {', '.join(names)}")
     if len(names) == 1:
         return Site(names, names[0], "127.0.0.1", 0)
-    own = [name for name in names if _own_address(name)] if named is None else [name for name in names if name == named]
-    if len(own) != 1:
-        fault = f"{named} is not" if named else f"{', '.join(own)} are all" if own else "none is this host, as far as"
-        raise UserError(
-            f"the hostfile has {', '.join(names)}, of which {fault} "
-            + ("among them" if named else "addresses of this host" if own else "its addresses tell")
-            + ": name this host with `--host`, as the hostfile does"
-        )
-    address = _own_address(own[0])
+    own = _only_own(names) if named is None else named
+    address = _own_address(own)
     if address is None:
-        raise UserError(f"{own[0]} is no address of this host: name this host with `--host`, as the hostfile does")
-    others = [name for name in names if name != own[0]]
+        raise UserError(
+            f"--host is {own}, which is no address of this host ({list_outer_addresses()}): give the line of the "
+            "hostfile that is this host; if it is this one, write an address of this host there, on all hosts"
+        )
+    others = [name for name in names if name != own]
     if is_loopback(address) and (routed := _route_to(others)):
         # As Debian writes /etc/hosts: the other hosts know the name by another address.
         address = routed
-    return Site(names, own[0], address, port)
+    return Site(names, own, address, port)
+
+
+def _only_own(names: Sequence[str]) -> str:
+    """Name of this host among those of a hostfile, by its addresses.
+
+    Raises:
+        UserError: none of them is this host, or several.
+    """
+    own = [name for name in names if _own_address(name)]
+    if len(own) > 1:
+        raise UserError(
+            f"the hostfile has {', '.join(names)}, of which {', '.join(own)} are all addresses of this host: name this "
+            "host with `--host`, as the hostfile does"
+        )
+    if not own:
+        raise UserError(
+            f"the hostfile has {', '.join(names)}, of which none is an address of this host "
+            f"({list_outer_addresses()}): write one there, or a name that this host resolves to one, on all hosts"
+        )
+    return own[0]
 
 
 def find_coordinator(site: Site, hosts: Iterable[str]) -> str | None:
@@ -174,10 +199,43 @@ def _ask(sock: socket.socket, question: Message) -> Message:
 
 def addresses_of(host: str) -> list[str]:
     """Addresses of a host, those of IPv4 first; empty if its name is not known."""
-    with suppress(socket.gaierror):
+    with suppress(socket.gaierror, UnicodeError):  # the latter for a name that is too long
         found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
         return sorted(found, key=lambda address: (":" in address, address))
     return []
+
+
+class AddressBook:
+    """Addresses of hosts, looked up in threads: a name server that does not answer holds nobody up.
+
+    One thread at a time may call the methods.
+    """
+
+    def __init__(self) -> None:
+        self._answers: dict[str, list[str]] = {}
+        self._searches: dict[str, threading.Thread] = {}
+
+    def addresses(self, host: str) -> list[str]:
+        """Addresses of a host by the last answer, none before the first; the name is looked up anew for a later call.
+
+        So an address that a host has no more is given at most once after it was changed.
+        """
+        known = self._answers.get(host, [])
+        self.look_up(host)
+        return known
+
+    def look_up(self, host: str) -> None:
+        """Begin to look up a host, unless that is under way."""
+        search = self._searches.get(host)
+        if search is None or not search.is_alive():
+            # A daemon: the end of the process does not wait for the answer.
+            self._searches[host] = threading.Thread(target=self._search, args=(host,), daemon=True)
+            self._searches[host].start()
+
+    def _search(self, host: str) -> None:
+        # A name server that fails for a moment has told nothing of another address.
+        if found := addresses_of(host):
+            self._answers[host] = found
 
 
 def _own_address(host: str) -> str | None:

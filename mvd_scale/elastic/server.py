@@ -104,18 +104,23 @@ class CoordinatorServer(threading.Thread):
                     raise ConnectionError("silent")
                 return
             del self._unknown[connection]
-            if messages[0]["kind"] == "hello":
-                self._admit(connection, messages[0], now)
+            first, *following = messages
+            if first["kind"] == "hello":
+                if self._admit(connection, first, now):
+                    # A stop, for example, that was asked for while the host came.
+                    for message in following:
+                        self._hear(str(first["host"]), message, now)
             else:
                 state = self._coordinator.phase.name
                 connection.send({"kind": "coordinator", "phase": state})
                 connection.close()
-        except (ConnectionError, KeyError, TypeError, ValueError):
-            # Not a host of this job, or one that is gone already.
+        except (OSError, KeyError, TypeError, ValueError):
+            # Not a host of this job, or one that is gone already. A host that was admitted is lost at the next look.
             self._unknown.pop(connection, None)
             connection.close()
 
-    def _admit(self, connection: Connection, hello: Message, now: float) -> None:
+    def _admit(self, connection: Connection, hello: Message, now: float) -> bool:
+        """Take a host in, or refuse it; return whether it is in."""
         host = str(hello["host"])
         refused = self._refusal(host, connection.peer, str(hello["job"]))
         # A host that lost its power leaves a connection behind, but a silent one.
@@ -124,15 +129,17 @@ class CoordinatorServer(threading.Thread):
         if refused is not None:
             connection.send({"kind": "refused", "reason": str(refused), "final": refused.final})
             connection.close()
-            return
+            return False
         member = Member(int(hello["slots"]), str(hello["address"]), int(hello["port"]))
         failures = [(float(age), float(seconds), str(cause)) for age, seconds, cause in hello["failures"]]
         if host in self._hosts:
             self._lose(host, now)
         connection.send({"kind": "welcome"})
-        self._hosts[host] = connection
         self._coordinator.budget.take_over(failures, now)
         self._coordinator.join(host, member, int(hello["attempt"]), now)
+        # Last: those that are here are members, and can leave.
+        self._hosts[host] = connection
+        return True
 
     def _listen(self, host: str, connection: Connection, now: float) -> None:
         try:
@@ -140,7 +147,7 @@ class CoordinatorServer(threading.Thread):
                 self._hear(host, message, now)
             if now - connection.heard > self._dead_seconds:
                 raise ConnectionError("silent")
-        except (ConnectionError, KeyError, TypeError, ValueError):
+        except (OSError, KeyError, TypeError, ValueError):
             self._lose(host, now)
 
     def _hear(self, host: str, message: Message, now: float) -> None:

@@ -18,9 +18,9 @@ from mvd_scale.distributed.free_port import free_port
 from mvd_scale.elastic.coordinator import Coordinator, Hooks, Membership
 from mvd_scale.elastic.local_ranks import LocalRanks, Place
 from mvd_scale.elastic.meeting import (
+    AddressBook,
     JoinRefused,
     Site,
-    addresses_of,
     find_coordinator,
     is_better,
     join_coordinator,
@@ -82,6 +82,7 @@ class Supervisor:
         self._stopped: int | None = None
         self._exit_code: int | None = None
         self._rivals = _Rivals(site)
+        self._book = AddressBook()
         self._refused = ""
 
     def run(self) -> int:
@@ -169,6 +170,10 @@ class Supervisor:
         except OSError as error:
             logger.error("supervise: ranks cannot be started: %s", error)
             self._tell_end([FAULT_CODE])
+            return
+        if self._stopped is not None:
+            # The signal came while the message was under way; the stop that answers it passes no signal on.
+            self._ranks.stop(self._stopped, _SAVE_SECONDS)
 
     def _watch_ranks(self) -> None:
         """Tell the coordinator about ranks that have ended."""
@@ -237,6 +242,8 @@ class Supervisor:
     def _serve(self) -> None:
         coordinator = Coordinator(self._job.membership, self._job.hooks, self._budget)
         self._server = CoordinatorServer(coordinator, self._site.listen(), self._refusal, self._job.dead_seconds)
+        for host in self._site.others:
+            self._book.look_up(host)
         self._server.start()
         self._connection = Connection(self._server.own_socket())
         self._tell(self._hello())
@@ -254,7 +261,10 @@ class Supervisor:
         }
 
     def _refusal(self, host: str, address: str, digest: str) -> JoinRefused | None:
-        """Reason why a host that connects from an address may not take part; None if it may."""
+        """Reason why a host that connects from an address may not take part; None if it may.
+
+        It waits for no name server: the thread of the coordinator, which sends the signs of life, calls it.
+        """
         mine = self._site.name
         if host not in self._site.hosts:
             return JoinRefused(f"the hostfile of {mine} has no host {host}")
@@ -263,8 +273,8 @@ class Supervisor:
                 f"{mine} has another command or another hostfile: start the same on all hosts, or choose another "
                 "`--port` for another job"
             )
-        if address and address not in addresses_of(host):
-            # Names of pods that start anew have new addresses, which are known later.
+        if address and address not in self._book.addresses(host):
+            # Names of pods that start anew have new addresses, which are known later. The host asks again soon.
             return JoinRefused(f"{address} is no address of {host} as {mine} knows it", final=False)
         return None
 

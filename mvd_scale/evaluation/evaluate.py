@@ -21,6 +21,7 @@ from mvd_scale.checkpoints.weights import build_classifier, read_checkpoint
 from mvd_scale.config.data import DataConfig, ViewsConfig
 from mvd_scale.config.training import FrozenPrecision
 from mvd_scale.data.batch import ViewBatch
+from mvd_scale.data.loaders.view_loader import ViewShape
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.distributed.process_group import Ranks, run_on_rank0
 from mvd_scale.errors import UserError
@@ -89,7 +90,7 @@ def run_evaluation(
         manifest,
         data,
         chosen,
-        read.model,
+        ViewShape.of(read.model),
         ranks,
         batch=batch,
         results=lambda part: _results(part, score, manifest, classes),

@@ -28,6 +28,7 @@ from mvd_scale.checkpoints.weights import build_encoder, read_checkpoint
 from mvd_scale.config.data import DataConfig, ViewsConfig
 from mvd_scale.config.training import Precision
 from mvd_scale.data.batch import ViewBatch
+from mvd_scale.data.loaders.view_loader import ViewShape
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.sampling.eval_views import view_frame_indices
 from mvd_scale.distributed.process_group import Ranks, run_on_rank0
@@ -142,7 +143,7 @@ def write_features(
         manifest,
         data,
         options.views,
-        model,
+        ViewShape.of(model),
         ranks,
         batch=batch,
         results=lambda views: _rows(views, extract, manifest, options, model.frames),

@@ -20,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvd_scale.config.data import DataConfig, ViewsConfig
-from mvd_scale.config.model import ModelConfig
 from mvd_scale.data.batch import ViewBatch
 from mvd_scale.data.indexing.build import load_source
 from mvd_scale.data.loaders.quarantine import Quarantine
@@ -146,7 +145,7 @@ class ResultShards:
         manifest: Manifest,
         data: DataConfig,
         views: ViewsConfig,
-        model: ModelConfig,
+        shape: ViewShape,
         ranks: Ranks,
         *,
         batch: int,
@@ -159,7 +158,7 @@ class ResultShards:
             manifest: the videos.
             data: workers and time limit of the decoding.
             views: the views of each video.
-            model: frames and input size of a view.
+            shape: frames and side of a view.
             ranks: this process among all; each writes its share.
             batch: items that a rank loads in one batch.
             results: yields one result per item of a batch.
@@ -175,13 +174,13 @@ class ResultShards:
                 data,
                 views,
                 items,
-                shape=ViewShape.of(model),
+                shape=shape,
                 batch=batch,
                 rank=ranks.data_rank,
                 quarantine=Quarantine(self.quarantine),
             )
 
-        items = view_items(manifest, views, frames=model.frames)
+        items = view_items(manifest, views, frames=shape.frames)
         return self.write_missing(items, ranks, load=load, results=results, write=write)
 
 
@@ -195,9 +194,20 @@ def failures(out: Path, manifest: Manifest) -> dict[int, str]:
     Returns:
         {position among the labelled videos: reason}.
     """
+    found = left_out(out, manifest)
+    labelled = np.flatnonzero(manifest.label >= 0).tolist()
+    return {place: found[row] for place, row in enumerate(labelled) if row in found}
+
+
+def left_out(out: Path, manifest: Manifest) -> dict[int, str]:
+    """Return the reasons why videos could not be decoded, or were excluded by the index: {row of the manifest: reason}.
+
+    Args:
+        out: folder of the pass.
+        manifest: its videos.
+    """
     found = {row: why for row, why in enumerate(manifest.left_out) if why is not None}
     quarantine = out / "quarantine.jsonl"
     if quarantine.is_file():
         found |= {line["row"]: line["error"] for line in read_metrics(quarantine)}
-    labelled = np.flatnonzero(manifest.label >= 0).tolist()
-    return {place: found[row] for place, row in enumerate(labelled) if row in found}
+    return found

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mvd_scale.config import RunRecipe
+from mvd_scale.distributed.health.verdict import Member, name_ranks
 from mvd_scale.distributed.process_group import Ranks
-from mvd_scale.errors import UserError
+from mvd_scale.errors import SharedError
 from mvd_scale.utils.events import EventLog
 
 if TYPE_CHECKING:
@@ -27,8 +28,21 @@ MicroBatch = tuple[Tensor, Tensor]
 """Loss of a micro batch, a float32 scalar, and the rows of its videos in the manifest, int64 (B,) on the host."""
 
 
-class NonfiniteError(UserError):
+class NonfiniteError(SharedError):
     """Gradients that are not finite; DeepSpeed finds them on all ranks, which all raise this."""
+
+
+class _Cause(NamedTuple):
+    """Cause of gradients that are not finite, as far as the losses tell."""
+
+    ranks: list[int]
+    """Ranks whose losses are not finite."""
+
+    text: str
+    """Names of these ranks, and the phase; a sentence."""
+
+    rows: list[int]
+    """Rows in the manifest of the clips of these ranks; of all clips if all losses are finite."""
 
 
 class NonfiniteSteps:
@@ -73,52 +87,62 @@ class NonfiniteSteps:
             self.in_a_row = 0
             return
         self.in_a_row += 1
-        culprits, rows = self._find_clips(micro_batches)
+        cause = self._find_cause(step + 1, micro_batches)
         if self._ranks.is_main:
-            self._record(step, culprits, rows)
+            self._record(step + 1, cause)
         if self.in_a_row > self._limit:
             raise NonfiniteError(
-                f"the gradients of step {step} are not finite on at least one rank"
-                + (f", nor those of the {self._limit} steps before it" if self._limit else "")
+                cause.text
+                + (f", nor were those of the {self._limit} steps before it" if self._limit else "")
                 + "; the weights were not changed. Start the same command again to resume from the last checkpoint. If "
                 "it happens again, look at the clips in events.jsonl, or start a new run with a smaller "
-                "`--training.base_lr` or with `--training.clip_grad 1`"
+                "`--training.base_lr` or with `--training.clip_grad 1`",
+                cause.ranks,
             )
 
-    def _find_clips(self, micro_batches: Sequence[MicroBatch]) -> tuple[list[int], list[int]]:
-        """Ranks whose losses are not finite, and the rows of their clips; of all clips if all losses are finite."""
-        mine = ([bool(torch.isfinite(loss)) for loss, _ in micro_batches], [rows.tolist() for _, rows in micro_batches])
+    def _find_cause(self, number: int, micro_batches: Sequence[MicroBatch]) -> _Cause:
+        """Ask all ranks for their losses and clips. All ranks call it.
+
+        Args:
+            number: number of the step, counted from 1 as in the metrics.
+            micro_batches: micro batches of this rank.
+        """
+        finite = [bool(torch.isfinite(loss)) for loss, _ in micro_batches]
         parts: list[Any] = [None] * self._ranks.world_size
+        mine = (Member.own(self._ranks.rank), finite, [rows.tolist() for _, rows in micro_batches])
         torch.distributed.all_gather_object(parts, mine)
-        culprits = [rank for rank, (finite, _) in enumerate(parts) if not all(finite)]
+        culprits = [rank for rank, (_, finite, _) in enumerate(parts) if not all(finite)]
         rows = [
             row
-            for finite, lists in parts
+            for _, finite, lists in parts
             for good, clips in zip(finite, lists, strict=True)
             if not good or not culprits
             for row in clips
         ]
-        return culprits, list(dict.fromkeys(rows))
+        text = f"the gradients are not finite in 'backward' of step {number}, though all losses are"
+        if culprits:
+            names = name_ranks(culprits, {rank: member for rank, (member, _, _) in enumerate(parts)})
+            text = f"the losses of {names} are not finite in 'forward' of step {number}"
+        return _Cause(culprits, text, list(dict.fromkeys(rows)))
 
-    def _record(self, step: int, culprits: list[int], rows: list[int]) -> None:
-        cause = f"the loss of rank {', '.join(map(str, culprits))} is" if culprits else "gradients are"
+    def _record(self, number: int, cause: _Cause) -> None:
+        ranks, text, rows = cause
         if self.folder is None:
-            logger.warning("step %d changes no weight: %s not finite", step, cause)
+            logger.warning("a step changes no weight: %s", text)
             return
         from mvd_scale.data.manifest import Manifest
 
         paths = Manifest.load(self.folder.manifest).path
         clips = [str(paths[row]) for row in rows[:_NAMED_CLIPS]]
         logger.warning(
-            "step %d changes no weight: %s not finite; its %d clips are in %s, the first one is %s",
-            step,
-            cause,
+            "a step changes no weight: %s; its %d clips are in %s, the first one is %s",
+            text,
             len(rows),
             self.folder.events,
             clips[0],
         )
         EventLog(self.folder.events).write(
-            "skip", step=step, ranks=culprits, rows=rows[:_NAMED_CLIPS], clips=clips, clip_count=len(rows)
+            "skip", step=number, ranks=ranks, rows=rows[:_NAMED_CLIPS], clips=clips, clip_count=len(rows)
         )
 
 
@@ -138,7 +162,8 @@ def smallest_loss_scale(step: int) -> Iterator[None]:
         if type(error) is not Exception or "loss scale already at minimum" not in str(error):
             raise
         raise NonfiniteError(
-            f"the gradients of step {step} are not finite in fp16 even at the smallest loss scale; the weights were "
-            "not changed. Set `--training.precision bf16` where the GPU has it, or start a new run with a smaller "
-            "`--training.base_lr` or with `--training.clip_grad 1`; the last checkpoint may already have diverged"
+            "the gradients are not finite in fp16 even at the smallest loss scale, in 'optimizer' of step "
+            f"{step + 1}; the weights were not changed. Set `--training.precision bf16` where the GPU has it, or start "
+            "a new run with a smaller `--training.base_lr` or with `--training.clip_grad 1`; the last checkpoint may "
+            "already have diverged"
         ) from error

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Self
 
+from mvd_scale.distributed.health.verdict import Member
 from mvd_scale.distributed.process_group import Ranks
 from mvd_scale.errors import Preempted
 
@@ -53,9 +54,12 @@ class PreemptionHandler:
         """
         store, turns = ranks.store, -(-ranks.world_size // _READERS)
         if self.received is not None:
-            store.set(_WISH, str(self.received))
+            store.set(_WISH, f"{self.received} {Member.own(ranks.rank).name}")
         if ranks.is_main and self._last is None and store.check([_WISH]):
-            store.set(_LAST_STEP, f"{step + turns} {int(store.get(_WISH))}")
+            number, _, who = store.get(_WISH).decode().partition(" ")
+            store.set(_LAST_STEP, f"{step + turns} {number}")
+            asked, last = signal.Signals(int(number)).name, step + turns + 1
+            logger.info("%s received %s by step %d: the run ends after step %d", who, asked, step + 1, last)
         if self._last is None and (ranks.is_main or (step + ranks.rank) % turns == 0) and store.check([_LAST_STEP]):
             self._last, self._number = map(int, store.get(_LAST_STEP).split())
         return self._last is not None and step >= self._last

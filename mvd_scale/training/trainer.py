@@ -211,13 +211,14 @@ class Trainer:
                     raise
                 ended, stopping = self.step == last, stop.should_stop(self.ranks, self.step - 1)
                 overdue = False
-                self._enter("metrics")
+                # These phases belong to the step that has just been counted.
+                self.ranks.progress.enter("metrics")
                 if self.step % recipe.logging.every_steps == 0 or ended or stopping:
                     values, overdue = meter.read(checkpointer.time_to_save(), self.batches.substituted)
                     writer.write(self.step, values | self._optimizer_values())
-                self._enter("callbacks")
+                self.ranks.progress.enter("callbacks")
                 callbacks.on_step_end(self.engine, self.step, writer)
-                self._enter("save")
+                self.ranks.progress.enter("save")
                 due = overdue or checkpointer.should_save(self.step)
                 # While steps are skipped, the weights may be those that diverged: older checkpoints must stay.
                 if (due and not self._nonfinite.in_a_row) or ended or stopping:

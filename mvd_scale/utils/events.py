@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -52,6 +53,24 @@ class EventLog:
     def _rotate(self) -> None:
         if self.path.exists() and self.path.stat().st_size >= MAX_BYTES:
             os.replace(self.path, self.path.with_name(f"{self.path.name}.1"))
+
+
+def first_faults(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return one event `fault` for each start of the processes that ended by one, oldest first.
+
+    Where rank 0 is at fault, or a link is cut, each host records the fault, once in a start.
+    """
+    faults: list[dict[str, Any]] = []
+    hosts: set[str] = set()
+    for event in events:
+        name, host = event.get("event"), str(event.get("host"))
+        if name == "start" or (name == "fault" and host in hosts):
+            hosts = set()
+        if name == "fault":
+            if not hosts:
+                faults.append(event)
+            hosts.add(host)
+    return faults
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

@@ -5,10 +5,7 @@ Legend: B clips, T frames, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +18,7 @@ from mvd_scale.data.loaders.clip_loader import BatchPlan, ClipLoader
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.sampling.sampler import ClipPlan, Sampler
 from mvd_scale.distributed.data_rank import DataRank
-from mvd_scale.errors import UserError
+from mvd_scale.visualization.moving import check_moving, write_moving
 
 _SHOWN = 8
 """Frames per clip on a contact sheet."""
@@ -48,8 +45,8 @@ def preview(recipe: Recipe, out: Path, *, clips: int, moving: Path | None, scrat
     Raises:
         UserError: `moving` has another suffix, or the source cannot be read.
     """
-    if moving is not None and moving.suffix not in (".gif", ".mp4"):
-        raise UserError(f"{moving} has the wrong suffix: expected .gif or .mp4")
+    if moving is not None:
+        check_moving(moving)
     copies = recipe.data.copies
     clips = -(-clips // copies) * copies
     manifest = load_source(recipe.data, scratch)
@@ -165,27 +162,4 @@ def _write_moving(batch: ClipBatch, model: ModelConfig, out: Path) -> None:
     seen = mask_clip(pixels, batch.visible[0].numpy(), model)
     gap = np.full((*pixels.shape[:2], 4, 3), 255, np.uint8)
     both = np.concatenate([pixels, gap, seen], axis=2)
-    if out.suffix == ".gif":
-        from PIL import Image
-
-        first, *rest = [Image.fromarray(frame) for frame in both]
-        first.save(out, save_all=True, append_images=rest, duration=120, loop=0)
-    else:
-        _write_mp4(both, out)
-
-
-def _write_mp4(frames: Iterable[Frames], out: Path) -> None:
-    import av
-
-    with av.open(str(out), "w") as container:
-        stream: Any = None
-        for number, picture in enumerate(frames):
-            # The codec requires even sides.
-            picture = np.ascontiguousarray(picture[: picture.shape[0] // 2 * 2, : picture.shape[1] // 2 * 2])
-            if stream is None:
-                stream = container.add_stream("libx264", rate=8, options={"crf": "18"})
-                stream.height, stream.width, stream.pix_fmt = *picture.shape[:2], "yuv420p"
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame.pts, frame.time_base = number, Fraction(1, 8)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+    write_moving(list(both), out, rate=8)

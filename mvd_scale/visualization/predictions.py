@@ -28,10 +28,12 @@ from mvd_scale.run_dir import RunFolder
 from mvd_scale.targets import FrozenTeacher, Target
 from mvd_scale.targets.build import load_targets
 from mvd_scale.targets.load import teacher_input_sizes
+from mvd_scale.visualization.pca import PrincipalColors
 
 Images = NDArray[np.float32]
 Picture = NDArray[np.uint8]
-_HIDDEN = 0.5
+HIDDEN = 0.5
+"""Grey of hidden tokens, and of tokens that are not predicted."""
 
 _SIDE = 192
 """Side, in pixels, to which smaller frames are enlarged."""
@@ -122,11 +124,9 @@ def make_panels(
     """
     model = recipe.model
     frames = batch.pixels[:, :: model.tubelet].cpu().float().div(255).numpy()
-    visible = batch.visible.cpu()
-    seen = _tokens_to_images(torch.ones(*visible.shape, 3), visible, model, outside=0.0)
     panels = [
         Panel("front frame", frames),
-        Panel("what the student sees", np.where(_enlarge(seen, model) == 0, np.float32(_HIDDEN), frames)),
+        Panel("what the student sees", hide_masked(frames, batch.visible.cpu(), model)),
     ]
     for name, pair in pairs.items():
         truth, guess = (values.float().cpu() for values in pair)
@@ -134,13 +134,20 @@ def make_panels(
         places = torch.arange(recipe.tokens).expand(len(truth), -1) if tokens is None else tokens.cpu()
         config = recipe.targets[name]
         if isinstance(config, PixelTarget):
-            pixels = (truth, guess) if config.normalize == "none" else (_spread(truth), _spread(guess))
-            images = [_front_pixels(values, places, model) for values in pixels]
+            pixels = (truth, guess) if config.normalize == "none" else (spread(truth), spread(guess))
+            images = [front_pixels(values, places, model) for values in pixels]
         else:
             colours = pca_colors(truth, guess)
-            images = [_enlarge(_tokens_to_images(colour, places, model), model) for colour in colours]
+            images = [_enlarge(tokens_to_images(colour, places, model), model) for colour in colours]
         panels += [Panel(f"{name}: target", images[0]), Panel(f"{name}: predicted", images[1])]
     return panels
+
+
+def hide_masked(frames: Images, visible: Tensor, model: ModelConfig) -> Images:
+    """Paint masked patches grey on front frames, float32 (B, time, height, width, 3); `visible` is int64 (B, V)."""
+    seen = tokens_to_images(torch.ones(*visible.shape, 3), visible, model, outside=0.0)
+    hidden: Images = np.where(_enlarge(seen, model) == 0, np.float32(HIDDEN), frames)
+    return hidden
 
 
 def pca_colors(truth: Tensor, guess: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,19 +160,11 @@ def pca_colors(truth: Tensor, guess: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         two tensors (B, M, 3) in 0..1; the range is the 1st to 99th percentile of the true features.
     """
-    flat = truth.flatten(0, 1)
-    mean = flat.mean(0)
-    # Eigenvalues ascend, so the last three axes are the first components. Not `pca_lowrank`, whose random start would
-    # advance the random generator of the training.
-    _, axes = torch.linalg.eigh(torch.cov(flat.T))
-    axes = axes[:, -3:].flip(1)
-    projected = [(values - mean) @ axes for values in (truth, guess)]
-    low, high = projected[0].flatten(0, 1).quantile(torch.tensor([0.01, 0.99]), dim=0)
-    first, second = (((values - low) / (high - low)).clamp(0, 1) for values in projected)
-    return first, second
+    colors = PrincipalColors.fit(truth.flatten(0, 1))
+    return colors(truth), colors(guess)
 
 
-def _tokens_to_images(values: Tensor, tokens: Tensor, model: ModelConfig, outside: float = _HIDDEN) -> Images:
+def tokens_to_images(values: Tensor, tokens: Tensor, model: ModelConfig, outside: float = HIDDEN) -> Images:
     """Place values (B, M, 3) at tokens (B, M) on float32 (B, time, rows, columns, 3); other tokens get `outside`."""
     time, rows, columns = model.grid
     grid = torch.full((len(values), time * rows * columns, 3), outside)
@@ -175,21 +174,21 @@ def _tokens_to_images(values: Tensor, tokens: Tensor, model: ModelConfig, outsid
 
 
 def _enlarge(images: Images, model: ModelConfig) -> Images:
-    """Enlarge images of one pixel per token to the size of the frames."""
+    """Enlarge images of one pixel per token, (B, time, rows, columns, 3), to the size of the frames."""
     return images.repeat(model.patch_size, axis=2).repeat(model.patch_size, axis=3)
 
 
-def _spread(normalised: Tensor) -> Tensor:
-    """Two standard deviations to either side of a token's mean fill 0..1."""
+def spread(normalised: Tensor) -> Tensor:
+    """Map normalised pixels to 0..1, which two standard deviations to either side of a token's mean fill."""
     return normalised.div(4).add(0.5)
 
 
-def _front_pixels(values: Tensor, masked: Tensor, model: ModelConfig) -> Images:
+def front_pixels(values: Tensor, masked: Tensor, model: ModelConfig) -> Images:
     """Convert pixels of masked tokens, (B, M, t p p 3) in 0..1, to images of the front frames."""
     side = model.patch_size
     fronts = values.unflatten(2, (model.tubelet, side, side, 3))[:, :, 0].clamp(0, 1)
     time, rows, columns = model.grid
-    grid = torch.full((len(values), time * rows * columns, side, side, 3), _HIDDEN)
+    grid = torch.full((len(values), time * rows * columns, side, side, 3), HIDDEN)
     grid[torch.arange(len(values)).unsqueeze(1), masked] = fronts
     images: Images = (
         grid.view(-1, time, rows, columns, side, side, 3)

@@ -1,7 +1,9 @@
-"""Time that faults cost: `python -m tests.e2e.fault_recovery FOLDER` prints a table in Markdown.
+"""Time that faults cost: `python -m tests.e2e.fault_recovery FOLDER [WORD]` prints a table in Markdown.
 
-Each row is a run of two ranks of a tiny model under `mvd-scale supervise` on this machine, with a checkpoint every 5
-steps and a limit of 6 s for ranks that do not move. FOLDER receives the runs and the clips.
+Each row is a run of two ranks of a tiny model under `mvd-scale supervise`, with a checkpoint every 5 steps and a limit
+of 6 s for ranks that do not move: on this machine, or for faults of hosts on the two hosts of `tests/two_hosts`, which
+need root. FOLDER receives the runs and the clips; with WORD only the faults run whose names contain it. What goes on is
+told on standard error.
 """
 
 from __future__ import annotations
@@ -11,15 +13,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
+import pytest
 
 from mvd_scale.data.generated.sample_clips import write_sample_clips
 from mvd_scale.utils.events import read_events
-from mvd_scale.utils.io import read_metrics
 from tests.e2e.conftest import RECIPE
+from tests.two_hosts.job import rank_on, readings
+from tests.two_hosts.network import connected_hosts
+from tests.two_hosts.supervised_run import SupervisedRun
 
 STEP = 23
 """Number of completed steps after which the fault comes."""
@@ -27,30 +35,26 @@ STEP = 23
 SECONDS = 180.0
 """Longest wait for anything."""
 
+TRAINING = ("--training.hang_minutes", "0.1", "--training.epochs", "500")
 
-class SupervisedRun:
-    """Run of two ranks under `mvd-scale supervise`."""
 
-    def __init__(self, folder: Path, recipe: Path, clips: Path) -> None:
+class OneHostRun:
+    """Run of two ranks under `mvd-scale supervise` on this machine.
+
+    Args:
+        words: command and recipe.
+        folder: folder of the run.
+    """
+
+    def __init__(self, words: list[str], folder: Path) -> None:
         self.folder = folder
-        command = [sys.executable, "-m", "mvd_scale", "supervise", "--ranks", "2", "--backoff-seconds", "0", "pretrain"]
-        keys = ["--recipe", str(recipe), "--run.folder", str(folder), "--data.source", str(clips)]
+        command = [sys.executable, "-m", "mvd_scale", "supervise", "--ranks", "2", "--backoff-seconds", "0"]
         self.process = subprocess.Popen(
-            [*command, *keys, "--training.hang_minutes", "0.1", "--training.epochs", "100"],
+            [*command, *words, "--run.folder", str(folder)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env={**os.environ, "DS_ACCELERATOR": "cpu"},
         )
-
-    @property
-    def step(self) -> int:
-        """Number of completed steps."""
-        metrics = self.folder / "metrics.jsonl"
-        return max((reading["step"] for reading in read_metrics(metrics)), default=0) if metrics.exists() else 0
-
-    def events(self, name: str) -> list[dict[str, object]]:
-        """Events of a name."""
-        return [event for event in read_events(self.folder / "events.jsonl") if event["event"] == name]
 
     def ranks(self) -> dict[int, psutil.Process]:
         """Processes of the ranks."""
@@ -65,39 +69,63 @@ class SupervisedRun:
         self.process.wait()
 
 
-def kill_one(run: SupervisedRun) -> None:
-    """Kill rank 1."""
-    run.ranks()[1].kill()
-
-
-def kill_main(run: SupervisedRun) -> None:
-    """Kill rank 0, which has the store."""
-    run.ranks()[0].kill()
-
-
-def kill_all(run: SupervisedRun) -> None:
+def kill_ranks(run: OneHostRun) -> None:
     """Kill all ranks at once."""
     for rank in run.ranks().values():
         rank.kill()
 
 
-def stop_one(run: SupervisedRun) -> None:
-    """Stop rank 1, as a debugger or a frozen container does."""
-    run.ranks()[1].send_signal(signal.SIGSTOP)
-
-
-def stop_main(run: SupervisedRun) -> None:
-    """Stop rank 0."""
-    run.ranks()[0].send_signal(signal.SIGSTOP)
-
-
-FAULTS: dict[str, Callable[[SupervisedRun], None]] = {
-    "SIGKILL of rank 1": kill_one,
-    "SIGKILL of rank 0": kill_main,
-    "SIGKILL of all ranks": kill_all,
-    "SIGSTOP of rank 1": stop_one,
-    "SIGSTOP of rank 0": stop_main,
+RANK_FAULTS: dict[str, Callable[[OneHostRun], None]] = {
+    "SIGKILL of rank 1": lambda run: run.ranks()[1].kill(),
+    "SIGKILL of rank 0, which has the store": lambda run: run.ranks()[0].kill(),
+    "SIGKILL of all ranks": kill_ranks,
+    "SIGSTOP of rank 1": lambda run: run.ranks()[1].send_signal(signal.SIGSTOP),
+    "SIGSTOP of rank 0": lambda run: run.ranks()[0].send_signal(signal.SIGSTOP),
 }
+"""Faults of processes, on one host."""
+
+HOST_FAULTS: dict[str, Callable[[SupervisedRun], None]] = {
+    "SIGKILL of the rank of the second host": lambda run: rank_on(run.hosts[1]).kill(),
+    "SIGSTOP of the rank of the second host": lambda run: rank_on(run.hosts[1]).send_signal(signal.SIGSTOP),
+    "SIGKILL of the supervisor of the second host": lambda run: rank_on(run.hosts[1]).parent().kill(),
+    "SIGKILL of everything on the second host": lambda run: run.hosts[1].kill_all(),
+    "SIGKILL of everything on the first host": lambda run: run.hosts[0].kill_all(),
+    "cable unplugged": lambda run: run.hosts[1].link_down(),
+    "cable cut from the second host to the first": lambda run: run.hosts[1].stop_sending(),
+}
+"""Faults of a host or the cable, on two hosts with one rank each, of which those that are left go on."""
+
+
+@contextmanager
+def one_host(words: list[str], folder: Path) -> Iterator[OneHostRun]:
+    """Start a run on this machine, which ends with the `with` block."""
+    run = OneHostRun(words, folder)
+    try:
+        yield run
+    finally:
+        run.end()
+
+
+@contextmanager
+def two_hosts(words: list[str], folder: Path) -> Iterator[SupervisedRun]:
+    """Start a run on two hosts, which end with the `with` block."""
+    scratch = folder.with_name(f"{folder.name}_hosts")
+    scratch.mkdir(exist_ok=True)
+    with connected_hosts(scratch) as hosts:
+        run = SupervisedRun(hosts, words, scratch)
+        for host in hosts:
+            run.start(host)
+        yield run
+
+
+def step_of(folder: Path) -> int:
+    """Number of completed steps of a run."""
+    return max(readings(folder), default=0)
+
+
+def events_of(folder: Path, name: str) -> list[dict[str, Any]]:
+    """Events of a name of a run."""
+    return [event for event in read_events(folder / "events.jsonl") if event["event"] == name]
 
 
 def wait_for(condition: Callable[[], bool]) -> float:
@@ -110,35 +138,55 @@ def wait_for(condition: Callable[[], bool]) -> float:
     return time.monotonic()
 
 
-def measure(name: str, folder: Path, recipe: Path, clips: Path) -> str:
-    """Cause one fault, and return its row: seconds to the restart and to the next step, and steps lost."""
-    run = SupervisedRun(folder / name.replace(" ", "_"), recipe, clips)
-    try:
-        wait_for(lambda: run.step >= STEP)
-        FAULTS[name](run)
-        began, reached = time.monotonic(), run.step
-        restarted = wait_for(lambda: bool(run.events("restart")))
-        resumed = wait_for(lambda: bool(run.events("resume")))
-        first = int(str(run.events("resume")[0]["step"]))
-        wait_for(lambda: run.step <= first)
-        trains = wait_for(lambda: run.step > first)
-        lost = max(reached - first, 0)
-        return f"| {name} | {restarted - began:.1f} | {resumed - began:.1f} | {trains - began:.1f} | {lost} |"
-    finally:
-        run.end()
+def measure(folder: Path, fault: Callable[[], None]) -> str:
+    """Cause a fault in a run, and return the cells of its row: seconds to restart and next step, and steps lost.
+
+    Raises:
+        TimeoutError: the run does not train, or not again.
+    """
+    wait_for(lambda: step_of(folder) >= STEP)
+    tell(f"fault after step {step_of(folder)}")
+    began = time.monotonic()
+    fault()
+    reached = step_of(folder)
+    restarted = wait_for(lambda: bool(events_of(folder, "restart")))
+    tell(f"restart: {events_of(folder, 'restart')[0]['reason']}")
+    resumed = wait_for(lambda: bool(events_of(folder, "resume")))
+    first = int(events_of(folder, "resume")[0]["step"])
+    tell(f"resumed from step {first}")
+    wait_for(lambda: step_of(folder) <= first)
+    trains = wait_for(lambda: step_of(folder) > first)
+    lost = max(reached - first, 0)
+    return f"{restarted - began:.1f} | {resumed - began:.1f} | {trains - began:.1f} | {lost}"
+
+
+def tell(text: str) -> None:
+    """Print what goes on."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 def main() -> None:
-    """Measure every fault."""
-    folder = Path(sys.argv[1])
+    """Measure every fault whose name is asked for."""
+    folder, word = Path(sys.argv[1]).resolve(), " ".join(sys.argv[2:])
     folder.mkdir(parents=True, exist_ok=True)
     recipe = folder / "tiny.yaml"
     recipe.write_text(RECIPE)
-    clips = write_sample_clips(folder / "clips")
+    words = ["pretrain", "--recipe", str(recipe), "--data.source", str(write_sample_clips(folder / "clips")), *TRAINING]
+    faults: list[tuple[str, Callable[..., Any], Callable[[Any], None]]] = [
+        *((name, one_host, fault) for name, fault in RANK_FAULTS.items()),
+        *((name, two_hosts, fault) for name, fault in HOST_FAULTS.items()),
+    ]
     print("| fault | seconds to the restart | to the checkpoint being loaded | to the next step | steps lost |")
-    print("|---|---|---|---|---|")
-    for name in FAULTS:
-        print(measure(name, folder, recipe, clips), flush=True)
+    print("|---|---|---|---|---|", flush=True)
+    for number, (name, start, fault) in enumerate(faults):
+        if word not in name:
+            continue
+        tell(f"{number + 1} of {len(faults)}: {name}")
+        try:
+            with start(words, folder / str(number)) as run:
+                print(f"| {name} | {measure(run.folder, partial(fault, run))} |", flush=True)
+        except (TimeoutError, pytest.skip.Exception) as reason:
+            print(f"| {name} | not measured: {reason} | | | |", flush=True)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,6 @@ def test_a_gpu_without_a_compiler_takes_the_reference_and_says_so_once(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(dispatch, "triton_refusal", lambda: "no C compiler: install gcc")
-    monkeypatch.setattr(dispatch.logger, "propagate", True)
     dispatch._warn_once.cache_clear()
     assert [dispatch._runs_triton(torch.device("cuda", index)) for index in (0, 1)] == [False, False]
     (record,) = caplog.records

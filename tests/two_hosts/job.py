@@ -127,11 +127,6 @@ class Job:
         """Everything that the hosts printed since the last start, for messages."""
         return "\n".join(f"--- {host.name}\n{self.output(host)}" for host in self.hosts)
 
-    def rank(self, host: Host) -> psutil.Process:
-        """The rank on a host."""
-        (found,) = [p for p in host.processes() if "RANK" in p.environ() and "RANK" not in p.parent().environ()]
-        return found
-
     def saved_steps(self) -> list[int]:
         """Steps of the complete checkpoints."""
         return sorted(int(p.name[5:]) for p in (self.run / "checkpoints").glob("step_*") if p.name[5:].isdecimal())
@@ -149,7 +144,7 @@ class Job:
                 assert code == FAULT_CODE, self.printed
                 (message,) = messages
                 assert said[host.name] in message
-                assert re.search(r"'[a-z ]+' of step \d+", message), message
+                assert re.search(r"'[a-z ]+' of step \d+|'room for step \d+'", message), message
             else:
                 assert code != 0
                 assert not messages, self.printed
@@ -173,6 +168,12 @@ class Job:
 
     def _log(self, host: Host) -> Path:
         return self.root / f"{host.name}.log"
+
+
+def rank_on(host: Host) -> psutil.Process:
+    """The rank on a host that has one."""
+    (found,) = [p for p in host.processes() if "RANK" in p.environ() and "RANK" not in p.parent().environ()]
+    return found
 
 
 def readings(run: Path) -> Readings:

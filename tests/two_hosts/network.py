@@ -22,13 +22,12 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.leftovers import TCP_TABLES, find_processes, listening_ports, wait_until_gone
 from tests.two_hosts.slow_cable import SlowCable, tap_device
 
 TOOLS = ("hostname", "ip", "mount", "sh", "tc", "unshare")
 
 _NAMESPACES = Path("/run/netns")
-_LISTENING = "0A"
-"""State of a listening socket in /proc/net/tcp."""
 
 # A process of a host has the host's name, and finds the names of all hosts.
 _ENTER = 'hostname "$1" && mount --bind "$2" /etc/hosts && shift 2 && exec "$@"'
@@ -82,13 +81,7 @@ class Host:
     def processes(self) -> list[psutil.Process]:
         """All living processes of the host, those whose parents have ended as well."""
         inode = (_NAMESPACES / self.namespace).stat().st_ino
-        found = []
-        for process in psutil.process_iter():
-            # A process that ends meanwhile, or waits for its parent to take its exit code, has no namespace.
-            with suppress(OSError):
-                if os.stat(f"/proc/{process.pid}/ns/net").st_ino == inode:
-                    found.append(process)
-        return found
+        return find_processes(lambda pid: os.stat(f"/proc/{pid}/ns/net").st_ino == inode)
 
     def kill_all(self) -> None:
         """End every process at once, as a loss of power does: none sees another one end."""
@@ -102,8 +95,7 @@ class Host:
 
     def listening_ports(self) -> set[int]:
         """TCP ports that are held by a listening process of the host."""
-        rows = [row.split() for row in self.run("cat", "/proc/net/tcp", "/proc/net/tcp6").splitlines()]
-        return {int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == _LISTENING}
+        return listening_ports(self.run("cat", *TCP_TABLES))
 
     def _entered(self, command: Sequence[str | Path]) -> list[str]:
         inside = ["sh", "-c", _ENTER, "sh", self.name, self.names, *command]
@@ -156,16 +148,11 @@ def wait_until_empty(hosts: Sequence[Host], seconds: float) -> None:
     Raises:
         AssertionError: some are left after these seconds.
     """
-    deadline = time.monotonic() + seconds
-    while left := [(host.name, process) for host in hosts for process in host.processes()]:
-        assert time.monotonic() < deadline, f"left after {seconds} s: {[(name, _words(p)) for name, p in left]}"
-        time.sleep(0.05)
-
-
-def _words(process: psutil.Process) -> str:
-    with suppress(psutil.NoSuchProcess):
-        return f"{process.pid}: {' '.join(process.cmdline())[-200:]}"
-    return f"{process.pid} has ended"
+    for host in hosts:
+        try:
+            wait_until_gone(host.processes, seconds)
+        except AssertionError as error:
+            raise AssertionError(f"{host.name}: {error}") from None
 
 
 def _plug_in(hosts: Sequence[Host], slow: SlowCable | None, stack: ExitStack) -> None:

@@ -11,7 +11,7 @@ import signal
 import pytest
 
 from tests.fork_server import ForkServer
-from tests.two_hosts.job import BEATS_OFTEN, ENDS_SOON, PATIENCE, RANK_0, RANK_1, Job, Readings
+from tests.two_hosts.job import BEATS_OFTEN, ENDS_SOON, PATIENCE, RANK_0, RANK_1, Job, Readings, rank_on
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -31,7 +31,7 @@ def test_a_rank_or_host_that_is_killed_ends_the_run_on_both_hosts(
     if victim == "host":
         job.hosts[1].kill_all()
     else:
-        job.rank(job.hosts[int(victim[-1])]).kill()
+        rank_on(job.hosts[int(victim[-1])]).kill()
     job.check_fault(job.wait(PATIENCE), said)
     job.check_continuation(fork_server, undisturbed)
 
@@ -40,7 +40,7 @@ def test_a_rank_that_is_stopped_ends_the_run_on_both_hosts(
     job: Job, fork_server: ForkServer, undisturbed: Readings
 ) -> None:
     job.start_and_train(*ENDS_SOON)
-    job.rank(job.hosts[1]).suspend()
+    rank_on(job.hosts[1]).suspend()
     job.check_fault(job.wait(PATIENCE), {"node-1": RANK_1})
     job.check_continuation(fork_server, undisturbed)
 
@@ -63,7 +63,7 @@ def test_ranks_whose_launcher_was_killed_save_and_end(
     killed: str, job: Job, fork_server: ForkServer, undisturbed: Readings
 ) -> None:
     job.start_and_train()
-    (launcher,) = [p for p in job.rank(job.hosts[1]).parents() if any(killed in word for word in p.cmdline())]
+    (launcher,) = [p for p in rank_on(job.hosts[1]).parents() if any(killed in word for word in p.cmdline())]
     launcher.kill()
     ending = job.wait(PATIENCE)
     assert ending.codes == [143, -signal.SIGKILL if killed == "launch_guard.py" else 143]

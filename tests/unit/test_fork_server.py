@@ -7,7 +7,9 @@ import time
 import psutil
 import pytest
 
+from tests import fork_server as module
 from tests.fork_server import ForkServer
+from tests.leftovers import find_processes, wait_until_gone
 
 RUN = ("timeit", "-n", "1", "-r", "1")
 """A module of Python that runs the line after it, and exits with 1 if that fails."""
@@ -30,6 +32,27 @@ def test_a_rank_that_fails_ends_the_others(fork_server: ForkServer) -> None:
     assert code == 1
     assert output.count("ValueError: rank 1") == 1
     assert time.monotonic() - started < 50
+
+
+def test_a_child_that_outlives_its_rank_is_named_and_killed(
+    fork_server: ForkServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SECONDS_TO_VANISH", 0.2)
+    # Its outputs lead elsewhere: nobody waits for their end.
+    words = "import subprocess; subprocess.Popen(['sleep', '98.5'], stdout=-3, stderr=-3)"
+    with pytest.raises(AssertionError, match=r"left after 0 s: \['\d+: sleep 98.5'\]"):
+        fork_server.run(*RUN, words, ranks=1)
+    wait_until_gone(lambda: find_processes(lambda pid: psutil.Process(pid).cmdline() == ["sleep", "98.5"]), 5)
+
+
+def test_a_port_that_is_held_is_named(fork_server: ForkServer) -> None:
+    """By a process that has left the group of the job."""
+    words = (
+        "import os, socket, subprocess; s = socket.create_server(('127.0.0.1', int(os.environ['MASTER_PORT']))); "
+        "subprocess.Popen(['sleep', '2'], pass_fds=[s.fileno()], stdout=-3, stderr=-3, start_new_session=True)"
+    )
+    with pytest.raises(AssertionError, match=r"port \d+ is held"):
+        fork_server.run(*RUN, words, ranks=1)
 
 
 def test_a_job_that_takes_too_long_leaves_nobody_behind(fork_server: ForkServer) -> None:

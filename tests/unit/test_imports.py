@@ -21,7 +21,7 @@ LAYERS = (
     {"run_dir"},
     {"elastic", "evaluation", "targets"},
     {"visualization"},
-    {"training"},
+    {"analysis", "training"},
     {"detection", "performance", "pipelines", "run_status"},
     {"doctor"},
     {"cli"},

@@ -369,7 +369,8 @@ def test_all_checks_run_and_those_that_fail_are_named(machine: Machine) -> None:
         machine.program(tool, f'#!/bin/bash\necho {tool} "$@"; [[ "$*" != "check ." && "$*" != "-m serial"* ]]\n')
     machine.start()
     result = machine.start("launch/test.sh")
-    parallel = [f"pytest -n 4 --dist loadfile -m {kind} and not serial and not gpu" for kind in ("not slow", "slow")]
+    kinds = ("not slow", "slow and not extended")
+    parallel = [f"pytest -n 4 --dist loadfile -m {kind} and not serial and not gpu" for kind in kinds]
     ran = ["ruff check .", "ruff format --check .", "mypy", *parallel, "pytest -m serial or gpu"]
     assert result.stdout.splitlines() == [line for command in ran for line in (f"== {command}", command)]
     assert result.stderr.splitlines() == [f"failed: {ran[0]}", f"failed: {ran[-1]}"]
@@ -398,6 +399,8 @@ def test_the_oldest_releases_are_installed_apart_and_tested(machine: Machine) ->
     ("words", "asked"),
     [
         ("tests/unit -k mask", "tests/unit -k mask"),
+        ("--extended", "-m extended"),
+        ("--extended -k cable", "-m extended -k cable"),
         ("--gpu", "tests/gpu -m gpu --gpu-report gpu_report.md"),
         ("--gpu -k nccl", "tests/gpu -m gpu --gpu-report gpu_report.md -k nccl"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import threading
 import time
 from dataclasses import replace
@@ -66,6 +67,21 @@ def test_a_running_run_tells_step_speed_and_what_remains(tmp_path: Path) -> None
     assert run.checkpoint is not None
     assert run.checkpoint.step == 30
     assert 0 <= run.checkpoint.age_seconds < 60
+
+
+def test_a_fault_that_several_hosts_record_counts_once_in_each_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where rank 0 is killed, each other host says so; an attempt may also fail before its start is recorded."""
+    folder = make_run(tmp_path / "run")
+    log = EventLog(folder.events)
+    for host in ("b", "c", "d", "b", "c"):
+        monkeypatch.setattr(socket, "gethostname", lambda host=host: host)
+        log.write("fault", message=f"rank 0 is gone, says {host}")
+    run = read(folder)
+    assert run.faults == 3
+    assert run.last_fault is not None
+    assert run.last_fault.message == "rank 0 is gone, says b"
 
 
 def test_a_run_that_is_quiet_is_told(tmp_path: Path) -> None:

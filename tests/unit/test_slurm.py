@@ -194,6 +194,19 @@ def test_a_run_that_ends_while_it_is_asked_to_stop(job: Job) -> None:
     assert job.requeued == []
 
 
+@pytest.mark.parametrize(("code", "requeued", "faults"), [(143, True, 0), (75, True, 1), (137, True, 1), (1, False, 0)])
+def test_a_run_that_fails_while_it_saves_is_judged_as_any_other(
+    job: Job, code: int, requeued: bool, faults: int
+) -> None:
+    """143 is no failure: at the time limit Slurm sends SIGTERM too."""
+    job.ranks(SAVES.format(code=code))
+    ended, output = job.signalled(signal.SIGUSR1)
+    assert ended == code
+    assert job.requeued == (["4711"] if requeued else [])
+    assert job.faults == faults
+    assert ("stopped on request" in output) == (code == 143)
+
+
 def test_sigterm_saves_and_leaves_the_requeueing_to_slurm(job: Job) -> None:
     """`scancel` sends it, and preemption, after which Slurm itself requeues. srun would kill the ranks at SIGTERM."""
     job.ranks(SAVES.format(code=138))

@@ -33,14 +33,20 @@ class Position(NamedTuple):
     phase: str
     """Name of the phase."""
 
+    parts: int = 0
+    """Number of checkpoints of which this rank has written its part, beside its phases. Of ranks in one phase that have
+    begun as many collectives, those with the smallest number are the ones that the others wait for."""
+
     def __str__(self) -> str:
-        return f"{self.arrivals} {self.collectives} {self.ticks} {self.patience} {self.step} {self.phase}"
+        counts = (self.arrivals, self.collectives, self.ticks, self.patience, self.step, self.parts)
+        return f"{' '.join(map(str, counts))} {self.phase}"
 
     @classmethod
     def parse(cls, text: str) -> Self:
         """Convert the text of a position back."""
-        arrivals, collectives, ticks, patience, step, phase = text.split(" ", 5)
-        return cls(int(arrivals), int(collectives), int(ticks), int(patience), int(step), phase)
+        *counts, phase = text.split(" ", 6)
+        arrivals, collectives, ticks, patience, step, parts = map(int, counts)
+        return cls(arrivals, collectives, ticks, patience, step, phase, parts)
 
     @property
     def description(self) -> str:
@@ -54,12 +60,12 @@ class Progress:
     def __init__(self) -> None:
         self._entered = Position(0, 0, 0, patience=0, step=0, phase="start")
         # Of its own: a thread that ticks must not put a phase back that the main thread has left meanwhile.
-        self._ticks = 0
+        self._ticks = self._parts = 0
 
     @property
     def position(self) -> Position:
         """Place of this rank."""
-        return self._entered._replace(ticks=self._ticks)
+        return self._entered._replace(ticks=self._ticks, parts=self._parts)
 
     def enter(self, phase: str, step: int | None = None, *, patience: int = 1) -> None:
         """Record that this rank begins a phase.
@@ -76,6 +82,10 @@ class Progress:
     def tick(self) -> None:
         """Record progress within a phase that takes long, such as the batches of a validation."""
         self._ticks += 1
+
+    def count_part(self) -> None:
+        """Record that this rank has written its part of a checkpoint; only the thread that writes them calls it."""
+        self._parts += 1
 
     @contextmanager
     def unlimited(self, phase: str) -> Iterator[None]:

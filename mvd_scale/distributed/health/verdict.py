@@ -40,6 +40,11 @@ class Member:
         return cls(rank, space.host, pid, process_start(pid), space)
 
     @property
+    def name(self) -> str:
+        """Name for messages, such as `rank 3 (host node-2, pid 71)`."""
+        return f"rank {self.rank} (host {self.host}, pid {self.pid})"
+
+    @property
     def lives(self) -> bool:
         """Whether the process is running; only for a process of the own space."""
         return is_running(self.pid, self.start)
@@ -52,7 +57,7 @@ class Member:
     def parse(cls, text: str) -> Self:
         """Convert the JSON of a member back."""
         rank, host, pid, start, space = json.loads(text)
-        return cls(rank, host, pid, start, ProcessSpace(*space))
+        return cls(rank, host, pid, start, space and ProcessSpace(*space))
 
 
 @dataclass(frozen=True)
@@ -118,15 +123,18 @@ class Heartbeats:
         return 0 not in patience and now - max(self.moved.values()) > seconds * max(patience)
 
     def late(self) -> list[int]:
-        """Ranks that have entered the fewest phases, and of these begun the fewest collectives; empty if all have."""
-        places = {rank: (position.arrivals, position.collectives) for rank, position in self.positions.items()}
+        """Ranks that have entered the fewest phases, and of these begun the fewest collectives; empty if all have.
+
+        Of ranks that have begun as many, those that have written the fewest parts of checkpoints.
+        """
+        places = {rank: (at.arrivals, at.collectives, at.parts) for rank, at in self.positions.items()}
         last = min(places.values())
         late = sorted(rank for rank, place in places.items() if place == last)
         return [] if len(late) == len(self.positions) else late
 
 
 def name_ranks(ranks: list[int], members: Mapping[int, Member]) -> str:
-    """Name ranks with their hosts and processes, such as `rank 3 (host node-2, pid 71)`."""
+    """Name ranks with their hosts and processes, many of them by the number of each host."""
     if len(ranks) > _NAMED:
         hosts: dict[str, list[int]] = defaultdict(list)
         for rank in ranks:
@@ -134,7 +142,7 @@ def name_ranks(ranks: list[int], members: Mapping[int, Member]) -> str:
         named = [f"{len(them)} on host {host}" for host, them in list(hosts.items())[:_NAMED]]
         more = f" and on {len(hosts) - _NAMED} other hosts" if len(hosts) > _NAMED else ""
         return f"{len(ranks)} ranks ({', '.join(named)}{more})"
-    return ", ".join(f"rank {rank} (host {members[rank].host}, pid {members[rank].pid})" for rank in ranks)
+    return ", ".join(members[rank].name for rank in ranks)
 
 
 def name_phases(ranks: list[int], positions: Mapping[int, Position]) -> str:

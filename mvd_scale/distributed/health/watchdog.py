@@ -5,7 +5,8 @@ each rank publishes its position and reads the verdict and the heartbeat of rank
 without any communication, so that a cut link cannot hold it up: rank 0 over all ranks, the others over rank 0.
 
     rank hangs in a phase         rank 0 sees no progress, and names the rank that has entered the fewest phases,
-                                  or of those in one phase has begun the fewest collectives
+                                  or of those in one phase has begun the fewest collectives, or written the fewest
+                                  parts of checkpoints
     process stopped, link cut     rank 0 sees no heartbeat of the rank; the rank sees none of rank 0; a process that is
                                   stopped cannot end itself, and its guard ends it (`stall_guard`)
     process killed                a collective fails within seconds on other ranks, which ask rank 0 for its verdict
@@ -44,11 +45,10 @@ from mvd_scale.distributed.health.verdict import (
     gone_verdict,
     hang_verdict,
     main_verdict,
-    name_ranks,
     silent_verdict,
 )
 from mvd_scale.distributed.process_group import Ranks, count_collectives
-from mvd_scale.errors import FAULT_CODE, Preempted, UserError
+from mvd_scale.errors import FAULT_CODE, Preempted, SharedError, UserError
 from mvd_scale.utils.events import EventLog
 
 logger = logging.getLogger("mvd_scale")
@@ -118,7 +118,8 @@ class Watchdog:
     ) -> None:
         try:
             if isinstance(error, Exception):
-                self._explain(error)
+                # Outside of the steps, the `UserError` of rank 0 is about the input of all ranks.
+                self._explain(error, named=not isinstance(error, UserError))
         finally:
             self._stop.set()
             # It may be about to write to the guard; it waits for no other rank.
@@ -131,11 +132,14 @@ class Watchdog:
 
         If another rank did, this process ends with its exit code, and one rank prints a message about it. Nothing is
         cleaned up then: threads and libraries may wait for the rank that is gone.
+
+        Raises:
+            UserError: in place of a `UserError` or `OSError` of rank 0, with its name and phase.
         """
         try:
             yield
         except Exception as error:
-            self._explain(error)
+            self._explain(error, named=True)
             raise
 
     def connect(self, me: Member) -> None:
@@ -300,56 +304,84 @@ class Watchdog:
         """Stop as after SIGTERM, once, if a process that launched this rank has ended."""
         if not self._launcher_ended and (pid := self._launcher.ended()) is not None:
             self._launcher_ended = True
-            logger.warning("the launcher, process %d, has ended: this rank stops after a checkpoint", pid)
+            me, where = self._members[self.ranks.rank], self.ranks.progress.position.description
+            # Most often it has launched all ranks of this host, of which one speaks.
+            if all(me.rank < neighbour.rank for neighbour in self._neighbours()):
+                logger.warning(
+                    "the launcher of %s, process %d, has ended in %s: the run stops after a checkpoint",
+                    me.name,
+                    pid,
+                    where,
+                )
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def _explain(self, error: Exception) -> None:
-        """Report an exception of this rank to the others; end the process if another rank caused it."""
+    def _explain(self, error: Exception, *, named: bool) -> None:
+        """Report an exception of this rank to the others; end the process if another rank caused it.
+
+        Args:
+            error: the exception.
+            named: whether the message that the command line prints for it is to name rank 0 and its phase.
+
+        Raises:
+            UserError: with that message.
+        """
         if self._explained or isinstance(error, Preempted) or self.ranks.world_size == 1:
             return
+        # A launcher that has seen a rank die ends the others by SIGTERM, before they can say why.
+        with suppress(ValueError):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if self._ending:
             # The other thread ends this process.
             time.sleep(_SECONDS_TO_END)
         self._explained = True
-        # A launcher that has seen a rank die ends the others by SIGTERM, before they can say why.
-        with suppress(ValueError):
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if not _is_communication(error):
-            return self._report_failure(error)
+            return self._report_failure(error, named=named)
         verdict = self._ask()
         if verdict is None:
             # All ranks live: it is this rank's own, whatever its text reads like.
-            return self._report_failure(error)
+            return self._report_failure(error, named=named)
         self._report(verdict)
         self._linger()
         self._leave(verdict.code)
 
-    def _report_failure(self, error: Exception) -> None:
-        """Report an exception of this rank to the others.
+    def _report_failure(self, error: Exception, *, named: bool) -> None:
+        """Report an exception of this rank to the others; one rank prints and records it with its name and phase.
 
-        The command line prints the `UserError` of rank 0, and Python the tracebacks of all. A rank other than 0 prints
-        its `UserError` here, with its name, unless rank 0 has raised it too.
+        The command line prints the `UserError` of rank 0, and Python the tracebacks of all. An error that all ranks
+        raise is reported by rank 0.
+
+        Raises:
+            UserError: see `_explain`.
         """
-        # As the command line takes them, see `cli.main`.
         main, for_user = self.ranks.is_main, isinstance(error, (UserError, OSError))
-        code = getattr(error, "exit_code", UserError.exit_code) if for_user else 1
         if not main:
-            # An error that all ranks raise is reported by rank 0.
             time.sleep(2 * self.interval)
-        name = name_ranks([self.ranks.rank], self._members)
-        text = str(error) if for_user else f"{type(error).__name__}: {error}"
-        where = self.ranks.progress.position.description
-        verdict = Verdict(f"{name} failed in {where}: {text}", code, (self.ranks.rank,))
+        verdict = self._verdict_on(error)
         first = verdict
         with suppress(RuntimeError):
             first = Verdict.parse(self._store.compare_set(_FAILED, _NONE, verdict.to_json()).decode())
-        if first == verdict:
+        told_by_main = isinstance(error, SharedError) or getattr(error, "reported", False)
+        if first == verdict and (main or not told_by_main):
             self._record(verdict)
-            if for_user and not main:
+            if not (main and for_user):
                 _print(verdict)
         if for_user and not main:
             self._leave(first.code)
         self._linger()
+        if named and for_user and not isinstance(error, SharedError):
+            raise UserError(verdict.message) from error
+
+    def _verdict_on(self, error: Exception) -> Verdict:
+        """Verdict on an exception of this rank, or on that of others which all ranks raise."""
+        rank, name = self.ranks.rank, self._members[self.ranks.rank].name
+        where = self.ranks.progress.position.description
+        if isinstance(error, SharedError):
+            return Verdict(str(error), error.exit_code, error.ranks)
+        if isinstance(error, (UserError, OSError)):
+            # As the command line takes them, see `cli.main`.
+            code = getattr(error, "exit_code", UserError.exit_code)
+            return Verdict(f"{name} failed in {where}: {error}", code, (rank,))
+        return Verdict(f"{name} failed in {where}: {type(error).__name__}: {error}", 1, (rank,))
 
     def _ask(self) -> Verdict | None:
         """Raise the alarm and wait for the verdict; None if all ranks live."""

@@ -4,7 +4,7 @@ rank 0                                  every other host
 writes a token                          reads it: the folder is the same one
 reads the files of all                  writes a file of its own
 replaces a file by another (rename)     opens it again and again: the old or the new content, whole, and soon the new
-locks a file                            tries to lock it: information, since a run writes a lease
+locks a file                            tries to lock it, too: information, since a run writes a lease
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 from uuid import uuid4
 
 from mvd_scale.doctor.findings import Finding, HostCheck
@@ -24,6 +25,7 @@ from mvd_scale.utils.io import write_atomic
 from mvd_scale.utils.markdown import counted
 
 _PREFIX = ".mvd-doctor-"
+_FLOCK = "flock among hosts"
 
 _SEEN = 15.0
 """Seconds within which the other hosts must see what one has written; NFS keeps what it knows of a folder for 3 to 60
@@ -182,8 +184,10 @@ def _lead(meeting: Meeting, others: list[int], folder: Path) -> Iterator[Finding
         (place / "token").write_text(place.name)
         write_atomic(place / "replaced", _content("a"))
         with (place / "locked").open("w") as locked:
-            fcntl.flock(locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            meeting.put("folder/place", str(place))
+            refusal = _lock(locked)
+            if refusal:
+                yield Finding(_FLOCK, "ok", refusal)
+            meeting.put("folder/place", [str(place), not refusal])
             until = time.monotonic() + 2 * _SEEN
             missing = [rank for rank in others if not _shows(meeting, place, rank, until)]
             write_atomic(place / "replaced", _content("b"))
@@ -193,7 +197,7 @@ def _lead(meeting: Meeting, others: list[int], folder: Path) -> Iterator[Finding
                 with suppress(NoAnswer):  # that host finds so itself
                     meeting.get(f"folder/{rank}/done", until - time.monotonic())
     except OSError as error:
-        meeting.put("folder/place", None)
+        meeting.put("folder/place", [None, False])
         reason = f"{place.parent} cannot be written: {error.strerror}"
         yield Finding("shared folder", "fail", reason, "choose a writable folder with --folder or --run.folder")
         return
@@ -220,7 +224,7 @@ def _shows(meeting: Meeting, place: Path, rank: int, until: float) -> bool:
 
 def _follow(meeting: Meeting, folder: Path) -> Iterator[Finding]:
     rank = meeting.seat.rank
-    told = meeting.get("folder/place", 2 * _SEEN)
+    told, locked = meeting.get("folder/place", 2 * _SEEN)
     if told is None:
         meeting.put(f"folder/{rank}/done", True)
         yield Finding("shared folder", "left out", "rank 0 cannot write there")
@@ -237,7 +241,8 @@ def _follow(meeting: Meeting, folder: Path) -> Iterator[Finding]:
         (place / f"host-{rank}").write_text(str(rank))
         meeting.put(f"folder/{rank}/wrote", True)
         yield _visible(place.parent, seconds)
-        yield _lock_of_other(place / "locked")
+        if locked:
+            yield _lock_of_other(place / "locked")
         yield _watch(meeting, place / "replaced")
     except OSError as error:
         meeting.put(f"folder/{rank}/wrote", False)
@@ -271,12 +276,25 @@ def _visible(place: Path, seconds: float) -> Finding:
 def _lock_of_other(file: Path) -> Finding:
     with file.open("r+") as opened:
         try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            refusal = _lock(opened)
         except BlockingIOError:
-            return Finding("flock among hosts", "ok", "a lock of rank 0 holds here")
-        except OSError as error:
-            return Finding("flock among hosts", "ok", f"not known ({error.strerror}); a lease is used")
-    return Finding("flock among hosts", "ok", "a lock of rank 0 does not hold here; a lease is used")
+            return Finding(_FLOCK, "ok", "a lock of rank 0 holds here")
+    return Finding(_FLOCK, "ok", refusal or "a lock of rank 0 does not hold here; a lease is used")
+
+
+def _lock(opened: TextIO) -> str:
+    """Lock a file; returns what there is to say if the file system refuses it, which runs do not need.
+
+    Raises:
+        BlockingIOError: it is locked already.
+    """
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        return f"not known ({error.strerror}); a lease is used"
+    return ""
 
 
 def _watch(meeting: Meeting, file: Path) -> Finding:

@@ -6,17 +6,22 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 
 import psutil
 
 from mvd_scale.config.launcher import chosen_interfaces
-from mvd_scale.distributed.interface import is_loopback
+from mvd_scale.distributed.interface import GLOO, Interfaces, choose_interface, is_loopback, own_interfaces
+from mvd_scale.distributed.rendezvous import resolve_endpoint
 from mvd_scale.doctor.findings import Finding, HostCheck
+from mvd_scale.elastic.meeting import addresses_of
+from mvd_scale.errors import UserError
 
 _LOOKUPS = 16
 """Names that are looked up at the same time."""
 
-_IFNAME = "GLOO_SOCKET_IFNAME"
+_PORT = 9
+"""Port of an address to which the way is looked up; nothing is sent there."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,6 @@ class Interface:
 
     name: str
     addresses: tuple[str, ...]
-    up: bool
 
     speed: int
     """Mbit/s; 0 if the driver does not tell."""
@@ -38,32 +42,29 @@ class Interface:
         return f"{self.name} ({', '.join(self.addresses)}{speed})"
 
 
-def network_checks(address: str | None, hosts: int) -> list[HostCheck]:
+def network_checks(address: str | None, hosts: int, by_user: Mapping[str, str]) -> list[HostCheck]:
     """List the checks.
 
     Args:
         address: address where the ranks meet; None without a launcher.
         hosts: number of hosts of the job.
+        by_user: names of interfaces that the user has chosen, by variable.
     """
     hung = "see the name servers in /etc/resolv.conf, and `ip addr`"
     return [
-        HostCheck("network", "interfaces", lambda: chosen(own_interfaces(), chosen_interfaces(), address), 10, hung),
+        HostCheck("network", "interfaces", lambda: chosen(describe(own_interfaces()), by_user, address), 10, hung),
         HostCheck("network", "own name", lambda: own_name(socket.gethostname(), hosts, chosen_interfaces()), 15, hung),
     ]
 
 
-def own_interfaces() -> list[Interface]:
-    """List the interfaces of this host that have addresses, without the loopback."""
+def describe(interfaces: Interfaces) -> list[Interface]:
+    """Describe those of the interfaces of this host that have addresses, without the loopback."""
     states = psutil.net_if_stats()
-    found = []
-    for name, entries in psutil.net_if_addrs().items():
-        families = (socket.AF_INET, socket.AF_INET6)
-        addresses = tuple(entry.address.partition("%")[0] for entry in entries if entry.family in families)
-        if addresses and not all(map(is_loopback, addresses)):
-            state = states.get(name)
-            there = (state.isup, state.speed, state.mtu) if state else (False, 0, 0)
-            found.append(Interface(name, addresses, *there))
-    return found
+    return [
+        Interface(name, tuple(addresses), states[name].speed, states[name].mtu)
+        for name, addresses in interfaces.items()
+        if not all(map(is_loopback, addresses))
+    ]
 
 
 def chosen(interfaces: Sequence[Interface], by_user: Mapping[str, str], address: str | None) -> Iterator[Finding]:
@@ -84,8 +85,6 @@ def chosen(interfaces: Sequence[Interface], by_user: Mapping[str, str], address:
     towards = interface_towards(address, interfaces) if address else None
     if towards is None:
         yield Finding(name, "ok", listed, figures=figures)
-    elif not towards.up:
-        yield Finding(name, "fail", f"{towards} is down", f"`ip link set {towards.name} up`", figures)
     else:
         yield Finding(name, "ok", f"{towards} towards {address}; {len(interfaces)} in all", figures=figures)
 
@@ -101,26 +100,26 @@ def _exists(wanted: str, interfaces: Sequence[Interface]) -> bool:
 
 
 def interface_towards(address: str, interfaces: Sequence[Interface]) -> Interface | None:
-    """Find the interface by which packets to an address leave; None for the loopback, or without a way."""
+    """Find the interface towards an address, as a run does; None for the loopback, or without a way."""
+    by_name = {entry.name: entry for entry in interfaces}
     try:
-        family, kind, _, _, target = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.connect(target)  # sends nothing: the kernel chooses the way
-            own = probe.getsockname()[0].partition("%")[0]
-    except OSError:
+        endpoint = resolve_endpoint(address, _PORT, timedelta(0))
+        if endpoint.is_loopback:
+            return None
+        return by_name[choose_interface(endpoint, {name: list(entry.addresses) for name, entry in by_name.items()})]
+    except UserError:
         return None
-    return next((entry for entry in interfaces if own in entry.addresses), None)
 
 
-def own_name(name: str, hosts: int, by_user: Mapping[str, str]) -> Iterator[Finding]:
-    """Check the address of the name of this host, by which gloo finds its interface unless the user names one.
+def own_name(name: str, hosts: int, interfaces: Mapping[str, str]) -> Iterator[Finding]:
+    """Check the address of the name of this host, by which gloo finds its interface unless one is chosen.
 
     Args:
         name: name of this host.
         hosts: number of hosts of the job.
-        by_user: interfaces that the user has chosen, by variable.
+        interfaces: names of interfaces that the user, or else this program, has chosen, by variable.
     """
-    check, addresses = "own name", resolve(name)
+    check, addresses = "own name", addresses_of(name)
     loopback = bool(addresses) and all(map(is_loopback, addresses))
     figures = {"name": name, "addresses": addresses}
     said = f"{name} is {', '.join(addresses)}" if addresses else f"{name} is not known"
@@ -128,24 +127,15 @@ def own_name(name: str, hosts: int, by_user: Mapping[str, str]) -> Iterator[Find
         yield Finding(check, "ok", said, figures=figures)
     elif hosts == 1:
         yield Finding(check, "ok", f"{said}; one host needs no other", figures=figures)
-    elif _IFNAME in by_user:
-        yield Finding(check, "ok", f"{said}; {_IFNAME} is {by_user[_IFNAME]}", figures=figures)
+    elif GLOO in interfaces:
+        yield Finding(check, "ok", f"{said}; {GLOO} is {interfaces[GLOO]}", figures=figures)
     else:
         remedy = (
-            f"write the address of {name} into /etc/hosts in place of 127.0.1.1, or set {_IFNAME} to the interface "
+            f"write the address of {name} into /etc/hosts in place of 127.0.1.1, or set {GLOO} to the interface "
             "towards the other hosts"
         )
         where = f"{said}, an address of this host alone" if loopback else said
         yield Finding(check, "warning", f"{where}: gloo would listen where no other host reaches it", remedy, figures)
-
-
-def resolve(name: str) -> list[str]:
-    """Addresses of a name, without repetition; none if it is not known."""
-    try:
-        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):
-        return []
-    return list(dict.fromkeys(str(entry[4][0]).partition("%")[0] for entry in found))
 
 
 def reverse(address: str) -> str:
@@ -163,13 +153,13 @@ def names_of_others(meeting_point: str, others: Mapping[str, str]) -> Iterator[F
         meeting_point: address or name where the ranks meet.
         others: names of the other hosts, by label.
     """
-    if resolve(meeting_point):
-        yield Finding("MASTER_ADDR", "ok", f"{meeting_point} is {', '.join(resolve(meeting_point))}")
+    if addresses := addresses_of(meeting_point):
+        yield Finding("MASTER_ADDR", "ok", f"{meeting_point} is {', '.join(addresses)}")
     else:
         remedy = f"give its number as MASTER_ADDR, or write {meeting_point} into /etc/hosts"
         yield Finding("MASTER_ADDR", "fail", f"{meeting_point} is not known here", remedy)
     with ThreadPoolExecutor(_LOOKUPS) as pool:
-        found = dict(zip(others, pool.map(resolve, others.values()), strict=True))
+        found = dict(zip(others, pool.map(addresses_of, others.values()), strict=True))
         firsts = {label: addresses[0] for label, addresses in found.items() if addresses}
         names = dict(zip(firsts, pool.map(reverse, firsts.values()), strict=True))
     check, figures = "names of the other hosts", {"addresses": found, "names of addresses": names}

@@ -87,8 +87,8 @@ class SimulatedJob:
     """
 
     def __init__(self, world_size: int) -> None:
-        self.shared = HashStore()
-        self.connections = [CountingStore(self.shared) for _ in range(world_size)]
+        shared = HashStore()
+        self.connections = [CountingStore(shared) for _ in range(world_size)]
         self.ranks = [
             SimulatedRank(
                 rank,
@@ -118,8 +118,3 @@ class SimulatedJob:
             connection.traffic = Traffic()
         self.run(work)
         return [connection.traffic for connection in self.connections]
-
-    @property
-    def kept_keys(self) -> int:
-        """Number of keys that the store holds."""
-        return int(self.shared.num_keys())

@@ -133,7 +133,7 @@ def _local_part(engine: Any, parameter: nn.Parameter, key: str | None) -> Tensor
 
 
 def _write_local_parts(engine: Any, state: State) -> None:
-    """Hand loaded parts to an engine of stage 3, which may keep its states on the host or on disk."""
+    """Hand loaded parts to an engine of stage 3, which may keep its states on the host."""
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
     for key, prefix in _PREFIXES.items():

@@ -15,8 +15,9 @@ from typing import Any, TypedDict
 from mvd_scale.checkpoints.tensor_folder import STATE, complete_description, save_pieces
 from mvd_scale.config.training import CheckpointConfig
 from mvd_scale.distributed.exchange import StoreExchange
+from mvd_scale.distributed.health.verdict import Member
 from mvd_scale.distributed.process_group import Ranks
-from mvd_scale.errors import UserError
+from mvd_scale.errors import SharedError, UserError
 from mvd_scale.training.checkpointing.files import Record, describe_files, flush_folder, write_record
 from mvd_scale.training.checkpointing.folders import PARTIAL, checkpoint_folder, saved_steps
 from mvd_scale.training.checkpointing.pieces import PiecesSavePlanner, State
@@ -88,7 +89,7 @@ class CheckpointWriter:
         """Wait until the last checkpoint is on disk.
 
         Raises:
-            UserError: it could not be written.
+            UserError: it could not be written; a `SharedError` if all ranks know that.
         """
         if self._writing is None:
             return
@@ -97,9 +98,8 @@ class CheckpointWriter:
         if error is not None:
             whole = saved_steps(self.path)
             last = f"the last whole one is {checkpoint_folder(self.path, whole[-1])}" if whole else "there is no other"
-            raise UserError(
-                f"checkpoint {checkpoint_folder(self.path, writing.step)} could not be written: {error}; {last}"
-            ) from error
+            text = f"checkpoint {checkpoint_folder(self.path, writing.step)} could not be written: {error}; {last}"
+            raise (SharedError(text, error.ranks) if isinstance(error, SharedError) else UserError(text)) from error
 
     def finish(self, seconds: float) -> None:
         """Wait for the last checkpoint at the end of a failed run; an error of writing was logged.
@@ -118,34 +118,42 @@ class CheckpointWriter:
         """Write a checkpoint and give it its name when all of it is on disk. The thread of every rank calls it.
 
         Raises:
-            Exception: any rank failed; raised on all ranks.
+            SharedError: any rank failed.
+            Exception: the ranks could not agree.
         """
         started = time.monotonic()
-        own = self._write_own(self._partial(step), state)
+        own = self._write_own(step, state)
+        self.ranks.progress.count_part()
         failure = self._exchange.decide(f"step {step}", own, lambda parts: self._complete(step, document, parts))
         if failure is not None:
-            raise OSError(failure)
+            shared = SharedError(failure["message"], failure["ranks"])
+            shared.reported = not self.ranks.is_main
+            raise shared
         if self.ranks.is_main:
             seconds = time.monotonic() - started
             logger.info("saved checkpoint %s (%.1f s beside the training)", checkpoint_folder(self.path, step), seconds)
             saved(seconds)
 
-    def _write_own(self, partial: Path, state: State) -> _Part:
+    def _write_own(self, step: int, state: State) -> _Part:
         """Write the pieces of this rank; any error is returned, so that the other ranks learn of it."""
+        partial = self._partial(step)
         try:
             save_pieces(state, partial, PiecesSavePlanner(self.ranks.progress), self.ranks.rank)
             return {"files": describe_files(partial.glob(f"__{self.ranks.rank}_*")), "error": None}
         except Exception as error:
-            return {"files": {}, "error": f"rank {self.ranks.rank}: {error}"}
+            return {"files": {}, "error": self._describe(error, step)}
 
-    def _complete(self, step: int, document: dict[str, Any], parts: list[_Part]) -> str | None:
+    def _describe(self, error: Exception, step: int) -> str:
+        return f"{Member.own(self.ranks.rank).name} failed in 'save' of step {step}: {error}"
+
+    def _complete(self, step: int, document: dict[str, Any], parts: list[_Part]) -> _Failure | None:
         """Write the JSON files, rename the folder and delete superseded checkpoints. Only rank 0 calls it.
 
         Returns:
             the errors of all ranks that failed, or None.
         """
-        if failed := [part["error"] for part in parts if part["error"] is not None]:
-            return "; ".join(failed)
+        if failed := {rank: part["error"] for rank, part in enumerate(parts) if part["error"] is not None}:
+            return {"message": "; ".join(failed.values()), "ranks": list(failed)}
         partial = self._partial(step)
         try:
             self._check()
@@ -160,7 +168,7 @@ class CheckpointWriter:
                 if not every or old % every:
                     shutil.rmtree(checkpoint_folder(self.path, old))
         except (OSError, UserError) as error:
-            return f"rank 0: {error}"
+            return {"message": self._describe(error, step), "ranks": [0]}
         return None
 
 
@@ -169,6 +177,13 @@ class _Part(TypedDict):
 
     files: Record
     error: str | None
+
+
+class _Failure(TypedDict):
+    """Answer of rank 0 to all ranks about a checkpoint that could not be written."""
+
+    message: str
+    ranks: list[int]
 
 
 class _Writing:
@@ -192,5 +207,5 @@ class _Writing:
             self._write()
         except Exception as error:
             self._error = error
-        if self._error is not None:
+        if self._error is not None and not getattr(self._error, "reported", False):
             logger.error("the checkpoint after step %d could not be written: %s", self.step, self._error)

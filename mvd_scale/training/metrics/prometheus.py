@@ -17,7 +17,7 @@ from mvd_scale.errors import UserError
 from mvd_scale.run_dir import RunFolder
 from mvd_scale.training.checkpointing.folders import checkpoint_folder, saved_steps
 from mvd_scale.training.metrics.sink import MetricSink, Values
-from mvd_scale.utils.events import read_events
+from mvd_scale.utils.events import first_faults, read_events
 from mvd_scale.utils.io import write_atomic
 
 
@@ -70,8 +70,9 @@ class PrometheusFile(MetricSink):
 
     def open(self) -> None:
         """Count the restarts and faults of the run, to which its own processes add none that they survive."""
-        names = [event.get("event") for event in read_events(self.folder.events)]
-        self._restarts, self._faults = names.count("restart"), names.count("fault")
+        events = read_events(self.folder.events)
+        self._restarts = sum(event.get("event") == "restart" for event in events)
+        self._faults = len(first_faults(events))
 
     def write(self, step: int, values: Values) -> None:
         """Write all metrics."""

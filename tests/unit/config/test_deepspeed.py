@@ -119,5 +119,9 @@ def test_states_on_nvme_are_refused_before_a_run_begins(tmp_path: Path) -> None:
     file.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_optimizer": states}}))
     with pytest.raises(UserError, match=r"offload_optimizer\.device is 'nvme', .* be resumed .* expected 'cpu'"):
         check_deepspeed_config(recipe(str(file)), world_size=1)
-    file.write_text(file.read_text().replace('"nvme",', '"cpu",'))
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_optimizer": None}}))
+    with pytest.raises(UserError, match="offload_optimizer is None, expected a JSON object"):
+        check_deepspeed_config(recipe(str(file)), world_size=1)
+    states["device"] = "cpu"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_optimizer": states}}))
     check_deepspeed_config(recipe(str(file)), world_size=1)

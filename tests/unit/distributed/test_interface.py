@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from mvd_scale.distributed import rendezvous
+from mvd_scale.distributed import interface, rendezvous
 from mvd_scale.distributed.free_port import free_port
 from mvd_scale.distributed.interface import (
     GLOO,
@@ -22,7 +22,7 @@ from mvd_scale.distributed.interface import (
     route_source,
     set_interface,
 )
-from mvd_scale.distributed.rendezvous import has_own_meaning_here, open_store, resolve_endpoint
+from mvd_scale.distributed.rendezvous import choose_way, has_own_meaning_here, open_store, resolve_endpoint
 from mvd_scale.errors import UserError
 
 INTERFACES = {"lo": ["127.0.0.1", "::1"], "eth0": ["192.168.7.4"], "ib0": ["10.0.0.4", "fd00::4"], "spare": []}
@@ -109,6 +109,47 @@ def test_under_torchrun_whose_store_listens_everywhere_no_interface_follows_from
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     assert has_own_meaning_here(DEBIAN, several_hosts=True)
+
+
+LO, ETH = {"lo": ["127.0.0.1", "::1"]}, {"eth0": ["192.168.7.4", "fe80::4"]}
+UNUSED = {"spare": [], "usb0": ["fe80::9"]}
+
+
+@pytest.mark.parametrize(
+    ("interfaces", "device", "chosen"),
+    [
+        (LO | ETH | UNUSED, "cpu", {GLOO: "eth0"}),
+        (LO | ETH | UNUSED, "cuda", {GLOO: "eth0"}),
+        (INTERFACES, "cuda", {}),
+        (LO, "cuda", {}),
+    ],
+)
+def test_under_torchrun_a_host_that_knows_itself_by_a_loopback_address_takes_its_only_other_interface(
+    interfaces: dict[str, list[str]], device: str, chosen: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL, by which ranks on GPUs reduce, chooses for itself among several."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setattr(interface, "own_interfaces", lambda: interfaces)
+    environment: dict[str, str] = {}
+    choose_way(DEBIAN, environment, several_hosts=True, device=torch.device(device))
+    assert environment == chosen
+
+
+@pytest.mark.parametrize("interfaces", [INTERFACES, LO | UNUSED])
+def test_where_that_is_not_one_ranks_on_cpus_ask_for_it(
+    interfaces: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setattr(interface, "own_interfaces", lambda: interfaces)
+    with pytest.raises(UserError) as error:
+        choose_way(DEBIAN, {}, several_hosts=True, device=torch.device("cpu"))
+    said = str(error.value)
+    assert said.startswith("MASTER_ADDR node-1 is 127.0.1.1 on its own host, which says of no network interface")
+    assert f"set {GLOO} to the one that does" in said
+    assert all(name in said for name in interfaces)
+    environment = {NCCL: "ib0"}
+    choose_way(DEBIAN, environment, several_hosts=True, device=torch.device("cpu"))
+    assert environment == {NCCL: "ib0"}, "as the user says"
 
 
 def listening_addresses() -> set[str]:

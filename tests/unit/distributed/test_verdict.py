@@ -29,7 +29,8 @@ def test_positions_survive_the_store() -> None:
     progress = Progress()
     progress.enter("data wait", 3)
     progress.tick()
-    assert Position.parse(str(progress.position)) == progress.position == (1, 0, 1, 1, 3, "data wait")
+    progress.count_part()
+    assert Position.parse(str(progress.position)) == progress.position == (1, 0, 1, 1, 3, "data wait", 1)
 
 
 def test_ticks_of_a_thread_take_no_phase_back() -> None:
@@ -53,7 +54,7 @@ def test_unlimited_phase_returns_to_the_phase_before() -> None:
     progress.enter("save", 5)
     with progress.unlimited("room for step 5"):
         assert progress.position.patience == 0
-    assert progress.position[3:] == (1, 5, "save")
+    assert progress.position[3:] == (1, 5, "save", 0)
 
 
 def test_rank_whose_heartbeat_stands_still_is_silent() -> None:
@@ -81,6 +82,12 @@ def test_collectives_are_progress() -> None:
 def test_rank_in_the_same_phase_that_began_fewer_collectives_is_late() -> None:
     assert heartbeats(at(4), at(4)._replace(collectives=2), at(4)).late() == [1]
     assert heartbeats(at(4), at(4)._replace(collectives=2), at(3)).late() == [2]
+
+
+def test_rank_that_wrote_fewer_parts_of_checkpoints_is_late() -> None:
+    """All wait in one phase for a checkpoint, which the thread of one rank has not written."""
+    save = at(4, "save")
+    assert heartbeats(save._replace(parts=2), save._replace(parts=1), save._replace(parts=2)).late() == [1]
 
 
 def test_ticks_are_progress() -> None:

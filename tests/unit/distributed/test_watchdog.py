@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from mvd_scale.distributed.health import watchdog as module
 from mvd_scale.distributed.health.verdict import Member
 from mvd_scale.distributed.health.watchdog import Watchdog
 from mvd_scale.distributed.process_group import Ranks
-from mvd_scale.errors import Preempted, UserError
+from mvd_scale.errors import Preempted, SharedError, UserError
 from mvd_scale.utils.events import EventLog, read_events
 
 MINUTES = 2 / 60
@@ -162,13 +164,66 @@ def test_error_of_all_ranks_is_told_by_rank_0(
     pair: list[Watchdog], ends: dict[str, int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     enter(pair)
-    with pytest.raises(UserError), pair[0].explaining():
+    pair[0].ranks.progress.enter("save", 4)
+    with pytest.raises(UserError) as caught, pair[0].explaining():
         raise UserError("no room")
     with pytest.raises(Ended), pair[1].explaining():
         raise UserError("no room")
     leave(pair)
     assert capfd.readouterr().err == "", "rank 0 prints it at the end of the command"
     assert len(read_events(tmp_path / "events.jsonl")) == 1
+    assert str(caught.value) == fault(tmp_path) == f"{pair[0]._members[0].name} failed in 'save' of step 5: no room"
+
+
+def test_shared_error_of_all_ranks_names_the_rank_at_fault_alone(
+    pair: list[Watchdog], ends: dict[str, int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    enter(pair)
+    told = "rank 1 (host b, pid 7) failed in 'save' of step 10: [Errno 5]"
+    with pytest.raises(SharedError) as caught, pair[0].explaining():
+        raise SharedError(told, [1])
+    with pytest.raises(Ended), pair[1].explaining():
+        raise SharedError(told, [1])
+    leave(pair)
+    assert capfd.readouterr().err == "", "rank 0 prints it at the end of the command"
+    (event,) = read_events(tmp_path / "events.jsonl")
+    assert (event["message"], event["ranks"]) == (told, [1])
+    assert str(caught.value) == told
+    assert ends["MainThread"] == 2
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_error_of_the_program_is_told_in_one_line_beside_its_traceback(
+    rank: int, pair: list[Watchdog], ends: dict[str, int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    enter(pair)
+    pair[rank].ranks.progress.enter("forward", 4)
+    with pytest.raises(ZeroDivisionError), pair[rank].explaining():
+        raise ZeroDivisionError("a bug")
+    wait_for(lambda: ends.get("watchdog") == 1)
+    leave(pair)
+    assert capfd.readouterr().err == f"mvd-scale: {fault(tmp_path)}\n"
+    assert fault(tmp_path) == f"{pair[0]._members[rank].name} failed in 'forward' of step 5: ZeroDivisionError: a bug"
+
+
+def test_input_that_is_refused_before_the_steps_is_told_as_it_is(pair: list[Watchdog], ends: dict[str, int]) -> None:
+    enter(pair)
+    error = UserError("written with other videos")
+    pair[0].__exit__(UserError, error, None)  # and so the error is raised further
+    assert not ends
+    pair[1].__exit__(None, None, None)
+
+
+def test_error_of_the_system_names_rank_0_also_outside_of_the_steps(
+    pair: list[Watchdog], ends: dict[str, int], tmp_path: Path
+) -> None:
+    enter(pair)
+    pair[0].ranks.progress.enter("export", patience=0)
+    full = OSError(28, "No space left")
+    with pytest.raises(UserError, match=r"rank 0 \(host .*\) failed in 'export': \[Errno 28\] No space left"):
+        pair[0].__exit__(OSError, full, None)
+    pair[1].__exit__(None, None, None)
+    assert "rank 0 (host " in fault(tmp_path)
 
 
 def test_dead_neighbour_is_named_after_an_error_of_a_collective(
@@ -184,6 +239,27 @@ def test_dead_neighbour_is_named_after_an_error_of_a_collective(
     assert ends["MainThread"] == 75
     assert "rank 1 (host " in fault(tmp_path)
     assert "ended without a message, last seen in 'optimizer' of step 10" in fault(tmp_path)
+
+
+def test_launcher_cannot_end_a_rank_before_its_watchdog_does(
+    pair: list[Watchdog], ends: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its exit code would be that of a request to stop, while the verdict on a rank that hangs is being told."""
+    handlers: list[object] = []
+
+    def sleep(seconds: float) -> None:
+        handlers.append(signal.getsignal(signal.SIGTERM))
+        raise Ended
+
+    enter(pair)
+    pair[0]._ending = True
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    monkeypatch.setattr(module, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
+    with pytest.raises(Ended), pair[0].explaining():
+        raise RuntimeError("[gloo] Connection closed by peer")
+    signal.signal(signal.SIGTERM, before)
+    leave(pair)
+    assert handlers == [signal.SIG_IGN]
 
 
 def test_process_of_another_machine_of_the_same_name_is_not_looked_for_here(
@@ -206,7 +282,7 @@ def test_others_end_with_the_code_of_the_command_line(
     error: Exception, code: int, pair: list[Watchdog], ends: dict[str, int]
 ) -> None:
     enter(pair)
-    with pytest.raises(type(error)), pair[0].explaining():
+    with pytest.raises(UserError if code == 2 else ValueError), pair[0].explaining():
         raise error
     wait_for(lambda: ends.get("watchdog") == code)
     leave(pair)
@@ -253,11 +329,17 @@ def test_end_of_the_launcher_is_a_request_to_stop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: dict[str, int]
 ) -> None:
     sent: list[int] = []
+    told: list[str] = []
     monkeypatch.setattr(module.os, "kill", lambda pid, number: sent.append(number))
     monkeypatch.setattr(module.LauncherProcesses, "ended", lambda self: 4711)
+    monkeypatch.setattr(module.logger, "warning", lambda text, *values: told.append(text % values))
     with Watchdog(
         Ranks(0, 0, 1, torch.device("cpu")), tmp_path / "faults", EventLog(tmp_path / "events.jsonl"), MINUTES
     ):
         wait_for(lambda: bool(sent))
         time.sleep(0.5)
     assert sent == [module.signal.SIGTERM], "once"
+    ended = (
+        f"the launcher of {Member.own(0).name}, process 4711, has ended in 'start': the run stops after a checkpoint"
+    )
+    assert told == [ended]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -28,7 +27,7 @@ def meet() -> Meet:
 
         def on_host(rank: int) -> Any:
             meeting = Meeting(store, seat(rank))
-            meeting.assemble(count, time.monotonic() + (10 if ranks is None else 0.3))
+            meeting.assemble(count, 10 if ranks is None else 0.3)
             return work(meeting)
 
         with ThreadPoolExecutor(count) as pool:

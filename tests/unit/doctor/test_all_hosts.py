@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def place(rank: int, world_size: int, port: int, **other: Any) -> LaunchedRank:
 @pytest.fixture
 def examine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Examine:
     """Examine hosts as threads; checks of a host alone are replaced by one that is sound."""
-    monkeypatch.setattr(all_hosts, "host_checks", lambda settings, device, rank: [sound(rank)])
+    monkeypatch.setattr(all_hosts, "host_checks", lambda settings, device, rank, by_user: [sound(rank)])
     monkeypatch.setattr(all_hosts, "facts_check", facts)
     # The interface would be chosen for the whole process of the tests.
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
@@ -177,7 +178,7 @@ def test_a_host_that_hangs_is_a_finding(examine: Examine, monkeypatch: pytest.Mo
     monkeypatch.setattr(all_hosts, "_COLLECT_SECONDS", 0.5)
     ended = threading.Event()
 
-    def checks(settings: Settings, device: str, rank: LaunchedRank) -> list[HostCheck]:
+    def checks(settings: Settings, device: str, rank: LaunchedRank, by_user: Mapping[str, str]) -> list[HostCheck]:
         if rank.rank == 1:
             ended.wait(60)
         return [sound(rank)]
@@ -209,7 +210,7 @@ def test_a_host_that_dies_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(meeting_module, "_SILENT", 0.3)
     store = HashStore()
     lead, dead = Meeting(store, seat(0)), Meeting(store, seat(1))
-    lead.assemble(2, time.monotonic() + 1)
+    lead.assemble(2, 1)
     dead.put("beat/1", 7)
     started = time.monotonic()
     assert lead.begin("names", 60)[0] == [0]
@@ -239,7 +240,7 @@ def test_a_host_that_lives_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(meeting_module, "_BEAT", 0.05)
     store = HashStore()
     lead, slow = Meeting(store, seat(0)), Meeting(store, seat(1))
-    lead.assemble(2, time.monotonic() + 1)
+    lead.assemble(2, 1)
     slow.live()
     threading.Timer(1.0, lambda: slow.put("names/ready/1", True)).start()
     lead.put("names/ready/0", True)
@@ -258,17 +259,88 @@ def test_unknown_hosts_of_between_are_a_finding(examine: Examine) -> None:
 def test_a_rank_that_comes_too_late_is_told(meet: Meet) -> None:
     store = HashStore()
     lead = Meeting(store, seat(0))
-    lead.assemble(2, time.monotonic() + 0.1)
+    lead.assemble(2, 0.1)
     late = Meeting(store, seat(1))
     with pytest.raises(NoAnswer, match="did not wait for this rank"):
-        late.assemble(2, time.monotonic() + 1)
+        late.assemble(2, 1)
+
+
+def test_a_rank_that_comes_long_before_rank_0_waits_for_its_roster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting_module, "_MARGIN", 0.2)
+    store = HashStore()
+    early = Meeting(store, seat(1))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(early.assemble, 3, 0.8)
+        time.sleep(0.6)
+        Meeting(store, seat(0)).assemble(3, 0.8)  # there is no third rank: it waits to the end
+        waiting.result()
+    assert [one.rank for one in early.seats] == [0, 1]
+
+
+def test_slow_checks_of_rank_0_do_not_hold_up_the_roster(examine: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting_module, "_MARGIN", 0.5)
+
+    def checks(settings: Settings, device: str, rank: LaunchedRank, by_user: Mapping[str, str]) -> list[HostCheck]:
+        if rank.rank == 0:
+            time.sleep(2.0)
+        return [sound(rank)]
+
+    monkeypatch.setattr(all_hosts, "host_checks", checks)
+    port = free_port()
+    first, second = examine([place(rank, 2, port) for rank in range(2)], wait=1.0)
+    assert second is None
+    assert by_check(first)["presence", ""].outcome == "ok"
+
+
+def test_a_host_gives_signs_of_life_while_it_waits_for_the_roster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setattr(meeting_module, "_BEAT", 0.05)
+    port = free_port()
+    lead, other = [Meeting(open_store(place(rank, 2, port), 5), seat(rank)) for rank in range(2)]
+    other.live()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(other.assemble, 2, 5)
+        time.sleep(0.2)
+        before = lead.get("beat/1", 5)
+        time.sleep(0.5)
+        after = lead.get("beat/1", 5)
+        lead.assemble(2, 5)
+        waiting.result()
+
+    def gone(key: str, value: Any) -> None:
+        raise NoAnswer
+
+    monkeypatch.setattr(other, "put", gone)  # ends its thread, which would hold the store at the end of the process
+    time.sleep(0.2)
+    assert after > before
+
+
+def test_the_interface_that_the_program_chose_is_not_the_user_s(
+    examine: Examine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = {}
+
+    def checks(settings: Settings, device: str, rank: LaunchedRank, by_user: Mapping[str, str]) -> list[HostCheck]:
+        seen[rank.rank] = dict(by_user)
+        return [sound(rank)]
+
+    monkeypatch.setattr(all_hosts, "host_checks", checks)
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    examine([place(0, 1, free_port())])
+    assert seen == {0: {}}
+    assert os.environ["GLOO_SOCKET_IFNAME"]
+
+
+def test_a_host_that_is_apart_has_its_name_in_the_hostfile(examine: Examine) -> None:
+    (examined,) = examine([place(1, 2, free_port())], wait=0.5, hosts={"north": 1, "south": 1})
+    assert by_check(examined)["own", "south"].outcome == "ok"
 
 
 def test_hosts_of_the_same_name_have_different_labels() -> None:
     store = HashStore()
     seats = [seat(0, name="vm"), seat(1, name="vm"), seat(2, name="other"), seat(3, host="1", local_rank=1, name="vm")]
     lead, *_ = [Meeting(store, one) for one in seats]
-    lead.assemble(4, time.monotonic() + 1)
+    lead.assemble(4, 1)
     assert [one.label for one in lead.seats] == ["vm#0", "vm#1", "other", "vm#1"]
     assert [one.rank for one in lead.hosts] == [0, 1, 2]
     assert lead.device == "cpu"

@@ -27,8 +27,8 @@ def trip(ahead: float, seconds: float) -> RoundTrip:
         (0.7, 0.01, "warning"),
         (-0.7, 0.01, "warning"),
         (0.7, 0.6, "ok"),
-        (30.0, 0.01, "fail"),
-        (-3600.0, 0.4, "fail"),
+        (30.0, 0.01, "warning"),
+        (-3600.0, 0.4, "warning"),
     ],
 )
 def test_the_difference_counts_beyond_its_error(ahead: float, seconds: float, outcome: str) -> None:
@@ -70,6 +70,6 @@ def test_a_clock_that_is_wrong_is_found(meet: Meet, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(clocks, "_ROUND_TRIPS", 1)
     monkeypatch.setattr(clocks.time, "time", lambda: [100.0, 40.0, 100.2][next(readings) % 3])
     _, (finding,) = meet(2, lambda meeting: list(compare_clocks(meeting, [0, 1])))
-    assert finding.outcome == "fail"
-    assert finding.detail == "60100.0 ms ahead of rank 0, within 100.0 ms"
+    assert finding.outcome == "warning"
+    assert finding.detail.startswith("60100.0 ms ahead of rank 0, within 100.0 ms: no run depends on it")
     assert "chrony" in finding.remedy

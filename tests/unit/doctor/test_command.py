@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mvd_scale.cli.doctor import _GROUPS
+from mvd_scale.cli.doctor import _GROUPS, doctor
 from mvd_scale.doctor.findings import GROUPS
+from mvd_scale.doctor.settings import Settings
 from tests.e2e.conftest import RECIPE
-from tests.fork_server import ForkServer
+from tests.fork_server import ROOT, ForkServer
 
 
 def read(output: str) -> dict[str, Any]:
@@ -29,6 +31,13 @@ def outcomes(report: dict[str, Any]) -> dict[str, set[str]]:
 
 def test_the_command_offers_all_groups() -> None:
     assert _GROUPS == GROUPS
+
+
+def test_the_guide_names_the_rounds_of_pairs() -> None:
+    guide = " ".join((ROOT / "docs/guides/distributed.md").read_text().split())
+    (rounds,) = re.findall(r"in n - 1 rounds \(n if n is odd\), in (\d+) at most", guide)
+    (option,) = [option for option in doctor.params if option.name == "rounds"]
+    assert int(rounds) == option.default == Settings(Path()).rounds
 
 
 def test_one_node(fork_server: ForkServer, tmp_path: Path) -> None:

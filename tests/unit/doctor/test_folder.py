@@ -10,6 +10,7 @@ import threading
 import time
 from collections import namedtuple
 from collections.abc import Iterable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,24 @@ def test_hosts_share_a_folder(meet: Meet, tmp_path: Path) -> None:
         }
         assert host["flock among hosts"][1] == "a lock of rank 0 holds here"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_without_flock_is_sound(meet: Meet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcntl, "flock", refuse(errno.ENOLCK))
+    first, second = found(meet(2, lambda meeting: list(share_folder(meeting, [0, 1], tmp_path))))
+    assert first == {
+        "flock among hosts": ("ok", "not known (No locks available); a lease is used"),
+        "shared folder": ("ok", f"{tmp_path}: files of 1 other host appear"),
+    }
+    assert {check: outcome for check, (outcome, _) in second.items()} == {"shared folder": "ok", "rename": "ok"}
+
+
+def test_flock_is_refused_to_another_host_alone(meet: Meet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, calls = fcntl.flock, count()
+    monkeypatch.setattr(fcntl, "flock", lambda *words: (refuse(errno.EOPNOTSUPP) if next(calls) else whole)(*words))
+    first, second = found(meet(2, lambda meeting: list(share_folder(meeting, [0, 1], tmp_path))))
+    assert list(first) == ["shared folder"]
+    assert second["flock among hosts"] == ("ok", "not known (Operation not supported); a lease is used")
 
 
 def test_a_host_with_another_folder(meet: Meet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,25 +6,29 @@ import socket
 
 import pytest
 
+from mvd_scale.distributed.interface import own_interfaces
 from mvd_scale.doctor.checks import network
 from mvd_scale.doctor.checks.network import (
     Interface,
     chosen,
+    describe,
     interface_towards,
     names_of_others,
-    own_interfaces,
+    network_checks,
     own_name,
 )
+from mvd_scale.elastic.meeting import addresses_of
 
-ETH = Interface("eth0", ("10.0.0.2",), True, 25_000, 9000)
-IB = Interface("ib0", ("10.1.0.2", "fd00::2"), True, 0, 2044)
+ETH = Interface("eth0", ("10.0.0.2",), 25_000, 9000)
+IB = Interface("ib0", ("10.1.0.2", "fd00::2"), 0, 2044)
 BOTH = (ETH, IB)
 
 
 def test_interfaces_of_this_host_have_addresses_and_are_no_loopback() -> None:
-    for interface in own_interfaces():
+    for interface in describe(own_interfaces()):
         assert interface.addresses
         assert "127.0.0.1" not in interface.addresses
+        assert interface.mtu > 0
 
 
 @pytest.mark.parametrize("wanted", ["eth0", "eth", "=eth0,foo", "^docker", "lo", "ib,eth"])
@@ -45,10 +49,19 @@ def test_the_interface_towards_the_others(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(network, "interface_towards", lambda address, interfaces: ETH)
     (finding,) = chosen(BOTH, {}, "10.0.0.1")
     assert finding.detail == "eth0 (10.0.0.2, 25 Gbit/s) towards 10.0.0.1; 2 in all"
-    down = Interface("eth0", ("10.0.0.2",), False, 0, 1500)
-    monkeypatch.setattr(network, "interface_towards", lambda address, interfaces: down)
-    (finding,) = chosen(BOTH, {}, "10.0.0.1")
-    assert (finding.outcome, finding.remedy) == ("fail", "`ip link set eth0 up`")
+
+
+def test_the_interface_is_the_one_that_a_run_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network, "choose_interface", lambda endpoint, interfaces: list(interfaces)[1])
+    assert interface_towards("10.1.0.1", BOTH) is IB
+
+
+def test_the_interface_that_the_program_chose_serves_the_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network, "addresses_of", lambda name: ["127.0.1.1"])
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth9")
+    interfaces, own = (check.findings()[0] for check in network_checks(None, 2, {}))
+    assert (interfaces.outcome, own.outcome) == ("ok", "ok")
+    assert own.detail.endswith("GLOO_SOCKET_IFNAME is eth9")
 
 
 def test_no_interface_leads_to_the_loopback_or_an_unknown_name() -> None:
@@ -57,7 +70,7 @@ def test_no_interface_leads_to_the_loopback_or_an_unknown_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("addresses", "hosts", "by_user", "outcome"),
+    ("addresses", "hosts", "interfaces", "outcome"),
     [
         (["10.0.0.2"], 2, {}, "ok"),
         (["127.0.1.1"], 1, {}, "ok"),
@@ -68,17 +81,17 @@ def test_no_interface_leads_to_the_loopback_or_an_unknown_name() -> None:
     ],
 )
 def test_the_own_name(
-    monkeypatch: pytest.MonkeyPatch, addresses: list[str], hosts: int, by_user: dict[str, str], outcome: str
+    monkeypatch: pytest.MonkeyPatch, addresses: list[str], hosts: int, interfaces: dict[str, str], outcome: str
 ) -> None:
-    monkeypatch.setattr(network, "resolve", lambda name: addresses)
-    (finding,) = own_name("node-1", hosts, by_user)
+    monkeypatch.setattr(network, "addresses_of", lambda name: addresses)
+    (finding,) = own_name("node-1", hosts, interfaces)
     assert finding.outcome == outcome
     assert ("GLOO_SOCKET_IFNAME" in finding.remedy) == (outcome == "warning")
 
 
 def test_names_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     known = {"master": ["10.0.0.1"], "node-2": ["10.0.0.2"], "node-3": ["10.0.0.3"]}
-    monkeypatch.setattr(network, "resolve", lambda name: known.get(name, []))
+    monkeypatch.setattr(network, "addresses_of", lambda name: known.get(name, []))
     monkeypatch.setattr(network, "reverse", lambda address: "" if address == "10.0.0.3" else "a name")
     point, others = names_of_others("master", {"two": "node-2"})
     assert (point.outcome, others.outcome) == ("ok", "ok")
@@ -92,7 +105,7 @@ def test_names_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_look_ups_do_not_raise() -> None:
-    assert network.resolve("localhost")
-    assert network.resolve("no.such.host.invalid") == []
-    assert network.resolve("x" * 300) == []
+    assert addresses_of("localhost")
+    assert addresses_of("no.such.host.invalid") == []
+    assert addresses_of("x" * 300) == []
     assert network.reverse("203.0.113.1") in ("", socket.getfqdn("203.0.113.1"))

@@ -67,6 +67,13 @@ def test_a_single_host_is_not_named() -> None:
     assert "  OK       CPUs    8 CPUs" in report(ok("a"), hosts=("a",)).to_text()
 
 
+def test_hosts_that_did_not_come_are_named() -> None:
+    apart = Finding("meeting", "fail", "it does not meet rank 0", "open the port", host="b", group="hosts")
+    text = report(ok("a"), apart, hosts=("a",)).to_text()
+    assert "OK       CPUs     a  8 CPUs" in text
+    assert "FAIL     meeting  b  it does not" in text
+
+
 def test_checks_that_are_left_out_for_one_reason_are_one_row() -> None:
     others = [Finding(name, "left out", "no GPU", host=host, group="gpus") for name in ("x", "y") for host in "abc"]
     assert "  -        x, y  all  no GPU" in report(*others).to_text()

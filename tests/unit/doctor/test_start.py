@@ -50,7 +50,7 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> Programs:
     made = Programs()
     monkeypatch.setattr("subprocess.run", made.run)
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(start, "resolve", lambda name: ["10.0.0.1"])
+    monkeypatch.setattr(start, "addresses_of", lambda name: ["10.0.0.1"])
     found = Finding("CPUs", "ok", "8 CPUs", host="node-1", group="machine")
     report = Report("1.0", "now", 1.0, ("node-1", "node-2"), 16, (found,))
     made.launcher = finished(out=f"a line of the launcher\n{report.to_json()}\n")
@@ -96,7 +96,7 @@ def test_a_host_that_ssh_does_not_reach_is_left_out(programs: Programs, answer: 
 
 
 def test_a_name_that_is_not_known_is_left_out(programs: Programs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(start, "resolve", lambda name: [] if name == "node-3" else ["10.0.0.1"])
+    monkeypatch.setattr(start, "addresses_of", lambda name: [] if name == "node-3" else ["10.0.0.1"])
     examined = start.examine_hostfile({"me@node-3": 1, "node-1": 1}, [])
     assert "node-3 is not known" in faults(examined.findings)["me@node-3"].detail
     assert programs.hostfiles == ["node-1 slots=1\n"]
@@ -121,6 +121,32 @@ def test_a_single_host_is_not_taken_for_this_node(programs: Programs) -> None:
     assert not faults(start.examine_hostfile({"node-1": 2}, []).findings)
     assert [command[0] for command in programs.commands] == ["ssh", sys.executable]
     assert "--force_multi" in programs.commands[-1]
+
+
+def test_reports_of_hosts_that_are_apart_are_joined_with_that_of_rank_0(programs: Programs) -> None:
+    came = Finding("presence", "fail", "2 hosts with 16 ranks came", "see node-3", group="hosts")
+    apart = Finding("meeting", "fail", "rank 16 does not meet rank 0", "open the port", host="node-3", group="hosts")
+    lines = [
+        Report("1.0", "now", 1.0, ("node-3",), 4, (apart,)).to_json(),
+        Report("1.0", "now", 1.0, ("node-1", "node-2"), 16, (came,)).to_json(),
+    ]
+    for order in (lines, lines[::-1]):
+        programs.launcher = finished(1, out="\n".join(order))
+        examined = start.examine_hostfile(HOSTS, [])
+        assert (examined.hosts, examined.ranks) == (("node-1", "node-2"), 16)
+        assert examined.findings[3:] == [came, apart]
+
+
+def test_of_reports_of_one_rank_each_that_of_rank_0_leads(programs: Programs) -> None:
+    reports = [
+        Report(
+            "1.0", "now", 1.0, (host,), 1, (Finding(check, "fail", "it failed", "mend it", host=host, group="hosts"),)
+        )
+        for host, check in (("node-1", "presence"), ("node-2", "meeting"))
+    ]
+    for order in (reports, reports[::-1]):
+        programs.launcher = finished(1, out="\n".join(report.to_json() for report in order))
+        assert start.examine_hostfile({"node-1": 1, "node-2": 1}, []).hosts == ("node-1",)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mvd_scale.cli.supervise import _recipe
+from mvd_scale.cli.supervise import _recipe, supervise
 from mvd_scale.elastic.command import SupervisedCommand
 from mvd_scale.elastic.lease_watch import LeaseWatch
 from mvd_scale.errors import UserError
@@ -80,6 +81,27 @@ def test_a_folder_of_another_host_is_held_as_long_as_that_renews(tmp_path: Path)
     assert watch.holder() is None
 
 
+def stale(*_: object) -> None:
+    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+
+def test_a_folder_that_cannot_be_read_for_a_moment_is_held(
+    command: SupervisedCommand, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "read_bytes", stale)
+        assert command.folder_holder() == f"{folder.lease_file} cannot be read (Stale file handle)"
+    assert command.folder_holder() is None
+
+
+def test_a_restart_that_cannot_be_recorded_is_a_warning(
+    command: SupervisedCommand, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Path, "exists", stale)
+    command.record_restart("lost node-2", {"node-1": 2}, 2)
+    assert "cannot be read (Stale file handle): the restart is not recorded" in caplog.text
+
+
 def test_restarts_are_events_of_a_run_that_has_begun(command: SupervisedCommand, folder: RunFolder) -> None:
     command.record_restart("lost node-2", {"node-1": 2}, 2)
     assert list(folder.path.iterdir()) == []
@@ -88,3 +110,10 @@ def test_restarts_are_events_of_a_run_that_has_begun(command: SupervisedCommand,
     (event,) = read_events(folder.events)
     expected = {"event": "restart", "reason": "lost node-2", "hosts": ["node-1", "node-3"], "ranks": 3, "attempt": 3}
     assert expected.items() <= event.items()
+
+
+def test_without_a_hostfile_no_host_is_named() -> None:
+    with pytest.raises(
+        UserError, match=r"^--host is node-9, but there is no hostfile: give `--hostfile`, or leave out"
+    ):
+        supervise.main(["--host", "node-9", "pretrain"], standalone_mode=False)

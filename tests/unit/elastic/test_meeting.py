@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import socket
+import threading
 from pathlib import Path
 
 import pytest
 
 from mvd_scale.elastic import meeting
-from mvd_scale.elastic.meeting import Site, find_coordinator, find_site, is_better
+from mvd_scale.elastic.meeting import AddressBook, Site, find_coordinator, find_site, is_better
 from mvd_scale.errors import UserError
+from tests.unit.elastic.test_supervisor import wait_until
 
 SITE = Site(("node-1", "node-2", "node-3", "node-4"), "node-2", "10.0.0.2", 29400)
 
@@ -17,6 +19,7 @@ SITE = Site(("node-1", "node-2", "node-3", "node-4"), "node-2", "10.0.0.2", 2940
 def test_one_host_needs_no_address() -> None:
     assert find_site(["node-1"], None, 29400) == Site(("node-1",), "node-1", "127.0.0.1", 0)
     assert find_site(["node-1"], None, 29400).listen() is None
+    assert find_site(["me@node-1"], "node-1", 29400) == find_site(["node-1"], None, 29400)
 
 
 def names(monkeypatch: pytest.MonkeyPatch, table: dict[str, str]) -> None:
@@ -48,8 +51,8 @@ def test_a_host_that_knows_itself_as_127_0_1_1_takes_the_address_that_leads_to_t
     ("named", "message"),
     [
         (None, r"127\.0\.0\.1, 127\.0\.0\.2 are all addresses of this host: name this host with `--host`"),
-        ("node-9", "node-9 is not among them: name this host"),
-        ("198.51.100.1", r"198\.51\.100\.1 is no address of this host"),
+        ("node-9", r"^--host is node-9: expected a host of the hostfile, which has 127\.0\.0\.1, 127\.0\.0\.2, 198"),
+        ("198.51.100.1", r"^--host is 198\.51\.100\.1, which is no address of this host \(.+\): give the line of"),
     ],
 )
 def test_a_host_that_does_not_find_itself_says_so(named: str | None, message: str) -> None:
@@ -58,8 +61,47 @@ def test_a_host_that_does_not_find_itself_says_so(named: str | None, message: st
 
 
 def test_none_of_the_hosts_is_this_one() -> None:
-    with pytest.raises(UserError, match="of which none is this host"):
+    with pytest.raises(UserError, match=r"of which none is an address of this host \(.+\): write one there") as error:
         find_site(["198.51.100.1", "198.51.100.2"], None, 29400)
+    assert "--host" not in str(error.value), "it would not help"
+
+
+def test_a_single_host_is_not_called_by_another_name() -> None:
+    with pytest.raises(UserError, match=r"^--host is node-9: expected a host of the hostfile, which has node-1$"):
+        find_site(["node-1"], "node-9", 29400)
+
+
+def test_names_are_looked_up_beside_and_their_addresses_may_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    table: dict[str, str] = {}
+    names(monkeypatch, table)
+    book = AddressBook()
+    assert book.addresses("node-1") == []
+    for address in ("10.0.0.1", "10.0.0.7"):
+        table["node-1"] = address
+        wait_until(lambda: book.addresses("node-1") == [table["node-1"]], address)
+    # A name server that fails for a moment.
+    table.clear()
+    for _ in range(3):
+        assert book.addresses("node-1") == ["10.0.0.7"]
+        book._searches["node-1"].join()
+
+
+def test_a_name_server_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers, asked = threading.Event(), list[str]()
+
+    def look_up(host: str) -> list[str]:
+        asked.append(host)
+        answers.wait(20)
+        return ["10.0.0.1"]
+
+    monkeypatch.setattr(meeting, "addresses_of", look_up)
+    book = AddressBook()
+    for _ in range(3):
+        assert book.addresses("node-1") == []
+    assert asked == ["node-1"]
+    answers.set()
+    book._searches["node-1"].join()
+    assert book.addresses("node-1") == ["10.0.0.1"]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from mvd_scale.distributed.free_port import free_port
 from mvd_scale.elastic import supervisor
 from mvd_scale.elastic.coordinator import Membership
 from mvd_scale.elastic.meeting import JoinRefused, Site, join_coordinator
+from mvd_scale.elastic.messages import Connection
 from mvd_scale.elastic.supervisor import SupervisedJob, Supervisor
 
 FIRST, SECOND = "127.0.0.1", "127.0.0.2"
@@ -244,3 +246,26 @@ def test_a_stop_request_ends_the_search_for_other_hosts(monkeypatch: pytest.Monk
     before = signal.getsignal(signal.SIGTERM)
     assert Supervisor(job, Site((FIRST, SECOND), SECOND, SECOND, 1), 2).run() == 143
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_ranks_that_start_while_a_stop_request_is_under_way_get_its_signal() -> None:
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    job = SupervisedJob(command, "toy", None, Membership((FIRST,)))  # type: ignore[arg-type]
+    mine, theirs = socket.socketpair()
+    host = Supervisor(job, Site((FIRST,), FIRST, FIRST, 0), 2)
+    host._connection = Connection(mine)
+    host._remember(signal.SIGTERM, None)
+    host._forward_signals()
+    place = {"ranks": 2, "first_rank": 0, "world_size": 2, "node": 0, "address": FIRST, "port": 1}
+    host._obey({"kind": "start", "attempt": 1, **place})
+    # The coordinator's answer to the stop request: the host that received the signal has passed it on.
+    host._obey({"kind": "stop", "attempt": 1, "signal": signal.SIGTERM, "saves": True})
+    ranks = host._ranks
+    assert ranks is not None
+    try:
+        wait_until(lambda: not (ranks.poll() or ranks.is_running), "the end of the ranks")
+    finally:
+        ranks.kill()
+    assert ranks.codes == [-signal.SIGTERM, -signal.SIGTERM]
+    mine.close()
+    theirs.close()

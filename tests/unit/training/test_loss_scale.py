@@ -74,7 +74,7 @@ def test_steps_that_are_skipped_once_the_scale_is_as_large_as_the_gradients_allo
 def test_an_overflow_at_the_smallest_scale_ends_the_run_with_step_and_remedy() -> None:
     scaler = scaler_of("distill/b_from_b")
     with (
-        pytest.raises(UserError, match=r"step 7 .*training\.precision bf16.*training\.base_lr"),
+        pytest.raises(UserError, match=r"in 'optimizer' of step 8; .*training\.precision bf16.*training\.base_lr"),
         smallest_loss_scale(7),
     ):
         skipped(scaler, 0, 100)

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from mvd_scale.data.manifest import Manifest
+from mvd_scale.distributed.health.verdict import Member
 from mvd_scale.distributed.process_group import Ranks
-from mvd_scale.errors import UserError
+from mvd_scale.errors import SharedError
 from mvd_scale.training.nonfinite import NonfiniteSteps
 from mvd_scale.utils.events import read_events
 
@@ -26,6 +27,10 @@ def steps_of(precision: str, skip: int, *, folder: Path | None = None) -> Nonfin
     return steps
 
 
+def member(rank: int) -> Member:
+    return Member(rank, f"node-{rank}", 70 + rank)
+
+
 def run(steps: NonfiniteSteps, engine: Any, step: int, loss: float, *, skipped: bool) -> None:
     steps.begin(engine)
     engine.skipped_steps += skipped
@@ -37,7 +42,7 @@ def other_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 1, whose loss of rows 5 and 6 is finite."""
 
     def gather(parts: list[Any], mine: Any) -> None:
-        parts[:] = [mine, ([True], [[5, 6]])]
+        parts[:] = [(member(0), *mine[1:]), (member(1), [True], [[5, 6]])]
 
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     manifest = SimpleNamespace(path=[f"{row}.mp4" for row in range(9)])
@@ -49,8 +54,20 @@ def test_some_steps_are_skipped_and_the_next_one_is_an_error() -> None:
     steps, engine = steps_of("bf16", 2), SimpleNamespace(skipped_steps=4)
     run(steps, engine, 7, float("nan"), skipped=True)
     run(steps, engine, 8, float("nan"), skipped=True)
-    with pytest.raises(UserError, match=r"step 9 are not finite .*, nor those of the 2 steps before it"):
+    named = (
+        r"rank 0 \(host node-0, pid 70\) are not finite in 'forward' of step 10, nor were those of the 2 steps before"
+    )
+    with pytest.raises(SharedError, match=named) as caught:
         run(steps, engine, 9, float("nan"), skipped=True)
+    assert caught.value.ranks == (0,)
+
+
+@pytest.mark.usefixtures("other_rank")
+def test_gradients_that_no_loss_explains_are_of_no_known_rank() -> None:
+    steps, engine = steps_of("bf16", 0), SimpleNamespace(skipped_steps=0)
+    with pytest.raises(SharedError, match=r"are not finite in 'backward' of step 10, though .*; the weights") as caught:
+        run(steps, engine, 9, 1.0, skipped=True)
+    assert caught.value.ranks == ()
 
 
 @pytest.mark.usefixtures("other_rank")
@@ -72,7 +89,7 @@ def test_the_event_names_the_clips_of_the_loss_that_is_not_finite(tmp_path: Path
     steps, engine = steps_of("fp32", 3, folder=tmp_path), SimpleNamespace(skipped_steps=0)
     run(steps, engine, 7, float("nan"), skipped=True)
     (event,) = read_events(tmp_path / "events.jsonl")
-    assert (event["step"], event["ranks"], event["clips"]) == (7, [0], ["2.mp4", "0.mp4"])
+    assert (event["step"], event["ranks"], event["clips"]) == (8, [0], ["2.mp4", "0.mp4"])
 
 
 @pytest.mark.usefixtures("other_rank")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import logging
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -410,8 +409,7 @@ def test_finetuning_and_detection_have_no_teachers(config: RunRecipe) -> None:
     assert placement.precision.value == config.training.precision
 
 
-def test_a_run_logs_its_placement(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(logging.getLogger("mvd_scale"), "propagate", True)
+def test_a_run_logs_its_placement(caplog: pytest.LogCaptureFixture) -> None:
     config = recipe(training__precision="fp32")
     with caplog.at_level("INFO"):
         placement = make_placement(config, targets_of(config), Ranks(0, 0, 1, torch.device("cpu")))

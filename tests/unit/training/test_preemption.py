@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 
 import pytest
 import torch
 from torch.distributed import HashStore
 
 from mvd_scale.distributed.process_group import Ranks
+from mvd_scale.training import preemption
 from mvd_scale.training.preemption import PreemptionHandler
 
 
 @pytest.mark.parametrize("receiver", [0, 1])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_to_one_rank_ends_all(receiver: int, number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(preemption.logger, "info", lambda text, *values: told.append(text % values))
     store = HashStore()
     monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
     ranks = [Ranks(rank, rank, 2, torch.device("cpu")) for rank in range(2)]
@@ -30,3 +34,5 @@ def test_a_signal_to_one_rank_ends_all(receiver: int, number: signal.Signals, mo
     last = 1 if receiver == 0 else 2
     assert stops == {rank: [step >= last for step in range(4)] for rank in range(2)}
     assert [handler.exit_code for handler in handlers] == [128 + number] * 2
+    name = f"rank {receiver} (host {socket.gethostname()}, pid {os.getpid()})"
+    assert told == [f"{name} received {number.name} by step {last}: the run ends after step {last + 1}"]

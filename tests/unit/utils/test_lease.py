@@ -325,7 +325,6 @@ def test_a_failing_renewal_is_one_warning(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with caplog.at_level("WARNING"), monkeypatch.context() as patch:
-        patch.setattr(leases.logger, "propagate", True)
         patch.setattr(leases.os, "pwrite", full)
         lease._renew()
         lease._renew()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +18,7 @@ from torch.distributed import HashStore
 from mvd_scale.checkpoints.tensor_folder import read_tensors
 from mvd_scale.config.training import CheckpointConfig
 from mvd_scale.distributed.process_group import Ranks, run_on_rank0
-from mvd_scale.errors import UserError
+from mvd_scale.errors import SharedError, UserError
 from mvd_scale.performance.benchmarks.simulated_ranks import SimulatedJob
 from mvd_scale.training.checkpointing import writer as module
 from mvd_scale.training.checkpointing.files import find_damage
@@ -181,18 +184,24 @@ def test_an_error_of_one_rank_is_known_to_all(tmp_path: Path, monkeypatch: pytes
             raise OSError(5, "Input/output error")
         return described(found)
 
+    logged: list[str] = []
     monkeypatch.setattr(module, "describe_files", fail)
+    monkeypatch.setattr(module.logger, "error", lambda text, *values: logged.append(text % values))
 
-    def save(ranks: Ranks) -> str:
+    def save(ranks: Ranks) -> SharedError:
         writer = CheckpointWriter(tmp_path, ranks, CheckpointConfig())
         run_on_rank0(ranks, "room", lambda: writer.make_room(3, 80))
         writer.start(3, share(ranks), {"step": 3, "weights": {}})
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(SharedError) as caught:
             writer.wait()
-        return str(caught.value)
+        assert ranks.progress.position.parts == 1
+        return caught.value
 
-    for message in SimulatedJob(2).run(save):
-        assert "could not be written: rank 1: [Errno 5] Input/output error; there is no other" in message
+    named = rf"could not be written: rank 1 \(host {re.escape(socket.gethostname())}, pid {os.getpid()}\) failed in "
+    for error in SimulatedJob(2).run(save):
+        assert re.search(named + r"'save' of step 3: \[Errno 5\] Input/output error; there is no other", str(error))
+        assert error.ranks == (1,)
+    assert len(logged) == 1, "by rank 0 alone"
     assert not saved_steps(tmp_path)
 
 

@@ -1,0 +1,230 @@
+"""Rows of a clip: equal features in equal colours, what is not there is named, and pictures show tokens as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from mvd_scale.analysis import clip_rows
+from mvd_scale.analysis.clip_rows import ClipOptions, Section, analyse_clip
+from mvd_scale.analysis.feature_sheet import check_picture, draw_sheet, write_moving_sheet
+from mvd_scale.analysis.subjects import read_subjects
+from mvd_scale.checkpoints.weights import save_weights
+from mvd_scale.config import DecoderConfig, ModelConfig
+from mvd_scale.config.data import ViewsConfig
+from mvd_scale.data.storage import DecodeError
+from mvd_scale.errors import UserError
+from mvd_scale.models import Encoder, Student
+from mvd_scale.visualization.predictions import HIDDEN
+
+VIDEO = ModelConfig(width=48, depth=2, heads=3, frames=6, input_size=32, patch_size=8)
+IMAGE = ModelConfig(
+    width=32, depth=2, heads=2, frames=1, tubelet=1, input_size=32, patch_size=8, positions="sincos2d", class_token=True
+)
+DECODER = DecoderConfig(width=32, depth=1, heads=2)
+FRAMES = torch.randint(0, 256, (1, 6, 32, 32, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+ATTENTION = ["features of", "attention, block 2", "attention rollout"]
+MASK = 0.5
+
+
+def save_student(path: Path, model: ModelConfig, channels: dict[str, int]) -> Path:
+    student = Student(model, {name: (DECODER, count) for name, count in channels.items()})
+    path.parent.mkdir(exist_ok=True)
+    save_weights(path, student.state_dict(), model, dict.fromkeys(channels, DECODER))
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("weights")
+    other_grid = IMAGE.model_copy(update={"input_size": 48})
+    for name, model in {"mae": IMAGE, "videomae": VIDEO, "other_grid": other_grid}.items():
+        save_weights(folder / f"{name}.safetensors", Encoder(model).state_dict(), model)
+    save_student(folder / "mvd.safetensors", VIDEO, {"image": 32, "video": 48})
+    save_student(folder / "pixels.safetensors", VIDEO, {"pixels": 2 * 64 * 3})
+    save_student(folder / "mae_pixels.safetensors", IMAGE, {"pixels": 64 * 3})
+    return {file.stem: file for file in folder.glob("*.safetensors")}
+
+
+def analyse(*words: str | Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[Section]:
+    monkeypatch.setattr(clip_rows, "views_of_file", lambda *_: FRAMES)
+    subjects, clip = read_subjects([str(word) for word in words])
+    clip = type(clip)(6, 2, 32)
+    chosen = ClipOptions(ViewsConfig(clips=1, crops=1), **{"mask_ratio": MASK, **options})
+    return analyse_clip("clip.mp4", subjects, clip, chosen, torch.device("cpu"))
+
+
+def titles(section: Section) -> list[str]:
+    return [row.title[0] for row in section.rows]
+
+
+def test_a_prediction_that_equals_its_target_has_its_colours(files: dict[str, Path]) -> None:
+    (subject,), _ = read_subjects([str(files["mvd"])])
+    truth = torch.randn(1, 48, 48)
+    places = torch.arange(48).view(1, 3, 16)[:, :, ::2].flatten(1)
+    predicted = truth.gather(1, places.unsqueeze(-1).expand(-1, -1, 48))
+    target, guess = clip_rows._pair("video", truth, predicted, places, subject, None)
+    assert target.images.shape == guess.images.shape == (3, 4, 4, 3)
+    shown = (guess.images != HIDDEN).any(-1)
+    assert shown.reshape(3, 16).tolist() == [[place % 2 == 0 for place in range(16)]] * 3
+    np.testing.assert_allclose(guess.images[shown], target.images[shown], atol=1e-6)
+    # The same features in all slices: the same colours over time.
+    still = truth[:, :16].repeat(1, 3, 1)
+    images = clip_rows._pair("video", still, predicted, places, subject, None)[0].images
+    np.testing.assert_allclose(images[0], images[2], atol=1e-6)
+
+
+def test_a_published_student_shows_what_there_is_and_names_the_rest(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head, section = analyse(files["mvd"], monkeypatch=monkeypatch)
+    np.testing.assert_array_equal(head.rows[0].images, FRAMES[0, ::2].numpy() / np.float32(255))
+    assert titles(section) == ["what the student", "image: predicted", "video: predicted", *ATTENTION]
+    assert section.rows[0].title[1] == "sees: 50%"
+    assert len(section.missing) == 2
+    assert "the file holds no teacher of video: name one with `--teacher video=FILE`" in section.missing[1]
+
+    teachers = {"image": files["mae"], "video": files["videomae"]}
+    _, section = analyse(f"mvd={files['mvd']}", monkeypatch=monkeypatch, teachers=teachers)
+    assert section.title == "mvd: video student, width 48, depth 2"
+    assert titles(section) == [
+        "what the student", "image: target", "image: predicted", "video: target", "video: predicted", *ATTENTION
+    ]  # fmt: skip
+    assert section.missing == []
+    assert [row.images.shape[:3] for row in section.rows] == [(3, 32, 32), *[(3, 4, 4)] * 7]
+    # Tubes: the same places are predicted in all slices.
+    masked = (section.rows[2].images != HIDDEN).any(-1)
+    assert masked[0].sum() == MASK * 16
+    assert (masked == masked[0]).all()
+    visible = (section.rows[0].images[:, ::8, ::8] == head.rows[0].images[:, ::8, ::8]).all(-1)
+    assert (visible != masked).all()
+
+
+def test_teachers_that_do_not_fit_are_refused(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def message(name: str, file: str) -> str:
+        with pytest.raises(UserError) as raised:
+            analyse(files["mvd"], monkeypatch=monkeypatch, teachers={name: files.get(file, Path(file))})
+        return str(raised.value)
+
+    assert "a teacher of input size 32 would match" in message("image", "other_grid")
+    assert "the student predicts 48 channels of video, but the teacher has 32" in message("video", "mae")
+    assert "nothing.pth" in message("video", "nothing.pth")
+    assert "no model here predicts depth; expected one of: image, video" in message("depth", "mae")
+
+
+def test_models_without_decoders_show_features_and_attention(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, image, video = analyse(files["mae"], files["videomae"], monkeypatch=monkeypatch)
+    for section, whose in ((image, "of the class token"), (video, "mean over queries")):
+        assert titles(section) == ATTENTION
+        assert [row.images.shape for row in section.rows] == [(3, 4, 4, 3)] * 3
+        assert section.missing == ["no decoder: no predictions"]
+        assert section.rows[1].title[1] == whose
+
+
+def test_pixels_are_shown_as_they_are_trained(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, video, image = analyse(files["pixels"], files["mae_pixels"], monkeypatch=monkeypatch)
+    for section in (video, image):
+        assert titles(section) == ["what the student", "pixels: target", "pixels: predicted", *ATTENTION]
+        target, predicted = section.rows[1].images, section.rows[2].images
+        assert target.shape == predicted.shape == (3, 32, 32, 3)
+        # Normalised pixels of a token, two deviations to either side.
+        assert target[1, :8, :8].mean() == pytest.approx(0.5, abs=0.03)
+        assert (predicted == HIDDEN).all(-1).reshape(3, 4, 8, 4, 8).all(axis=(2, 4)).sum() == 3 * 8
+
+
+def test_a_run_knows_its_targets_and_names_a_teacher_that_is_gone(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = DECODER.model_dump(exclude_none=True)
+    recipe = {
+        "run": {"folder": str(tmp_path)},
+        "model": VIDEO.model_dump(),
+        "data": {"mask": {"ratio": 0.75}},
+        "targets": {
+            "image": {"kind": "image_teacher", "checkpoint": str(files["mae"]), "norm": True, "decoder": decoder},
+            "video": {"kind": "video_teacher", "checkpoint": str(tmp_path / "gone.safetensors"), "decoder": decoder},
+        },
+        "training": {"epochs": 2, "global_batch": 2, "base_lr": 1e-3, "warmup_epochs": 0},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    save_student(tmp_path / "student.safetensors", VIDEO, {"image": 32, "video": 48})
+    _, section = analyse(tmp_path, monkeypatch=monkeypatch, mask_ratio=None)
+    assert titles(section)[:4] == ["what the student", "image: target", "image: predicted", "video: predicted"]
+    assert section.rows[0].title[1] == "sees: 25%"
+    assert len(section.missing) == 1
+    assert "gone.safetensors" in section.missing[0]
+    _, section = analyse(tmp_path, monkeypatch=monkeypatch, teachers={"video": files["videomae"]})
+    assert section.missing == []
+
+
+def test_what_cannot_be_shown_at_all_is_an_error(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"--mask-ratio 0\.01 leaves 48 of 48 tokens"):
+        analyse(files["mvd"], monkeypatch=monkeypatch, mask_ratio=0.01)
+    subjects, clip = read_subjects([str(files["mvd"])])
+
+    def broken(*_: object) -> None:
+        raise DecodeError("clip.mp4", "no such file")
+
+    monkeypatch.setattr(clip_rows, "views_of_file", broken)
+    with pytest.raises(UserError, match=r"clip\.mp4 cannot be decoded: no such file"):
+        analyse_clip("clip.mp4", subjects, clip, ClipOptions(ViewsConfig(clips=1, crops=1)), torch.device("cpu"))
+
+
+def test_pictures_show_every_token_as_one_square(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sections = analyse(f"model={files['videomae']}", monkeypatch=monkeypatch)
+    draw_sheet(sections, tmp_path / "sheet.png")
+    sheet = Image.open(tmp_path / "sheet.png")
+    assert sheet.mode == "RGBA"
+    assert sheet.getpixel((sheet.width - 1, 0))[3] == 0
+    pixels = np.asarray(sheet)
+    colours = (sections[1].rows[0].images * 255).round().astype(np.uint8)
+    side = 4 * 32  # the frames of 32 pixels, whole times
+    left = sheet.width - 3 * (side + 4)
+    top = next(
+        y
+        for y in range(sheet.height - side)
+        if (pixels[y, left : left + side : 32, :3] == colours[0, 0]).all() and (pixels[y, left:, 3] == 255).any()
+    )
+    for number in range(3):
+        at = left + number * (side + 4)
+        cell = pixels[top : top + side, at : at + side, :3].reshape(4, 32, 4, 32, 3)
+        assert (cell == colours[number][:, None, :, None]).all()
+
+
+@pytest.mark.parametrize("suffix", ["gif", "mp4"])
+def test_a_moving_picture_has_a_frame_for_each_slice(
+    suffix: str, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sections = analyse(files["videomae"], monkeypatch=monkeypatch)
+    out = tmp_path / f"moving.{suffix}"
+    write_moving_sheet(sections, out)
+    with av.open(str(out)) as container:
+        frames = [frame.to_ndarray(format="rgb24").astype(int) for frame in container.decode(video=0)]
+    assert len(frames) == 3
+    side = 2 * 128
+    for number, frame in enumerate(frames):
+        shown = frame[4 : 4 + side, 4 : 4 + side].reshape(32, 8, 32, 8, 3).mean(axis=(1, 3))
+        assert abs(shown - FRAMES[0, 2 * number].numpy()).mean() < 16
+
+
+def test_names_of_pictures_are_checked_first(tmp_path: Path) -> None:
+    check_picture(tmp_path / "a.png", tmp_path / "a.gif")
+    for out, moving, said in (
+        ("a.jpg", None, r"expected a file name that ends in \.png"),
+        ("a.png", "a.avi", r"expected \.gif or \.mp4"),
+        ("none/a.png", None, "there is no folder"),
+    ):
+        with pytest.raises(UserError, match=said):
+            check_picture(tmp_path / out, tmp_path / moving if moving else None)
