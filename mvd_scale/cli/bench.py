@@ -319,6 +319,33 @@ def ranks(ranks: list[int], target: int, as_json: bool) -> None:
 
 
 @bench.command()
+@click.option(
+    "--rows", type=IntListType(), default="100000,1000000,10000000", show_default=True,
+    help="Numbers of rows; 1,000 rows are measured as well.",
+)  # fmt: skip
+@click.option(
+    "--workers", type=IntListType(), default="0,2", show_default=True, help="Counts of worker processes to start."
+)
+@click.option(
+    "--work", type=click.Path(path_type=Path),
+    help="Folder for videos, manifests and mapped files, 4 GB for 10 million rows; a temporary one if omitted.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+def manifest(rows: list[int], workers: list[int], work: Path | None, as_json: bool) -> None:
+    """Measure private memory of each process and seconds to the first batch, by rows of the manifest.
+
+    The rows have different paths, which all lead to four small videos.
+    """
+    import tempfile
+
+    from mvd_scale.performance.benchmarks.manifest_size import measure_manifest
+
+    with tempfile.TemporaryDirectory() as scratch:
+        report = measure_manifest(rows, workers, work or Path(scratch))
+    click.echo(report.to_json() if as_json else report.to_text())
+
+
+@bench.command()
 @click.argument("old", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("new", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(

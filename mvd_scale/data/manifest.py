@@ -1,24 +1,35 @@
-"""Manifest: a table of videos, one row per video, stored as Parquet."""
+"""Manifest: a table of videos, one row per video, stored as Parquet.
+
+A large manifest is not read into memory: its columns lie in a file that all processes of a host map (`columns`,
+`host_cache`), and are read, written and derived in blocks.
+
+Workers import this module: it must not import torch.
+"""
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, BinaryIO, Literal, NamedTuple, Self
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pyarrow.fs import LocalFileSystem
 
+from mvd_scale.data.columns import BLOCK, Categories, ColumnFile, ColumnWriter, Texts, encode_texts, in_memory
+from mvd_scale.data.host_cache import make_unnamed, open_or_make
 from mvd_scale.data.orientation import orientation_of_exif
-from mvd_scale.errors import UserError
+from mvd_scale.data.parquet import ParquetSource
 
 SCHEMA = pa.schema(
     [
@@ -51,6 +62,14 @@ SCHEMA = pa.schema(
     ]
 )
 _ORIGIN = b"mvd_scale"
+_CATEGORIES = ("codec", "pixel_format", "colour", "access")
+"""Columns of texts of which only few differ."""
+
+MAPPED_FROM = 50_000
+"""Rows from which on columns lie in a file that processes map; fewer take at most about 10 MB in each process."""
+
+Chunks = Callable[[str], Iterator[pa.Array]]
+"""Function from the name of a column of `SCHEMA` to its values, in order, in pieces: texts as strings or binaries."""
 
 WHOLE_FILE = -1
 """`offset` of a video that is a file of its own, not a range of a shard."""
@@ -153,6 +172,20 @@ class Row:
         return (self.width, self.height) if self.rotation % 180 else (self.height, self.width)
 
 
+class Kind(NamedTuple):
+    """Properties of a video by which its decoder is chosen."""
+
+    still: bool
+    plain: bool
+    codec: str
+    pixel_format: str
+    colour: str
+    height: int
+    """Height in pixels of a decoded frame, see `Row.coded_size`."""
+    width: int
+    """Width in pixels of a decoded frame."""
+
+
 @dataclass(frozen=True)
 class Manifest:
     """All videos of a source in the order of the source, including those that cannot be used.
@@ -161,8 +194,8 @@ class Manifest:
     everywhere (`ClipBatch.video_ids`, `quarantine.jsonl`). The columns are the fields of `Row`, one entry per video.
     """
 
-    name: list[str]
-    path: list[str]
+    name: Sequence[str]
+    path: Sequence[str]
     offset: NDArray[np.int64]
     size: NDArray[np.int64]
     frames: NDArray[np.int64]
@@ -176,17 +209,17 @@ class Manifest:
     exif_orientation: NDArray[np.int64]
     still: NDArray[np.bool_]
     stream: NDArray[np.int64]
-    codec: list[str]
-    pixel_format: list[str]
-    colour: list[str]
-    access: list[str]
+    codec: Sequence[str]
+    pixel_format: Sequence[str]
+    colour: Sequence[str]
+    access: Sequence[str]
     plain: NDArray[np.bool_]
     keyframe_interval: NDArray[np.int64]
     first_pts: NDArray[np.int64]
     pts_step: NDArray[np.int64]
     label: NDArray[np.int64]
     dataset: NDArray[np.int64]
-    left_out: list[str | None]
+    left_out: Sequence[str | None]
 
     source: str = ""
     """Sources and options of the index, by which a cached manifest is recognised."""
@@ -197,25 +230,112 @@ class Manifest:
     part: tuple[int, int] | None = None
     """(3, 64) if the manifest holds the third of 64 equal parts of the source; None if it holds the whole source."""
 
+    _file: ColumnFile | None = field(default=None, init=False, repr=False, compare=False)
+    """File that the columns are views of; None if they lie in memory of this process."""
+
+    _parquet: ParquetSource | None = field(default=None, init=False, repr=False, compare=False)
+    """Parquet file that has the same rows and description."""
+
     @classmethod
-    def from_rows(cls, rows: Sequence[Row], **about: Any) -> Self:
-        """Build a manifest from rows; `about` gives the fields `source`, `classes` and `part`."""
+    def from_rows(cls, rows: Iterable[Row], **about: Any) -> Self:
+        """Build a manifest from rows; `about` gives the fields `source`, `classes` and `part`.
+
+        Of many rows, a block is held at a time; the others lie in a Parquet file in memory, of 20 bytes a row.
+        """
+        coming = iter(rows)
+        first = list(islice(coming, MAPPED_FROM))
+        if len(first) < MAPPED_FROM:
+            return cls._in_memory(first, **about)
+        with os.fdopen(os.memfd_create("mvd_scale", os.MFD_CLOEXEC), "wb") as spool:
+            path = f"/proc/self/fd/{spool.fileno()}"
+            with _parquet_writer(path, about) as writer:
+                block = first
+                while block:
+                    cls._in_memory(block)._write_to(writer)
+                    block = list(islice(coming, BLOCK))
+            source = ParquetSource.open(path, SCHEMA.names, _ORIGIN)
+            return cls.from_chunks(source.chunks, source.rows, **about)
+
+    @classmethod
+    def _in_memory(cls, rows: Sequence[Row], **about: Any) -> Self:
         columns: dict[str, Any] = {}
-        for field in SCHEMA:
-            values = [getattr(row, field.name) for row in rows]
-            text = field.type == pa.string()
-            # `to_pandas_dtype` of older releases of pyarrow needs pandas.
-            dtype = pa.array([], field.type).to_numpy(zero_copy_only=False).dtype
-            columns[field.name] = values if text else np.array(values, dtype)
+        for column in SCHEMA:
+            values = [getattr(row, column.name) for row in rows]
+            text = column.type == pa.string()
+            columns[column.name] = values if text else np.array(values, _dtype(column.name))
         return cls(**columns, **about)
+
+    @classmethod
+    def from_chunks(cls, chunks: Chunks, rows: int, **about: Any) -> Self:
+        """Build a manifest from its columns in pieces, of which it holds one at a time if the manifest is large.
+
+        Args:
+            chunks: the columns; each may be asked for more than once.
+            rows: number of rows.
+            about: the fields `source`, `classes` and `part`.
+        """
+        if rows >= MAPPED_FROM:
+            return cls._of_file(make_unnamed(lambda file: _write_columns(file, chunks, about)))
+        columns: dict[str, Any] = {}
+        for column in SCHEMA:
+            if column.type == pa.string():
+                columns[column.name] = [
+                    text for chunk in chunks(column.name) for text in _as_strings(chunk).to_pylist()
+                ]
+            else:
+                empty = np.zeros(0, _dtype(column.name))
+                columns[column.name] = np.concatenate([empty, *map(_as_numbers, chunks(column.name))])
+        return cls(**columns, **about)
+
+    @classmethod
+    def _of_file(cls, file: ColumnFile) -> Self:
+        """Manifest whose columns are views of a file that `_write_columns` wrote."""
+        columns: dict[str, Any] = {}
+        for column in SCHEMA:
+            name = column.name
+            if name in _CATEGORIES:
+                columns[name] = Categories(file[name], json.loads(file[f"{name}.values"].tobytes()))
+            elif column.type == pa.string():
+                present = file.get(f"{name}.present")
+                columns[name] = Texts(file[f"{name}.ends"], file[f"{name}.bytes"], present)
+            else:
+                columns[name] = file[name]
+        manifest = cls(**columns, **_described(file.about))
+        object.__setattr__(manifest, "_file", file)
+        return manifest
+
+    def shared(self) -> Self:
+        """Return this manifest with columns in memory or a file that worker processes map; its pickle is small.
+
+        The pickle is valid in processes of this host, as long as the manifest lives in this process.
+        """
+        if self._file is not None:
+            return self
+        about = {"source": self.source, "classes": self.classes, "part": self.part}
+        return type(self)._of_file(in_memory(lambda file: _write_columns(file, self.chunks, about)))
+
+    def __reduce__(self) -> Any:
+        if self._file is not None:
+            return type(self)._of_file, (self._file,)
+        return partial(type(self), **{part.name: getattr(self, part.name) for part in fields(self) if part.init}), ()
+
+    def release(self) -> None:
+        """Give mapped pages back to the system, which counts them as memory of this process; see `ColumnFile`."""
+        if self._file is not None:
+            self._file.release()
 
     def __len__(self) -> int:
         return len(self.path)
 
     def row(self, number: int) -> Row:
         """Row of one video, by its row number."""
-        values = {field.name: getattr(self, field.name)[number] for field in fields(Row)}
-        return Row(**{key: value.item() if isinstance(value, np.generic) else value for key, value in values.items()})
+        return self.row_with(number, [field.name for field in fields(Row)])
+
+    def row_with(self, number: int, columns: Sequence[str], **others: Any) -> Row:
+        """Row of one video with the values of some columns; `others` and defaults give the rest."""
+        values = {name: getattr(self, name)[number] for name in columns}
+        values = {key: value.item() if isinstance(value, np.generic) else value for key, value in values.items()}
+        return Row(**values, **others)
 
     @property
     def rows(self) -> list[Row]:
@@ -227,18 +347,135 @@ class Manifest:
         columns: dict[str, Any] = {}
         for name in SCHEMA.names:
             column = getattr(self, name)
-            columns[name] = [column[row] for row in rows.tolist()] if isinstance(column, list) else column[rows]
+            columns[name] = column[rows] if isinstance(column, np.ndarray) else [column[row] for row in rows.tolist()]
         return replace(self, **columns)
 
-    @property
+    def chunks(self, name: str) -> Iterator[pa.Array]:
+        """Values of a column in blocks of `BLOCK` rows: texts as binaries, so that any file name is one.
+
+        Mapped pages are given back between two blocks.
+        """
+        column = getattr(self, name)
+        for start in range(0, len(self), BLOCK):
+            if isinstance(column, Texts):
+                yield column.block(start, start + BLOCK)
+            elif isinstance(column, np.ndarray):
+                yield pa.array(column[start : start + BLOCK])
+            else:
+                yield encode_texts(column[start : start + BLOCK])
+            self.release()
+
+    def codes(self, name: str, rows: NDArray[np.int64]) -> tuple[NDArray[np.int32], list[str]]:
+        """Texts of some rows of a column of which only few differ.
+
+        Returns:
+            a number for each row, int32 (rows,), and the texts that they are the indices of.
+        """
+        column = getattr(self, name)
+        if isinstance(column, Categories):
+            return column.codes[rows], column.values
+        values: dict[str, int] = {}
+        codes = [values.setdefault(column[row], len(values)) for row in rows.tolist()]
+        return np.array(codes, np.int32), list(values)
+
+    def _derived(self, name: str) -> NDArray[Any] | None:
+        """Return a column that `_write_columns` computed from the others, if this manifest lies in such a file."""
+        return None if self._file is None else self._file.get(name)
+
+    @cached_property
     def usable(self) -> NDArray[np.int64]:
         """Row numbers of the videos that training may draw, ascending: int64 (usable,)."""
-        return np.array([row for row, reason in enumerate(self.left_out) if reason is None], dtype=np.int64)
+        if (rows := self._derived("usable")) is not None:
+            return rows
+        return np.concatenate([np.zeros(0, np.int64), *self._usable_blocks()])
+
+    def usable_blocks(self) -> Iterator[NDArray[np.int64]]:
+        """Yield `usable` in blocks, of which none needs much memory, for computations over all usable videos.
+
+        Pages of the columns that are read between two blocks are given back.
+        """
+        for block in self._usable_blocks():
+            yield block
+            self.release()
+
+    def _usable_blocks(self) -> Iterator[NDArray[np.int64]]:
+        if (rows := self._derived("usable")) is not None:
+            yield from (rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK))
+            return
+        for start in range(0, len(self), BLOCK):
+            if isinstance(self.left_out, Texts) and self.left_out.present is not None:
+                usable = ~self.left_out.present[start : start + BLOCK]
+            else:
+                usable = np.array([reason is None for reason in self.left_out[start : start + BLOCK]], dtype=bool)
+            yield np.flatnonzero(usable).astype(np.int64) + start
+
+    @property
+    def unusable(self) -> NDArray[np.int64]:
+        """Row numbers of the videos that are left out, ascending: int64 (left out,)."""
+        rows, start = [np.zeros(0, np.int64)], 0
+        for usable in self._usable_blocks():
+            if len(usable):
+                stop = int(usable[-1]) + 1
+                rows.append(np.setdiff1d(np.arange(start, stop), usable, assume_unique=True))
+                start = stop
+        return np.concatenate([*rows, np.arange(start, len(self))])
+
+    @cached_property
+    def kinds(self) -> dict[Kind, int]:
+        """Number of usable videos of each kind."""
+        if (known := self._derived("kinds")) is not None:
+            return {Kind(*kind): count for *kind, count in json.loads(known.tobytes())}
+        counts: Counter[Kind] = Counter()
+        for rows in self.usable_blocks():
+            turned, height, width = self.rotation[rows] % 180 != 0, self.height[rows], self.width[rows]
+            texts = {name: self.codes(name, rows) for name in ("codec", "pixel_format", "colour")}
+            columns: dict[str, NDArray[Any]] = {"still": self.still[rows], "plain": self.plain[rows]}
+            columns |= {name: codes for name, (codes, _) in texts.items()}
+            columns |= {"height": np.where(turned, width, height), "width": np.where(turned, height, width)}
+            grouped = pa.table(columns).group_by(list(columns), use_threads=False).aggregate([([], "count_all")])
+            for found in grouped.to_pylist():
+                count = found.pop("count_all")
+                counts[Kind(**found | {name: values[found[name]] for name, (_, values) in texts.items()})] += count
+        return dict(counts)
+
+    @property
+    def dataset_sizes(self) -> list[int]:
+        """Number of usable videos of each data set of a mixture, up to the last one that has any."""
+        if self._file is not None and "dataset_sizes" in self._file.about:
+            return list(self._file.about["dataset_sizes"])
+        sizes = np.zeros(0, np.int64)
+        for rows in self.usable_blocks():
+            counts = np.bincount(self.dataset[rows], minlength=len(sizes))
+            counts[: len(sizes)] += sizes
+            sizes = counts
+        return [int(size) for size in sizes]
 
     def with_upright_stills(self) -> Self:
         """Manifest whose still images are displayed as their orientation tags (EXIF) say, not as they are coded."""
-        rows = [_upright(row) if row.still and row.exif_orientation != 1 else row for row in self.rows]
-        return type(self).from_rows(rows, source=self.source, classes=self.classes, part=self.part)
+        if not any((chunk.to_numpy() != 1).any() for chunk in self.chunks("exif_orientation")):
+            return self
+
+        def chunks(name: str) -> Iterator[pa.Array]:
+            return self._upright(name) if name in _ORIENTATION else self.chunks(name)
+
+        return self.from_chunks(chunks, len(self), source=self.source, classes=self.classes, part=self.part)
+
+    def _upright(self, name: str) -> Iterator[pa.Array]:
+        """Column `name` of `_ORIENTATION`, in blocks, of still images set upright by their tags."""
+        for start in range(0, len(self), BLOCK):
+            stop = start + BLOCK
+            column, tags = getattr(self, name)[start:stop].copy(), self.exif_orientation[start:stop]
+            for tag in np.unique(tags).tolist():
+                tagged = self.still[start:stop] & (tags == tag) & (tag != 1)
+                rotation, mirrored = orientation_of_exif(tag)
+                upright = {"rotation": rotation, "mirrored": mirrored, "exif_orientation": 1}
+                if name in upright:
+                    column[tagged] = upright[name]
+                elif rotation % 180:
+                    other = self.width if name == "height" else self.height
+                    column[tagged] = other[start:stop][tagged]
+            yield pa.array(column)
+            self.release()
 
     @property
     def digest(self) -> str:
@@ -247,65 +484,152 @@ class Manifest:
         It covers names, numbers of frames, sizes in pixels and data sets of the usable videos, but not their paths: a
         copy of the videos elsewhere, or in shards, has the same digest.
         """
-        rows = self.usable
-        digest = hashlib.sha256("\n".join(self.name[row] for row in rows).encode())
+        if self._file is not None and "digest" in self._file.about:
+            return str(self._file.about["digest"])
+        digest, before = hashlib.sha256(), ""
+        for rows in self.usable_blocks():
+            if len(rows):
+                names = before + "\n".join(_taken(self.name, rows))
+                digest.update(names.encode("utf-8", "surrogateescape"))
+                before = "\n"
         for column in (self.frames, self.height, self.width, self.dataset):
-            digest.update(column[rows].tobytes())
+            for rows in self.usable_blocks():
+                digest.update(column[rows].tobytes())
         return digest.hexdigest()[:16]
 
     def save(self, path: Path) -> None:
-        """Write Parquet atomically: a reader sees the old file or the new one, never a part."""
-        columns = [pa.array(getattr(self, field.name), field.type) for field in SCHEMA]
-        about = {"source": self.source, "classes": self.classes, "part": self.part}
-        table = pa.Table.from_arrays(columns, schema=SCHEMA.with_metadata({_ORIGIN: json.dumps(about).encode()}))
+        """Write Parquet atomically: a reader sees the old file or the new one, never a part.
+
+        A file that has the same content already stays as it is, with its time.
+        """
+        if self._parquet is not None and self._parquet.is_at(path):
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        pq.write_table(table, partial)
-        partial.replace(path)
+        new = path.with_name(f".{path.name}.{os.getpid()}")
+        if self._parquet is not None and self._parquet.is_at(self._parquet.path):
+            self._parquet.copy(new)
+        else:
+            self._write_parquet(new)
+        if path.is_file() and filecmp.cmp(new, path, shallow=False):
+            new.unlink()
+        else:
+            new.replace(path)
+
+    def _write_parquet(self, path: Path) -> None:
+        about = {"source": self.source, "classes": self.classes, "part": self.part}
+        with _parquet_writer(str(path), about) as writer:
+            self._write_to(writer)
+
+    def _write_to(self, writer: pq.ParquetWriter) -> None:
+        for chunks in zip(*(self.chunks(name) for name in SCHEMA.names), strict=True):
+            columns = [
+                _as_strings(chunk) if column.type == pa.string() else chunk
+                for column, chunk in zip(SCHEMA, chunks, strict=True)
+            ]
+            writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=writer.schema))
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
         """Read a manifest that `save` wrote, from a file or an fsspec URL.
 
+        The first process of a host that loads a large manifest writes its columns to a file of the temporary folder;
+        it and all others map that file (`host_cache`).
+
         Raises:
-            UserError: the file does not exist, is not Parquet, or lacks a column.
+            UserError: the file does not exist, is not Parquet, lacks a column, or changes while it is read.
         """
-        try:
-            table = _read_parquet(str(path))
-        except (OSError, ImportError, pa.ArrowInvalid) as error:
-            raise UserError(
-                f"cannot read the manifest {path}: {error}. Expected a Parquet file that this program wrote; "
-                "index the videos again"
-            ) from error
-        about = json.loads((table.schema.metadata or {}).get(_ORIGIN, b"null"))
-        missing = [name for name in SCHEMA.names if name not in table.column_names]
-        if missing or about is None:
-            raise UserError(
-                f"the manifest {path} lacks {', '.join(missing) or 'its description'}: expected a file written by "
-                "this release of `mvd-scale data index`. Index the videos again"
-            )
-        columns = {
-            field.name: table[field.name].to_pylist() if field.type == pa.string() else table[field.name].to_numpy()
-            for field in SCHEMA
-        }
-        part = None if about["part"] is None else (about["part"][0], about["part"][1])
-        return cls(**columns, source=about["source"], classes=tuple(about["classes"]), part=part)
+        source = ParquetSource.open(str(path), SCHEMA.names, _ORIGIN)
+        about = _described(source.about)
+        if source.rows < MAPPED_FROM:
+            return cls.from_chunks(source.chunks, source.rows, **about)
+        if source.key is None:
+            return cls._of_file(make_unnamed(lambda file: _write_columns(file, source.chunks, about)))
+
+        def write(file: BinaryIO) -> None:
+            _write_columns(file, source.chunks, about)
+            source.check_unchanged()
+
+        name = f"manifest-{source.key}-{_FORMAT}.columns"
+        manifest = cls._of_file(open_or_make(name, f"the manifest {path} of {source.rows} rows", write))
+        object.__setattr__(manifest, "_parquet", source)
+        return manifest
 
 
-def _upright(still: Row) -> Row:
-    rotation, mirrored = orientation_of_exif(still.exif_orientation)
-    height, width = (still.width, still.height) if rotation % 180 else (still.height, still.width)
-    # Without its tag, the row stays as it is if it is set upright again.
-    return replace(still, rotation=rotation, mirrored=mirrored, height=height, width=width, exif_orientation=1)
+_FORMAT = 1
+"""Number of the form in which `_write_columns` writes a manifest."""
+
+_ORIENTATION = ("height", "width", "rotation", "mirrored", "exif_orientation")
+"""Columns of the way in which a still image is displayed."""
 
 
-def _read_parquet(path: str) -> pa.Table:
-    """Read a file by its path, and a URL through memory.
+def _write_columns(file: BinaryIO, chunks: Chunks, about: dict[str, Any]) -> None:
+    """Write the columns of a manifest, and what follows from them, to a file of columns."""
+    writer = ColumnWriter(file)
+    for column in SCHEMA:
+        name = column.name
+        if name in _CATEGORIES:
+            values: dict[str, int] = {}
+            writer.add(name, (_numbered(chunk, values) for chunk in chunks(name)), np.int32)
+            writer.add_bytes(f"{name}.values", json.dumps(list(values)).encode())
+        elif column.type == pa.string():
+            if name == "left_out":
+                present = (chunk.is_valid().to_numpy(zero_copy_only=False) for chunk in chunks(name))
+                writer.add(f"{name}.present", present, np.bool_)
+            writer.add_texts(name, lambda name=name: chunks(name))  # type: ignore[misc]
+        else:
+            writer.add(name, map(_as_numbers, chunks(name)), _dtype(name))
+    manifest = Manifest._of_file(writer.preview(about))
+    derived = {"digest": manifest.digest, "dataset_sizes": manifest.dataset_sizes}
+    kinds = [[*kind, count] for kind, count in manifest.kinds.items()]
+    writer.add_bytes("kinds", json.dumps(kinds).encode())
+    writer.add("usable", manifest.usable_blocks(), np.int64)
+    writer.finish(about | derived)
 
-    Arrow's threads never get a file object of Python: one of them may still hold it when the interpreter ends, and
-    aborts the process.
-    """
-    if "://" not in path:
-        return pq.read_table(path, filesystem=LocalFileSystem())
-    with fsspec.open(path, "rb") as file:
-        return pq.read_table(pa.BufferReader(file.read()))
+
+def _parquet_writer(path: str, about: dict[str, Any]) -> pq.ParquetWriter:
+    schema = SCHEMA.with_metadata({_ORIGIN: json.dumps(about).encode()})
+    return pq.ParquetWriter(path, schema, filesystem=LocalFileSystem())
+
+
+def _described(about: dict[str, Any]) -> dict[str, Any]:
+    """Fields `source`, `classes` and `part` of a manifest, from JSON that may lack those of the default."""
+    part = about.get("part")
+    return {
+        "source": about.get("source", ""),
+        "classes": tuple(about.get("classes", ())),
+        "part": None if part is None else (part[0], part[1]),
+    }
+
+
+def _dtype(name: str) -> np.dtype[Any]:
+    # `to_pandas_dtype` of older releases of pyarrow needs pandas.
+    return pa.array([], SCHEMA.field(name).type).to_numpy(zero_copy_only=False).dtype
+
+
+def _as_numbers(chunk: pa.Array) -> NDArray[Any]:
+    return chunk.to_numpy(zero_copy_only=False)
+
+
+def _as_strings(chunk: pa.Array) -> pa.Array:
+    return chunk.cast(pa.large_string()).cast(pa.string()) if pa.types.is_large_binary(chunk.type) else chunk
+
+
+def _numbered(chunk: pa.Array, values: dict[str, int]) -> NDArray[np.int32]:
+    """Index of each text of a chunk in `values`, to which new ones are added: int32 (n,)."""
+    encoded = chunk.dictionary_encode()
+    texts = [
+        text.decode("utf-8", "surrogateescape") if isinstance(text, bytes) else text
+        for text in encoded.dictionary.to_pylist()
+    ]
+    numbers = np.array([values.setdefault(text, len(values)) for text in texts], np.int32)
+    return numbers[encoded.indices.to_numpy(zero_copy_only=False)] if len(chunk) else np.zeros(0, np.int32)
+
+
+def _taken(texts: Sequence[str], rows: NDArray[np.int64]) -> list[str]:
+    """Texts of some rows, ascending."""
+    if not isinstance(texts, Texts):
+        return [texts[row] for row in rows.tolist()]
+    if not len(rows):
+        return []
+    block = texts.block(int(rows[0]), int(rows[-1]) + 1).take(pa.array(rows - rows[0]))
+    return [text.decode("utf-8", "surrogateescape") for text in block.to_pylist()]

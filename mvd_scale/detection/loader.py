@@ -5,7 +5,7 @@ Legend: B clips, P people of all clips, C actions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mvd_scale.config import DataConfig, DetectionRecipe, ModelConfig
 from mvd_scale.data.batch import ClipBatch
+from mvd_scale.data.columns import share
 from mvd_scale.data.loaders.clip_loader import BatchPlan, ClipLoader
 from mvd_scale.data.loaders.quarantine import Failure, Quarantine
 from mvd_scale.data.manifest import Manifest
@@ -41,12 +42,13 @@ class KeyFrameSampler(Sampler):
 
     def __init__(self, key_frames: KeyFrames, data: DataConfig, model: ModelConfig, seed: int) -> None:
         super().__init__(key_frames.manifest, data, model, seed)
-        self.centres = key_frames.centres
+        self._centres = share(centres=key_frames.centres)
 
     def draw_frames(self, rng: Generator, video: int) -> NDArray[np.int64]:
         """Return the frame numbers around a key frame, int64 (T,); they do not depend on `rng`."""
-        available = int(self.frames[video])
-        return frames_around(int(self.centres[video]), available, frames=self.model.frames, stride=self.data.stride)
+        available = int(self.manifest.frames[self.rows[video]])
+        centre = int(self._centres["centres"][video])
+        return frames_around(centre, available, frames=self.model.frames, stride=self.data.stride)
 
 
 class KeyFrameLoader(ClipLoader):
@@ -118,7 +120,7 @@ class KeyFrameLoader(ClipLoader):
         )
 
     def _make_sampler(self, manifest: Manifest, data: DataConfig, model: ModelConfig, seed: int) -> Sampler:
-        return KeyFrameSampler(self._key_frames, data, model, seed)
+        return KeyFrameSampler(replace(self._key_frames, manifest=manifest), data, model, seed)
 
     def _count_failures(self, rows: list[int], failures: list[list[Failure]]) -> None:
         super()._count_failures(rows, failures)

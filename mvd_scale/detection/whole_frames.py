@@ -6,7 +6,7 @@ Legend: B clips, T frames, H W pixels of a clip, which differ between videos.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from mvd_scale.config.data import DataConfig, ViewsConfig
+from mvd_scale.data.columns import share
 from mvd_scale.data.decoding.dali_geometry import Sample
 from mvd_scale.data.loaders.base import Outputs
 from mvd_scale.data.loaders.quarantine import Quarantine
@@ -43,7 +44,7 @@ class WholeFrameSource(ViewSource):
 
     def __init__(self, key_frames: KeyFrames, items: NDArray[np.int64], views: ViewsConfig, **others: Any) -> None:
         super().__init__(key_frames.manifest, items, views, **others)
-        self.centres = key_frames.centres
+        self._centres = share(centres=key_frames.centres)
 
     @property
     def extra_fields(self) -> set[str]:
@@ -51,9 +52,8 @@ class WholeFrameSource(ViewSource):
 
     def _frames(self, n: int) -> NDArray[np.int64]:
         row = int(self.items[n, 0])
-        return frames_around(
-            int(self.centres[row]), int(self.frames[row]), frames=self.length, stride=self.views.stride
-        )
+        centre, available = int(self._centres["centres"][row]), int(self.videos.manifest.frames[row])
+        return frames_around(centre, available, frames=self.length, stride=self.views.stride)
 
 
 class WholeFrameLoader(ItemLoader[FrameBatch]):
@@ -98,7 +98,8 @@ class WholeFrameLoader(ItemLoader[FrameBatch]):
         return self._manifest.name[row]
 
     def _source(self) -> WholeFrameSource:
-        return WholeFrameSource(self._key_frames, self.items, self._views, shape=self._shape, **self._source_options)
+        key_frames = replace(self._key_frames, manifest=self._manifest)
+        return WholeFrameSource(key_frames, self.items, self._views, shape=self._shape, **self._source_options)
 
     def _body(self, turned: bool) -> Callable[[Sample, DataNode], tuple[DataNode, ...]]:
         on_gpu = self._device_id is not None

@@ -44,8 +44,13 @@ class Endpoint:
 
 
 def own_interfaces() -> dict[str, list[str]]:
-    """Addresses of the network interfaces of this host that are up, by name."""
-    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
+    """Addresses of the network interfaces of this host that are up, by name, those without a carrier as well.
+
+    A host whose cable is unplugged still reaches itself by its address, and so may go on alone.
+    """
+    # psutil takes an interface without a carrier for down; releases before 5.9.3 have no flags.
+    states = psutil.net_if_stats().items()
+    up = {name for name, state in states if state.isup or "up" in getattr(state, "flags", "").split(",")}
     families = (socket.AF_INET, socket.AF_INET6)
     return {
         name: [entry.address.partition("%")[0] for entry in entries if entry.family in families]

@@ -100,7 +100,8 @@ class LocalRanks:
         self._kill_at = min(self._kill_at, time.monotonic() + seconds)
         if number is not None:
             for rank in self._running:
-                rank.send_signal(number)
+                # Not by `Popen.send_signal`, which collects a rank that has just ended: then `poll` would find none.
+                os.kill(rank.pid, number)
 
     def kill(self) -> None:
         """Send SIGKILL to every rank and its children."""

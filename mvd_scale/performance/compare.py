@@ -14,6 +14,7 @@ from mvd_scale.performance.benchmarks.checkpointing import CheckpointReport
 from mvd_scale.performance.benchmarks.data_loading import DataReport
 from mvd_scale.performance.benchmarks.endurance import EnduranceReport
 from mvd_scale.performance.benchmarks.evaluation import EvalReport
+from mvd_scale.performance.benchmarks.manifest_size import ManifestReport
 from mvd_scale.performance.benchmarks.methods import MethodsReport
 from mvd_scale.performance.benchmarks.rank_growth import RanksReport
 from mvd_scale.performance.benchmarks.scaling import GrowthReport
@@ -33,6 +34,7 @@ KINDS: dict[str, type[Report]] = {
     "ranks": RanksReport,
     "checkpoint": CheckpointReport,
     "endurance": EnduranceReport,
+    "manifest": ManifestReport,
     "teachers": TeachersReport,
     "profile": ProfileReport,
 }

@@ -205,7 +205,8 @@ def log_run_summary(
         accumulation,
     )
     logger.info("attention of the student: %s", _attention(recipe, ranks))
-    short = int((manifest.frames[manifest.usable] < recipe.model.frames * recipe.data.stride).sum())
+    length = recipe.model.frames * recipe.data.stride
+    short = sum(int((manifest.frames[rows] < length).sum()) for rows in manifest.usable_blocks())
     if short and not recipe.data.spans_whole_videos:
         logger.info("%d %s are in videos shorter than a clip, whose frames are repeated", short, rows)
     logger.info(

@@ -144,7 +144,7 @@ class Job:
                 assert code == FAULT_CODE, self.printed
                 (message,) = messages
                 assert said[host.name] in message
-                assert re.search(r"'[a-z ]+' of step \d+", message), message
+                assert re.search(r"'[a-z ]+' of step \d+|'room for step \d+'", message), message
             else:
                 assert code != 0
                 assert not messages, self.printed

@@ -75,3 +75,11 @@ def test_torchrun_meets_at_the_name_of_a_host_that_knows_itself_as_127_0_1_1(
         output, _ = agent.communicate(timeout=120)
         assert agent.returncode == 0, output
         assert f"3 over {Host.interface}" in output
+
+
+def test_a_host_whose_cable_is_unplugged_reaches_itself(hosts: tuple[Host, Host]) -> None:
+    """`mvd-scale supervise` goes on with it alone."""
+    hosts[1].link_down()
+    words = "from mvd_scale.distributed.interface import Endpoint, choose_interface, own_interfaces"
+    words += f"; print(choose_interface(Endpoint('node-1', 1, '{hosts[0].address}'), own_interfaces()))"
+    assert hosts[0].run(sys.executable, "-c", words, cwd=ROOT) == f"{Host.interface}\n"

@@ -167,8 +167,7 @@ def find_shared_sizes(manifest: Manifest) -> frozenset[CodedSize]:
     taken for 1920x1080, which is coded as 1088 rows: its chroma lies behind row 1088, and DALI reads it behind row
     1080. PyAV decodes such videos where the manifest has both sizes.
     """
-    rows = manifest.usable
-    sizes = {(manifest.codec[row], *_coded_size(manifest, row)) for row in rows.tolist()}
+    sizes = {(kind.codec, kind.height, kind.width) for kind in manifest.kinds}
     videos = (Row("", "", codec=codec, height=height, width=width) for codec, height, width in sizes)
     return frozenset(size for size in map(CodedSize.of, videos) if tuple(size) in sizes)
 
@@ -187,18 +186,8 @@ def decode_backend(video: Row, decoders: Decoders) -> DecodeBackend:
 
 def count_kinds(manifest: Manifest) -> Iterator[tuple[Row, int]]:
     """Yield a row for each kind of usable videos that `decode_backend` tells apart, and the number of its videos."""
-    columns = (manifest.still, manifest.plain, manifest.codec, manifest.pixel_format, manifest.colour)
-    kinds = Counter(
-        (*(column[row] for column in columns), *_coded_size(manifest, row)) for row in manifest.usable.tolist()
-    )
-    for (still, plain, codec, pixel_format, colour, height, width), count in kinds.items():
-        yield (
-            Row(
-                "", "", still=bool(still), plain=bool(plain), codec=codec, pixel_format=pixel_format, colour=colour,
-                height=height, width=width,
-            ),
-            count,
-        )  # fmt: skip
+    for kind, count in manifest.kinds.items():
+        yield Row("", "", **kind._asdict()), count
 
 
 def count_backends(manifest: Manifest, decoders: Decoders) -> Counter[DecodeBackend]:
@@ -221,9 +210,3 @@ def count_refusals(manifest: Manifest, decoders: Decoders) -> Counter[str]:
 def decode_backends(manifest: Manifest, decoders: Decoders) -> list[DecodeBackend]:
     """List the implementations that the usable videos need, and PyAV for videos that DALI fails to decode."""
     return sorted({*count_backends(manifest, decoders), DecodeBackend.PYAV})
-
-
-def _coded_size(manifest: Manifest, row: int) -> tuple[int, int]:
-    """Height and width of the decoded frames of a video, see `Row.coded_size`."""
-    height, width = int(manifest.height[row]), int(manifest.width[row])
-    return (width, height) if manifest.rotation[row] % 180 else (height, width)

@@ -12,7 +12,6 @@ import os
 import signal
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from multiprocessing import parent_process
 from typing import Any, NamedTuple
 
@@ -130,7 +129,7 @@ class VideoSource(ABC):
         self.decoders = decoders
         self.backends = decode_backends(manifest, decoders)
         self.corrects = decoders.videos == "mixed" and any(decoders.corrects(kind) for kind, _ in count_kinds(manifest))
-        self.turned = bool((manifest.rotation[manifest.usable] % 180).any())
+        self.turned = any((manifest.rotation[rows] % 180).any() for rows in manifest.usable_blocks())
         self.first = first
         self.end = end
         self.pyav_samples = pyav_samples
@@ -154,6 +153,8 @@ class VideoSource(ABC):
         if n >= self.end:
             raise StopIteration
         arrays = self.sample(n)
+        # Clips are all over the manifest: the pages that they touch would soon be all of it.
+        self.videos.manifest.release()
         return tuple(np.asarray(arrays[field.name], order="C") for field in self.fields)
 
     @property
@@ -356,37 +357,27 @@ class CodedCopy(NamedTuple):
 
 
 class VideoTable:
-    """Properties of the videos that decoding needs, in compact arrays that are cheap to pickle for many processes."""
+    """Properties of the videos that decoding needs, from a manifest whose columns processes share."""
+
+    _COLUMNS = (
+        *("path", "offset", "size", "height", "width", "rotation", "mirrored", "still", "stream", "first_pts"),
+        *("pts_step", "label", "plain", "codec", "pixel_format", "colour", "access"),
+    )
 
     def __init__(self, manifest: Manifest) -> None:
-        columns = ("offset", "size", "height", "width", "rotation", "stream", "first_pts", "pts_step", "label")
-        flags = ("mirrored", "still", "plain")
-        self.columns = {name: getattr(manifest, name) for name in (*columns, *flags)}
-        self.label = manifest.label
-        self.path = _Texts(manifest.path)
-        self.texts = {name: _Texts(getattr(manifest, name)) for name in ("codec", "pixel_format", "colour", "access")}
+        self.manifest = manifest.shared()
+
+    @property
+    def label(self) -> NDArray[np.int64]:
+        """Class of each video, or -1: int64 (videos,)."""
+        return self.manifest.label
 
     def __getitem__(self, row: int) -> Row:
-        values: dict[str, Any] = {name: column[row].item() for name, column in self.columns.items()}
-        values |= {name: text[row] for name, text in self.texts.items()}
-        return Row(name="", path=self.path[row], **values)
+        return self.manifest.row_with(row, self._COLUMNS, name="")
 
     def failure(self, row: int, error: DecodeError) -> dict[str, object]:
         """Create the record of a video that could not be decoded: row, path and reason."""
-        return {"row": row, "path": self.path[row], "error": error.reason}
-
-
-class _Texts:
-    """List of strings in one buffer, which is pickled as two objects instead of one per string."""
-
-    def __init__(self, texts: Sequence[str]) -> None:
-        encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
-        self.ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
-        self.buffer = b"".join(encoded)
-
-    def __getitem__(self, row: int) -> str:
-        start = int(self.ends[row - 1]) if row else 0
-        return self.buffer[start : int(self.ends[row])].decode("utf-8", "surrogateescape")
+        return {"row": row, "path": self.manifest.path[row], "error": error.reason}
 
 
 def coded_box(box: Box, size: tuple[int, int], video: Row) -> Box:

@@ -12,12 +12,16 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import IO
 
+import numpy as np
+import pyarrow as pa
+
 from mvd_scale.config.data import DataConfig
 from mvd_scale.data.filesystem import find_files
-from mvd_scale.data.indexing.listing import Listing, ListOptions, merge_listings
+from mvd_scale.data.indexing.listing import ListOptions
 from mvd_scale.data.indexing.media_probe import probe_video
 from mvd_scale.data.indexing.sources import list_videos
 from mvd_scale.data.manifest import WHOLE_FILE, Manifest, Row
@@ -78,18 +82,29 @@ def concat_manifests(manifests: Sequence[Manifest]) -> Manifest:
     If one manifest has labels but no class names, its labels cannot be matched with those of the others: then all
     labels become -1.
     """
-    listings = [
-        Listing([replace(row, dataset=number) for row in manifest.rows], manifest.classes)
-        for number, manifest in enumerate(manifests)
-    ]
-    nameless = any(not part.classes and any(row.label >= 0 for row in part.rows) for part in listings)
+    nameless = any(not manifest.classes and _has_labels(manifest) for manifest in manifests)
     if nameless:
         log.info("all labels of the mixture are dropped: one of its data sets has labels but no class names")
-        listings = [Listing([replace(row, label=-1) for row in part.rows]) for part in listings]
-    united = merge_listings(listings)
-    return Manifest.from_rows(
-        united.rows, source="; ".join(manifest.source for manifest in manifests), classes=united.classes
-    )
+    names = () if nameless else tuple(dict.fromkeys(name for manifest in manifests for name in manifest.classes))
+    number = {name: label for label, name in enumerate(names)}
+
+    def chunks(name: str) -> Iterator[pa.Array]:
+        for place, manifest in enumerate(manifests):
+            # The last entry is that of videos without a class, whose label is -1.
+            labels = np.array([*(number[known] for known in manifest.classes if not nameless), -1], np.int64)
+            for chunk in manifest.chunks(name):
+                if name == "dataset":
+                    chunk = pa.array(np.full(len(chunk), place, np.int64))
+                elif name == "label":
+                    chunk = pa.array(labels[np.minimum(chunk.to_numpy(), len(labels) - 1)])
+                yield chunk
+
+    source = "; ".join(manifest.source for manifest in manifests)
+    return Manifest.from_chunks(chunks, sum(map(len, manifests)), source=source, classes=names)
+
+
+def _has_labels(manifest: Manifest) -> bool:
+    return any((chunk.to_numpy() >= 0).any() for chunk in manifest.chunks("label"))
 
 
 def build_manifest(
@@ -160,8 +175,11 @@ def merge(manifests: Sequence[Manifest]) -> Manifest:
         missing = [f"{number}/{count}" for number, _ in expected if (number, count) not in numbers]
         lack = f", missing are {', '.join(missing)}" if missing else ""
         raise UserError(f"expected each of {count} parts once: given are {have}{lack}")
-    rows = [row for manifest in parts for row in manifest.rows]
-    return Manifest.from_rows(rows, source=parts[0].source, classes=parts[0].classes)
+
+    def chunks(name: str) -> Iterator[pa.Array]:
+        return chain.from_iterable(manifest.chunks(name) for manifest in parts)
+
+    return Manifest.from_chunks(chunks, sum(map(len, parts)), source=parts[0].source, classes=parts[0].classes)
 
 
 def _open_one(source: str, root: str | None, cache: Path) -> Manifest:
@@ -183,6 +201,7 @@ def _open_one(source: str, root: str | None, cache: Path) -> Manifest:
             return manifest
     manifest = build_manifest(source, root, workers=len(os.sched_getaffinity(0)))
     manifest.save(cache)
+    cache.touch()  # `save` leaves the time of an equal file as it was
     return manifest
 
 
@@ -271,16 +290,16 @@ def _key(video: Row) -> str:
 
 def _log_summary(manifest: Manifest, source: str) -> None:
     log.info("%d usable videos of %d in %s", len(manifest.usable), len(manifest), source)
-    bad = [(path, why) for path, why in zip(manifest.name, manifest.left_out, strict=True) if why is not None]
-    if bad:
-        shown = "; ".join(f"{Path(path).name} ({why})" for path, why in bad[:5])
+    bad = manifest.unusable
+    if len(bad):
+        shown = "; ".join(f"{Path(manifest.name[row]).name} ({manifest.left_out[row]})" for row in bad[:5].tolist())
         rest = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
         log.warning("%d videos of %s cannot be used and are left out: %s%s", len(bad), source, shown, rest)
 
 
 def _require_usable(manifest: Manifest, source: str) -> None:
     if not len(manifest.usable):
-        why = next((f" (first reason: {reason})" for reason in manifest.left_out if reason is not None), "")
+        why = f" (first reason: {manifest.left_out[0]})" if len(manifest) else ""
         raise UserError(
             f"none of the {len(manifest)} videos of {source} can be used{why}. Check the paths (data.source, "
             "data.root), and that a player shows the files"

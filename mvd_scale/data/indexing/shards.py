@@ -16,8 +16,10 @@ import logging
 import os
 import tarfile
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from mvd_scale.data.indexing.media_probe import probe_video
@@ -39,32 +41,38 @@ log = logging.getLogger("mvd_scale")
 
 @dataclass(frozen=True)
 class _Task:
-    """One shard to write: its number, the row of its first video, and its videos."""
+    """One shard to write, of consecutive usable videos."""
 
     number: int
-    first_row: int
-    videos: list[Row]
+    """Number of the shard, from 0."""
+    start: int
+    """Index, among the usable videos, of its first one."""
+    stop: int
+    """Index of the one after its last."""
 
 
 @dataclass(frozen=True)
 class _Writer:
-    """Function that worker processes apply to shards, with its options. Picklable."""
+    """Function that worker processes apply to shards, with its options. Picklable, by a shared manifest."""
 
+    manifest: Manifest
     folder: str
     encoding: TranscodeOptions | None
     timeout: float
 
-    def __call__(self, tasks: Sequence[_Task]) -> list[list[Row]]:
+    def __call__(self, tasks: Sequence[_Task]) -> list[int]:
         return [self._write(task) for task in tasks]
 
-    def _write(self, task: _Task) -> list[Row]:
+    def _write(self, task: _Task) -> int:
+        """Write a shard and its index, and return the number of its videos, packed or left out."""
         rows = []
         path = shard_path(self.folder, task.number)
         with (
             _AtomicFile(path) as target,
             tarfile.open(fileobj=target.file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
         ):
-            for number, video in enumerate(task.videos, start=task.first_row):
+            for number in range(task.start, task.stop):
+                video = self.manifest.row(int(self.manifest.usable[number]))
                 try:
                     row, data = self._read(video)
                 except DecodeError as error:
@@ -79,7 +87,7 @@ class _Writer:
                 rows.append(replace(row, path=path, offset=start + tarfile.BLOCKSIZE, size=len(data)))
         # The index is written last: its presence marks the shard as complete.
         _write_text(index_path(path), json.dumps([asdict(row) for row in rows]))
-        return rows
+        return len(rows)
 
     def _read(self, video: Row) -> tuple[Row, bytes]:
         read = run_with_timeout(self.timeout, video.path, read_bytes, video.path, video.offset, video.size)
@@ -127,28 +135,20 @@ def shard_videos(
     Raises:
         UserError: the folder holds other shards or cannot be written, or a video crashes the process that reads it.
     """
-    out = absolute(out)
+    out, manifest = absolute(out), manifest.shared()
     tasks = _divide(manifest, size)
     _check_folder(out, manifest, size, encoding)
-    finished = {task.number: _finished(out, task) for task in tasks}
-    done = {number: rows for number, rows in finished.items() if rows is not None}
-    if done:
-        log.info("%d of %d shards are complete already", len(done), len(tasks))
-    todo = [task for task in tasks if task.number not in done]
-    writer = _Writer(out, encoding, timeout)
+    todo = [task for task in tasks if not _exists(index_path(shard_path(out, task.number)))]
+    if len(todo) < len(tasks):
+        log.info("%d of %d shards are complete already", len(tasks) - len(todo), len(tasks))
+    writer = _Writer(manifest, out, encoding, timeout)
     with ProgressReporter("shards written", len(tasks)) as progress:
-        progress.add(len(done))
+        progress.add(len(tasks) - len(todo))
         inline_limit = 0 if workers > 1 else len(todo)
-        for number, (rows,) in run_chunks(
-            writer, [[task] for task in todo], workers, _crashed, inline_limit=inline_limit
-        ):
-            done[todo[number].number] = rows
+        crashed = partial(_raise_crashed, manifest)
+        for _ in run_chunks(writer, [[task] for task in todo], workers, crashed, inline_limit=inline_limit):
             progress.add(1)
-    everything = manifest.rows
-    packed_rows = [row for task in tasks for row in done[task.number]]
-    for place, row in zip(manifest.usable.tolist(), packed_rows, strict=True):
-        everything[place] = row
-    packed = Manifest.from_rows(everything, source=manifest.source, classes=manifest.classes)
+    packed = Manifest.from_rows(_packed_rows(manifest, out, tasks), source=manifest.source, classes=manifest.classes)
     lost = len(manifest.usable) - len(packed.usable)
     if lost:
         log.warning("%d videos could not be packed and are left out: see `mvd-scale data stats`", lost)
@@ -184,29 +184,44 @@ def _suffix(video: Row) -> str:
 
 def _divide(manifest: Manifest, size: int) -> list[_Task]:
     tasks: list[_Task] = []
-    group: list[Row] = []
-    first, filled = 0, 0
-    for number, row in enumerate(manifest.usable.tolist()):
-        video = manifest.row(row)
-        if group and filled + video.size > size:
-            tasks.append(_Task(len(tasks), first, group))
-            group, first, filled = [], number, 0
-        group.append(video)
-        filled += video.size
-    return [*tasks, _Task(len(tasks), first, group)] if group else tasks
+    start, filled = 0, 0
+    videos = chain.from_iterable(manifest.size[rows].tolist() for rows in manifest.usable_blocks())
+    for number, video in enumerate(videos):
+        if number > start and filled + video > size:
+            tasks.append(_Task(len(tasks), start, number))
+            start, filled = number, 0
+        filled += video
+    count = len(manifest.usable)
+    return [*tasks, _Task(len(tasks), start, count)] if start < count else tasks
 
 
-def _crashed(task: _Task) -> list[Row]:
+def _packed_rows(manifest: Manifest, out: str, tasks: Sequence[_Task]) -> Iterator[Row]:
+    """Rows of a manifest in their order, those of packed videos as the indices of their shards have them."""
+    place = 0
+    for task in tasks:
+        packed = _read_index(index_path(shard_path(out, task.number)))
+        for row, packed_row in zip(manifest.usable[task.start : task.stop].tolist(), packed, strict=True):
+            yield from map(manifest.row, range(place, row))
+            yield packed_row
+            place = row + 1
+        manifest.release()
+    yield from map(manifest.row, range(place, len(manifest)))
+
+
+def _raise_crashed(manifest: Manifest, task: _Task) -> int:
+    first, last = (manifest.path[manifest.usable[video]] for video in (task.start, task.stop - 1))
     raise UserError(
-        f"shard {task.number} cannot be written: one of its videos, from {task.videos[0].path} to "
-        f"{task.videos[-1].path}, crashes the process that reads it. Run `mvd-scale data index --verify`, which finds "
-        "this video and leaves it out"
+        f"shard {task.number} cannot be written: one of its videos, from {first} to {last}, crashes the process that "
+        "reads it. Run `mvd-scale data index --verify`, which finds this video and leaves it out"
     )
 
 
 def _check_folder(out: str, manifest: Manifest, size: int, encoding: TranscodeOptions | None) -> None:
     """Check that the folder has no shards yet, or shards made from the same videos with the same options."""
-    places = hashlib.sha256("\n".join(manifest.path).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    digest = hashlib.sha256()
+    for number, path in enumerate(manifest.path):
+        digest.update((f"\n{path}" if number else path).encode("utf-8", "surrogateescape"))
+    places = digest.hexdigest()[:16]
     wanted = json.dumps(
         {
             "videos": f"{manifest.digest} {places}",
@@ -228,9 +243,11 @@ def _check_folder(out: str, manifest: Manifest, size: int, encoding: TranscodeOp
         )
 
 
-def _finished(out: str, task: _Task) -> list[Row] | None:
-    text = _read_text(index_path(shard_path(out, task.number)))
-    return None if text is None else [Row(**row) for row in json.loads(text)]
+def _read_index(path: str) -> list[Row]:
+    text = _read_text(path)
+    if text is None:
+        raise UserError(f"{path}, the index of a shard, was removed while its manifest was written: start again")
+    return [Row(**row) for row in json.loads(text)]
 
 
 class _AtomicFile:

@@ -34,6 +34,39 @@ _BAR = 40
 """Length of the longest bar, in characters."""
 
 
+_DISTINCT = 100_000
+"""Number of different values from which on a distribution rounds them to hundredths."""
+
+
+class Distribution:
+    """Numbers of equal values, from which quantiles and histograms follow: it needs no array of all values."""
+
+    def __init__(self) -> None:
+        self.values: NDArray[Any] = np.zeros(0)
+        """Values that differ, ascending: (values,)."""
+        self.counts: NDArray[np.int64] = np.zeros(0, np.int64)
+        """Number of times that each occurs: int64 (values,)."""
+
+    def add(self, values: NDArray[Any], counts: NDArray[np.int64] | None = None) -> None:
+        """Count values, each once or as often as `counts` says."""
+        once = np.ones(len(values), np.int64) if counts is None else counts
+        self.values, places = np.unique(np.concatenate([self.values, values]), return_inverse=True)
+        counted = np.bincount(places, np.concatenate([self.counts, once]), len(self.values))
+        self.counts = counted.astype(np.int64)
+        if len(self.values) > _DISTINCT and (rounded := np.round(self.values, 2)).tolist() != self.values.tolist():
+            counts, self.values, self.counts = self.counts, np.zeros(0), np.zeros(0, np.int64)
+            self.add(rounded, counts)
+
+    def __len__(self) -> int:
+        return int(self.counts.sum())
+
+    def quantile(self, share: float) -> float:
+        """Value below which a share of the values lies, interpolated between neighbours; there must be one."""
+        place = share * (len(self) - 1)
+        below, above = self.values[np.searchsorted(self.counts.cumsum(), [int(place), -(-place // 1)], side="right")]
+        return float(below + (above - below) * (place - int(place)))
+
+
 @dataclass(frozen=True)
 class Statistics:
     """Statistics of the usable videos of a manifest."""
@@ -54,14 +87,12 @@ class Statistics:
     """Codec and number of videos, most frequent first."""
     pixel_formats: list[tuple[str, int]]
     """Pixel format and number of videos, most frequent first."""
-    durations: NDArray[np.float64]
-    """Duration of each video in seconds: float64 (videos,)."""
-    heights: NDArray[np.int64]
-    """Height of each video in pixels: int64 (videos,)."""
-    widths: NDArray[np.int64]
-    """Width of each video in pixels: int64 (videos,)."""
-    keyframe_intervals: NDArray[np.int64]
-    """Largest number of frames between keyframes of each video: int64 (videos,)."""
+    durations: Distribution
+    """Durations in seconds."""
+    sizes: list[tuple[tuple[int, int], int]]
+    """Height and width in pixels, and number of videos, most frequent first."""
+    keyframe_intervals: Distribution
+    """Largest numbers of frames between keyframes."""
     variable_rate: int
     """Number of videos of variable frame rate."""
     rotated: int
@@ -81,30 +112,47 @@ class Statistics:
 
     @classmethod
     def from_manifest(cls, manifest: Manifest) -> Statistics:
-        """Compute the statistics of a manifest."""
-        rows = manifest.usable
-        labels = manifest.label[rows]
-        counts = Counter(labels[labels >= 0].tolist())
-        known = range(len(manifest.classes)) if manifest.classes else sorted(counts)
-        named = {label: manifest.classes[label] if manifest.classes else str(label) for label in known}
-        classes = sorted(((named[label], counts[label]) for label in known), key=lambda pair: (-pair[1], pair[0]))
+        """Compute the statistics of a manifest, in blocks."""
+        sums: Counter[str] = Counter()
+        labels, codecs, formats, access, sizes = (Counter[Any]() for _ in range(5))
+        durations, keyframe_intervals = Distribution(), Distribution()
+        for kind, count in manifest.kinds.items():
+            codecs[kind.codec] += count
+            formats[kind.pixel_format] += count
+        for rows in manifest.usable_blocks():
+            durations.add(manifest.duration[rows])
+            keyframe_intervals.add(manifest.keyframe_interval[rows])
+            labels.update(_counted(manifest.label[rows]))
+            sides = _counted(manifest.height[rows] << 32 | manifest.width[rows])
+            sizes.update({divmod(side, 1 << 32): count for side, count in sides.items()})
+            codes, ways = manifest.codes("access", rows)
+            access.update({_ACCESS[ways[code]]: n for code, n in _counted(codes[~manifest.still[rows]]).items()})
+            sums.update(
+                {
+                    "seconds": float(manifest.duration[rows].sum()),
+                    "bytes": int(manifest.size[rows].sum()),
+                    "variable": int(manifest.variable_rate[rows].sum()),
+                    "rotated": int(((manifest.rotation[rows] != 0) | manifest.mirrored[rows]).sum()),
+                    "slow": sum(n for code, n in _counted(codes).items() if ways[code] == "count"),
+                    "in shards": int((manifest.offset[rows] != WHOLE_FILE).sum()),
+                }
+            )
         return cls(
-            videos=len(rows),
-            left_out=len(manifest) - len(rows),
-            hours=float(manifest.duration[rows].sum()) / 3600,
-            gigabytes=float(manifest.size[rows].sum()) / 1e9,
-            classes=classes,
-            unlabelled=int((labels < 0).sum()),
-            codecs=Counter(manifest.codec[row] for row in rows).most_common(),
-            pixel_formats=Counter(manifest.pixel_format[row] for row in rows).most_common(),
-            durations=manifest.duration[rows],
-            heights=manifest.height[rows],
-            widths=manifest.width[rows],
-            keyframe_intervals=manifest.keyframe_interval[rows],
-            variable_rate=int(manifest.variable_rate[rows].sum()),
-            rotated=int(((manifest.rotation[rows] != 0) | manifest.mirrored[rows]).sum()),
-            access=Counter(_ACCESS[manifest.access[row]] for row in rows if not manifest.still[row]).most_common(),
-            slow=sum(manifest.access[row] == "count" for row in rows),
+            videos=len(manifest.usable),
+            left_out=len(manifest) - len(manifest.usable),
+            hours=sums["seconds"] / 3600,
+            gigabytes=sums["bytes"] / 1e9,
+            classes=_classes(manifest, labels),
+            unlabelled=sum(count for label, count in labels.items() if label < 0),
+            codecs=codecs.most_common(),
+            pixel_formats=formats.most_common(),
+            durations=durations,
+            sizes=sizes.most_common(),
+            keyframe_intervals=keyframe_intervals,
+            variable_rate=sums["variable"],
+            rotated=sums["rotated"],
+            access=access.most_common(),
+            slow=sums["slow"],
             decoders=[
                 (f"{_DECODERS[backend]} on {place}", count)
                 for place, decoders in (
@@ -114,7 +162,7 @@ class Statistics:
                 for backend, count in sorted(count_backends(manifest, decoders).items())
             ],
             unaligned=count_unaligned(manifest),
-            in_shards=int((manifest.offset[rows] != WHOLE_FILE).sum()),
+            in_shards=sums["in shards"],
             reasons=_reasons(manifest),
         )
 
@@ -143,7 +191,7 @@ class Statistics:
             ]
         if self.videos:
             lines += _section("duration in seconds", _histogram(self.durations))
-            lines += _section("height x width", _sizes(self.heights, self.widths))
+            lines += _section("height x width", [(f"{height} x {width}", n) for (height, width), n in self.sizes])
             lines += _section("largest number of frames between keyframes", _histogram(self.keyframe_intervals))
         if self.classes:
             counts = [count for _, count in self.classes]
@@ -188,11 +236,11 @@ class Statistics:
 def _reasons(manifest: Manifest) -> list[tuple[str, int, str]]:
     """Reason, count and example of each kind of exclusion; reasons that differ only in numbers count as one kind."""
     found: dict[str, tuple[str, int, str]] = {}
-    for name, reason in zip(manifest.name, manifest.left_out, strict=True):
-        if reason is not None:
-            kind = re.sub(r"\d+", "n", reason)
-            first, count, example = found.get(kind, (reason, 0, name))
-            found[kind] = (first, count + 1, example)
+    for row in manifest.unusable.tolist():
+        name, reason = manifest.name[row], str(manifest.left_out[row])
+        kind = re.sub(r"\d+", "n", reason)
+        first, count, example = found.get(kind, (reason, 0, name))
+        found[kind] = (first, count + 1, example)
     merged = [(kind if count > 1 else first, count, example) for kind, (first, count, example) in found.items()]
     return sorted(merged, key=lambda entry: -entry[1])
 
@@ -208,24 +256,29 @@ def _section(title: str, counts: Sequence[tuple[str, int]]) -> list[str]:
     return lines
 
 
-def _histogram(values: NDArray[Any]) -> list[tuple[str, int]]:
+def _counted(values: NDArray[Any]) -> dict[int, int]:
+    found, counts = np.unique(values, return_counts=True)
+    return dict(zip(found.tolist(), counts.tolist(), strict=True))
+
+
+def _classes(manifest: Manifest, labels: Counter[int]) -> list[tuple[str, int]]:
+    """Name and number of videos of each class, largest first."""
+    known = range(len(manifest.classes)) if manifest.classes else sorted(label for label in labels if label >= 0)
+    named = {label: manifest.classes[label] if manifest.classes else str(label) for label in known}
+    return sorted(((named[label], labels[label]) for label in known), key=lambda pair: (-pair[1], pair[0]))
+
+
+def _histogram(values: Distribution) -> list[tuple[str, int]]:
     """Histogram of up to eight bins, as text of the range and count; the last bin holds the largest 2 % as well."""
-    low, high = float(values.min()), float(np.quantile(values, 0.98))
+    low, high, most = float(values.values[0]), values.quantile(0.98), float(values.values[-1])
     if high <= low:
         return [(f"{low:g}", len(values))]
     edges = np.linspace(low, high, 9)
-    counts = np.histogram(np.minimum(values, high), edges)[0]
+    counts = np.histogram(np.minimum(values.values, high), edges, weights=values.counts)[0]
     digits = 0 if high - low > 16 else 2
     return [
-        (f"{left:.{digits}f} to {right:.{digits}f}{' or more' if right == high < values.max() else ''}", int(count))
+        (f"{left:.{digits}f} to {right:.{digits}f}{' or more' if right == high < most else ''}", int(count))
         for left, right, count in zip(edges[:-1], edges[1:], counts, strict=True)
-    ]
-
-
-def _sizes(heights: NDArray[np.int64], widths: NDArray[np.int64]) -> list[tuple[str, int]]:
-    return [
-        (f"{height} x {width}", count)
-        for (height, width), count in Counter(zip(heights.tolist(), widths.tolist(), strict=True)).most_common()
     ]
 
 
@@ -240,19 +293,18 @@ def _draw_keyframes(axis: Any, statistics: Statistics) -> None:
     _draw_histogram(axis, statistics.keyframe_intervals, "largest number of frames between keyframes")
 
 
-def _draw_histogram(axis: Any, values: NDArray[Any], title: str) -> None:
+def _draw_histogram(axis: Any, values: Distribution, title: str) -> None:
     if len(values):
-        axis.hist(np.minimum(values, np.quantile(values, 0.99)), bins=40, color=_COLOUR)
+        axis.hist(np.minimum(values.values, values.quantile(0.99)), bins=40, weights=values.counts, color=_COLOUR)
     axis.set_title(title, fontsize=10)
     axis.set_ylabel("videos")
 
 
 def _draw_sizes(axis: Any, statistics: Statistics) -> None:
-    counts = Counter(zip(statistics.widths.tolist(), statistics.heights.tolist(), strict=True))
-    if counts:
-        sizes = np.array(list(counts.values()), float)
-        places = np.array(list(counts))
-        axis.scatter(places[:, 0], places[:, 1], s=12 + 250 * sizes / sizes.max(), alpha=0.5, color=_COLOUR, lw=0)
+    if statistics.sizes:
+        counts = np.array([count for _, count in statistics.sizes], float)
+        places = np.array([(width, height) for (height, width), _ in statistics.sizes])
+        axis.scatter(places[:, 0], places[:, 1], s=12 + 250 * counts / counts.max(), alpha=0.5, color=_COLOUR, lw=0)
         axis.set_xlim(0, places[:, 0].max() * 1.15)
         axis.set_ylim(0, places[:, 1].max() * 1.25)
     axis.set_title("width and height in pixels (area of a dot: videos)", fontsize=10)

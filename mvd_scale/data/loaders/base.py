@@ -77,7 +77,7 @@ class DaliLoader(ABC):
     ) -> None:
         self.clips = 0
         self.substituted = 0
-        self._manifest = manifest
+        self._manifest = manifest.shared()
         self._data = data
         self._batch = batch
         self._next = samples.start
@@ -86,14 +86,14 @@ class DaliLoader(ABC):
         self._quarantine = quarantine
         self._reported: set[Hashable] = set()
         self._pyav_samples: frozenset[int] = frozenset()
-        self._decoders = choose_decoders(manifest, data.decoder, rank)
+        self._decoders = choose_decoders(self._manifest, data.decoder, rank)
         self._dali_failures = self._record_failures(rank)
         self._dali_failures.advance(self._step_of(self._next))
         self._decoders = replace(self._decoders, by_pyav=self._dali_failures.kinds())
         self._workers = worker_count(data, rank, readers=self._workers_read())
         self._threads = thread_count(data, rank)
         check_shared_memory(
-            bytes_per_sample(manifest, self._decoders, self._sample_frames, self._decoded_share),
+            bytes_per_sample(self._manifest, self._decoders, self._sample_frames, self._decoded_share),
             batch=batch,
             prefetch=data.prefetch,
             workers=self._workers,

@@ -99,6 +99,7 @@ class ClipLoader(DaliLoader):
                 f"global batch {total} is not a multiple of micro batch {micro} x {rank.world_size} ranks, or "
                 f"the micro batch is not a multiple of {data.copies} copies"
             )
+        manifest = manifest.shared()
         steps_per_epoch(manifest, data, total)
         self.sides = (model.input_size, *(side for side in sides if side != model.input_size))
         self._model = model

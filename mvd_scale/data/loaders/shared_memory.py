@@ -37,7 +37,7 @@ def bytes_per_sample(manifest: Manifest, decoders: Decoders, frames: int, share:
         for kind, count in kinds
         if decode_backend(kind, decoders) is DecodeBackend.PYAV
     )
-    encoded = float(manifest.size[manifest.usable].mean()) if total else 0.0
+    encoded = sum(int(manifest.size[rows].sum()) for rows in manifest.usable_blocks()) / max(total, 1)
     return (3 * frames * share * pixels + encoded * (total - host)) / max(total, 1)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from mvd_scale.config.data import DataConfig, ViewsConfig
 from mvd_scale.config.model import ModelConfig
 from mvd_scale.data.batch import ViewBatch
+from mvd_scale.data.columns import share
 from mvd_scale.data.decoding.backends import DecodeBackend
 from mvd_scale.data.decoding.dali_geometry import Resampling, Sample, upright
 from mvd_scale.data.decoding.dali_graph import build_pipeline
@@ -82,11 +83,15 @@ class ViewSource(VideoSource):
         self, manifest: Manifest, items: NDArray[np.int64], views: ViewsConfig, shape: ViewShape, **others: Any
     ) -> None:
         super().__init__(manifest, **others)
-        self.items = items
-        self.frames = manifest.frames
+        self._items = share(items=items)
         self.views = views
         self.length = shape.frames
         self.side = shape.side
+
+    @property
+    def items(self) -> NDArray[np.int64]:
+        """Row of the manifest and index of the first clip of each item: int64 (items, 2)."""
+        return self._items["items"]
 
     @property
     def extra_fields(self) -> set[str]:
@@ -120,7 +125,7 @@ class ViewSource(VideoSource):
     def _frames(self, n: int) -> NDArray[np.int64]:
         """Frame numbers of all clips of an item, one clip after the other: int64 (K T,)."""
         row, first = self.items[n]
-        clips = view_frame_indices(self.views, int(self.frames[row]), frames=self.length)
+        clips = view_frame_indices(self.views, int(self.videos.manifest.frames[row]), frames=self.length)
         # The last group of sliding clips of a video may be incomplete: its last clip is repeated.
         return clips[np.minimum(first + np.arange(self.views.clips), len(clips) - 1)].ravel()
 

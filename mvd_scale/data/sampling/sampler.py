@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from numpy.random import Generator, Philox, SeedSequence
+from numpy.random import Generator
 from numpy.typing import NDArray
 
 from mvd_scale.config.data import DataConfig
@@ -22,6 +22,7 @@ from mvd_scale.data.sampling.augment import Augmentation, draw_augmentation
 from mvd_scale.data.sampling.crops import CropPlan, draw_crop
 from mvd_scale.data.sampling.frames import draw_frames
 from mvd_scale.data.sampling.masks import draw_mask
+from mvd_scale.data.sampling.permutation import Permutation, draw_permutation, keyed_generator
 from mvd_scale.errors import UserError
 
 _ORDER, _CLIP, _ROUND, _BOXES = 1, 2, 3, 4
@@ -63,21 +64,23 @@ class ClipPlan:
 
 
 class Sampler:
-    """Sampler of clips: a plan for every clip of every epoch. Picklable; it holds a few numbers per usable video.
+    """Sampler of clips: a plan for every clip of every epoch. Picklable; as small as the pickle of its manifest.
 
     An epoch has `clips` clips (`steps_per_epoch` uses the same number): `clips_per_video` clips of each usable video,
     times the weight of its data set in a mixture.
     """
 
     def __init__(self, manifest: Manifest, data: DataConfig, model: ModelConfig, seed: int) -> None:
-        self.rows = manifest.usable
-        self.frames = manifest.frames[self.rows]
-        self.sizes = np.stack([manifest.height[self.rows], manifest.width[self.rows]], axis=1)
-        self.dataset = manifest.dataset[self.rows]
+        self.manifest = manifest
         self.components = mixture_components(manifest, data)
         self.data = data
         self.model = model
         self.seed = seed
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """Rows of the usable videos, ascending: int64 (videos,)."""
+        return self.manifest.usable
 
     @property
     def clips(self) -> int:
@@ -94,9 +97,10 @@ class Sampler:
                 whose video cannot be decoded.
         """
         rng = _generator(_CLIP, self.seed, epoch, i, attempt)
+        data, model, manifest = self.data, self.model, self.manifest
         video = int(rng.integers(len(self.rows))) if attempt else draw_video(self.seed, epoch, i, self.components)
-        height, width = self.sizes[video].tolist()
-        data, model = self.data, self.model
+        row = int(self.rows[video])
+        height, width = int(manifest.height[row]), int(manifest.width[row])
         frames = self.draw_frames(rng, video)
         copies = []
         for copy in range(data.copies):
@@ -109,12 +113,13 @@ class Sampler:
                 rng, data.augment, frames=model.frames, size=(height, width), side=model.input_size
             )
             copies.append(CopyPlan(crop, flip, augment, visible, masked))
-        return ClipPlan(int(self.rows[video]), frames, tuple(copies))
+        return ClipPlan(row, frames, tuple(copies))
 
     def draw_frames(self, rng: Generator, video: int) -> NDArray[np.int64]:
         """Draw the frame numbers of a clip of usable video number `video`: int64 (T,), ascending."""
-        stride = self.components[self.dataset[video]].stride
-        return draw_frames(rng, self.data.sampling, int(self.frames[video]), self.model.frames, stride)
+        row = self.rows[video]
+        stride = self.components[self.manifest.dataset[row]].stride
+        return draw_frames(rng, self.data.sampling, int(self.manifest.frames[row]), self.model.frames, stride)
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,8 @@ class MixtureComponent:
 
 def mixture_components(manifest: Manifest, data: DataConfig) -> tuple[MixtureComponent, ...]:
     """List videos, clips per epoch and stride of each data set of a mixture."""
-    counts = np.bincount(manifest.dataset[manifest.usable], minlength=len(data.mixture or [0])).tolist()
+    counts = manifest.dataset_sizes
+    counts += [0] * (len(data.mixture or [0]) - len(counts))
     shares = [(source.weight, source.stride) for source in (data.mixture or {}).values()] or [(1.0, None)]
     components, first = [], 0
     for videos, (weight, stride) in zip(counts, shares, strict=True):
@@ -223,15 +229,15 @@ def steps_per_epoch(manifest: Manifest, data: DataConfig, global_batch: int) -> 
 
 
 @lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, clips: int) -> NDArray[np.int64]:
-    """Draw the order of an epoch: a permutation of its clips, int64 (clips,)."""
-    return _generator(_ORDER, seed, epoch).permutation(clips)
+def epoch_order(seed: int, epoch: int, clips: int) -> Permutation:
+    """Draw the order of an epoch: a permutation of its clips."""
+    return draw_permutation((_ORDER, seed, epoch), clips)
 
 
 @lru_cache(maxsize=8)
-def round_order(seed: int, round_: int, part: int, videos: int) -> NDArray[np.int64]:
-    """Draw the order of one round through the videos of a mixture component: a permutation, int64 (videos,)."""
-    return _generator(_ROUND, seed, round_, part).permutation(videos)
+def round_order(seed: int, round_: int, part: int, videos: int) -> Permutation:
+    """Draw the order of one round through the videos of a mixture component: a permutation of them."""
+    return draw_permutation((_ROUND, seed, round_, part), videos)
 
 
 def box_generator(seed: int, epoch: int, i: int, attempt: int) -> Generator:
@@ -240,4 +246,4 @@ def box_generator(seed: int, epoch: int, i: int, attempt: int) -> Generator:
 
 
 def _generator(*key: int) -> Generator:
-    return Generator(Philox(SeedSequence(key)))
+    return keyed_generator(key)

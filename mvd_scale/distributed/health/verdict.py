@@ -57,7 +57,7 @@ class Member:
     def parse(cls, text: str) -> Self:
         """Convert the JSON of a member back."""
         rank, host, pid, start, space = json.loads(text)
-        return cls(rank, host, pid, start, ProcessSpace(*space))
+        return cls(rank, host, pid, start, space and ProcessSpace(*space))
 
 
 @dataclass(frozen=True)

@@ -185,7 +185,7 @@ def _time_plain(
     precision: FrozenPrecision,
 ) -> tuple[float, float]:
     again = np.resize(rows, _loaded(videos))
-    paths, frames = [manifest.path[row] for row in again], manifest.frames[again].tolist()
+    paths, frames = [manifest.path[row] for row in again.tolist()], manifest.frames[again].tolist()
     views = iter(baseline_views(way, paths, frames, VIEWS, length=FRAMES, side=SIDE, workers=workers))
     times = time_batches(_used(views, size, precision), _WARM_UP, videos)
     # Exhaust the loader, because worker processes that are stopped in the middle of a batch print errors.

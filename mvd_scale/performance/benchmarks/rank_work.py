@@ -44,7 +44,9 @@ def time_sampling(world_size: int, clips: int = 100) -> Sampling:
         clips: number of clips.
     """
     row = Row("video.mp4", "/video.mp4", frames=300, fps=30.0, height=256, width=340, codec="h264")
-    sampler = Sampler(Manifest.from_rows([row] * _VIDEOS), DataConfig(), ModelConfig.model_validate({"size": "B"}), 0)
+    sampler = Sampler(
+        Manifest.from_rows([row] * _VIDEOS).shared(), DataConfig(), ModelConfig.model_validate({"size": "B"}), 0
+    )
     shard = RankShard(sampler.clips, _CLIPS_OF_A_RANK * world_size, world_size - 1, world_size)
     sampler.plan(*shard.locate(shard.position(0)))
     started = time.perf_counter()

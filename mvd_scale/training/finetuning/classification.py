@@ -65,8 +65,10 @@ class ClassificationTask(FinetuneTask[FinetuneRecipe]):
 
     def data_digests(self) -> dict[str, Any]:
         """Compute digests of the videos and of their labels."""
-        labels = self.manifest.label[self.manifest.usable]
-        return {"videos": self.manifest.digest, "labels": hashlib.sha256(labels.tobytes()).hexdigest()[:16]}
+        digest = hashlib.sha256()
+        for rows in self.manifest.usable_blocks():
+            digest.update(self.manifest.label[rows].tobytes())
+        return {"videos": self.manifest.digest, "labels": digest.hexdigest()[:16]}
 
     def objective(self) -> ClassificationLoss:
         """Create the cross-entropy loss."""

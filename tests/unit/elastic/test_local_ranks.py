@@ -71,6 +71,17 @@ def test_a_rank_that_does_not_end_in_time_is_killed(tmp_path: Path) -> None:
     assert wait_for_end(ranks) == [-signal.SIGKILL, -signal.SIGKILL]
 
 
+def test_a_signal_to_a_rank_that_has_just_ended_takes_no_exit_code(tmp_path: Path) -> None:
+    """As where all ranks of a host are killed at once: one is found, and the others are asked to end."""
+    others = psutil.Process().children()
+    ranks = LocalRanks(["sh", "-c", f"touch {tmp_path}/$RANK; exit 3"], PLACE, dict(os.environ))
+    wait_until(lambda: len(list(tmp_path.iterdir())) == 2)
+    children = [child for child in psutil.Process().children() if child not in others]
+    wait_until(lambda: all(child.status() == psutil.STATUS_ZOMBIE for child in children))
+    ranks.stop(signal.SIGTERM, 60)
+    assert wait_for_end(ranks) == [3, 3]
+
+
 def test_a_command_that_cannot_be_started_leaves_nothing() -> None:
     with pytest.raises(OSError, match="No such file"):
         LocalRanks(["/no/such/program"], PLACE, {})

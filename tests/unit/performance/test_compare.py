@@ -16,6 +16,7 @@ from mvd_scale.performance.benchmarks.checkpointing import CheckpointReport
 from mvd_scale.performance.benchmarks.data_loading import DataReport, LoaderSpeed
 from mvd_scale.performance.benchmarks.endurance import FIGURES, EnduranceReport
 from mvd_scale.performance.benchmarks.evaluation import EvalReport, EvalSpeed
+from mvd_scale.performance.benchmarks.manifest_size import ManifestReport, Size, Start
 from mvd_scale.performance.benchmarks.methods import MethodsReport
 from mvd_scale.performance.benchmarks.rank_growth import Cost, RanksReport
 from mvd_scale.performance.benchmarks.scaling import GrowthReport, Point
@@ -147,6 +148,11 @@ ENDURANCE = EnduranceReport(
     step_seconds=0.1,
     watching={"phases": 1e-5},
 )
+MANIFEST = ManifestReport(
+    machine=MACHINE,
+    starts=[Start(rows, "later", 2, 1.0, 300.0, 70.0) for rows in (1000, 10_000_000)],
+    sizes=[Size(rows, rows / 2**20, rows / 2**18, 1.0, 100.0) for rows in (1000, 10_000_000)],
+)
 REPORTS: dict[str, Report] = {
     "step": STEP,
     "methods": MethodsReport(machine=MACHINE, steps={"co-teaching": STEP}),
@@ -157,6 +163,7 @@ REPORTS: dict[str, Report] = {
     "ranks": RANKS,
     "checkpoint": CHECKPOINT,
     "endurance": ENDURANCE,
+    "manifest": MANIFEST,
     "teachers": TEACHERS,
     "profile": PROFILE,
 }
