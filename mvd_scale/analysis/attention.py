@@ -58,8 +58,7 @@ def look(encoder: Encoder, pixels: Tensor) -> Look:
 
 def mean_attention(attention: Attention, tokens: Tensor) -> Tensor:
     """Compute the softmax of the scores, averaged over heads: (V, N, D) to float32 (V, N, N); rows are queries."""
-    packed = attention.qkv(tokens).unflatten(-1, (3, attention.heads, -1)).float()
-    query, key, _ = packed.unbind(2)
+    query, key, _ = attention.qkv_by_head(tokens).float().unbind(2)
     # One head after the other: all heads of ViT-H would take 160 MB of scores.
     total = sum(
         torch.softmax(query[:, :, head] @ key[:, :, head].mT * query.shape[-1] ** -0.5, dim=-1)

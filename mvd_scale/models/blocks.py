@@ -66,10 +66,15 @@ class Attention(nn.Module):
         self.qkv: nn.Module = QKV(width)
         self.proj: nn.Module = nn.Linear(width, width)
 
+    def qkv_by_head(self, tokens: Tensor) -> Tensor:
+        """Project tokens to the queries, keys and values of each head: (B, N, D) to (B, N, 3, heads, D / heads)."""
+        clips, count, width = tokens.shape
+        packed: Tensor = self.qkv(tokens).view(clips, count, 3, self.heads, width // self.heads)
+        return packed
+
     def forward(self, tokens: Tensor, output_tokens: OutputTokens = None) -> Tensor:
         """Attend from the tokens `output_tokens` (all if None) to all tokens: (B, N, D) to (B, K, D)."""
-        clips, count, width = tokens.shape
-        packed = self.qkv(tokens).view(clips, count, 3, self.heads, width // self.heads)
+        packed = self.qkv_by_head(tokens)
         last = output_tokens if isinstance(output_tokens, int) else None
         attended = attention(packed, last)
         projected: Tensor = self.proj(attended if last is not None else select_output_tokens(attended, output_tokens))
