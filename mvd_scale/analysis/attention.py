@@ -48,18 +48,20 @@ def look(encoder: Encoder, pixels: Tensor) -> Look:
     with _inputs_of_attention(encoder) as inputs:
         features = encoder(pixels)[:, extra:]
     rollout: Tensor | None = None
-    for attention, parts in zip(_attention_modules(encoder), inputs, strict=True):
-        scores = mean_attention(attention, torch.cat(parts))
+    for attention, calls in zip(_attention_modules(encoder), inputs, strict=True):
+        scores = mean_attention(attention, torch.cat([tokens for tokens, _ in calls]), calls[0][1])
         with_residual = (scores + torch.eye(scores.shape[1], device=scores.device)) / 2
         rollout = with_residual if rollout is None else with_residual @ rollout
     assert rollout is not None
     return Look(features, _to_patches(scores, extra), _to_patches(rollout, extra))
 
 
-def mean_attention(attention: Attention, tokens: Tensor) -> Tensor:
-    """Compute the softmax of the scores, averaged over heads: (V, N, D) to float32 (V, N, N); rows are queries."""
-    packed = attention.qkv(tokens).unflatten(-1, (3, attention.heads, -1)).float()
-    query, key, _ = packed.unbind(2)
+def mean_attention(attention: Attention, tokens: Tensor, rotation: Tensor | None = None) -> Tensor:
+    """Compute the softmax of the scores, averaged over heads: (V, N, D) to float32 (V, N, N); rows are queries.
+
+    `rotation` holds rotary positions, see `Attention.qkv_by_head`.
+    """
+    query, key, _ = attention.qkv_by_head(tokens, rotation).float().unbind(2)
     # One head after the other: all heads of ViT-H would take 160 MB of scores.
     total = sum(
         torch.softmax(query[:, :, head] @ key[:, :, head].mT * query.shape[-1] ** -0.5, dim=-1)
@@ -74,16 +76,16 @@ def _attention_modules(encoder: Encoder) -> list[Attention]:
 
 
 @contextmanager
-def _inputs_of_attention(encoder: Encoder) -> Iterator[list[list[Tensor]]]:
-    """Collect the inputs of each block's attention; a block may be called for a few sequences at a time."""
-    inputs: list[list[Tensor]] = [[] for _ in encoder.blocks]
+def _inputs_of_attention(encoder: Encoder) -> Iterator[list[list[tuple[Tensor, Tensor | None]]]]:
+    """Collect tokens and rotation of each block's attention; a block may be called for a few sequences at a time."""
+    inputs: list[list[tuple[Tensor, Tensor | None]]] = [[] for _ in encoder.blocks]
 
     def keep(number: int) -> Any:
         def hook(_: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
-            tokens, *others = arguments
-            # A rotation, or a selection of tokens, would change the scores.
-            assert all(other is None for other in others)
-            inputs[number].append(tokens)
+            tokens, output_tokens, rotation = arguments
+            # A selection of queries would change the mean over them.
+            assert output_tokens is None
+            inputs[number].append((tokens, rotation))
 
         return hook
 

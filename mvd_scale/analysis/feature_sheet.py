@@ -19,6 +19,9 @@ from mvd_scale.visualization.predictions import Images
 _CELL = 112
 """Side of an image in pixels, about: a multiple of the tokens, so that all tokens are squares of one size."""
 
+_LEAST = 560
+"""Least width of a sheet in pixels, for headings and notes."""
+
 _COLUMNS = 8
 """Largest number of slices on a sheet; of more, as many are chosen evenly."""
 
@@ -57,7 +60,7 @@ def draw_sheet(sections: list[Section], out: Path) -> None:
     side = _side(sections)
     slices = len(sections[0].rows[0].images)
     shown = np.unique(np.linspace(0, slices - 1, min(slices, _COLUMNS)).round().astype(int))
-    width = _LEFT + len(shown) * (side + _GAP)
+    width = max(_LEFT + len(shown) * (side + _GAP), _LEAST)
     notes = [_wrapped(section.missing, width - _LEFT) for section in sections]
     height = _LINE + sum(
         _LINE + _GAP + len(section.rows) * (side + _GAP) + _LINE * len(lines) + 2 * _GAP

@@ -74,19 +74,28 @@ class Attention(nn.Module):
         self.qkv: nn.Module = QKV(width, key_bias=key_bias)
         self.proj: nn.Module = nn.Linear(width, width)
 
-    def forward(self, tokens: Tensor, output_tokens: OutputTokens = None, rotation: Tensor | None = None) -> Tensor:
-        """Attend from the tokens `output_tokens` (all if None) to all tokens: (B, N, D) to (B, K, D).
+    def qkv_by_head(self, tokens: Tensor, rotation: Tensor | None = None) -> Tensor:
+        """Project tokens to the queries, keys and values of each head: (B, N, D) to (B, N, 3, heads, D / heads).
 
         Queries and keys are turned by `rotation` (2, N, C), see `rotation_table`, if it is given.
         """
         clips, count, width = tokens.shape
-        packed = self.qkv(tokens)
+        packed: Tensor = self.qkv(tokens)
         if self.q_norm is not None and self.k_norm is not None:
             queries, keys, values = packed.chunk(3, dim=-1)
             packed = torch.cat([self.q_norm(queries), self.k_norm(keys), values], dim=-1)
         packed = packed.view(clips, count, 3, self.heads, width // self.heads)
-        if rotation is not None:
-            packed = rotate(packed, rotation)
+        return packed if rotation is None else rotate(packed, rotation)
+
+    def forward(self, tokens: Tensor, output_tokens: OutputTokens = None, rotation: Tensor | None = None) -> Tensor:
+        """Attend from the tokens `output_tokens` (all if None) to all tokens: (B, N, D) to (B, K, D).
+
+        Args:
+            tokens: (B, N, D).
+            output_tokens: tokens whose outputs are wanted; all if None.
+            rotation: see `qkv_by_head`.
+        """
+        packed = self.qkv_by_head(tokens, rotation)
         last = output_tokens if isinstance(output_tokens, int) else None
         attended = attention(packed, last)
         projected: Tensor = self.proj(attended if last is not None else select_output_tokens(attended, output_tokens))

@@ -14,6 +14,7 @@ IMAGE = ModelConfig(
     width=32, depth=2, heads=2, frames=1, tubelet=1, input_size=48, positions="sincos2d", class_token=True
 )
 VIDEO = ModelConfig(width=32, depth=3, heads=2, frames=4, input_size=32)
+ROTARY = ModelConfig(width=32, depth=3, heads=2, frames=4, input_size=32, positions="rotary_vjepa2")
 
 
 def clips(model: ModelConfig, count: int) -> torch.Tensor:
@@ -36,6 +37,13 @@ def test_the_scores_are_those_that_the_block_uses() -> None:
     torch.testing.assert_close(scores.sum(-1), torch.ones(2, 7))
     value = attention.qkv(tokens)[..., 64:]
     torch.testing.assert_close(attention.proj(scores @ value), attention(tokens), atol=1e-5, rtol=1e-5)
+    # Angles that differ by token, so that they change the scores.
+    angles = torch.linspace(0, 3, 7)[:, None].expand(7, 32)
+    rotation = torch.stack([angles.cos(), angles.sin()])
+    turned = mean_attention(attention, tokens, rotation)
+    assert not torch.allclose(turned, scores, atol=1e-3)
+    expected = attention(tokens, rotation=rotation)
+    torch.testing.assert_close(attention.proj(turned @ value), expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -46,13 +54,14 @@ def test_heads_are_averaged() -> None:
     torch.testing.assert_close(mean_attention(attention, tokens), sum(heads) / 2)
 
 
-@pytest.mark.parametrize("model", [IMAGE, VIDEO])
+@pytest.mark.parametrize("model", [IMAGE, VIDEO, ROTARY])
 def test_rollout_of_uniform_attention_is_that_computed_by_hand(model: ModelConfig) -> None:
     encoder = Encoder(model, final_norm=False).eval()
     for block in encoder.blocks:
         torch.nn.init.zeros_(block.attn.qkv.weight)
     seen = look(encoder, clips(model, 2))
-    patches = len(encoder.positions)
+    slices, rows, columns = model.grid
+    patches = slices * rows * columns
     tokens = patches + int(model.class_token)
     torch.testing.assert_close(seen.last, torch.full((2, patches), 1 / tokens))
     # (A + I) / 2, applied L times: A (1 - 2 ** -L) + I 2 ** -L, as A is uniform. The class token sees no patch by I;
