@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import field_validator
 
-from mvd_scale.config.model import ModelConfig
+from mvd_scale.config.model import SIZES, ModelConfig
 from mvd_scale.config.reading import copy_mappings, set_by_path
 from mvd_scale.config.section import Section
 from mvd_scale.config.target import BaseTarget, TargetConfig
@@ -37,8 +37,8 @@ class StudentConfig(Section):
 
     model: ModelConfig
     """Shape of the student. Clips and tokens are those of the recipe: `frames`, `input_size`, `patch_size` and
-    `tubelet` cannot differ. A `size` replaces the recipe's `width`, `depth` and `heads`, and these replace its `size`.
-    """
+    `tubelet` cannot differ. A `size` replaces the recipe's `width`, `depth` and `heads`; one of these changes that of
+    the recipe's `size`."""
 
     targets: dict[str, TargetConfig]
     """Heads of the student, and weights and distances of its loss: `head`, `hidden`, `decoder`, `weight` and `distance`
@@ -74,8 +74,11 @@ def merge_student(recipe: dict[str, Any], name: str) -> dict[str, Any]:
     merged = copy_mappings({section: recipe.get(section) or {} for section in StudentConfig.model_fields})
     model, base = own.get("model"), merged["model"]
     if isinstance(model, dict) and isinstance(base, dict):
-        replaced = _SHAPE if model.get("size") is not None else ("size",) if any(key in model for key in _SHAPE) else ()
-        merged["model"] = {key: value for key, value in base.items() if key not in replaced}
+        if model.get("size") is not None:
+            merged["model"] = {key: value for key, value in base.items() if key not in _SHAPE}
+        elif any(key in model for key in _SHAPE) and base.get("size") in SIZES:
+            shape = dict(zip(_SHAPE, SIZES[base["size"]], strict=True))
+            merged["model"] = {**base, **shape, "size": None}
     for section, values in own.items():
         set_by_path(merged, [str(section)], values)
     if isinstance(merged["targets"], dict):

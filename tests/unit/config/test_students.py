@@ -61,6 +61,8 @@ def test_identity_leaves_out_of_a_student_what_it_leaves_out_of_a_recipe() -> No
 def test_a_shape_and_a_size_replace_each_other() -> None:
     shape = "{width: 64, depth: 2, heads: 2}"
     assert family(f"{{t: {{model: {shape}}}}}").students["t"].model.size is None
+    shallow = family("{t: {model: {depth: 6}}}").students["t"].model
+    assert (shallow.size, shallow.width, shallow.depth, shallow.heads) == (None, 768, 6, 12)
     tiny = {**yaml.safe_load(family("{t: {}}").to_yaml()), "students": {"s": {"model": {"size": "S"}}}}
     tiny["model"] |= {"size": None, **yaml.safe_load(shape)}
     assert Recipe.model_validate(tiny).students["s"].model.depth == 12
