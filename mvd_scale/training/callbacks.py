@@ -35,7 +35,7 @@ from mvd_scale.utils.io import append_json_line
 from mvd_scale.visualization.predictions import compose, make_panels, visualization_batch
 
 if TYPE_CHECKING:
-    from mvd_scale.training.trainer import TrainedModel
+    from mvd_scale.training.trained_model import TrainedModel
 
 logger = logging.getLogger("mvd_scale")
 

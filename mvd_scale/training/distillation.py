@@ -18,7 +18,7 @@ from mvd_scale.training.lr_schedule import Schedule
 from mvd_scale.training.optimizer import parameter_groups
 from mvd_scale.training.placement import Placement
 from mvd_scale.training.teachers.place import place_teachers
-from mvd_scale.training.trainer import TrainedModel
+from mvd_scale.training.trained_model import TrainedModel
 
 
 @dataclass(frozen=True)

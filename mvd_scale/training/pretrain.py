@@ -24,7 +24,7 @@ from mvd_scale.training.distillation import StudentParts, distillation_models, r
 from mvd_scale.training.run import TrainingJob, run_training
 from mvd_scale.training.teachers.fidelity import check_fidelity
 from mvd_scale.training.teachers.prefetch import BatchStarter, make_prefetcher
-from mvd_scale.training.trainer import TrainedModel
+from mvd_scale.training.trained_model import TrainedModel
 
 
 def run_pretraining(recipe: Recipe) -> None:

@@ -28,7 +28,8 @@ from mvd_scale.training.lr_schedule import Schedule
 from mvd_scale.training.metrics.writer import check_sinks
 from mvd_scale.training.run_events import record_start, recording_end
 from mvd_scale.training.teachers.prefetch import BatchStarter, TeacherPrefetcher
-from mvd_scale.training.trainer import TrainedModel, Trainer
+from mvd_scale.training.trained_model import TrainedModel
+from mvd_scale.training.trainer import Trainer
 from mvd_scale.utils.events import EventLog
 from mvd_scale.utils.io import read_metrics, truncate_metrics
 

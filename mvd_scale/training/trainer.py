@@ -6,10 +6,9 @@ one. Benchmarks and profiles run the same steps with a timer attached.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -20,33 +19,17 @@ from mvd_scale.data.batch import ClipBatch
 from mvd_scale.distributed.health.progress import FIRST_STEP_PATIENCE
 from mvd_scale.distributed.process_group import Ranks
 from mvd_scale.errors import Preempted
-from mvd_scale.training.ema import ModelEma
-from mvd_scale.training.lr_schedule import Schedule
 from mvd_scale.training.metrics.meter import Meter, MicroBatchMetrics
 from mvd_scale.training.nonfinite import NonfiniteError, NonfiniteSteps, smallest_loss_scale
 from mvd_scale.training.optimizer import apply_schedule
 from mvd_scale.training.preemption import PreemptionHandler
 from mvd_scale.training.teachers.prefetch import TeacherPrefetcher
+from mvd_scale.training.trained_model import TrainedModel
 
 if TYPE_CHECKING:
     from mvd_scale.run_dir import RunFolder
     from mvd_scale.training.callbacks import CallbackList
     from mvd_scale.training.checkpointing.checkpointer import Checkpointer
-
-
-class Objective(Protocol):
-    """The loss that a run minimises."""
-
-    @property
-    def parts(self) -> Sequence[str]:
-        """Names of the loss terms that are logged in addition to the loss."""
-
-    @property
-    def teachers(self) -> Mapping[str, nn.Module]:
-        """Frozen models that the loss calls, by name."""
-
-    def __call__(self, engine: Any, batch: ClipBatch, /) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute the loss of a micro batch and its detached terms by name; float32 scalars."""
 
 
 class StepTimer(Protocol):
@@ -70,39 +53,6 @@ class NoTimer:
 
     def watch(self, name: str, module: nn.Module) -> None:
         """Register no hooks."""
-
-
-@dataclass
-class TrainedModel:
-    """DeepSpeed engine of a model with the loss that it minimises."""
-
-    engine: Any
-    """Engine of `deepspeed.initialize`."""
-
-    objective: Objective
-
-    schedule: Schedule
-    """Learning rate and weight decay by step."""
-
-    averages: Sequence[ModelEma] = ()
-    """Moving averages of the weights, updated after every optimizer step."""
-
-    name: str = ""
-    """Name of the student if there are several, else empty."""
-
-    @property
-    def metrics(self) -> str:
-        """Prefix of the names of metrics: `students/NAME/` if there are several students, else empty."""
-        return f"students/{self.name}/" if self.name else ""
-
-    @property
-    def losses(self) -> list[str]:
-        """Names of the metrics of the loss and of its terms."""
-        return [f"{self.metrics}{name}" for name in ("loss", *(f"loss/{part}" for part in self.objective.parts))]
-
-    def part(self, name: str) -> str:
-        """Name of one of the model's own parts of a step."""
-        return f"{self.name}: {name}" if self.name else name
 
 
 class Trainer:

@@ -56,7 +56,7 @@ def test_each_is_what_it_is_alone(jobs: Jobs, recipe: Path, clips: Path, tmp_pat
     fault = ("not_a_number_and_later_killed", "0", "2")
     code, output = jobs.fork_server.run("tests.e2e.faulty", *fault, *map(str, words), ranks=2, seconds=200)
     assert code != 0, output
-    assert "are not finite in 'forward' of step 3 of students.spoiled; its 4 clips are in" in output, output
+    assert "are not finite in 'forward' of step 3 of students.spoiled; its" in output, output
     lost = run / "students" / "small" / "checkpoints" / "step_00000010"
     shutil.rmtree(lost, ignore_errors=True)
     code, output = jobs.run(*words, ranks=2)

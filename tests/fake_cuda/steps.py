@@ -26,7 +26,7 @@ from mvd_scale.targets.load import teacher_input_sizes
 from mvd_scale.training.capabilities import teacher_facts
 from mvd_scale.training.finetuning.classification_loss import ClassificationLoss
 from mvd_scale.training.placement import Capabilities, Devices, decide_placement
-from mvd_scale.training.trainer import Objective
+from mvd_scale.training.trained_model import Objective
 
 from .gpu import GPU, on_gpu, on_meta
 

@@ -39,7 +39,7 @@ from mvd_scale.training.checkpointing.writer import CheckpointWriter
 from mvd_scale.utils.events import EventLog
 
 if TYPE_CHECKING:
-    from mvd_scale.training.trainer import TrainedModel
+    from mvd_scale.training.trained_model import TrainedModel
 
 logger = logging.getLogger("mvd_scale")
 

@@ -27,7 +27,7 @@ from mvd_scale.training.ema import ModelEma
 from mvd_scale.training.finetuning.validation import ValidationCallback
 from mvd_scale.training.optimizer import layer_scale, parameter_groups
 from mvd_scale.training.run import TrainingJob, run_training
-from mvd_scale.training.trainer import Objective, TrainedModel
+from mvd_scale.training.trained_model import Objective, TrainedModel
 
 AnyRecipe = TypeVar("AnyRecipe", bound=TaskRecipe)
 

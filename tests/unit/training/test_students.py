@@ -21,7 +21,8 @@ from mvd_scale.targets.build import SharedTeachers, build_targets, init_teacher,
 from mvd_scale.training.distillation import random_student
 from mvd_scale.training.lr_schedule import Schedule
 from mvd_scale.training.teachers.prefetch import TeacherPrefetcher
-from mvd_scale.training.trainer import TrainedModel, Trainer
+from mvd_scale.training.trained_model import TrainedModel
+from mvd_scale.training.trainer import Trainer
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 RECIPE = load_recipe("quickstart/student", ["--training.precision", "fp32", "--training.micro_batch", "1"])
