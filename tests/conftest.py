@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -23,6 +24,16 @@ def ordinary_priority() -> Iterator[None]:
     """A test that encodes AV1 leaves no real-time priority to those after it, which would starve the others."""
     yield
     leave_real_time()
+
+
+@pytest.fixture(autouse=True)
+def ordinary_signals() -> Iterator[None]:
+    """A test leaves no signal ignored, such as the watchdog's of a run that ends: later tests' processes would inherit
+    it."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 class Logging(NamedTuple):

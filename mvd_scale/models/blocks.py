@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mvd_kernels import AddLayerNorm, LayerNorm, attention
-from mvd_scale.models.drop_path import DropPath
-from mvd_scale.models.rms_norm import AddRMSNorm, RMSNorm
-from mvd_scale.models.rotary import rotate
+from mvd_scale.models.layers.drop_path import DropPath
+from mvd_scale.models.layers.rms_norm import AddRMSNorm, RMSNorm
+from mvd_scale.models.layers.rotary import rotate
 
 if TYPE_CHECKING:
     from mvd_scale.config.training import Checkpointing

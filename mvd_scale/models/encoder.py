@@ -14,8 +14,8 @@ from mvd_kernels import LayerNorm, tube_rows
 from mvd_scale.config import ModelConfig
 from mvd_scale.models.blocks import Blocks
 from mvd_scale.models.initialization import init_patch_embed, init_pretrain_weights
+from mvd_scale.models.layers.rotary import rotation_table
 from mvd_scale.models.positions import encoder_positions, resize_positions
-from mvd_scale.models.rotary import rotation_table
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

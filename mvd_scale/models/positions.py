@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mvd_scale.config.model import ModelConfig, Positions
-from mvd_scale.models.rotary import rotation_table
+from mvd_scale.models.layers.rotary import rotation_table
 
 
 def encoder_positions(model: ModelConfig) -> Tensor:

@@ -23,7 +23,8 @@ class GridResampler:
     def __init__(self, old: Grid, new: Grid) -> None:
         self.old = old
         self.new = new
-        self.weights = [axis_weights(have, want) for have, want in zip(old, new, strict=True)]
+        self._weights: dict[tuple[int, torch.device], Tensor] = {}
+        """Weights by axis and device, in float32: a teacher may be called in several precisions."""
 
     def __call__(self, features: Tensor) -> Tensor:
         """Resample features of all tokens, in time-major order: (B, N, D) to (B, M, D) in the same dtype."""
@@ -32,19 +33,20 @@ class GridResampler:
         for axis, (have, want) in enumerate(zip(self.old, self.new, strict=True), start=1):
             if have == want:
                 continue
-            # Kept in float32: a teacher may be called in several precisions.
-            self.weights[axis - 1] = self.weights[axis - 1].to(features.device)
+            key = (axis, features.device)
+            if key not in self._weights:
+                self._weights[key] = axis_weights(have, want, features.device)
             before, after = sizes[:axis], sizes[axis + 1 :]
             rows = features.reshape(torch.Size(before).numel(), have, torch.Size(after).numel())
-            features, sizes = self.weights[axis - 1].to(features.dtype) @ rows, [*before, want, *after]
+            features, sizes = self._weights[key].to(features.dtype) @ rows, [*before, want, *after]
         return features.reshape(clips, -1, channels)
 
 
-def axis_weights(old: int, new: int) -> Tensor:
+def axis_weights(old: int, new: int, device: torch.device | None = None) -> Tensor:
     """Weights of the old cells of one axis in each new cell: float32 (new, old), of sum 1 over the old cells."""
     scale = old / new
-    centres = (torch.arange(new, dtype=torch.float64) + 0.5) * scale - 0.5
-    distances = (centres.unsqueeze(1) - torch.arange(old, dtype=torch.float64)).abs()
+    centres = (torch.arange(new, dtype=torch.float64, device=device) + 0.5) * scale - 0.5
+    distances = (centres.unsqueeze(1) - torch.arange(old, dtype=torch.float64, device=device)).abs()
     weights = (1 - distances / max(scale, 1.0)).clamp(min=0)
     return (weights / weights.sum(dim=1, keepdim=True)).float()
 

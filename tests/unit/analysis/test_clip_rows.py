@@ -114,7 +114,7 @@ def test_teachers_that_do_not_fit_are_refused(files: dict[str, Path], monkeypatc
             analyse(files["mvd"], monkeypatch=monkeypatch, teachers={name: files.get(file, Path(file))})
         return str(raised.value)
 
-    assert "a teacher of input size 32 would match" in message("image", "other_grid")
+    assert "give it frames of `input_size: 32`" in message("image", "other_grid")
     assert "the student predicts 48 channels of video, but the teacher has 32" in message("video", "mae")
     assert "nothing.pth" in message("video", "nothing.pth")
     assert "no model here predicts depth; expected one of: image, video" in message("depth", "mae")

@@ -13,7 +13,7 @@ from mvd_scale.config import DecoderConfig, ModelConfig, list_recipes, load_reci
 from mvd_scale.config.training import Checkpointing
 from mvd_scale.models import Decoder, Encoder, Student
 from mvd_scale.models.blocks import Blocks, set_gradient_checkpointing
-from mvd_scale.models.drop_path import DropPath
+from mvd_scale.models.layers.drop_path import DropPath
 
 SHAPE = ModelConfig(width=48, depth=1, heads=3, frames=4, input_size=64)
 DISTILLED = [name for name in list_recipes() if name.startswith("distill/")]

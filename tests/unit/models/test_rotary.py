@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from mvd_scale.config import ModelConfig
 from mvd_scale.config.model import Positions
 from mvd_scale.models import Encoder
+from mvd_scale.models.layers.rotary import rotate, rotation_table
 from mvd_scale.models.quantization import quantize_linear_layers
-from mvd_scale.models.rotary import rotate, rotation_table
 
 GRID = (2, 3, 4)
 CHANNELS = 26

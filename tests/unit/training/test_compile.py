@@ -22,7 +22,7 @@ from mvd_scale.distributed.process_group import Ranks
 from mvd_scale.errors import UserError
 from mvd_scale.models import Encoder, Student
 from mvd_scale.models.blocks import Blocks, set_gradient_checkpointing
-from mvd_scale.models.drop_path import DropPath
+from mvd_scale.models.layers.drop_path import DropPath
 from mvd_scale.targets import build_targets
 from mvd_scale.training import capabilities as device
 from mvd_scale.training import deepspeed_engine as engine

@@ -19,7 +19,7 @@ from mvd_kernels.bench.timing import milliseconds
 from mvd_kernels.tubes import IMAGENET_MEAN, IMAGENET_STD
 from mvd_scale.errors import UserError
 from mvd_scale.models.blocks import Blocks, set_gradient_checkpointing
-from mvd_scale.models.drop_path import DropPath
+from mvd_scale.models.layers.drop_path import DropPath
 from mvd_scale.models.quantization import quantize_linear_layers
 from mvd_scale.performance.bringup.checks import streams
 from mvd_scale.performance.bringup.checks.comparisons import Call, gradient_errors, graph_errors, relative

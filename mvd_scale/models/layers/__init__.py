@@ -1,0 +1,1 @@
+"""Layers of the transformers that torch lacks."""
