@@ -41,6 +41,8 @@ class Logging(NamedTuple):
 
     disabled_level: int
     root_level: int
+    enabled: bool
+    """Whether the package may log warnings, by all that `logging` looks at."""
     loggers: dict[str, tuple[int, bool, bool, list[logging.Handler]]]
     """Level, propagation, whether it is disabled, and handlers, by name."""
 
@@ -48,7 +50,8 @@ class Logging(NamedTuple):
     def now() -> Logging:
         loggers = {name: logging.getLogger(name) for name in ("mvd_scale", "mvd_kernels")}
         states = {name: (one.level, one.propagate, one.disabled, one.handlers[:]) for name, one in loggers.items()}
-        return Logging(logging.root.manager.disable, logging.root.level, states)
+        enabled = all(logger.isEnabledFor(logging.WARNING) for logger in loggers.values())
+        return Logging(logging.root.manager.disable, logging.root.level, enabled, states)
 
     def restore(self) -> None:
         logging.disable(self.disabled_level)
