@@ -70,9 +70,14 @@ def ordinary_logging(request: pytest.FixtureRequest) -> Iterator[None]:
     """A test sees the messages of the package, whatever an earlier one, or a fixture of its module, has set up.
 
     A level or `logging.disable` that is left keeps them from pytest's handler for the rest of the process, and so does
-    `configure_logging` with releases of pytest that pass over loggers without propagation.
+    `configure_logging` with releases of pytest that pass over loggers without propagation. So does DeepSpeed: it sets
+    the level of all handlers of its logger, to which pytest 9.2 adds its own.
     """
     _LOGGING.restore()
+    capture = request.config.pluginmanager.get_plugin("logging-plugin")
+    if capture is not None:
+        capture.caplog_handler.setLevel(logging.NOTSET)
+        capture.report_handler.setLevel(logging.NOTSET)
     yield
     if (left := Logging.now()) != _LOGGING:
         warnings.warn(f"{request.node.nodeid} leaves logging changed: {left}", stacklevel=1)
