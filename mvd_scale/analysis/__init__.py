@@ -1,1 +1,1 @@
-"""What models see in clips: similarity of features over time, and pictures of features, predictions and attention."""
+"""Similarity of features over time, and pictures of features, predictions and attention in clips."""

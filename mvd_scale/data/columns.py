@@ -60,7 +60,7 @@ class ColumnFile:
             raise TornFileError
         footer = json.loads(self._map[start:end])
         self.about: dict[str, Any] = footer["about"]
-        """What the writer said of the columns."""
+        """Description of the columns by their writer."""
         self._columns = {name: self._column(**column) for name, column in footer["columns"].items()}
 
     @classmethod

@@ -201,6 +201,7 @@ def test_videos_that_vanish_are_replaced_and_named(run: Run, clips: Path, tmp_pa
     assert max(run.readings) == LAST
     named = {path.name for path in gone if path.name in output}
     assert named
+    assert re.search(r"and is replaced: .*; found by rank \d \(host .+, pid \d+\) in 'data wait'", output)
     assert all(name in (run.folder / "quarantine.jsonl").read_text() for name in named)
 
 

@@ -29,6 +29,7 @@ from mvd_scale.data.loaders.shared_memory import bytes_per_sample, check_shared_
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.storage import DecodeError, run_with_timeout
 from mvd_scale.distributed.data_rank import DataRank
+from mvd_scale.distributed.health.verdict import Member
 from mvd_scale.errors import UserError
 
 MIN_CLIPS_FOR_BROKEN_LIMIT = 100
@@ -83,6 +84,7 @@ class DaliLoader(ABC):
         self._next = samples.start
         self._end = samples.stop
         self._device = rank.device
+        self._member = Member.own(rank.rank)
         self._quarantine = quarantine
         self._reported: set[Hashable] = set()
         self._pyav_samples: frozenset[int] = frozenset()
@@ -272,7 +274,13 @@ class DaliLoader(ABC):
         if video in self._reported:
             return
         self._reported.add(video)
-        log.warning("video %s cannot be decoded%s: %s", failure["path"], self._failure_suffix, failure["error"])
+        log.warning(
+            "video %s cannot be decoded%s: %s; found by %s in 'data wait'",
+            failure["path"],
+            self._failure_suffix,
+            failure["error"],
+            self._member.name,
+        )
         if self._quarantine is not None:
             self._quarantine.add(failure, self.step)
 

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -278,7 +279,10 @@ def test_videos_that_break_after_indexing_are_replaced_the_same_way_everywhere(
     assert sorted(line["row"] for line in lines) == [3, 4, 6]
     assert all(line["path"] == manifest.path[line["row"]] and line["error"] for line in lines)
     assert all(0 <= line["step"] < 5 for line in lines)
-    assert len([record for record in caplog.records if "is replaced" in record.getMessage()]) == 3
+    messages = [message for message in caplog.messages if "is replaced" in message]
+    assert len(messages) == 3
+    found = f"found by rank 0 (host {socket.gethostname()}, pid {os.getpid()}) in 'data wait'"
+    assert all(message.endswith(found) for message in messages)
 
     ranks = [collect(manifest, rank=r, world_size=2, micro_batch=1) for r in range(2)]
     assert_same([b for step in range(5) for rank in ranks for b in rank[step * 2 : step * 2 + 2]], got)
