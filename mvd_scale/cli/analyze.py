@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mvd_scale.cli.options import positions_option
+from mvd_scale.cli.options import device_option, positions_option
 from mvd_scale.config.training import Precision
 
 
@@ -44,10 +44,7 @@ def analyze() -> None:
 )  # fmt: skip
 @positions_option
 @click.option("--root", help="Folder or URL to which the paths of a list are relative.")
-@click.option(
-    "--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True,
-    help="Device; auto takes the GPU if there is one.",
-)  # fmt: skip
+@device_option
 def similarity(
     checkpoints: tuple[str, ...],
     source: str,
@@ -124,10 +121,7 @@ def similarity(
 )  # fmt: skip
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the mask.")
 @positions_option
-@click.option(
-    "--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True,
-    help="Device; auto takes the GPU if there is one.",
-)  # fmt: skip
+@device_option
 def features(
     checkpoints: tuple[str, ...],
     video: str,

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mvd_scale.cli.options import WITH_OVERRIDES, overrides_argument
+from mvd_scale.cli.options import WITH_OVERRIDES, device_option, overrides_argument
 from mvd_scale.config.training import Precision
 
 _file = click.Path(path_type=Path)
@@ -77,10 +77,7 @@ def train(recipe: str, overrides: tuple[str, ...]) -> None:
     help="Precision of the model; fp16 on GPUs and fp32 on CPUs if omitted.",
 )  # fmt: skip
 @click.option("--root", help="Folder or URL to which the paths of a list are relative.")
-@click.option(
-    "--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True,
-    help="Device; auto takes the GPU if there is one.",
-)  # fmt: skip
+@device_option
 def evaluate(
     checkpoint: Path,
     source: str,

@@ -95,6 +95,14 @@ def positions_option(command: Decorated) -> Decorated:
     )(command)  # fmt: skip
 
 
+def device_option(command: Decorated) -> Decorated:
+    """Add the option `--device`."""
+    return click.option(
+        "--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True,
+        help="Device; auto takes the GPU if there is one.",
+    )(command)  # fmt: skip
+
+
 def precision_option(command: Decorated) -> Decorated:
     """Add the option `--precision` of a model that is not trained."""
     return click.option(

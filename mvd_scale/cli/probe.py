@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mvd_scale.cli.options import command_line, positions_option
+from mvd_scale.cli.options import command_line, device_option, positions_option
 from mvd_scale.config.training import Precision
 
 
@@ -19,10 +19,7 @@ def probe() -> None:
 def _probing(command: Any) -> Any:
     """Add the arguments and options that all probes share."""
     for option in (
-        click.option(
-            "--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True,
-            help="Device; auto takes the GPU if there is one.",
-        ),
+        device_option,
         click.option("--root", help="Folder or URL to which the paths of lists are relative."),
         click.option(
             "--precision", type=click.Choice(["fp32", "bf16", "fp16"]),

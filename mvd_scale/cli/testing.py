@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mvd_scale.cli.options import command_line, positions_option, precision_option, view_options
+from mvd_scale.cli.options import command_line, device_option, positions_option, precision_option, view_options
 from mvd_scale.config.training import FrozenPrecision, Precision
 
 
@@ -20,10 +20,7 @@ from mvd_scale.config.training import FrozenPrecision, Precision
 @precision_option
 @positions_option
 @click.option("--root", help="Folder or URL to which the paths of a list are relative.")
-@click.option(
-    "--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True,
-    help="Device; auto takes the GPU if there is one.",
-)  # fmt: skip
+@device_option
 @click.option(
     "--report", "page", type=click.Path(path_type=Path), help="Also write the page of `mvd-scale report` to this file."
 )
@@ -81,10 +78,7 @@ def evaluate(
 @view_options
 @precision_option
 @positions_option
-@click.option(
-    "--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True,
-    help="Device; auto takes the GPU if there is one.",
-)  # fmt: skip
+@device_option
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON per video instead of text.")
 def predict(videos: tuple[str, ...], checkpoint: Path, top: int, as_json: bool, **options: Any) -> None:
     """Print the most likely classes of each VIDEO, a file or URL.
@@ -170,10 +164,7 @@ def _write_report(test: Path, page: Path, hardest: int = 8) -> None:
 )  # fmt: skip
 @positions_option
 @click.option("--root", help="Folder or URL to which the paths of a list are relative.")
-@click.option(
-    "--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True,
-    help="Device; auto takes the GPU if there is one.",
-)  # fmt: skip
+@device_option
 def features(
     checkpoint: Path,
     source: str,
