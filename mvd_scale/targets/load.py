@@ -56,7 +56,9 @@ def load_teacher(recipe: Recipe, name: str, averages: Path | None = None) -> Enc
         hints = Hints(shape.heads, None, shape.frames, shape.input_size, shape.positions)
     checkpoint = read_checkpoint(config.checkpoint, hints)
     if config.model is not None:
-        actual, expected = (model.model_dump(exclude={"drop_path"}) for model in (checkpoint.model, config.model))
+        # `size` is a name of width, depth and heads, which files of others do not state.
+        shapes = (model.model_dump(exclude={"drop_path", "size"}) for model in (checkpoint.model, config.model))
+        actual, expected = shapes
         differing = ", ".join(
             f"{key} {value} (recipe: {expected[key]})" for key, value in actual.items() if value != expected[key]
         )

@@ -87,6 +87,16 @@ def at(features: Tensor, tokens: Tensor) -> Tensor:
     return features.gather(1, tokens.unsqueeze(-1).expand(-1, -1, features.shape[-1]))
 
 
+def test_a_file_that_states_no_size_is_the_teacher_that_a_recipe_names_by_its_size(tmp_path: Path) -> None:
+    """As published weights, of which only width, depth and heads are known."""
+    path = file(tmp_path, width=384, depth=12, heads=6, input_size=32)
+    named = {"size": "S", "frames": 4, "input_size": 32}
+    wanted = {"kind": "video_teacher", "checkpoint": path}
+    assert load(recipe({**wanted, "model": named})).teacher.config.width == 384
+    with pytest.raises(UserError, match=r"is not the teacher of targets\.other\.model: it has width 384"):
+        load(recipe({**wanted, "model": {**named, "size": "B"}}))
+
+
 @pytest.mark.parametrize("positions", ["sincos3d", "rotary_vjepa2", "rotary_vjepa2_1"])
 def test_a_video_teacher_of_another_size(tmp_path: Path, positions: str) -> None:
     path = file(tmp_path, positions=positions)
