@@ -181,8 +181,12 @@ class ColumnWriter:
 def in_memory(write: Callable[[BinaryIO], None]) -> ColumnFile:
     """Write columns to memory that this process shares with those that unpickle the result; it ends with the last."""
     descriptor = os.memfd_create("mvd_scale", os.MFD_CLOEXEC)
-    with os.fdopen(os.dup(descriptor), "wb") as file:
-        write(file)
+    try:
+        with os.fdopen(os.dup(descriptor), "wb") as file:
+            write(file)
+    except BaseException:
+        os.close(descriptor)
+        raise
     return ColumnFile(descriptor)
 
 

@@ -123,6 +123,7 @@ def _open(path: Path, what: str) -> ColumnFile | None:
 def _locked(path: Path) -> Iterator[None]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
+        os.utime(descriptor)  # `_remove_unused` takes no lock of a file that is being made
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
@@ -130,8 +131,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _remove_unused(folder: Path) -> None:
-    # Processes that have mapped a file keep it when its name goes. Without its lock two may write it at once: into
-    # parts of their own, so that either is whole.
+    # Processes that have mapped a file keep it when its name goes.
     for path in folder.iterdir():
         days = KEPT_DAYS.get(path.name.partition("-")[0], 0)
         with suppress(OSError):

@@ -218,7 +218,7 @@ class AddressBook:
     def addresses(self, host: str) -> list[str]:
         """Addresses of a host by the last answer, none before the first; the name is looked up anew for a later call.
 
-        So an address that a host has no more is given at most once after it was changed.
+        An address that a host has no more is given until a lookup that began after the change has an answer.
         """
         known = self._answers.get(host, [])
         self.look_up(host)

@@ -149,6 +149,21 @@ def test_a_folder_of_another_user_is_not_trusted(caplog, monkeypatch):
     assert not list(folder.iterdir())
 
 
+def test_an_old_lock_stays_while_its_file_is_made():
+    """Another process would take a new one, and remove the part that this one writes."""
+    cache_folder().mkdir(mode=0o700)
+    lock = cache_folder() / "manifest-a.lock"
+    lock.touch()
+    past = time.time() - 15 * 86400
+    os.utime(lock, (past, past))
+
+    def look(file: BinaryIO) -> None:
+        assert lock.name in files()
+        write(file)
+
+    assert open_or_make("manifest-a.columns", "the numbers", look)["numbers"].tolist() == list(range(10))
+
+
 def test_files_that_nobody_uses_go_when_another_is_made():
     kept = open_or_make("manifest-old.columns", "old numbers", write)
     for name in ("manifest-used", "manifest-fresh", "order-old", "order-fresh"):
