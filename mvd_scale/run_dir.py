@@ -80,7 +80,8 @@ class RunFolder:
 
     @property
     def _begun(self) -> bool:
-        return self.metrics.is_file() or self.checkpoints.is_dir()
+        students = any(self.path.glob("students/*/checkpoints"))
+        return self.metrics.is_file() or self.checkpoints.is_dir() or students
 
     def claim(self) -> None:
         """Create the folder and lease it against other processes, on this host and others.

@@ -116,7 +116,8 @@ def _output(pipeline: Pipeline, name: str) -> Path:
         SamplesStage: ".",
         SynthStage: ".",
         IndexStage: "manifest.parquet",
-        PretrainStage: "encoder.safetensors",
+        # Weights of several students are in their own folders.
+        PretrainStage: "summary.json" if any(place.glob("students/*")) else "encoder.safetensors",
         FinetuneStage: "classifier.safetensors",
         EvaluateStage: "summary.json",
         CompareStage: "comparison.json",
@@ -277,10 +278,14 @@ def _print_summary(pipeline: Pipeline, trained: list[str], ranks: int, seconds: 
     for column in ("stage", "steps", "loss at start", "at end", "clips/s", "weights"):
         table.add_column(column, overflow="fold")
     for name in trained:
-        summary: dict[str, Any] = json.loads((pipeline.place(name) / "summary.json").read_text())
-        losses = [f"{reading['loss']:.4f}" for reading in (summary["first"], summary["last"])]
-        weights = str(_output(pipeline, name))
-        table.add_row(name, str(summary["steps"]), *losses, f"{summary['last']['clips_per_second']:.1f}", weights)
+        place = pipeline.place(name)
+        weights = "classifier" if isinstance(pipeline.stages[name], FinetuneStage) else "encoder"
+        for run in sorted(place.glob("students/*")) or [place]:
+            summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
+            losses = [f"{reading['loss']:.4f}" for reading in (summary["first"], summary["last"])]
+            speed = f"{summary['last']['clips_per_second']:.1f}"
+            label = name if run == place else f"{name}: {run.name}"
+            table.add_row(label, str(summary["steps"]), *losses, speed, str(run / f"{weights}.safetensors"))
     console = Console()
     if trained:
         console.print(table)

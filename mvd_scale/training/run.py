@@ -24,6 +24,7 @@ from mvd_scale.models.precision import dtype_of
 from mvd_scale.run_dir import RunFolder
 from mvd_scale.training.callbacks import Callback, CallbackList
 from mvd_scale.training.checkpointing.checkpointer import Checkpointer, SavedModel
+from mvd_scale.training.checkpointing.folders import saved_steps
 from mvd_scale.training.lr_schedule import Schedule
 from mvd_scale.training.metrics.writer import check_sinks
 from mvd_scale.training.run_events import record_start, recording_end
@@ -204,12 +205,14 @@ def resume(checkpointer: Checkpointer, schedule: Schedule, folder: RunFolder, ra
     Raises:
         UserError: see `Checkpointer.resume`; or the checkpoint is beyond the last step of the run.
     """
-    start = checkpointer.resume()
-    if start > schedule.last_step:
+    # Before a newer checkpoint of a student that went on alone is set aside.
+    reached = max((step for path in checkpointer.paths for step in saved_steps(path)), default=0)
+    if reached > schedule.last_step:
         raise UserError(
-            f"{folder.path} has already reached step {start}, beyond its last step {schedule.last_step}; "
+            f"{folder.path} has already reached step {reached}, beyond its last step {schedule.last_step}; "
             "raise training.max_steps, or start a new run in another `--run.folder`"
         )
+    start = checkpointer.resume()
     if ranks.is_main:
         checkpointer.clear_partial()
         truncate_metrics(folder.validation, start)

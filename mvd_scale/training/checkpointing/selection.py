@@ -48,9 +48,11 @@ class Retention:
         """
         every = self.config.keep_every_steps
         with self._deleting:
-            for step in common_steps(self.paths)[: -self.config.keep]:
-                if not every or step % every:
-                    for path in self.paths:
+            kept = common_steps(self.paths)[-self.config.keep :]
+            for path in self.paths:
+                # Those that others lack as well: a run may have been killed between the deletions of two students.
+                for step in saved_steps(path):
+                    if kept and step < kept[0] and (not every or step % every):
                         shutil.rmtree(checkpoint_folder(path, step))
 
 

@@ -15,7 +15,7 @@ from mvd_scale.errors import UserError
 from mvd_scale.performance.benchmarks.simulated_ranks import SimulatedJob
 from mvd_scale.run_dir import RunFolder
 from mvd_scale.training import run as module
-from mvd_scale.training.run import _attention, finish, run_training
+from mvd_scale.training.run import _attention, finish, resume, run_training
 
 
 def test_every_attention_that_is_not_taken_is_named_with_its_reason() -> None:
@@ -57,3 +57,18 @@ def test_all_ranks_stay_until_the_results_are_written(tmp_path: Path) -> None:
         return folder.summary.is_file()
 
     assert SimulatedJob(2).run(end) == [True, True]
+
+
+def test_a_student_that_went_on_alone_is_not_set_back_by_the_run_of_all(tmp_path: Path) -> None:
+    paths = [tmp_path / "a", tmp_path / "b"]
+    for path, step in ((paths[0], 12), (paths[0], 20), (paths[1], 12)):
+        (path / f"step_{step:08d}").mkdir(parents=True)
+    checkpointer: Any = SimpleNamespace(paths=paths, resume=lambda: pytest.fail("it sets aside what is newer"))
+    schedule: Any = SimpleNamespace(last_step=12)
+    with pytest.raises(UserError, match=r"has already reached step 20, beyond its last step 12"):
+        resume(checkpointer, schedule, RunFolder(tmp_path), Ranks(0, 0, 1, torch.device("cpu")))
+
+
+def test_a_run_of_several_has_begun_as_soon_as_a_student_has_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "students" / "s" / "checkpoints").mkdir(parents=True)
+    assert RunFolder(tmp_path)._begun

@@ -95,3 +95,11 @@ def test_a_checkpoint_goes_when_all_students_have_newer_ones(paths: list[Path]) 
     save(b, 20)
     retention.delete_old()
     assert (saved_steps(a), saved_steps(b)) == ([20], [20])
+
+
+def test_a_checkpoint_that_a_kill_left_of_one_student_goes_with_the_next_save(paths: list[Path]) -> None:
+    a, b = paths
+    save(a, 20)
+    save(b, 10, 20)
+    Retention(paths, CheckpointConfig(keep=1)).delete_old()
+    assert (saved_steps(a), saved_steps(b)) == ([20], [20])
