@@ -14,7 +14,11 @@ from mvd_scale.cli.options import WITH_OVERRIDES, overrides_argument
 @click.option("--gpu", default="H100", show_default=True, help="GPU model: V100, A100, H100, H200 or B200.")
 @click.option("--gpus", type=click.IntRange(min=1), default=8, show_default=True, help="Number of GPUs.")
 @click.option("--per-node", type=click.IntRange(min=1), default=8, show_default=True, help="GPUs per host.")
-@click.option("--stage", type=click.IntRange(1, 3), help="ZeRO stage of the student; that of the recipe if omitted.")
+@click.option(
+    "--stage",
+    type=click.IntRange(1, 3),
+    help="ZeRO stage of students that name no DeepSpeed file of their own; that of the recipe if omitted.",
+)
 @click.option(
     "--attention", type=click.Choice(["flash-attn", "sdpa"]),
     help="Attention kernel; the fastest one that the GPU supports if omitted.",

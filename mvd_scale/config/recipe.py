@@ -378,6 +378,9 @@ class Recipe(RunRecipe):
         for student in values["students"].values():
             # Targets that a student leaves out would be merged into it again.
             student["targets"] = {name: student["targets"].get(name) for name in values["targets"]}
+            # Values that are the recipe's would hide an override of the recipe.
+            for section in StudentConfig.model_fields:
+                student[section] = _differing(student[section], values[section])
         return values
 
     def _identity(self) -> dict[str, Any]:
@@ -392,6 +395,15 @@ class Recipe(RunRecipe):
             parts = {name: self.alone(name)._identity() for name in self.students}
             values["students"] = {name: {section: part[section] for section in own} for name, part in parts.items()}
         return values
+
+
+def _differing(own: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """Values of nested mappings that are others than those of a base."""
+    return {
+        key: _differing(value, base[key]) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+        for key, value in own.items()
+        if key not in base or value != base[key]
+    }
 
 
 def student_folder(run: Path, name: str) -> Path:

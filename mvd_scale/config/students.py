@@ -1,7 +1,8 @@
 """Section `students:` of a recipe: several students for one pass of the teachers, each as a recipe of its own.
 
 A student is told by the keys in which it differs from the recipe; they are merged over the recipe's sections `model`,
-`targets` and `training` before validation, so that a resolved recipe holds every value of every student.
+`targets` and `training` before validation, so that each student has all values. A resolved recipe holds those in which
+a student differs.
 """
 
 from __future__ import annotations

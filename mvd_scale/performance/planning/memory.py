@@ -100,7 +100,8 @@ def predict_students_memory(students: Mapping[str, tuple[Workload, ParallelConfi
         # A teacher that computes the next micro batch in parallel with the student can have its peak at any time of the
         # step. Several such teachers run one after the other, so that only the largest one counts.
         rest = _sum(rest, max((teacher.working for teacher in ahead), key=lambda needs: sum(needs.values())))
-    kept = sum(teacher.features for teacher in (common if several else ahead))
+    # Those of the next micro batch, and for several students those of this one, which outlive each student's pass.
+    kept = sum(teacher.features for teacher in (*ahead, *(common if several else ())))
     if kept:
         rest = _sum(rest, {"prefetched features" if ahead else "features": kept})
     for teacher in common:

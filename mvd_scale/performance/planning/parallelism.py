@@ -9,6 +9,7 @@ from mvd_kernels import bf16_instructions
 from mvd_scale.config import FinetuneRecipe, Recipe, RunRecipe
 from mvd_scale.config.data import VideoDecoder
 from mvd_scale.config.deepspeed import student_deepspeed_config, teacher_deepspeed_config
+from mvd_scale.config.students import StudentConfig
 from mvd_scale.config.training import Checkpointing, Precision
 from mvd_scale.models.quantization import QuantizedPrecision
 from mvd_scale.performance.planning.hardware import Gpu, capabilities_of
@@ -166,13 +167,15 @@ def setting_from(placement: Placement, recipe: Recipe | FinetuneRecipe) -> Paral
 
 
 def with_training(recipe: AnyRecipe, **values: object) -> AnyRecipe:
-    """Copy a recipe with other values in its section `training`, and in those of its students."""
+    """Copy a recipe with other values in its section `training`, and in students that have the recipe's values."""
     update: dict[str, object] = {"training": recipe.training.model_copy(update=values)}
+
+    def changed(student: StudentConfig) -> StudentConfig:
+        own = {key: to for key, to in values.items() if getattr(student.training, key) == getattr(recipe.training, key)}
+        return student.model_copy(update={"training": student.training.model_copy(update=own)})
+
     if isinstance(recipe, Recipe):
-        update["students"] = {
-            name: student.model_copy(update={"training": student.training.model_copy(update=values)})
-            for name, student in recipe.students.items()
-        }
+        update["students"] = {name: changed(student) for name, student in recipe.students.items()}
     return recipe.model_copy(update=update)
 
 

@@ -368,7 +368,9 @@ def _plan(
         limit=_limit(phases, seconds),
         candidates=candidates,
         policies={choice: _policy(recipe, students, cluster, choice) for choice in get_args(Checkpointing)},
-        comparison=compare_with_paper(
+        comparison=None
+        if len(students) > 1
+        else compare_with_paper(
             name, cluster.gpu, cluster.gpus, first.workload, planned * batch, hours, hours * computing / seconds
         ),
     )

@@ -52,6 +52,14 @@ def test_the_resolved_recipe_says_everything() -> None:
     assert "model.width" not in made.identity()
 
 
+def test_an_override_of_the_resolved_recipe_reaches_students_that_name_no_value(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(family("{s: {training: {base_lr: 5e-4}}, b: {}}").to_yaml())
+    made = load_recipe(str(file), ["--training.base_lr", "1e-3", "--training.max_steps", "7"])
+    assert {name: one.training.base_lr for name, one in made.students.items()} == {"s": 5e-4, "b": 1e-3}
+    assert {one.training.max_steps for one in made.students.values()} == {7}
+
+
 def test_identity_leaves_out_of_a_student_what_it_leaves_out_of_a_recipe() -> None:
     words = ("--training.deepspeed", "zero2", "--training.micro_batch", "4", "--targets.image.checkpoint", "other.pth")
     assert family("{b: {}}", *words).identity() == family("{b: {}}").identity()
