@@ -89,15 +89,26 @@ def _find(subject: Subject, name: str, recipe: Recipe | None, teacher: Path | No
         if teacher is not None:
             config = _with_teacher(name, config, teacher)
         folder = subject.path if subject.path.is_dir() else subject.path.parent
-        return load_targets(recipe.model_copy(update={"targets": {name: config}}), folder)[name]
+        target = load_targets(recipe.model_copy(update={"targets": {name: config}}), folder)[name]
+        resampled = isinstance(target, FrozenTeacher) and target.resampler is not None
+        if resampled and subject.model.grid != recipe.model.grid:
+            raise UserError(f"its features are resampled for clips of {recipe.model.frames} frames: omit `--frames`")
+        return target
     decoder = subject.checkpoint.decoders.get(name)
-    if name == PIXELS and decoder is not None:
+    if name == PIXELS and decoder is not None and teacher is None:
         # As published: MAE normalises over the patch, VideoMAE each channel.
-        target = PixelTarget(decoder=decoder.config, normalize="patch" if subject.is_image_model else "channel")
-        return Pixels(target, subject.model)
-    if teacher is None or decoder is None:
+        pixels = PixelTarget(decoder=decoder.config, normalize="patch" if subject.is_image_model else "channel")
+        return Pixels(pixels, subject.model)
+    if teacher is None:
         raise UserError(f"the file holds no teacher of {name}: name one with `--teacher {name}=FILE`")
+    if name == PIXELS or decoder is None:
+        raise UserError(f"--teacher {name}={teacher}: {name} takes no file here; give the folder of the student's run")
     encoder = load_encoder(teacher, final_norm=False)
+    if encoder.config.is_rotary:
+        raise UserError(
+            f"--teacher {name}={teacher}: how the student saw this teacher (frames, norm) is in the recipe of its run: "
+            "give the folder of the run"
+        )
     if encoder.config.frames == 1:
         image = ImageTeacherTarget(decoder=decoder.config, checkpoint=teacher)
         return ImageTeacher(name, image, encoder, subject.model, tubes=True)

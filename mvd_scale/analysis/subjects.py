@@ -120,9 +120,12 @@ def _common_clips(subjects: Sequence[Subject], frames: int | None) -> ClipShape:
     first, *others = videos
     for other in others:
         if (other.model.frames, other.model.tubelet) != (first.model.frames, first.model.tubelet):
+            adapt = (
+                "Adapt them by `--frames N`, or analyse" if other.model.tubelet == first.model.tubelet else "Analyse"
+            )
             raise UserError(
                 f"{first.path} takes clips of {_clip_text(first.model)}, {other.path} of {_clip_text(other.model)}: "
-                "models are compared on the same time slices. Adapt them by `--frames N`, or analyse them one by one"
+                f"models are compared on the same time slices. {adapt} them one by one"
             )
     return ClipShape(first.model.frames, first.model.tubelet, side)
 

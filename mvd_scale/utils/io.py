@@ -30,17 +30,21 @@ def append_whole(path: Path, content: bytes) -> int:
     A last line that a killed process wrote partially is ended first.
 
     Raises:
-        OSError: the content could not be written; a part that was written is removed.
+        OSError: the content could not be written; a part that was written is removed, unless other processes have
+            appended since.
     """
     with path.open("a+b", buffering=0) as file:
         before = file.seek(0, os.SEEK_END)
         if before and os.pread(file.fileno(), 1, before - 1) != b"\n":
             content = b"\n" + content
+        written = 0
         try:
-            while content:
-                content = content[file.write(content) :]
+            while written < len(content):
+                written += file.write(content[written:])
         except OSError:
-            file.truncate(before)
+            # Lines that other processes have appended meanwhile stay.
+            if file.seek(0, os.SEEK_END) == before + written:
+                file.truncate(before)
             raise
         return file.tell()
 

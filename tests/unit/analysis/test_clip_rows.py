@@ -46,7 +46,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("weights")
     other_grid = IMAGE.model_copy(update={"input_size": 48})
-    for name, model in {"mae": IMAGE, "videomae": VIDEO, "other_grid": other_grid}.items():
+    rotary = VIDEO.model_copy(update={"positions": "rotary_vjepa2"})
+    models = {"mae": IMAGE, "videomae": VIDEO, "other_grid": other_grid, "rotary": rotary}
+    for name, model in models.items():
         save_weights(folder / f"{name}.safetensors", Encoder(model).state_dict(), model)
     save_student(folder / "mvd.safetensors", VIDEO, {"image": 32, "video": 48})
     save_student(folder / "pixels.safetensors", VIDEO, {"pixels": 2 * 64 * 3})
@@ -117,6 +119,9 @@ def test_teachers_that_do_not_fit_are_refused(files: dict[str, Path], monkeypatc
     assert "give it frames of `input_size: 32`" in message("image", "other_grid")
     assert "the student predicts 48 channels of video, but the teacher has 32" in message("video", "mae")
     assert "nothing.pth" in message("video", "nothing.pth")
+    assert "how the student saw this teacher (frames, norm) is in the recipe of its run" in message("video", "rotary")
+    with pytest.raises(UserError, match="pixels takes no file here"):
+        analyse(files["pixels"], monkeypatch=monkeypatch, teachers={"pixels": files["mae"]})
     assert "no model here predicts depth; expected one of: image, video" in message("depth", "mae")
 
 

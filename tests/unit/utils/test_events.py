@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mvd_scale.utils import events
 from mvd_scale.utils.events import EventLog, read_events
+from mvd_scale.utils.io import append_whole
 
 
 def test_events_are_read_as_they_were_written(tmp_path: Path) -> None:
@@ -40,3 +45,19 @@ def test_unwritable_log_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFi
     with caplog.at_level("WARNING", logger="mvd_scale"):
         EventLog(path).write("end")
     assert f"{path} cannot be written: No such file or directory" in caplog.text
+
+
+def test_a_write_that_fails_takes_no_line_of_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, opened = tmp_path / "events.jsonl", Path.open
+
+    class Failing(io.FileIO):
+        def write(self, content: Any) -> int:
+            with opened(path, "ab") as other:
+                other.write(b'{"event": "of another"}\n')
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "open", lambda self, mode, buffering: Failing(self, mode))
+    with pytest.raises(OSError, match="No space left"):
+        append_whole(path, b"{}\n")
+    monkeypatch.undo()
+    assert path.read_text() == '{"event": "of another"}\n'
