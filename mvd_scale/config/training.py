@@ -102,7 +102,8 @@ class TrainingConfig(Section):
     hang_minutes: float | None = Field(default=5, gt=0)
     """Minutes without progress of any rank, or without a sign of life of one, after which the run ends with exit code
     75, names the rank, and writes the Python stacks of all ranks to `faults/`. The first step of a process may take 6
-    times as long, because it may compile. null never ends a run that hangs."""
+    times as long, because it may compile, and the writing of a checkpoint beside the steps 3 times as long without a
+    tensor written. null never ends a run that hangs."""
 
     skip_nonfinite_steps: int = Field(default=3, ge=0)
     """Number of steps in a row that fp32 and bf16 runs skip because the gradients of a rank are not finite; the next

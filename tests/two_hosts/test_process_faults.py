@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 @pytest.mark.parametrize(
     ("victim", "said"),
     [
-        pytest.param("rank 1", {"node-1": RANK_1}, marks=pytest.mark.extended),
+        ("rank 1", {"node-1": RANK_1}),
         ("rank 0", {"node-2": RANK_0}),
         ("host", {"node-1": RANK_1}),
     ],
@@ -45,7 +45,7 @@ def test_a_rank_that_is_stopped_ends_the_run_on_both_hosts(
     job.check_continuation(fork_server, undisturbed)
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.extended), signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_one_host_saves_and_ends_the_run_on_both(
     number: signal.Signals, job: Job, fork_server: ForkServer, undisturbed: Readings
 ) -> None:
@@ -56,9 +56,7 @@ def test_a_signal_to_one_host_saves_and_ends_the_run_on_both(
     job.check_continuation(fork_server, undisturbed, lost=0)
 
 
-@pytest.mark.parametrize(
-    "killed", ["launch_guard.py", pytest.param("deepspeed.launcher.launch", marks=pytest.mark.extended)]
-)
+@pytest.mark.parametrize("killed", ["launch_guard.py", "deepspeed.launcher.launch"])
 def test_ranks_whose_launcher_was_killed_save_and_end(
     killed: str, job: Job, fork_server: ForkServer, undisturbed: Readings
 ) -> None:

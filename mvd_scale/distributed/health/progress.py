@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, Self
 
 FIRST_STEP_PATIENCE = 6
 """Patience with the first step of a process, which may compile kernels: half an hour with the default limit."""
+
+WRITING_PATIENCE = 3
+"""Patience with the writing of a checkpoint beside the training: flushing one large file to a slow disk shows no
+progress. A quarter of an hour with the default limit."""
 
 
 class Position(NamedTuple):
@@ -37,16 +42,28 @@ class Position(NamedTuple):
     """Number of checkpoints of which this rank has written its part, beside its phases. Of ranks in one phase that have
     begun as many collectives, those with the smallest number are the ones that the others wait for."""
 
+    pieces: int = 0
+    """Number of tensors that this rank has written to checkpoints."""
+
+    writing: int = 0
+    """Step of the checkpoint that this rank is writing beside its phases; 0 if it writes none. Rank 0 writes until the
+    checkpoint is complete, the others until their part is on disk."""
+
     def __str__(self) -> str:
-        counts = (self.arrivals, self.collectives, self.ticks, self.patience, self.step, self.parts)
+        counts = (*self[:5], self.parts, self.pieces, self.writing)
         return f"{' '.join(map(str, counts))} {self.phase}"
 
     @classmethod
     def parse(cls, text: str) -> Self:
         """Convert the text of a position back."""
-        *counts, phase = text.split(" ", 6)
-        arrivals, collectives, ticks, patience, step, parts = map(int, counts)
-        return cls(arrivals, collectives, ticks, patience, step, phase, parts)
+        *counts, phase = text.split(" ", 8)
+        arrivals, collectives, ticks, patience, step, *writer = map(int, counts)
+        return cls(arrivals, collectives, ticks, patience, step, phase, *writer)
+
+    @property
+    def written(self) -> tuple[int, int, int]:
+        """Progress of the writing of checkpoints."""
+        return self.parts, self.pieces, self.writing
 
     @property
     def description(self) -> str:
@@ -60,12 +77,17 @@ class Progress:
     def __init__(self) -> None:
         self._entered = Position(0, 0, 0, patience=0, step=0, phase="start")
         # Of its own: a thread that ticks must not put a phase back that the main thread has left meanwhile.
-        self._ticks = self._parts = 0
+        self._ticks = self._parts = self._pieces = 0
+        self._writing: dict[object, int] = {}
+        # The checkpoints of several students are written by as many threads.
+        self._lock = threading.Lock()
 
     @property
     def position(self) -> Position:
         """Place of this rank."""
-        return self._entered._replace(ticks=self._ticks, parts=self._parts)
+        with self._lock:
+            writing = min(self._writing.values(), default=0)
+        return self._entered._replace(ticks=self._ticks, parts=self._parts, pieces=self._pieces, writing=writing)
 
     def enter(self, phase: str, step: int | None = None, *, patience: int = 1) -> None:
         """Record that this rank begins a phase.
@@ -83,9 +105,25 @@ class Progress:
         """Record progress within a phase that takes long, such as the batches of a validation."""
         self._ticks += 1
 
+    def begin_writing(self, writer: object, step: int) -> None:
+        """Record that a writer begins to write the checkpoint after `step` optimizer steps, beside the phases."""
+        with self._lock:
+            self._writing[writer] = step
+
+    def count_piece(self) -> None:
+        """Record that this rank has written a tensor to a checkpoint."""
+        with self._lock:
+            self._pieces += 1
+
     def count_part(self) -> None:
-        """Record that this rank has written its part of a checkpoint; only the thread that writes them calls it."""
-        self._parts += 1
+        """Record that this rank has written its part of a checkpoint."""
+        with self._lock:
+            self._parts += 1
+
+    def end_writing(self, writer: object) -> None:
+        """Record that no other rank waits for a writer any more, which may have been recorded before."""
+        with self._lock:
+            self._writing.pop(writer, None)
 
     @contextmanager
     def unlimited(self, phase: str) -> Iterator[None]:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Self
 
-from mvd_scale.distributed.health.progress import Position
+from mvd_scale.distributed.health.progress import WRITING_PATIENCE, Position
 from mvd_scale.errors import FAULT_CODE
 from mvd_scale.utils.machine import ProcessSpace, is_running, process_start
 
@@ -99,6 +99,9 @@ class Heartbeats:
     moved: dict[int, float] = field(default_factory=dict)
     """Time of the latest progress of each rank."""
 
+    written: dict[int, float] = field(default_factory=dict)
+    """Time of the latest progress of each rank in writing a checkpoint."""
+
     _numbers: dict[int, str] = field(default_factory=dict)
 
     def record(self, rank: int, beat: str, now: float) -> None:
@@ -108,10 +111,17 @@ class Heartbeats:
             return
         self._numbers[rank] = number
         self.seen[rank] = now
-        position = Position.parse(text)
-        if self.positions.get(rank) != position:
+        before, position = self.positions.get(rank), Position.parse(text)
+        if before is None or before.written != position.written:
+            self.written[rank] = now
+        if before != position:
             self.positions[rank] = position
             self.moved[rank] = now
+
+    def restart(self, now: float) -> None:
+        """Count the time without heartbeats and progress from now on."""
+        for times in (self.seen, self.moved, self.written):
+            times.update(dict.fromkeys(times, now))
 
     def silent(self, now: float, seconds: float) -> list[int]:
         """Ranks without a new heartbeat for this long."""
@@ -131,6 +141,17 @@ class Heartbeats:
         last = min(places.values())
         late = sorted(rank for rank, place in places.items() if place == last)
         return [] if len(late) == len(self.positions) else late
+
+    def late_writers(self, now: float, seconds: float) -> list[int]:
+        """Ranks that hold up the writing of a checkpoint, in which no rank has made progress for this long.
+
+        The time is multiplied by `WRITING_PATIENCE`. Ranks that have written their part wait for those that have not.
+        """
+        writers = [rank for rank, position in self.positions.items() if position.writing]
+        if not writers or now - max(self.written[rank] for rank in writers) <= seconds * WRITING_PATIENCE:
+            return []
+        fewest = min(self.positions[rank].parts for rank in writers)
+        return sorted(rank for rank in writers if self.positions[rank].parts == fewest)
 
 
 def name_ranks(ranks: list[int], members: Mapping[int, Member]) -> str:
@@ -181,6 +202,19 @@ def hang_verdict(seconds: float, faults: Path, beats: Heartbeats, members: Mappi
         message += f", and the others wait in {name_phases(others, beats.positions)}"
     message += f". Python stacks are in {faults}. {_ADVICE}; training.hang_minutes sets the limit"
     return Verdict(message, FAULT_CODE, tuple(late), hangs=True)
+
+
+def writing_verdict(
+    ranks: list[int], seconds: float, faults: Path, beats: Heartbeats, members: Mapping[int, Member]
+) -> Verdict:
+    """Verdict on ranks that have not written their part of a checkpoint, and for so many seconds nothing of it."""
+    step = min(beats.positions[rank].writing for rank in ranks)
+    message = (
+        f"no progress for {seconds:.0f} s in writing the checkpoint after step {step} beside the training: "
+        f"{name_ranks(ranks, members)} did not leave 'save' of step {step}. Python stacks are in {faults}. {_ADVICE}; "
+        f"the limit is {WRITING_PATIENCE} times training.hang_minutes"
+    )
+    return Verdict(message, FAULT_CODE, tuple(ranks), hangs=True)
 
 
 def main_verdict(how: str, beats: Heartbeats, members: Mapping[int, Member], *, hangs: bool) -> Verdict:

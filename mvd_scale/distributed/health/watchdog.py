@@ -7,6 +7,8 @@ without any communication, so that a cut link cannot hold it up: rank 0 over all
     rank hangs in a phase         rank 0 sees no progress, and names the rank that has entered the fewest phases,
                                   or of those in one phase has begun the fewest collectives, or written the fewest
                                   parts of checkpoints
+    writing of a checkpoint hangs rank 0 sees no piece written by any rank, and names those that have not written their
+                                  part, while the phases go on
     process stopped, link cut     rank 0 sees no heartbeat of the rank; the rank sees none of rank 0; a process that is
                                   stopped cannot end itself, and its guard ends it (`stall_guard`)
     process killed                a collective fails within seconds on other ranks, which ask rank 0 for its verdict
@@ -36,6 +38,7 @@ from torch.distributed.distributed_c10d import Store
 
 from mvd_scale.distributed.exchange import StoreExchange
 from mvd_scale.distributed.health.launcher_processes import LauncherProcesses
+from mvd_scale.distributed.health.progress import WRITING_PATIENCE
 from mvd_scale.distributed.health.stack_file import StackFile
 from mvd_scale.distributed.health.stall_guard import StallGuard
 from mvd_scale.distributed.health.verdict import (
@@ -46,6 +49,7 @@ from mvd_scale.distributed.health.verdict import (
     hang_verdict,
     main_verdict,
     silent_verdict,
+    writing_verdict,
 )
 from mvd_scale.distributed.process_group import Ranks, count_collectives
 from mvd_scale.errors import FAULT_CODE, Preempted, SharedError, UserError
@@ -227,8 +231,7 @@ class Watchdog:
         """Begin anew to wait for the others after this process was stopped: what they sent meanwhile was not read."""
         self._slept = slept > 0.8 * self.limit
         self._answered = now
-        self._beats.seen = dict.fromkeys(self._beats.seen, now)
-        self._beats.moved = dict.fromkeys(self._beats.moved, now)
+        self._beats.restart(now)
 
     def _judge(self, now: float) -> None:
         """Decide whether the run goes on."""
@@ -243,6 +246,9 @@ class Watchdog:
                 self._decide(silent_verdict(silent, limit, self._beats, self._members))
             elif self._alarmed is None and self._beats.hang(now, self.limit):
                 self._decide(hang_verdict(self.limit, self._faults, self._beats, self._members))
+            elif self._alarmed is None and (late := self._beats.late_writers(now, self.limit)):
+                seconds = self.limit * WRITING_PATIENCE
+                self._decide(writing_verdict(late, seconds, self._faults, self._beats, self._members))
         elif self._lost is not None:
             self._decide(main_verdict("has ended", self._beats, self._members, hangs=False))
         else:

@@ -110,7 +110,7 @@ class PiecesSavePlanner(DefaultSavePlanner):
     """torch's planner of saving, for states of `Pieces`.
 
     Args:
-        progress: progress of this rank, which ticks at every tensor.
+        progress: progress of this rank, which counts every tensor.
     """
 
     def __init__(self, progress: Progress) -> None:
@@ -119,7 +119,7 @@ class PiecesSavePlanner(DefaultSavePlanner):
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
         """Return the tensor that a write item is about."""
-        self._progress.tick()
+        self._progress.count_piece()
         pieces: Pieces = self.state_dict[index.fqn]
         return pieces.at(index)
 

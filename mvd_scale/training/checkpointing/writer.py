@@ -83,7 +83,8 @@ class CheckpointWriter:
             document: content of `state.json`.
             saved: function that rank 0 calls when the checkpoint is on disk, with the seconds that it took.
         """
-        self._writing = _Writing(step, lambda: self._write(step, state, document, saved))
+        self.ranks.progress.begin_writing(self, step)
+        self._writing = _Writing(step, lambda: self._write(step, state, document, saved), self._end)
 
     @property
     def has_failed(self) -> bool:
@@ -115,6 +116,9 @@ class CheckpointWriter:
         if self._writing is not None:
             self._writing.join(seconds)
 
+    def _end(self) -> None:
+        self.ranks.progress.end_writing(self)
+
     def _write(self, step: int, state: State, document: dict[str, Any], saved: Callable[[float], None]) -> None:
         """Write a checkpoint and give it its name when all of it is on disk. The thread of every rank calls it.
 
@@ -125,6 +129,9 @@ class CheckpointWriter:
         started = time.monotonic()
         own = self._write_own(step, state)
         self.ranks.progress.count_part()
+        if not self.ranks.is_main:
+            # From here on it waits for rank 0.
+            self._end()
         failure = self._exchange.decide(f"step {step}", own, lambda parts: self._complete(step, document, parts))
         if failure is not None:
             shared = SharedError(failure["message"], failure["ranks"])
@@ -185,11 +192,11 @@ class _Failure(TypedDict):
 
 
 class _Writing:
-    """Thread that writes a checkpoint."""
+    """Thread that writes a checkpoint, and calls `ended` at last."""
 
-    def __init__(self, step: int, write: Callable[[], None]) -> None:
+    def __init__(self, step: int, write: Callable[[], None], ended: Callable[[], None]) -> None:
         self.step = step
-        self._write = write
+        self._write, self._ended = write, ended
         self.error: Exception | None = None
         """Error that ended the thread."""
         # The process may end without it: after the death of another rank nobody may answer.
@@ -208,3 +215,5 @@ class _Writing:
             self.error = error
             if not getattr(error, "reported", False):
                 logger.error("the checkpoint after step %d could not be written: %s", self.step, error)
+        finally:
+            self._ended()

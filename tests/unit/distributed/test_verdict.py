@@ -29,8 +29,21 @@ def test_positions_survive_the_store() -> None:
     progress = Progress()
     progress.enter("data wait", 3)
     progress.tick()
+    progress.begin_writing(progress, 2)
+    progress.count_piece()
+    progress.count_piece()
     progress.count_part()
-    assert Position.parse(str(progress.position)) == progress.position == (1, 0, 1, 1, 3, "data wait", 1)
+    assert Position.parse(str(progress.position)) == progress.position == (1, 0, 1, 1, 3, "data wait", 1, 2, 2)
+
+
+def test_of_several_checkpoints_that_are_being_written_the_oldest_counts() -> None:
+    progress = Progress()
+    for name, step in (("S", 10), ("B", 15)):
+        progress.begin_writing(name, step)
+    assert progress.position.writing == 10
+    for name in ("S", "S", "B"):
+        progress.end_writing(name)
+    assert progress.position.writing == 0
 
 
 def test_ticks_of_a_thread_take_no_phase_back() -> None:
@@ -54,7 +67,7 @@ def test_unlimited_phase_returns_to_the_phase_before() -> None:
     progress.enter("save", 5)
     with progress.unlimited("room for step 5"):
         assert progress.position.patience == 0
-    assert progress.position[3:] == (1, 5, "save", 0)
+    assert progress.position[3:6] == (1, 5, "save")
 
 
 def test_rank_whose_heartbeat_stands_still_is_silent() -> None:
@@ -88,6 +101,30 @@ def test_rank_that_wrote_fewer_parts_of_checkpoints_is_late() -> None:
     """All wait in one phase for a checkpoint, which the thread of one rank has not written."""
     save = at(4, "save")
     assert heartbeats(save._replace(parts=2), save._replace(parts=1), save._replace(parts=2)).late() == [1]
+
+
+def test_writing_that_stands_still_is_late_while_the_phases_go_on() -> None:
+    """Rank 0 and rank 2 have not written their part of the checkpoint after step 5; rank 1 has, and writes no more."""
+    first = [Position(4, 0, 0, 1, 6, "forward", parts=1, writing=5) for _ in range(3)]
+    first[1] = first[1]._replace(parts=2, writing=0)
+    beats = heartbeats(*first)
+    for now in range(1, 40):
+        for rank, position in enumerate(first):
+            # Rank 2 writes a tensor at 20 s, and nothing after it.
+            beats.record(rank, beat(now, position._replace(arrivals=now, pieces=int(rank == 2 and now >= 20))), now)
+        if now == 32:
+            assert beats.late_writers(now, 5) == []
+    assert not beats.hang(39, 5)
+    assert beats.late_writers(39, 5) == [0, 2]
+    done = first[0]._replace(arrivals=40, parts=2)
+    beats.record(0, beat(40, done), 40)
+    beats.record(2, beat(40, first[2]._replace(arrivals=41, pieces=1)), 40)
+    assert beats.late_writers(56, 5) == [2]
+    beats.record(2, beat(57, first[2]._replace(arrivals=41, parts=2, writing=0)), 57)
+    beats.record(0, beat(57, done._replace(arrivals=58)), 57)
+    assert beats.late_writers(80, 5) == [0], "all parts are on disk, and rank 0 has to complete the checkpoint"
+    beats.record(0, beat(81, done._replace(writing=0)), 81)
+    assert beats.late_writers(200, 5) == []
 
 
 def test_ticks_are_progress() -> None:

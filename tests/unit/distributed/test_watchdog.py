@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
+from mvd_scale.distributed.health import verdict as verdicts
 from mvd_scale.distributed.health import watchdog as module
 from mvd_scale.distributed.health.verdict import Member
 from mvd_scale.distributed.health.watchdog import Watchdog
@@ -99,6 +100,30 @@ def test_rank_that_hangs_is_named_with_its_phase(
     assert "did not leave 'data wait' of step 5, and the others wait in 'backward' of step 5" in fault(tmp_path)
     assert capfd.readouterr().err.count("mvd-scale: no progress for 2 s") == 1
     assert "test_watchdog.py" in (tmp_path / "faults" / "rank_0.txt").read_text()
+
+
+def test_rank_whose_checkpoint_is_not_written_is_named_while_the_steps_go_on(
+    pair: list[Watchdog], ends: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verdicts, "WRITING_PATIENCE", 1)
+    enter(pair)
+    for dog in pair:
+        dog.ranks.progress.begin_writing(dog, 5)
+        dog.ranks.progress.count_piece()
+    pair[0].ranks.progress.count_part()
+    step = 5
+    while not ends:
+        assert step < 500
+        for dog in pair:
+            dog.ranks.progress.enter("forward", step)
+        step += 1
+        time.sleep(0.02)
+    wait_for(lambda: (tmp_path / "events.jsonl").exists())
+    leave(pair)
+    (event,) = read_events(tmp_path / "events.jsonl")
+    assert event["ranks"] == [1]
+    assert "in writing the checkpoint after step 5 beside the training: rank 1 (host " in event["message"]
+    assert "did not leave 'save' of step 5" in event["message"]
 
 
 def test_rank_that_waits_in_no_collective_is_named(
