@@ -85,7 +85,8 @@ def find_targets(subject: Subject, teachers: Mapping[str, Path]) -> PredictedTar
 
 def _find(subject: Subject, name: str, recipe: Recipe | None, teacher: Path | None) -> Target:
     if recipe is not None and name in recipe.targets:
-        config = recipe.targets[name]
+        # Only masked tokens are shown.
+        config: TargetConfig = recipe.targets[name].model_copy(update={"visible_weight": 0.0})
         if teacher is not None:
             config = _with_teacher(name, config, teacher)
         folder = subject.path if subject.path.is_dir() else subject.path.parent

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mvd_scale.config.model import ModelConfig
 from mvd_scale.config.section import Section
@@ -70,6 +70,10 @@ class BaseTarget(Section):
     weight: float = Field(default=1.0, gt=0)
     """Weight of the target in the loss, lambda of Eq. 3."""
 
+    visible_weight: float = Field(default=0.0, ge=0)
+    """Weight of the distance at visible tokens, which is added to that at masked tokens: the decoder predicts both
+    (dense loss of V-JEPA 2.1). 0: masked tokens alone."""
+
     distance: Distance = "smooth_l1"
     """Distance D of Eq. 2, averaged over tokens and channels. `smooth_l1` has beta 1; `cosine` is 1 minus the cosine
     similarity over the channels of a token."""
@@ -101,6 +105,11 @@ class BaseTarget(Section):
                     f"`head: {self.head}` takes tokens that the encoder sees, but tokens is masked: give "
                     "`tokens: visible` or `tokens: all`"
                 )
+            if self.visible_weight:
+                raise ValueError(
+                    f"visible_weight has no effect with `head: {self.head}`, which predicts no masked tokens: set it "
+                    "to 0, or use `head: decoder`"
+                )
         if self.hidden is not None and self.head != "mlp":
             raise ValueError(f"hidden has no effect with `head: {self.head}`: it is the hidden width of `head: mlp`")
         return self
@@ -123,7 +132,39 @@ class TeacherTarget(BaseTarget):
     """Base of the targets that are features of a teacher."""
 
     norm: bool = False
-    """Normalise each target feature over its channels (LayerNorm without affine parameters)."""
+    """Normalise each target feature over its channels (LayerNorm without affine parameters); with `layers` the feature
+    of each layer by itself."""
+
+    standardize: Literal["none", "channel", "layer"] = "none"
+    """Standardise the features by a running mean of each channel and a running variance over all ranks, so that
+    teachers weigh alike in the loss (RADIO): `channel`, of each channel; `layer`, one of all channels of a layer, which
+    keeps their proportions. Checkpoints hold both. `none`: features as they are."""
+
+    standardize_momentum: float = Field(default=0.99, ge=0, lt=1)
+    """Weight of the old mean and variance in an optimizer step, for `standardize`."""
+
+    layers: tuple[int, ...] = ()
+    """Blocks of the teacher whose outputs are the features, ascending, counted from 1; the last block if empty. The
+    student predicts all of them, channels after channels (deep supervision of V-JEPA 2.1; UMT). Later blocks than these
+    are not computed."""
+
+    @model_validator(mode="after")
+    def _check_standardize(self) -> Self:
+        if self.norm and self.standardize != "none":
+            raise ValueError(
+                f"norm and standardize {self.standardize} both scale the features: set one of them to "
+                "`norm: false` or `standardize: none`"
+            )
+        return self
+
+    @field_validator("layers")
+    @classmethod
+    def _check_layers(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
+        if layers != tuple(sorted(set(layers))) or min(layers, default=1) < 1:
+            raise ValueError(
+                f"layers {', '.join(map(str, layers))}: expected numbers of blocks from 1, each once and ascending"
+            )
+        return layers
 
 
 class FrozenTeacherTarget(TeacherTarget):
@@ -139,7 +180,7 @@ class FrozenTeacherTarget(TeacherTarget):
 
     final_norm: bool = False
     """Apply the model's norm after the last block, as published features of V-JEPA 2 and DINOv3 do; those of the
-    paper's teachers are the output of the last block."""
+    paper's teachers are the output of the last block. With `layers` it is applied to each of them."""
 
 
 class TrainedTeacherTarget(FrozenTeacherTarget):

@@ -5,6 +5,8 @@ Legend: B clips, N tokens, K output tokens, D width, C channels of a head.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +18,7 @@ from mvd_kernels import AddLayerNorm, LayerNorm, attention
 from mvd_scale.models.layers.drop_path import DropPath
 from mvd_scale.models.layers.rms_norm import AddRMSNorm, RMSNorm
 from mvd_scale.models.layers.rotary import rotate
+from mvd_scale.models.layers.shared_rows import MaskPlaces, spread_rows
 
 if TYPE_CHECKING:
     from mvd_scale.config.training import Checkpointing
@@ -74,28 +77,38 @@ class Attention(nn.Module):
         self.qkv: nn.Module = QKV(width, key_bias=key_bias)
         self.proj: nn.Module = nn.Linear(width, width)
 
-    def qkv_by_head(self, tokens: Tensor, rotation: Tensor | None = None) -> Tensor:
+    def qkv_by_head(self, tokens: Tensor, rotation: Tensor | None = None, places: MaskPlaces | None = None) -> Tensor:
         """Project tokens to the queries, keys and values of each head: (B, N, D) to (B, N, 3, heads, D / heads).
 
-        Queries and keys are turned by `rotation` (2, N, C), see `rotation_table`, if it is given.
+        Queries and keys are turned by `rotation` (2, N, C), see `rotation_table`, if it is given. With `places`,
+        `tokens` are rows, see `spread_rows`: each is projected once.
         """
-        clips, count, width = tokens.shape
         packed: Tensor = self.qkv(tokens)
+        if places is not None:
+            packed = spread_rows(packed, places)
+        clips, count, width = *packed.shape[:2], tokens.shape[-1]
         if self.q_norm is not None and self.k_norm is not None:
             queries, keys, values = packed.chunk(3, dim=-1)
             packed = torch.cat([self.q_norm(queries), self.k_norm(keys), values], dim=-1)
         packed = packed.view(clips, count, 3, self.heads, width // self.heads)
         return packed if rotation is None else rotate(packed, rotation)
 
-    def forward(self, tokens: Tensor, output_tokens: OutputTokens = None, rotation: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        output_tokens: OutputTokens = None,
+        rotation: Tensor | None = None,
+        places: MaskPlaces | None = None,
+    ) -> Tensor:
         """Attend from the tokens `output_tokens` (all if None) to all tokens: (B, N, D) to (B, K, D).
 
         Args:
-            tokens: (B, N, D).
+            tokens: (B, N, D); rows with `places`.
             output_tokens: tokens whose outputs are wanted; all if None.
             rotation: see `qkv_by_head`.
+            places: see `qkv_by_head`.
         """
-        packed = self.qkv_by_head(tokens, rotation)
+        packed = self.qkv_by_head(tokens, rotation, places)
         last = output_tokens if isinstance(output_tokens, int) else None
         attended = attention(packed, last)
         projected: Tensor = self.proj(attended if last is not None else select_output_tokens(attended, output_tokens))
@@ -142,28 +155,35 @@ class Block(nn.Module):
         tokens: Tensor,
         output_tokens: OutputTokens = None,
         rotation: Tensor | None = None,
+        places: MaskPlaces | None = None,
         *,
         recompute_attention: bool = False,
     ) -> Tensor:
         """Apply the block: (B, N, D) to (B, K, D).
 
         Args:
-            tokens: (B, N, D).
+            tokens: (B, N, D); with `places`, rows from which the clips have their tokens, see `spread_rows`.
             output_tokens: tokens to return, all if None. They attend to all tokens; the MLP computes only them.
             rotation: (2, N, C) of rotary positions, or None.
+            places: places of the mask tokens whose rows the clips share; None if every clip has tokens of its own.
             recompute_attention: recompute the attention half in the backward pass instead of storing its activations.
         """
+        arguments = (tokens, output_tokens, rotation, places)
         if recompute_attention:
-            update = self.drop_path(checkpoint(self._attend, tokens, output_tokens, rotation, use_reentrant=False))
+            update = self.drop_path(checkpoint(self._attend, *arguments, use_reentrant=False))
         else:
-            update = self.drop_path(self._attend(tokens, output_tokens, rotation))
+            update = self.drop_path(self._attend(*arguments))
+        if places is not None:
+            tokens = spread_rows(tokens, places)
         tokens, normed = self.norm2(select_output_tokens(tokens, output_tokens), update)
         # A block's memory peaks in the MLP, which does not need it.
         del update
         return tokens + self.drop_path(self.mlp(normed))
 
-    def _attend(self, tokens: Tensor, output_tokens: OutputTokens, rotation: Tensor | None) -> Tensor:
-        attended: Tensor = self.attn(self.norm1(tokens), output_tokens, rotation)
+    def _attend(
+        self, tokens: Tensor, output_tokens: OutputTokens, rotation: Tensor | None, places: MaskPlaces | None
+    ) -> Tensor:
+        attended: Tensor = self.attn(self.norm1(tokens), output_tokens, rotation, places)
         return attended
 
 
@@ -187,26 +207,47 @@ class Blocks(nn.ModuleList):
         self.needs_whole_batch = False
         """Whether a block must get the whole batch at once, since its sequences belong to different weights."""
 
-    def forward(self, tokens: Tensor, output_tokens: OutputTokens = None, rotation: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        output_tokens: OutputTokens = None,
+        rotation: Tensor | None = None,
+        places: MaskPlaces | None = None,
+        layers: Sequence[int] = (),
+    ) -> Tensor:
         """Apply all blocks, (B, N, D) to (B, K, D); the last one returns only `output_tokens` (None: all tokens).
 
-        `rotation` (2, N, C) holds rotary positions, if the blocks have any.
+        Args:
+            tokens: (B, N, D); with `places`, rows for the first block, see `spread_rows`.
+            output_tokens: see `Block.forward`.
+            rotation: (2, N, C) of rotary positions, if the blocks have any.
+            places: see `Block.forward`.
+            layers: blocks, ascending and counted from 1, whose outputs are concatenated over the channels; no later
+                block is computed. The last block alone if empty.
+
+        Returns:
+            (B, K, D), or (B, K, L D) of L layers.
         """
-        again = self.gradient_checkpointing if self.training else "none"
-        for number, block in enumerate(self, start=1):
-            arguments = (tokens, output_tokens if number == len(self) else None, rotation)
+        again, wanted = self.gradient_checkpointing if self.training else "none", layers or (len(self),)
+        outputs = []
+        for number, block in enumerate(islice(self, wanted[-1]), start=1):
+            shared, is_last = places if number == 1 else None, number == wanted[-1]
+            arguments = (tokens, output_tokens if is_last else None, rotation, shared)
             if again == "block":
                 tokens = checkpoint(block, *arguments, use_reentrant=False)
             elif (
                 tokens.device.type == "cpu"
                 and not torch.is_grad_enabled()
+                and shared is None
                 and not self.needs_whole_batch
                 and not _gathers(block)
             ):
-                tokens = _in_chunks(block, *arguments)
+                tokens = _in_chunks(block, *arguments[:3])
             else:
                 tokens = block(*arguments, recompute_attention=again == "attention")
-        return tokens
+            if number in wanted:
+                outputs.append(tokens if is_last else select_output_tokens(tokens, output_tokens))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 
 def sequences_per_pass(tokens: int) -> int:

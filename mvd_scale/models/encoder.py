@@ -67,6 +67,8 @@ class Encoder(nn.Module):
         shape = (config.width, config.depth, config.heads, config.mlp_ratio, config.drop_path)
         self.blocks = Blocks(*shape, key_bias=config.is_rotary, rms=config.rms_norm)
         self.norm = LayerNorm(config.width) if final_norm else None
+        self.layers: tuple[int, ...] = ()
+        """Blocks whose outputs are the features, see `Blocks.forward`."""
         init_patch_embed(self.patch_embed, config)
         self.blocks.apply(init_pretrain_weights)
         if self.class_token is not None:
@@ -121,7 +123,7 @@ class Encoder(nn.Module):
 
         Returns:
             (B, K, D) in the dtype of the weights, preceded by the class token if the model has one; (B, M, D) with
-            `output_tokens`.
+            `output_tokens`. With L `layers`, L D channels.
 
         Raises:
             ValueError: some tokens are to be encoded by a model with rotary positions.
@@ -145,5 +147,8 @@ class Encoder(nn.Module):
             encoded = torch.cat([self.class_token.expand(encoded.shape[0], -1, -1), encoded], dim=1)
         if output_tokens is not None and self.class_token is not None:
             output_tokens = output_tokens + 1
-        encoded = self.blocks(encoded, output_tokens, positions if rotary else None)
-        return encoded if self.norm is None else self.norm(encoded)
+        encoded = self.blocks(encoded, output_tokens, positions if rotary else None, layers=self.layers)
+        if self.norm is None:
+            return encoded
+        by_layer = encoded if len(self.layers) < 2 else encoded.unflatten(-1, (len(self.layers), -1))
+        return self.norm(by_layer).view_as(encoded)

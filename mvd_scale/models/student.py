@@ -5,7 +5,7 @@ Legend: B clips, T frames, H W pixels, N tokens, V visible, M masked, K channels
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Protocol, Self
 
 from torch import Tensor, nn
@@ -26,19 +26,22 @@ class PredictedTarget(Protocol):
 class Student(nn.Module):
     """Encoder over visible tokens, and a decoder or token head with its own weights per target (Sec. 3.2, 3.3)."""
 
-    def __init__(self, config: ModelConfig, heads: Mapping[str, tuple[HeadConfig, int]]) -> None:
+    def __init__(
+        self, config: ModelConfig, heads: Mapping[str, tuple[HeadConfig, int]], dense: Collection[str] = ()
+    ) -> None:
         """Build the student with random weights.
 
         Args:
             config: shape of the encoder.
             heads: shape and output channels of the head of each target, by target name.
+            dense: targets whose decoders predict visible tokens too.
         """
         super().__init__()
         self.encoder = Encoder(config)
         self.decoders, self.heads, self.grouped_decoders = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleList()
         for name, (head, channels) in heads.items():
             if isinstance(head, DecoderConfig):
-                self.decoders[name] = Decoder(head, config, channels)
+                self.decoders[name] = Decoder(head, config, channels, predicts_visible=name in dense)
             else:
                 self.heads[name] = TokenHead(head, config, channels)
 
@@ -46,14 +49,15 @@ class Student(nn.Module):
     def from_recipe(cls, recipe: Recipe, targets: Mapping[str, PredictedTarget]) -> Self:
         """Build the student of a recipe with random weights and a head per target, in the order of `targets`."""
         heads = {name: (recipe.targets[name].head_config, target.channels) for name, target in targets.items()}
-        return cls(recipe.model, heads)
+        return cls(recipe.model, heads, [name for name in targets if recipe.targets[name].visible_weight])
 
     def groups_by_shape(self) -> list[dict[str, Decoder]]:
-        """Group decoders that have the same shape: one {target name: decoder} per group of at least two."""
-        groups: dict[DecoderConfig, dict[str, Decoder]] = {}
+        """Group decoders of the same shape that predict the same tokens: one {target name: decoder} per group of at
+        least two."""
+        groups: dict[tuple[DecoderConfig, bool], dict[str, Decoder]] = {}
         for name, decoder in self.decoders.items():
             assert isinstance(decoder, Decoder)
-            groups.setdefault(decoder.config, {})[name] = decoder
+            groups.setdefault((decoder.config, decoder.predicts_visible), {})[name] = decoder
         return [group for group in groups.values() if len(group) > 1]
 
     def batch_decoders(self) -> None:
@@ -61,7 +65,8 @@ class Student(nn.Module):
         self.grouped_decoders = nn.ModuleList(GroupedDecoders(group) for group in self.groups_by_shape())
 
     def forward(self, pixels: Tensor, visible: Tensor, masked: Tensor) -> dict[str, Tensor]:
-        """Predict every target: decoders at the masked tokens, token heads at the visible tokens.
+        """Predict every target: decoders at the masked tokens (or the visible, then the masked), token heads at the
+        visible tokens.
 
         Args:
             pixels: uint8 (B, T, H, W, 3).
@@ -69,7 +74,7 @@ class Student(nn.Module):
             masked: int64 (B, M).
 
         Returns:
-            {target name: (B, M, K) or (B, V, K)}.
+            {target name: (B, M, K), (B, V + M, K) or (B, V, K)}.
         """
         everything = visible.shape[1] == len(self.encoder.positions)
         encoded = self.encoder(pixels, None if everything else visible)

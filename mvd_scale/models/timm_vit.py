@@ -51,6 +51,8 @@ class TimmViT(nn.Module):
             self.vit.norm = nn.Identity()
         self.mean, self.std = self.vit.pretrained_cfg["mean"], self.vit.pretrained_cfg["std"]
         self.width: int = self.vit.num_features
+        self.layers: tuple[int, ...] = ()
+        """Blocks, ascending and counted from 1, whose outputs are the features; the last one if empty."""
 
     def load(self, tensors: Mapping[str, Tensor], source: str) -> None:
         """Load weights by timm's names; positions for another input size are resampled.
@@ -84,8 +86,18 @@ class TimmViT(nn.Module):
             frames: (B, 1, H, W, 3), uint8 in 0..255 or floating in 0..1.
 
         Returns:
-            (B, N, D) in the dtype of the weights, patches in row-major order.
+            (B, N, D) in the dtype of the weights, patches in row-major order; (B, N, L D) with L `layers`.
         """
+        if self.layers:
+            outputs: list[Tensor] = self.vit.forward_intermediates(
+                self._normalized(frames[:, 0]),
+                [layer - 1 for layer in self.layers],
+                norm=True,
+                stop_early=True,
+                output_fmt="NLC",
+                intermediates_only=True,
+            )
+            return torch.cat(outputs, dim=-1)
         features: Tensor = self.vit.forward_features(self._normalized(frames[:, 0]))
         return features[:, self.vit.num_prefix_tokens :]
 

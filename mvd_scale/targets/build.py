@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from safetensors.torch import load_file
+
 from mvd_scale.config import ImageTeacherTarget, MomentumTarget, PixelTarget, Recipe, TimmTarget
-from mvd_scale.config.target import TrainedTeacherTarget
+from mvd_scale.config.target import TeacherTarget, TrainedTeacherTarget
 from mvd_scale.errors import UserError
 from mvd_scale.models import Encoder
 from mvd_scale.models.timm_vit import TimmViT
 from mvd_scale.targets.image_teacher import ImageTeacher
-from mvd_scale.targets.load import build_ema_encoder, build_timm, load_teacher, running_shape
+from mvd_scale.targets.load import build_ema_encoder, build_timm, load_teacher, running_shape, statistics_file
 from mvd_scale.targets.momentum import MomentumTeacher
 from mvd_scale.targets.pixels import Pixels
-from mvd_scale.targets.target import Target
+from mvd_scale.targets.target import FrozenTeacher, Target
 from mvd_scale.targets.timm_teacher import TimmTeacher
 from mvd_scale.targets.video_teacher import VideoTeacher
 
@@ -27,7 +29,7 @@ def build_targets(recipe: Recipe, load_teacher: Callable[[str], Encoder | TimmVi
         load_teacher: function from a target's name to its frozen model on the CPU.
 
     Raises:
-        UserError: a teacher does not fit the student's token grid.
+        UserError: a teacher does not fit the student's token grid, or has fewer blocks than its target names.
     """
     targets: dict[str, Target] = {}
     mask = recipe.data.mask
@@ -37,6 +39,7 @@ def build_targets(recipe: Recipe, load_teacher: Callable[[str], Encoder | TimmVi
             targets[name] = Pixels(config, recipe.model)
             continue
         teacher = load_teacher(name)
+        _check_layers(name, config, teacher)
         if isinstance(config, TimmTarget):
             assert isinstance(teacher, TimmViT)
             targets[name] = TimmTeacher(name, config, teacher, recipe.model)
@@ -49,6 +52,14 @@ def build_targets(recipe: Recipe, load_teacher: Callable[[str], Encoder | TimmVi
         else:
             targets[name] = VideoTeacher(name, config, teacher, recipe.model)
     return targets
+
+
+def _check_layers(name: str, config: TeacherTarget, teacher: Encoder | TimmViT) -> None:
+    depth = len(teacher.blocks if isinstance(teacher, Encoder) else teacher.vit.blocks)
+    if config.layers and config.layers[-1] > depth:
+        raise UserError(
+            f"targets.{name}.layers names block {config.layers[-1]}, but its teacher has {depth} blocks, counted from 1"
+        )
 
 
 class SharedTeachers:
@@ -86,13 +97,19 @@ def load_targets(recipe: Recipe, averages: Path | None = None) -> dict[str, Targ
 
     Args:
         recipe: recipe with the teachers' files.
-        averages: folder with the moving averages of momentum targets; None for random weights.
+        averages: folder with the moving averages of momentum targets, and with the statistics of targets that are
+            standardised; None for random weights and features as they are.
 
     Raises:
         UserError: a checkpoint is missing, unreadable, of another shape than in the recipe, or does not fit the
             student's token grid.
     """
-    return build_targets(recipe, lambda name: load_teacher(recipe, name, averages))
+    targets = build_targets(recipe, lambda name: load_teacher(recipe, name, averages))
+    for name, target in targets.items():
+        if averages is not None and isinstance(target, FrozenTeacher) and target.statistics is not None:
+            target.statistics.moments = load_file(statistics_file(averages, name))["moments"]
+            target.statistics.restore()
+    return targets
 
 
 def init_teacher(recipe: Recipe, name: str) -> Encoder | TimmViT:

@@ -32,7 +32,8 @@ class ImageTeacher(EncoderTeacher):
             UserError: the teacher takes clips, or its grid differs from the student's and is not resampled.
         """
         super().__init__(config, teacher, student.tubelet)
-        self.tubes = tubes
+        # Masked and visible tokens of a frame do not lie one after the other.
+        self.tubes = tubes and not config.visible_weight
         self.patches = student.grid[1] * student.grid[2]
         if teacher.config.frames != 1:
             raise UserError(

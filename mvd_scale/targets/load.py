@@ -22,6 +22,11 @@ def ema_file(folder: Path, name: str) -> Path:
     return folder / f"momentum_{name}.safetensors"
 
 
+def statistics_file(folder: Path, name: str) -> Path:
+    """Return the path of the statistics of a target's features in the folder of a run."""
+    return folder / f"statistics_{name}.safetensors"
+
+
 def build_ema_encoder(recipe: Recipe) -> Encoder:
     """Build the encoder of a momentum target in the student's shape, with random weights and no stochastic depth."""
     return Encoder(recipe.model.model_copy(update={"drop_path": 0.0}), final_norm=False)

@@ -48,7 +48,9 @@ class MaskedDistillation:
         predictions: Predictions = student(batch.pixels, batch.visible, batch.masked)
         missing = [name for name in self.targets if name not in batch.features]
         features = {**batch.features, **self._raw(batch, missing)}
-        distances = {name: target.distance(predictions[name], features[name]) for name, target in self.targets.items()}
+        distances = {
+            name: target.loss(predictions[name], features[name], batch) for name, target in self.targets.items()
+        }
         loss = sum(self.targets[name].config.weight * distance for name, distance in distances.items())
         assert isinstance(loss, Tensor)
         return loss, {name: distance.detach() for name, distance in distances.items()}

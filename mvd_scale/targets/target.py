@@ -18,7 +18,9 @@ from mvd_scale.data.batch import ClipBatch
 from mvd_scale.models import Encoder
 from mvd_scale.models.blocks import select_output_tokens
 from mvd_scale.models.encoder import Patchify
+from mvd_scale.models.timm_vit import TimmViT
 from mvd_scale.targets.resampling import GridResampler
+from mvd_scale.targets.statistics import FeatureStatistics
 
 
 class Target(ABC):
@@ -42,8 +44,25 @@ class Target(ABC):
         return self.raw_features(batch)
 
     def tokens(self, batch: ClipBatch) -> Tensor | None:
-        """Return the tokens at which the target is predicted: int64 (B, M), or None for all tokens in order."""
+        """Return the tokens at which the target is predicted: int64 (B, M), or None for all tokens in order.
+
+        With `visible_weight` they are the visible tokens, then the masked ones.
+        """
+        if self.config.visible_weight:
+            return torch.cat([batch.visible, batch.masked], dim=1)
         return batch.tokens(self.config.tokens)
+
+    def loss(self, predictions: Tensor, raw_features: Tensor, batch: ClipBatch) -> Tensor:
+        """Compute the distance of Eq. 2 at the target's tokens, both (B, M, D): float32 scalar.
+
+        With `visible_weight` it is the distance at masked tokens, plus so many times that at visible tokens.
+        """
+        weight = self.config.visible_weight
+        if not weight:
+            return self.distance(predictions, raw_features)
+        counts = [batch.visible.shape[1], batch.masked.shape[1]]
+        visible, masked = zip(predictions.split(counts, dim=1), raw_features.split(counts, dim=1), strict=True)
+        return self.distance(*masked) + weight * self.distance(*visible)
 
     def distance(self, predictions: Tensor, raw_features: Tensor) -> Tensor:
         """Compute the distance of Eq. 2 between predictions and raw features, both (B, M, D): float32 scalar."""
@@ -56,14 +75,22 @@ class FrozenTeacher(Target):
     config: TeacherTarget
     prefetchable = True
 
+    statistics: FeatureStatistics | None = None
+    """Running mean and variance by which features are standardised; None if they are not."""
+
     resampler: GridResampler | None = None
     """Resampler of features from the teacher's token grid to the student's; None if the grids agree."""
 
-    def __init__(self, config: TeacherTarget, teacher: nn.Module, channels: int, input_size: int) -> None:
+    def __init__(self, config: TeacherTarget, teacher: Encoder | TimmViT, input_size: int) -> None:
         super().__init__(config)
-        self.teacher = teacher.eval().requires_grad_(False)
-        self.channels = channels
+        teacher.layers = config.layers
+        self.teacher: nn.Module = teacher.eval().requires_grad_(False)
+        layers = max(len(config.layers), 1)
+        self.channels = teacher.width * layers
         self.input_size = input_size
+        if config.standardize != "none":
+            momentum, each = config.standardize_momentum, config.standardize == "channel"
+            self.statistics = FeatureStatistics(self.channels, momentum, layers=layers, each_channel=each)
 
     def select(self, features: Tensor, tokens: Tensor | None) -> Tensor:
         """Select features at the student's tokens.
@@ -87,13 +114,37 @@ class FrozenTeacher(Target):
         return self.encode(batch, self.tokens(batch))
 
     def features(self, batch: ClipBatch) -> Tensor:
-        """Compute the features at the target's tokens, layer-normalised if the recipe says so: float32 (B, M, D)."""
+        """Compute the features at the target's tokens, normalised or standardised if the recipe says so.
+
+        Returns:
+            float32 (B, M, D).
+        """
         features = self.raw_features(batch).float()
-        return F.layer_norm(features, features.shape[-1:], eps=1e-6) if self.config.norm else features
+        if self.statistics is not None:
+            return self.statistics.standardize(features)
+        if not self.config.norm:
+            return features
+        by_layer = self._by_layer(features)
+        return F.layer_norm(by_layer, by_layer.shape[-1:], eps=1e-6).view_as(features)
 
     def distance(self, predictions: Tensor, raw_features: Tensor) -> Tensor:
-        """Compute the distance of Eq. 2 between predictions and raw features, both (B, M, D): float32 scalar."""
-        return masked_distance(predictions, raw_features, None, distance=self.config.distance, norm=self.config.norm)
+        """Compute the distance of Eq. 2 between predictions and raw features, both (B, M, D): float32 scalar.
+
+        Norm and distance are those of the features of each layer, whose mean it is.
+        """
+        guess, truth = self._by_layer(predictions), self._by_layer(raw_features)
+        return masked_distance(guess, truth, None, distance=self.config.distance, norm=self.config.norm)
+
+    def loss(self, predictions: Tensor, raw_features: Tensor, batch: ClipBatch) -> Tensor:
+        """See `Target.loss`. Each call counts in the statistics of the features, if they are standardised."""
+        if self.statistics is not None:
+            raw_features = self.statistics.observe(raw_features)
+        return super().loss(predictions, raw_features, batch)
+
+    def _by_layer(self, values: Tensor) -> Tensor:
+        """Take the channels of each of L layers as a row of its own: (B, M, L D) to (B, M L, D)."""
+        layers = len(self.config.layers)
+        return values if layers < 2 else values.unflatten(-1, (layers, -1)).flatten(1, 2)
 
 
 @dataclass(frozen=True)
@@ -122,7 +173,7 @@ class EncoderTeacher(FrozenTeacher):
             encoder: the frozen encoder.
             tubelet: frames of one token of the student.
         """
-        super().__init__(config, encoder, encoder.width, encoder.config.input_size)
+        super().__init__(config, encoder, encoder.config.input_size)
         # `teacher` may be replaced by a wrapper, such as a CUDA graph; `encoder` stays the module itself.
         self.encoder = encoder
         self.tubelet = tubelet

@@ -20,7 +20,7 @@ class TimmTeacher(FrozenTeacher):
     """
 
     def __init__(self, name: str, config: TimmTarget, teacher: TimmViT, student: ModelConfig) -> None:
-        super().__init__(config, teacher, teacher.width, teacher.input_size)
+        super().__init__(config, teacher, teacher.input_size)
         self.tubelet = student.tubelet
         patches = teacher.input_size // teacher.patch_size
         grid, side = (student.grid[0], patches, patches), student.grid[1] * teacher.patch_size

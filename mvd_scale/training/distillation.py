@@ -18,7 +18,8 @@ from mvd_scale.training.lr_schedule import Schedule
 from mvd_scale.training.optimizer import parameter_groups
 from mvd_scale.training.placement import Placement
 from mvd_scale.training.teachers.place import place_teachers
-from mvd_scale.training.trained_model import TrainedModel
+from mvd_scale.training.teachers.statistics import running_statistics
+from mvd_scale.training.trained_model import MovingAverage, TrainedModel
 
 
 @dataclass(frozen=True)
@@ -70,5 +71,8 @@ def _trained(part: StudentParts, ranks: Ranks, steps_per_epoch: int) -> TrainedM
     schedule = Schedule(training, steps_per_epoch, part.recipe.lr_batch)
     groups = parameter_groups(part.student, training.weight_decay, decay_tokens=training.decay_tokens)
     engine = train_engine(part.student, groups, part.recipe, part.placement, ranks)
-    averages = build_momentum_emas(targets, engine, schedule, ranks)
+    averages: list[MovingAverage] = [
+        *build_momentum_emas(targets, engine, schedule, ranks),
+        *running_statistics(targets, ranks),
+    ]
     return TrainedModel(engine, MaskedDistillation(targets), schedule, averages, part.name)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from mvd_scale.data.batch import ClipBatch
-from mvd_scale.training.ema import ModelEma
+from mvd_scale.training.checkpointing.pieces import State
 from mvd_scale.training.lr_schedule import Schedule
 
 
@@ -28,6 +29,25 @@ class Objective(Protocol):
         """Compute the loss of a micro batch and its detached terms by name; float32 scalars."""
 
 
+class MovingAverage(Protocol):
+    """Part of a model's state that follows each optimizer step beside the optimizer; all ranks call its methods."""
+
+    def update(self, step: int) -> None:
+        """Update it after optimizer step `step`."""
+
+    def save(self, folder: Path) -> None:
+        """Write all of it to its file in a folder."""
+
+    def state(self) -> State:
+        """The parts that this rank holds, which share memory with it; loading them must be followed by `publish`."""
+
+    def share_of_state(self) -> State:
+        """The same, with what all ranks hold on one rank only: for saving."""
+
+    def publish(self) -> None:
+        """Take the loaded state."""
+
+
 @dataclass
 class TrainedModel:
     """DeepSpeed engine of a model with the loss that it minimises."""
@@ -40,8 +60,8 @@ class TrainedModel:
     schedule: Schedule
     """Learning rate and weight decay by step."""
 
-    averages: Sequence[ModelEma] = ()
-    """Moving averages of the weights, updated after every optimizer step."""
+    averages: Sequence[MovingAverage] = ()
+    """Moving averages of weights and of the statistics of features, updated after every optimizer step."""
 
     name: str = ""
     """Name of the student if there are several, else empty."""

@@ -15,14 +15,14 @@ class PartFlops:
 
     part: str
     width: int
-    forward: int
-    backward: int
+    forward: float
+    backward: float
 
-    recomputed: int
+    recomputed: float
     """FLOPs that gradient checkpointing adds to the backward pass."""
 
     @property
-    def total(self) -> int:
+    def total(self) -> float:
         """Sum of forward, backward and recomputed FLOPs."""
         return self.forward + self.backward + self.recomputed
 

@@ -20,7 +20,9 @@ Backward = Literal["fused", "unfused"]
 class LinearCost:
     """Linear layer that is applied to `rows` rows of every clip."""
 
-    rows: int
+    rows: float
+    """A clip's share of rows that several clips have in common may be a fraction."""
+
     inputs: int
     outputs: int
 
@@ -31,24 +33,24 @@ class LinearCost:
     """Whether its input counts as saved here; decoders share the encoder's output, which must be counted once."""
 
     @property
-    def forward(self) -> int:
+    def forward(self) -> float:
         """FLOPs of the forward pass per clip."""
         return 2 * self.rows * self.inputs * self.outputs
 
-    def backward(self, attention: Backward) -> int:
+    def backward(self, attention: Backward) -> float:
         """FLOPs of the backward pass per clip: one product for the weight's gradient, one for the input's."""
         return (1 + self.input_grad) * self.forward
 
     def saved(self, size: int) -> int:
         """Bytes per clip saved for the backward pass, of elements of `size` bytes."""
-        return size * self.rows * self.inputs if self.input_kept else 0
+        return round(size * self.rows * self.inputs) if self.input_kept else 0
 
 
 @dataclass(frozen=True)
 class ElementwiseCost:
     """Norm or activation: counts no FLOPs, but saves its input."""
 
-    rows: int
+    rows: float
     width: int
 
     statistics: int = 0
@@ -68,7 +70,7 @@ class ElementwiseCost:
 
     def saved(self, size: int) -> int:
         """Bytes per clip saved for the backward pass, of elements of `size` bytes."""
-        return self.rows * (size * self.width + 4 * self.statistics)
+        return round(self.rows * (size * self.width + 4 * self.statistics))
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,8 @@ class AttentionCost:
 class BlockCost:
     """Transformer block over sequences of tokens.
 
-    All tokens are projected to queries, keys and values. Attention is computed for `queries` tokens, the output
-    projection and the MLP for `outputs` tokens.
+    All tokens are normalised and projected to queries, keys and values, unless clips share some. Attention is computed
+    for `queries` tokens, the output projection and the MLP for `outputs` tokens.
     """
 
     keys: int
@@ -124,6 +126,15 @@ class BlockCost:
     sequences: int = 1
     """Sequences per clip; for an image model every front frame is a sequence."""
 
+    shared_projections: float | None = None
+    """Tokens per sequence that are normalised and projected, if the clips of a batch share some: a clip's own, and its
+    share of the others. None if every clip computes all of its own."""
+
+    @property
+    def projected(self) -> float:
+        """Tokens per sequence that are normalised and projected."""
+        return self.keys if self.shared_projections is None else self.shared_projections
+
     def weights(self, checkpointing: Checkpointing) -> int:
         """Number of weights of the linear layers that checkpointing does not recompute."""
         attention, mlp = 4 * self.width**2, 2 * self.width * self.hidden
@@ -132,9 +143,9 @@ class BlockCost:
     @property
     def linear_layers(self) -> tuple[LinearCost, LinearCost, LinearCost, LinearCost]:
         """Linear layers: packed projection, output projection, and both layers of the MLP."""
-        keys, outputs = self.sequences * self.keys, self.sequences * self.outputs
+        projected, outputs = self.sequences * self.projected, self.sequences * self.outputs
         return (
-            LinearCost(keys, self.width, 3 * self.width),
+            LinearCost(projected, self.width, 3 * self.width),
             LinearCost(outputs, self.width, self.width),
             LinearCost(outputs, self.width, self.hidden),
             LinearCost(outputs, self.hidden, self.width),
@@ -151,29 +162,29 @@ class BlockCost:
 
         The gradient of the residual connection is added in the backward pass of the norm beside it.
         """
-        keys, outputs = self.sequences * self.keys, self.sequences * self.outputs
+        projected, outputs = self.sequences * self.projected, self.sequences * self.outputs
         return (
-            ElementwiseCost(keys, self.width, 2, passed=2, passed_back=4),
+            ElementwiseCost(projected, self.width, 2, passed=2, passed_back=4),
             ElementwiseCost(outputs, self.width, 2, passed=4, passed_back=4),
             ElementwiseCost(outputs, self.hidden),
             ElementwiseCost(outputs, self.width, passed=3, passed_back=0),
         )
 
     @property
-    def products(self) -> int:
+    def products(self) -> float:
         """FLOPs of the linear layers in the forward pass per clip."""
         return sum(layer.forward for layer in self.linear_layers)
 
     @property
-    def forward(self) -> int:
+    def forward(self) -> float:
         """FLOPs of the forward pass per clip."""
         return self.products + self.attention.forward
 
-    def backward(self, attention: Backward) -> int:
+    def backward(self, attention: Backward) -> float:
         """FLOPs of the backward pass per clip: two products for each product of the forward pass, and attention's."""
         return 2 * self.products + self.attention.backward(attention)
 
-    def recomputed(self, checkpointing: Checkpointing) -> int:
+    def recomputed(self, checkpointing: Checkpointing) -> float:
         """FLOPs per clip that gradient checkpointing adds.
 
         Torch stops recomputing at the last tensor that the backward pass needs. For a block that is the input of the
@@ -190,14 +201,15 @@ class BlockCost:
         attention's output of the tokens with queries; in the MLP half, for output tokens, the residual sum, its norm,
         and the hidden values before and after the activation; statistics of the norms and of the softmax.
         """
-        attention = size * (4 * self.keys + self.queries) * self.width + 4 * (2 * self.keys + self.heads * self.queries)
+        rows = self.projected + 3 * self.keys + self.queries
+        attention = size * rows * self.width + 4 * (2 * self.projected + self.heads * self.queries)
         mlp = self.outputs * (size * 2 * (self.width + self.hidden) + 4 * 2)
         kept = {"none": attention + mlp, "attention": mlp, "block": 0}[checkpointing]
-        return self.entry(size) + self.sequences * kept
+        return self.entry(size) + round(self.sequences * kept)
 
     def entry(self, size: int) -> int:
         """Bytes of the block's input per clip."""
-        return self.sequences * size * self.keys * self.width
+        return round(self.sequences * size * self.projected * self.width)
 
     def inference(self, size: int) -> int:
         """Bytes per clip at the peak of a forward pass without gradients.

@@ -228,7 +228,7 @@ def activations(part: ModelPart, size: int, *, checkpointing: Checkpointing) -> 
 
 def inference(part: ModelPart, size: int) -> int:
     """Compute the bytes of a teacher's forward pass per clip: rows of the patch embedding, input, and largest block."""
-    rows = [layer.rows * layer.inputs * size for layer in part.layers if isinstance(layer, LinearCost)]
+    rows = [round(layer.rows * layer.inputs * size) for layer in part.layers if isinstance(layer, LinearCost)]
     blocks = part.blocks
     if not blocks:
         return part.opaque * size

@@ -84,7 +84,7 @@ class MicroBatchForecast:
 class CheckpointingForecast:
     """Prediction for one choice of `training.gradient_checkpointing`; memory in bytes per rank."""
 
-    recomputed: int
+    recomputed: float
     """Recomputed FLOPs per clip."""
 
     activations: int

@@ -100,7 +100,7 @@ def _compute(published: PublishedModel) -> ComputedModel:
     return ComputedModel(
         published,
         # The planner counts FLOPs, two for each multiply-accumulate.
-        macs=sum(part.forward for part in workload.trained) // 2,
+        macs=round(sum(part.forward for part in workload.trained)) // 2,
         parameters=workload.parameters,
         classes=recipe.classifier.classes,
         views=recipe.test.clips * recipe.test.crops,

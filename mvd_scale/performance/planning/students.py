@@ -21,6 +21,8 @@ class PlannedStudent:
     """The model of a run, or one of its students, on given hardware."""
 
     workload: Workload
+    """Workload of a clip in a micro batch of `parallel.micro`."""
+
     placement: Placement
     parallel: ParallelConfig
 
@@ -51,7 +53,8 @@ def place_students(
     planned = {}
     for name, alone in each_model(recipe).items():
         placement = placement_on(alone, workloads[name], world, per_node=per_node, gpu=gpu)
-        planned[name] = PlannedStudent(workloads[name], placement, setting_from(placement, alone))
+        parallel = setting_from(placement, alone)
+        planned[name] = PlannedStudent(workloads[name].in_batches_of(parallel.micro), placement, parallel)
     return planned
 
 

@@ -1,6 +1,7 @@
 """Workload of a recipe: the layers of each model of the training step, per clip.
 
-The descriptions of models in this module must be kept consistent with the models themselves.
+The clips of a micro batch share the first projections of their mask tokens: see `Workload.in_batches_of`. The
+descriptions of models in this module must be kept consistent with the models themselves.
 
 Legend: N tokens of a clip, V visible tokens, M tokens at which a target is predicted, D width.
 """
@@ -8,7 +9,7 @@ Legend: N tokens of a clip, V visible tokens, M tokens at which a target is pred
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -66,15 +67,31 @@ class ModelPart:
     teacher: Teacher | None = None
     """Properties of a teacher that its placement depends on; None for other parts."""
 
+    mask_tokens: int = 0
+    """Mask tokens per clip of a decoder."""
+
+    positions: int = 0
+    """Positions that its mask tokens may have."""
+
     @property
     def blocks(self) -> list[BlockCost]:
         """Transformer blocks among `layers`."""
         return [layer for layer in self.layers if isinstance(layer, BlockCost)]
 
     @property
-    def forward(self) -> int:
+    def forward(self) -> float:
         """FLOPs of a forward pass."""
         return self.counted + sum(layer.forward for layer in self.layers)
+
+    def in_batches_of(self, clips: int) -> ModelPart:
+        """Count what the clips of a micro batch share, see `decoder.first_tokens`, with a share of it for each clip."""
+        if clips * self.mask_tokens <= self.positions:
+            return self
+        first = self.blocks[0]
+        rows = first.keys - self.mask_tokens + self.positions / clips
+        layers = list(self.layers)
+        layers[layers.index(first)] = replace(first, shared_projections=rows)
+        return replace(self, layers=tuple(layers))
 
 
 @dataclass(frozen=True)
@@ -95,6 +112,10 @@ class Workload:
 
     pixels: int
     """Bytes of a loaded clip, at all input sizes together."""
+
+    def in_batches_of(self, clips: int) -> Workload:
+        """Return the workload of a clip in a micro batch of `clips`, which compute some tokens once for all."""
+        return replace(self, trained=tuple(part.in_batches_of(clips) for part in self.trained))
 
 
 PERSISTENT = 100_000
@@ -168,30 +189,46 @@ def encoder_part(model: ModelConfig, tokens: int, *, final_norm: bool = True) ->
     )
 
 
-def encoder_blocks(model: ModelConfig, tokens: int, *, outputs: int, sequences: int = 1) -> tuple[BlockCost, ...]:
-    """Describe the blocks of an encoder; the last block computes only `outputs` tokens of each sequence."""
+def encoder_blocks(
+    model: ModelConfig, tokens: int, *, outputs: int, sequences: int = 1, depth: int | None = None
+) -> tuple[BlockCost, ...]:
+    """Describe the blocks of an encoder, or the first `depth` of them; the last one computes only `outputs` tokens of
+    each sequence."""
     assert model.depth is not None
     assert model.heads is not None
     last = (tokens, outputs)
-    return _stack(_width(model), model.depth, model.heads, model.mlp_ratio, tokens, last, sequences)
+    return _stack(_width(model), depth or model.depth, model.heads, model.mlp_ratio, tokens, last, sequences)
+
+
+@dataclass(frozen=True)
+class DecoderTokens:
+    """Tokens of a decoder per clip."""
+
+    visible: int
+    masked: int
+    predicted: int
 
 
 def decoder_part(
-    name: str, decoder: DecoderConfig, model: ModelConfig, visible: int, masked: int, channels: int
+    name: str, decoder: DecoderConfig, model: ModelConfig, tokens: DecoderTokens, channels: int
 ) -> ModelPart:
-    """Describe a decoder with its linear head, applied to visible and mask tokens."""
-    tokens = visible + model.class_token + masked
-    blocks = _stack(decoder.width, decoder.depth, decoder.heads, model.mlp_ratio, tokens, (masked, masked))
+    """Describe a decoder with its linear head."""
+    visible, masked, outputs = tokens.visible, tokens.masked, tokens.predicted
+    seen = visible + model.class_token + masked
+    blocks = _stack(decoder.width, decoder.depth, decoder.heads, model.mlp_ratio, seen, (outputs, outputs))
+    time, height, width = model.grid
     return ModelPart(
         f"{name} decoder",
         decoder.width,
         (
             LinearCost(visible + model.class_token, _width(model), decoder.width, input_kept=False),
             *blocks,
-            ElementwiseCost(masked, decoder.width, 2),
-            LinearCost(masked, decoder.width, channels),
+            ElementwiseCost(outputs, decoder.width, 2),
+            LinearCost(outputs, decoder.width, channels),
         ),
-        predicted=masked * channels,
+        predicted=outputs * channels,
+        mask_tokens=masked,
+        positions=time * height * width,
     )
 
 
@@ -210,7 +247,10 @@ def _head_parts(recipe: Recipe, targets: Mapping[str, Target]) -> list[ModelPart
     for name, target in targets.items():
         head = recipe.targets[name].head_config
         if isinstance(head, DecoderConfig):
-            parts.append(decoder_part(name, head, recipe.model, visible, masked_tokens(recipe), target.channels))
+            masked = masked_tokens(recipe)
+            dense = bool(target.config.visible_weight)
+            tokens = DecoderTokens(visible, masked, masked + visible if dense else masked)
+            parts.append(decoder_part(name, head, recipe.model, tokens, target.channels))
         else:
             parts.append(_head_part(name, head, recipe.model, visible, target.channels))
     # All heads read the encoder's output, which is saved once: it is counted for the first head.
@@ -222,7 +262,7 @@ def _keeping_input(part: ModelPart) -> ModelPart:
     first = part.layers[0]
     assert isinstance(first, LinearCost)
     kept = LinearCost(first.rows, first.inputs, first.outputs)
-    return ModelPart(part.name, part.width, (kept, *part.layers[1:]), part.predicted)
+    return replace(part, layers=(kept, *part.layers[1:]))
 
 
 def _teacher_part(target_name: str, target: FrozenTeacher, recipe: Recipe) -> ModelPart:
@@ -239,11 +279,13 @@ def _teacher_part(target_name: str, target: FrozenTeacher, recipe: Recipe) -> Mo
         "channels": sum(len(weight) for weight in linear),
     }
     token_counts = {"masked": masked_tokens(recipe), "visible": recipe.visible_tokens, "all": recipe.tokens}
-    values = token_counts[target.config.tokens] * target.channels
+    wanted = token_counts[target.config.tokens] + (recipe.visible_tokens if target.config.visible_weight else 0)
+    values = wanted * target.channels
     if isinstance(teacher, TimmViT):
         patches = (teacher.input_size // teacher.patch_size) ** 2
-        seen = (patches + teacher.vit.num_prefix_tokens) * recipe.model.grid[0]
-        counts |= {"products": 2 * seen * counts["linear"], "counted": _counted(teacher, recipe.model)}
+        seen, depth = (patches + teacher.vit.num_prefix_tokens) * recipe.model.grid[0], len(teacher.vit.blocks)
+        computed = counts["linear"] * max(target.config.layers, default=depth) // depth
+        counts |= {"products": 2 * seen * computed, "counted": _counted(teacher, recipe.model)}
         # The peak of a block with an MLP ratio of 4; timm's models have about that ratio.
         opaque = 12 * seen * teacher.width
         return ModelPart(
@@ -254,12 +296,13 @@ def _teacher_part(target_name: str, target: FrozenTeacher, recipe: Recipe) -> Mo
     sequences = recipe.model.grid[0] if isinstance(target, ImageTeacher) else 1
     tokens = model.grid[0] * model.grid[1] * model.grid[2]
     seen = tokens + model.class_token
-    outputs = seen if target.config.tokens == "all" else token_counts[target.config.tokens] // sequences
+    outputs = seen if target.config.tokens == "all" else wanted // sequences
     if (isinstance(target, ImageTeacher) and not target.tubes) or target.resampler is not None:
         outputs = seen
     embedding = LinearCost(sequences * tokens, 3 * model.tubelet * model.patch_size**2, _width(model))
-    blocks = encoder_blocks(model, seen, outputs=outputs, sequences=sequences)
-    counts["products"] = sum(block.products for block in blocks)
+    last = max(target.config.layers, default=None)
+    blocks = encoder_blocks(model, seen, outputs=outputs, sequences=sequences, depth=last)
+    counts["products"] = round(sum(block.products for block in blocks))
     return ModelPart(
         name, _width(model), (embedding, *blocks), values, teacher=teacher_of(target_name, target), **counts
     )

@@ -86,6 +86,7 @@ def step_work(workload: Workload, conditions: Conditions) -> list[Work]:
         workload: layers of the step, per clip.
         conditions: circumstances of the step.
     """
+    workload = workload.in_batches_of(conditions.clips)
     trained = {part.name: part for part in workload.trained}
     micro: list[Work] = []
     for name, members in conditions.groups.items():
@@ -161,7 +162,7 @@ def _block(part: str, block: BlockCost, computing: Computing, layers: int, train
 
 def _products(part: str, linear: LinearCost, computing: Computing, layers: int, trained: bool) -> Iterator[Work]:
     call = ProductCall(
-        linear.rows, linear.inputs, linear.outputs, computing.dtype, layers=layers, eight_bit=computing.eight_bit
+        round(linear.rows), linear.inputs, linear.outputs, computing.dtype, layers=layers, eight_bit=computing.eight_bit
     )
     yield Work(Place(part, "forward", "products"), call, 1)
     if trained:
@@ -172,7 +173,7 @@ def _products(part: str, linear: LinearCost, computing: Computing, layers: int, 
 
 
 def _elementwise(part: str, layer: ElementwiseCost, computing: Computing, *, trained: bool) -> Iterator[Work]:
-    call = CopyCall(layer.rows * layer.width * computing.dtype.itemsize)
+    call = CopyCall(round(layer.rows * layer.width * computing.dtype.itemsize))
     yield Work(Place(part, "forward", "memory"), call, layer.passed / 2)
     if trained:
         yield Work(Place(part, "backward", "memory"), call, layer.passed_back / 2)

@@ -119,7 +119,7 @@ def test_every_part_counts_what_torch_counts(method: str, checkpointing: Checkpo
     targets = build_targets(made, lambda name: init_teacher(made, name))
     student = Student.from_recipe(made, targets).train()
     set_gradient_checkpointing(student, checkpointing)
-    workload = build_workload(made)
+    workload = build_workload(made).in_batches_of(CLIPS)
     said = {part.part: part for part in part_flops(workload, checkpointing=checkpointing, attention=attention)}
     clips = batch(made, decoded=masked_tokens(made))
 
@@ -146,6 +146,21 @@ def test_every_part_counts_what_torch_counts(method: str, checkpointing: Checkpo
                 target.encode(clips, target.tokens(clips))
             assert said[f"{name} teacher"].forward * CLIPS == counter.get_total_flops()
             assert said[f"{name} teacher"].backward == 0
+
+
+def test_projections_of_mask_tokens_are_counted_once_for_a_micro_batch() -> None:
+    """256 tokens of width 32, of which 64 are visible: 192 mask tokens a clip, 256 positions for the micro batch."""
+    made = recipe(targets={"pixels": TARGETS["pixels"]})
+    workload = build_workload(made)
+    clips = 4
+    plain, shared = (
+        next(part for part in part_flops(counted, checkpointing="none") if part.part == "pixels decoder")
+        for counted in (workload, workload.in_batches_of(clips))
+    )
+    saved = 2 * (clips * 192 - 256) * 32 * 96
+    assert clips * (plain.forward - shared.forward) == saved
+    assert clips * (plain.backward - shared.backward) == 2 * saved
+    assert workload.in_batches_of(1) == workload
 
 
 def test_a_classifier_counts_what_torch_counts() -> None:

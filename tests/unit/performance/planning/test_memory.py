@@ -64,7 +64,8 @@ def test_a_traced_run_holds_what_was_predicted(name: str, fork_server: ForkServe
     for student, alone in recipe(case).each_student().items():
         workload = build_workload(alone)
         # One batch at a time, without a loader.
-        students[student] = (workload, replace(parallel_config(alone, workload, case["world"]), prefetch=0))
+        parallel = replace(parallel_config(alone, workload, case["world"]), prefetch=0)
+        students[student] = (workload.in_batches_of(parallel.micro), parallel)
     memory = predict_students_memory(students)
     # Of two real ranks one holds more gathered weights while the other is late, as on a busy machine.
     late = case["world"] > 1 and not case["fake"]

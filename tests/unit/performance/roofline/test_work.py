@@ -57,7 +57,7 @@ def test_the_work_of_every_part_is_the_planners_count(
     for one in step_work(workload, Conditions(CLIPS, BF16, teachers, groups, accumulation)):
         if one.place.kind != "memory":
             counted[one.place.part, one.place.passes] += one.amount  # type: ignore[assignment]
-    said = {part.part: part for part in part_flops(workload, checkpointing="none")}
+    said = {part.part: part for part in part_flops(workload.in_batches_of(CLIPS), checkpointing="none")}
     members = {**groups, "encoder": ("patch embedding", "encoder"), **{name: (name,) for name in teachers}}
     for name, parts in members.items():
         clips = CLIPS * accumulation
