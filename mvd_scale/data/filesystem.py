@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import posixpath
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import BinaryIO, cast
 
 import fsspec
 
+from mvd_scale.data.spool import Stored, store_sorted
 from mvd_scale.data.storage import absolute, filesystem_of, is_url
 
 VIDEO_SUFFIXES = frozenset(
@@ -66,24 +68,53 @@ def open_file(path: str) -> BinaryIO:
     return cast(BinaryIO, fsspec.open(path, "rb").open() if is_url(path) else open(path, "rb"))
 
 
-def find_files(folder: str, predicate: Callable[[str], bool]) -> list[str]:
+def find_files(folder: str, predicate: Callable[[str], bool]) -> Stored[str]:
     """Paths below a folder or URL for which `predicate(path)` is true, sorted; without those that are nothing.
 
-    Symbolic links are followed; each folder is visited once, even if several links lead to it.
+    Symbolic links are followed; each folder is visited once, even if several links lead to it. Below a folder, no list
+    of all files is held in memory.
     """
     if is_url(folder):
         filesystem, inner = filesystem_of(folder)
         length = len(str(inner).rstrip("/"))
         paths = [path for path in filesystem.find(inner) if not is_nothing(path[length:])]
-        return sorted(filesystem.unstrip_protocol(path) for path in paths if predicate(path))
-    seen = {os.path.realpath(folder)}
-    found: list[str] = []
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(
-            name for name in folders if not is_nothing(name) and not _visited(os.path.join(parent, name), seen)
-        )
-        found += [os.path.join(parent, name) for name in names if not is_nothing(name) and predicate(name)]
-    return sorted(found)
+        return store_sorted(filesystem.unstrip_protocol(path) for path in paths if predicate(path))
+    return store_sorted(_walk(folder, predicate, {os.path.realpath(folder)}))
+
+
+def _walk(folder: str, predicate: Callable[[str], bool], seen: set[str]) -> Iterator[str]:
+    """Yield the files below a folder whose names the predicate takes, in any order; what cannot be read is passed by.
+
+    Args:
+        folder: the folder.
+        predicate: function of the name of a file.
+        seen: real paths of the folders that are visited, or will be by a caller.
+    """
+    todo = [folder]
+    while todo:
+        parent, folders = todo.pop(), []
+        for entry in _scan(parent):
+            if is_nothing(entry.name):
+                continue
+            if _leads_to_folder(entry):
+                folders.append(entry.name)
+            elif predicate(entry.name):
+                yield entry.path
+        # Depth first in the order of names, which decides by which of several links a folder is visited.
+        new = [os.path.join(parent, name) for name in sorted(folders)]
+        todo += reversed([path for path in new if not _visited(path, seen)])
+
+
+def _scan(folder: str) -> Iterator[os.DirEntry[str]]:
+    with suppress(OSError), os.scandir(folder) as entries:
+        yield from entries
+
+
+def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def count_by_kind(paths: Iterable[str]) -> str:

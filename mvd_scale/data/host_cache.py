@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from mvd_scale.data.columns import ColumnFile, TornFileError, in_memory
 
@@ -64,11 +64,22 @@ def make_unnamed(write: Callable[[BinaryIO], None]) -> ColumnFile:
     Its pages go to disk if memory is short; if the folder cannot be written, they stay in memory.
     """
     try:
-        with tempfile.TemporaryFile(dir=_own_folder()) as file:
+        with open_unnamed() as file:
             write(file)
             return ColumnFile(os.dup(file.fileno()))
     except OSError:
         return in_memory(write)
+
+
+def open_unnamed() -> BinaryIO:
+    """Open an empty file without a name for writing and reading, which ends with this process.
+
+    Its pages go to disk if memory is short; if the folder cannot be written, they stay in memory.
+    """
+    try:
+        return cast(BinaryIO, tempfile.TemporaryFile(dir=_own_folder()))
+    except OSError:
+        return os.fdopen(os.memfd_create("mvd_scale", os.MFD_CLOEXEC), "w+b")
 
 
 def _own_folder() -> Path:

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from pyarrow.fs import LocalFileSystem
 
 from mvd_scale.data.columns import BLOCK, Categories, ColumnFile, ColumnWriter, Texts, encode_texts, in_memory
-from mvd_scale.data.host_cache import make_unnamed, open_or_make
+from mvd_scale.data.host_cache import make_unnamed, open_or_make, open_unnamed
 from mvd_scale.data.orientation import orientation_of_exif
 from mvd_scale.data.parquet import ParquetSource
 
@@ -67,6 +67,9 @@ _CATEGORIES = ("codec", "pixel_format", "colour", "access")
 
 MAPPED_FROM = 50_000
 """Rows from which on columns lie in a file that processes map; fewer take at most about 10 MB in each process."""
+
+_SPOOLED = 1 << 13
+"""Rows that are held as objects while a manifest is built of many of them."""
 
 Chunks = Callable[[str], Iterator[pa.Array]]
 """Function from the name of a column of `SCHEMA` to its values, in order, in pieces: texts as strings or binaries."""
@@ -240,19 +243,19 @@ class Manifest:
     def from_rows(cls, rows: Iterable[Row], **about: Any) -> Self:
         """Build a manifest from rows; `about` gives the fields `source`, `classes` and `part`.
 
-        Of many rows, a block is held at a time; the others lie in a Parquet file in memory, of 20 bytes a row.
+        Of many rows, a block is held at a time; the others lie in a Parquet file without a name, of 20 bytes a row.
         """
         coming = iter(rows)
-        first = list(islice(coming, MAPPED_FROM))
-        if len(first) < MAPPED_FROM:
-            return cls._in_memory(first, **about)
-        with os.fdopen(os.memfd_create("mvd_scale", os.MFD_CLOEXEC), "wb") as spool:
+        block = list(islice(coming, MAPPED_FROM))
+        if len(block) < MAPPED_FROM:
+            return cls._in_memory(block, **about)
+        with open_unnamed() as spool:
             path = f"/proc/self/fd/{spool.fileno()}"
             with _parquet_writer(path, about) as writer:
-                block = first
                 while block:
                     cls._in_memory(block)._write_to(writer)
-                    block = list(islice(coming, BLOCK))
+                    block.clear()  # before the next rows are made
+                    block += islice(coming, _SPOOLED)
             source = ParquetSource.open(path, SCHEMA.names, _ORIGIN)
             return cls.from_chunks(source.chunks, source.rows, **about)
 

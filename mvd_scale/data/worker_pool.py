@@ -6,10 +6,10 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from itertools import islice
+from itertools import chain, islice
 from multiprocessing import connection
 from typing import TypeVar
 
@@ -22,42 +22,50 @@ MAX_INLINE_ITEMS = 16
 
 def run_chunks(
     work: Callable[[Sequence[In]], list[Out]],
-    chunks: Sequence[Sequence[In]],
+    chunks: Iterable[Sequence[In]],
     workers: int,
     on_crash: Callable[[In], Out],
     *,
     inline_limit: int | None = None,
-) -> Iterator[tuple[int, list[Out]]]:
+) -> Iterator[tuple[Sequence[In], list[Out]]]:
     """Apply `work` to each chunk of items in worker processes.
 
     Args:
         work: picklable function that returns one result for each item of a chunk.
-        chunks: the items, in chunks that take about a second each.
+        chunks: the items, in chunks that take about a second each; few are taken before they are worked on.
         workers: number of worker processes.
         on_crash: function that returns the result for an item whose worker process died.
         inline_limit: number of items per worker up to which no process is started; `MAX_INLINE_ITEMS` if None.
 
     Yields:
-        index of a chunk and its results, in the order in which chunks are done.
+        a chunk and its results, in the order in which chunks are done.
     """
-    if sum(map(len, chunks)) <= (MAX_INLINE_ITEMS if inline_limit is None else inline_limit) * workers:
-        yield from ((number, work(chunk)) for number, chunk in enumerate(chunks))
+    coming = iter(chunks)
+    limit = (MAX_INLINE_ITEMS if inline_limit is None else inline_limit) * workers
+    first, items = [], 0
+    for chunk in coming:
+        first.append(chunk)
+        items += len(chunk)
+        if items > limit:
+            break
+    else:
+        yield from ((chunk, work(chunk)) for chunk in first)
         return
-    todo = iter(range(len(chunks)))
+    todo = chain(first, coming)
     while True:
-        running: dict[Future[list[Out]], int] = {}
+        running: dict[Future[list[Out]], Sequence[In]] = {}
         with _pool(workers) as pool:
             try:
                 # Two chunks per worker are in flight, so that no worker waits and little is lost in a crash.
-                for number in islice(todo, 2 * workers):
-                    running[pool.submit(work, chunks[number])] = number
+                for chunk in islice(todo, 2 * workers):
+                    running[_submit(pool, work, chunk)] = chunk
                 while running:
                     done, _ = wait(running, return_when=FIRST_COMPLETED)
                     for future in done:
                         yield running[future], future.result()
                         del running[future]
-                        for number in islice(todo, 1):
-                            running[pool.submit(work, chunks[number])] = number
+                        for chunk in islice(todo, 1):
+                            running[_submit(pool, work, chunk)] = chunk
                 return
             except BrokenProcessPool:
                 lost = list(running.values())
@@ -65,8 +73,20 @@ def run_chunks(
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         # A dead worker breaks the whole pool and does not name its item: the chunks in flight run again, item by item.
-        for number in lost:
-            yield number, _one_by_one(work, chunks[number], on_crash)
+        for chunk in lost:
+            yield chunk, _one_by_one(work, chunk, on_crash)
+
+
+def _submit(
+    pool: ProcessPoolExecutor, work: Callable[[Sequence[In]], list[Out]], chunk: Sequence[In]
+) -> Future[list[Out]]:
+    """Result to come of a chunk; that of a broken pool says so when it is asked for, so that no chunk is forgotten."""
+    try:
+        return pool.submit(work, chunk)
+    except BrokenProcessPool as error:
+        failed: Future[list[Out]] = Future()
+        failed.set_exception(error)
+        return failed
 
 
 def _one_by_one(

@@ -7,24 +7,25 @@ A file that cannot be used becomes a row with the reason in `left_out`; only fau
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import chain
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
-from typing import IO
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from mvd_scale.config.data import DataConfig
 from mvd_scale.data.filesystem import find_files
-from mvd_scale.data.indexing.listing import ListOptions
+from mvd_scale.data.indexing.journal import Journal, Places
+from mvd_scale.data.indexing.listing import Listing, ListOptions
 from mvd_scale.data.indexing.media_probe import probe_video
 from mvd_scale.data.indexing.sources import list_videos
 from mvd_scale.data.manifest import WHOLE_FILE, Manifest, Row
+from mvd_scale.data.spool import Part, Stored
 from mvd_scale.data.storage import absolute, is_url
 from mvd_scale.data.worker_pool import run_chunks
 from mvd_scale.errors import UserError
@@ -33,7 +34,20 @@ from mvd_scale.utils.progress import ProgressReporter
 CHUNK = 32
 """Videos that a worker process takes from the queue at a time."""
 
+_LOOKED_UP = 1024
+"""Videos that are looked up in the journal at a time."""
+
 log = logging.getLogger("mvd_scale")
+
+
+class ProbeTask(NamedTuple):
+    """A video to probe."""
+
+    number: int
+    """Its number in the listing, from 0."""
+    key: str
+    """Its identity in the journal, see `_key`."""
+    video: Row
 
 
 @dataclass(frozen=True)
@@ -46,8 +60,8 @@ class VideoProber:
     verify: bool = False
     """Also decode the first, the middle and the last frame of each video."""
 
-    def __call__(self, videos: Sequence[Row]) -> list[Row]:
-        return [probe_video(video, timeout=self.timeout, verify=self.verify) for video in videos]
+    def __call__(self, tasks: Sequence[ProbeTask]) -> list[Row]:
+        return [probe_video(task.video, timeout=self.timeout, verify=self.verify) for task in tasks]
 
 
 def load_source(data: DataConfig, cache_folder: Path) -> Manifest:
@@ -135,16 +149,45 @@ def build_manifest(
     options = options or ListOptions()
     if root is not None:
         options = replace(options, root=str(root))
-    listing = list_videos(sources, options)
-    videos = listing.rows
-    if part is not None:
-        number, count = part
-        videos = videos[len(videos) * (number - 1) // count : len(videos) * number // count]
-    rows = _probe_all(videos, workers, prober or VideoProber(), journal)
-    manifest = Manifest.from_rows(rows, source=_origin(sources, options), classes=listing.classes, part=part)
-    _log_summary(manifest, ", ".join(sources))
+    return index_videos(
+        list_videos(sources, options),
+        _origin(sources, options),
+        ", ".join(sources),
+        workers=workers,
+        prober=prober or VideoProber(),
+        part=part,
+        journal=journal,
+    )
+
+
+def index_videos(
+    listing: Listing,
+    origin: str,
+    source: str,
+    *,
+    workers: int,
+    prober: VideoProber,
+    part: tuple[int, int] | None = None,
+    journal: Path | None = None,
+) -> Manifest:
+    """Probe every video of a listing. No memory grows with their number, but that of files which lie on disk.
+
+    Args:
+        listing: the videos.
+        origin: sources and options of the listing, `Manifest.source`.
+        source: the sources, for messages.
+        workers: as `build_manifest`, like those that follow.
+
+    Raises:
+        UserError: no video is usable.
+    """
+    number, parts = part or (1, 1)
+    place = range(len(listing.rows) * (number - 1) // parts, len(listing.rows) * number // parts)
+    rows = _probe_all(Part(listing.rows, place), workers, prober, journal)
+    manifest = Manifest.from_rows(rows, source=origin, classes=listing.classes, part=part)
+    _log_summary(manifest, source)
     if len(manifest) or part is None:
-        _require_usable(manifest, ", ".join(sources))
+        _require_usable(manifest, source)
     return manifest
 
 
@@ -205,74 +248,45 @@ def _open_one(source: str, root: str | None, cache: Path) -> Manifest:
     return manifest
 
 
-def _probe_all(videos: Sequence[Row], workers: int, prober: VideoProber, journal: Path | None) -> list[Row]:
-    """Probe the videos that the journal does not know, and return the rows of all videos in their order."""
-    done = {}
-    with _Journal(journal, prober) as book, ProgressReporter("videos probed", len(videos)) as progress:
-        keys = [_key(video) for video in videos]
-        done = {n: book.known[key] for n, key in enumerate(keys) if key in book.known}
-        progress.add(len(done))
-        todo = [n for n in range(len(videos)) if n not in done]
-        chunks = [todo[start : start + CHUNK] for start in range(0, len(todo), CHUNK)]
-        work = [[videos[n] for n in chunk] for chunk in chunks]
-        for chunk, rows in run_chunks(prober, work, workers, _crashed):
-            for n, row in zip(chunks[chunk], rows, strict=True):
-                done[n] = row
-                book.add(keys[n], row)
-            progress.add(len(rows))
-        # The journal may come from another listing of the same files: names, labels and paths are those of this one.
-        return [replace(done[n], name=video.name, label=video.label, path=video.path) for n, video in enumerate(videos)]
+def _probe_all(videos: Stored[Row], workers: int, prober: VideoProber, journal: Path | None) -> Iterator[Row]:
+    """Probe the videos that the journal does not know, and yield the rows of all videos in their order.
 
-
-def _crashed(video: Row) -> Row:
-    return replace(video, left_out="crashes the process that reads it")
-
-
-class _Journal:
-    """Record of the videos that are probed, one JSON line each, so that an interrupted index resumes.
-
-    The first line states the options. A journal made with other options is overwritten; a line that is incomplete,
-    because the process was killed while writing it, is skipped.
+    No more rows are held than are worked on: all others lie in the journal.
     """
+    with Journal(journal, {"verify": prober.verify, "version": 2}) as book, Places() as places:
+        with ProgressReporter("videos probed", len(videos)) as progress:
+            for tasks, rows in run_chunks(prober, _unknown(videos, book, places, progress), workers, _crashed):
+                places.note([task.number for task in tasks], book.add([task.key for task in tasks], rows))
+                progress.add(len(rows))
+        for video, place in zip(videos, places, strict=True):
+            # The journal may come from another listing of the same files: names, labels and paths are of this one.
+            yield book.row(place, name=video.name, label=video.label, path=video.path)
 
-    def __init__(self, path: Path | None, prober: VideoProber) -> None:
-        self.path = path
-        self.known: dict[str, Row] = {}
-        self._head = json.dumps({"verify": prober.verify, "version": 2})
-        self._file: IO[str] | None = None
 
-    def __enter__(self) -> _Journal:
-        if self.path is not None:
-            self.known = dict(self._read())
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a" if self.known else "w", encoding="utf-8")
-            # The last line may be incomplete: the newline keeps the next record apart from it.
-            self._file.write("\n" if self.known else self._head + "\n")
-        return self
-
-    def add(self, key: str, row: Row) -> None:
-        """Append the row of one probed video."""
-        if self._file is not None:
-            self._file.write(json.dumps([key, asdict(row)]) + "\n")
-            self._file.flush()
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._file is not None and self.path is not None:
-            self._file.close()
-
-    def _read(self) -> Iterator[tuple[str, Row]]:
-        assert self.path is not None
-        if not self.path.is_file():
-            return
-        head, *lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
-        if head != self._head:
-            return
-        for line in lines:
-            try:
-                key, row = json.loads(line)
-            except ValueError:
+def _unknown(
+    videos: Iterable[Row], book: Journal, places: Places, progress: ProgressReporter
+) -> Iterator[list[ProbeTask]]:
+    """Yield the videos that the journal does not know, in chunks; the places of the others are noted on the way."""
+    numbered = enumerate(videos)
+    chunk: list[ProbeTask] = []
+    while block := [ProbeTask(number, _key(video), video) for number, video in islice(numbered, _LOOKED_UP)]:
+        known: dict[int, int] = {}
+        for task, place in zip(block, book.find([task.key for task in block]), strict=True):
+            if place is not None:
+                known[task.number] = place
                 continue
-            yield key, Row(**row)
+            chunk.append(task)
+            if len(chunk) == CHUNK:
+                yield chunk
+                chunk = []
+        places.note(known, known.values())
+        progress.add(len(known))
+    if chunk:
+        yield chunk
+
+
+def _crashed(task: ProbeTask) -> Row:
+    return replace(task.video, left_out="crashes the process that reads it")
 
 
 def _key(video: Row) -> str:
@@ -318,7 +332,7 @@ def _newest(source: str) -> float:
     """Time of the last change in a source, in seconds since 1970."""
     if os.path.isfile(source):
         return os.stat(source).st_mtime
-    # Folders count too: deleting or renaming a file changes the time of its folder only.
     files = find_files(source, lambda _: True)
+    # Folders count too: deleting or renaming a file changes the time of its folder only.
     folders = {source, *(os.path.dirname(path) for path in files)}
-    return max(os.lstat(path).st_mtime for path in [*folders, *files])
+    return max(os.lstat(path).st_mtime for path in chain(folders, files))

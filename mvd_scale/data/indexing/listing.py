@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
+from operator import attrgetter
 
 from mvd_scale.data.manifest import Row
+from mvd_scale.data.spool import Stored, store
 
 
 @dataclass(frozen=True)
 class Listing:
     """Videos of which only name, path (with offset and size in a tar file) and label are known."""
 
-    rows: list[Row]
+    rows: Stored[Row]
+    """The videos; many of them lie on disk, see `store_rows`."""
+
     classes: tuple[str, ...] = ()
 
 
@@ -33,13 +37,10 @@ class ListOptions:
     """Official split of HMDB51: 1, 2 or 3."""
 
 
-def merge_listings(listings: Sequence[Listing]) -> Listing:
-    """Concatenate listings; classes of the same name become one class, and labels are renumbered accordingly."""
-    classes = tuple(dict.fromkeys(name for listing in listings for name in listing.classes))
-    number = {name: label for label, name in enumerate(classes)}
-    rows = [
-        replace(row, label=number[listing.classes[row.label]]) if row.label >= 0 else row
-        for listing in listings
-        for row in listing.rows
-    ]
-    return Listing(rows, classes)
+def store_rows(rows: Iterable[Row]) -> Stored[Row]:
+    """Keep the rows of a listing: few of them in a list, many on disk."""
+    return store(rows, attrgetter(*_LISTED), lambda values: Row(**dict(zip(_LISTED, values, strict=True))))
+
+
+_LISTED = ("name", "path", "label", "offset", "size", "left_out")
+"""Fields of the rows of a listing that may differ from their defaults."""

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Self
 
 from mvd_scale.data.indexing.media_probe import probe_video
 from mvd_scale.data.indexing.transcode import TranscodeOptions, transcode
@@ -40,7 +41,7 @@ log = logging.getLogger("mvd_scale")
 
 
 @dataclass(frozen=True)
-class _Task:
+class Shard:
     """One shard to write, of consecutive usable videos."""
 
     number: int
@@ -60,14 +61,15 @@ class _Writer:
     encoding: TranscodeOptions | None
     timeout: float
 
-    def __call__(self, tasks: Sequence[_Task]) -> list[int]:
+    def __call__(self, tasks: Sequence[Shard]) -> list[int]:
         return [self._write(task) for task in tasks]
 
-    def _write(self, task: _Task) -> int:
+    def _write(self, task: Shard) -> int:
         """Write a shard and its index, and return the number of its videos, packed or left out."""
-        rows = []
         path = shard_path(self.folder, task.number)
+        # The index appears last: its presence marks the shard as complete.
         with (
+            _IndexWriter(index_path(path)) as index,
             _AtomicFile(path) as target,
             tarfile.open(fileobj=target.file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
         ):
@@ -76,18 +78,18 @@ class _Writer:
                 try:
                     row, data = self._read(video)
                 except DecodeError as error:
-                    rows.append(replace(video, left_out=error.reason))
+                    index.add(replace(video, left_out=error.reason))
                     continue
                 # Members are numbered: names from outside are never used as paths.
                 member = tarfile.TarInfo(f"{number:09d}{_suffix(row)}")
                 member.size = len(data)
                 start = target.file.tell()
                 tar.addfile(member, io.BytesIO(data))
+                tar.members.clear()  # type: ignore[attr-defined]  # kept for listings, one object for each video
                 # In a tar file, the data of a member follows its header of one block.
-                rows.append(replace(row, path=path, offset=start + tarfile.BLOCKSIZE, size=len(data)))
-        # The index is written last: its presence marks the shard as complete.
-        _write_text(index_path(path), json.dumps([asdict(row) for row in rows]))
-        return len(rows)
+                index.add(replace(row, path=path, offset=start + tarfile.BLOCKSIZE, size=len(data)))
+                self.manifest.release()
+        return task.stop - task.start
 
     def _read(self, video: Row) -> tuple[Row, bytes]:
         read = run_with_timeout(self.timeout, video.path, read_bytes, video.path, video.offset, video.size)
@@ -136,8 +138,7 @@ def shard_videos(
         UserError: the folder holds other shards or cannot be written, or a video crashes the process that reads it.
     """
     out, manifest = absolute(out), manifest.shared()
-    tasks = _divide(manifest, size)
-    _check_folder(out, manifest, size, encoding)
+    tasks = plan_shards(manifest, out, size=size, encoding=encoding)
     todo = [task for task in tasks if not _exists(index_path(shard_path(out, task.number)))]
     if len(todo) < len(tasks):
         log.info("%d of %d shards are complete already", len(tasks) - len(todo), len(tasks))
@@ -182,20 +183,26 @@ def _suffix(video: Row) -> str:
     return (_STILL_SUFFIXES if video.still else _VIDEO_SUFFIXES).get(video.codec, ".mp4")
 
 
-def _divide(manifest: Manifest, size: int) -> list[_Task]:
-    tasks: list[_Task] = []
+def plan_shards(manifest: Manifest, out: str, *, size: int, encoding: TranscodeOptions | None = None) -> list[Shard]:
+    """Divide the usable videos of a manifest into shards, and record in the folder what they are made from.
+
+    Raises:
+        UserError: the folder holds other shards or cannot be written.
+    """
+    _check_folder(out, manifest, size, encoding)
+    tasks: list[Shard] = []
     start, filled = 0, 0
     videos = chain.from_iterable(manifest.size[rows].tolist() for rows in manifest.usable_blocks())
     for number, video in enumerate(videos):
         if number > start and filled + video > size:
-            tasks.append(_Task(len(tasks), start, number))
+            tasks.append(Shard(len(tasks), start, number))
             start, filled = number, 0
         filled += video
     count = len(manifest.usable)
-    return [*tasks, _Task(len(tasks), start, count)] if start < count else tasks
+    return [*tasks, Shard(len(tasks), start, count)] if start < count else tasks
 
 
-def _packed_rows(manifest: Manifest, out: str, tasks: Sequence[_Task]) -> Iterator[Row]:
+def _packed_rows(manifest: Manifest, out: str, tasks: Sequence[Shard]) -> Iterator[Row]:
     """Rows of a manifest in their order, those of packed videos as the indices of their shards have them."""
     place = 0
     for task in tasks:
@@ -208,7 +215,7 @@ def _packed_rows(manifest: Manifest, out: str, tasks: Sequence[_Task]) -> Iterat
     yield from map(manifest.row, range(place, len(manifest)))
 
 
-def _raise_crashed(manifest: Manifest, task: _Task) -> int:
+def _raise_crashed(manifest: Manifest, task: Shard) -> int:
     first, last = (manifest.path[manifest.usable[video]] for video in (task.start, task.stop - 1))
     raise UserError(
         f"shard {task.number} cannot be written: one of its videos, from {first} to {last}, crashes the process that "
@@ -218,9 +225,10 @@ def _raise_crashed(manifest: Manifest, task: _Task) -> int:
 
 def _check_folder(out: str, manifest: Manifest, size: int, encoding: TranscodeOptions | None) -> None:
     """Check that the folder has no shards yet, or shards made from the same videos with the same options."""
-    digest = hashlib.sha256()
-    for number, path in enumerate(manifest.path):
-        digest.update((f"\n{path}" if number else path).encode("utf-8", "surrogateescape"))
+    digest, before = hashlib.sha256(), b""
+    for chunk in manifest.chunks("path"):
+        digest.update(before + b"\n".join(chunk.to_pylist()))
+        before = b"\n"
     places = digest.hexdigest()[:16]
     wanted = json.dumps(
         {
@@ -231,7 +239,8 @@ def _check_folder(out: str, manifest: Manifest, size: int, encoding: TranscodeOp
     )
     settings = f"{out.rstrip('/')}/{SETTINGS}"
     try:
-        existing = _read_text(settings)
+        content = _read_file(settings)
+        existing = None if content is None else content.decode()
         if existing is None:
             _write_text(settings, wanted)
     except OSError as error:
@@ -243,11 +252,13 @@ def _check_folder(out: str, manifest: Manifest, size: int, encoding: TranscodeOp
         )
 
 
-def _read_index(path: str) -> list[Row]:
-    text = _read_text(path)
-    if text is None:
+def _read_index(path: str) -> Iterator[Row]:
+    content = _read_file(path)
+    if content is None:
         raise UserError(f"{path}, the index of a shard, was removed while its manifest was written: start again")
-    return [Row(**row) for row in json.loads(text)]
+    for line in io.BytesIO(content):
+        if line not in (b"[\n", b"]\n"):
+            yield Row(**json.loads(line.removesuffix(b"\n").removesuffix(b",").decode()))
 
 
 class _AtomicFile:
@@ -256,7 +267,7 @@ class _AtomicFile:
     def __init__(self, path: str) -> None:
         self.path = path
 
-    def __enter__(self) -> _AtomicFile:
+    def __enter__(self) -> Self:
         if is_url(self.path):
             filesystem, inner = filesystem_of(self.path)
             # Object stores make a file visible only when it is closed.
@@ -279,14 +290,34 @@ class _AtomicFile:
                 self.partial.unlink()
 
 
+class _IndexWriter(_AtomicFile):
+    """Context manager that writes the index of a shard: a list in JSON, one row in a line."""
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self.file.write(b"[\n")
+        self._before = b""
+        return self
+
+    def add(self, row: Row) -> None:
+        """Append the row of a video."""
+        self.file.write(self._before + json.dumps(vars(row)).encode())
+        self._before = b",\n"
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None:
+            self.file.write(b"\n]\n")
+        super().__exit__(kind, *rest)
+
+
 def _write_text(path: str, text: str) -> None:
     with _AtomicFile(path) as target:
         target.file.write(text.encode())
 
 
-def _read_text(path: str) -> str | None:
+def _read_file(path: str) -> bytes | None:
     try:
-        return bytes(read_bytes(path)).decode() if _exists(path) else None
+        return bytes(read_bytes(path)) if _exists(path) else None
     except DecodeError as error:
         raise UserError(f"{error}. Remove this file, and start the command again") from error
 

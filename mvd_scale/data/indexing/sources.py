@@ -14,9 +14,9 @@ import logging
 import os
 import posixpath
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from glob import glob, has_magic
+from glob import has_magic, iglob
 
 from mvd_scale.data.filesystem import (
     MEDIA_SUFFIXES,
@@ -28,8 +28,9 @@ from mvd_scale.data.filesystem import (
     is_nothing,
     relative,
 )
-from mvd_scale.data.indexing.listing import Listing, ListOptions, merge_listings
+from mvd_scale.data.indexing.listing import Listing, ListOptions, store_rows
 from mvd_scale.data.manifest import Row
+from mvd_scale.data.spool import Mapped, Stored, store_sorted, store_texts
 from mvd_scale.data.storage import absolute, filesystem_of, is_url
 from mvd_scale.errors import UserError
 
@@ -52,20 +53,31 @@ def list_videos(sources: Sequence[str], options: ListOptions) -> Listing:
         UserError: a source does not exist, holds no videos, or is of no known form; or some sources have class names
             and others have labels without names.
     """
-    listings = [_list_one(source, options) for source in sources]
-    if len(listings) == 1:
-        return listings[0]
-    named = [bool(listing.classes) for listing in listings]
-    if all(named):
-        return merge_listings(listings)
-    if any(named) and any(row.label >= 0 for listing in listings if not listing.classes for row in listing.rows):
+    if len(sources) == 1:
+        return _list_one(sources[0], options)
+    number: dict[str, int] = {}
+    named, numbered = [], []
+
+    def rows() -> Iterator[Row]:
+        """Yield the rows of one listing after the other; classes of the same name become one class."""
+        for source in sources:
+            listing = _list_one(source, options)
+            labels = [number.setdefault(name, len(number)) for name in listing.classes]
+            named.append(bool(labels))
+            numbered.append(False)
+            for row in listing.rows:
+                if labels and row.label >= 0:
+                    row = replace(row, label=labels[row.label])
+                numbered[-1] |= not labels and row.label >= 0
+                yield row
+
+    listed = store_rows(rows())
+    if any(named) and any(numbered):
         raise UserError(
             f"{sources[named.index(True)]} has class names, but {sources[named.index(False)]} has class numbers only: "
             "their labels cannot be combined in one manifest. Index each source into a manifest of its own"
         )
-    if any(named):
-        return merge_listings(listings)
-    return Listing([row for listing in listings for row in listing.rows])
+    return Listing(listed, tuple(number))
 
 
 def _list_one(source: str, options: ListOptions) -> Listing:
@@ -75,16 +87,16 @@ def _list_one(source: str, options: ListOptions) -> Listing:
     suffix = posixpath.splitext(source)[1].lower()
     if is_dir(source):
         folds = find_files(source, _is_fold)
-        return list_folds(folds, source, options) if folds else _list_folder(source)
+        return list_folds(list(folds), source, options) if folds else _list_folder(source)
     if has_magic(source) and not exists(source):
         paths = _glob(source)
         if not paths:
             raise UserError(f"no file matches {source}: expected a pattern such as 'videos/*/*.mp4', in quotes")
         if all(_is_fold(path) for path in paths):
-            return list_folds(paths, posixpath.dirname(source), options)
+            return list_folds(list(paths), posixpath.dirname(source), options)
         if all(is_media(path) and not is_dir(path) for path in paths):
-            return _list_paths(paths, _fixed_part(source))
-        return list_videos(paths, options)
+            return list_paths(paths, _fixed_part(source))
+        return list_videos(list(paths), options)
     if not exists(source):
         raise UserError(f"data.source {source} does not exist: expected a manifest (.parquet), or {SOURCE_FORMS}")
     if suffix == ".tar":
@@ -102,7 +114,7 @@ def _list_one(source: str, options: ListOptions) -> Listing:
 def _list_folder(folder: str) -> Listing:
     """Videos below a folder, sorted by name; with labels if every video lies in a sub-folder, which names its class."""
     files = find_files(folder, lambda _: True)
-    paths = [path for path in files if is_media(path)]
+    paths = store_texts(path for path in files if is_media(path))
     others = count_by_kind(path for path in files if not is_media(path))
     if not paths:
         holds = f", which holds {others}" if others else ""
@@ -113,18 +125,22 @@ def _list_folder(folder: str) -> Listing:
         )
     if others:
         log.info("%d files of %s are not taken, by their suffixes: %s", len(files) - len(paths), folder, others)
-    return _list_paths(paths, folder)
+    return list_paths(paths, folder)
 
 
-def _list_paths(paths: Sequence[str], folder: str) -> Listing:
-    names = [relative(path, folder) for path in paths]
-    rows = [_with_valid_name(Row(name=name, path=absolute(path))) for name, path in zip(names, paths, strict=True)]
-    names = [row.name for row in rows]
-    if not all("/" in name for name in names):
+def list_paths(paths: Iterable[str], folder: str) -> Listing:
+    """Videos at some paths, named relative to a folder, with labels if every one lies in a class folder."""
+    rows = store_rows(_with_valid_name(Row(name=relative(path, folder), path=absolute(path))) for path in paths)
+    if not all("/" in row.name for row in rows):
         return Listing(rows)
-    classes = sorted({name.split("/")[0] for name in names})
+    classes = sorted({_class(row) for row in rows})
     number = {name: label for label, name in enumerate(classes)}
-    return Listing([replace(row, label=number[row.name.split("/")[0]]) for row in rows], tuple(classes))
+    return Listing(Mapped(lambda row: replace(row, label=number[_class(row)]), rows), tuple(classes))
+
+
+def _class(row: Row) -> str:
+    """Name of the class folder of a video."""
+    return row.name.split("/")[0]
 
 
 def _with_valid_name(row: Row) -> Row:
@@ -137,25 +153,24 @@ def _with_valid_name(row: Row) -> Row:
     return row
 
 
-def _glob(pattern: str) -> list[str]:
+def _glob(pattern: str) -> Stored[str]:
     """Paths that match a pattern, sorted; those that are nothing only if the pattern has their names."""
     if is_url(pattern):
         filesystem, inner = filesystem_of(pattern)
-        paths = [str(filesystem.unstrip_protocol(path)) for path in filesystem.glob(inner)]
-        return sorted(path for path in paths if not is_nothing(relative(path, _fixed_part(pattern))))
+        paths = (str(filesystem.unstrip_protocol(path)) for path in filesystem.glob(inner))
+        return store_sorted(path for path in paths if not is_nothing(relative(path, _fixed_part(pattern))))
     start = _fixed_part(pattern)
     wished = "/." in pattern.removeprefix(start)
-    found = (path for path in glob(pattern, recursive=True) if wished or not is_nothing(path.removeprefix(start)))
+    matching = (path for path in iglob(pattern, recursive=True) if wished or not is_nothing(path.removeprefix(start)))
+    found = store_sorted(matching)
     if "**" not in pattern:
-        return sorted(found)
+        return found
     # A link to a parent folder leads to the same folder by many paths: the shortest one is meant.
-    folders: dict[str, list[str]] = {}
-    for path in found:
-        folders.setdefault(posixpath.dirname(path), []).append(path)
     real: dict[str, str] = {}
-    for folder in sorted(folders, key=lambda name: (name.count("/"), name)):
+    for folder in sorted({posixpath.dirname(path) for path in found}, key=lambda name: (name.count("/"), name)):
         real.setdefault(os.path.realpath(folder), folder)
-    return sorted(path for folder in real.values() for path in folders[folder])
+    meant = set(real.values())
+    return store_texts(path for path in found if posixpath.dirname(path) in meant)
 
 
 def _fixed_part(pattern: str) -> str:

@@ -8,7 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -20,10 +20,13 @@ import torch
 
 from mvd_scale.config import DataConfig, ModelConfig
 from mvd_scale.data.columns import BLOCK, encode_texts
-from mvd_scale.data.indexing.build import build_manifest
+from mvd_scale.data.indexing.build import ProbeTask, VideoProber, build_manifest, index_videos, merge
+from mvd_scale.data.indexing.shards import plan_shards, save_manifest, shard_videos
+from mvd_scale.data.indexing.sources import list_paths
 from mvd_scale.data.indexing.statistics import Statistics
 from mvd_scale.data.loaders.clip_loader import BatchPlan, ClipLoader
 from mvd_scale.data.manifest import SCHEMA, Manifest, Row
+from mvd_scale.data.spool import store_sorted
 from mvd_scale.distributed.data_rank import DataRank
 from mvd_scale.performance.benchmarks.timing import run_in_subprocess
 from mvd_scale.performance.benchmarks.videos import encode_pictures
@@ -40,6 +43,7 @@ _MORE = 10
 _VIDEOS = (("libx264", (64, 48)), ("libx264", (80, 64)), ("libvpx-vp9", (64, 48)), ("libvpx-vp9", (96, 64)))
 _FRAMES = 64
 _DIGITS = 8
+_SHARD = 1_000_000_000
 _INTERVAL = 0.05
 """Seconds between two readings of the memory of all processes."""
 
@@ -62,16 +66,27 @@ class Start:
 
 @dataclass(frozen=True)
 class Size:
-    """Sizes of the files of one manifest, MiB, and the cost of its statistics."""
+    """Sizes of the files of one manifest, MiB."""
 
     rows: int
     parquet_mib: float
     columns_mib: float
     """Files that the processes of a host map: columns and order of one epoch."""
-    stats_seconds: float
-    """Seconds of `data stats` once the columns exist."""
-    stats_mib: float
-    """Most private memory (USS) of that process, MiB."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of `mvd-scale data` on one manifest."""
+
+    rows: int
+    name: str
+    seconds: float
+    most_mib: float
+    """Most private memory (USS) of its process, MiB."""
+    more_mib: float
+    """That of the process before the command, subtracted from the most: MiB."""
+    worker_mib: float
+    """Most private memory (USS) of a worker, MiB; 0 without workers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,22 +96,27 @@ class ManifestReport(Report):
     kind: Literal["manifest"] = "manifest"
     starts: list[Start]
     sizes: list[Size]
+    commands: list[Command]
 
     def setting(self) -> dict[str, Any]:
         """Return the numbers of rows and workers."""
         return {"rows": [size.rows for size in self.sizes], "workers": sorted({start.workers for start in self.starts})}
 
     def values(self) -> Iterator[tuple[str, Metric]]:
-        """Yield seconds and memory of every start."""
+        """Yield seconds and memory of every start and every command."""
         for start in self.starts:
             name = f"{start.rows} rows, {start.start} start, {start.workers} workers"
             yield f"{name}: s to the first batch", Metric(start.seconds)
             yield f"{name}: MiB of the rank", Metric(start.rank_mib)
             if start.workers:
                 yield f"{name}: MiB of a worker", Metric(start.worker_mib)
+        for command in self.commands:
+            name = f"{command.rows} rows, data {command.name}"
+            yield f"{name}: s", Metric(command.seconds)
+            yield f"{name}: MiB", Metric(command.most_mib)
 
     def to_text(self) -> str:
-        """Format as two tables; memory also as the difference from a manifest of `FEW` rows."""
+        """Format as three tables; memory also as the difference from a manifest of `FEW` rows."""
         few = {(start.start, start.workers): start for start in self.starts if start.rows == FEW}
         lines = [
             self.machine.title(),
@@ -113,11 +133,15 @@ class ManifestReport(Report):
             lines.append(
                 f"{start.rows:>10} {start.start:<6}{start.workers:>8}{start.seconds:>18.1f}{rank:>18}{worker:>18}"
             )
-        lines += ["", f"{'rows':>10}{'Parquet MiB':>13}{'mapped MiB':>12}{'data stats s':>14}{'MiB':>8}"]
+        lines += ["", f"{'rows':>10}{'Parquet MiB':>13}{'mapped MiB':>12}"]
         for size in self.sizes:
+            lines.append(f"{size.rows:>10}{size.parquet_mib:>13.1f}{size.columns_mib:>12.1f}")
+        lines += ["", f"{'rows':>10} {'command':<16}{'s':>8}{'most MiB':>10}{'by the command':>16}{'worker MiB':>12}"]
+        for command in self.commands:
+            worker = f"{command.worker_mib:.0f}" if command.worker_mib else ""
             lines.append(
-                f"{size.rows:>10}{size.parquet_mib:>13.1f}{size.columns_mib:>12.1f}{size.stats_seconds:>14.1f}"
-                f"{size.stats_mib:>8.0f}"
+                f"{command.rows:>10} {command.name:<16}{command.seconds:>8.1f}{command.most_mib:>10.0f}"
+                f"{command.more_mib:>16.0f}{worker:>12}"
             )
         return "\n".join(lines)
 
@@ -130,7 +154,7 @@ def measure_manifest(rows: Sequence[int], workers: Sequence[int], work: Path) ->
         workers: numbers of worker processes.
         work: folder for videos, manifests and the files that processes map; existing manifests are reused.
     """
-    starts, sizes = [], []
+    starts, sizes, commands = [], [], []
     for count in sorted({FEW, *rows}):
         path = make_manifest(work, count)
         for number in workers:
@@ -139,12 +163,16 @@ def measure_manifest(rows: Sequence[int], workers: Sequence[int], work: Path) ->
             shutil.rmtree(cache, ignore_errors=True)
             cache.mkdir()
             for start in ("first", "later"):
-                figures = run_in_subprocess(_measure_start, str(path), number, str(cache))
-                starts.append(Start(count, start, number, *figures))
+                memory = run_in_subprocess(_measure_start, str(path), number, str(cache))
+                starts.append(Start(count, start, number, *memory))
         mapped = sum(file.stat().st_size for file in cache.rglob("*.columns"))
-        seconds, mib = run_in_subprocess(_measure_stats, str(path), str(cache))
-        sizes.append(Size(count, path.stat().st_size / 2**20, mapped / 2**20, seconds, mib))
-    return ManifestReport(machine=this_machine(torch.device("cpu")), starts=starts, sizes=sizes)
+        sizes.append(Size(count, path.stat().st_size / 2**20, mapped / 2**20))
+        for name in COMMANDS:
+            if count <= MOST_ROWS.get(name, count):
+                figures = run_in_subprocess(_measure_command, name, str(path), str(cache))
+                commands.append(Command(count, name, *figures))
+    machine = this_machine(torch.device("cpu"))
+    return ManifestReport(machine=machine, starts=starts, sizes=sizes, commands=commands)
 
 
 def make_manifest(work: Path, rows: int) -> Path:
@@ -209,12 +237,62 @@ def _measure_start(path: str, workers: int, cache: str) -> tuple[float, float, f
     return seconds, memory.own, memory.child
 
 
-def _measure_stats(path: str, cache: str) -> tuple[float, float]:
+def _measure_command(name: str, path: str, cache: str) -> tuple[float, float, float, float]:
+    """Measure a command: seconds, most private memory of this process, share of the command in it, and of a worker."""
     _keep_files_in(cache)
+    before = _private_mib(psutil.Process().memory_full_info)
     started = time.perf_counter()
-    with _MemoryReader() as memory:
-        Statistics.from_manifest(Manifest.load(path)).to_text()
-    return time.perf_counter() - started, memory.own
+    with _MemoryReader() as memory, tempfile.TemporaryDirectory(dir=cache) as out:
+        COMMANDS[name](Path(path), Path(out))
+        memory.read()
+    return time.perf_counter() - started, memory.own, memory.own - before, memory.child
+
+
+@dataclass(frozen=True)
+class _KnownVideos(VideoProber):
+    """Prober of links to known videos, which opens no file."""
+
+    videos: dict[str, Row] = field(default_factory=dict)
+    """Row of each video by the name of its file."""
+
+    def __call__(self, tasks: Sequence[ProbeTask]) -> list[Row]:
+        return [replace(self.videos[os.path.basename(task.video.path)], path=task.video.path) for task in tasks]
+
+
+def _index(path: Path, out: Path) -> None:
+    """Index the paths of a manifest, all but the reading of folders and videos."""
+    manifest = Manifest.load(path)
+    first = (manifest.row(number) for number in range(min(len(manifest), len(_VIDEOS))))
+    prober = _KnownVideos(videos={os.path.basename(row.path): row for row in first})
+    paths = store_sorted(text.decode() for chunk in manifest.chunks("path") for text in chunk.to_pylist())
+    listing = list_paths(paths, str(path.parent))
+    index_videos(listing, "", "", workers=1, prober=prober, journal=out / "journal").save(out / "index.parquet")
+
+
+def _merge(path: Path, out: Path) -> None:
+    """Merge a manifest that is the only part of its source."""
+    merge([replace(Manifest.load(path), part=(1, 1))]).save(out / "merged.parquet")
+
+
+def _stats(path: Path, out: Path) -> None:
+    (out / "stats.txt").write_text(Statistics.from_manifest(Manifest.load(path)).to_text())
+
+
+def _shard_plan(path: Path, out: Path) -> None:
+    plan_shards(Manifest.load(path), str(out / "shards"), size=_SHARD)
+
+
+def _shard(path: Path, out: Path) -> None:
+    save_manifest(shard_videos(Manifest.load(path), str(out), size=_SHARD, workers=1), str(out))
+
+
+COMMANDS: dict[str, Callable[[Path, Path], None]] = {
+    "index": _index, "merge": _merge, "stats": _stats, "shard, its plan": _shard_plan, "shard": _shard
+}  # fmt: skip
+"""Commands by name: functions of the manifest and of a folder for what they write."""
+
+MOST_ROWS = {"index": 1_000_000, "shard": 100_000}
+"""Rows up to which commands are measured that take long, or as much disk as all videos."""
 
 
 def _keep_files_in(folder: str) -> None:

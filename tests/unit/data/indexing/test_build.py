@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -199,6 +202,48 @@ def test_an_index_goes_on_where_it_was_killed(tmp_path, videos, monkeypatch):
     assert asked == ["2.webm", "6.webm", "7.mp4", "8.webm", "9.mp4"]
 
 
+def test_a_large_index_is_that_of_a_small_one_and_holds_few_rows(tmp_path, videos, monkeypatch):
+    """By threshold, listing, journal and rows of a large index lie on disk; of its rows, few are objects."""
+    for k in range(300):
+        (tmp_path / "v" / f"c{k % 3}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "v" / f"c{k % 3}" / f"{k}.mp4").symlink_to(videos / "1.mp4")
+    (tmp_path / "v" / "c1" / "loop").symlink_to("..")
+    (tmp_path / "v" / "c0" / "notes.txt").touch()
+    known = build_manifest(videos / "1.mp4", workers=1).row(0)
+    asked: list[str] = []
+    alive: list[int] = []
+
+    def fake(video: Row, **options: object) -> Row:
+        asked.append(video.name)
+        if len(asked) % 30 == 0:
+            alive.append(sum(type(thing) is Row for thing in gc.get_objects()))
+        return replace(known, name=video.name, path=video.path)
+
+    monkeypatch.setattr("mvd_scale.data.indexing.build.probe_video", fake)
+    small = build_manifest(tmp_path / "v", workers=100)
+    assert small.classes == ("c0", "c1", "c2")
+    assert small.path == sorted(small.path)
+    assert len(small) == 300
+    monkeypatch.setattr("mvd_scale.data.spool.IN_MEMORY", 8)
+    monkeypatch.setattr("mvd_scale.data.indexing.journal.RUN", 8)
+    monkeypatch.setattr("mvd_scale.data.indexing.build._LOOKED_UP", 8)
+    monkeypatch.setattr("mvd_scale.data.indexing.build.CHUNK", 4)
+    monkeypatch.setattr("mvd_scale.data.manifest.MAPPED_FROM", 10)
+    monkeypatch.setattr("mvd_scale.data.manifest._SPOOLED", 10)
+    monkeypatch.setattr("mvd_scale.data.worker_pool.MAX_INLINE_ITEMS", 0)
+    monkeypatch.setattr("mvd_scale.data.worker_pool._pool", lambda workers: ThreadPoolExecutor(workers))
+    asked.clear()
+    alive.clear()
+    source, journal = str(tmp_path / "v"), tmp_path / "journal"
+    large = build_manifest(source, workers=1, journal=journal)
+    assert large.rows == small.rows
+    assert large.digest == small.digest
+    assert max(alive) < 60, "rows that are objects at a time"
+    parts = [build_manifest(source, workers=1, journal=journal, part=(number, 7)) for number in range(1, 8)]
+    assert len(asked) == 300, "the journal knows all videos"
+    assert merge(parts).rows == small.rows
+
+
 def test_processes_find_what_one_finds(videos, monkeypatch):
     monkeypatch.setattr("mvd_scale.data.worker_pool.MAX_INLINE_ITEMS", 0)
     monkeypatch.setattr("mvd_scale.data.indexing.build.CHUNK", 2)
@@ -213,9 +258,9 @@ def kill_at_three(numbers: Sequence[int]) -> list[int]:
 
 def test_a_video_that_kills_its_process_kills_nothing_else(monkeypatch, pytestconfig):
     monkeypatch.syspath_prepend(pytestconfig.rootpath)  # so that a new process can import `kill_at_three`
-    chunks = [[0, 1], [2, 3, 4], [5], [6, 7]]
+    chunks = iter([(0, 1), (2, 3, 4), (5,), (6, 7)])
     results = dict(run_chunks(kill_at_three, chunks, 2, lambda number: -number, inline_limit=0))
-    assert results == {0: [0, 10], 1: [20, -3, 40], 2: [50], 3: [60, 70]}
+    assert results == {(0, 1): [0, 10], (2, 3, 4): [20, -3, 40], (5,): [50], (6, 7): [60, 70]}
 
 
 def test_a_read_that_hangs_is_given_up(tmp_path, encode):

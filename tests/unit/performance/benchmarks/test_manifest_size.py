@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from mvd_scale.cli import cli
+from mvd_scale.data import worker_pool
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.performance.benchmarks import manifest_size
 from mvd_scale.performance.benchmarks.manifest_size import make_manifest
@@ -39,7 +40,9 @@ def test_each_row_has_a_path_of_its_own_that_leads_to_a_video(tmp_path):
     assert len({row.duration for row in rows}) > 40
 
 
-def test_starts_are_told_beside_those_of_few_rows(tmp_path, here):
+def test_starts_and_commands_are_told_beside_those_of_few_rows(tmp_path, here, monkeypatch):
+    monkeypatch.setattr(worker_pool, "MAX_INLINE_ITEMS", 10_000)
+    monkeypatch.setattr(manifest_size, "MOST_ROWS", {"index": 0, "shard": 0})
     arguments = ["bench", "manifest", "--rows", "2000", "--workers", "0", "--work", str(tmp_path)]
     text = CliRunner().invoke(cli, arguments, catch_exceptions=False).output
     starts = [line.split()[:3] for line in text.splitlines() if " first " in line or " later " in line]
@@ -47,3 +50,16 @@ def test_starts_are_told_beside_those_of_few_rows(tmp_path, here):
         [rows, start, "0"] for rows in ("1000", "2000") for start in ("first", "later")
     ]
     assert "Parquet MiB" in text
+    commands = [line.split()[:2] for line in text.partition(" command ")[2].splitlines()[1:]]
+    assert commands == [[rows, name] for rows in ("1000", "2000") for name in ("merge", "stats", "shard,")]
+
+
+def test_what_is_measured_has_the_rows_of_the_manifest(tmp_path, monkeypatch):
+    monkeypatch.setattr(worker_pool, "MAX_INLINE_ITEMS", 10_000)
+    path = make_manifest(tmp_path, 50)
+    manifest_size._index(path, tmp_path)
+    made, index = Manifest.load(path), Manifest.load(tmp_path / "index.parquet")
+    assert index.path == sorted(made.path)
+    assert sorted(index.codec) == sorted(made.codec)
+    manifest_size._shard(path, tmp_path)
+    assert Manifest.load(tmp_path / "manifest.parquet").digest == made.digest
