@@ -203,14 +203,19 @@ def samples(out: Path) -> None:
 
 @data.command()
 @click.option(
-    "--kind", type=click.Choice(["appearance", "motion"]), required=True, help="Property that the label describes."
-)
+    "--kind", type=click.Choice(["appearance", "motion", "directions"]), required=True,
+    help="Property that the label describes: a texture, left or right, or one of eight directions.",
+)  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for train/ and test/.")
 @click.option("--train", type=click.IntRange(min=1), default=100, show_default=True, help="Training videos per class.")
 @click.option("--test", type=click.IntRange(min=1), default=25, show_default=True, help="Test videos per class.")
+@click.option(
+    "--validation", type=click.IntRange(min=0), default=0, show_default=True,
+    help="Validation videos per class; without any, the test has their objects too.",
+)  # fmt: skip
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of all random choices.")
-def synth(kind: Any, out: Path, train: int, test: int, seed: int) -> None:
+def synth(kind: Any, out: Path, train: int, test: int, validation: int, seed: int) -> None:
     """Make labelled videos of moving textures, whose label depends on appearance only, or on motion only."""
     from mvd_scale.data.generated.synthetic import write_synthetic_videos
 
-    click.echo(write_synthetic_videos(kind, out, train=train, test=test, seed=seed))
+    click.echo(write_synthetic_videos(kind, out, train=train, test=test, validation=validation, seed=seed))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -51,18 +51,24 @@ class IndexStage(BaseStage):
 
 
 class SynthStage(BaseStage):
-    """Stage that makes labelled synthetic videos in the folders `train/` and `test/` of its folder."""
+    """Stage that makes labelled synthetic videos in the folders `train/`, `validation/` and `test/` of its folder."""
 
     kind: Literal["synth"]
 
-    label: Literal["appearance", "motion"]
-    """Property that the label describes: the appearance of an object, or the direction of motion."""
+    label: Literal["appearance", "motion", "directions"]
+    """Property that the label describes: the appearance of an object, or the direction of motion, of two or eight."""
 
     train: int = Field(default=100, gt=0)
     """Number of training videos per class."""
 
     test: int = Field(default=25, gt=0)
     """Number of test videos per class."""
+
+    validation: int = Field(default=0, ge=0)
+    """Number of validation videos per class; without any, the test has their objects too."""
+
+    seed: int = Field(default=0, ge=0)
+    """Seed of all random choices."""
 
 
 class TrainStage(BaseStage):
@@ -114,6 +120,33 @@ class EvaluateStage(BaseStage):
     """Device of the test. `auto`: a GPU if there is one, else the CPU."""
 
 
+class ProbeStage(BaseStage):
+    """Stage that judges a frozen encoder by a linear layer on its features; its folder holds `linear/summary.json`."""
+
+    kind: Literal["probe"]
+
+    checkpoint: Path
+    """Weights of the encoder, in any format that `mvd-scale inspect` knows."""
+
+    train: str
+    """Labelled videos to fit the layer to, as `source` of a test."""
+
+    test: str
+    """Labelled videos to judge it on, with the same classes."""
+
+    stride: int = Field(default=4, gt=0)
+    """Frames from one sampled frame of a clip to the next; one clip from the middle of each video."""
+
+    decay: float = Field(default=1e-3, ge=0)
+    """L2 penalty of the layer."""
+
+    batch: int = Field(default=8, gt=0)
+    """Number of videos per batch of a rank."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Device of the encoder. `auto`: a GPU if there is one, else the CPU."""
+
+
 class CompareStage(BaseStage):
     """Stage that compares two tests of the same videos; its folder holds `comparison.json`."""
 
@@ -145,7 +178,15 @@ class DrawStage(BaseStage):
 
 
 Stage = Annotated[
-    SamplesStage | SynthStage | IndexStage | PretrainStage | FinetuneStage | EvaluateStage | CompareStage | DrawStage,
+    SamplesStage
+    | SynthStage
+    | IndexStage
+    | PretrainStage
+    | FinetuneStage
+    | EvaluateStage
+    | ProbeStage
+    | CompareStage
+    | DrawStage,
     Field(discriminator="kind"),
 ]
 
@@ -192,12 +233,9 @@ class Pipeline(Section):
     def resolved(self, name: str) -> dict[str, Any]:
         """Fields of a stage, in which each `{name}` is replaced by the folder of that stage."""
         folders = {other: str(self.place(other)) for other in self.stages}
-        values = _map_texts(
-            self.stages[name].model_dump(mode="json", exclude_unset=True),
-            lambda text: _REFERENCE.sub(lambda found: folders[found[1]], text),
-        )
-        assert isinstance(values, dict)
-        return values
+        values = self.stages[name].model_dump(mode="json", exclude_unset=True)
+        resolved: dict[str, Any] = replace_references(values, folders)
+        return resolved
 
 
 _REFERENCE = re.compile(r"\{(\w+)\}")
@@ -205,7 +243,17 @@ _REFERENCE = re.compile(r"\{(\w+)\}")
 
 def references(stage: BaseStage) -> list[str]:
     """Names of the stages to whose folders a stage refers."""
-    return [name for text in _texts(stage.model_dump(mode="json")) for name in _REFERENCE.findall(text)]
+    return find_references(stage.model_dump(mode="json"))
+
+
+def find_references(values: Any) -> list[str]:
+    """Names in braces in the texts of nested mappings and lists."""
+    return [name for text in _texts(values) for name in _REFERENCE.findall(text)]
+
+
+def replace_references(values: Any, texts: Mapping[str, str]) -> Any:
+    """Replace each `{name}` in nested mappings and lists by the text of that name; unknown names stay."""
+    return _map_texts(values, lambda text: _REFERENCE.sub(lambda found: texts.get(found[1], found[0]), text))
 
 
 def list_pipelines() -> list[str]:

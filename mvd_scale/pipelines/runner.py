@@ -10,7 +10,6 @@ import logging
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -27,7 +26,9 @@ from mvd_scale.config.pipeline import (
     IndexStage,
     Pipeline,
     PretrainStage,
+    ProbeStage,
     SamplesStage,
+    Stage,
     SynthStage,
     TrainStage,
     references,
@@ -36,6 +37,8 @@ from mvd_scale.distributed.free_port import free_port
 from mvd_scale.distributed.hostfile import read_hostfile
 from mvd_scale.distributed.remote_command import remote_words
 from mvd_scale.errors import UserError
+from mvd_scale.pipelines.stage_job import StageJob
+from mvd_scale.utils.io import write_atomic
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -63,21 +66,21 @@ def run_pipeline(pipeline: Pipeline) -> None:
         ranks = sum(read_hostfile(str(pipeline.hostfile)).values())
     for recipe in recipes.values():
         recipe.micro_batch_and_accumulation(ranks)
-    with _exclusive_lock(pipeline.folder) as lock:
+    with exclusive_lock(pipeline.folder) as lock:
         for number, name in enumerate(pipeline.stages, start=1):
             stage, mark = pipeline.stages[name], pipeline.folder / f".{name}.done"
             label = f"stage {number}/{len(pipeline.stages)}, {name}"
             wanted = _fingerprint(pipeline, name)
-            if _output(pipeline, name).exists() and mark.is_file() and mark.read_text() == wanted:
+            if stage_output(pipeline, name).exists() and mark.is_file() and mark.read_text() == wanted:
                 logger.info("%s: is done already", label)
                 continue
             logger.info("%s: %s", label, stage.title or stage.kind)
             if name in recipes:
-                _train(pipeline, name, recipes[name], ranks, lock)
-            elif isinstance(stage, EvaluateStage):
-                _evaluate(pipeline, name, ranks, lock)
+                write_recipe(pipeline, name)
+            if runs_on_ranks(stage):
+                _launch(pipeline, name, ranks, lock)
             else:
-                _run_local_stage(pipeline, name)
+                run_local_stage(pipeline, name)
             mark.write_text(wanted)
     _print_summary(pipeline, list(recipes), ranks, time.monotonic() - started)
 
@@ -107,7 +110,7 @@ def _fingerprint(pipeline: Pipeline, name: str) -> str:
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
-def _output(pipeline: Pipeline, name: str) -> Path:
+def stage_output(pipeline: Pipeline, name: str) -> Path:
     """Path that exists when a stage is finished."""
     stage, place = pipeline.stages[name], pipeline.place(name)
     if isinstance(stage, DrawStage):
@@ -120,12 +123,13 @@ def _output(pipeline: Pipeline, name: str) -> Path:
         PretrainStage: "summary.json" if any(place.glob("students/*")) else "encoder.safetensors",
         FinetuneStage: "classifier.safetensors",
         EvaluateStage: "summary.json",
+        ProbeStage: "linear/summary.json",
         CompareStage: "comparison.json",
     }
     return place / made[type(stage)]
 
 
-def _run_local_stage(pipeline: Pipeline, name: str) -> None:
+def run_local_stage(pipeline: Pipeline, name: str) -> None:
     """Run a stage that needs only one process, in this process."""
     place = pipeline.place(name)
     stage = type(pipeline.stages[name]).model_validate(pipeline.resolved(name))
@@ -136,7 +140,8 @@ def _run_local_stage(pipeline: Pipeline, name: str) -> None:
     elif isinstance(stage, SynthStage):
         from mvd_scale.data.generated.synthetic import write_synthetic_videos
 
-        write_synthetic_videos(stage.label, place, train=stage.train, test=stage.test)
+        counts = {"train": stage.train, "validation": stage.validation, "test": stage.test}
+        write_synthetic_videos(stage.label, place, **counts, seed=stage.seed)
     elif isinstance(stage, IndexStage):
         _index(stage, place)
     elif isinstance(stage, CompareStage):
@@ -162,26 +167,54 @@ def _index(stage: IndexStage, place: Path) -> None:
     journal.unlink()
 
 
-def _train(pipeline: Pipeline, name: str, recipe: RunRecipe, ranks: int, lock: int) -> None:
-    """Run a training stage under the `deepspeed` launcher; its resolved recipe is written beside its folder."""
-    from mvd_scale.utils.io import write_atomic
-
-    file = pipeline.folder / f"{name}.yaml"
-    write_atomic(file, recipe.to_yaml())
-    _launch(pipeline, name, [pipeline.stages[name].kind, "--recipe", str(file)], ranks, lock, recipe.device)
+def runs_on_ranks(stage: Stage) -> bool:
+    """Whether a stage is a command that runs on all ranks, not work of the pipeline's own process."""
+    return isinstance(stage, TrainStage | EvaluateStage | ProbeStage)
 
 
-def _evaluate(pipeline: Pipeline, name: str, ranks: int, lock: int) -> None:
-    stage = EvaluateStage.model_validate(pipeline.resolved(name))
-    arguments = ["evaluate", str(stage.checkpoint), stage.source, "--out", str(pipeline.place(name))]
-    views = {} if stage.views is None else stage.views.model_dump(exclude_unset=True)
-    for option, value in (views | {"batch": stage.batch, "device": stage.device, "root": stage.root}).items():
+def stage_device(pipeline: Pipeline, name: str) -> str:
+    """Device of a stage that runs on ranks: auto, cuda or cpu."""
+    stage = pipeline.stages[name]
+    if isinstance(stage, TrainStage):
+        return stage_recipe(pipeline, name).device
+    assert isinstance(stage, EvaluateStage | ProbeStage)
+    return stage.device
+
+
+def stage_arguments(pipeline: Pipeline, name: str) -> list[str]:
+    """Arguments of `mvd-scale` by which a stage runs on ranks, see `recipe_file` for its recipe."""
+    stage = type(pipeline.stages[name]).model_validate(pipeline.resolved(name))
+    if isinstance(stage, TrainStage):
+        return [pipeline.stages[name].kind, "--recipe", str(recipe_file(pipeline, name))]
+    options: dict[str, Any]
+    if isinstance(stage, ProbeStage):
+        words = ["probe", "linear", str(stage.checkpoint), "--train", stage.train, "--test", stage.test]
+        options = {"stride": stage.stride, "decay": stage.decay}
+    else:
+        assert isinstance(stage, EvaluateStage)
+        words = ["evaluate", str(stage.checkpoint), stage.source]
+        options = {} if stage.views is None else stage.views.model_dump(exclude_unset=True)
+        options |= {"root": stage.root}
+    words += ["--out", str(pipeline.place(name))]
+    for option, value in (options | {"batch": stage.batch, "device": stage.device}).items():
         if value is not None:
-            arguments += [f"--{option}", str(value)]
-    _launch(pipeline, name, arguments, ranks, lock, stage.device)
+            words += [f"--{option}", str(value)]
+    return words
 
 
-def _launch(pipeline: Pipeline, name: str, arguments: list[str], ranks: int, lock: int, device: str) -> None:
+def recipe_file(pipeline: Pipeline, name: str) -> Path:
+    """File of the resolved recipe of a training stage, beside its folder."""
+    return pipeline.folder / f"{name}.yaml"
+
+
+def write_recipe(pipeline: Pipeline, name: str) -> None:
+    """Write the resolved recipe of a training stage."""
+    write_atomic(recipe_file(pipeline, name), stage_recipe(pipeline, name).to_yaml())
+
+
+def _launch(pipeline: Pipeline, name: str, ranks: int, lock: int) -> None:
+    """Run a stage under the `deepspeed` launcher."""
+    arguments, device = stage_arguments(pipeline, name), stage_device(pipeline, name)
     words = ["mvd_scale", *arguments]
     if pipeline.hostfile is None:
         # What the `deepspeed` command runs on a single host, without the 3 seconds that the command takes.
@@ -192,18 +225,12 @@ def _launch(pipeline: Pipeline, name: str, arguments: list[str], ranks: int, loc
         words = remote_words("mvd_scale", arguments)
     command = [sys.executable, "-m", *launcher, "--master_port", str(free_port())]
     command += ["--no_local_rank", "--quiet", "--module", *words]
-    # `held` is the write end of the pipe by which the guard notices that this process ended.
-    alive, held = os.pipe()
-    guarded = [sys.executable, "-m", "mvd_scale.distributed.process_guard", str(alive), *command]
     env = {**os.environ, "DS_ACCELERATOR": "cpu"} if device == "cpu" or not _gpus() else dict(os.environ)
-    # The job inherits the file of the lock, so that a new start waits until the last rank of a killed start has ended.
-    with subprocess.Popen(guarded, env=env, start_new_session=True, pass_fds=(alive, lock)) as job:
-        os.close(alive)
-        try:
-            code = job.wait()
-        finally:
-            os.close(held)
-            _wait_for_group(job)
+    job = StageJob(command, env=env, lock=lock)
+    try:
+        code = job.wait()
+    finally:
+        job.end()
     if code:
         raise UserError(
             f"stage {name}, `mvd-scale {shlex.join(arguments)}`, ended with exit code {code}; its own message is "
@@ -211,19 +238,8 @@ def _launch(pipeline: Pipeline, name: str, arguments: list[str], ranks: int, loc
         )
 
 
-def _wait_for_group(job: subprocess.Popen[bytes]) -> None:
-    """Wait until the launcher and its ranks, which may still save a checkpoint, have ended."""
-    job.wait()
-    for _ in range(10 * _MAX_WAIT_SECONDS):
-        try:
-            os.killpg(job.pid, 0)
-        except ProcessLookupError:
-            return
-        time.sleep(0.1)
-
-
 @contextmanager
-def _exclusive_lock(folder: Path) -> Iterator[int]:
+def exclusive_lock(folder: Path) -> Iterator[int]:
     """Lock the folder of a pipeline against other starts; yields the file descriptor of the lock.
 
     Raises:
@@ -292,10 +308,13 @@ def _print_summary(pipeline: Pipeline, trained: list[str], ranks: int, seconds: 
         console.print(f"Curves: tensorboard --logdir {shlex.quote(str(pipeline.folder))}")
     for name in pipeline.stages:
         if isinstance(pipeline.stages[name], DrawStage):
-            console.print(f"Picture: {_output(pipeline, name)}")
+            console.print(f"Picture: {stage_output(pipeline, name)}")
         elif isinstance(pipeline.stages[name], EvaluateStage):
-            figures = json.loads(_output(pipeline, name).read_text())
+            figures = json.loads(stage_output(pipeline, name).read_text())
             console.print(f"{name}: top-1 {100 * figures['top1']:.1f} % of {figures['videos']} videos")
+        elif isinstance(pipeline.stages[name], ProbeStage):
+            figures = json.loads(stage_output(pipeline, name).read_text())
+            console.print(f"{name}: linear probe, top-1 {100 * figures['top1']:.1f} % of {figures['videos']} videos")
         elif isinstance(pipeline.stages[name], CompareStage):
             console.print(_comparison(pipeline, name))
 

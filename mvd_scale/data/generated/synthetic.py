@@ -3,9 +3,10 @@
 In the kind `appearance`, the label is the texture of the object, and the motion is independent of it. In the kind
 `motion`, the label is the direction, left or right, in which object and scene move, and nothing else depends on it:
 single frames, and the set of all frames without their order, have the same distribution in both classes. A video that
-is played backwards is a video of the other class.
+is played backwards is a video of the other class. In the kind `directions`, the object moves in one of eight directions
+over a scene that stands still.
 
-Training and test videos have different objects and backgrounds.
+Training, validation and test videos have different objects and backgrounds.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
 from pathlib import Path
@@ -27,89 +29,131 @@ from mvd_scale.errors import UserError
 
 log = logging.getLogger("mvd_scale")
 
-Kind = Literal["appearance", "motion"]
+Kind = Literal["appearance", "motion", "directions"]
+Split = Literal["train", "validation", "test"]
 Picture = NDArray[np.uint8]
+Speeds = NDArray[np.float64]
 
 SIDE, FRAMES, FPS, OBJECT = 96, 32, 25, 44
 """Side of a frame in pixels, frames per video, frames per second, and side of an object in pixels."""
 
 TEXTURES = ("coffee", "coins", "gravel", "ihc", "retina", "text")
-"""Pictures of scikit-image from which objects are cut: from the left half for training, the right half for the test."""
+"""Pictures of scikit-image from which objects are cut: from the left half for training, the right half for the test.
+
+Where there are validation videos, the right half is divided between them and the test.
+"""
 
 BACKGROUNDS = {
     "train": ("astronaut", "camera", "chelsea", "clock_motion", "moon"),
+    "validation": ("brick", "cell", "grass"),
     "test": ("hubble_deep_field", "motorcycle_left", "rocket"),
 }
 
 DIRECTIONS = ("left", "right")
 
+EIGHT_DIRECTIONS = ("right", "right_down", "down", "left_down", "left", "left_up", "up", "right_up")
+"""Class k of the kind `directions` moves by the angle of k x 45 degrees, clockwise from the right."""
+
+_KIND_SEEDS: dict[Kind, int] = {"appearance": 0, "motion": 1, "directions": 2}
+_SPLIT_SEEDS: dict[Split, int] = {"train": 0, "test": 1, "validation": 2}
+
 _QUALITY = "10"
 """Constant rate factor of H.264: so low that compression artefacts do not show the motion in a single frame."""
 
 
-def write_synthetic_videos(kind: Kind, out: Path, *, train: int, test: int, seed: int = 0) -> Path:
-    """Write `out/train/CLASS/*.mp4` and `out/test/CLASS/*.mp4`, and return `out`; existing files are kept.
+@dataclass(frozen=True)
+class SplitPictures:
+    """Pictures that the videos of one split are made of."""
+
+    backgrounds: tuple[str, ...]
+
+    columns: tuple[float, float]
+    """First and last column of the pictures of `TEXTURES` that objects are cut from, as shares of their width."""
+
+
+def split_pictures(split: Split, *, validated: bool) -> SplitPictures:
+    """Pictures of a split; `validated` says whether there are validation videos beside the test's."""
+    columns = {
+        "train": (0.0, 0.5),
+        "validation": (0.5, 0.75),
+        "test": (0.75 if validated else 0.5, 1.0),
+    }
+    return SplitPictures(BACKGROUNDS[split], columns[split])
+
+
+def class_names(kind: Kind) -> tuple[str, ...]:
+    """Names of the classes of a kind."""
+    return {"appearance": TEXTURES, "motion": DIRECTIONS, "directions": EIGHT_DIRECTIONS}[kind]
+
+
+def write_synthetic_videos(kind: Kind, out: Path, *, train: int, test: int, validation: int = 0, seed: int = 0) -> Path:
+    """Write `out/SPLIT/CLASS/*.mp4` for the splits `train`, `validation` and `test`; existing files are kept.
 
     Args:
         kind: property that the label describes.
         out: folder to write to.
         train: number of training videos per class.
         test: number of test videos per class.
+        validation: number of validation videos per class; without any, the test has their objects too.
         seed: seed of all random choices.
+
+    Returns:
+        `out`.
 
     Raises:
         UserError: scikit-image is not installed, or the folder holds other videos.
     """
-    classes = TEXTURES if kind == "appearance" else DIRECTIONS
-    counts = {"train": train, "test": test}
+    classes = class_names(kind)
+    counts: dict[Split, int] = {"train": train, "validation": validation, "test": test}
     wanted = {out / s / c / f"{n:05d}.mp4" for s, count in counts.items() for c in classes for n in range(count)}
     others = sorted(set(out.rglob("*.mp4")) - wanted)
+    if validation and not others and not (out / "validation").is_dir():
+        # Tests without validation videos beside them were made of other pictures.
+        others = sorted((out / "test").rglob("*.mp4"))
     if others:
         raise UserError(f"{out} holds other videos, such as {others[0]}: choose another folder, or remove these videos")
-    pictures = {name: load_picture(name) for name in (*TEXTURES, *BACKGROUNDS["train"], *BACKGROUNDS["test"])}
+    splits = {split: split_pictures(split, validated=validation > 0) for split, count in counts.items() if count}
+    backgrounds = [name for made_of in splits.values() for name in made_of.backgrounds]
+    pictures = {name: load_picture(name) for name in (*TEXTURES, *backgrounds)}
 
-    def write(split: str, label: int, number: int) -> bool:
+    def write(split: Split, label: int, number: int) -> bool:
         file = out / split / classes[label] / f"{number:05d}.mp4"
         if file.exists():
             return False
-        rng = default_rng((seed, kind == "motion", split == "test", label, number))
-        encode_video(draw_video(kind, label, split == "test", pictures, rng), file)
+        rng = default_rng((seed, _KIND_SEEDS[kind], _SPLIT_SEEDS[split], label, number))
+        encode_video(draw_video(kind, label, splits[split], pictures, rng), file)
         return True
 
-    for split, name in product(counts, classes):
+    for split, name in product(splits, classes):
         (out / split / name).mkdir(parents=True, exist_ok=True)
-    videos = [(s, label, n) for s, count in counts.items() for label in range(len(classes)) for n in range(count)]
+    videos = [(s, label, n) for s in splits for label in range(len(classes)) for n in range(counts[s])]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         made = sum(pool.map(write, *zip(*videos, strict=True)))
     log.info("%d videos of %d classes written to %s", made, len(classes), out)
     return out
 
 
-def draw_video(kind: Kind, label: int, tested: bool, pictures: dict[str, Picture], rng: Generator) -> list[Picture]:
+def draw_video(
+    kind: Kind, label: int, made_of: SplitPictures, pictures: dict[str, Picture], rng: Generator
+) -> list[Picture]:
     """Draw the 32 frames of one video, uint8 (96, 96, 3) each.
 
     Args:
         kind: property that the label describes.
         label: class of the video.
-        tested: whether the video belongs to the test, which has other objects and backgrounds.
+        made_of: pictures of the split of the video.
         pictures: pictures of objects and backgrounds by name, uint8 (H, W, 3) each.
         rng: random generator of this video.
     """
-    scene = draw_background(pictures[str(rng.choice(BACKGROUNDS["test" if tested else "train"]))], rng)
+    scene = draw_background(pictures[str(rng.choice(made_of.backgrounds))], rng)
     texture = TEXTURES[label] if kind == "appearance" else str(rng.choice(TEXTURES))
-    picture = _tinted(_object(pictures[texture], tested, rng), rng)
+    picture = _tinted(_object(pictures[texture], made_of.columns, rng), rng)
     start, speeds = rng.uniform(0, SIDE, size=2), rng.uniform(2, 4, size=2)
-    if kind == "appearance":
-        drift, pan = speeds * rng.choice([-1, 1], size=2), 0.0
-    else:
-        # The classes differ in the sign of the motion only.
-        drift, pan = np.array([0.0, speeds[0]]), float(speeds[1])
-        if DIRECTIONS[label] == "left":
-            drift, pan = -drift, -pan
+    drift, pan = _motion(kind, label, speeds, rng)
     frames = []
     for number in range(FRAMES):
         # Object and scene wrap around at the borders, so that every position is equally likely in every frame.
-        frame = np.roll(scene, round(pan * number), axis=1)
+        frame = np.roll(scene, [round(shift * number) for shift in pan.tolist()], axis=(0, 1))
         rows, columns = (
             np.arange(first, first + OBJECT) % SIDE for first in np.rint(start + drift * number).astype(int)
         )
@@ -118,11 +162,24 @@ def draw_video(kind: Kind, label: int, tested: bool, pictures: dict[str, Picture
     return frames
 
 
-def _object(texture: Picture, tested: bool, rng: Generator) -> Picture:
+def _motion(kind: Kind, label: int, speeds: Speeds, rng: Generator) -> tuple[Speeds, Speeds]:
+    """Pixels per frame, down and to the right, by which the object moves, and the scene."""
+    if kind == "appearance":
+        return speeds * rng.choice([-1, 1], size=2), np.zeros(2)
+    if kind == "directions":
+        angle = 2 * np.pi * label / len(EIGHT_DIRECTIONS)
+        way = np.array([np.sin(angle), np.cos(angle)])
+        return speeds[0] * way, np.zeros(2)
+    # The classes differ in the sign of the motion only.
+    sign = -1 if DIRECTIONS[label] == "left" else 1
+    return sign * np.array([0.0, speeds[0]]), sign * np.array([0.0, speeds[1]])
+
+
+def _object(texture: Picture, columns: tuple[float, float], rng: Generator) -> Picture:
     """Cut the object: of eight random patches, the one of highest contrast, as a coin, not the cloth between coins."""
-    middle = texture.shape[1] // 2
-    half = texture[:, middle:] if tested else texture[:, :middle]
-    return max((_cut(half, OBJECT, rng) for _ in range(8)), key=np.std)
+    first, last = (int(share * texture.shape[1]) for share in columns)
+    part = texture[:, first:last]
+    return max((_cut(part, OBJECT, rng) for _ in range(8)), key=np.std)
 
 
 def draw_background(picture: Picture, rng: Generator) -> Picture:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mvd_scale.pipelines import runner
-from mvd_scale.pipelines.runner import _exclusive_lock, device_ids
+from mvd_scale.pipelines.runner import device_ids, exclusive_lock
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,6 @@ def test_a_pipeline_runs_on_a_file_system_without_locks(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(runner.fcntl, "flock", refuse)
-    with caplog.at_level("WARNING", logger="mvd_scale"), _exclusive_lock(tmp_path / "pipeline") as descriptor:
+    with caplog.at_level("WARNING", logger="mvd_scale"), exclusive_lock(tmp_path / "pipeline") as descriptor:
         assert descriptor >= 0
     assert "has no locks (No locks available)" in caplog.text
