@@ -31,7 +31,7 @@ another host has not renewed the lease. `unknown`: there is no lease, as in fold
 _QUIET_SECONDS = 600.0
 """Age of the last reading of a running run above which a note tells it."""
 
-_DEPTH = 4
+SEARCH_DEPTH = 4
 """Levels of folders beneath a path in which runs are looked for."""
 
 
@@ -93,15 +93,22 @@ def find_runs(path: Path) -> list[Path]:
     """
     if not path.is_dir():
         raise UserError(f"{path}: expected the folder of a run, or a folder of runs, but there is no such folder")
-    runs = sorted(_walk(path, _DEPTH))
+    runs = sorted(_walk(path, SEARCH_DEPTH))
     if not runs:
-        raise UserError(f"{path} holds no run: expected recipe.yaml in it, or in a folder up to {_DEPTH} levels below")
+        raise UserError(
+            f"{path} holds no run: expected recipe.yaml in it, or in a folder up to {SEARCH_DEPTH} levels below"
+        )
     return runs
 
 
-def _walk(path: Path, depth: int) -> Iterator[Path]:
+def is_run(path: Path) -> bool:
+    """Whether a folder has any of the files by which a run is known."""
     folder = RunFolder(path)
-    if any(file.is_file() for file in (folder.lease_file, folder.recipe, folder.metrics)):
+    return any(file.is_file() for file in (folder.lease_file, folder.recipe, folder.metrics))
+
+
+def _walk(path: Path, depth: int) -> Iterator[Path]:
+    if is_run(path):
         yield path
         # A run of several students is followed by theirs.
         yield from (student for student in path.glob("students/*") if student.is_dir())

@@ -1,4 +1,4 @@
-"""Command `status`: what runs are doing."""
+"""Commands that read the folders of runs: `status` on the terminal, `report` as a page to send."""
 
 from __future__ import annotations
 
@@ -77,6 +77,43 @@ def status(runs: tuple[Path, ...], as_json: bool, watch: float | None) -> None:
                 time.sleep(watch)
     except KeyboardInterrupt:
         return
+
+
+@click.command()
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FOLDER...")
+@click.option(
+    "--out", type=click.Path(path_type=Path),
+    help="Page to write; report.html in FOLDER if omitted, and in the current folder for several.",
+)  # fmt: skip
+@click.option(
+    "--hardest", type=click.IntRange(min=0), default=8, show_default=True,
+    help="Number of hardest videos of each kind, on the page of a test.",
+)  # fmt: skip
+def report(folders: tuple[Path, ...], out: Path | None, hardest: int) -> None:
+    """Write one HTML page of a test, or of runs and studies, which is read without network.
+
+    A folder that `evaluate`, `ensemble` or `probe` wrote gives the page of that test: figures, classes, and pictures of
+    the hardest videos. Runs, folders up to four levels above runs, and studies give a page with state, results, curves,
+    predictions over time, and differences of settings, of all FOLDERS together. What is no run, test or study is named,
+    and the exit code is then 2.
+    """
+    import sys
+
+    from mvd_scale.run_report.page import write_run_report
+    from mvd_scale.visualization.html_report import write_report
+
+    if out is None:
+        out = (folders[0] if len(folders) == 1 else Path()) / "report.html"
+    if len(folders) == 1 and (folders[0] / "scores.parquet").is_file():
+        write_report(folders[0], out, hardest=hardest)
+        click.echo(out)
+        return
+    left_out = write_run_report(folders, out)
+    click.echo(out)
+    for sentence in left_out:
+        click.echo(f"mvd-scale: {sentence}", err=True)
+    if left_out:
+        sys.exit(2)
 
 
 def render(statuses: list[RunStatus], errors: Sequence[str] = ()) -> RenderableType:

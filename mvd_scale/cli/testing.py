@@ -1,4 +1,4 @@
-"""Commands that apply a trained model: `evaluate`, `predict`, `ensemble`, `report`, `features`."""
+"""Commands that apply a trained model: `evaluate`, `predict`, `ensemble`, `features`."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ def evaluate(
     from mvd_scale.distributed.process_group import destroy_distributed, init_distributed
     from mvd_scale.evaluation.evaluate import run_evaluation
     from mvd_scale.models.precision import usual_precision
+    from mvd_scale.visualization.html_report import write_report
 
     ranks = init_distributed(device, timeout_minutes=10)
     tested = run_evaluation(
@@ -65,7 +66,8 @@ def evaluate(
     if ranks.is_main:
         click.echo(f"{tested.to_text()}\n{out}")
         if page is not None:
-            _write_report(out, page)
+            write_report(out, page)
+            click.echo(page)
 
 
 @click.command()
@@ -103,27 +105,6 @@ def ensemble(tests: tuple[Path, ...], out: Path) -> None:
     from mvd_scale.evaluation.evaluate import ensemble_results
 
     click.echo(f"{ensemble_results(tests, out, command_line()).to_text()}\n{out}")
-
-
-@click.command()
-@click.argument("test", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="Page to write; TEST/report.html if omitted.")
-@click.option(
-    "--hardest", type=click.IntRange(min=0), default=8, show_default=True, help="Number of hardest videos of each kind."
-)
-def report(test: Path, out: Path | None, hardest: int) -> None:
-    """Write the report of a finished TEST as one HTML page: figures, classes, and pictures of the hardest videos.
-
-    TEST is a folder that `evaluate`, `ensemble` or `probe` wrote.
-    """
-    _write_report(test, test / "report.html" if out is None else out, hardest)
-
-
-def _write_report(test: Path, page: Path, hardest: int = 8) -> None:
-    from mvd_scale.visualization.html_report import write_report
-
-    write_report(test, page, hardest=hardest)
-    click.echo(page)
 
 
 @click.command()

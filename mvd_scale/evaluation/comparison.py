@@ -6,6 +6,7 @@ Legend: X videos.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from numpy.typing import NDArray
 from mvd_scale.errors import UserError
 from mvd_scale.evaluation.results import EvalResult
 from mvd_scale.utils.io import write_atomic
+
+_QUANTILE = 1.959964
+"""Of the normal distribution at 97.5 %."""
 
 RESAMPLES = 10_000
 """Draws of the test videos, with replacement."""
@@ -84,3 +88,18 @@ def bootstrap(values: NDArray[np.float64]) -> Estimate:
     chosen = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
     low, high = np.percentile(values[chosen].mean(1), [2.5, 97.5])
     return Estimate(float(values.mean()), float(low), float(high))
+
+
+def wilson_interval(share: float, count: int) -> Estimate:
+    """Share of correct videos with its 95 % interval by Wilson's score (1927), which stays within 0 and 1.
+
+    Args:
+        share: observed share, 0 to 1.
+        count: number of videos; with none the interval is 0 to 1.
+    """
+    if not count:
+        return Estimate(share, 0.0, 1.0)
+    spread = _QUANTILE**2 / count
+    centre = (share + spread / 2) / (1 + spread)
+    half = _QUANTILE / (1 + spread) * math.sqrt(share * (1 - share) / count + spread / (4 * count))
+    return Estimate(share, max(centre - half, 0.0), min(centre + half, 1.0))

@@ -11,18 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
 
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.storage import DecodeError
-from mvd_scale.evaluation.results import EvalResult, percent
+from mvd_scale.evaluation.results import EvalResult
 from mvd_scale.utils.io import write_atomic
+from mvd_scale.visualization.page import render_page
 from mvd_scale.visualization.svg import confidences, heat_map, reliability
 from mvd_scale.visualization.thumbnails import thumbnails
 
 TABLE = 20
 """Largest number of classes for which tables list all of them; for more, the confusion matrix is a heat map."""
+
+HARDEST = 8
+"""Number of hard videos of each kind, unless another one is asked for."""
 
 _LISTED = 10
 """Number of classes, and of pairs of classes, that are listed if there are too many for full tables."""
@@ -66,7 +69,7 @@ class HardVideo:
     """Reason why there are no thumbnails."""
 
 
-def write_report(folder: Path, out: Path, *, hardest: int) -> None:
+def write_report(folder: Path, out: Path, *, hardest: int = HARDEST) -> None:
     """Write the page of an evaluation.
 
     Args:
@@ -91,15 +94,8 @@ def render(tested: EvalResult, manifest: Manifest, *, hardest: int) -> str:
     few = len(tested.classes) <= TABLE
     picture, span = ("", 1) if few else heat_map(confusion[:, :-1])
     sure, low = hard_videos(tested, manifest, hardest)
-    environment = Environment(
-        loader=PackageLoader("mvd_scale", "visualization"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = percent
-    return environment.get_template("report.html").render(
+    return render_page(
+        "report.html",
         origin=tested.origin,
         figures=tested.figures(),
         reliability=reliability(predictions),

@@ -11,17 +11,26 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from mvd_scale.evaluation.metrics import BINS, Predictions
 
-_COLOURS = {"#010101": "currentColor", "#010102": "var(--right)", "#010103": "var(--wrong)", "#010104": "var(--faint)"}
+SERIES = tuple(f"#01020{number}" for number in range(8))
+"""Placeholder colours of curves, in the order in which they are taken."""
+
+_COLOURS = {
+    "#010101": "currentColor",
+    "#010102": "var(--right)",
+    "#010103": "var(--wrong)",
+    "#010104": "var(--faint)",
+    **{colour: f"var(--series-{number})" for number, colour in enumerate(SERIES)},
+}
 """Placeholder colours for matplotlib, and the CSS colours of the page that replace them in the SVG."""
 
-INK, RIGHT, WRONG, FAINT = _COLOURS
-_STYLE: Any = {
+INK, RIGHT, WRONG, FAINT = list(_COLOURS)[:4]
+STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "mvd-scale",
     "font.size": 8.5,
@@ -45,8 +54,8 @@ _DIAGONAL, _BESIDE = (66, 133, 200), (224, 108, 48)
 
 def reliability(predictions: Predictions) -> Markup:
     """Draw the reliability diagram: accuracy (bars) by confidence; perfect calibration is the dashed line."""
-    with matplotlib.rc_context(_STYLE):
-        figure, axis = _empty(4.2, 3.3)
+    with matplotlib.rc_context(STYLE):
+        figure, axis = empty_axis(4.2, 3.3)
         bins = predictions.reliability()
         filled = [(sure, right) for count, sure, right in bins if count]
         places = [(place + 0.5) / BINS for place, (count, _, _) in enumerate(bins) if count]
@@ -54,13 +63,13 @@ def reliability(predictions: Predictions) -> Markup:
         axis.scatter(*np.array(filled).reshape(-1, 2).T, s=14, color=INK, zorder=3)
         axis.plot([0, 1], [0, 1], color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
         axis.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="highest score of a video", ylabel="share of right predictions")
-        return _svg(figure, "reliability", "Reliability diagram: accuracy by confidence")
+        return to_svg(figure, "reliability", "Reliability diagram: accuracy by confidence")
 
 
 def confidences(predictions: Predictions) -> Markup:
     """Draw the histogram of the confidence of correct and of wrong predictions."""
-    with matplotlib.rc_context(_STYLE):
-        figure, axis = _empty(4.2, 3.3)
+    with matplotlib.rc_context(STYLE):
+        figure, axis = empty_axis(4.2, 3.3)
         sure = predictions.scores.max(1)
         right = predictions.decoded & (predictions.predicted == predictions.labels)
         wrong = predictions.decoded & ~right
@@ -73,7 +82,7 @@ def confidences(predictions: Predictions) -> Markup:
         )
         axis.yaxis.get_major_locator().set_params(integer=True)
         axis.set(xlim=(0, 1), xlabel="highest score of a video", ylabel="videos")
-        return _svg(figure, "confidences", "Histogram of confidence, right predictions below, wrong ones above")
+        return to_svg(figure, "confidences", "Histogram of confidence, right predictions below, wrong ones above")
 
 
 def heat_map(confusion: NDArray[np.int64]) -> tuple[Markup, int]:
@@ -98,15 +107,16 @@ def heat_map(confusion: NDArray[np.int64]) -> tuple[Markup, int]:
     picture[..., :3] = np.where((wrong > right)[..., None], _BESIDE, _DIAGONAL)
     # The square root makes rare confusions visible beside frequent ones.
     picture[..., 3] = np.round(255 * np.sqrt(np.maximum(right, wrong)))
-    with matplotlib.rc_context(_STYLE):
-        figure, axis = _empty(5.2, 4.9)
+    with matplotlib.rc_context(STYLE):
+        figure, axis = empty_axis(5.2, 4.9)
         edge = cells * span - 0.5
         axis.imshow(picture, interpolation="none", extent=(-0.5, edge, edge, -0.5))
         axis.set(xlim=(-0.5, classes - 0.5), ylim=(classes - 0.5, -0.5), xlabel="predicted class", ylabel="true class")
-        return _svg(figure, "confusion", f"Confusion matrix of {classes} classes"), span
+        return to_svg(figure, "confusion", f"Confusion matrix of {classes} classes"), span
 
 
-def _empty(width: float, height: float) -> tuple[Figure, Any]:
+def empty_axis(width: float, height: float) -> tuple[Figure, Any]:
+    """Create a figure of a size in inches, with one axis, on the background of the page."""
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.patch.set_alpha(0)
     axis = figure.add_subplot()
@@ -114,7 +124,14 @@ def _empty(width: float, height: float) -> tuple[Figure, Any]:
     return figure, axis
 
 
-def _svg(figure: Figure, name: str, title: str) -> Markup:
+def to_svg(figure: Figure, name: str, title: str) -> Markup:
+    """Convert a figure to inline SVG in the colours of the page.
+
+    Args:
+        figure: figure that was drawn in `STYLE` with the placeholder colours.
+        name: prefix of its ids, unique in the page.
+        title: text for readers who do not see it; any characters.
+    """
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata={"Date": None})
     text = file.getvalue()
@@ -124,4 +141,4 @@ def _svg(figure: Figure, name: str, title: str) -> Markup:
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
     for stand_in, colour in _COLOURS.items():
         text = text.replace(stand_in, colour)
-    return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1))
+    return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1))

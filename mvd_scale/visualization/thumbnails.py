@@ -29,11 +29,15 @@ def thumbnails(video: Row) -> list[str]:
     """
     places = np.unique((2 * np.arange(_FRAMES) + 1) * video.frames // (2 * _FRAMES))
     frames = run_with_timeout(_SECONDS, video.path, decode_frames, video, places)
-    return [_data_url(Image.fromarray(orient(frame, video.rotation, video.mirrored))) for frame in frames]
+    return [_thumbnail(Image.fromarray(orient(frame, video.rotation, video.mirrored))) for frame in frames]
 
 
-def _data_url(picture: Image.Image) -> str:
-    picture = picture.resize((max(HEIGHT * picture.width // picture.height, 1), HEIGHT))
+def _thumbnail(picture: Image.Image) -> str:
+    return data_url(picture.resize((max(HEIGHT * picture.width // picture.height, 1), HEIGHT)))
+
+
+def data_url(picture: Image.Image) -> str:
+    """Encode an RGB picture as the `data:` URL of a JPEG."""
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=_QUALITY)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -23,7 +23,7 @@ LAYERS = (
     {"visualization"},
     {"analysis", "training"},
     {"detection", "performance", "pipelines", "run_status"},
-    {"doctor", "reproduction"},
+    {"doctor", "reproduction", "run_report"},
     {"cli"},
 )
 """Packages and modules of `mvd_scale`, from the lowest layer up. Packages of one layer do not import each other."""

@@ -28,7 +28,9 @@ print(json.dumps({
         entry.name: json.loads(entry.read_text())
         for entry in resources.files("mvd_scale.ds_configs").iterdir() if entry.name.endswith(".json")
     },
-    "report": resources.files("mvd_scale.visualization").joinpath("report.html").is_file(),
+    "pages": sorted(
+        entry.name for entry in resources.files("mvd_scale.visualization").iterdir() if entry.name.endswith(".html")
+    ),
     "scripts": {script.name: script.value for script in distribution.entry_points},
     "version": [distribution.version, mvd_scale.__version__],
 }))
@@ -76,7 +78,7 @@ def test_wheel_works_from_any_folder(installed: Path, tmp_path: Path) -> None:
     assert seen["deepspeed"] == {
         file.name: json.loads(file.read_text()) for file in (REPOSITORY / "ds_configs").glob("*.json")
     }
-    assert seen["report"]
+    assert seen["pages"] == ["page.html", "report.html", "runs.html"]
     assert seen["scripts"] == {"mvd-scale": "mvd_scale.cli:main"}
     assert len(set(seen["version"])) == 1
 

@@ -249,7 +249,7 @@ def test_the_same_test_gives_the_same_page(make: Make, tmp_path: Path) -> None:
 def test_a_folder_without_a_test_is_one_message(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, ["report", str(tmp_path)])
     assert result.exit_code != 0
-    assert "holds no finished evaluation" in str(result.exception)
+    assert "holds no run and no finished evaluation" in str(result.exception)
 
 
 def test_videos_of_one_name_keep_their_own_pictures_and_reasons(make: Make) -> None:

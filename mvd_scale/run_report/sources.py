@@ -1,0 +1,109 @@
+"""Folders that a report is made of: runs, tests, comparisons and studies, found beneath the paths of a command."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mvd_scale.evaluation.comparison import FILE as COMPARISON
+from mvd_scale.run_status import SEARCH_DEPTH, is_run
+
+STUDY = "results.json"
+"""File of a study's cells, see `mvd_scale.run_report.results`."""
+
+_SKIPPED = frozenset({"checkpoints", "tensorboard", "index", "wandb", "pictures", "faults"})
+"""Folders of a run that hold no other folder of a report."""
+
+
+@dataclass
+class Sources:
+    """Folders by what they hold, each in the order of their paths."""
+
+    runs: list[Path] = field(default_factory=list)
+    tests: list[Path] = field(default_factory=list)
+    comparisons: list[Path] = field(default_factory=list)
+    studies: list[Path] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    """A sentence for each path that holds none of them."""
+
+    @property
+    def folders(self) -> list[Path]:
+        """All folders."""
+        return [*self.runs, *self.tests, *self.comparisons, *self.studies]
+
+    def name(self, folder: Path) -> str:
+        """Return the path of a folder as far as it tells it from the others."""
+        common = Path(os.path.commonpath(self.folders))
+        return str(folder.relative_to(common.parent if common in self.folders else common))
+
+    @property
+    def title(self) -> str:
+        """Name of the deepest folder that holds all others."""
+        return Path(os.path.commonpath(self.folders)).name
+
+
+def find_sources(paths: Sequence[Path]) -> Sources:
+    """Search paths, and the folders up to four levels beneath each, for what a report shows."""
+    found = Sources()
+    seen: set[Path] = set()
+    for path in paths:
+        before = len(found.folders)
+        known = False
+        for folder in sorted(_walk(path.resolve(), SEARCH_DEPTH)):
+            if folder in seen:
+                known = True
+                continue
+            seen.add(folder)
+            _sort_in(folder, found)
+        if len(found.folders) == before and not known:
+            found.left_out.append(_explain(path))
+    return found
+
+
+def _walk(path: Path, depth: int) -> Iterator[Path]:
+    if not path.is_dir():
+        return
+    yield path
+    if depth:
+        try:
+            below = [entry.name for entry in os.scandir(path) if entry.is_dir(follow_symlinks=False)]
+        except PermissionError:
+            return  # somebody else's, beside the runs
+        for name in below:
+            if name[0] != "." and name not in _SKIPPED:
+                yield from _walk(path / name, depth - 1)
+
+
+def _sort_in(folder: Path, found: Sources) -> None:
+    if is_run(folder):
+        found.runs.append(folder)
+    elif read_object(folder / "summary.json").keys() & {"top1", "frame_map"}:
+        found.tests.append(folder)
+    if (folder / COMPARISON).is_file():
+        found.comparisons.append(folder)
+    if (folder / STUDY).is_file():
+        found.studies.append(folder)
+
+
+def _explain(path: Path) -> str:
+    if not path.is_dir():
+        return (
+            f"{path}: {'is a file' if path.exists() else 'there is no such folder'}; expected a folder of runs or tests"
+        )
+    return (
+        f"{path} holds no run and no finished evaluation: expected recipe.yaml of a run, summary.json of a test, or "
+        f"{STUDY} of a study in it, or in a folder up to {SEARCH_DEPTH} levels below"
+    )
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object; empty if the file is missing, partial or holds something else."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return document if isinstance(document, dict) else {}
