@@ -13,13 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 EPS = 1e-6
 """Added to a variance, as that of a channel may be 0."""
 
 
-class FeatureStatistics:
+class FeatureStatistics(nn.Module):
     """Running first and second moment of each channel, float64.
 
     Args:
@@ -29,21 +29,23 @@ class FeatureStatistics:
         each_channel: divide each channel by its own deviation, otherwise all of a layer by one.
     """
 
+    moments: Tensor
+    """Means of values and of their squares, (2, L D)."""
+
+    _sums: Tensor
+
     known = False
     """Whether the moments are of any features."""
 
     def __init__(self, channels: int, momentum: float, *, layers: int, each_channel: bool) -> None:
+        super().__init__()
         self.momentum = momentum
-        self.moments = torch.zeros(2, channels, dtype=torch.float64)
+        self.register_buffer("moments", torch.zeros(2, channels, dtype=torch.float64))
         self._layers, self._each_channel = layers, each_channel
         # Sums of values and of their squares since the last update, and the number of rows behind both.
-        self._sums = torch.zeros(2 * channels + 1, dtype=torch.float64)
+        self.register_buffer("_sums", torch.zeros(2 * channels + 1, dtype=torch.float64))
         self.reduce: Callable[[Tensor], object] = _keep
         """Function that adds a tensor over all ranks, in place."""
-
-    def to(self, device: torch.device) -> None:
-        """Move the statistics to the device of the features."""
-        self.moments, self._sums = self.moments.to(device), self._sums.to(device)
 
     @torch.no_grad()
     def observe(self, features: Tensor) -> Tensor:

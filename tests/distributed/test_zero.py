@@ -135,6 +135,16 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(stage: str, two
         assert result["weights"] == result["weights_before_last_step"]
 
 
+def test_statistics_of_features_are_those_of_all_ranks(alone: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    reference, ranks = alone["standardised"], [rank["standardised"] for rank in two]
+    assert ranks[0]["moments"] == ranks[1]["moments"]
+    for one, several in zip(reference["moments"], ranks[0]["moments"], strict=True):
+        for row, other in zip(one, several, strict=True):
+            assert other == pytest.approx(row, rel=1e-5, abs=1e-7)
+    assert ranks[0]["losses"] == pytest.approx(reference["losses"], rel=2e-5)
+    assert reference["losses"] != pytest.approx(alone["zero2"]["losses"], rel=1e-2)
+
+
 @pytest.mark.parametrize("sharding", ["zero3", "replicated"])
 @pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
 def test_a_moving_average_is_the_same_by_any_stage(

@@ -34,12 +34,17 @@ from mvd_scale.training.deepspeed_engine import full_parameters
 from mvd_scale.training.distillation import StudentParts, distillation_models
 from mvd_scale.training.ema import ModelEma
 from mvd_scale.training.teachers.prefetch import TeacherPrefetcher
+from mvd_scale.training.teachers.statistics import running_statistics
 from mvd_scale.training.trainer import Trainer
 
 STEPS = 6
 
 
 DROPPED: dict[str, Any] = {"video": {**FROZEN["video"], "decoder": {**DECODER, "depth": 2, "drop_path": 0.5}}}
+STANDARDISED: dict[str, Any] = {
+    name: {**FROZEN[name], "standardize": kind, "standardize_momentum": 0.5}
+    for name, kind in (("image", "channel"), ("video", "layer"))
+}
 MOMENTUM: dict[str, Any] = {"average": {"kind": "momentum", "momentum": 0.8, "norm": True, "decoder": DECODER}}
 
 
@@ -61,7 +66,8 @@ def train(ranks: Ranks, made: Recipe, *, poison_last: bool = False, out: Path | 
     parts = StudentParts(Student.from_recipe(made, targets), targets, made, make_placement(made, targets, ranks))
     (model,) = distillation_models([parts], ranks, steps_per_epoch=1)
     batches = TeacherPrefetcher(BatchLoader(micro_batches(ranks, made, poison_last=poison_last)))
-    trainer, engine, averages = Trainer([model], batches, made, ranks), model.engine, model.averages
+    trainer, engine = Trainer([model], batches, made, ranks), model.engine
+    averages = [average for average in model.averages if isinstance(average, ModelEma)]
     expected = encoder_weights(engine) if averages else {}
     losses, before = [], 0.0
     for step in range(STEPS):
@@ -82,6 +88,7 @@ def train(ranks: Ranks, made: Recipe, *, poison_last: bool = False, out: Path | 
         "weights": weight_sum(engine),
         "weights_before_last_step": before,
         "skipped_steps": engine.skipped_steps,
+        "moments": [kept.statistics.moments.tolist() for kept in running_statistics(targets, ranks)],
         "at_rest": {n: held_at_rest(t.teacher) for n, t in targets.items() if isinstance(t, FrozenTeacher)},
         "linear_untouched": nn.functional.linear is torch._C._nn.linear,
     }
@@ -143,6 +150,8 @@ def main(out: Path) -> None:
     again = tiny_recipe("zero1", "fp32", "zero3", 4, checkpointing="block", together=True)
     results["decoders together, block again"] = train(ranks, again)
     results["replicated teachers"] = train(ranks, tiny_recipe("zero2", "fp32", "replicated", 4))
+    # As many micro batches on one rank as on two: the first step standardises features by its own.
+    results["standardised"] = train(ranks, tiny_recipe("zero2", "fp32", "zero3", 8, STANDARDISED))
     for stage, again in (("zero1", "none"), ("zero3", "none"), ("zero3", "block"), ("zero3", "attention")):
         made = tiny_recipe(stage, "fp32", "replicated", 4, DROPPED, again)
         results[f"dropped updates, {stage}, {again} again"] = train(ranks, made)

@@ -41,6 +41,11 @@ METHODS: dict[str, dict] = {
     "L1": {"targets": {"image": {"distance": "l1"}, "video": {"distance": "l1"}}},
     "L2": {"targets": {"image": {"distance": "l2"}, "video": {"distance": "l2"}}},
     "cosine": {"targets": {"image": {"distance": "cosine"}, "video": {"distance": "cosine"}}},
+    "several layers": {"targets": {"image": {"layers": [1, 2]}, "video": {"layers": [1, 2]}}},
+    "visible tokens too": {"targets": {"image": {"visible_weight": 0.5}, "video": {"visible_weight": 0.5}}},
+    "standardised": {
+        "targets": {name: {"norm": False, "standardize": "channel"} for name in ("image", "video")},
+    },
     "random mask": {"data": {"mask": {"kind": "random"}}},
     "half decoded": {
         # Running cells need four time slices.

@@ -99,12 +99,15 @@ def pretraining_step(
     placement = decide_placement(recipe, teacher_facts(targets), ONE_GPU)
     teachers = [target for target in targets.values() if isinstance(target, FrozenTeacher)]
     for model in (student, *(target.teacher for target in teachers)):
-        if depth is not None:
+        # Features of several layers need the blocks that they are of.
+        if depth is not None and not getattr(model, "layers", ()):
             shallow(model, depth)
     on_gpu(student, dtype_of(recipe.training.precision))
     for target in teachers:
         # Only parameters are cast, see `cast_parameters`.
         on_gpu(target.teacher, torch.float16, buffers=torch.float32)
+        if target.statistics is not None:
+            on_gpu(target.statistics, torch.float64)
     if placement.batch_decoders.value if batched is None else batched:
         student.batch_decoders()
     set_gradient_checkpointing(student, checkpointing or placement.gradient_checkpointing.value)

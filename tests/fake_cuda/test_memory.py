@@ -72,7 +72,7 @@ def measure(step: Step, tracker: MemoryTracker) -> dict[str, int]:
 
 
 def compare(recipe: Recipe, checkpointing: Checkpointing, batched: bool) -> None:
-    workload = build_workload(recipe)
+    workload = build_workload(recipe).in_batches_of(MICRO)
     parallel = replace(
         parallel_config(recipe, workload, 1, micro=MICRO), checkpointing=checkpointing, batched=batched, accumulation=1,
         stage=1, prefetched=(False, False), graphed=(False, False), prefetch=0,

@@ -179,6 +179,7 @@ def _of_recipes() -> Iterator[ExampleLaunch]:
     for distance, width, dtype, of_features, norm in (
         ("smooth_l1", 96, full, half, True), ("smooth_l1", 768, half, half, True),
         ("smooth_l1", 768, half, half, False), ("smooth_l1", 1280, half, half, False),
+        ("smooth_l1", 768, half, full, False),
         ("l1", 768, half, half, False), ("l2", 192, full, full, False), ("l2", 384, full, full, False),
         ("l2", 768, half, half, False), ("l2", 768, half, full, False), ("l2", 1536, half, full, False),
         ("cosine", 768, half, half, False), ("cosine", 1536, half, half, False),

@@ -19,6 +19,9 @@ from mvd_scale.performance.report import Metric, Report
 logger = logging.getLogger("mvd_scale")
 
 _VISIBLE = "{head: linear, tokens: visible, decoder: null}"
+_LAYERS = "{layers: [3, 6, 9, 12], norm: true}"
+_DENSE = "{visible_weight: 0.5}"
+_STANDARDIZED = "{standardize: layer}"
 METHODS: dict[str, list[str]] = {
     "co-teaching": ["--recipe", "distill/b_from_b"],
     "image teacher": ["--recipe", "ablations/image_teacher_b"],
@@ -34,6 +37,15 @@ METHODS: dict[str, list[str]] = {
     "per-token distillation": ["--recipe", "ablations/per_token_b"],
     "alignment, visible tokens": [
         "--recipe", "distill/b_from_b", "--targets.image", _VISIBLE, "--targets.video", _VISIBLE,
+    ],
+    "co-teaching, four layers": [
+        "--recipe", "distill/b_from_b", "--targets.image", _LAYERS, "--targets.video", _LAYERS,
+    ],
+    "co-teaching, visible tokens": [
+        "--recipe", "distill/b_from_b", "--targets.image", _DENSE, "--targets.video", _DENSE,
+    ],
+    "co-teaching, standardised": [
+        "--recipe", "distill/b_from_b", "--targets.image", _STANDARDIZED, "--targets.video", _STANDARDIZED,
     ],
     "DINOv3-L and V-JEPA 2-L": ["--recipe", "distill/b_from_dinov3_l_and_vjepa2_l"],
     "VideoMAE": ["--recipe", "pretrain/videomae_b_k400"],

@@ -81,6 +81,7 @@ def test_its_models_fit_each_other(name: str) -> None:
         predictions = student(pixels, visible, masked)
     for target, made in targets.items():
         tokens = {"masked": masked, "visible": visible}.get(recipe.targets[target].tokens, visible).shape[1]
+        tokens += visible.shape[1] if recipe.targets[target].visible_weight else 0
         assert predictions[target].shape == (batch, tokens, made.channels)
 
 
