@@ -16,9 +16,10 @@ from mvd_scale.training.deepspeed_engine import train_engine
 from mvd_scale.training.ema import build_momentum_emas, initialize_momentum_targets
 from mvd_scale.training.lr_schedule import Schedule
 from mvd_scale.training.optimizer import parameter_groups
+from mvd_scale.training.own_masks import StudentObjective
 from mvd_scale.training.placement import Placement
 from mvd_scale.training.teachers.place import place_teachers
-from mvd_scale.training.trained_model import TrainedModel
+from mvd_scale.training.trained_model import Objective, TrainedModel
 
 
 @dataclass(frozen=True)
@@ -71,4 +72,7 @@ def _trained(part: StudentParts, ranks: Ranks, steps_per_epoch: int) -> TrainedM
     groups = parameter_groups(part.student, training.weight_decay, decay_tokens=training.decay_tokens)
     engine = train_engine(part.student, groups, part.recipe, part.placement, ranks)
     averages = build_momentum_emas(targets, engine, schedule, ranks)
-    return TrainedModel(engine, MaskedDistillation(targets), schedule, averages, part.name)
+    objective: Objective = MaskedDistillation(targets)
+    if part.name:
+        objective = StudentObjective(MaskedDistillation(targets), part.name)
+    return TrainedModel(engine, objective, schedule, averages, part.name)
