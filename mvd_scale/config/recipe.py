@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
 from pydantic import Field, model_validator
 
-from mvd_scale.config.data import DataConfig, ShortSideCrop
+from mvd_scale.config.data import DataConfig, MaskConfig, ShortSideCrop
 from mvd_scale.config.model import WIDTH_MULTIPLES, ModelConfig
 from mvd_scale.config.section import Section
 from mvd_scale.config.students import StudentConfig, find_contradictions, merge_student
@@ -52,6 +52,11 @@ class RunRecipe(Section):
 
     logging: LoggingConfig = LoggingConfig()
     """Metrics and their destinations."""
+
+    @property
+    def own_masks(self) -> Mapping[str, MaskConfig | None]:
+        """Masks of students in the place of `data.mask`, by name; only recipes of several students have any."""
+        return {}
 
     @model_validator(mode="after")
     def _check_sections(self) -> Self:
@@ -176,10 +181,10 @@ class Recipe(RunRecipe):
     """Metrics, pictures and probes, and their destinations."""
 
     students: dict[str, StudentConfig] = Field(default={})
-    """Several students by name, for one pass of the teachers: all see the same clips, masks and features, and each has
-    its own DeepSpeed engine, and its own run folder `students/NAME` in that of the run. Losses and weights equal those
-    of a run alone. Keys that a student does not name have the recipe's values. Without any, the recipe's `model` is the
-    only student."""
+    """Several students by name, for one pass of the teachers: all see the same clips and features, and the same masks
+    unless one has its own, and each has its own DeepSpeed engine, and its own run folder `students/NAME` in that of the
+    run. Losses and weights equal those of a run alone. Keys that a student does not name have the recipe's values.
+    Without any, the recipe's `model` is the only student."""
 
     @model_validator(mode="before")
     @classmethod
@@ -205,7 +210,8 @@ class Recipe(RunRecipe):
         self._check_models()
         for name, student in self.students.items():
             _check_name("students", "student", name)
-            contradictions = list(find_contradictions(name, student, self.model, self.targets, self.training))
+            shared = (self.model, self.targets, self.training, self.data)
+            contradictions = list(find_contradictions(name, student, *shared))
             if contradictions:
                 raise ValueError("; ".join(contradictions))
             alone = self.alone(name)
@@ -345,6 +351,7 @@ class Recipe(RunRecipe):
                 "model": student.model,
                 "targets": student.targets,
                 "training": student.training,
+                "data": self.data.model_copy(update={"mask": student.data.mask}),
                 "students": {},
             }
         )
@@ -352,6 +359,17 @@ class Recipe(RunRecipe):
     def each_student(self) -> dict[str, Recipe]:
         """Recipes of all students by name; this recipe itself, under an empty name, if it names no students."""
         return {name: self.alone(name) for name in self.students} or {"": self}
+
+    @property
+    def own_masks(self) -> dict[str, MaskConfig | None]:
+        """Masks of the students whose mask is not the recipe's, by name."""
+        masks = {name: student.data.mask for name, student in self.students.items()}
+        return {name: mask for name, mask in masks.items() if mask != self.data.mask}
+
+    @property
+    def shared_tokens(self) -> int | None:
+        """Number of tokens of a clip if students have masks of their own, and share features at all of them."""
+        return self.tokens if self.own_masks else None
 
     @property
     def tokens(self) -> int:
@@ -390,10 +408,16 @@ class Recipe(RunRecipe):
             target.pop("checkpoint", None)
         if self.students:
             # The recipe's own sections are only the values of keys that students do not name.
-            own = tuple(StudentConfig.model_fields)
-            values = {section: content for section, content in values.items() if section not in own}
+            for section in StudentConfig.model_fields:
+                if section != "data":
+                    del values[section]
+            del values["data"]["mask"]
             parts = {name: self.alone(name)._identity() for name in self.students}
-            values["students"] = {name: {section: part[section] for section in own} for name, part in parts.items()}
+            values["students"] = {
+                name: {section: part[section] for section in ("model", "targets", "training")}
+                | {"data": {"mask": part["data"]["mask"]}}
+                for name, part in parts.items()
+            }
         return values
 
 

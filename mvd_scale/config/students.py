@@ -1,8 +1,8 @@
 """Section `students:` of a recipe: several students for one pass of the teachers, each as a recipe of its own.
 
 A student is told by the keys in which it differs from the recipe; they are merged over the recipe's sections `model`,
-`targets` and `training` before validation, so that each student has all values. A resolved recipe holds those in which
-a student differs.
+`targets`, `training` and `data` before validation, so that each student has all values. A resolved recipe holds those
+in which a student differs.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import field_validator
 
+from mvd_scale.config.data import AugmentConfig, DataConfig, MaskConfig
 from mvd_scale.config.model import SIZES, ModelConfig
 from mvd_scale.config.reading import copy_mappings, set_by_path
 from mvd_scale.config.section import Section
@@ -33,6 +34,14 @@ _HEAD_KEYS = frozenset({"head", "hidden", "decoder", "weight", "distance"})
 _SHAPE = ("width", "depth", "heads")
 
 
+class StudentData(Section):
+    """What a student sees of the clips that all students share."""
+
+    mask: MaskConfig | None
+    """Mask over the tokens: that which the student would have alone. Features of the teachers are then computed at all
+    tokens, once for all students."""
+
+
 class StudentConfig(Section):
     """One of several students. Each section is merged over the recipe's section of the same name."""
 
@@ -50,6 +59,9 @@ class StudentConfig(Section):
     clips of a step, their precision and the number of steps are those of the recipe: `epochs`, `max_steps`,
     `global_batch`, `micro_batch`, `precision`, `collective_timeout_minutes`, `hang_minutes` and `skip_nonfinite_steps`
     cannot differ."""
+
+    data: StudentData
+    """Mask of the student, if it is not the recipe's. All else of `data` is shared."""
 
     @field_validator("targets")
     @classmethod
@@ -73,6 +85,8 @@ def merge_student(recipe: dict[str, Any], name: str) -> dict[str, Any]:
     if not isinstance(own, dict):
         return own
     merged = copy_mappings({section: recipe.get(section) or {} for section in StudentConfig.model_fields})
+    if isinstance(merged["data"], dict):
+        merged["data"] = {"mask": merged["data"].get("mask", {})}
     model, base = own.get("model"), merged["model"]
     if isinstance(model, dict) and isinstance(base, dict):
         if model.get("size") is not None:
@@ -88,7 +102,12 @@ def merge_student(recipe: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def find_contradictions(
-    name: str, student: StudentConfig, model: ModelConfig, targets: dict[str, TargetConfig], training: PretrainTraining
+    name: str,
+    student: StudentConfig,
+    model: ModelConfig,
+    targets: dict[str, TargetConfig],
+    training: PretrainTraining,
+    data: DataConfig,
 ) -> Iterator[str]:
     """Yield a message for each value of a student that all students of a recipe must share.
 
@@ -98,6 +117,7 @@ def find_contradictions(
         model: the recipe's section `model`.
         targets: the recipe's section `targets`.
         training: the recipe's section `training`.
+        data: the recipe's section `data`.
     """
 
     def differing(key: str, own: object, shared: object) -> Iterator[str]:
@@ -111,6 +131,12 @@ def find_contradictions(
         yield from differing(f"model.{key}", getattr(student.model, key), getattr(model, key))
     for key in _STEP_KEYS:
         yield from differing(f"training.{key}", getattr(student.training, key), getattr(training, key))
+    if data.augment != AugmentConfig() and _mask_draws(student.data.mask) != _mask_draws(data.mask):
+        yield (
+            f"students.{name}.data.mask is of another kind than data.mask, or only one of the two has a decode_ratio: "
+            "alone, the student would draw another data.augment after it. Let the masks differ in nothing but ratio, "
+            "or train this student by a recipe of its own"
+        )
     for target, config in student.targets.items():
         if target not in targets:
             yield (
@@ -121,3 +147,8 @@ def find_contradictions(
         own, shared = config.model_dump(), targets[target].model_dump()
         for key in sorted((own.keys() | shared.keys()) - _HEAD_KEYS):
             yield from differing(f"targets.{target}.{key}", own.get(key), shared.get(key))
+
+
+def _mask_draws(mask: MaskConfig | None) -> tuple[str, bool] | None:
+    """What the random numbers depend on that a mask takes from the generator of its clip."""
+    return None if mask is None else (mask.kind, mask.decode_ratio < 1)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -66,7 +67,14 @@ class ClipBatch:
     """The same crops by input side in pixels, for teachers of another input size: uint8 (B, T, side, side, 3)."""
 
     features: Mapping[str, Tensor] = field(default_factory=dict)
-    """Teacher features that were prefetched, by name of the target: (B, M, D) in the precision of the teacher."""
+    """Teacher features that were prefetched, by name of the target: (B, M, D) in the precision of the teacher; at all
+    tokens, (B, N, D), if students have masks of their own."""
+
+    own_visible: Mapping[str, Tensor] = field(default_factory=dict)
+    """Visible tokens of each student that has a mask of its own, by its name: int64 (B, V) of the student."""
+
+    own_masked: Mapping[str, Tensor] = field(default_factory=dict)
+    """Masked tokens of each of these students: int64 (B, M) of the student."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """Apply `change` to every tensor of the batch, and return the results as a new batch."""
@@ -79,6 +87,16 @@ class ClipBatch:
     def tokens(self, which: Tokens) -> Tensor | None:
         """Indices of the tokens at which a target is predicted, int64 (B, M) or (B, V); None for all in order."""
         return None if which == "all" else self.masked if which == "masked" else self.visible
+
+    def seen_by(self, student: str) -> Self:
+        """Batch of one student alone: the tokens of its own mask if it has one, and no features."""
+        visible, masked = self.own_visible.get(student, self.visible), self.own_masked.get(student, self.masked)
+        return replace(self, visible=visible, masked=masked, own_visible={}, own_masked={}, features={})
+
+    def unmasked(self, tokens: int) -> Self:
+        """Batch whose visible tokens, and masked ones, are all `tokens` of a clip, for features at all of them."""
+        every = torch.arange(tokens, device=self.visible.device).expand(len(self.visible), -1)
+        return replace(self, visible=every, masked=every, own_visible={}, own_masked={})
 
     def at(self, side: int) -> Tensor:
         """Pixels at an input side of `side` pixels: uint8 (B, T, side, side, 3)."""

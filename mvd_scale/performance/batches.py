@@ -15,7 +15,7 @@ import torch
 from mvd_scale.data.batch import ClipBatch
 
 if TYPE_CHECKING:
-    from mvd_scale.config import Recipe
+    from mvd_scale.config import MaskConfig, Recipe
 
 
 class BatchLoader:
@@ -46,8 +46,13 @@ def random_batch(recipe: Recipe, clips: int, device: torch.device, sides: tuple[
     """Make a batch of random pixels with masks of the recipe; arguments as `random_batches`."""
     from mvd_scale.data.sampling.masks import draw_mask
 
-    drawn = [draw_mask(np.random.default_rng(clip), recipe.data.mask, recipe.model.grid) for clip in range(clips)]
-    visible, masked = (torch.from_numpy(np.stack(tokens)).to(device) for tokens in zip(*drawn, strict=True))
+    def tokens(mask: MaskConfig | None) -> tuple[torch.Tensor, torch.Tensor]:
+        drawn = [draw_mask(np.random.default_rng(clip), mask, recipe.model.grid) for clip in range(clips)]
+        visible, masked = (torch.from_numpy(np.stack(places)).to(device) for places in zip(*drawn, strict=True))
+        return visible, masked
+
+    visible, masked = tokens(recipe.data.mask)
+    own = {name: tokens(mask) for name, mask in recipe.own_masks.items()}
 
     def pixels(side: int) -> torch.Tensor:
         shape = (clips, recipe.model.frames, side, side, 3)
@@ -60,4 +65,6 @@ def random_batch(recipe: Recipe, clips: int, device: torch.device, sides: tuple[
         labels=torch.zeros(clips, dtype=torch.int64, device=device),
         video_ids=torch.zeros(clips, dtype=torch.int64),
         resized={side: pixels(side) for side in sides},
+        own_visible={name: seen for name, (seen, _) in own.items()},
+        own_masked={name: hidden for name, (_, hidden) in own.items()},
     )

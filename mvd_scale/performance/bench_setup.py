@@ -120,7 +120,9 @@ def make_trainer(
     ]
     models = distillation_models(parts, ranks, steps_per_epoch=1)
     objective = MaskedDistillation(merge_targets(targets.values()))
-    begin = make_prefetcher(objective, [part.placement for part in parts], ranks.device) if prefetch else None
+    placements = [part.placement for part in parts]
+    tokens = recipe.shared_tokens
+    begin = make_prefetcher(objective, placements, ranks.device, all_tokens=tokens) if prefetch else None
     return Trainer(models, TeacherPrefetcher(batches, begin), recipe, ranks)
 
 

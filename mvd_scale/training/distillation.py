@@ -16,10 +16,11 @@ from mvd_scale.training.deepspeed_engine import train_engine
 from mvd_scale.training.ema import build_momentum_emas, initialize_momentum_targets
 from mvd_scale.training.lr_schedule import Schedule
 from mvd_scale.training.optimizer import parameter_groups
+from mvd_scale.training.own_masks import StudentObjective
 from mvd_scale.training.placement import Placement
 from mvd_scale.training.teachers.place import place_teachers
 from mvd_scale.training.teachers.statistics import running_statistics
-from mvd_scale.training.trained_model import MovingAverage, TrainedModel
+from mvd_scale.training.trained_model import MovingAverage, Objective, TrainedModel
 
 
 @dataclass(frozen=True)
@@ -75,4 +76,7 @@ def _trained(part: StudentParts, ranks: Ranks, steps_per_epoch: int) -> TrainedM
         *build_momentum_emas(targets, engine, schedule, ranks),
         *running_statistics(targets, ranks),
     ]
-    return TrainedModel(engine, MaskedDistillation(targets), schedule, averages, part.name)
+    objective: Objective = MaskedDistillation(targets)
+    if part.name:
+        objective = StudentObjective(MaskedDistillation(targets), part.name)
+    return TrainedModel(engine, objective, schedule, averages, part.name)

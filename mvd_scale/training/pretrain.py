@@ -118,7 +118,8 @@ class Pretraining(TrainingJob[Recipe]):
 
     def prefetch(self, ranks: Ranks) -> BatchStarter | None:
         """Create the function that computes teacher features one batch in advance, or once for several students."""
-        return make_prefetcher(MaskedDistillation(self.targets), self.placements, ranks.device)
+        objective, tokens = MaskedDistillation(self.targets), self.recipe.shared_tokens
+        return make_prefetcher(objective, self.placements, ranks.device, all_tokens=tokens)
 
     def callbacks(self, ranks: Ranks, steps_per_epoch: int) -> list[Callback]:
         """Create the callbacks of the recipe's `logging` section: pictures of predictions, and the probe."""

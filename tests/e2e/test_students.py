@@ -30,6 +30,7 @@ students:
   spoiled: {{model: {{width: 32, heads: 2}}, targets: {{average: null}}}}
   small:
     model: {{width: 32, heads: 2, drop_path: 0.1}}
+    data: {{mask: {{ratio: 0.5}}}}
     targets: {{average: null, pixels: {{weight: 0.5}}}}
     training: {{base_lr: 5e-3, weight_decay: 0.1, clip_grad: 1.0, deepspeed: zero3}}
   wide:

@@ -10,12 +10,13 @@ Legend: B clips, T frames.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Self
 
 from nvidia.dali.pipeline import Pipeline
 
-from mvd_scale.config.data import DataConfig
+from mvd_scale.config.data import DataConfig, MaskConfig
 from mvd_scale.config.model import ModelConfig
 from mvd_scale.config.recipe import RunRecipe
 from mvd_scale.data.batch import ClipBatch
@@ -25,13 +26,14 @@ from mvd_scale.data.loaders.base import DaliLoader, as_tensor
 from mvd_scale.data.loaders.dali_failures import FAILURES_FILE, DaliFailures
 from mvd_scale.data.loaders.quarantine import Quarantine
 from mvd_scale.data.manifest import Manifest
+from mvd_scale.data.sampling.masks import count_tokens
 from mvd_scale.data.sampling.sampler import RankShard, Sampler, steps_per_epoch
 from mvd_scale.distributed.data_rank import DataRank
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Optimizer steps to load, and their batch sizes. Sizes count every copy of a clip."""
+    """Optimizer steps to load, their batch sizes, and masks of students. Sizes count every copy of a clip."""
 
     global_batch: int
     """Clips of one optimizer step over all ranks."""
@@ -42,6 +44,9 @@ class BatchPlan:
     steps: range
     """Optimizer steps to load, in steps of one."""
 
+    masks: Mapping[str, MaskConfig | None] = field(default_factory=dict)
+    """Masks of students in the place of `data.mask`, by name, see `ClipBatch.own_visible`."""
+
     @classmethod
     def for_run(cls, recipe: RunRecipe, world_size: int, steps: range) -> BatchPlan:
         """Plan the batches of a recipe on `world_size` ranks for the optimizer steps `steps`.
@@ -49,7 +54,8 @@ class BatchPlan:
         Raises:
             UserError: the global batch cannot be split over the ranks.
         """
-        return cls(recipe.training.global_batch, recipe.micro_batch_and_accumulation(world_size)[0], steps)
+        micro, _ = recipe.micro_batch_and_accumulation(world_size)
+        return cls(recipe.training.global_batch, micro, steps, recipe.own_masks)
 
     @classmethod
     def one_batch(cls, clips: int) -> BatchPlan:
@@ -103,6 +109,9 @@ class ClipLoader(DaliLoader):
         steps_per_epoch(manifest, data, total)
         self.sides = (model.input_size, *(side for side in sides if side != model.input_size))
         self._model = model
+        self._masks = plan.masks
+        every = (data.mask, *plan.masks.values())
+        self._tokens = list(zip(*(count_tokens(mask, model.grid) for mask in every), strict=True))
         self._sampler = self._make_sampler(manifest, data, model, seed)
         self._shard = RankShard(self._sampler.clips, total // data.copies, rank.rank, rank.world_size)
         each = self._shard.clips_per_step
@@ -156,14 +165,20 @@ class ClipLoader(DaliLoader):
     def __next__(self) -> ClipBatch:
         *pixels, visible, masked = self.run()
         copies = self._data.copies
+        (seen, *own_seen), (hidden, *own_hidden) = (
+            [part.contiguous() for part in as_tensor(tokens).flatten(0, 1).split(counts, dim=1)]
+            for tokens, counts in zip((visible, masked), self._tokens, strict=True)
+        )
         first, *others = (as_tensor(side) if copies == 1 else as_tensor(side).flatten(0, 1) for side in pixels)
         return ClipBatch(
             pixels=first,
-            visible=as_tensor(visible).flatten(0, 1),
-            masked=as_tensor(masked).flatten(0, 1),
+            visible=seen,
+            masked=hidden,
             labels=self.labels.to(self._device, non_blocking=True).repeat_interleave(copies),
             video_ids=self.rows.repeat_interleave(copies),
             resized=dict(zip(self.sides[1:], others, strict=True)),
+            own_visible=dict(zip(self._masks, own_seen, strict=True)),
+            own_masked=dict(zip(self._masks, own_hidden, strict=True)),
         )
 
     _decoded_share = 0.4  # workers hand over the box of the crop, which takes a third of a frame or more
@@ -173,7 +188,7 @@ class ClipLoader(DaliLoader):
         return self._model.frames
 
     def _make_sampler(self, manifest: Manifest, data: DataConfig, model: ModelConfig, seed: int) -> Sampler:
-        return Sampler(manifest, data, model, seed)
+        return Sampler(manifest, data, model, seed, tuple(self._masks.values()))
 
     def _build(self) -> Pipeline:
         source = self._source()

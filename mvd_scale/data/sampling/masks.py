@@ -41,6 +41,12 @@ def draw_mask(
     ]
 
 
+def count_tokens(mask: MaskConfig | None, grid: tuple[int, int, int]) -> tuple[int, int]:
+    """Number of visible tokens V and of masked tokens M, which are the same in every draw."""
+    visible, masked = draw_mask(np.random.default_rng(0), mask, grid)
+    return len(visible), len(masked)
+
+
 def running_cell_mask(rng: Generator, share: float, grid: tuple[int, int, int]) -> NDArray[np.bool_]:
     """Draw the tokens that decoders predict (VideoMAE V2, "dual masking"): 4 x share of each cell of 2 x 2 patches.
 

@@ -8,6 +8,7 @@ Legend: T frames, N tokens, V visible, M masked.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from mvd_scale.config.data import DataConfig
+from mvd_scale.config.data import DataConfig, MaskConfig
 from mvd_scale.config.model import ModelConfig
 from mvd_scale.data.manifest import Manifest
 from mvd_scale.data.sampling.augment import Augmentation, draw_augmentation
@@ -43,10 +44,10 @@ class CopyPlan:
     """Operations before the crop, jitter and an erased box after it."""
 
     visible: NDArray[np.int64]
-    """Indices of the visible tokens, ascending, time-major: int64 (V,)."""
+    """Indices of the visible tokens, ascending, time-major: int64 (V,); then those of each further mask."""
 
     masked: NDArray[np.int64]
-    """Indices of the masked tokens to predict, ascending, time-major: int64 (M,)."""
+    """Indices of the masked tokens to predict, ascending, time-major: int64 (M,); then those of each further mask."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,29 @@ class Sampler:
 
     An epoch has `clips` clips (`steps_per_epoch` uses the same number): `clips_per_video` clips of each usable video,
     times the weight of its data set in a mixture.
+
+    Args:
+        manifest: manifest of the videos.
+        data: sampling, crop, augmentation and mask of clips.
+        model: model config, which sets the shape of a clip.
+        seed: seed of all random choices.
+        masks: further masks, each drawn as if it stood in the place of `data.mask`.
     """
 
-    def __init__(self, manifest: Manifest, data: DataConfig, model: ModelConfig, seed: int) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        data: DataConfig,
+        model: ModelConfig,
+        seed: int,
+        masks: Sequence[MaskConfig | None] = (),
+    ) -> None:
         self.manifest = manifest
         self.components = mixture_components(manifest, data)
         self.data = data
         self.model = model
         self.seed = seed
+        self.masks = masks
 
     @property
     def rows(self) -> NDArray[np.int64]:
@@ -108,12 +124,22 @@ class Sampler:
             rng = _generator(_CLIP, self.seed, epoch, i, attempt, copy) if copy else rng
             crop = draw_crop(rng, data.crop, height, width, model.input_size)
             flip = bool(rng.random() < data.flip)
-            visible, masked = draw_mask(rng, data.mask, model.grid)
+            visible, masked = self._draw_masks(rng)
             augment = draw_augmentation(
                 rng, data.augment, frames=model.frames, size=(height, width), side=model.input_size
             )
             copies.append(CopyPlan(crop, flip, augment, visible, masked))
         return ClipPlan(row, frames, tuple(copies))
+
+    def _draw_masks(self, rng: Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Draw the mask of the recipe and the further ones; the generator goes on as after the first alone."""
+        before, grid = rng.bit_generator.state, self.model.grid
+        others = []
+        for mask in self.masks:
+            others.append(draw_mask(rng, mask, grid))
+            rng.bit_generator.state = before
+        visible, masked = zip(draw_mask(rng, self.data.mask, grid), *others, strict=True)
+        return np.concatenate(visible), np.concatenate(masked)
 
     def draw_frames(self, rng: Generator, video: int) -> NDArray[np.int64]:
         """Draw the frame numbers of a clip of usable video number `video`: int64 (T,), ascending."""

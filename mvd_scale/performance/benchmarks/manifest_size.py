@@ -176,7 +176,8 @@ def measure_manifest(rows: Sequence[int], workers: Sequence[int], work: Path) ->
 
 
 def make_manifest(work: Path, rows: int) -> Path:
-    """Write a manifest of a number of rows whose paths all differ, though they lead to four videos.
+    """Write a manifest of a number of rows whose paths all differ, though they lead to four videos; and, for `data
+    merge`, the same as the only part of its source.
 
     Each folder of links leads to itself, so that the digits of a number are a path.
     """
@@ -194,7 +195,9 @@ def make_manifest(work: Path, rows: int) -> Path:
         if not file.exists():
             encode_pictures(file, encoder, size, pictures)
     videos = build_manifest([str(file) for file in files], workers=1).rows
-    Manifest.from_chunks(lambda name: _column(name, rows, videos), rows, source=str(work)).save(path)
+    manifest = Manifest.from_chunks(lambda name: _column(name, rows, videos), rows, source=str(work))
+    replace(manifest, part=(1, 1)).save(_part_of(path))
+    manifest.save(path)
     return path
 
 
@@ -270,8 +273,11 @@ def _index(path: Path, out: Path) -> None:
 
 
 def _merge(path: Path, out: Path) -> None:
-    """Merge a manifest that is the only part of its source."""
-    merge([replace(Manifest.load(path), part=(1, 1))]).save(out / "merged.parquet")
+    merge([Manifest.load(_part_of(path))]).save(out / "merged.parquet")
+
+
+def _part_of(path: Path) -> Path:
+    return path.with_name(f"part_{path.name}")
 
 
 def _stats(path: Path, out: Path) -> None:

@@ -144,7 +144,8 @@ def _make_runs(recipe: Recipe, ranks: Ranks) -> dict[str, Trainer]:
         targets = merge_targets(part.targets for part in own)
         micro, _ = recipe.micro_batch_and_accumulation(ranks.world_size)
         batches = random_batches(recipe, micro, ranks.device, teacher_input_sizes(recipe, targets))
-        begin = make_prefetcher(MaskedDistillation(targets), [part.placement for part in own], ranks.device)
+        placements, tokens = [part.placement for part in own], recipe.shared_tokens
+        begin = make_prefetcher(MaskedDistillation(targets), placements, ranks.device, all_tokens=tokens)
         trainers[run] = Trainer([next(models) for _ in own], TeacherPrefetcher(batches, begin), recipe, ranks)
     return trainers
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from mvd_scale.data.batch import ClipBatch
+from mvd_scale.training.own_masks import at_all_tokens
 
 if TYPE_CHECKING:
     from mvd_scale.targets import MaskedDistillation
@@ -159,7 +160,11 @@ class TeachersFirst:
 
 
 def make_prefetcher(
-    objective: MaskedDistillation, placements: Sequence[Placement], device: torch.device
+    objective: MaskedDistillation,
+    placements: Sequence[Placement],
+    device: torch.device,
+    *,
+    all_tokens: int | None = None,
 ) -> BatchStarter | None:
     """Create the function that computes teacher features before the students see a batch.
 
@@ -167,15 +172,20 @@ def make_prefetcher(
         objective: objective with the targets of all students.
         placements: placement of each student.
         device: device of this rank.
+        all_tokens: number of tokens of a clip if students have masks of their own, and features are computed at all of
+            them; else None.
 
     Returns:
         function for features in advance if a teacher is placed with prefetch, or once for several students; None for a
         single student, whose objective calls the teachers.
     """
     early = any(teacher.prefetch.value for placement in placements for teacher in placement.teachers)
+    teach: Callable[[ClipBatch], ClipBatch] = objective.prefetch_features
+    if all_tokens is not None:
+        teach = at_all_tokens(teach, all_tokens)
     if early:
-        return PrefetchStream(device, objective.prefetch_features)
-    return TeachersFirst(objective.prefetch_features) if len(placements) > 1 else None
+        return PrefetchStream(device, teach)
+    return TeachersFirst(teach) if len(placements) > 1 else None
 
 
 def _fetched(fetch: Callable[[], ClipBatch]) -> Callable[[], ClipBatch]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mvd_scale.config import Recipe, load_recipe
+from mvd_scale.config import MaskConfig, Recipe, load_recipe
 from mvd_scale.errors import UserError
 from mvd_scale.performance.planning.parallelism import with_training
 
@@ -76,6 +76,36 @@ def test_a_shape_and_a_size_replace_each_other() -> None:
     assert Recipe.model_validate(tiny).students["s"].model.depth == 12
 
 
+def test_a_mask_of_its_own_is_that_of_the_student_alone() -> None:
+    made = family("{s: {data: {mask: {ratio: 0.75}}}, b: {}}", "--data.mask.decode_ratio", "0.5")
+    assert made.own_masks == {"s": MaskConfig(ratio=0.75, decode_ratio=0.5)}
+    assert made.shared_tokens == made.tokens == 1568
+    assert family("{s: {}, b: {}}").own_masks == {}
+    assert family("{s: {}, b: {}}").shared_tokens is None
+    alone = load_recipe("distill/b_from_b", ["--data.mask.ratio", "0.75", "--data.mask.decode_ratio", "0.5"])
+    assert made.alone("s").identity() == alone.identity()
+    assert made.alone("s").visible_tokens == 392
+    assert made.identity() != family("{s: {}, b: {}}", "--data.mask.decode_ratio", "0.5").identity()
+    again = load_yaml(made)
+    assert again == made
+    # What a student does not name follows the recipe.
+    assert made.model_dump()["students"]["b"]["data"]["mask"]["decode_ratio"] == 0.5
+    assert yaml.safe_load(made.to_yaml())["students"]["b"]["data"] == {}
+
+
+def load_yaml(made: Recipe) -> Recipe:
+    return Recipe.model_validate(yaml.safe_load(made.to_yaml()))
+
+
+def test_masks_that_would_change_the_augmentation_are_refused() -> None:
+    jitter = ("--data.augment.color_jitter", "{}")
+    assert family("{s: {data: {mask: {ratio: 0.5}}}}", *jitter).own_masks
+    assert family("{s: {data: {mask: {kind: random}}}}").own_masks
+    for mask in ("{kind: random}", "{decode_ratio: 0.5}"):
+        with pytest.raises(UserError, match=r"students\.s\.data\.mask is of another kind than data\.mask"):
+            family(f"{{s: {{data: {{mask: {mask}}}}}}}", *jitter)
+
+
 def test_a_null_student_and_a_null_target_are_left_out() -> None:
     made = load_recipe("distill/sb_from_b", ["--students.s", "null", "--students.b.targets.image", "null"])
     assert list(made.students) == ["b"]
@@ -90,7 +120,8 @@ REFUSED = {
     "{s: {training: {precision: bf16}}}": r"students\.s\.training\.precision is 'bf16'",
     "{s: {targets: {image: {norm: true}}}}": r"students\.s\.targets\.image\.norm is True",
     "{s: {targets: {image: {checkpoint: a.pth}}}}": r"students\.s\.targets\.image\.checkpoint is PosixPath\('a\.pth'\)",
-    "{s: {data: {stride: 2}}}": r"students\.s\.data: unknown key",
+    "{s: {data: {stride: 2}}}": r"students\.s\.data\.stride: unknown key",
+    "{s: {data: {mask: null}}}": r"students\.s: targets\.image\.tokens is masked, but without data\.mask",
     "{s: {model: {sizes: S}}}": r"students\.s\.model\.sizes: unknown key",
     "{s: {targets: {image: {decoders: 3}}}}": r"students\.s\.targets\.image\.decoders: unknown key",
     "{s: {training: {min_lr: 1}}}": r"students\.s: training\.min_lr 1 must not exceed training\.base_lr",

@@ -21,7 +21,7 @@ import psutil
 import pytest
 import torch
 
-from mvd_scale.config.data import CenterCrop, DataConfig
+from mvd_scale.config.data import CenterCrop, DataConfig, MaskConfig
 from mvd_scale.config.model import ModelConfig
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.data.decoding.backends import Decoders
@@ -96,6 +96,21 @@ def test_batches_keep_their_values(manifest):
         list(loader)
     assert torch.equal(batch.pixels, before)
     assert not torch.equal(batch.pixels[0], batch.pixels[1])
+
+
+def test_masks_of_students_are_those_of_loaders_of_their_own(manifest, stream):
+    masks = {"half": MaskConfig(ratio=0.5), "none": None, "random": MaskConfig(kind="random")}
+    plan = BatchPlan.one_batch(4)
+    with ClipLoader(manifest, DATA, MODEL, 1, plan=replace(plan, masks=masks), rank=DataRank(CPU)) as loader:
+        batch = next(loader)
+    for name, mask in masks.items():
+        data = DATA.model_copy(update={"mask": mask})
+        with ClipLoader(manifest, data, MODEL, 1, plan=plan, rank=DataRank(CPU)) as loader:
+            alone = next(loader)
+        seen = batch.seen_by(name)
+        assert not seen.own_visible
+        assert_same([seen], [alone])
+        assert seen.visible.is_contiguous()
 
 
 @pytest.mark.parametrize("flip", [0.0, 1.0])

@@ -351,3 +351,26 @@ def test_an_epoch_drops_what_does_not_fill_a_global_batch():
 def test_too_few_clips_for_a_batch():
     with pytest.raises(UserError, match=r"data.clips_per_video to 3 or more"):
         steps_per_epoch(make_manifest(5), DataConfig(), 12)
+
+
+@pytest.mark.parametrize("mask", [{"ratio": 0.5}, {"kind": "random"}, {"decode_ratio": 0.5}])
+def test_a_further_mask_is_that_of_a_stream_of_its_own_and_changes_nothing_else(mask):
+    plain, other = make_sampler(copies=2, flip=0.5), make_sampler(copies=2, flip=0.5, mask=mask)
+    masks = (other.data.mask, None)
+    both = Sampler(plain.manifest, plain.data, MODEL, plain.seed, masks)
+    for i in range(plain.clips):
+        first, second, joined = (sampler.plan(1, i) for sampler in (plain, other, both))
+        assert (joined.row, joined.frames.tolist()) == (first.row, first.frames.tolist())
+        for one, two, three in zip(first.copies, second.copies, joined.copies, strict=True):
+            assert (three.crop, three.flip) == (one.crop, one.flip) == (two.crop, two.flip)
+            assert three.visible.tolist() == [*one.visible, *two.visible, *range(32)]
+            assert three.masked.tolist() == [*one.masked, *two.masked]
+
+
+def test_a_mask_of_another_ratio_leaves_the_augmentation_as_it_is():
+    augment = {"color_jitter": {}, "erasing": {}}
+    few, many = (make_sampler(augment=augment, mask={"ratio": ratio}) for ratio in (0.5, 0.9))
+    for i in range(few.clips):
+        one, other = few.plan(0, i).copies[0].augment, many.plan(0, i).copies[0].augment
+        assert one.jitter.tolist() == other.jitter.tolist()
+        assert one.erase == other.erase
