@@ -24,6 +24,7 @@ from pydantic_core import PydanticUndefined
 from mvd_scale.cli import cli
 from mvd_scale.config import DetectionRecipe, FinetuneRecipe, Recipe, list_recipes
 from mvd_scale.config.pipeline import Pipeline
+from mvd_scale.config.reproduction import Scale
 from mvd_scale.config.students import StudentConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -40,6 +41,7 @@ SCHEMAS: dict[str, tuple[type[BaseModel], str]] = {
     "finetune": (FinetuneRecipe, "`mvd-scale finetune`"),
     "detect": (DetectionRecipe, "`mvd-scale detect train`"),
     "pipeline": (Pipeline, "`mvd-scale pipeline`"),
+    "scale": (Scale, "`mvd-scale reproduce`"),
 }
 """Schemas by the page that describes them, and the command that reads them."""
 
@@ -80,7 +82,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 def schema_page(name: str, schema: type[BaseModel], command: str) -> str:
     """A page with every key of a kind of recipe: type, default and meaning."""
     lines = [
-        f"# Keys of {'a pipeline' if name == 'pipeline' else name}",
+        f"# Keys of {f'a {name}' if name in ('pipeline', 'scale') else name}",
         "",
         f"Read by {command}. Generated from the schema, which `mvd-scale schema {name}` prints as JSON Schema. "
         f"Each key is set in YAML or on the command line by its dotted name.",

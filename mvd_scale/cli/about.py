@@ -17,17 +17,18 @@ def recipes() -> None:
 
 
 @click.command()
-@click.argument("kind", type=click.Choice(["pretrain", "finetune", "detect", "pipeline"]), default="pretrain")
+@click.argument("kind", type=click.Choice(["pretrain", "finetune", "detect", "pipeline", "scale"]), default="pretrain")
 def schema(kind: str) -> None:
     """Print all keys of recipes of a KIND, or of pipelines, with type, default and description, as JSON Schema."""
     import json
 
     from mvd_scale.config import DetectionRecipe, FinetuneRecipe, Recipe
     from mvd_scale.config.pipeline import Pipeline
+    from mvd_scale.config.reproduction import Scale
     from mvd_scale.config.section import Section
 
     kinds: dict[str, type[Section]] = {
-        "pretrain": Recipe, "finetune": FinetuneRecipe, "detect": DetectionRecipe, "pipeline": Pipeline,
+        "pretrain": Recipe, "finetune": FinetuneRecipe, "detect": DetectionRecipe, "pipeline": Pipeline, "scale": Scale,
     }  # fmt: skip
     click.echo(json.dumps(kinds[kind].model_json_schema(), indent=2))
 

@@ -28,6 +28,9 @@ class Cell:
     stage: str
     """Stage whose result it is."""
 
+    stages: tuple[str, ...]
+    """That stage and those before it that serve this figure alone."""
+
 
 @dataclass(frozen=True)
 class Expansion:
@@ -152,9 +155,9 @@ def _judging(
             **filled(told.evaluate),
         },
     }
-    cells = [Cell(encoder, task, "finetune", seed, test)]
+    cells = [Cell(encoder, task, "finetune", seed, test, (classifier, test))]
     if told.probe is not None:
         checkpoint = f"{{{names.stage(encoder, seed)}}}/encoder.safetensors"
         stages[probe] = {"kind": "probe", "title": f"{title}: probe", "checkpoint": checkpoint, **filled(told.probe)}
-        cells.append(Cell(encoder, task, "probe", seed, probe))
+        cells.append(Cell(encoder, task, "probe", seed, probe, (probe,)))
     return stages, cells

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from mvd_scale.reproduction.results import CellResult, TableResults
 
-_MEASURES = {"finetune": "fine-tuned", "probe": "probe"}
+_MEASURES = {"finetune": "fine-tuning", "probe": "linear probe"}
 
 
 def to_text(results: TableResults) -> str:
@@ -18,20 +18,28 @@ def _lines(results: TableResults) -> Iterator[str]:
     seeds = ", ".join(map(str, results.seeds))
     yield f"{results.title} ({results.scale}, {results.split} videos, seeds {seeds})"
     yield "top-1 in percent, mean over seeds ± half of the 95 % interval (Student t); in brackets the paper's"
-    columns = list(dict.fromkeys((cell.task, cell.measure) for cell in results.cells))
-    head = ["", *(f"{task}, {_MEASURES[measure]}" for task, measure in columns)]
-    rows = [
-        [row, *(_text(cell) for cell in results.cells if cell.encoder == encoder)]
-        for encoder, row in dict.fromkeys((cell.encoder, cell.row) for cell in results.cells)
-    ]
-    yield from _aligned([head, *rows])
+    yield from _aligned(list(_table(results)))
     if results.note:
         yield f"The paper's: {results.note}"
     yield from _directions(results)
     yield from _missing(results)
-    spent = [cost.cpu_minutes for cost in results.costs if cost.cpu_minutes is not None]
-    if spent:
-        yield f"{sum(spent):.1f} minutes on CPUs for all stages that are there, {len(results.costs)} of them"
+    if results.cpu_minutes:
+        trained = [
+            f"{cost.encoder} {cost.cpu_minutes:.1f}" for cost in results.encoders if cost.cpu_minutes is not None
+        ]
+        yield ""
+        yield f"minutes on CPUs for one seed, training: {', '.join(trained)}"
+        yield f"minutes on CPUs for all that is there: {results.cpu_minutes:.1f}"
+
+
+def _table(results: TableResults) -> Iterator[list[str]]:
+    """Head and rows; a column for each task and measure, and one for the minutes of all of them."""
+    columns = list(dict.fromkeys((cell.task, cell.measure) for cell in results.cells))
+    yield ["", *(f"{task}, {_MEASURES[measure]}" for task, measure in columns), "CPU minutes to judge a seed"]
+    for encoder, row in dict.fromkeys((cell.encoder, cell.row) for cell in results.cells):
+        cells = [cell for cell in results.cells if cell.encoder == encoder]
+        spent = [cell.cpu_minutes for cell in cells if cell.cpu_minutes is not None]
+        yield [row, *map(_text, cells), f"{sum(spent):.1f}" if spent else "-"]
 
 
 def _text(cell: CellResult) -> str:

@@ -7,9 +7,10 @@ describes them.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 from mvd_scale.config.pipeline import Pipeline
@@ -70,6 +71,9 @@ class CellResult:
     missing: dict[int, str]
     """Seeds without a figure, each with the reason."""
 
+    cpu_minutes: float | None
+    """Minutes on CPUs for one seed, mean: fine-tuning and test, or probe; None without any, or on a cluster."""
+
 
 @dataclass(frozen=True)
 class ComparisonResult:
@@ -100,12 +104,16 @@ class DirectionResult:
 
 
 @dataclass(frozen=True)
-class StageCost:
-    """Minutes on CPUs of one stage, all its processes together; null if it ran on a cluster."""
+class EncoderCost:
+    """Minutes on CPUs for the training of one encoder, teacher or student, without that of its teachers."""
 
-    stage: str
-    kind: str
+    encoder: str
+
+    seeds: int
+    """Number of seeds that have been trained."""
+
     cpu_minutes: float | None
+    """Mean over these; None without any, or on a cluster."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +128,10 @@ class TableResults:
     seeds: tuple[int, ...]
     cells: tuple[CellResult, ...]
     directions: tuple[DirectionResult, ...]
-    costs: tuple[StageCost, ...]
+    encoders: tuple[EncoderCost, ...]
+
+    cpu_minutes: float
+    """Minutes on CPUs for all stages that ran here, those that draw videos with them."""
 
     def write(self, output: Path) -> Path:
         """Write `results.json`, or the file of a table among several, and return its path."""
@@ -166,12 +177,35 @@ def gather(
     directions = tuple(
         _direction(direction, measure, figures) for direction in table.directions for measure in measures
     )
-    costs = tuple(
-        StageCost(name, stage.kind, None if record.cpu_minutes is None else round(record.cpu_minutes, 3))
-        for name, stage in expansion.pipeline.stages.items()
-        if (record := Record.load(expansion.pipeline, name)) is not None
+    minutes = _minutes(expansion.pipeline)
+    encoders = tuple(
+        EncoderCost(name, sum(stage in minutes for stage in stages), _mean(minutes, stages))
+        for name, stages in expansion.encoders.items()
     )
-    return TableResults(**head, split=split, seeds=expansion.seeds, cells=cells, directions=directions, costs=costs)
+    return TableResults(
+        **head,
+        split=split,
+        seeds=expansion.seeds,
+        cells=cells,
+        directions=directions,
+        encoders=encoders,
+        cpu_minutes=round(sum(minutes.values()), 3),
+    )
+
+
+def _minutes(pipeline: Pipeline) -> dict[str, float]:
+    """Minutes on CPUs of each stage that ran here."""
+    records = {name: Record.load(pipeline, name) for name in pipeline.stages}
+    return {
+        name: record.cpu_minutes
+        for name, record in records.items()
+        if record is not None and record.cpu_minutes is not None
+    }
+
+
+def _mean(minutes: Mapping[str, float], stages: Sequence[str]) -> float | None:
+    known = [minutes[stage] for stage in stages if stage in minutes]
+    return round(fmean(known), 3) if known else None
 
 
 Key = tuple[str, str, Measure]
@@ -184,19 +218,24 @@ def _keys(expansion: Expansion) -> list[Key]:
 def _cell(scale: Scale, table: ScaledTable, expansion: Expansion, key: Key, failed: Mapping[str, str]) -> CellResult:
     encoder, task, measure = key
     row = next(row for row in table.rows if row.encoder == encoder)
+    minutes = _minutes(expansion.pipeline)
+    spent: list[float] = []
     figures, missing = [], {}
     for cell in expansion.cells:
         if (cell.encoder, cell.task, cell.measure) != key:
             continue
+        if all(stage in minutes for stage in cell.stages):
+            spent.append(sum(minutes[stage] for stage in cell.stages))
         figure = _figure(expansion.pipeline, cell)
         if figure is None:
             missing[cell.seed] = failed.get(cell.stage, "has not been run")
         else:
             figures.append(figure)
     top1 = interval([figure.top1 for figure in figures]) if figures else None
+    cpu = round(fmean(spent), 3) if spent else None
     # The paper's figures are of fine-tuning.
     published = row.published.get(scale.tasks[task].published_as) if measure == "finetune" else None
-    return CellResult(row.row, encoder, task, measure, tuple(figures), top1, published, missing)
+    return CellResult(row.row, encoder, task, measure, tuple(figures), top1, published, missing, cpu)
 
 
 def _figure(pipeline: Pipeline, cell: Cell) -> SeedFigure | None:

@@ -19,6 +19,7 @@ import yaml
 from mvd_scale.cli import cli
 from mvd_scale.config import Recipe, load_any_recipe, load_detection_recipe, load_finetune_recipe, load_recipe
 from mvd_scale.config.pipeline import load_pipeline
+from mvd_scale.config.reproduction import load_scale
 
 from .pages import REPOSITORY, Command, all_commands, blocks, commands, inline_code, pages
 
@@ -42,6 +43,7 @@ LOADERS: dict[tuple[str, ...], Callable[[str, list[str]], object]] = {
     ("detect", "train"): load_detection_recipe,
     ("pipeline",): load_pipeline,
     ("data", "preview"): load_recipe,
+    ("reproduce",): load_scale,
 }
 """Who reads the overrides of a command; of others, whoever reads recipes of the kind that is named."""
 
@@ -102,7 +104,7 @@ def test_the_program_knows_the_command(command: Command, tmp_path: Path, monkeyp
     # Raises what the command would print about an option or a value that it does not know.
     parameters = subcommand.make_context(" ".join(names), list(rest)).params
     overrides = list(parameters.get("overrides", ()))
-    recipe = str(parameters.get("recipe") or parameters.get("file") or "")
+    recipe = str(parameters.get("recipe") or parameters.get("file") or parameters.get("scale") or "")
     if not recipe:
         assert not overrides
     elif recipe.endswith(".yaml") and not (tmp_path / recipe).is_file():

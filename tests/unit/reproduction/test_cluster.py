@@ -114,7 +114,7 @@ def test_finished_stages_are_not_submitted_again_and_results_are_gathered(tmp_pa
 
 
 def test_a_training_that_does_not_fit_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="stage videomae_b_seed0 cannot run on 24 H100: .*cannot be split"):
+    with pytest.raises(UserError, match=r"stage videomae_b_seed0 cannot run on 24 H100: .*cannot be split"):
         reproduce("table9", "full", seeds=[0], output=tmp_path, cluster=cluster(gpus=24))
     with pytest.raises(UserError, match="--validation is for `--scale mini`"):
         reproduce("table9", "full", seeds=[0], output=tmp_path, split="validation", cluster=cluster())

@@ -90,6 +90,21 @@ def test_a_direction_holds_only_if_all_of_its_comparisons_do(tmp_path: Path) -> 
     assert direction.verdict == "does not hold"
 
 
+def test_minutes_are_means_over_seeds_of_all_that_a_cell_needs(tmp_path: Path) -> None:
+    expansion = filled(tmp_path, {("video", "motion"): [61.0, 63.0]})
+    configs = StageConfigs(expansion.pipeline)
+    configs.record("video_motion_classifier_seed0", 2.0)
+    configs.record("video_motion_classifier_seed1", 3.0)
+    configs.record("video_teacher_seed0", 4.0)
+    results = gathered(expansion)
+    assert results.cell("video", "motion", "finetune").cpu_minutes == 3.0
+    assert results.cell("per_token", "motion", "finetune").cpu_minutes is None
+    (teacher,) = (cost for cost in results.encoders if cost.encoder == "video_teacher")
+    assert (teacher.seeds, teacher.cpu_minutes) == (1, 4.0)
+    assert results.cpu_minutes == 10.0
+    assert "training: video_teacher 4.0" in to_text(results)
+
+
 def test_what_is_missing_is_named_and_the_rest_is_shown(tmp_path: Path) -> None:
     expansion = filled(tmp_path, {("video", "motion"): [61.0, 63.0]})
     results = gathered(expansion, {"video_motion_test_seed2": "left out, because video_seed2 failed"})
@@ -98,8 +113,8 @@ def test_what_is_missing_is_named_and_the_rest_is_shown(tmp_path: Path) -> None:
     text = to_text(results)
     assert "62.0 ± 12.7 [71.8]" in text
     assert "- [70.5]" in text
-    assert "missing: video, motion, fine-tuned, seed 2: left out, because video_seed2 failed" in text
-    assert "1.0 minutes on CPUs for all stages that are there, 2 of them" in text
+    assert "missing: video, motion, fine-tuning, seed 2: left out, because video_seed2 failed" in text
+    assert "minutes on CPUs for all that is there: 1.0" in text
 
 
 def test_the_file_has_the_documented_form(tmp_path: Path) -> None:
@@ -111,5 +126,6 @@ def test_the_file_has_the_documented_form(tmp_path: Path) -> None:
     assert cell["top1"] == {"mean": pytest.approx(62), "half": pytest.approx(12.706, abs=1e-3), "count": 2}
     assert cell["seeds"][0].keys() == {"seed", "top1", "videos", "config_hash", "commit", "source"}
     assert cell["missing"] == {"2": "has not been run"}
-    assert values["costs"][0] == {"stage": "video_motion_test_seed0", "kind": "evaluate", "cpu_minutes": 0.5}
+    assert values["encoders"][0] == {"encoder": "video_teacher", "seeds": 0, "cpu_minutes": None}
+    assert values["cpu_minutes"] == 1.0
     assert {direction["verdict"] for direction in values["directions"]} == {"cannot be told"}
