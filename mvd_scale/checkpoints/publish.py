@@ -1,11 +1,13 @@
-"""Export to published formats: their names, attention biases, position tables and `config.json`."""
+"""Export to published formats: their names, attention biases, position tables, `config.json` and model cards."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -15,6 +17,8 @@ from mvd_scale.checkpoints.checkpoint import Checkpoint
 from mvd_scale.checkpoints.formats import FAMILIES
 from mvd_scale.checkpoints.formats.format import Format
 from mvd_scale.checkpoints.formats.names import to_published_name, unpack_attention
+from mvd_scale.checkpoints.model_card import UNKNOWN_LICENCE, write_model_card
+from mvd_scale.checkpoints.native import describe_weights, write_tensors
 from mvd_scale.checkpoints.programs import PROGRAMS, export_program
 from mvd_scale.checkpoints.weights import find_mismatches
 from mvd_scale.errors import UserError
@@ -22,14 +26,19 @@ from mvd_scale.models.positions import position_table
 
 _PICKLES = (".pth", ".pt", ".bin")
 
+HUB = "hub"
+"""Family of folders that `mvd_scale.from_pretrained` loads: any model of this project, tensors only."""
 
-def export_checkpoint(checkpoint: Checkpoint, family: str, out: Path) -> None:
+
+def export_checkpoint(checkpoint: Checkpoint, family: str, out: Path, *, licence: str = UNKNOWN_LICENCE) -> None:
     """Write a checkpoint in a published format, or a classifier as a program.
 
     Args:
         checkpoint: a model read from any format.
-        family: `videomae`, `mvd`, `mae`, `timm` or `hf`; `torch` or `onnx` for a program (see `export_program`).
-        out: a file `.safetensors`, or `.pth`, `.pt`, `.bin` for `{"model": ...}` by `torch.save`; a folder for `hf`.
+        family: `videomae`, `mvd`, `mae`, `timm`, `hf` or `hub`; `torch` or `onnx` for a program (see `export_program`).
+        out: a file `.safetensors`, or `.pth`, `.pt`, `.bin` for `{"model": ...}` by `torch.save`; for `hf` and `hub` a
+            folder, which gets a model card too.
+        licence: licence of the weights for the card, by its identifier on Hugging Face's hub.
 
     Raises:
         UserError: the format cannot represent this model, tensors are missing or not finite, or `out` has a wrong
@@ -41,18 +50,50 @@ def export_checkpoint(checkpoint: Checkpoint, family: str, out: Path) -> None:
     faults = find_mismatches(checkpoint)
     if faults:
         raise UserError(f"{checkpoint.source} is incomplete and was not exported:\n  " + "\n  ".join(faults))
+    if family == HUB:
+        _write_hub_folder(checkpoint, licence, out)
+        return
     form, tensors = _published(checkpoint, family)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     if form.config is not None:
-        if out.suffix:
-            raise UserError(f"--out {out}: Hugging Face's tools read a folder; give one without a suffix")
-        out.mkdir(parents=True, exist_ok=True)
+        _make_folder(out)
         _save(tensors, out / "model.safetensors")
-        (out / "config.json").write_text(json.dumps(form.config(checkpoint), indent=2) + "\n")
+        _write_json(form.config(checkpoint), out / "config.json")
+        if form.processor is not None:
+            _write_json(form.processor(checkpoint), out / "preprocessor_config.json")
+        write_model_card(checkpoint, "transformers", licence, out / "README.md")
     elif out.suffix in (*_PICKLES, ".safetensors"):
         _save(tensors, out)
     else:
         raise UserError(f"--out {out}: expected a file name that ends in .safetensors, {', '.join(_PICKLES)}")
+
+
+def _write_hub_folder(checkpoint: Checkpoint, licence: str, out: Path) -> None:
+    _make_folder(out)
+    decoders = {name: decoder.config for name, decoder in checkpoint.decoders.items()}
+    told = describe_weights(
+        checkpoint.model,
+        decoders,
+        classes=checkpoint.class_names,
+        views=checkpoint.views,
+        detector=checkpoint.detector,
+    )
+    write_tensors(out / "model.safetensors", checkpoint.tensors(), told)
+    # The hub counts downloads by this file. The weights state their shape themselves.
+    _write_json(
+        {"library_name": "mvd-scale", "kind": checkpoint.kind, **checkpoint.model.model_dump()}, out / "config.json"
+    )
+    write_model_card(checkpoint, "mvd-scale", licence, out / "README.md")
+
+
+def _make_folder(out: Path) -> None:
+    if out.suffix:
+        raise UserError(f"--out {out}: Hugging Face's tools read a folder; give one without a suffix")
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def _write_json(document: Mapping[str, Any], out: Path) -> None:
+    out.write_text(json.dumps(document, indent=2) + "\n")
 
 
 def to_published(checkpoint: Checkpoint, family: str) -> dict[str, Tensor]:
@@ -118,7 +159,8 @@ def _choose(checkpoint: Checkpoint, family: str) -> tuple[Format, Checkpoint]:
         has = "learned positions" if learned else f"the position table {model.positions}"
         raise UserError(
             f"{checkpoint.source} was trained with {has}, but the code of {form.name} adds {form.positions}: "
-            "the exported weights would compute other features there than here"
+            "the exported weights would compute other features there than here. Export them by --to hub, for "
+            "mvd_scale.from_pretrained"
         )
     return form, _name_pixels(checkpoint, form)
 

@@ -129,11 +129,11 @@ def _read_folder(path: Path) -> RawCheckpoint:
     if is_tensor_folder(path):
         _log_choice(path, path)
         tensors, metadata = read_model(path)
-        return RawCheckpoint(path, tensors, metadata, recipe=_recipe_near(path))
+        return RawCheckpoint(path, tensors, metadata, recipe=recipe_near(path))
     deepspeed = find_deepspeed(path)
     if deepspeed is not None:
         _log_choice(path, deepspeed)
-        return RawCheckpoint(path, load_deepspeed(deepspeed), recipe=_recipe_near(deepspeed))
+        return RawCheckpoint(path, load_deepspeed(deepspeed), recipe=recipe_near(deepspeed))
     steps = sorted(step for step in path.glob("checkpoints/step_*") if not step.suffix)
     if steps:
         return _read_newest(steps)
@@ -193,7 +193,7 @@ def _read_file(path: Path, key: str | None = None) -> RawCheckpoint:
     if head[8:9] == b"{":
         tensors, metadata = _read_safetensors(path)
         tensors = unwrap(nested(tensors), path, key) if any(SEPARATOR in name for name in tensors) or key else tensors
-        return RawCheckpoint(path, tensors, metadata, config, _recipe_near(path.parent))
+        return RawCheckpoint(path, tensors, metadata, config, recipe_near(path.parent))
     refuse_other_kinds(path)
     if head[:2] not in (b"PK", b"\x80\x02") and newer_protocol(path) is None:
         raise UserError(
@@ -255,7 +255,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _recipe_near(folder: Path) -> Path | None:
+def recipe_near(folder: Path) -> Path | None:
     """Find the recipe of a run from its folder or from the folder of one of its checkpoints."""
     places = (folder / "recipe.yaml", folder.parent.parent / "recipe.yaml")
     return next((place for place in places if place.is_file()), None)

@@ -48,19 +48,26 @@ def import_weights(source: Path, role: Any, out: Path, tubelet: int | None, **hi
 @click.option(
     "--to",
     "family",
-    type=click.Choice(["videomae", "mvd", "mae", "timm", "hf", "torch", "onnx"]),
+    type=click.Choice(["videomae", "mvd", "mae", "timm", "hf", "hub", "torch", "onnx"]),
     required=True,
-    help="Format to write; torch and onnx write a classifier as a program.",
+    help="Format to write; hub is for mvd_scale.from_pretrained; torch and onnx write a classifier as a program.",
 )
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     required=True,
-    help="File to write: .pth or .safetensors; a folder for hf; .pt2 for torch; .onnx for onnx.",
+    help="File to write: .pth or .safetensors; a folder for hf and hub; .pt2 for torch; .onnx for onnx.",
 )
+@click.option(
+    "--licence", default="unknown", show_default=True,
+    help="Licence of the weights in the model card of hf and hub, by its name on the hub, such as cc-by-nc-4.0.",
+)  # fmt: skip
 @shape_options
-def export_weights(source: Path, family: str, out: Path, **hints: Any) -> None:
+def export_weights(source: Path, family: str, out: Path, licence: str, **hints: Any) -> None:
     """Write the weights of SOURCE, a run folder or a file, in the format of another tool.
+
+    hf and hub write a folder with a model card, README.md, of what the run folder of SOURCE tells. hf is for
+    transformers, of models with its positions; hub is for mvd_scale.from_pretrained, of any model.
 
     A program (torch, onnx) takes clips, uint8 (batch, frames, size, size, 3), and returns softmax probabilities,
     float32 (batch, classes).
@@ -68,7 +75,7 @@ def export_weights(source: Path, family: str, out: Path, **hints: Any) -> None:
     from mvd_scale.checkpoints import Hints, export_checkpoint, read_checkpoint
 
     checkpoint = read_checkpoint(source, Hints(**hints))
-    export_checkpoint(checkpoint, family, out)
+    export_checkpoint(checkpoint, family, out, licence=licence)
     click.echo(f"{out}: {checkpoint.kind} in the format of {family}")
 
 

@@ -3,8 +3,9 @@
 A study is a folder with `results.json`. Of it are read, in percent:
 
 - `title`, `scale`, `split`, `note`: texts, each of which may be missing;
-- `cells`: `row`, `task`, `measure`; `top1`, null or an object of `mean`, `half` (of the 95 % interval, or null) and
-  `count` (seeds); `published`, the paper's figure or null; `missing`, the reason by seed;
+- `cells`: `row` and, where rows have equal names, `encoder`; `task`, `measure`; `top1`, null or an
+  object of `mean`, `half` (of the 95 % interval, or null) and `count` (seeds); `missing`, the reason by seed; where
+  known, `published` (the paper's figure) and `cpu_minutes` of a seed;
 - `directions`: `says`, `measure`, `verdict` and `comparisons` of `better`, `than`, `task`, `difference` (as `top1`).
 
 Other keys are ignored.
@@ -103,14 +104,18 @@ def read_study(name: str, folder: Path) -> StudyTable:
     """
     document = read_object(folder / STUDY)
     try:
-        cells = {(str(cell["row"]), f"{cell['task']}, {cell['measure']}"): _cell(cell) for cell in document["cells"]}
+        names = {str(cell.get("encoder", cell["row"])): str(cell["row"]) for cell in document["cells"]}
+        cells = {
+            (str(cell.get("encoder", cell["row"])), f"{cell['task']}, {cell['measure']}"): _cell(cell)
+            for cell in document["cells"]
+        }
         claims = [_claim(direction) for direction in document.get("directions", [])]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder / STUDY} holds no cells in the form of a study ({error!r})") from error
     columns = list(dict.fromkeys(column for _, column in cells))
     rows = [
-        (row, [cells.get((row, column), Absent("no such cell")) for column in columns])
-        for row in dict.fromkeys(row for row, _ in cells)
+        (name, [cells.get((encoder, column), Absent("no such cell")) for column in columns])
+        for encoder, name in names.items()
     ]
     about = [str(document[key]) for key in ("scale", "split") if document.get(key)]
     notes = [*([", ".join(about)] if about else []), *([str(document["note"])] if document.get("note") else [])]
@@ -127,6 +132,8 @@ def _cell(cell: Mapping[str, Any]) -> Figure | Absent:
     note = f"{count} seed{'' if count == 1 else 's'}"
     if published is not None:
         note += f"; the paper has {float(published):.1f}"
+    if cell.get("cpu_minutes") is not None:
+        note += f"; {float(cell['cpu_minutes']):.1f} minutes of CPU"
     return Figure(str(cell["row"]), str(cell["task"]), mean, interval, note)
 
 

@@ -30,7 +30,7 @@ LAYERS = (
 
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 
-LAZY = {"mvd_scale": {"mvd_scale.evaluation.predict"}}
+LAZY = {"mvd_scale": {"mvd_scale.checkpoints.hub", "mvd_scale.evaluation.predict"}}
 """Imports that a module executes only at the first access to one of its attributes."""
 
 MOST_FILES = 16

@@ -11,6 +11,7 @@ from torch import Tensor
 from mvd_scale.checkpoints.checkpoint import Checkpoint, Hints, Kind
 from mvd_scale.checkpoints.formats.names import AttentionForm, Table
 from mvd_scale.config.model import Positions, is_rotary
+from mvd_scale.models.encoder import IMAGENET_MEAN, IMAGENET_STD
 
 SPLIT_LEAVES: Table = (("attn.q_bias", "attn.qkv.q_bias"), ("attn.v_bias", "attn.qkv.v_bias"), ("", ""))
 """Names within a block, for VideoMAE and MVD."""
@@ -94,6 +95,9 @@ class Format:
     config: Callable[[Checkpoint], dict[str, Any]] | None = None
     """Function that makes the `config.json` to write beside the weights; None if the format has none."""
 
+    processor: Callable[[Checkpoint], dict[str, Any]] | None = None
+    """Function that makes the `preprocessor_config.json` to write beside the weights; None if the format has none."""
+
     @property
     def is_rotary(self) -> bool:
         """Whether the positions turn queries and keys, so that a bias of the keys counts."""
@@ -109,6 +113,23 @@ def int_or_none(config: Mapping[str, Any], key: str) -> int | None:
     """Read an integer from the `config.json` of another library; None if it is absent or no integer."""
     value = config.get(key)
     return value if type(value) is int else None
+
+
+def processor_config(kind: str, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Settings of an image processor of Hugging Face: centre crop of frames, normalised by ImageNet's moments."""
+    side = checkpoint.model.input_size
+    return {
+        "image_processor_type": kind,
+        "do_resize": True,
+        "size": {"shortest_edge": side},
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(IMAGENET_MEAN),
+        "image_std": list(IMAGENET_STD),
+    }
 
 
 def unnamed_classes(classes: int) -> tuple[str, ...]:

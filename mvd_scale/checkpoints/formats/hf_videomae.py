@@ -6,12 +6,20 @@ Their LayerNorms default to eps 1e-12 (1e-5 after the decoder); VideoMAE itself 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from mvd_scale.checkpoints.checkpoint import Checkpoint, Hints
-from mvd_scale.checkpoints.formats.format import HF_LEAVES, Format, int_or_none, patch_axes, unnamed_classes
+from mvd_scale.checkpoints.formats.format import (
+    HF_LEAVES,
+    Format,
+    int_or_none,
+    patch_axes,
+    processor_config,
+    unnamed_classes,
+)
 
 _PATCHES = "embeddings.patch_embeddings.projection."
 _CLASSES = {
@@ -97,4 +105,5 @@ HF_VIDEOMAE = Format(
     kinds=("encoder", "student", "classifier"),
     facts=_facts,
     config=_config,
+    processor=partial(processor_config, "VideoMAEImageProcessor"),
 )

@@ -344,7 +344,14 @@ def test_wilson_interval() -> None:
 def test_a_study(tmp_path: Path) -> None:
     probe = {"measure": "probe", "published": None, "missing": {}}
     cells = [
-        {"row": "both", "task": "motion", **probe, "top1": {"mean": 63, "half": 3, "count": 3}, "published": 70.5},
+        {
+            "row": "both",
+            "task": "motion",
+            **probe,
+            "top1": {"mean": 63, "half": 3, "count": 3},
+            "published": 70.5,
+            "cpu_minutes": 2,
+        },
         {"row": "both", "task": "appearance", **probe, "top1": {"mean": 30, "half": None, "count": 1}},
         {"row": EVIL, "task": "motion", **probe, "top1": None, "missing": {"2": "has not been run"}},
     ]
@@ -357,7 +364,8 @@ def test_a_study(tmp_path: Path) -> None:
     assert [[isinstance(cell, Figure) for cell in row] for _, row in study.rows] == [[True, True], [False, False]]
     text = page_of(tmp_path, out=tmp_path / "page.html").text
     for words in (
-        "Table 2", "mini, test", "of ViT-S", "63.00 % 60.0 to 66.0, 3 seeds; the paper has 70.5", "30.00 % 1 seed",
+        "Table 2", "mini, test", "of ViT-S", "63.00 % 60.0 to 66.0, 3 seeds; the paper has 70.5; 2.0 minutes of CPU",
+        "30.00 % 1 seed",
         "none: seed 2: has not been run", "none: no such cell", "Video helps. (probe) holds",
         "video less image, motion: +9.0 ± 2.0",
     ):  # fmt: skip
