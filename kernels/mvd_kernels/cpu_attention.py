@@ -98,10 +98,10 @@ def _forward_by_torch(qkv: Tensor, queries: int, dtype: torch.dtype) -> tuple[Te
 
 def _backward_by_torch(gradient: Tensor, qkv: Tensor, attended: Tensor, sums: Tensor, dtype: torch.dtype) -> Tensor:
     """Compute the gradient (B, N, 3, H, C) of `qkv`."""
-    queries, size = attended.shape[1], _clips_together(qkv)
-    result = torch.zeros_like(qkv)
+    queries, result = attended.shape[1], torch.zeros_like(qkv)
     if not attended.numel():
         return result
+    size = _clips_together(qkv)
     tensors = (gradient, qkv, attended, sums, result)
     for up, part, out, logarithms, to in zip(*(tensor.split(size) for tensor in tensors), strict=True):
         upward, output = (tensor.transpose(1, 2).to(dtype) for tensor in (up, out))

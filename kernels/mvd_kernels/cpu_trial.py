@@ -34,8 +34,7 @@ SHAPES = {
 
 def time_products() -> dict[str, dict[ProductWay, float]]:
     """CPU seconds of the products of a linear layer: {field of `LinearWays`: {way: seconds}}."""
-    rows, gradients = (torch.randn(_ROWS, _WIDTH).bfloat16() for _ in range(2))
-    weight = torch.randn(_WIDTH, _WIDTH).bfloat16()
+    rows, gradients, weight = _random(_ROWS, _WIDTH), _random(_ROWS, _WIDTH), _random(_WIDTH, _WIDTH)
     calls: dict[str, Callable[[ProductWay], Tensor]] = {
         "forward": partial(product, rows, weight, None),
         "input_gradient": partial(input_gradient, gradients, weight),
@@ -47,15 +46,20 @@ def time_products() -> dict[str, dict[ProductWay, float]]:
 
 def time_attention() -> dict[str, dict[AttentionWay, float]]:
     """CPU seconds of the passes of attention: {field of `AttentionWays`: {way: seconds}}."""
-    qkv = torch.randn(1, _TOKENS, 3, _HEADS, _CHANNELS).bfloat16().requires_grad_()
+    qkv = _random(1, _TOKENS, 3, _HEADS, _CHANNELS).requires_grad_()
     ways = possible_ways(_CHANNELS)
     forward = {way: partial(cpu_attention, qkv, _TOKENS, AttentionWays(way, way)) for way in ways}
     attended = {way: attend() for way, attend in forward.items()}
-    upstream = torch.randn(1, _TOKENS, _HEADS, _CHANNELS).bfloat16()
+    upstream = _random(1, _TOKENS, _HEADS, _CHANNELS)
     backward = {
         way: partial(torch.autograd.grad, made, qkv, upstream, retain_graph=True) for way, made in attended.items()
     }
     return {"forward": _cpu_seconds(forward), "backward": _cpu_seconds(backward)}
+
+
+def _random(*shape: int) -> Tensor:
+    # The generator of the process must give the model the same numbers with and without a trial.
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).bfloat16()
 
 
 def _cpu_seconds(calls: Mapping[Way, Callable[[], object]]) -> dict[Way, float]:

@@ -323,7 +323,7 @@ def _bf16_ways(recipe: RunRecipe, devices: Devices) -> Decision[Bf16Ways] | None
     named = f"training.bf16_products is {asked}"
     if _compiles(recipe):
         if asked == "float32":
-            raise UserError(f"{named}, but {COMPILED}; set it to auto to run without it")
+            raise UserError(f"training.bf16_products is float32, but {COMPILED}; set it or compile to auto")
         return Decision(AS_THEY_ARE, COMPILED)
     if asked == "float32":
         return Decision(IN_FLOAT32, named)

@@ -85,7 +85,7 @@ def test_every_moment_belongs_to_the_innermost_event_and_all_add_up() -> None:
     assert milliseconds([*FORWARD, *BACKWARD, *optimizer], elapsed=101) == {
         ("student forward", "forward", "rest"): 40 - 19 - 10,
         # The linear layer around its product, the product, and 8-bit levels for products.
-        ("encoder", "forward", "products"): 2 + 5 + 1,
+        ("encoder", "forward", "products"): 2 + 6 + 1,
         # With all that attention calls.
         ("encoder", "forward", "attention"): 5,
         ("encoder", "forward", "rest"): 19 - 8 - 5 - 1,
