@@ -2,7 +2,8 @@
 
 Each operator has five files of the same name: one here (its contract, and the choice of the implementation), one in
 `reference` (plain torch), one in `triton_ops` (Triton kernels, their launch and autograd), one in `bench`, and a
-test. `native` contains C++ versions of the few operators that are faster with one on CPUs.
+test. `native` contains C++ versions of the few operators that are faster with one on CPUs. `linear` and `cpu_attention`
+compute bfloat16 on CPUs in the ways that they are told; `cpu_trial` times these ways.
 """
 
 from mvd_kernels.add_layer_norm import add_layer_norm
