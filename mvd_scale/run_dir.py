@@ -29,6 +29,7 @@ class RunFolder:
         self.started = False
         self.recipe = path / "recipe.yaml"
         self.environment = path / "environment.txt"
+        self.bf16_trial = path / "bf16_trial.json"
         self.metrics = path / "metrics.jsonl"
         self.events = path / "events.jsonl"
         self.faults = path / "faults"

@@ -13,6 +13,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
+from mvd_kernels.cpu_attention import AttentionWays, cpu_attention
 from mvd_kernels.flash_attention_4 import flash_attention_4
 from mvd_kernels.native import attention as native
 from mvd_kernels.reference.attention import attention as reference
@@ -89,6 +90,9 @@ FLASH_ATTENTION_RELEASES = (
 )
 
 
+_NATIVE = AttentionWays("native", "native")
+
+
 @cache
 def _refusal(backend: FlashAttentionRelease, major: int) -> str | None:
     """Reason why a backend cannot run on GPUs of this major compute capability; None if it can."""
@@ -147,21 +151,24 @@ def _choice(device: torch.device, dtype: torch.dtype, channels: int) -> str:
     return list(attention_backends(device, dtype, channels))[-1]
 
 
-def attention(qkv: Tensor, queries: int | None = None) -> Tensor:
+def attention(qkv: Tensor, queries: int | None = None, ways: AttentionWays | None = None) -> Tensor:
     """Compute softmax(q k^T / sqrt(K)) v over all tokens of a clip, without mask and dropout.
 
     Args:
         qkv: (B, N, 3, H, K), any floating dtype.
         queries: compute the output for the last Q tokens only; for all tokens (Q = N) if None.
+        ways: ways of the passes over bfloat16 on a CPU, which alone reads them; None for `attention_backend`.
 
     Returns:
         (B, Q, H * K), same dtype.
     """
+    if ways is not None and qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16:
+        return cpu_attention(qkv, queries or qkv.shape[1], ways).flatten(2)
     name = attention_backend(qkv.device, qkv.dtype, qkv.shape[-1])
     for backend in FLASH_ATTENTION_RELEASES:
         if backend.name == name:
             return backend.attend(qkv, queries).flatten(2)
     # torch.compile cannot trace the C++ function; torch's own attention can be traced.
     if name == "native" and not torch.compiler.is_compiling():
-        return native.attention(qkv, queries or qkv.shape[1]).flatten(2)
+        return cpu_attention(qkv, queries or qkv.shape[1], _NATIVE).flatten(2)
     return reference(qkv, queries)

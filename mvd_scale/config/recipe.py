@@ -151,8 +151,8 @@ class RunRecipe(Section):
             del part["source"], part["root"]
         # The checkpoints record the contents of the initial weights, so that their path may change.
         for key in (
-            "max_steps", "micro_batch", "deepspeed", "precision", "gradient_checkpointing", "compile",
-            "collective_timeout_minutes", "hang_minutes", "initial_encoder",
+            "max_steps", "micro_batch", "deepspeed", "precision", "bf16_products", "gradient_checkpointing",
+            "compile", "collective_timeout_minutes", "hang_minutes", "initial_encoder",
         ):  # fmt: skip
             del values["training"][key]
         return values

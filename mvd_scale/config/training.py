@@ -12,6 +12,7 @@ from mvd_scale.config.section import Section
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Precision = Literal["fp32", "bf16", "fp16"]
+ProductPrecision = Literal["auto", "bf16", "float32"]
 FrozenPrecision = Precision | Literal["int8", "fp8"]
 Checkpointing = Literal["none", "block", "attention"]
 
@@ -71,6 +72,13 @@ class TrainingConfig(Section):
 
     precision: Precision = "fp32"
     """Precision of the student. fp16 uses dynamic loss scaling."""
+
+    bf16_products: ProductPrecision = "auto"
+    """Precision in which a CPU multiplies bf16 numbers of students and teachers, in linear layers and in attention;
+    results are rounded to bf16 in any case. Some CPUs are faster in float32: those without instructions for bf16, and
+    those with AMX that a virtual machine hides. `auto`: before the first step rank 0 times each product of the forward
+    and the backward pass, and all ranks take the faster way. The times are kept in `bf16_trial.json` of the run, so
+    that it resumes in the same way; on another kind of CPU they are measured anew. GPUs ignore this key."""
 
     initial_scale_power: int = Field(default=16, ge=0)
     """Loss scale of fp16 at the first step, as a power of two."""

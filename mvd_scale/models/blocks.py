@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mvd_kernels import AddLayerNorm, LayerNorm, attention
+from mvd_kernels import AddLayerNorm, AttentionWays, LayerNorm, LinearWays, attention, linear
 from mvd_scale.models.layers.drop_path import DropPath
 from mvd_scale.models.layers.rms_norm import AddRMSNorm, RMSNorm
 from mvd_scale.models.layers.rotary import rotate
@@ -47,6 +46,8 @@ class QKV(nn.Module):
     positions turn it by another angle at every key (`key_bias`).
     """
 
+    ways = LinearWays()
+
     def __init__(self, width: int, *, key_bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(3 * width, width))
@@ -57,7 +58,7 @@ class QKV(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Project tokens to query, key and value: (B, N, D) to (B, N, 3 D)."""
-        return F.linear(tokens, self.weight, self.bias())
+        return linear(tokens, self.weight, self.bias(), self.ways)
 
     def bias(self) -> Tensor:
         """Return the packed bias (3 D,), which is zero for keys without a bias."""
@@ -67,6 +68,8 @@ class QKV(nn.Module):
 
 class Attention(nn.Module):
     """Multi-head self-attention over all tokens; with `rms`, of normalised queries and keys."""
+
+    ways: AttentionWays | None = None
 
     def __init__(self, width: int, heads: int, *, key_bias: bool = False, rms: bool = False) -> None:
         super().__init__()
@@ -110,7 +113,7 @@ class Attention(nn.Module):
         """
         packed = self.qkv_by_head(tokens, rotation, places)
         last = output_tokens if isinstance(output_tokens, int) else None
-        attended = attention(packed, last)
+        attended = attention(packed, last, self.ways)
         projected: Tensor = self.proj(attended if last is not None else select_output_tokens(attended, output_tokens))
         return projected
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import platform
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from mvd_scale.performance.benchmarks.timing import versions_of
+from mvd_scale.utils.machine import processor_name
 
 SHORT = 0.01
 """Share of a step's time below which a part is too short to be judged."""
@@ -82,11 +81,3 @@ def this_machine(device: torch.device, packages: Sequence[str] = ("deepspeed",))
         threads=torch.get_num_threads(),
         versions={"torch": torch.__version__, **versions_of([name for name in packages if name != "torch"])},
     )
-
-
-def processor_name() -> str:
-    """Model name of the CPU in Linux's `/proc/cpuinfo`, or the architecture if there is none."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

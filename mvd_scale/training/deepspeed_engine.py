@@ -12,6 +12,7 @@ from mvd_scale.config import RunRecipe
 from mvd_scale.config.deepspeed import student_deepspeed_config
 from mvd_scale.distributed.process_group import Ranks, import_deepspeed
 from mvd_scale.models import Student
+from mvd_scale.models.bf16_ways import set_bf16_ways
 from mvd_scale.models.blocks import set_gradient_checkpointing
 from mvd_scale.training.compile import compile_blocks
 from mvd_scale.training.optimizer import build_optimizer
@@ -42,6 +43,8 @@ def train_engine(
     if placement.batch_decoders.value:
         assert isinstance(model, Student)
         model.batch_decoders()
+    if placement.bf16_ways is not None:
+        set_bf16_ways(model, placement.bf16_ways.value)
     set_gradient_checkpointing(model, placement.gradient_checkpointing.value)
     offload = config["zero_optimization"].get("offload_optimizer", {}).get("device") in ("cpu", "nvme")
     engine, *_ = import_deepspeed().initialize(

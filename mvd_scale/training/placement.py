@@ -17,6 +17,7 @@ from mvd_scale.config.deepspeed import check_stage, zero_stage
 from mvd_scale.config.training import Checkpointing, FrozenPrecision, Precision
 from mvd_scale.data.loaders.decoder_choice import choose_video_decoder
 from mvd_scale.errors import UserError
+from mvd_scale.models.bf16_ways import AS_THEY_ARE, IN_FLOAT32, Bf16Trial, Bf16Ways
 from mvd_scale.models.precision import refusal
 from mvd_scale.models.quantization import REFUSED, unquantized_precision
 
@@ -25,9 +26,11 @@ DeviceKind = Literal["cuda", "cpu"]
 GATHERED = "ZeRO-3 gathers parameters inside each block, which torch.compile and CUDA graphs cannot capture"
 LAYERWISE = "ZeRO-3 gathers the weights of one layer at a time, and a batched pass needs those of several decoders"
 CALIBRATED = "int8 layers compute their quantization range at run time, which torch.compile cannot capture"
+COMPILED = "torch.compile makes the products of compiled blocks in its own way"
 
 _LABELS = {
     "precision": "precision",
+    "bf16_ways": "products of bf16",
     "zero_stage": "ZeRO stage",
     "micro_batch": "micro batch",
     "accumulation": "accumulation",
@@ -90,6 +93,10 @@ class Capabilities:
 
     no_nvdec: str = ""
     """Reason why the GPUs have no NVDEC; empty if they do, and for CPUs."""
+
+    bf16_trial: Bf16Trial | None = None
+    """Times of the ways in which the CPU of rank 0 computes bf16; None if there was no trial. Read only if
+    `needs_bf16_trial`."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +181,10 @@ class Placement:
 
     devices: Devices
     precision: Decision[Precision]
+
+    bf16_ways: Decision[Bf16Ways] | None
+    """Ways in which models compute bf16 on CPUs; None if nothing is computed in bf16 on a CPU."""
+
     zero_stage: Decision[int]
 
     micro_batch: Decision[int]
@@ -206,7 +217,8 @@ class Placement:
     def decisions(self) -> Iterator[tuple[str, Decision[Any]]]:
         """Yield every decision with its label; a decision on which all teachers agree is yielded once for all."""
         for name, label in _LABELS.items():
-            yield label, getattr(self, name)
+            if (decision := getattr(self, name)) is not None:
+                yield label, decision
         for name, label in _TEACHER_LABELS.items():
             if name == "rest" and all(teacher.rest == teacher.precision for teacher in self.teachers):
                 continue
@@ -247,6 +259,7 @@ def decide_placement(recipe: RunRecipe, teachers: Sequence[Teacher], devices: De
     return Placement(
         devices=devices,
         precision=_named("training.precision", training.precision),
+        bf16_ways=_bf16_ways(recipe, devices),
         zero_stage=Decision(stage, f"training.deepspeed is {training.deepspeed}"),
         micro_batch=Decision(micro, f"{share}, and {limit}"),
         accumulation=Decision(accumulation, f"{share}, processed in micro batches of {micro}"),
@@ -276,6 +289,49 @@ def needs_compiler(recipe: RunRecipe, kind: DeviceKind) -> bool:
     """Whether the placement depends on `Capabilities.no_compile`, which takes seconds to detect."""
     asked = [recipe.training.compile, *([recipe.teachers.compile] if isinstance(recipe, Recipe) else [])]
     return any(choice is True or (choice == "auto" and kind == "cuda") for choice in asked)
+
+
+def needs_bf16_trial(recipe: RunRecipe, kind: DeviceKind, *, bf16: bool) -> bool:
+    """Whether the placement depends on `Capabilities.bf16_trial`.
+
+    Args:
+        recipe: recipe of the run.
+        kind: kind of the devices.
+        bf16: see `Capabilities.bf16`.
+    """
+    asked = recipe.training.bf16_products == "auto"
+    return asked and not _compiles(recipe) and _computes_bf16(recipe, kind, bf16=bf16)
+
+
+def _computes_bf16(recipe: RunRecipe, kind: DeviceKind, *, bf16: bool) -> bool:
+    """Whether students or teachers compute in bf16 on a CPU."""
+    used = [recipe.training.precision]
+    if isinstance(recipe, Recipe):
+        used.append(_unquantized(teacher_precision(recipe, kind).value, bf16=bf16))
+    return kind == "cpu" and "bf16" in used
+
+
+def _compiles(recipe: RunRecipe) -> bool:
+    """Whether blocks on a CPU are compiled, which `auto` does not do."""
+    return recipe.training.compile is True or (isinstance(recipe, Recipe) and recipe.teachers.compile is True)
+
+
+def _bf16_ways(recipe: RunRecipe, devices: Devices) -> Decision[Bf16Ways] | None:
+    asked, trial = recipe.training.bf16_products, devices.capabilities.bf16_trial
+    if not _computes_bf16(recipe, devices.kind, bf16=devices.capabilities.bf16):
+        return None
+    named = f"training.bf16_products is {asked}"
+    if _compiles(recipe):
+        if asked == "float32":
+            raise UserError(f"training.bf16_products is float32, but {COMPILED}; set it or compile to auto")
+        return Decision(AS_THEY_ARE, COMPILED)
+    if asked == "float32":
+        return Decision(IN_FLOAT32, named)
+    if asked == "bf16":
+        return Decision(AS_THEY_ARE, named)
+    if trial is None:
+        return Decision(AS_THEY_ARE, f"{named} and this CPU was not tried")
+    return Decision(trial.choose(), f"{named} and one thread took, in ms: {trial}")
 
 
 def teacher_precision(recipe: Recipe, kind: DeviceKind) -> Decision[FrozenPrecision]:
@@ -336,15 +392,19 @@ def _refuse(precision: FrozenPrecision, devices: Devices) -> None:
 
 def _rest(precision: Decision[FrozenPrecision], devices: Devices) -> Decision[Precision]:
     """Decide the precision of the layers that are not quantized to 8 bits."""
-    kind = precision.value
+    kind, rest = precision.value, _unquantized(precision.value, bf16=devices.capabilities.bf16)
     if kind != "int8" and kind != "fp8":
-        return Decision(kind, precision.reason)
-    rest = unquantized_precision(kind, bf16=devices.capabilities.bf16)
+        return Decision(rest, precision.reason)
     if rest == "fp32":
         return Decision(
             rest, f"only the linear layers of blocks are in {kind}, and the CPU has no instructions for bf16"
         )
     return Decision(rest, f"only the linear layers of blocks are in {kind}")
+
+
+def _unquantized(precision: FrozenPrecision, *, bf16: bool) -> Precision:
+    """Precision of the layers of a teacher that are not quantized to 8 bits."""
+    return unquantized_precision(precision, bf16=bf16) if precision == "int8" or precision == "fp8" else precision
 
 
 def _shards(

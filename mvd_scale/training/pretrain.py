@@ -88,7 +88,7 @@ class Pretraining(TrainingJob[Recipe]):
         """
         recipe, training, self.manifest = self.recipe, self.recipe.training, manifest
         self.targets = build_targets(recipe, lambda target: teachers(recipe, target))
-        placement = make_placement(recipe, self.targets, ranks, self.name)
+        placement = make_placement(recipe, self.targets, ranks, self.name, bf16_record=self.folder.bf16_trial)
         student = random_student(recipe, self.targets)
         if training.initial_encoder is not None:
             load_initial_encoder(student.encoder, training.initial_encoder, training.initial_positions)

@@ -247,6 +247,9 @@ def log_run_summary(
         accumulation,
     )
     for name, alone in recipe.each_student().items() if isinstance(recipe, Recipe) else [("", recipe)]:
+        if ranks.device.type == "cpu" and alone.training.precision == "bf16":
+            # The placement has chosen its way, and logged it.
+            continue
         logger.info("attention of %s: %s", f"students.{name}" if name else "the student", _attention(alone, ranks))
     length = recipe.model.frames * recipe.data.stride
     short = sum(int((manifest.frames[rows] < length).sum()) for rows in manifest.usable_blocks())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import socket
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,14 @@ def machine_id() -> tuple[str, str]:
     """Identifier of this machine: host name and boot id, which differs between machines of the same name."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return socket.gethostname(), boot.read_text() if boot.is_file() else ""
+
+
+def processor_name() -> str:
+    """Model name of the CPU in Linux's `/proc/cpuinfo`, or the architecture if there is none."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 class ProcessSpace(NamedTuple):

@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mvd_kernels.attention import FLASH_ATTENTION_RELEASES, attention_backend, attention_backends
+from mvd_kernels.attention import FLASH_ATTENTION_RELEASES, attention_backends
 from mvd_kernels.bench.case import BenchmarkCase, clips, leaf
-from mvd_kernels.native import attention as native
+from mvd_kernels.cpu_attention import AttentionWays, cpu_attention, possible_ways
 from mvd_kernels.reference.attention import attention
 
 
@@ -38,6 +38,7 @@ def attention_implementations(qkv: Tensor, queries: int) -> dict[str, Callable[[
     for backend in FLASH_ATTENTION_RELEASES:
         if refused.get(backend.name) == "":
             calls[backend.name] = partial(backend.attend, qkv, None if queries == qkv.shape[1] else queries)
-    if attention_backend(device, dtype, channels) == "native":
-        calls["native"] = partial(native.attention, qkv, queries)
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        for way in possible_ways(channels):
+            calls[way] = partial(cpu_attention, qkv, queries, AttentionWays(way, way))
     return calls

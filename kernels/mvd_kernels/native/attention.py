@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mvd_kernels.native.library import build_error, call, library
 
@@ -19,7 +18,7 @@ CHANNELS = (32, 64, 80, 96, 128)
 """Numbers of channels per head for which the kernel is compiled."""
 
 
-def _instructions() -> Mapping[str, Any]:
+def instructions() -> Mapping[str, Any]:
     """Instruction sets of this CPU by name, among them `avx512_bf16` and `amx_bf16`."""
     if hasattr(torch.cpu, "get_capabilities"):
         abilities: Mapping[str, Any] = torch.cpu.get_capabilities()
@@ -31,7 +30,7 @@ def _instructions() -> Mapping[str, Any]:
 @cache
 def bf16_instructions() -> bool:
     """Whether this CPU has instructions for products of bfloat16 (AVX512-BF16 or AMX-BF16)."""
-    abilities = _instructions()
+    abilities = instructions()
     return bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
 
 
@@ -43,58 +42,51 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype, channels: int) 
         return f"not for {dtype}"
     if channels not in CHANNELS:
         return f"not for heads of {channels} channels"
-    return _refusal_of_cpu()
+    return refusal_of_instructions() or _refusal_of_build()
+
+
+def can_compute(channels: int) -> bool:
+    """Whether this CPU can run the kernel for heads of C channels, even if torch's own may be faster."""
+    return channels in CHANNELS and bool(instructions().get("avx512_bf16")) and not _refusal_of_build()
 
 
 def refusal_of_instructions() -> str:
     """Reason why this kernel is not used on this CPU; empty if it is."""
-    abilities = _instructions()
+    abilities = instructions()
     if not abilities.get("avx512_bf16"):
         return "needs a CPU with AVX512-BF16"
     return "torch's own kernel uses the AMX of this CPU" if abilities.get("amx_bf16") else ""
 
 
 @cache
-def _refusal_of_cpu() -> str:
-    refused = refusal_of_instructions() or build_error()
-    if not refused and not hasattr(library(), "mvd_attention_forward"):
-        return "c++ does not know AVX512-BF16"
-    return refused
+def _refusal_of_build() -> str:
+    if refused := build_error():
+        return refused
+    return "" if hasattr(library(), "mvd_attention_forward") else "c++ does not know AVX512-BF16"
 
 
-def attention(qkv: Tensor, queries: int) -> Tensor:
+def forward(qkv: Tensor, queries: int) -> tuple[Tensor, Tensor]:
     """Compute softmax(q k^T / sqrt(C)) v.
 
     Args:
-        qkv: bfloat16 (B, N, 3, H, C).
-        queries: compute the output for the last Q tokens only.
+        qkv: contiguous bfloat16 (B, N, 3, H, C).
+        queries: compute the output for the last Q tokens only, at most N.
 
     Returns:
-        bfloat16 (B, Q, H, C). Scores and softmax are in float32.
+        bfloat16 (B, Q, H, C), and the logarithms to base 2 of the sums of exponentials, float32 (B, H, Q).
     """
-    attended: Tensor = _Attention.apply(qkv, queries)
-    return attended
+    clips, tokens, _, heads, channels = qkv.shape
+    attended = qkv.new_empty(clips, queries, heads, channels)
+    sums = qkv.new_empty(clips, heads, queries, dtype=torch.float32)
+    if attended.numel():
+        call("mvd_attention_forward", (qkv, attended, sums), clips, tokens, queries, heads, channels)
+    return attended, sums
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor, queries: int) -> Tensor:
-        qkv = qkv.contiguous()
-        clips, tokens, _, heads, channels = qkv.shape
-        queries = min(queries, tokens)
-        attended = qkv.new_empty(clips, queries, heads, channels)
-        sums = qkv.new_empty(clips, heads, queries, dtype=torch.float32)
-        if attended.numel():
-            call("mvd_attention_forward", (qkv, attended, sums), clips, tokens, queries, heads, channels)
-        ctx.save_for_backward(qkv, attended, sums)
-        return attended
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        qkv, attended, sums = ctx.saved_tensors
-        clips, tokens, _, heads, channels = qkv.shape
-        tensors = (qkv, attended, gradient.contiguous(), sums, result := torch.zeros_like(qkv))
-        if attended.numel():
-            call("mvd_attention_backward", tensors, clips, tokens, attended.shape[1], heads, channels)
-        return result, None
+def backward(gradient: Tensor, qkv: Tensor, attended: Tensor, sums: Tensor) -> Tensor:
+    """Compute the gradient of `qkv`, bfloat16 (B, N, 3, H, C), from that of the output and the results of `forward`."""
+    clips, tokens, _, heads, channels = qkv.shape
+    tensors = (qkv, attended, gradient.contiguous(), sums, result := torch.zeros_like(qkv))
+    if attended.numel():
+        call("mvd_attention_backward", tensors, clips, tokens, attended.shape[1], heads, channels)
+    return result

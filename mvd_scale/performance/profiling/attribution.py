@@ -24,7 +24,9 @@ Passes = Literal["forward", "backward", ""]
 """Pass of a part; empty for parts that belong to no model."""
 
 _NODE = "autograd::engine::evaluate_function: "
-_PRODUCTS = re.compile(r"aten::(mm|addmm|bmm|baddbmm|linear|_scaled_mm|_int_mm)(\.|$)|onednn::qlinear|mvd_quantize")
+_PRODUCTS = re.compile(
+    r"aten::(mm|addmm|bmm|baddbmm|linear|_scaled_mm|_int_mm)(\.|$)|onednn::qlinear|mvd_quantize|_Linear(Backward)?$"
+)
 _ATTENTION = re.compile(r"attention|flash|fmha", re.IGNORECASE)
 _MEMORY = re.compile(r"aten::|mvd_")
 _PRODUCT_KERNELS = re.compile(r"gemm|nvjet|cutlass|xmma|cublas", re.IGNORECASE)
@@ -138,8 +140,9 @@ class _HostSweep:
 
 
 def _refined(around: Place, kind: Kind) -> Place:
-    """Return the place of an operator of some kind in a place; all that attention calls is attention."""
-    return around if not around.passes or around.kind == "attention" or kind == "rest" else replace(around, kind=kind)
+    """Return the place of an operator of some kind in a place; what attention and products call belongs to them."""
+    kept = around.kind in ("attention", "products") or kind == "rest"
+    return around if not around.passes or kept else replace(around, kind=kind)
 
 
 def _device_seconds(kernels: list[dict[str, Any]], launched: dict[int, Place]) -> dict[Place, float]:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from mvd_kernels import Int8Linear
 from mvd_kernels.bench.attention import attention_implementations
-from mvd_kernels.reference.attention import attention as reference_attention
+from mvd_kernels.linear import input_gradient, product, weight_gradient
 from mvd_scale.performance.profiling.attribution import Kind
 
 Ways = dict[str, Callable[[], object]]
@@ -65,14 +65,21 @@ class ProductCall:
         inputs = _random(*group, self.rows, self.inputs, device=device, dtype=self.dtype)
         weights = _random(*group, self.outputs, self.inputs, device=device, dtype=self.dtype)
         gradients = _random(*group, self.rows, self.outputs, device=device, dtype=self.dtype)
+        wide = not group and device.type == "cpu" and self.dtype == torch.bfloat16
         if self.gradient == "weight":
             ways = _product_ways("G' X", gradients.mT, inputs) | _product_ways("(X' G)'", inputs.mT, gradients)
+            if wide:
+                ways |= {"linear in float32": partial(weight_gradient, gradients, inputs, "float32")}
         elif self.gradient == "input":
             ways = _product_ways("G W", gradients, weights)
+            if wide:
+                ways |= {"linear in float32": partial(input_gradient, gradients, weights, "float32")}
         else:
             ways = _product_ways("X W'", inputs, weights.mT)
             if not group:
                 ways |= {"linear": partial(F.linear, inputs, weights)}
+            if wide:
+                ways |= {"linear in float32": partial(product, inputs, weights, None, "float32")}
         return ways
 
 
@@ -105,8 +112,6 @@ class AttentionCall:
         shape = (self.sequences, self.keys, 3, self.heads, self.channels)
         qkv = _random(*shape, device=device, dtype=self.dtype).requires_grad_(self.backward)
         calls = attention_implementations(qkv, self.queries)
-        if device.type == "cpu" and self.dtype != torch.float32:
-            calls["sdpa in float32"] = lambda: reference_attention(qkv.float(), self.queries).to(self.dtype)
         return {way: _backward(attend, qkv) if self.backward else attend for way, attend in calls.items()}
 
 

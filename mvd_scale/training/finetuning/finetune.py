@@ -92,7 +92,8 @@ class FinetuneTask(TrainingJob[AnyRecipe]):
         self.averaged = copy.deepcopy(model).to(ranks.device) if training.ema_decay else None
         depth, decay = len(model.encoder.blocks), training.layer_decay
         groups = parameter_groups(model, training.weight_decay, lambda name: layer_scale(name, depth, decay))
-        engine = train_engine(model, groups, self.recipe, make_placement(self.recipe, {}, ranks), ranks)
+        placement = make_placement(self.recipe, {}, ranks, bf16_record=self.folder.bf16_trial)
+        engine = train_engine(model, groups, self.recipe, placement, ranks)
         averages = [] if self.averaged is None else [_average(self.averaged, engine, self, ranks)]
         return [TrainedModel(engine, self.objective(), self.schedule(steps_per_epoch), averages)]
 

@@ -12,6 +12,7 @@ from torch import nn
 from mvd_scale.config.deepspeed import teacher_deepspeed_config
 from mvd_scale.config.training import Precision
 from mvd_scale.distributed.process_group import Ranks, import_deepspeed
+from mvd_scale.models.bf16_ways import set_bf16_ways
 from mvd_scale.models.precision import cast_frozen, cast_parameters, dtype_of, refuse_not_finite
 from mvd_scale.targets import FrozenTeacher, Target
 from mvd_scale.targets.target import EncoderTeacher
@@ -40,6 +41,8 @@ def place_teachers(
         if isinstance(target, FrozenTeacher):
             placed, teacher = placement.teacher(name), target.teacher
             if teacher not in shared:
+                if placement.bf16_ways is not None:
+                    set_bf16_ways(teacher, placement.bf16_ways.value)
                 shared[teacher] = place_teacher(teacher, placed, ranks)
             target.teacher = shared[teacher]
             if isinstance(target, EncoderTeacher):

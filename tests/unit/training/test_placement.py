@@ -461,10 +461,12 @@ def test_ranks_are_grouped_by_host(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 OWNED = {
-    "training": {"precision", "deepspeed", "compile", "batch_decoders", "gradient_checkpointing", "micro_batch"},
+    "training": {
+        "precision", "bf16_products", "deepspeed", "compile", "batch_decoders", "gradient_checkpointing", "micro_batch",
+    },
     "teachers": {"precision", "sharding", "auto_shard_above", "shard_over", "compile", "cuda_graphs", "prefetch"},
     "data": {"prefetch"},
-}
+}  # fmt: skip
 """Keys of recipes that only the placement reads, by section."""
 
 OBEDIENT = [

@@ -48,7 +48,7 @@ FORWARD = [
     note("encoder", 1, 19),
     op("aten::linear", 2, 8, 5),
     op("aten::addmm", 3, 6, 6),
-    # The copy of the bias within the product.
+    # The copy of the bias, which belongs to the product.
     op("aten::copy_", 4, 1),
     op("aten::scaled_dot_product_attention", 11, 5, 7),
     op("aten::transpose", 12, 1, 7),
@@ -85,8 +85,7 @@ def test_every_moment_belongs_to_the_innermost_event_and_all_add_up() -> None:
     assert milliseconds([*FORWARD, *BACKWARD, *optimizer], elapsed=101) == {
         ("student forward", "forward", "rest"): 40 - 19 - 10,
         # The linear layer around its product, the product, and 8-bit levels for products.
-        ("encoder", "forward", "products"): 2 + 5 + 1,
-        ("encoder", "forward", "memory"): 1,
+        ("encoder", "forward", "products"): 2 + 6 + 1,
         # With all that attention calls.
         ("encoder", "forward", "attention"): 5,
         ("encoder", "forward", "rest"): 19 - 8 - 5 - 1,

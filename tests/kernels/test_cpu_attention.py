@@ -1,0 +1,65 @@
+"""Attention of bfloat16 on CPUs: the backward pass of every way goes on from the forward pass of every other."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+
+from mvd_kernels import AttentionWays, attention
+from mvd_kernels.cpu_attention import AttentionWay, cpu_attention, possible_ways
+from mvd_kernels.cpu_trial import time_attention, time_products
+from mvd_kernels.reference.attention import attention as reference
+
+
+@pytest.mark.parametrize(("forward", "backward"), list(product(possible_ways(64), repeat=2)))
+@pytest.mark.parametrize(("clips", "tokens", "queries"), [(2, 37, 37), (3, 900, 500)])
+def test_ways_can_be_mixed(
+    clips: int, tokens: int, queries: int, forward: AttentionWay, backward: AttentionWay
+) -> None:
+    torch.manual_seed(0)
+    ours = torch.randn(clips, tokens, 3, 2, 64).bfloat16().requires_grad_()
+    true = ours.detach().float().requires_grad_()
+    result = attention(ours, queries, AttentionWays(forward, backward))
+    expected = reference(true, queries)
+    assert result.dtype == torch.bfloat16
+    # Half a step of bf16 is 0.2 to 0.4 % of a number.
+    assert (result.float() - expected).norm() < 0.004 * expected.norm()
+    upstream = torch.randn_like(expected).bfloat16()
+    (gradient,) = torch.autograd.grad(result, ours, upstream)
+    (expected_gradient,) = torch.autograd.grad(expected, true, upstream.float())
+    for part in range(3):
+        off, whole = gradient[:, :, part].float() - expected_gradient[:, :, part], expected_gradient[:, :, part]
+        assert off.norm() < 0.01 * whole.norm()
+    assert not gradient[:, : tokens - queries, 0].any()
+
+
+@pytest.mark.parametrize("way", possible_ways(32))
+def test_no_clips_no_tokens_and_too_many_queries(way: AttentionWay) -> None:
+    ways = AttentionWays(way, way)
+    for shape in ((0, 5, 3, 2, 32), (2, 0, 3, 2, 32)):
+        qkv = torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True)
+        cpu_attention(qkv, 5, ways).sum().backward()
+        assert qkv.grad is not None
+    qkv = torch.randn(1, 5, 3, 2, 32).bfloat16()
+    assert torch.equal(cpu_attention(qkv, 9, ways), cpu_attention(qkv, 5, ways))
+
+
+def test_ways_of_a_cpu_are_for_bfloat16_alone() -> None:
+    qkv = torch.randn(2, 5, 3, 2, 32)
+    assert torch.equal(attention(qkv, None, AttentionWays("sdpa in float32", "sdpa in float32")), attention(qkv))
+
+
+def test_a_trial_times_every_way_of_every_direction_and_leaves_no_trace() -> None:
+    threads, drawn = torch.get_num_threads(), torch.get_rng_state()
+    products, passes = time_products(), time_attention()
+    assert {name: list(times) for name, times in products.items()} == {
+        name: ["bf16", "float32"] for name in ("forward", "input_gradient", "weight_gradient")
+    }
+    assert {name: list(times) for name, times in passes.items()} == {
+        name: possible_ways(64) for name in ("forward", "backward")
+    }
+    assert all(took > 0 for times in (*products.values(), *passes.values()) for took in times.values())
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), drawn)
