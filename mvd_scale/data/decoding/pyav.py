@@ -52,6 +52,10 @@ another frame needs. These decoders read it again for every packet:
 All others decode every frame: libdav1d (AV1) reads `skip_frame` once, when it is opened, and then never puts out a
 frame that nothing refers to, though it is displayed; vp9 ignores it."""
 
+THREADED_DECODERS = frozenset({"vp9"})
+"""Codecs of which several threads decode a frame each, where a rank has more threads than workers: every frame is
+decoded, so that they take longest. The frames are the same."""
+
 PICTURE_DISPOSITIONS = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
 """Marks of streams that are cover pictures and thumbnails, not videos."""
 
@@ -73,7 +77,7 @@ DecodedFrames = dict[int, Picture]
 """Decoded frames by their index in display order."""
 
 
-def decode_frames(video: Row, frames: NDArray[np.int64], box: Box | None = None) -> NDArray[np.uint8]:
+def decode_frames(video: Row, frames: NDArray[np.int64], box: Box | None = None, threads: int = 1) -> NDArray[np.uint8]:
     """Decode the frames at given indices in display order.
 
     Decoding starts at the last keyframe before the first requested frame and ends with the last requested one. Frames
@@ -83,6 +87,7 @@ def decode_frames(video: Row, frames: NDArray[np.int64], box: Box | None = None)
         video: row of the manifest: path, size, stream, and how its frames are found.
         frames: indices in display order, int64 (T,), in any order, repetitions allowed.
         box: top, left, height and width of the part of the coded frame to return; None for all of it.
+        threads: threads of `THREADED_DECODERS`, which do not change the frames; others have one.
 
     Returns:
         RGB by the matrix and range of the stream's tags, uint8 (T, height, width, 3), as coded (`rotation` and
@@ -93,11 +98,17 @@ def decode_frames(video: Row, frames: NDArray[np.int64], box: Box | None = None)
             the manifest says.
     """
     requested = set(frames.tolist())
+    threads = threads if video.codec in THREADED_DECODERS else 1
     try:
-        pictures = _decode_requested(video, requested, RgbConverter(box))
+        pictures = _decode_requested(video, requested, RgbConverter(box), threads)
     except (av.FFmpegError, OSError) as error:
+        if threads > 1:
+            # Frames that were ready may be lost with the error of a packet after them.
+            return decode_frames(video, frames, box)
         raise DecodeError(video.path, str(error)) from error
     absent = requested - pictures.keys()
+    if absent and threads > 1:
+        return decode_frames(video, frames, box)
     if absent:
         raise DecodeError(video.path, f"frame {min(absent)} cannot be decoded")
     for place, picture in pictures.items():
@@ -136,8 +147,8 @@ def choose_stream(container: av.container.InputContainer, path: str) -> av.Video
     return _set_up(max(decodable, key=_preference))
 
 
-def video_stream(container: av.container.InputContainer, video: Row) -> av.VideoStream:
-    """Stream of a container that the manifest names, set to decode with one thread.
+def video_stream(container: av.container.InputContainer, video: Row, threads: int = 1) -> av.VideoStream:
+    """Stream of a container that the manifest names, set to decode with the given number of threads.
 
     Raises:
         DecodeError: the file has no such stream, or FFmpeg has no decoder for its codec.
@@ -147,7 +158,7 @@ def video_stream(container: av.container.InputContainer, video: Row) -> av.Video
         raise DecodeError(video.path, f"no video stream {video.stream}" if video.stream else "no video stream")
     if streams[0].codec_context is None:
         raise DecodeError(video.path, "no decoder for its codec")
-    return _set_up(streams[0])
+    return _set_up(streams[0], threads)
 
 
 def displayed_frames(video: Row, data: bytes | None = None) -> Iterator[av.VideoFrame]:
@@ -195,34 +206,38 @@ def _preference(stream: av.VideoStream) -> tuple[bool, int]:
     return bool(stream.disposition & av.stream.Disposition.default), context.width * context.height
 
 
-def _set_up(stream: av.VideoStream) -> av.VideoStream:
+def _set_up(stream: av.VideoStream, threads: int = 1) -> av.VideoStream:
     context = stream.codec_context
-    context.thread_count = 1  # parallelism comes from the worker processes
+    context.thread_count = threads  # one: parallelism comes from the worker processes
+    if threads > 1:
+        context.thread_type = "FRAME"
     if context.name == "mjpeg" and is_picture_format(stream.container.format.name):
         # By default FFmpeg fills the missing part of a truncated picture without an error.
         context.options = {"err_detect": "explode"}
     return stream
 
 
-def _decode_requested(video: Row, requested: set[int], convert: RgbConverter) -> DecodedFrames:
+def _decode_requested(video: Row, requested: set[int], convert: RgbConverter, threads: int) -> DecodedFrames:
     if video.access == "count":
         return _decode_by_count(video, requested, convert)
     if video.pts_step:
         index_by_pts = {video.first_pts + place * video.pts_step: place for place in requested}
-        pictures = _seek_and_decode(video, index_by_pts, convert)
+        pictures = _seek_and_decode(video, index_by_pts, convert, threads)
         if pictures is not None:
             return pictures
-    return _decode_from_start(video, requested, convert)
+    return _decode_from_start(video, requested, convert, threads)
 
 
-def _seek_and_decode(video: Row, index_by_pts: dict[int, int], convert: RgbConverter) -> DecodedFrames | None:
+def _seek_and_decode(
+    video: Row, index_by_pts: dict[int, int], convert: RgbConverter, threads: int
+) -> DecodedFrames | None:
     """Seek to the last keyframe before the first requested frame, by the times in the manifest, and decode from there.
 
     Returns None if no seek leads to a keyframe from which all frames are found; `_decode_from_start` then finds them.
     """
     target = first = min(index_by_pts)
     with open_video(video) as container:
-        stream = video_stream(container, video)
+        stream = video_stream(container, video, threads)
         for _ in range(MAX_STARTS):
             try:
                 container.seek(target, stream=stream)
@@ -244,10 +259,10 @@ def _seek_and_decode(video: Row, index_by_pts: dict[int, int], convert: RgbConve
     return None
 
 
-def _decode_from_start(video: Row, requested: set[int], convert: RgbConverter) -> DecodedFrames:
+def _decode_from_start(video: Row, requested: set[int], convert: RgbConverter, threads: int) -> DecodedFrames:
     """Read packets from the start of the file, find the times of the frames, and decode from the nearest keyframe."""
     with open_video(video) as container:
-        stream = video_stream(container, video)
+        stream = video_stream(container, video, threads)
         packets = _demux(container, stream, video, max(requested))
         if any(packet.pts is None for packet in packets):
             return _decode_by_count(video, requested, convert)
