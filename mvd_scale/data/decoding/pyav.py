@@ -21,6 +21,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from itertools import chain
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -51,17 +52,32 @@ another frame needs. These decoders read it again for every packet:
 All others decode every frame: libdav1d (AV1) reads `skip_frame` once, when it is opened, and then never puts out a
 frame that nothing refers to, though it is displayed; vp9 ignores it."""
 
+THREADED_DECODERS = frozenset({"vp9"})
+"""Codecs of which several threads decode a frame each, where a rank has more threads than workers: every frame is
+decoded, so that they take longest. The frames are the same."""
+
 PICTURE_DISPOSITIONS = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
 """Marks of streams that are cover pictures and thumbnails, not videos."""
 
 _BUFFER = 2**18
 """Bytes that FFmpeg reads from memory by one call into Python."""
 
-DecodedFrames = dict[int, NDArray[np.uint8]]
-"""Decoded frames by their index in display order: uint8 (H, W, 3) each."""
+
+class Picture(NamedTuple):
+    """A decoded frame, or a box of it."""
+
+    pixels: NDArray[np.uint8]
+    """RGB: uint8 (height, width, 3)."""
+
+    size: tuple[int, int]
+    """Height and width of the whole frame."""
 
 
-def decode_frames(video: Row, frames: NDArray[np.int64], box: Box | None = None) -> NDArray[np.uint8]:
+DecodedFrames = dict[int, Picture]
+"""Decoded frames by their index in display order."""
+
+
+def decode_frames(video: Row, frames: NDArray[np.int64], box: Box | None = None, threads: int = 1) -> NDArray[np.uint8]:
     """Decode the frames at given indices in display order.
 
     Decoding starts at the last keyframe before the first requested frame and ends with the last requested one. Frames
@@ -71,6 +87,7 @@ def decode_frames(video: Row, frames: NDArray[np.int64], box: Box | None = None)
         video: row of the manifest: path, size, stream, and how its frames are found.
         frames: indices in display order, int64 (T,), in any order, repetitions allowed.
         box: top, left, height and width of the part of the coded frame to return; None for all of it.
+        threads: threads of `THREADED_DECODERS`, which do not change the frames; others have one.
 
     Returns:
         RGB by the matrix and range of the stream's tags, uint8 (T, height, width, 3), as coded (`rotation` and
@@ -81,22 +98,24 @@ def decode_frames(video: Row, frames: NDArray[np.int64], box: Box | None = None)
             the manifest says.
     """
     requested = set(frames.tolist())
+    threads = threads if video.codec in THREADED_DECODERS else 1
     try:
-        pictures = _decode_requested(video, requested)
+        pictures = _decode_requested(video, requested, RgbConverter(box), threads)
     except (av.FFmpegError, OSError) as error:
+        if threads > 1:
+            # Frames that were ready may be lost with the error of a packet after them.
+            return decode_frames(video, frames, box)
         raise DecodeError(video.path, str(error)) from error
     absent = requested - pictures.keys()
+    if absent and threads > 1:
+        return decode_frames(video, frames, box)
     if absent:
         raise DecodeError(video.path, f"frame {min(absent)} cannot be decoded")
-    top, left, height, width = box or (0, 0, *video.coded_size)
-    clip = np.empty((len(frames), height, width, 3), dtype=np.uint8)
-    for slot, place in enumerate(frames.tolist()):
-        picture = pictures[place]
-        if picture.shape[:2] != video.coded_size:
-            found, expected = (" x ".join(map(str, size)) for size in (picture.shape[:2], video.coded_size))
+    for place, picture in pictures.items():
+        if picture.size != video.coded_size:
+            found, expected = (" x ".join(map(str, size)) for size in (picture.size, video.coded_size))
             raise DecodeError(video.path, f"frame {place} is {found}, the manifest says {expected}")
-        clip[slot] = picture[top : top + height, left : left + width]
-    return clip
+    return np.stack([pictures[place].pixels for place in frames.tolist()])
 
 
 def open_video(video: Row, data: bytes | None = None) -> av.container.InputContainer:
@@ -128,8 +147,8 @@ def choose_stream(container: av.container.InputContainer, path: str) -> av.Video
     return _set_up(max(decodable, key=_preference))
 
 
-def video_stream(container: av.container.InputContainer, video: Row) -> av.VideoStream:
-    """Stream of a container that the manifest names, set to decode with one thread.
+def video_stream(container: av.container.InputContainer, video: Row, threads: int = 1) -> av.VideoStream:
+    """Stream of a container that the manifest names, set to decode with the given number of threads.
 
     Raises:
         DecodeError: the file has no such stream, or FFmpeg has no decoder for its codec.
@@ -139,7 +158,7 @@ def video_stream(container: av.container.InputContainer, video: Row) -> av.Video
         raise DecodeError(video.path, f"no video stream {video.stream}" if video.stream else "no video stream")
     if streams[0].codec_context is None:
         raise DecodeError(video.path, "no decoder for its codec")
-    return _set_up(streams[0])
+    return _set_up(streams[0], threads)
 
 
 def displayed_frames(video: Row, data: bytes | None = None) -> Iterator[av.VideoFrame]:
@@ -187,34 +206,38 @@ def _preference(stream: av.VideoStream) -> tuple[bool, int]:
     return bool(stream.disposition & av.stream.Disposition.default), context.width * context.height
 
 
-def _set_up(stream: av.VideoStream) -> av.VideoStream:
+def _set_up(stream: av.VideoStream, threads: int = 1) -> av.VideoStream:
     context = stream.codec_context
-    context.thread_count = 1  # parallelism comes from the worker processes
+    context.thread_count = threads  # one: parallelism comes from the worker processes
+    if threads > 1:
+        context.thread_type = "FRAME"
     if context.name == "mjpeg" and is_picture_format(stream.container.format.name):
         # By default FFmpeg fills the missing part of a truncated picture without an error.
         context.options = {"err_detect": "explode"}
     return stream
 
 
-def _decode_requested(video: Row, requested: set[int]) -> DecodedFrames:
+def _decode_requested(video: Row, requested: set[int], convert: RgbConverter, threads: int) -> DecodedFrames:
     if video.access == "count":
-        return _decode_by_count(video, requested)
+        return _decode_by_count(video, requested, convert)
     if video.pts_step:
         index_by_pts = {video.first_pts + place * video.pts_step: place for place in requested}
-        pictures = _seek_and_decode(video, index_by_pts)
+        pictures = _seek_and_decode(video, index_by_pts, convert, threads)
         if pictures is not None:
             return pictures
-    return _decode_from_start(video, requested)
+    return _decode_from_start(video, requested, convert, threads)
 
 
-def _seek_and_decode(video: Row, index_by_pts: dict[int, int]) -> DecodedFrames | None:
+def _seek_and_decode(
+    video: Row, index_by_pts: dict[int, int], convert: RgbConverter, threads: int
+) -> DecodedFrames | None:
     """Seek to the last keyframe before the first requested frame, by the times in the manifest, and decode from there.
 
     Returns None if no seek leads to a keyframe from which all frames are found; `_decode_from_start` then finds them.
     """
     target = first = min(index_by_pts)
     with open_video(video) as container:
-        stream = video_stream(container, video)
+        stream = video_stream(container, video, threads)
         for _ in range(MAX_STARTS):
             try:
                 container.seek(target, stream=stream)
@@ -225,7 +248,7 @@ def _seek_and_decode(video: Row, index_by_pts: dict[int, int]) -> DecodedFrames 
             if head is None or not head.is_keyframe or head.pts is None or head.dts is None:
                 return None
             if head.pts <= first:
-                pictures = _decode(video, stream, chain([head], packets), index_by_pts)
+                pictures = _decode(video, stream, chain([head], packets), index_by_pts, convert)
                 if pictures is not None:
                     return pictures
             if head.dts > target or target <= video.first_pts - MAX_REORDER * video.pts_step:
@@ -236,22 +259,22 @@ def _seek_and_decode(video: Row, index_by_pts: dict[int, int]) -> DecodedFrames 
     return None
 
 
-def _decode_from_start(video: Row, requested: set[int]) -> DecodedFrames:
+def _decode_from_start(video: Row, requested: set[int], convert: RgbConverter, threads: int) -> DecodedFrames:
     """Read packets from the start of the file, find the times of the frames, and decode from the nearest keyframe."""
     with open_video(video) as container:
-        stream = video_stream(container, video)
+        stream = video_stream(container, video, threads)
         packets = _demux(container, stream, video, max(requested))
         if any(packet.pts is None for packet in packets):
-            return _decode_by_count(video, requested)
+            return _decode_by_count(video, requested, convert)
         index_by_pts = _index_by_pts(video, packets, requested)
         first = min(index_by_pts)
         keyframes = [n for n, packet in enumerate(packets) if n and packet.is_keyframe and (packet.pts or 0) <= first]
         for start in keyframes[: -MAX_STARTS - 1 : -1]:
-            pictures = _decode(video, stream, iter(packets[start:]), index_by_pts)
+            pictures = _decode(video, stream, iter(packets[start:]), index_by_pts, convert)
             if pictures is not None:
                 return pictures
             stream.codec_context.flush_buffers()
-        return _decode(video, stream, iter(packets), index_by_pts, from_start=True) or {}
+        return _decode(video, stream, iter(packets), index_by_pts, convert, from_start=True) or {}
 
 
 def _index_by_pts(video: Row, packets: list[av.Packet], requested: set[int]) -> dict[int, int]:
@@ -287,6 +310,7 @@ def _decode(
     stream: av.VideoStream,
     packets: Iterator[av.Packet],
     index_by_pts: dict[int, int],
+    convert: RgbConverter,
     *,
     from_start: bool = False,
 ) -> DecodedFrames | None:
@@ -297,12 +321,13 @@ def _decode(
         stream: the stream of the packets.
         packets: packets in file order; the first one is a keyframe, or the first of the file.
         index_by_pts: index in display order, by presentation time in ticks of the stream.
+        convert: conversion of the requested frames.
         from_start: whether the first packet is the first of the file.
 
     Returns:
         the frames; from a keyframe amid the file None if the start is not clean, or a frame is not found.
     """
-    context, convert = stream.codec_context, RgbConverter()
+    context = stream.codec_context
     skips = not from_start and _may_skip(video, context)  # the last resort must not depend on what was skipped
     context.skip_frame = "DEFAULT"
     pictures: DecodedFrames = {}
@@ -350,9 +375,8 @@ def _may_skip(video: Row, context: av.VideoCodecContext) -> bool:
     return len(header) > 21 and header[0] == 1 and header[21] >> 3 & 7 == 1
 
 
-def _decode_by_count(video: Row, requested: set[int]) -> DecodedFrames:
+def _decode_by_count(video: Row, requested: set[int], convert: RgbConverter) -> DecodedFrames:
     """Decode all packets and count frames in decoder output order."""
-    convert = RgbConverter()
     pictures: DecodedFrames = {}
     for count, frame in enumerate(displayed_frames(video)):
         if count in requested:
@@ -366,12 +390,22 @@ class RgbConverter:
     """Conversion of frames to RGB; one instance reuses its conversion context for all frames of a clip.
 
     FFmpeg's `swscale` takes matrix and range from the tags of each frame; without tags the matrix is BT.601.
+
+    Args:
+        box: top, left, height and width of the part of a frame to keep; None for all of it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, box: Box | None = None) -> None:
+        self._box = box
         self._reformatter = av.video.reformatter.VideoReformatter()
 
-    def __call__(self, frame: av.VideoFrame) -> NDArray[np.uint8]:
-        (plane,) = self._reformatter.reformat(frame, format="rgb24").planes
-        # A view, not a copy: `decode_frames` copies the requested box of it into the clip.
-        return np.ndarray((plane.height, plane.width, 3), np.uint8, plane, strides=(plane.line_size, 3, 1))
+    def __call__(self, frame: av.VideoFrame) -> Picture:
+        # By default PyAV starts as many threads as there are CPUs for each clip: they take longer than the work.
+        (plane,) = self._reformatter.reformat(frame, format="rgb24", threads=1).planes
+        pixels = np.ndarray((plane.height, plane.width, 3), np.uint8, plane, strides=(plane.line_size, 3, 1))
+        size = plane.height, plane.width
+        if self._box is None:
+            return Picture(pixels, size)
+        top, left, height, width = self._box
+        # A copy, so that the next frame is converted in the memory of this one: new memory costs page faults.
+        return Picture(pixels[top : top + height, left : left + width].copy(), size)

@@ -113,6 +113,7 @@ class VideoSource(ABC):
         decoders: decoders of the run.
         pyav_samples: samples whose video DALI failed to decode: PyAV decodes them, or a substitute replaces them.
         timeout: seconds after which a video counts as unreadable.
+        threads: threads of each worker for `pyav.THREADED_DECODERS`.
     """
 
     def __init__(
@@ -124,6 +125,7 @@ class VideoSource(ABC):
         decoders: Decoders,
         pyav_samples: frozenset[int],
         timeout: float,
+        threads: int = 1,
     ) -> None:
         self.videos = VideoTable(manifest)
         self.decoders = decoders
@@ -134,6 +136,7 @@ class VideoSource(ABC):
         self.end = end
         self.pyav_samples = pyav_samples
         self.timeout = timeout
+        self.threads = threads
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -201,7 +204,8 @@ class VideoSource(ABC):
             DecodeError: the video cannot be read or decoded, or its frames are not of the size in the manifest.
         """
         video = self.videos[row]
-        return run_with_timeout(self.timeout, video.path, _prepare, video, frames, box, self.decoders, pyav_samples)
+        decoder = DecodeBackend.PYAV if pyav_samples else decode_backend(video, self.decoders)
+        return run_with_timeout(self.timeout, video.path, _prepare, video, frames, box, decoder, self.threads)
 
     def decoding(
         self, media: DecoderInput, frames: NDArray[np.int64], row: int, failures: list[dict[str, object]]
@@ -407,13 +411,12 @@ def flip_axes(flip: bool, video: Row) -> tuple[bool, bool]:
 
 
 def _prepare(
-    video: Row, frames: NDArray[np.int64], box: Box | None, decoders: Decoders, pyav_samples: bool
+    video: Row, frames: NDArray[np.int64], box: Box | None, decoder: DecodeBackend, threads: int
 ) -> DecoderInput:
-    decoder = DecodeBackend.PYAV if pyav_samples else decode_backend(video, decoders)
     if decoder is not DecodeBackend.PYAV:
         return DecoderInput(decoder, read_bytes(video.path, video.offset, video.size))
     top, left = box[:2] if box is not None else (0, 0)
-    return DecoderInput(decoder, decode_frames(video, frames, box), top, left)
+    return DecoderInput(decoder, decode_frames(video, frames, box, threads), top, left)
 
 
 def _stack_noise(noises: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:

@@ -433,7 +433,7 @@ def _fingerprint(frame: av.VideoFrame) -> int:
         plane = frame.planes[0]
         luma = np.ndarray((plane.height, plane.width), np.uint8, plane, strides=(plane.line_size, 1))
         return zlib.crc32(luma.tobytes())
-    return zlib.crc32(RgbConverter()(frame).tobytes())
+    return zlib.crc32(RgbConverter()(frame).pixels.tobytes())
 
 
 def _are_clean_starts(row: Row, prints: dict[int, int]) -> bool:

@@ -82,7 +82,7 @@ def transcode(video: Row, data: bytes, encoding: TranscodeOptions, out: Path) ->
         context.colorspace, context.color_range = _SMPTE170M, _LIMITED
         convert = RgbConverter()
         for number, frame in enumerate(displayed_frames(video, data)):
-            upright = frame if _is_upright(frame, video) else _turn(convert(frame), video)
+            upright = frame if _is_upright(frame, video) else _turn(convert(frame).pixels, video)
             shrunk = upright.reformat(width=width, height=height, format="yuv420p", interpolation="AREA")
             shrunk.colorspace, shrunk.color_range = _SMPTE170M, _LIMITED
             shrunk.pts, shrunk.time_base = number, 1 / rate

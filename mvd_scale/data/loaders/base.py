@@ -185,6 +185,11 @@ class DaliLoader(ABC):
         return counts[DecodeBackend.PYAV] <= MAX_PYAV_SHARE * counts.total()
 
     @property
+    def _decoder_threads(self) -> int:
+        """Threads with which each worker, or this process without workers, decodes by PyAV."""
+        return max(self._threads // max(self._workers, 1), 1)
+
+    @property
     def _device_id(self) -> int | None:
         return (self._device.index or 0) if self._device.type == "cuda" else None
 

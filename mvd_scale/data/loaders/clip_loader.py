@@ -219,6 +219,7 @@ class ClipLoader(DaliLoader):
             decoders=self._decoders,
             pyav_samples=self._pyav_samples,
             timeout=self._data.read_timeout,
+            threads=self._decoder_threads,
         )
 
     def _key(self, n: int) -> int:

@@ -253,6 +253,7 @@ class ItemLoader(DaliLoader, Generic[Batch]):
             "decoders": self._decoders,
             "pyav_samples": self._pyav_samples,
             "timeout": self._data.read_timeout,
+            "threads": self._decoder_threads,
         }
 
     def _build(self) -> Pipeline:

@@ -1,13 +1,16 @@
-"""`mvd-scale bench data`: clips/s of our data loader, compared with baseline loaders in common use."""
+"""`mvd-scale bench data`: clips/s of our data loader beside baseline loaders, and where a clip's time goes."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
+import numpy as np
 import psutil
 import torch
 
@@ -17,17 +20,31 @@ from mvd_scale.data.indexing.transcode import TranscodeOptions
 from mvd_scale.data.loaders.clip_loader import BatchPlan, ClipLoader
 from mvd_scale.data.manifest import WHOLE_FILE, Manifest
 from mvd_scale.distributed.data_rank import DataRank
-from mvd_scale.performance.benchmarks.baselines.loaders import BASELINES, baseline_loader, unavailable_reason
-from mvd_scale.performance.benchmarks.timing import run_in_subprocess, time_batches
+from mvd_scale.performance.benchmarks.baselines.ffmpeg import lend_ffmpeg
+from mvd_scale.performance.benchmarks.baselines.loaders import (
+    BASELINES,
+    Requests,
+    baseline_batches,
+)
+from mvd_scale.performance.benchmarks.clip_stages import ClipStages, measure_stages
+from mvd_scale.performance.benchmarks.timing import run_in_subprocess
+from mvd_scale.performance.benchmarks.turns import Contest, Turn, take_turns
 from mvd_scale.performance.benchmarks.videos import generate_videos, load_or_index_videos
 from mvd_scale.performance.report import Metric, Report, this_machine
 
 BATCH = 8
 
-_AHEAD = 4
-"""Batches left over at the end: our loader prefetches when the timing begins, so it must also when the timing ends."""
 OURS = "mvd-scale"
-_PACKAGES = ("nvidia-dali-cuda130", "av", "decord", "torchcodec", "torchvision")
+
+MAX_DIFFERENCE = 4.0
+"""Largest mean difference in levels of 255 between a loader's first batch and PyAV's frames with our geometry."""
+
+_PACKAGES = ("nvidia-dali-cuda130", "av", "spdl-io", "decord2", "decord", "torchcodec", "torchvision")
+
+_STEPS = 1_000_000
+"""Steps of a loader that is timed: it is closed before."""
+
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -39,7 +56,11 @@ class LoaderSpeed:
     workers: int
     way: str
     clips_per_second: float
+    """Median of the rounds."""
     cpu_seconds_per_clip: float
+    """Median of the rounds."""
+    lead: float | None = None
+    """Speed of ours on files divided by that of this loader, in the same round: median of the rounds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +69,18 @@ class DataReport(Report):
 
     kind: Literal["data"] = "data"
     figures: list[LoaderSpeed]
+    stages: list[ClipStages]
     absent: dict[str, str]
-    """Loaders that cannot run here, with the reason."""
-    clips: int
+    """Loaders that cannot run here, or that failed, with the reason."""
+    rounds: int
+    seconds: float
+    """Length of a turn."""
     source: str | None
     """Source of the videos; None if they were generated."""
 
     def setting(self) -> dict[str, Any]:
-        """Return the source of the videos and the number of timed clips."""
-        return {"source": self.source, "clips": self.clips}
+        """Return the source of the videos, and number and length of the turns."""
+        return {"source": self.source, "rounds": self.rounds, "seconds": self.seconds}
 
     def values(self) -> Iterator[tuple[str, Metric]]:
         """Yield speed and CPU time of every loader; only ours is judged."""
@@ -66,49 +90,61 @@ class DataReport(Report):
             yield f"{name}: CPU s/clip", Metric(way.cpu_seconds_per_clip, judged=ours)
 
     def to_text(self) -> str:
-        """Format as a table, one line per loader; the last column is the speed of ours divided by that loader's."""
-        lines = [f"16x224x224, {self.clips} clips each, batches of {BATCH}", self.machine.title(), ""]
-        lines.append(
-            f"{'videos':<16}{'source':<24}{'workers':>8}  {'way':<26}{'clips/s':>9}{'CPU s/clip':>12}{'ours':>8}"
-        )
-        ours = {(f.videos, f.workers): f for f in self.figures if f.way == OURS and f.source == "files"}
+        """Format as two tables: a line per loader, whose last column is the lead of ours, and the stages of a clip."""
+        lines = [
+            f"16x224x224, batches of {BATCH}, {self.rounds} turns of {self.seconds:g} s each",
+            self.machine.title(),
+            "",
+            f"{'videos':<16}{'source':<24}{'workers':>8}  {'way':<26}{'clips/s':>9}{'CPU s/clip':>12}{'ours':>8}",
+        ]
         for figure in self.figures:
-            base = ours.get((figure.videos, figure.workers))
-            ratio = f"{base.clips_per_second / figure.clips_per_second:.2f}x" if base and figure is not base else ""
+            lead = "" if figure.lead is None else f"{figure.lead:.2f}x"
             lines.append(
                 f"{figure.videos:<16}{figure.source:<24}{figure.workers:>8}  {figure.way:<26}"
-                f"{figure.clips_per_second:>9.2f}{figure.cpu_seconds_per_clip:>12.4f}{ratio:>8}"
+                f"{figure.clips_per_second:>9.2f}{figure.cpu_seconds_per_clip:>12.4f}{lead:>8}"
             )
         lines += [f"not measured: {way} ({reason})" for way, reason in self.absent.items()]
-        return "\n".join(lines)
+        return "\n".join([*lines, "", *ClipStages.table(self.stages)])
 
 
-def measure_data(source: str | None, work: Path, *, workers: Sequence[int], clips: int, large: bool) -> DataReport:
-    """Time our loader and the baseline loaders on the same videos, each in a separate process.
+def measure_data(
+    source: str | None,
+    work: Path,
+    *,
+    workers: Sequence[int],
+    rounds: int,
+    seconds: float,
+    large: bool,
+    say: Say,
+) -> DataReport:
+    """Time our loader and the baseline loaders on the same clips, in turns.
 
     Args:
         source: a manifest or a source that can be indexed; if None, real pictures are encoded to videos of 10 s.
         work: folder for generated videos and shards; existing ones are reused.
-        workers: numbers of worker processes to measure.
-        clips: number of timed clips, after a warm-up of a quarter as many.
+        workers: numbers of workers to measure.
+        rounds: number of turns of each loader.
+        seconds: least length of a turn in seconds.
         large: without a source, also measure videos of 1280x720.
+        say: called with each line of progress.
     """
-    sets = _made_sets(work, large) if source is None else {"given": load_or_index_videos(source)}
-    first = next(iter(sets.values()))
-    absent = {
-        way: reason for way in BASELINES if (reason := unavailable_reason(way, first.path[first.usable[0]])) is not None
-    }
-    figures = []
-    for name, manifest in sets.items():
-        videos, _, kind = name.partition(" / ")
-        for count in workers:
-            figures.append(_figure(videos, kind or "files", count, OURS, _time_ours, manifest, count, clips))
-            if not kind and manifest.offset[0] == WHOLE_FILE:
-                for way in BASELINES:
-                    if way not in absent:
-                        figures.append(_figure(videos, "files", count, way, _time_plain, way, manifest, count, clips))
+    say("preparing the videos")
+    sets = _made_sets(work, large) if source is None else {"given": {"files": load_or_index_videos(source)}}
+    figures, stages, absent = list[LoaderSpeed](), list[ClipStages](), dict[str, str]()
+    with lend_ffmpeg(work):
+        for videos, sources in sets.items():
+            for count in workers:
+                say(f"{videos}, {count} workers")
+                measured, failed = _measure_set(videos, sources, count, rounds, seconds, say)
+                figures += measured
+                absent |= failed
+            ours = [figure for figure in figures if figure.videos == videos and figure.way == OURS]
+            slowest = max(figure.cpu_seconds_per_clip for figure in ours if figure.source == "files") if ours else 0.0
+            stages.append(run_in_subprocess(measure_stages, videos, _requests(sources["files"]), slowest))
     machine = this_machine(_device(), _PACKAGES)
-    return DataReport(machine=machine, figures=figures, absent=absent, clips=clips, source=source)
+    return DataReport(
+        machine=machine, figures=figures, stages=stages, absent=absent, rounds=rounds, seconds=seconds, source=source
+    )
 
 
 def measure_memory(source: str | None, work: Path, clips: int) -> Iterator[tuple[int, float]]:
@@ -126,32 +162,73 @@ def measure_memory(source: str | None, work: Path, clips: int) -> Iterator[tuple
                 yield number * BATCH, _resident_mib()
 
 
-def _figure(
-    videos: str, source: str, workers: int, way: str, time_it: Callable[..., Any], *arguments: Any
-) -> LoaderSpeed:
-    rate, cpu = run_in_subprocess(time_it, *arguments)
-    return LoaderSpeed(videos, source, workers, way, rate, cpu)
+def _measure_set(
+    videos: str, sources: dict[str, Manifest], workers: int, rounds: int, seconds: float, say: Say
+) -> tuple[list[LoaderSpeed], dict[str, str]]:
+    """Time all loaders on one set of videos: figures, and the reasons why some have none."""
+    requests = _requests(sources["files"])
+    entries = {(source, OURS): partial(_our_batches, manifest, workers) for source, manifest in sources.items()}
+    if sources["files"].offset[0] == WHOLE_FILE:
+        baselines = {way: partial(baseline_batches, way, requests, batch=BATCH, workers=workers) for way in BASELINES}
+        entries |= {("files", way): work for way, work in baselines.items()}
+    names = {f"{way} on {source}" if source != "files" else way: (source, way) for source, way in entries}
+    contest = take_turns(
+        {name: entries[key] for name, key in names.items()},
+        partial(check_batch, requests),
+        rounds=rounds,
+        seconds=seconds,
+        say=say,
+    )
+    return _speeds(videos, workers, names, contest), contest.failed
 
 
-def _time_ours(manifest: Manifest, workers: int, clips: int) -> tuple[float, float]:
-    warm_up = max(clips // 4 // BATCH, 1)
-    repeats = -(-(clips + (warm_up + _AHEAD) * BATCH) // len(manifest.usable))
-    data = DataConfig(workers=workers, clips_per_video=repeats)
-    with _loader(manifest, data, ModelConfig(size="B"), warm_up + clips // BATCH + _AHEAD) as loader:
-        return _time(loader, warm_up, clips // BATCH)
+def _speeds(videos: str, workers: int, names: dict[str, tuple[str, str]], contest: Contest) -> list[LoaderSpeed]:
+    ours, figures = contest.turns.get(OURS), []
+    for name, turns in contest.turns.items():
+        source, way = names[name]
+        rate = BATCH * median(turn.batches / turn.seconds for turn in turns)
+        cpu = median(turn.cpu / turn.batches for turn in turns) / BATCH
+        lead = median(map(_lead, ours, turns)) if ours is not None and name != OURS else None
+        figures.append(LoaderSpeed(videos, source, workers, way, rate, cpu, lead))
+    return figures
 
 
-def _time_plain(way: str, manifest: Manifest, workers: int, clips: int) -> tuple[float, float]:
-    rows = manifest.usable
-    paths, frames = [manifest.path[row] for row in rows], manifest.frames[rows].tolist()
-    batches = iter(baseline_loader(way, paths, frames, batch=BATCH, workers=workers))
-    return _time(batches, max(clips // 4 // BATCH, 1), clips // BATCH)
+def _lead(ours: Turn, theirs: Turn) -> float:
+    return ours.batches / ours.seconds * theirs.seconds / theirs.batches
 
 
-def _time(batches: Iterator[Any], warm_up: int, steps: int) -> tuple[float, float]:
-    """Measure clips per second, and CPU seconds per clip."""
-    spent, cpu = time_batches(batches, warm_up, steps)
-    return BATCH / spent, cpu / BATCH
+def check_batch(requests: Requests, batch: tuple[Any, Any, Any]) -> None:
+    """Check that a loader's first batch has the clips, frames, crops, flips and masks that all loaders must have.
+
+    Raises:
+        ValueError: it does not.
+    """
+    pixels, visible, masked = (np.asarray(array) for array in batch)
+    expected = [requests[n] for n in range(BATCH)]
+    if not np.array_equal(visible, np.stack([each.visible for each in expected])) or not np.array_equal(
+        masked, np.stack([each.masked for each in expected])
+    ):
+        raise ValueError("its first batch has other masks")
+    reference = np.stack([requests.reference(n) for n in range(BATCH)])
+    if pixels.dtype != np.uint8 or pixels.shape != reference.shape:
+        raise ValueError(f"its first batch is {pixels.dtype} {pixels.shape}, expected uint8 {reference.shape}")
+    difference = float(np.abs(pixels.astype(np.int16) - reference).mean())
+    if difference > MAX_DIFFERENCE:
+        raise ValueError(f"its first batch differs by {difference:.1f} levels on average: other frames or crops")
+
+
+def _requests(manifest: Manifest) -> Requests:
+    return Requests(manifest, _data(0), ModelConfig(size="B"), BATCH)
+
+
+def _data(workers: int) -> DataConfig:
+    return DataConfig(workers=workers, clips_per_video=BATCH)  # an epoch of one video has a batch
+
+
+def _our_batches(manifest: Manifest, workers: int) -> Generator[tuple[Any, Any, Any]]:
+    with _loader(manifest, _data(workers), ModelConfig(size="B"), _STEPS) as loader:
+        for batch in loader:
+            yield batch.pixels.cpu(), batch.visible.cpu(), batch.masked.cpu()
 
 
 def _loader(manifest: Manifest, data: DataConfig, model: ModelConfig, steps: int) -> ClipLoader:
@@ -168,17 +245,17 @@ def _resident_mib() -> float:
     return sum(process.memory_full_info().uss for process in (me, *me.children(recursive=True))) / 2**20
 
 
-def _made_sets(work: Path, large: bool) -> dict[str, Manifest]:
-    """Generate sets of videos of 10 s, by name; the part of a name after a slash is the kind of shards."""
+def _made_sets(work: Path, large: bool) -> dict[str, dict[str, Manifest]]:
+    """Generate sets of videos of 10 s: by name, then by their source, files or shards."""
+    small = generate_videos(work / "h264", "libx264", (340, 256), 8)
     sets = {
-        "h264 340x256": generate_videos(work / "h264", "libx264", (340, 256), 12),
-        "vp9 340x256": generate_videos(work / "vp9", "libvpx-vp9", (340, 256), 12),
+        "h264 340x256": {"files": small},
+        "vp9 340x256": {"files": generate_videos(work / "vp9", "libvpx-vp9", (340, 256), 4)},
     }
     if large:
-        sets["h264 1280x720"] = generate_videos(work / "large", "libx264", (1280, 720), 4)
-    for kind, encoding in (("shards", None), ("shards, keyframes 16", TranscodeOptions(keyframes=16))):
-        out = str(work / kind.replace(", ", "_").replace(" ", "_"))
-        packed = shard_videos(sets["h264 340x256"], out, size=2_000_000, workers=1, encoding=encoding)
-        save_manifest(packed, out)
-        sets[f"h264 340x256 / {kind}"] = packed
+        sets["h264 1280x720"] = {"files": generate_videos(work / "large", "libx264", (1280, 720), 2)}
+    out = str(work / "shards_keyframes_16")
+    packed = shard_videos(small, out, size=2_000_000, workers=1, encoding=TranscodeOptions(keyframes=16))
+    save_manifest(packed, out)
+    sets["h264 340x256"]["shards, keyframes 16"] = packed
     return sets

@@ -11,7 +11,7 @@ import pytest
 
 Encode = Callable[..., Path]
 
-CODECS = {".mp4": "libx264", ".webm": "libvpx-vp9", ".avi": "mpeg4"}
+CODECS = {".mp4": "libx264", ".webm": "libvpx", ".avi": "mpeg4"}
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +42,7 @@ def encode() -> Encode:
 
 @pytest.fixture(scope="session")
 def videos(tmp_path_factory: pytest.TempPathFactory, encode: Encode) -> Path:
-    """Folder of ten valid videos, alternately H.264 and VP9."""
+    """Folder of ten valid videos, alternately H.264 and VP8."""
     folder = tmp_path_factory.mktemp("videos")
     for number in range(10):
         encode(folder / f"{number}{'.mp4' if number % 2 else '.webm'}", frames=20 + number)

@@ -58,8 +58,10 @@ STUDENTS = StudentsReport(
 DATA = DataReport(
     machine=MACHINE,
     figures=[LoaderSpeed("h264", "files", 0, "mvd-scale", 40, 0.1), LoaderSpeed("h264", "files", 0, "decord", 20, 0.2)],
+    stages=[],
     absent={},
-    clips=96,
+    rounds=3,
+    seconds=1.0,
     source=None,
 )
 EVAL = EvalReport(

@@ -86,9 +86,10 @@ def test_a_driver_without_nvdec_leaves_everything_to_pyav() -> None:
 def test_on_the_host_dali_decodes_what_it_decodes_on_cpus() -> None:
     host = Decoders()
     assert backend(host) is DecodeBackend.PYAV
-    assert backend(host, codec="vp9") is DecodeBackend.DALI_VIDEO
-    assert backend(host, codec="vp9", width=321) is DecodeBackend.DALI_VIDEO
-    assert backend(host, codec="vp9", colour="bt709") is DecodeBackend.PYAV
+    assert backend(host, codec="vp9") is DecodeBackend.PYAV
+    assert backend(host, codec="vp8") is DecodeBackend.DALI_VIDEO
+    assert backend(host, codec="vp8", width=321) is DecodeBackend.DALI_VIDEO
+    assert backend(host, codec="vp8", colour="bt709") is DecodeBackend.PYAV
 
 
 def test_heights_of_one_coded_size_are_not_mixed() -> None:

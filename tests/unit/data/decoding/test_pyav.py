@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -7,9 +8,11 @@ import fsspec
 import numpy as np
 import pytest
 
+from mvd_scale.data.decoding import pyav
 from mvd_scale.data.decoding.pyav import decode_frames
 from mvd_scale.data.manifest import Row
 from mvd_scale.data.storage import DecodeError, read_bytes
+from mvd_scale.performance.benchmarks.videos import generate_videos
 
 
 def decode_all(path: Path) -> np.ndarray:
@@ -122,3 +125,35 @@ def test_broken_files(tmp_path, encode):
         read_bytes(str(tmp_path / "shard"), 3, 4)
     with pytest.raises(DecodeError, match="memory://nowhere"):
         read_bytes("memory://nowhere/a.mp4")
+
+
+@pytest.mark.parametrize("access", ["packets", "count"])
+def test_threads_do_not_change_the_frames_of_vp9_or_what_is_said_of_a_broken_file(tmp_path, monkeypatch, access):
+    video = replace(generate_videos(tmp_path, "libvpx-vp9", (64, 48), 1).row(0), access=access)
+    path, counts = Path(video.path), []
+    set_up = pyav._set_up
+    monkeypatch.setattr(pyav, "_set_up", lambda stream, threads=1: (counts.append(threads), set_up(stream, threads))[1])
+    for frames in (np.array([0, 3, 9]), np.array([140, 160, 161, 299])):
+        np.testing.assert_array_equal(decode_frames(video, frames, threads=3), decode_frames(video, frames))
+    assert set(counts) == ({1, 3} if access == "packets" else {1})
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 2000] = b"\x55" * 2000
+    path.write_bytes(data)
+    for frames in (np.array([0, 3, 9]), np.array([140, 160, 161, 299])):
+        assert _outcome(video, frames, 3) == _outcome(video, frames, 1)
+
+
+def _outcome(video: Row, frames: np.ndarray, threads: int) -> bytes | str:
+    try:
+        return decode_frames(video, frames, threads=threads).tobytes()
+    except DecodeError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm", ".avi"])
+def test_a_box_is_the_same_part_of_whole_frames(tmp_path, encode, suffix):
+    video = row_of(encode(tmp_path / f"a{suffix}", frames=33))
+    frames, (top, left, height, width) = np.array([4, 8, 8, 30]), (3, 5, 31, 17)
+    whole = decode_frames(video, frames)
+    part = decode_frames(video, frames, (top, left, height, width))
+    np.testing.assert_array_equal(part, whole[:, top : top + height, left : left + width])

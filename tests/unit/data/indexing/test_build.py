@@ -37,7 +37,7 @@ def test_a_folder_is_probed_once_per_video(videos):
     manifest = build_manifest(videos, workers=2)
     assert [Path(path).name for path in manifest.path] == [f"{k}{'.mp4' if k % 2 else '.webm'}" for k in range(10)]
     assert manifest.frames.tolist() == list(range(20, 30))
-    assert manifest.codec == ["vp9", "h264"] * 5
+    assert manifest.codec == ["vp8", "h264"] * 5
     assert set(manifest.height) == {48}
     assert set(manifest.width) == {64}
     assert set(manifest.fps) == {25.0}

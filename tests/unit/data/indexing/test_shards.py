@@ -69,7 +69,7 @@ def test_shards_are_plain_tar_files_of_whole_videos(tmp_path, manifest):
                 content = archive.extractfile(member)
                 assert content is not None
                 assert content.read() == Path(manifest.path[int(member.name.split(".")[0])]).read_bytes()
-                assert member.name.split(".")[1] == ("webm" if row.codec == "vp9" else "mp4")
+                assert member.name.split(".")[1] == ("webm" if row.codec == "vp8" else "mp4")
     assert next(rows, None) is None
 
 

@@ -28,7 +28,7 @@ from mvd_scale.distributed.exchange import StoreExchange
 
 MODEL = ModelConfig(width=16, depth=1, heads=1, frames=2, input_size=32, patch_size=8)
 DATA = DataConfig(stride=2, workers=0, crop=CenterCrop(), max_broken=1, clips_per_video=30)
-KIND, OTHER = VideoKind("vp9", "yuv420p", 64), VideoKind("vp9", "yuv420p", 128)
+KIND, OTHER = VideoKind("vp8", "yuv420p", 64), VideoKind("vp8", "yuv420p", 128)
 STEPS = 6 * WINDOW
 CLIPS = 4
 """Clips of a step."""
@@ -37,7 +37,7 @@ CLIPS = 4
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory, encode: Any) -> Manifest:
     """VP9 of two kinds: six videos of up to 64 pixels, and two of up to 128."""
-    folder = tmp_path_factory.mktemp("vp9")
+    folder = tmp_path_factory.mktemp("vp8")
     for number in range(8):
         size = {"height": 64, "width": 96} if number > 5 else {}
         encode(folder / f"{number}.webm", frames=12, **size)
@@ -101,7 +101,7 @@ def test_a_kind_that_dali_does_not_decode_costs_few_graphs(
     assert max(graphs) == 2 * WINDOW
     assert len(graphs) <= 1 + 2 * WINDOW / 3 + 2
     (warning,) = caplog.messages
-    assert "vp9, yuv420p, up to 64 pixels" in warning
+    assert "vp8, yuv420p, up to 64 pixels" in warning
     assert not (tmp_path / "quarantine.jsonl").exists()
 
 

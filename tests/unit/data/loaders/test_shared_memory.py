@@ -25,7 +25,7 @@ MODEL = ModelConfig(width=16, depth=1, heads=1, frames=4, input_size=32, patch_s
 
 def test_a_sample_is_the_bytes_of_a_video_or_its_decoded_frames() -> None:
     size = {"height": 100, "width": 200, "pixel_format": "yuv420p", "size": 5000}
-    rows = Manifest.from_rows([Row("a", "a", codec="vp9", **size), Row("b", "b", codec="h264", **size)])  # type: ignore[arg-type]
+    rows = Manifest.from_rows([Row("a", "a", codec="vp8", **size), Row("b", "b", codec="h264", **size)])  # type: ignore[arg-type]
     assert bytes_per_sample(rows, Decoders(), 16, 0.5) == (5000 + 3 * 16 * 0.5 * 100 * 200) / 2
     assert bytes_per_sample(rows, Decoders("mixed", "mixed"), 16, 0.5) == 5000
 

@@ -5,18 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner
 
 from mvd_scale.cli import cli
 from mvd_scale.data.generated.sample_clips import write_sample_clips
-from mvd_scale.performance.benchmarks.baselines.loaders import (
-    BASELINES,
-    FRAMES,
-    SIDE,
-    baseline_loader,
-    unavailable_reason,
-)
+from mvd_scale.performance.benchmarks import data_loading
+from mvd_scale.performance.benchmarks.baselines.ffmpeg import link_libraries
+from mvd_scale.performance.benchmarks.baselines.loaders import BASELINES, baseline_batches, unavailable_reason
+from mvd_scale.performance.benchmarks.data_loading import BATCH, check_batch
+from mvd_scale.performance.benchmarks.turns import Contest, Turn
+from mvd_scale.performance.benchmarks.videos import load_or_index_videos
 
 
 @pytest.fixture(scope="module")
@@ -24,26 +22,63 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_sample_clips(tmp_path_factory.mktemp("clips"))
 
 
+@pytest.fixture(scope="module")
+def requests(clips: Path) -> data_loading.Requests:
+    return data_loading._requests(load_or_index_videos(str(clips)))
+
+
 @pytest.mark.parametrize("way", BASELINES)
-def test_each_plain_way_gives_what_the_published_data_set_gives(clips, way):
-    video = str(clips / "bikes_00.mp4")
-    reason = unavailable_reason(way, video)
+def test_each_baseline_gives_the_clips_of_our_loader(requests, way):
+    reason = unavailable_reason(way, requests[0])
     if reason is not None:
         pytest.skip(f"{way}: {reason}")
-    pixels, mask = next(iter(baseline_loader(way, [video], [50], batch=2, workers=0)))
-    assert pixels.shape == (2, 3, FRAMES, SIDE, SIDE)
-    assert pixels.dtype == torch.float32
-    assert abs(pixels.mean()) < 2.5
-    assert mask.shape == (2, 1568)
-    assert set(mask.sum(1).tolist()) == {8 * int(0.9 * 196)}
+    check_batch(requests, next(baseline_batches(way, requests, batch=BATCH, workers=0)))
+
+
+def test_our_loader_passes_the_check_and_other_frames_crops_and_masks_do_not(clips, requests):
+    manifest = load_or_index_videos(str(clips))
+    pixels, visible, masked = next(data_loading._our_batches(manifest, 0))
+    check_batch(requests, (pixels, visible, masked))
+    with pytest.raises(ValueError, match="other frames or crops"):
+        check_batch(requests, (pixels.roll(1, dims=1), visible, masked))
+    with pytest.raises(ValueError, match="other masks"):
+        check_batch(requests, (pixels, visible.roll(1, dims=0), masked))
+    with pytest.raises(ValueError, match="expected uint8"):
+        check_batch(requests, (pixels.float(), visible, masked))
+
+
+def test_the_lead_is_the_median_of_the_ratios_within_rounds():
+    # The machine is half as fast in the second round and a third as fast in the third one.
+    ours, theirs = ([Turn(count, seconds, 1.0) for seconds in (1.0, 2.0, 3.0)] for count in (20, 10))
+    contest = Contest({data_loading.OURS: ours, "SPDL": [theirs[0], Turn(10, 1.0, 1.0), theirs[2]]})
+    names = {name: ("files", name) for name in contest.turns}
+    first, second = data_loading._speeds("h264", 1, names, contest)
+    assert (first.lead, second.lead) == (None, 2.0)
+    assert first.clips_per_second == 10 * BATCH
+
+
+def test_a_library_with_a_hash_in_its_name_is_linked_by_its_usual_name(tmp_path):
+    libraries = tmp_path / "av.libs"
+    libraries.mkdir()
+    for name in ("libavcodec-5e6b81c2.so.62.28.102", "libswscale-88e9f973.so.9.5.102", "libx264-d6533a8d.so.165"):
+        (libraries / name).touch()
+    links = link_libraries(libraries, tmp_path / "links")
+    assert {link.name: link.resolve().name for link in links.iterdir()} == {
+        "libavcodec.so.62": "libavcodec-5e6b81c2.so.62.28.102",
+        "libswscale.so.9": "libswscale-88e9f973.so.9.5.102",
+    }
 
 
 def test_figures_of_every_way_that_is_there(clips):
-    arguments = ["bench", "data", str(clips), "--workers", "0", "--clips", "8", "--json"]
+    arguments = ["bench", "data", str(clips), "--workers", "0", "--rounds", "1", "--seconds", "0.1", "--json"]
     result = CliRunner().invoke(cli, arguments, catch_exceptions=False)
     report = json.loads(result.stdout)
     assert {figure["way"] for figure in report["figures"]} | set(report["absent"]) == {"mvd-scale", *BASELINES}
     assert all(figure["clips_per_second"] > 0 and figure["cpu_seconds_per_clip"] > 0 for figure in report["figures"])
+    assert all(reason and "\n" not in reason for reason in report["absent"].values())
+    (stages,) = report["stages"]
+    assert min(stages["open"], stages["seek"], stages["decode"], stages["convert"], stages["resize"]) > 0
+    assert stages["decode"] > stages["seek"]
 
 
 def test_memory_is_told_ten_times(clips):
@@ -63,7 +98,7 @@ def test_a_wrong_list_of_workers():
     ("words", "said"),
     [
         (["data", "--memory", "80", "--json"], "--json cannot be combined with --memory"),
-        (["data", "--memory", "80", "--clips", "8"], "--clips cannot be combined with --memory"),
+        (["data", "--memory", "80", "--rounds", "8"], "--rounds cannot be combined with --memory"),
         (["step", "--methods", "all", "--recipe", "distill/b_from_b"], "--recipe cannot be combined with --methods"),
     ],
 )
