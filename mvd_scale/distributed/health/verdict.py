@@ -148,7 +148,8 @@ class Heartbeats:
         The time is multiplied by `WRITING_PATIENCE`. Ranks that have written their part wait for those that have not.
         """
         writers = [rank for rank, position in self.positions.items() if position.writing]
-        if not writers or now - max(self.written[rank] for rank in writers) <= seconds * WRITING_PATIENCE:
+        # Of all ranks: that one has ended its part is progress too.
+        if not writers or now - max(self.written.values()) <= seconds * WRITING_PATIENCE:
             return []
         fewest = min(self.positions[rank].parts for rank in writers)
         return sorted(rank for rank in writers if self.positions[rank].parts == fewest)

@@ -122,6 +122,7 @@ def test_writing_that_stands_still_is_late_while_the_phases_go_on() -> None:
     assert beats.late_writers(56, 5) == [2]
     beats.record(2, beat(57, first[2]._replace(arrivals=41, parts=2, writing=0)), 57)
     beats.record(0, beat(57, done._replace(arrivals=58)), 57)
+    assert beats.late_writers(57, 5) == [], "rank 0 has not had the time to complete the checkpoint"
     assert beats.late_writers(80, 5) == [0], "all parts are on disk, and rank 0 has to complete the checkpoint"
     beats.record(0, beat(81, done._replace(writing=0)), 81)
     assert beats.late_writers(200, 5) == []
