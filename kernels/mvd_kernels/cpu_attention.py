@@ -48,11 +48,15 @@ def cpu_attention(qkv: Tensor, queries: int, ways: AttentionWays) -> Tensor:
     Args:
         qkv: bfloat16 (B, N, 3, H, C) on the CPU.
         queries: compute the output for the last Q tokens only.
-        ways: ways of both passes, of `possible_ways`.
+        ways: ways of both passes; `native` is `sdpa` where it is not one of `possible_ways`.
 
     Returns:
         bfloat16 (B, Q, H, C). Softmax and sums are in float32.
     """
+    # A model may have heads of another size than those of the trial, and a host of the job another CPU.
+    if "native" in (ways.forward, ways.backward) and not native.can_compute(qkv.shape[-1]):
+        forward, backward = ("sdpa" if way == "native" else way for way in (ways.forward, ways.backward))
+        ways = AttentionWays(forward, backward)
     attended: Tensor = _Attention.apply(qkv, queries, ways)
     return attended
 

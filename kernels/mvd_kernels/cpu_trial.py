@@ -23,11 +23,11 @@ _REPEATS = 5
 """Number of timed calls each way, after one that is not timed; the fastest counts."""
 
 _ROWS, _WIDTH = 256, 768
-_TOKENS, _HEADS, _CHANNELS = 784, 2, 64
+_TOKENS, _HEADS, CHANNELS = 784, 2, 64
 
 SHAPES = {
     "products": f"{_ROWS} x {_WIDTH} x {_WIDTH}",
-    "attention": f"{_HEADS} heads of {_CHANNELS}, {_TOKENS} tokens",
+    "attention": f"{_HEADS} heads of {CHANNELS}, {_TOKENS} tokens",
 }
 """Shapes of the calls of a trial, in words."""
 
@@ -46,11 +46,11 @@ def time_products() -> dict[str, dict[ProductWay, float]]:
 
 def time_attention() -> dict[str, dict[AttentionWay, float]]:
     """CPU seconds of the passes of attention: {field of `AttentionWays`: {way: seconds}}."""
-    qkv = _random(1, _TOKENS, 3, _HEADS, _CHANNELS).requires_grad_()
-    ways = possible_ways(_CHANNELS)
+    qkv = _random(1, _TOKENS, 3, _HEADS, CHANNELS).requires_grad_()
+    ways = possible_ways(CHANNELS)
     forward = {way: partial(cpu_attention, qkv, _TOKENS, AttentionWays(way, way)) for way in ways}
     attended = {way: attend() for way, attend in forward.items()}
-    upstream = _random(1, _TOKENS, _HEADS, _CHANNELS)
+    upstream = _random(1, _TOKENS, _HEADS, CHANNELS)
     backward = {
         way: partial(torch.autograd.grad, made, qkv, upstream, retain_graph=True) for way, made in attended.items()
     }

@@ -24,7 +24,7 @@ _CLIP_KEYS = ("frames", "input_size", "patch_size", "tubelet")
 
 _STEP_KEYS = (
     "epochs", "max_steps", "global_batch", "micro_batch", "precision", "collective_timeout_minutes", "hang_minutes",
-    "skip_nonfinite_steps",
+    "skip_nonfinite_steps", "bf16_products",
 )  # fmt: skip
 """Keys of `training` that set the clips of a step, the number of steps, and the precision of features."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -12,7 +13,8 @@ from pathlib import Path
 import torch
 
 from mvd_kernels import bf16_instructions
-from mvd_kernels.cpu_trial import time_attention, time_products
+from mvd_kernels.cpu_attention import possible_ways
+from mvd_kernels.cpu_trial import CHANNELS, time_attention, time_products
 from mvd_kernels.native.attention import instructions
 from mvd_scale.config import RunRecipe
 from mvd_scale.distributed.process_group import Ranks
@@ -62,7 +64,8 @@ def make_placement(
         probe_capabilities(ranks.device, compiler=needs_compiler(recipe, kind)),
         no_nvdec=ranks.data_rank.nvdec.missing if kind == "cuda" and recipe.data.decoder != "host" else "",
     )
-    if needs_bf16_trial(recipe, kind, bf16=capabilities.bf16):
+    # Of all ranks alike, though their CPUs may differ: rank 0 tells them what it measured.
+    if any(needs_bf16_trial(recipe, kind, bf16=able) for able in (True, False)):
         capabilities = replace(capabilities, bf16_trial=try_bf16(ranks, bf16_record))
     devices = Devices(kind, ranks.world_size, max(len(members) for members in hosts), capabilities)
     placement = decide_placement(recipe, teacher_facts(targets), devices)
@@ -139,12 +142,16 @@ def _recorded_trial(record: Path | None) -> Bf16Trial:
     if record is None:
         return _trial()
     supported = sorted(name for name, value in instructions().items() if value is True)
-    cpu = {"processor": processor_name(), "instructions": supported, "torch": torch.__version__}
+    ways = possible_ways(CHANNELS)
+    cpu = {"processor": processor_name(), "instructions": supported, "attention": ways, "torch": torch.__version__}
     if record.is_file():
-        stands = json.loads(record.read_text())
-        if stands["cpu"] == cpu:
-            return Bf16Trial(stands["products"], stands["attention"])
-        logger.warning("%s is of another CPU or torch: bf16 is tried anew, and may be rounded otherwise", record)
+        with suppress(ValueError, KeyError, TypeError):
+            stands = json.loads(record.read_text())
+            if stands["cpu"] == cpu:
+                return Bf16Trial(stands["products"], stands["attention"])
+        logger.warning(
+            "%s is damaged, or of another CPU or torch: bf16 is tried anew, and may be rounded otherwise", record
+        )
     trial = _trial()
     write_atomic(record, json.dumps({"cpu": cpu, **asdict(trial)}, indent=2) + "\n")
     return trial

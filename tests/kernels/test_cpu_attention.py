@@ -10,6 +10,7 @@ import torch
 from mvd_kernels import AttentionWays, attention
 from mvd_kernels.cpu_attention import AttentionWay, cpu_attention, possible_ways
 from mvd_kernels.cpu_trial import time_attention, time_products
+from mvd_kernels.native import attention as native
 from mvd_kernels.reference.attention import attention as reference
 
 
@@ -33,6 +34,22 @@ def test_ways_can_be_mixed(
         off, whole = gradient[:, :, part].float() - expected_gradient[:, :, part], expected_gradient[:, :, part]
         assert off.norm() < 0.01 * whole.norm()
     assert not gradient[:, : tokens - queries, 0].any()
+
+
+@pytest.mark.parametrize("channels", [48, 64])
+def test_heads_and_cpus_that_the_native_kernel_does_not_know_take_that_of_torch(
+    channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "can_compute", lambda channels: False)
+    torch.manual_seed(0)
+    results = []
+    for way in ("native", "sdpa"):
+        qkv = torch.linspace(-1, 1, 7 * 3 * 2 * channels).view(1, 7, 3, 2, channels).bfloat16().requires_grad_()
+        result = attention(qkv, None, AttentionWays(way, way))
+        results.append((result, *torch.autograd.grad(result.float().square().sum(), qkv)))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+    assert 48 not in native.CHANNELS
 
 
 @pytest.mark.parametrize("way", possible_ways(32))

@@ -45,6 +45,7 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype, channels: int) 
     return refusal_of_instructions() or _refusal_of_build()
 
 
+@cache
 def can_compute(channels: int) -> bool:
     """Whether this CPU can run the kernel for heads of C channels, even if torch's own may be faster."""
     return channels in CHANNELS and bool(instructions().get("avx512_bf16")) and not _refusal_of_build()

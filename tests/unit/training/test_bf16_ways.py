@@ -20,7 +20,7 @@ from mvd_scale.models import Encoder, Student
 from mvd_scale.models.bf16_ways import AS_THEY_ARE, IN_FLOAT32, Bf16Trial, Bf16Ways, set_bf16_ways
 from mvd_scale.models.blocks import QKV, Attention
 from mvd_scale.training import capabilities
-from mvd_scale.training.capabilities import try_bf16
+from mvd_scale.training.capabilities import make_placement, try_bf16
 from mvd_scale.training.placement import COMPILED, Capabilities, Devices, decide_placement, needs_bf16_trial
 
 SHAPE = {"width": 32, "depth": 2, "heads": 2, "frames": 4, "input_size": 32}
@@ -137,8 +137,21 @@ def test_a_run_keeps_its_trial_for_its_kind_of_cpu(
     record.write_text(json.dumps(stands))
     with caplog.at_level(logging.WARNING):
         assert try_bf16(ALONE, record) == replace(TRIAL, attention={})
-    assert "is of another CPU or torch: bf16 is tried anew" in caplog.text
+    assert "or of another CPU or torch: bf16 is tried anew" in caplog.text
     assert try_bf16(ALONE, record) == replace(TRIAL, attention={})
+    record.write_text(record.read_text()[:-40])
+    made.append(TRIAL)
+    assert try_bf16(ALONE, record) == TRIAL
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_ranks_whose_cpus_differ_take_part_in_the_same_trial(able: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Teachers in int8 compute their other layers in bf16 only where the CPU has instructions for it."""
+    tried: list[Ranks] = []
+    monkeypatch.setattr(capabilities, "bf16_instructions", lambda: able)
+    monkeypatch.setattr(capabilities, "try_bf16", lambda ranks, record: tried.append(ranks) or TRIAL)
+    make_placement(recipe({"precision": "int8"}, precision="fp32"), {}, ALONE)
+    assert tried == [ALONE]
 
 
 def test_all_ranks_go_the_way_of_rank_0(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
