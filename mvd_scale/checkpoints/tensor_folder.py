@@ -44,7 +44,9 @@ STATE = "state.json"
 MODEL = "model."
 """Prefix of the names of the model's weights."""
 
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+}
 
 
 class TensorFolderWriter(FileSystemWriter):

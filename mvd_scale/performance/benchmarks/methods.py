@@ -38,13 +38,13 @@ METHODS: dict[str, list[str]] = {
     "alignment, visible tokens": [
         "--recipe", "distill/b_from_b", "--targets.image", _VISIBLE, "--targets.video", _VISIBLE,
     ],
-    "co-teaching, four layers": [
+    "four layers": [
         "--recipe", "distill/b_from_b", "--targets.image", _LAYERS, "--targets.video", _LAYERS,
     ],
-    "co-teaching, visible tokens": [
+    "visible tokens too": [
         "--recipe", "distill/b_from_b", "--targets.image", _DENSE, "--targets.video", _DENSE,
     ],
-    "co-teaching, standardised": [
+    "standardised teachers": [
         "--recipe", "distill/b_from_b", "--targets.image", _STANDARDIZED, "--targets.video", _STANDARDIZED,
     ],
     "DINOv3-L and V-JEPA 2-L": ["--recipe", "distill/b_from_dinov3_l_and_vjepa2_l"],

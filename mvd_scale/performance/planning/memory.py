@@ -208,15 +208,17 @@ def _compared(workload: Workload, parallel: ParallelConfig, teachers: Sequence[M
     """Compute the bytes per clip of predictions and true features, which exist until the loss is differentiated.
 
     GPUs read both as they are: features of teachers in the teachers' precision, pixels in float32. CPUs convert both to
-    float32. Features of teachers that are not among `teachers` are counted elsewhere.
+    float32. Standardised features are a further copy in float32. Features of teachers that are not among `teachers` are
+    counted elsewhere.
     """
     predicted = sum(part.predicted for part in workload.trained)
+    standardized = 4 * sum(part.predicted for part in workload.teachers if part.standardized)
     if parallel.device == "cpu":
-        return 8 * predicted
+        return 8 * predicted + standardized
     of_teachers = sum(part.predicted for part in teachers)
     of_pixels = predicted - sum(part.predicted for part in workload.teachers)
     features = SIZES[parallel.teacher_precision] * of_teachers + 4 * of_pixels
-    return SIZES[parallel.precision] * predicted + features
+    return SIZES[parallel.precision] * predicted + features + standardized
 
 
 def activations(part: ModelPart, size: int, *, checkpointing: Checkpointing) -> int:

@@ -64,6 +64,9 @@ class ModelPart:
     products: int = 0
     """FLOPs in these layers."""
 
+    standardized: bool = False
+    """Whether the features of a teacher are standardised, into a float32 copy."""
+
     teacher: Teacher | None = None
     """Properties of a teacher that its placement depends on; None for other parts."""
 
@@ -138,7 +141,9 @@ def build_workload(recipe: Recipe | FinetuneRecipe) -> Workload:
     return Workload(
         trained=(encoder_part(recipe.model, recipe.visible_tokens), *_head_parts(recipe, targets)),
         teachers=tuple(
-            _teacher_part(name, target, recipe) for name, target in targets.items() if isinstance(target, FrozenTeacher)
+            replace(_teacher_part(name, target, recipe), standardized=target.statistics is not None)
+            for name, target in targets.items()
+            if isinstance(target, FrozenTeacher)
         ),
         parameters=_count(student),
         tensors=len(list(student.parameters())),

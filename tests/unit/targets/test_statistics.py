@@ -11,13 +11,16 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from mvd_scale.checkpoints.native import save_weights
+from mvd_scale.checkpoints.tensor_folder import complete_description, load_pieces, save_pieces
 from mvd_scale.data.batch import ClipBatch
+from mvd_scale.distributed.health.progress import Progress
 from mvd_scale.distributed.process_group import Ranks
 from mvd_scale.models import Student
 from mvd_scale.targets import MaskedDistillation, build_targets
 from mvd_scale.targets.build import load_targets
 from mvd_scale.targets.load import build_ema_encoder, ema_file
 from mvd_scale.targets.statistics import FeatureStatistics
+from mvd_scale.training.checkpointing.pieces import PiecesLoadPlanner, PiecesSavePlanner
 from mvd_scale.training.teachers.statistics import RunningStatistics, running_statistics
 
 from .test_targets import VIDEO, batch, recipe, teacher  # noqa: F401
@@ -108,9 +111,10 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
         saved.update(step)
     assert saved.share_of_state().keys() == saved.state().keys() == {"statistics.it"}
     assert not RunningStatistics("it", run, Ranks(1, 1, 1, ALONE.device)).share_of_state()["statistics.it"].tensors
+    save_pieces(saved.share_of_state(), tmp_path, PiecesSavePlanner(Progress()), rank=0)
+    complete_description(tmp_path, ranks=1)
     other = RunningStatistics("it", resumed, ALONE)
-    for offsets, piece in other.state()["statistics.it"].tensors.items():
-        piece.copy_(saved.state()["statistics.it"].tensors[offsets])
+    load_pieces(other.state(), tmp_path, PiecesLoadPlanner())
     other.publish()
     assert torch.equal(run.observe(features(2)), resumed.observe(features(2)))
     run.update()

@@ -43,6 +43,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "co-teaching and pixels": {"targets": TARGETS},
     "half decoded": {"targets": TARGETS, "data": {"mask": {"ratio": 0.75, "decode_ratio": 0.5}}},
     "stochastic depth": {"targets": TARGETS, "model": {**VIDEO, "drop_path": 0.3}},
+    "visible tokens too": {"targets": {name: {**target, "visible_weight": 0.5} for name, target in TARGETS.items()}},
+    "several layers": {
+        "targets": {
+            "image": {**TARGETS["image"], "layers": [1, 3]},
+            "video": {**TARGETS["video"], "layers": [1, 2]},
+            "timm": {"kind": "timm", "vit": "vit_tiny_patch16_224", "layers": [2, 4], "decoder": DECODER},
+        }
+    },
     "moving average": {"targets": {"average": {"kind": "momentum", "decoder": DECODER}}},
     "visible tokens": {
         "targets": {
