@@ -19,8 +19,8 @@ _ANY_SIZE = "naflexvit_"
 """Beginning of the names of timm's models that take images of any size."""
 
 _SIGLIP = "_siglip"
-"""Part of the names of SigLIP and SigLIP 2, which were trained with the tanh form of GELU; timm builds the sizes B and L
-with the exact one."""
+"""Part of the names of SigLIP and SigLIP 2, which were trained with the tanh form of GELU. timm builds some of them,
+such as B and L of 256 pixels, with the exact one."""
 
 
 class TimmViT(nn.Module):
