@@ -46,7 +46,7 @@ def interpret(source: RawCheckpoint, hints: Hints) -> Checkpoint:
         return native.interpret(source, hints)
     tensors = strip_prefixes(source.tensors)
     _refuse_foreign(source, tensors, hints)
-    form = recognise(tensors, hints.positions)
+    form = recognise(tensors, hints.positions, hints.frames)
     if form is None:
         return native.interpret(replace(source, tensors=tensors), hints)
     if hints.positions is None and is_ambiguous(form):

@@ -15,9 +15,19 @@ from torch import Tensor, nn
 from mvd_kernels import max_pixel_value
 from mvd_scale.errors import UserError
 
+_ANY_SIZE = "naflexvit_"
+"""Beginning of the names of timm's models that take images of any size."""
+
+_SIGLIP = "_siglip"
+"""Part of the names of SigLIP and SigLIP 2, which were trained with the tanh form of GELU. timm builds some of them,
+such as B and L of 256 pixels, with the exact one."""
+
 
 class TimmViT(nn.Module):
-    """Image model that returns the patch features of its last block; class and register tokens are dropped."""
+    """Image model that returns the patch features of its last block; class and register tokens are dropped.
+
+    Models of timm's `naflexvit_*`, which take images of any shape, are given square ones.
+    """
 
     def __init__(
         self, name: str, grid: int, *, final_norm: bool, pretrained: bool, input_size: int | None = None
@@ -45,8 +55,11 @@ class TimmViT(nn.Module):
             raise UserError(
                 f"input_size {input_size} is not a multiple of the patch of {name}, {self.patch_size} pixels"
             )
-        # If the weights are for another input size, timm resamples their positions.
-        self.vit = timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=self.input_size)
+        # If the weights are for another input size, timm resamples their positions: here, or for each image.
+        given = {} if name.startswith(_ANY_SIZE) else {"img_size": self.input_size}
+        if _SIGLIP in name:
+            given["act_layer"] = "gelu_tanh"
+        self.vit = timm.create_model(name, pretrained=pretrained, num_classes=0, **given)
         if not final_norm:
             self.vit.norm = nn.Identity()
         self.mean, self.std = self.vit.pretrained_cfg["mean"], self.vit.pretrained_cfg["std"]
@@ -60,9 +73,10 @@ class TimmViT(nn.Module):
         Raises:
             UserError: names or shapes do not fit; the message names each tensor, and nothing was loaded.
         """
-        from timm.models.vision_transformer import checkpoint_filter_fn
+        from timm.models import naflexvit, vision_transformer
 
-        fitted = checkpoint_filter_fn(dict(tensors), self.vit)
+        module = naflexvit if isinstance(self.vit, naflexvit.NaFlexVit) else vision_transformer
+        fitted = module.checkpoint_filter_fn(dict(tensors), self.vit)
         expected = self.vit.state_dict()
         heads = tuple(name for name in fitted if name.startswith(("head.", "fc_norm.")) and name not in expected)
         fitted = {name: tensor for name, tensor in fitted.items() if name not in heads}
@@ -115,7 +129,8 @@ class TimmViT(nn.Module):
 def _patch_size(name: str) -> int:
     with torch.device("meta"):
         shape = timm.create_model(name, num_classes=0)
-    patch = getattr(getattr(shape, "patch_embed", None), "patch_size", None)
+    embedding = getattr(shape, "embeds" if name.startswith(_ANY_SIZE) else "patch_embed", None)
+    patch = getattr(embedding, "patch_size", None)
     if patch is None or not hasattr(shape, "num_prefix_tokens") or patch[0] != patch[1]:
         raise UserError(f"timm's {name} is no plain vision transformer with square patches: expected one like vit_*")
     side: int = patch[0]

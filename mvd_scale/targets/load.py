@@ -86,7 +86,7 @@ def running_shape(name: str, config: TrainedTeacherTarget, model: ModelConfig, s
     Raises:
         UserError: the frames are not a multiple of the teacher's tubelet, or the size not one of its patch.
     """
-    frames = config.frames if isinstance(config, VideoTeacherTarget) else None
+    frames = config.frames if isinstance(config, VideoTeacherTarget) else model.frames
     if frames is None:
         frames = student.frames if model.is_rotary else model.frames
     side = config.input_size or model.input_size

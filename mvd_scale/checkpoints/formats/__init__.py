@@ -16,7 +16,7 @@ from mvd_scale.checkpoints.formats.mvd import MVD, MVD_CLASSIFIER
 from mvd_scale.checkpoints.formats.timm import TIMM
 from mvd_scale.checkpoints.formats.umt import UMT
 from mvd_scale.checkpoints.formats.videomae import VIDEOMAE, VIDEOMAE_FINETUNED, VIDEOMAE_V2_GIANT
-from mvd_scale.checkpoints.formats.vjepa2 import HF_VJEPA2, V_JEPA_2, V_JEPA_2_1
+from mvd_scale.checkpoints.formats.vjepa2 import HF_VJEPA2, V_JEPA_2, V_JEPA_2_1, V_JEPA_2_1_IMAGES
 from mvd_scale.config.model import Positions
 
 FAMILIES: dict[str, tuple[Format, ...]] = {
@@ -42,7 +42,7 @@ _COUNTER = "n_averaged"
 _PATCHES = ("patch_embed.proj.weight", "patch_embed.weight", "embeddings.patch_embeddings.projection.weight")
 
 
-def recognise(tensors: Mapping[str, Tensor], positions: Positions | None) -> Format | None:
+def recognise(tensors: Mapping[str, Tensor], positions: Positions | None, frames: int | None = None) -> Format | None:
     """Recognise the published format of a state dict without wrapper prefixes.
 
     Fine-tuned classifiers of VideoMAE and MVD have the same keys: `is_ambiguous` tells whether `positions` must say
@@ -52,11 +52,14 @@ def recognise(tensors: Mapping[str, Tensor], positions: Positions | None) -> For
     Args:
         tensors: tensors by the names of the file.
         positions: position table that the user states, or None.
+        frames: frames of a clip that the user states, or None; 1 for the part of V-JEPA 2.1 that sees images.
 
     Returns:
         the format, or None if no published format has these keys.
     """
     found = next((form for form in _ORDER if form.recognise(tensors)), None)
+    if found is V_JEPA_2_1 and frames == 1:
+        return V_JEPA_2_1_IMAGES
     if found is V_JEPA and positions == V_JEPA_2.positions:
         return V_JEPA_2
     if found is V_JEPA_2 and positions not in (None, V_JEPA_2.positions):

@@ -1,12 +1,14 @@
 """V-JEPA 2 and 2.1 (facebookresearch/vjepa2) and Hugging Face `VJEPA2Model`: encoders, which can be read only.
 
 All have rotary positions. V-JEPA 2.1 has a patch embedding for images beside that for clips, adds a vector to the
-tokens of either, and has a norm for each of four blocks, of which the last one is that of its features.
+tokens of either, and has a norm for each of four blocks, of which the last one is that of its features. Its files are
+models of images if one frame is asked for, else of clips.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -18,12 +20,12 @@ from mvd_scale.checkpoints.formats.videomae import has_split_biases
 
 _HEADS = {768: 12, 1024: 16, 1280: 16, 1408: 22, 1664: 26}
 _FRAMES = 64
-_CLIP_VECTOR, _PATCH_BIAS = "video_mod_embed", "patch_embed.proj.bias"
+_CLIP_PATCHES, _IMAGE_PATCHES = "patch_embed.proj.", "patch_embed_img.proj."
+_CLIP_VECTOR, _IMAGE_VECTOR = "video_mod_embed", "img_mod_embed"
 _HF_PATCHES = "encoder.embeddings.patch_embeddings.proj."
-_MODULES: Table = (
-    ("patch_embed.proj.", "encoder.patch_embed."),
-    ("blocks.", "encoder.blocks."),
-)
+_BLOCKS: Table = (("blocks.", "encoder.blocks."),)
+_MODULES: Table = ((_CLIP_PATCHES, "encoder.patch_embed."), *_BLOCKS)
+_NORM: Table = (("norms_block.3.", "encoder.norm."),)
 
 
 def is_fused_clip_model(tensors: Mapping[str, Tensor]) -> bool:
@@ -45,11 +47,20 @@ def _recognise_hf(tensors: Mapping[str, Tensor]) -> bool:
     return patch_axes(tensors, f"{_HF_PATCHES}weight", f"vjepa2.{_HF_PATCHES}weight") == 5
 
 
-def _merge_clip_vector(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    merged, vector, bias = dict(tensors), tensors.get(_CLIP_VECTOR), tensors.get(_PATCH_BIAS)
+def _merge_vector(tensors: Mapping[str, Tensor], patches: str, name: str) -> dict[str, Tensor]:
+    """Add the vector `name`, which all tokens get, to the bias of a patch embedding."""
+    merged, vector, bias = dict(tensors), tensors.get(name), tensors.get(f"{patches}bias")
     if vector is not None and bias is not None and vector.flatten().shape == bias.shape:
-        merged[_PATCH_BIAS] = bias + merged.pop(_CLIP_VECTOR).flatten()
+        merged[f"{patches}bias"] = bias + merged.pop(name).flatten()
     return merged
+
+
+def _merge_clip_vector(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return _merge_vector(tensors, _CLIP_PATCHES, _CLIP_VECTOR)
+
+
+def _merge_image_vector(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return _merge_vector(tensors, _IMAGE_PATCHES, _IMAGE_VECTOR)
 
 
 def _facts(config: Mapping[str, Any]) -> Hints:
@@ -78,7 +89,7 @@ V_JEPA_2 = Format(
 V_JEPA_2_1 = Format(
     name="v-jepa 2.1",
     recognise=_recognise_2_1,
-    modules=(*_MODULES, ("norms_block.3.", "encoder.norm.")),
+    modules=(*_MODULES, *_NORM),
     leaves=FUSED_LEAVES,
     attention="fused",
     positions="rotary_vjepa2_1",
@@ -87,7 +98,16 @@ V_JEPA_2_1 = Format(
     frames=_FRAMES,
     input_size=384,
     prepare=_merge_clip_vector,
-    ignored=("norms_block.", "patch_embed_img.", "img_mod_embed"),
+    ignored=("norms_block.", _IMAGE_PATCHES, _IMAGE_VECTOR),
+)
+
+V_JEPA_2_1_IMAGES = replace(
+    V_JEPA_2_1,
+    name="v-jepa 2.1, images",
+    modules=((_IMAGE_PATCHES, "encoder.patch_embed."), *_BLOCKS, *_NORM),
+    frames=1,
+    prepare=_merge_image_vector,
+    ignored=("norms_block.", _CLIP_PATCHES, _CLIP_VECTOR),
 )
 
 HF_VJEPA2 = Format(

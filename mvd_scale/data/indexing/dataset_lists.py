@@ -35,7 +35,7 @@ from mvd_scale.data.indexing.list_tables import (
     read_text,
     whole_number,
 )
-from mvd_scale.data.indexing.listing import Listing, ListOptions
+from mvd_scale.data.indexing.listing import Listing, ListOptions, store_rows
 from mvd_scale.data.indexing.video_finder import VideoFinder
 from mvd_scale.data.storage import is_url
 from mvd_scale.errors import UserError
@@ -132,10 +132,10 @@ def _listing(file: str, records: Sequence[Record], options: ListOptions, *, anyw
     root = options.root or _folder_of(file)
     finder = VideoFinder(file, root, anywhere=anywhere and not is_url(root), folders=folders)
     names = [classes[label] if classes and label >= 0 else "" for label in labels]
-    rows = [
+    rows = store_rows(
         finder.row(line, path, label, name)
         for (line, _), path, label, name in zip(records, paths, labels, names, strict=True)
-    ]
+    )
     finder.log_found()
     return Listing(rows, classes)
 
@@ -349,10 +349,10 @@ def _something(file: str, options: ListOptions) -> Listing:
     if any(templates) and not classes:
         classes = tuple(sorted(set(templates) - {""}))
     finder = VideoFinder(file, options.root or _folder_of(file), anywhere=True)
-    rows = [
+    rows = store_rows(
         finder.row(number, f"{entry['id']}.webm", _number(file, number, template, classes) if template else -1)
         for number, (entry, template) in enumerate(zip(entries, templates, strict=True), start=1)
-    ]
+    )
     finder.log_found()
     return Listing(rows, classes)
 

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from mvd_scale.checkpoints import Hints, build_encoder, describe_checkpoint, import_checkpoint, read_checkpoint
-from mvd_scale.config import ModelConfig
+from mvd_scale.config import ModelConfig, Recipe
 from mvd_scale.errors import UserError
 from mvd_scale.models import Encoder
 from mvd_scale.models.encoder import IMAGENET_MEAN, IMAGENET_STD
+from mvd_scale.performance.batches import random_batch
+from mvd_scale.targets.build import load_targets
 
 SHAPE = ModelConfig(width=64, depth=2, heads=2, frames=4, input_size=48, positions="rotary_vjepa2")
 HINTS = Hints(heads=2, frames=4, input_size=48)
@@ -37,7 +39,7 @@ def authors(model: Encoder) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         if name == "patch_embed.weight":
-            tensors["patch_embed.proj.weight"] = tensor.view(64, 2, 16, 16, 3).movedim(-1, 1)
+            tensors["patch_embed.proj.weight"] = tensor.view(64, -1, 16, 16, 3).movedim(-1, 1)
         elif name.startswith("patch_embed"):
             tensors[name.replace("patch_embed", "patch_embed.proj")] = tensor
         elif name.endswith("q_bias"):
@@ -85,6 +87,49 @@ def test_the_authors_file_of_v_jepa_2_1(tmp_path: Path) -> None:
     built = build_encoder(checkpoint, final_norm=True).eval()
     torch.testing.assert_close(built(clip()), model(clip()), rtol=0, atol=2e-5)
     assert not checkpoint.unexpected
+
+
+@torch.no_grad()
+def test_v_jepa_2_1_is_a_model_of_images_too(tmp_path: Path) -> None:
+    images, clips = (encoder(positions="rotary_vjepa2_1", **shape) for shape in ({"frames": 1, "tubelet": 1}, {}))
+    vector, names = torch.randn(1, 1, 64), authors(images)
+    norm = {part: names.pop(f"norm.{part}") for part in ("weight", "bias")}
+    image = {name.replace("patch_embed", "patch_embed_img"): names.pop(name) for name in list(names) if "embed" in name}
+    image["patch_embed_img.proj.bias"] = image["patch_embed_img.proj.bias"] - vector.flatten()
+    patches = {name: tensor for name, tensor in authors(clips).items() if "patch_embed" in name}
+    norms = {f"norms_block.{n}.{part}": norm[part] + (3 - n) for n in range(4) for part in norm}
+    file = saved(tmp_path, names | image | patches | norms | {"img_mod_embed": vector, "video_mod_embed": vector + 1})
+    checkpoint = read_checkpoint(file, Hints(heads=2, frames=1, input_size=48))
+    assert (checkpoint.format, checkpoint.model) == ("v-jepa 2.1, images", images.config)
+    assert not checkpoint.unexpected
+    frames = clip(frames=1)
+    built = build_encoder(checkpoint, final_norm=True).eval()
+    torch.testing.assert_close(built(frames), images(frames), rtol=0, atol=2e-5)
+    assert read_checkpoint(file, HINTS).format == "v-jepa 2.1"
+
+    target = {"kind": "image_teacher", "checkpoint": str(file), "final_norm": True}
+    shape = {"width": 64, "depth": 2, "heads": 2, "frames": 1, "tubelet": 1, "input_size": 48}
+    recipe = Recipe.model_validate(
+        {
+            "run": {"folder": "run"},
+            "model": {"width": 32, "depth": 1, "heads": 2, "frames": 4, "input_size": 48},
+            "data": {"mask": {"ratio": 0.5}},
+            "targets": {
+                "image": {
+                    **target,
+                    "model": {**shape, "positions": "rotary_vjepa2_1"},
+                    "decoder": {"width": 32, "depth": 1, "heads": 2},
+                }
+            },
+            "training": {"epochs": 2, "global_batch": 2, "base_lr": 1e-3, "warmup_epochs": 0},
+        }
+    )
+    teacher = load_targets(recipe)["image"]
+    batch = random_batch(recipe, 2, torch.device("cpu"))
+    features = teacher.features(batch)
+    # The front frame of the second of two tubelets.
+    second = images(batch.pixels[:1, 2:3])[0]
+    torch.testing.assert_close(features[0, 4:], second[batch.masked[0, 4:] - 9], rtol=0, atol=2e-5)
 
 
 def test_published_sizes_are_known_by_their_width(tmp_path: Path) -> None:

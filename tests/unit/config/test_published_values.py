@@ -58,6 +58,7 @@ DISTILLED = {
 NOT_PUBLISHED = {
     "own_videos", "sb_from_b", "sbl_from_l", "b_from_dinov3_l_and_vjepa2_l", "l_from_dinov3_l_and_vjepa2_l",
     "b_from_dinov3_l_and_vjepa2_l_dense", "b_from_dinov3_l_and_vjepa2_l_balanced",
+    "b_from_siglip2_l_and_vjepa2_l", "b_from_vjepa2_1_l",
 }  # fmt: skip
 """Recipes of settings that no paper has: several students of one run, teachers of later years."""
 
