@@ -21,7 +21,7 @@ def test_a_table_is_made_judged_and_not_made_again(jobs: Jobs, tmp_path: Path) -
     words = ["reproduce", "table7", "--seeds", "5", "--output", str(tmp_path), "--tasks.appearance.probe", "null"]
     for name in scale.tasks:
         words += [f"--data.{name}.train=2", f"--data.{name}.test=1", f"--data.{name}.validation=1"]
-        words += [f"--tasks.{name}.finetune.tiny.training.{key}" for key in ("max_steps=1", "global_batch=8")]
+        words += [f"--tasks.{name}.finetune.tiny.training.{key}" for key in ("max_steps=1", "global_batch=4")]
     for name in ("both", *Costs(scale.encoders).lineage("both_pixels")):
         words += [f"--encoders.{name}.recipe.training.{key}" for key in ("max_steps=1", "global_batch=8")]
     code, output = jobs.run(*words)
