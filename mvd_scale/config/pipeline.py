@@ -55,8 +55,8 @@ class SynthStage(BaseStage):
 
     kind: Literal["synth"]
 
-    label: Literal["appearance", "motion", "directions"]
-    """Property that the label describes: the appearance of an object, or the direction of motion, of two or eight."""
+    label: Literal["appearance", "motion"]
+    """Property that the label describes: the appearance of an object, or the direction of motion."""
 
     train: int = Field(default=100, gt=0)
     """Number of training videos per class."""

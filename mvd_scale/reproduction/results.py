@@ -134,7 +134,7 @@ class TableResults:
     """Minutes on CPUs for all stages that ran here, those that draw videos with them."""
 
     def write(self, output: Path) -> Path:
-        """Write `results.json`, or the file of a table among several, and return its path."""
+        """Write `results.json` and return its path."""
         file = output / FILE
         write_atomic(file, json.dumps({"schema": SCHEMA, **_plain(asdict(self))}, indent=2) + "\n")
         return file

@@ -3,8 +3,7 @@
 In the kind `appearance`, the label is the texture of the object, and the motion is independent of it. In the kind
 `motion`, the label is the direction, left or right, in which object and scene move, and nothing else depends on it:
 single frames, and the set of all frames without their order, have the same distribution in both classes. A video that
-is played backwards is a video of the other class. In the kind `directions`, the object moves in one of eight directions
-over a plain colour: what minutes of pre-training can learn of motion.
+is played backwards is a video of the other class.
 
 Training, validation and test videos have different objects and backgrounds.
 """
@@ -29,10 +28,9 @@ from mvd_scale.errors import UserError
 
 log = logging.getLogger("mvd_scale")
 
-Kind = Literal["appearance", "motion", "directions"]
+Kind = Literal["appearance", "motion"]
 Split = Literal["train", "validation", "test"]
 Picture = NDArray[np.uint8]
-Speeds = NDArray[np.float64]
 
 SIDE, FRAMES, FPS, OBJECT = 96, 32, 25, 44
 """Side of a frame in pixels, frames per video, frames per second, and side of an object in pixels."""
@@ -51,10 +49,6 @@ BACKGROUNDS = {
 
 DIRECTIONS = ("left", "right")
 
-EIGHT_DIRECTIONS = ("right", "right_down", "down", "left_down", "left", "left_up", "up", "right_up")
-"""Class k of the kind `directions` moves by the angle of k x 45 degrees, clockwise from the right."""
-
-_KIND_SEEDS: dict[Kind, int] = {"appearance": 0, "motion": 1, "directions": 2}
 _SPLIT_SEEDS: dict[Split, int] = {"train": 0, "test": 1, "validation": 2}
 
 _QUALITY = "10"
@@ -81,11 +75,6 @@ def split_pictures(split: Split, *, validated: bool) -> SplitPictures:
     return SplitPictures(BACKGROUNDS[split], columns[split])
 
 
-def class_names(kind: Kind) -> tuple[str, ...]:
-    """Names of the classes of a kind."""
-    return {"appearance": TEXTURES, "motion": DIRECTIONS, "directions": EIGHT_DIRECTIONS}[kind]
-
-
 def write_synthetic_videos(kind: Kind, out: Path, *, train: int, test: int, validation: int = 0, seed: int = 0) -> Path:
     """Write `out/SPLIT/CLASS/*.mp4` for the splits `train`, `validation` and `test`; existing files are kept.
 
@@ -103,7 +92,7 @@ def write_synthetic_videos(kind: Kind, out: Path, *, train: int, test: int, vali
     Raises:
         UserError: scikit-image is not installed, or the folder holds other videos.
     """
-    classes = class_names(kind)
+    classes = TEXTURES if kind == "appearance" else DIRECTIONS
     counts: dict[Split, int] = {"train": train, "validation": validation, "test": test}
     wanted = {out / s / c / f"{n:05d}.mp4" for s, count in counts.items() for c in classes for n in range(count)}
     others = sorted(set(out.rglob("*.mp4")) - wanted)
@@ -120,7 +109,7 @@ def write_synthetic_videos(kind: Kind, out: Path, *, train: int, test: int, vali
         file = out / split / classes[label] / f"{number:05d}.mp4"
         if file.exists():
             return False
-        rng = default_rng((seed, _KIND_SEEDS[kind], _SPLIT_SEEDS[split], label, number))
+        rng = default_rng((seed, kind == "motion", _SPLIT_SEEDS[split], label, number))
         encode_video(draw_video(kind, label, splits[split], pictures, rng), file)
         return True
 
@@ -145,37 +134,27 @@ def draw_video(
         pictures: pictures of objects and backgrounds by name, uint8 (H, W, 3) each.
         rng: random generator of this video.
     """
-    if kind == "directions":
-        scene = np.broadcast_to(rng.integers(0, 256, size=3, dtype=np.uint8), (SIDE, SIDE, 3))
-    else:
-        scene = draw_background(pictures[str(rng.choice(made_of.backgrounds))], rng)
+    scene = draw_background(pictures[str(rng.choice(made_of.backgrounds))], rng)
     texture = TEXTURES[label] if kind == "appearance" else str(rng.choice(TEXTURES))
     picture = _tinted(_object(pictures[texture], made_of.columns, rng), rng)
     start, speeds = rng.uniform(0, SIDE, size=2), rng.uniform(2, 4, size=2)
-    drift, pan = _motion(kind, label, speeds, rng)
+    if kind == "appearance":
+        drift, pan = speeds * rng.choice([-1, 1], size=2), 0.0
+    else:
+        # The classes differ in the sign of the motion only.
+        drift, pan = np.array([0.0, speeds[0]]), float(speeds[1])
+        if DIRECTIONS[label] == "left":
+            drift, pan = -drift, -pan
     frames = []
     for number in range(FRAMES):
         # Object and scene wrap around at the borders, so that every position is equally likely in every frame.
-        frame = np.roll(scene, [round(shift * number) for shift in pan.tolist()], axis=(0, 1))
+        frame = np.roll(scene, round(pan * number), axis=1)
         rows, columns = (
             np.arange(first, first + OBJECT) % SIDE for first in np.rint(start + drift * number).astype(int)
         )
         frame[np.ix_(rows, columns)] = picture
         frames.append(frame)
     return frames
-
-
-def _motion(kind: Kind, label: int, speeds: Speeds, rng: Generator) -> tuple[Speeds, Speeds]:
-    """Pixels per frame, down and to the right, by which the object moves, and the scene."""
-    if kind == "appearance":
-        return speeds * rng.choice([-1, 1], size=2), np.zeros(2)
-    if kind == "directions":
-        angle = 2 * np.pi * label / len(EIGHT_DIRECTIONS)
-        way = np.array([np.sin(angle), np.cos(angle)])
-        return speeds[0] * way, np.zeros(2)
-    # The classes differ in the sign of the motion only.
-    sign = -1 if DIRECTIONS[label] == "left" else 1
-    return sign * np.array([0.0, speeds[0]]), sign * np.array([0.0, speeds[1]])
 
 
 def _object(texture: Picture, columns: tuple[float, float], rng: Generator) -> Picture:

@@ -72,7 +72,7 @@ def test_a_finished_stage_of_another_configuration_is_refused(
     changed = expand(scale, table, [0], small.pipeline.folder, "test").pipeline
     with pytest.raises(UserError, match="video_seed0 of another configuration, and 6 others") as error:
         run_missing(changed, 1)
-    assert "recipe.training.base_lr: 0.024 then, 0.01 now" in str(error.value)
+    assert "recipe.training.base_lr: 0.032 then, 0.01 now" in str(error.value)
     assert "Give another folder with `--output`" in str(error.value)
     # Settings of logs, checkpoints and loaders change no result.
     same = ["--encoders.video.recipe.logging.every_steps", "7", "--encoders.video.recipe.data.workers", "1"]
