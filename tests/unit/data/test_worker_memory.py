@@ -9,21 +9,21 @@ import sys
 import pytest
 
 CLIPS = """
-import resource, sys, threading
-import numpy as np
+import ctypes, resource, sys
 from mvd_scale.data.worker_pool import keep_freed_memory
 
-def clip():
-    frames = [np.full(260_000, 1, np.uint8) for _ in range(48)]
-    np.full(2_000_000, 1, np.uint8)
-
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.free.argtypes = [ctypes.c_void_p]
 if sys.argv[1] == "keep":
     keep_freed_memory()
-for n in range(6):
+for n in range(4):
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    thread = threading.Thread(target=clip)
-    thread.start()
-    thread.join()
+    frames = [libc.malloc(100_000) for _ in range(100)]
+    for frame in frames:
+        ctypes.memset(frame, 1, 100_000)
+    for frame in frames:
+        libc.free(frame)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)
 """
 
