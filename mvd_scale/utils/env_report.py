@@ -264,7 +264,7 @@ def _dali() -> list[Capability]:
         return [Capability("DALI", False, reason=reason)]
     return [
         Capability("DALI", True, f"{dali.__version__} ({', '.join(builds)})"),
-        Capability("DALI decode, CPU", True, "VP8, VP9, MJPEG"),
+        Capability("DALI decode, CPU", True, "VP8, MJPEG"),
         _nvdec(),
     ]
 

@@ -333,6 +333,9 @@ def _decode(
     pictures: DecodedFrames = {}
     head: av.Packet | None = None
     started = False
+    # Where each packet is a frame, the decoder needs none after the last requested one: it is drained instead of being
+    # fed until its order of display has come that far.
+    drains, unread = video.access == "packets" and not from_start, set(index_by_pts)
     for packet in chain(packets, [None]):
         if packet is not None:
             if not packet.size:
@@ -341,8 +344,12 @@ def _decode(
                 wanted = packet.pts in index_by_pts or head is None
                 context.skip_frame = "DEFAULT" if wanted else "NONREF"
             head = head or packet
+            if packet.pts is not None:
+                unread.discard(packet.pts)
         try:
             frames = context.decode(packet)
+            if drains and not unread and packet is not None:
+                frames += context.decode(None)
         except av.FFmpegError:
             # The index has seen what such packets do to the frames after them only where it has decoded them.
             if started and video.access == "packets":
@@ -360,6 +367,8 @@ def _decode(
                 pictures[place] = convert(frame)
         if len(pictures) == len(index_by_pts):
             return pictures
+        if drains and not unread:
+            return None
     return pictures if from_start else None
 
 

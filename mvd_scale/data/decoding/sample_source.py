@@ -34,7 +34,7 @@ from mvd_scale.data.sampling.crops import Box
 from mvd_scale.data.sampling.regions import localize_warps, orient_warps, plan_regions
 from mvd_scale.data.sampling.sampler import ClipPlan, CopyPlan, RankShard, Sampler
 from mvd_scale.data.storage import DecodeError, read_bytes, run_with_timeout
-from mvd_scale.data.worker_pool import exit_with_parent
+from mvd_scale.data.worker_pool import exit_with_parent, keep_freed_memory
 
 MAX_ATTEMPTS = 8
 """Videos that are tried for one clip: the video of the clip, then substitutes."""
@@ -143,6 +143,7 @@ class VideoSource(ABC):
         if parent_process() is not None:
             # This process is a worker. DALI's workers wait on shared memory and would outlive a parent that was killed.
             exit_with_parent()
+            keep_freed_memory()
             # SIGTERM reaches the workers as well as their rank, which needs batches until it has saved a checkpoint.
             signal.signal(signal.SIGTERM, _exit_after_grace_period)
 

