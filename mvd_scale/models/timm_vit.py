@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import get_close_matches
+from typing import Any
 
 import timm
 import torch
@@ -56,7 +57,7 @@ class TimmViT(nn.Module):
                 f"input_size {input_size} is not a multiple of the patch of {name}, {self.patch_size} pixels"
             )
         # If the weights are for another input size, timm resamples their positions: here, or for each image.
-        given = {} if name.startswith(_ANY_SIZE) else {"img_size": self.input_size}
+        given: dict[str, Any] = {} if name.startswith(_ANY_SIZE) else {"img_size": self.input_size}
         if _SIGLIP in name:
             given["act_layer"] = "gelu_tanh"
         self.vit = timm.create_model(name, pretrained=pretrained, num_classes=0, **given)

@@ -141,9 +141,7 @@ def build_workload(recipe: Recipe | FinetuneRecipe) -> Workload:
     return Workload(
         trained=(encoder_part(recipe.model, recipe.visible_tokens), *_head_parts(recipe, targets)),
         teachers=tuple(
-            replace(_teacher_part(name, target, recipe), standardized=target.statistics is not None)
-            for name, target in targets.items()
-            if isinstance(target, FrozenTeacher)
+            _teacher_part(name, target, recipe) for name, target in targets.items() if isinstance(target, FrozenTeacher)
         ),
         parameters=_count(student),
         tensors=len(list(student.parameters())),
@@ -272,6 +270,7 @@ def _keeping_input(part: ModelPart) -> ModelPart:
 
 def _teacher_part(target_name: str, target: FrozenTeacher, recipe: Recipe) -> ModelPart:
     name, teacher = f"{target_name} teacher", target.teacher
+    known, standardized = teacher_of(target_name, target), target.statistics is not None
     largest = max(
         _count(block) for path, block in teacher.named_modules() if path.rpartition(".")[0].endswith("blocks")
     )
@@ -294,7 +293,7 @@ def _teacher_part(target_name: str, target: FrozenTeacher, recipe: Recipe) -> Mo
         # The peak of a block with an MLP ratio of 4; timm's models have about that ratio.
         opaque = 12 * seen * teacher.width
         return ModelPart(
-            name, teacher.width, (), values, opaque=opaque, teacher=teacher_of(target_name, target), **counts
+            name, teacher.width, (), values, opaque=opaque, teacher=known, standardized=standardized, **counts
         )
     assert isinstance(target, EncoderTeacher)
     model = target.encoder.config
@@ -309,7 +308,7 @@ def _teacher_part(target_name: str, target: FrozenTeacher, recipe: Recipe) -> Mo
     blocks = encoder_blocks(model, seen, outputs=outputs, sequences=sequences, depth=last)
     counts["products"] = round(sum(block.products for block in blocks))
     return ModelPart(
-        name, _width(model), (embedding, *blocks), values, teacher=teacher_of(target_name, target), **counts
+        name, _width(model), (embedding, *blocks), values, teacher=known, standardized=standardized, **counts
     )
 
 
