@@ -167,14 +167,14 @@ def _measure_set(
 ) -> tuple[list[LoaderSpeed], dict[str, str]]:
     """Time all loaders on one set of videos: figures, and the reasons why some have none."""
     requests = _requests(sources["files"])
+    checks = {source: partial(check_batch, _requests(manifest)) for source, manifest in sources.items()}
     entries = {(source, OURS): partial(_our_batches, manifest, workers) for source, manifest in sources.items()}
     if sources["files"].offset[0] == WHOLE_FILE:
         baselines = {way: partial(baseline_batches, way, requests, batch=BATCH, workers=workers) for way in BASELINES}
         entries |= {("files", way): work for way, work in baselines.items()}
     names = {f"{way} on {source}" if source != "files" else way: (source, way) for source, way in entries}
     contest = take_turns(
-        {name: entries[key] for name, key in names.items()},
-        partial(check_batch, requests),
+        {name: (entries[key], checks[key[0]]) for name, key in names.items()},
         rounds=rounds,
         seconds=seconds,
         say=say,

@@ -53,20 +53,19 @@ class Contest:
 
 
 def take_turns(
-    loaders: dict[str, Work], check: Check, *, rounds: int, seconds: float, say: Callable[[str], None]
+    loaders: dict[str, tuple[Work, Check]], *, rounds: int, seconds: float, say: Callable[[str], None]
 ) -> Contest:
     """Time loaders in rounds.
 
     Args:
-        loaders: loaders by name.
-        check: check of the first batch of each loader.
+        loaders: loaders by name, and the checks of their first batches.
         rounds: number of turns of each loader.
         seconds: least length of a turn in seconds.
         say: called with a line after each loader has been opened and after each round.
     """
     contest, running = Contest(), dict[str, LoaderProcess]()
     try:
-        for name, work in loaders.items():
+        for name, (work, check) in loaders.items():
             say(f"opening {name}")
             with _left_out(name, contest, running, say):
                 running[name] = LoaderProcess(work, check)

@@ -47,8 +47,8 @@ def refuse_b(batch: str) -> None:
 
 def contest(log: Path, rounds: int = 2, check: Any = no_check, **ends: Any) -> tuple[Contest, list[str]]:
     said: list[str] = []
-    loaders = {name: partial(batches, log, name, *ends.get(name, ())) for name in "abc"}
-    return take_turns(loaders, check, rounds=rounds, seconds=0.05, say=said.append), said
+    loaders = {name: (partial(batches, log, name, *ends.get(name, ())), check) for name in "abc"}
+    return take_turns(loaders, rounds=rounds, seconds=0.05, say=said.append), said
 
 
 def test_loaders_take_turns_and_each_round_begins_with_another(tmp_path: Path) -> None:
