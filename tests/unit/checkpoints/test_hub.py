@@ -314,7 +314,8 @@ def test_a_lost_connection_is_no_traceback(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     hub = pytest.importorskip("huggingface_hub")
     # The library differs between releases of the hub's client.
-    http = importlib.import_module(hub.errors.HTTPError.__module__.partition(".")[0])
+    errors = importlib.import_module("huggingface_hub.errors")
+    http = importlib.import_module(errors.HTTPError.__module__.partition(".")[0])
 
     def lost(*_: Any, **__: Any) -> str:
         raise getattr(http, name)("")
