@@ -81,8 +81,11 @@ def find_weights(name: str | os.PathLike[str], revision: str | None = None) -> P
         ) from error
     try:
         return Path(hub.snapshot_download(text, revision=revision, allow_patterns=_PATTERNS))
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        # Errors of a lost connection are those of the client's HTTP library, which differs between releases (httpx in
+        # 1.31, httpx2 in 2.4). Their only base is Exception, as that of its own RevisionResolutionError is.
         raise UserError(
-            f"{text} does not exist here, and cannot be downloaded from the hub: {error}\nWithout network, run "
+            f"{text} does not exist here, and cannot be downloaded from the hub: {type(error).__name__}: {error}\n"
+            "Without network, run "
             f"`hf download {text} --local-dir FOLDER` where there is one, copy FOLDER, and give that"
         ) from error

@@ -1,12 +1,14 @@
 """Model card of an exported folder: `README.md` in the form of Hugging Face's hub.
 
-It states what the run folder beside the weights tells: recipe, videos, teachers, tests. Paths are cut to their last two
-parts: a card is published, and the names of folders above are nobody's business.
+It states what the run folder beside the weights tells: recipe, videos, teachers, and the tests of these weights. Paths
+and URLs are cut to the last two parts of their path: a card is published, and hosts, folders above, passwords and
+signatures are nobody's business.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +18,7 @@ import yaml
 
 from mvd_scale.checkpoints.checkpoint import Checkpoint
 from mvd_scale.checkpoints.reading import recipe_near
-from mvd_scale.checkpoints.roles import describe_checkpoint
+from mvd_scale.checkpoints.roles import describe_checkpoint, identify_checkpoint
 
 Library = Literal["transformers", "mvd-scale"]
 
@@ -43,8 +45,14 @@ module = mvd_scale.from_pretrained("FOLDER")  # uint8 (batch, frames, height, wi
 import mvd_scale
 
 encoder = mvd_scale.from_pretrained("FOLDER")  # uint8 (batch, frames, height, width, 3) to (batch, tokens, width)""",
+    ("mvd-scale", "detector"): """\
+import mvd_scale
+
+detector = mvd_scale.from_pretrained("FOLDER")  # needs mvd-scale[detection]
+# uint8 (batch, frames, height, width, 3), and boxes, float32 (people, 5): clip, x1, y1, x2, y2 in pixels
+logits = detector(clips, boxes)  # (people, actions)""",
 }
-"""Code that loads a folder, by library and kind; of other kinds that of an encoder."""
+"""Code that loads a folder, by library and kind; of students that of an encoder."""
 
 
 @dataclass(frozen=True)
@@ -52,17 +60,18 @@ class Origin:
     """What the files beside weights tell of their making."""
 
     recipe: Mapping[str, Any] = field(default_factory=dict)
-    """Recipe with its paths cut; empty without a run folder."""
+    """Recipe with its locations cut; empty without a run folder."""
 
     digests: Mapping[str, Any] = field(default_factory=dict)
     """Digests of videos and weights that the run began from."""
 
     tests: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Summaries of finished tests in the run folder, by the name of their folder."""
+    """Summaries of finished tests of these weights alone in the run folder, by the name of their folder."""
 
 
-def read_origin(weights: Path) -> Origin:
-    """Read recipe, digests and tests of the run whose folder holds weights; empty if there is none."""
+def read_origin(checkpoint: Checkpoint) -> Origin:
+    """Read recipe, digests and tests of the run whose folder holds a checkpoint; empty if there is none."""
+    weights = Path(checkpoint.source)
     path = recipe_near(weights if weights.is_dir() else weights.parent)
     if path is None:
         return Origin()
@@ -70,12 +79,21 @@ def read_origin(weights: Path) -> Origin:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         recipe = None
-    summaries = {file.parent.name: _read(file) for file in sorted(path.parent.glob("*/summary.json"))}
     return Origin(
-        _cut_paths(recipe) if isinstance(recipe, dict) else {},
+        _cut_locations(recipe) if isinstance(recipe, dict) else {},
         _read(path.with_name("summary.json")).get("origin", {}),
-        {name: summary for name, summary in summaries.items() if "top1" in summary},
+        _tests_of(checkpoint, path.parent),
     )
+
+
+def _tests_of(checkpoint: Checkpoint, run: Path) -> dict[str, Mapping[str, Any]]:
+    """Read the tests in a run folder that are of a checkpoint alone, not of its best weights or of an ensemble."""
+    summaries = {file.parent.name: _read(file) for file in sorted(run.glob("*/summary.json"))}
+    tests = {name: summary for name, summary in summaries.items() if "top1" in summary and summary.get("model")}
+    if not tests:
+        return {}
+    model = identify_checkpoint(checkpoint)
+    return {name: summary for name, summary in tests.items() if summary["model"] == model}
 
 
 def write_model_card(checkpoint: Checkpoint, library: Library, licence: str, out: Path) -> None:
@@ -87,7 +105,7 @@ def write_model_card(checkpoint: Checkpoint, library: Library, licence: str, out
         licence: identifier of the hub, such as `cc-by-nc-4.0`; `UNKNOWN_LICENCE` if nobody has stated one.
         out: file to write.
     """
-    origin = read_origin(Path(checkpoint.source))
+    origin = read_origin(checkpoint)
     head = yaml.safe_dump(_head(checkpoint, library, licence, origin, out.parent.name), sort_keys=False)
     lines = "\n".join(_body(checkpoint, library, licence, origin, out.parent.name))
     out.write_text(f"---\n{head}---\n\n{lines}\n", encoding="utf-8")
@@ -174,7 +192,7 @@ def _training(origin: Origin) -> Iterator[str]:
 
 def _results(origin: Origin) -> Iterator[str]:
     if not origin.tests:
-        yield "No finished test lies beside the weights."
+        yield "No finished test of these weights lies beside them."
         return
     yield "| test | videos | top-1 | top-5 |\n|---|---|---|---|"
     for name, summary in origin.tests.items():
@@ -196,15 +214,28 @@ def _fenced(language: str, text: str) -> Iterator[str]:
     yield f"{fence}{language}\n{text}\n{fence}"
 
 
-def _cut_paths(value: Any) -> Any:
-    """Cut absolute paths in nested values to their last two parts."""
+def _cut_locations(value: Any) -> Any:
+    """Cut the locations in nested values; see `_cut_location`."""
     if isinstance(value, dict):
-        return {key: _cut_paths(each) for key, each in value.items()}
+        return {key: _cut_locations(each) for key, each in value.items()}
     if isinstance(value, list):
-        return [_cut_paths(each) for each in value]
-    if isinstance(value, str) and value.startswith(("/", "~")):
-        return "/".join(Path(value).parts[-2:]).lstrip("/")
-    return value
+        return [_cut_locations(each) for each in value]
+    return _cut_location(value) if isinstance(value, str) else value
+
+
+def _cut_location(text: str) -> str:
+    """Cut an absolute path, a path that leads upwards, or a URL to its last two parts; other text is returned as it is.
+
+    Of a URL the path alone is kept, without host, user, password, query and fragment; of chained URLs the last one's.
+    """
+    _, url, path = text.rpartition("://")
+    if url:
+        # A slash in a password does not end the host.
+        path = re.split("[?#]", path)[0].rpartition("@")[2].partition("/")[2]
+    elif not re.search("(^|::)[/~]", text) and ".." not in text.split("/"):
+        return text
+    parts = [part for part in path.split("/") if part not in ("", ".", "..") and not part.startswith("~")]
+    return "/".join(parts[-2:]) or "..."
 
 
 def _read(path: Path) -> dict[str, Any]:

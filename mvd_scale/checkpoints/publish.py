@@ -148,7 +148,9 @@ def _choose(checkpoint: Checkpoint, family: str) -> tuple[Format, Checkpoint]:
         raise UserError(f"{checkpoint.source} is a model of {has}, but --to {family} writes models of {holds}")
     form = next((form for form in forms if checkpoint.kind in form.kinds), None)
     if form is None:
-        raise UserError(f"{checkpoint.source} is a {checkpoint.kind}, which --to {family} has no format for")
+        raise UserError(
+            f"{checkpoint.source} is a {checkpoint.kind}, which --to {family} has no format for: --to hub has"
+        )
     if form.image != model.class_token:
         raise UserError(
             f"{checkpoint.source} has {'a' if model.class_token else 'no'} class token; "

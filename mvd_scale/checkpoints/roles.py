@@ -1,16 +1,17 @@
-"""Import of a checkpoint of any format for one role (teacher, student, classifier), and its description as text."""
+"""Import of a checkpoint of any format for one role (teacher, student, classifier), its identity and description."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import nn
 
 from mvd_scale.checkpoints.checkpoint import Checkpoint
 from mvd_scale.checkpoints.native import save_weights
+from mvd_scale.checkpoints.reading import tensors_digest
 from mvd_scale.checkpoints.weights import build_classifier, build_encoder, build_student, find_mismatches
 from mvd_scale.config import SIZES
 from mvd_scale.errors import UserError
@@ -47,6 +48,20 @@ def import_checkpoint(checkpoint: Checkpoint, role: Role, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     classes, views = (checkpoint.class_names, checkpoint.views) if role == "classifier" else ((), None)
     save_weights(out, model.state_dict(), checkpoint.model, decoders, classes=classes, views=views)
+
+
+def identify_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the facts by which a model is recognised, whatever file holds it: equal for equal models, and JSON.
+
+    The same tensors are another model where they are adapted to other clips or read with another position table.
+    """
+    model = checkpoint.model
+    return {
+        "weights": tensors_digest(checkpoint.tensors()),
+        "positions": model.positions,
+        "frames": model.frames,
+        "input_size": model.input_size,
+    }
 
 
 def describe_checkpoint(checkpoint: Checkpoint) -> str:

@@ -50,7 +50,8 @@ def import_weights(source: Path, role: Any, out: Path, tubelet: int | None, **hi
     "family",
     type=click.Choice(["videomae", "mvd", "mae", "timm", "hf", "hub", "torch", "onnx"]),
     required=True,
-    help="Format to write; hub is for mvd_scale.from_pretrained; torch and onnx write a classifier as a program.",
+    help="Format to write: hf is for transformers, hub for mvd_scale.from_pretrained, each a folder with a model card; "
+    "torch and onnx write a classifier as a program.",
 )
 @click.option(
     "--out",

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 
 from mvd_scale.checkpoints.checkpoint import Checkpoint
-from mvd_scale.checkpoints.reading import tensors_digest
+from mvd_scale.checkpoints.roles import identify_checkpoint
 from mvd_scale.checkpoints.weights import build_classifier, read_checkpoint
 from mvd_scale.config.data import DataConfig, ViewsConfig
 from mvd_scale.config.training import FrozenPrecision
@@ -77,14 +77,16 @@ def run_evaluation(
         "precision": precision,
     }  # fmt: skip
 
-    def prepare() -> None:
-        shards.claim(settings | {"weights": tensors_digest(read.tensors()), "positions": read.model.positions})
+    def prepare() -> dict[str, Any]:
+        model = identify_checkpoint(read)
+        shards.claim(settings | {"weights": model["weights"], "positions": model["positions"]})
         manifest = shards.open(data)
         check_labels(manifest, classes, "the test")
         _check_names(manifest.classes, read.class_names)
         manifest.save(shards.manifest)
+        return model
 
-    run_on_rank0(ranks, f"test {out}", prepare)
+    model = run_on_rank0(ranks, f"test {out}", prepare)
     manifest = Manifest.load(shards.manifest)
     files = shards.write_missing_views(
         manifest,
@@ -98,7 +100,7 @@ def run_evaluation(
     )
     known = read.class_names or manifest.classes or [str(c) for c in range(classes)]
     predictions, names = _outcome(manifest, files, (chosen.clips * chosen.crops, classes))
-    origin = Origin(command, [read.source], str(data.source), precision, *_words(chosen))
+    origin = Origin(command, [read.source], str(data.source), precision, *_words(chosen), model)
     reasons = failures(out, manifest)
     tested = EvalResult(out, predictions, names, list(known), origin, reasons)
     run_on_rank0(ranks, f"figures {out}", tested.write)

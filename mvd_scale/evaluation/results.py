@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +37,9 @@ class Origin:
 
     views: list[str]
     """Name of each view, V of them."""
+
+    model: dict[str, Any] | None = None
+    """`identify_checkpoint` of the model that alone was tested; None for ensembles, probes and older results."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,8 @@ class EvalResult:
     def write(self) -> None:
         """Write `summary.json`, `scores.parquet` and the tables `classes.csv`, `confusion.csv`, `not_decoded.csv`."""
         predictions = self.predictions
-        write_atomic(self.out / "summary.json", json.dumps(predictions.summary(), indent=2) + "\n")
+        tested = {"checkpoints": self.origin.checkpoints, "model": self.origin.model}
+        write_atomic(self.out / "summary.json", json.dumps(predictions.summary() | tested, indent=2) + "\n")
         table = pa.table(
             {
                 "name": list(self.names),

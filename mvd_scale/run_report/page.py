@@ -176,8 +176,8 @@ def _scale(figures: Sequence[Figure]) -> tuple[float, float]:
     ends = [end for figure in figures for end in (figure.value, *(figure.interval or ()))]
     low, high = min(ends, default=0.0), max(ends, default=1.0)
     spare = 0.06 * (high - low) or 0.01
-    # Shares have ends, their differences have not.
-    return low - spare if low < 0 else max(low - spare, 0.0), min(high + spare, 1.0)
+    # Shares have ends; their differences have not, nor have intervals of a mean over seeds.
+    return low - spare if low < 0 else max(low - spare, 0.0), high + spare if high > 1 else min(high + spare, 1.0)
 
 
 def _filmstrips(records: Sequence[RunRecord]) -> tuple[list[Filmstrip], list[str]]:

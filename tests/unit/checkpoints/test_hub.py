@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -18,12 +21,17 @@ from torch import nn
 import mvd_scale
 from mvd_scale.checkpoints import build_classifier, export_checkpoint, read_checkpoint
 from mvd_scale.checkpoints.hub import find_weights
+from mvd_scale.checkpoints.model_card import _cut_location
 from mvd_scale.checkpoints.native import save_weights
-from mvd_scale.config import DecoderConfig, ModelConfig, load_finetune_recipe, load_recipe
+from mvd_scale.checkpoints.roles import identify_checkpoint
+from mvd_scale.config import DecoderConfig, DetectorConfig, ModelConfig, load_finetune_recipe, load_recipe
 from mvd_scale.config.data import ViewsConfig
 from mvd_scale.config.model import Positions
 from mvd_scale.errors import UserError
+from mvd_scale.evaluation.metrics import Predictions
+from mvd_scale.evaluation.results import EvalResult, Origin
 from mvd_scale.models import Classifier, Encoder, Student
+from mvd_scale.models.detector import Detector
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -68,8 +76,8 @@ def clips() -> torch.Tensor:
 
 
 def write_run(folder: Path, positions: Positions = "sincos3d") -> Path:
-    """Folder of a fine-tuning run with recipe, summary and a test."""
-    (folder / "test").mkdir(parents=True)
+    """Folder of a fine-tuning run with recipe, summary, a test of its weights, and tests that are not of them alone."""
+    folder.mkdir(parents=True)
     views = ViewsConfig(stride=2, clips=1, crops=1)
     model = shape(positions)
     tensors = randomise(Classifier(model, 3)).state_dict()
@@ -81,8 +89,25 @@ def write_run(folder: Path, positions: Positions = "sincos3d") -> Path:
     ]  # fmt: skip
     (folder / "recipe.yaml").write_text(load_finetune_recipe("quickstart/classifier", words).to_yaml())
     (folder / "summary.json").write_text(json.dumps({"steps": 9, "origin": {"videos": "0123abcd"}}))
-    (folder / "test" / "summary.json").write_text(json.dumps({"videos": 50, "top1": 0.5, "top5": 1.0}))
+    tensors["head.bias"] = tensors["head.bias"] + 1
+    save_weights(folder / "best.safetensors", tensors, model, classes=CLASSES, views=views)
+    last, best = (read_checkpoint(folder / name) for name in ("classifier.safetensors", "best.safetensors"))
+    longer = replace(last, model=model.model_copy(update={"frames": 8}))
+    write_test(folder / "test", top1=0.5, model=identify_checkpoint(last))
+    write_test(folder / "best", top1=0.75, model=identify_checkpoint(best))
+    write_test(folder / "longer", top1=0.8, model=identify_checkpoint(longer))
+    write_test(folder / "ensemble", top1=0.9, model=None)
     return folder
+
+
+def write_test(out: Path, *, top1: float, model: dict[str, Any] | None) -> None:
+    """Write a test of 50 videos, as `evaluate` does."""
+    views = np.zeros((50, 1, 3), np.float32)
+    views[:, 0, 0] = 1
+    labels = (np.arange(50) >= 50 * top1).astype(np.int64)
+    out.mkdir(exist_ok=True)
+    origin = Origin("command", ["file"], "videos", "fp32", "1 view", ["1"], model)
+    EvalResult(out, Predictions(labels, np.ones(50, np.bool_), views), ["a"] * 50, CLASSES, origin, {}).write()
 
 
 def export(source: Path, family: str, out: Path, **options: Any) -> Path:
@@ -113,13 +138,83 @@ def test_the_card_tells_what_the_run_tells(tmp_path: Path, family: str) -> None:
     assert "secret" not in card
 
 
+def test_the_card_lists_tests_of_these_weights_alone(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    for name, listed in (("classifier", {"test": 50.0}), ("best", {"best": 76.0})):
+        out = export(run / f"{name}.safetensors", "hub", tmp_path / name)
+        (model,) = head_of(out / "README.md")["model-index"]
+        found = {each["dataset"]["name"]: each["metrics"][0]["value"] for each in model["results"]}
+        assert found == listed
+        rows = (out / "README.md").read_text().count(" | 50 | ")
+        assert rows == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "cut"),
+    [
+        ("https://host.example/a/b/x.parquet?X-Amz-Signature=secret&by=me@host#here", "b/x.parquet"),
+        ("https://host.example/x.parquet?token=a/b", "x.parquet"),
+        ("https://host.example?token=secret", "..."),
+        ("ftp://user:pw@host/x.parquet", "x.parquet"),
+        ("ftp://user:p/w@host/x.parquet", "x.parquet"),
+        ("ftp://user:p?w@host/x.parquet", "..."),
+        ("s3://bucket/project/train.parquet", "project/train.parquet"),
+        ("file:///home/me/x.parquet", "me/x.parquet"),
+        ("zip://inner.csv::https://user:pw@host/a/b.zip?sig=1", "a/b.zip"),
+        ("simplecache::/home/me/project/x.parquet", "project/x.parquet"),
+        ("/home/me/project/x.parquet", "project/x.parquet"),
+        ("~/project/data/x.parquet", "data/x.parquet"),
+        ("~me/x.parquet", "x.parquet"),
+        ("../../client/data/x.parquet", "data/x.parquet"),
+        ("data/../../client/secret/x.parquet", "secret/x.parquet"),
+        ("../x.parquet", "x.parquet"),
+        ("runs/student/encoder.safetensors", "runs/student/encoder.safetensors"),
+        ("quickstart/classifier", "quickstart/classifier"),
+        ("bf16", "bf16"),
+    ],
+)
+def test_locations_are_cut(text: str, cut: str) -> None:
+    assert _cut_location(text) == cut
+
+
+def test_the_recipe_of_a_card_has_no_credentials(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    source, teacher = "https://me:pw@host.example/a/b/x.parquet?X-Amz-Signature=0a1b", "../../client/y/best.safetensors"
+    words = ["--data.source", source, "--training.initial_encoder", teacher]
+    (run / "recipe.yaml").write_text(load_finetune_recipe("quickstart/classifier", words).to_yaml())
+    card = (export(run, "hub", tmp_path / "model") / "README.md").read_text()
+    assert card.count("b/x.parquet") == card.count("y/best.safetensors") == 2
+    for hidden in ("me:pw", "host.example", "Signature", "0a1b", "client", "a/b"):
+        assert hidden not in card, hidden
+
+
+def test_the_card_of_a_detector_tells_how_to_detect(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision", reason="the detection extra is not installed")
+    config = DetectorConfig(classes=3)
+    tensors = randomise(Detector(shape(), config)).state_dict()
+    save_weights(tmp_path / "detector.safetensors", tensors, shape(), detector=config)
+    out = export(tmp_path / "detector.safetensors", "hub", tmp_path / "model")
+    card = (out / "README.md").read_text()
+    assert "logits = detector(clips, boxes)" in card
+    assert "encoder = " not in card
+    boxes = torch.tensor([[0, 1, 1, 20, 20], [1, 2, 2, 30, 30]], dtype=torch.float32)
+    assert mvd_scale.from_pretrained(out)(clips(), boxes).shape == (2, 3)
+    with pytest.raises(UserError, match="--to hub has"):
+        export(tmp_path / "detector.safetensors", "hf", tmp_path / "hf")
+
+
 def test_a_card_without_a_run(tmp_path: Path) -> None:
     save_weights(tmp_path / "encoder.safetensors", randomise(Encoder(shape())).state_dict(), shape())
     out = export(tmp_path / "encoder.safetensors", "hub", tmp_path / "model")
     head, card = head_of(out / "README.md"), (out / "README.md").read_text()
     assert (head["license"], head["pipeline_tag"]) == ("unknown", "feature-extraction")
     assert "model-index" not in head
-    for words in ("lay beside no recipe", "No finished test", "Not stated.", "mvd_scale.from_pretrained"):
+    for words in (
+        "lay beside no recipe",
+        "No finished test of these weights",
+        "Not stated.",
+        "mvd_scale.from_pretrained",
+    ):
         assert words in card
 
 
@@ -212,6 +307,22 @@ def test_what_cannot_be_downloaded_is_told_with_the_remedy(tmp_path: Path, monke
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match="pip install 'mvd-scale\\[hf\\]'"):
         mvd_scale.from_pretrained("owner/model")
+
+
+@pytest.mark.parametrize("name", ["ProxyError", "ReadTimeout", "RemoteProtocolError"])
+def test_a_lost_connection_is_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    hub = pytest.importorskip("huggingface_hub")
+    # The library differs between releases of the hub's client.
+    errors = importlib.import_module("huggingface_hub.errors")
+    http = importlib.import_module(errors.HTTPError.__module__.partition(".")[0])
+
+    def lost(*_: Any, **__: Any) -> str:
+        raise getattr(http, name)("")
+
+    monkeypatch.setattr(hub, "snapshot_download", lost)
+    with pytest.raises(UserError, match=f"downloaded from the hub: {name}: "):
+        find_weights("owner/model")
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from mvd_scale.cli import cli
 from mvd_scale.errors import UserError
 from mvd_scale.evaluation.comparison import wilson_interval
 from mvd_scale.run_report.charts import SERIES, in_bins, loss_charts, machine_charts, optimizer_charts
-from mvd_scale.run_report.page import write_run_report
+from mvd_scale.run_report.page import _scale, write_run_report
 from mvd_scale.run_report.records import RunRecord, Series, read_record, series_by_name
 from mvd_scale.run_report.results import Figure, read_study, read_test
 from mvd_scale.run_report.settings import compare_settings, flatten
@@ -330,6 +330,13 @@ def test_results_have_intervals(write: Write, tmp_path: Path) -> None:
     (folder / "test" / "summary.json").write_text(json.dumps({"top1": "high"}))
     (sentence,) = write_run_report([folder], tmp_path / "page.html")
     assert "is not that of a finished test" in sentence
+
+
+def test_bars_hold_their_intervals() -> None:
+    for value, interval in ((0.98, (0.91, 1.05)), (0.01, (-0.03, 0.05)), (0.5, (0.4, 0.6)), (1.0, (0.7, 1.0))):
+        low, high = _scale([Figure("a", "top-1", value, interval)])
+        assert low <= interval[0] < interval[1] <= high
+    assert _scale([Figure("a", "top-1", 1.0, (0.7, 1.0))])[1] == 1
 
 
 def test_wilson_interval() -> None:
