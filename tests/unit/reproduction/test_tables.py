@@ -14,6 +14,7 @@ from mvd_scale.errors import UserError
 from mvd_scale.pipelines.runner import stage_arguments, stage_recipe
 from mvd_scale.reproduction.compute import Costs
 from mvd_scale.reproduction.expand import expand
+from mvd_scale.reproduction.reproduce import reproduce
 
 PUBLISHED = {
     "table1": [(80.4, 69.4), (80.1, 70.0), (80.6, 70.7), (82.3, 71.4), (82.1, 71.8), (82.7, 72.5)],
@@ -120,6 +121,14 @@ def test_data_that_no_stage_refers_to_are_left_out(tmp_path: Path) -> None:
     # Videos are needed by way of an index too.
     assert {"motion_seed0", "motion_index_seed0", "appearance_seed0"} <= stages.keys()
     assert "more_seed0" not in stages
+
+
+def test_a_seed_given_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"seeds: \[1, 0, 1\] has a seed twice"):
+        load_scale("mini", ["--seeds", "[1, 0, 1]"])
+    with pytest.raises(UserError, match=r"seeds: \[0, 0\] has a seed twice"):
+        reproduce("table9", "mini", seeds=[0, 0], output=tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 def test_an_unknown_table_is_named() -> None:
