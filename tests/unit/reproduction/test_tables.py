@@ -16,6 +16,8 @@ from mvd_scale.reproduction.compute import Costs
 from mvd_scale.reproduction.expand import expand
 from mvd_scale.reproduction.reproduce import reproduce
 
+REPOSITORY = Path(__file__).resolve().parents[3]
+
 PUBLISHED = {
     "table1": [(80.4, 69.4), (80.1, 70.0), (80.6, 70.7), (82.3, 71.4), (82.1, 71.8), (82.7, 72.5)],
     "table2": [
@@ -112,6 +114,15 @@ def test_a_pixel_student_of_equal_cost_pays_for_the_teachers_too(pixels: str, ta
     # At least as much, by less than an epoch.
     assert 0 <= costs.training(pixels) - whole < epoch
     assert costs.training("pixels") == epoch * MINI.encoders["pixels"].recipe["training"]["epochs"]
+
+
+def test_the_documented_epochs_are_those_of_the_scale() -> None:
+    text = (REPOSITORY / "docs/study.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (pixels[^|]*) \|[^|]*\| ([\d, ]+) \|$", text, re.MULTILINE))
+    costs = Costs(MINI.encoders)
+    epochs = [costs.recipe_values(name)["training"]["epochs"] for name in ("pixels_as_video", "pixels_as_both")]
+    assert rows["pixels as video, pixels as both"] == ", ".join(map(str, epochs))
+    assert rows["pixels (VideoMAE)"] == str(costs.recipe_values("pixels")["training"]["epochs"])
 
 
 def test_data_that_no_stage_refers_to_are_left_out(tmp_path: Path) -> None:
