@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from mvd_scale.config.pipeline import EvaluateStage, IndexStage, ProbeStage, SynthStage, find_references
 from mvd_scale.config.reading import format_validation_error, parse_overrides, parse_yaml_mapping, set_by_path
@@ -77,6 +77,13 @@ class Scale(Section):
 
     tasks: dict[str, TaskEntry]
     """Tasks by name."""
+
+    @field_validator("seeds")
+    @classmethod
+    def _check_seeds(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"{seeds} has a seed twice, whose figures are no independent ones: give each seed once")
+        return seeds
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:

@@ -9,13 +9,13 @@ from math import ceil
 from pathlib import Path
 
 from mvd_scale.config import load_any_recipe
-from mvd_scale.config.pipeline import IndexStage, Pipeline, TrainStage, references
+from mvd_scale.config.pipeline import BaseStage, IndexStage, Pipeline, TrainStage, references
 from mvd_scale.config.reproduction import Scale
 from mvd_scale.errors import UserError
 from mvd_scale.performance.planning.hardware import GIB
 from mvd_scale.performance.planning.plan import Cluster, Plan, make_plan
 from mvd_scale.pipelines.runner import recipe_file, runs_on_ranks, stage_arguments, stage_output, write_recipe
-from mvd_scale.reproduction.records import StageConfigs, is_finished
+from mvd_scale.reproduction.records import Record, StageConfigs, is_finished
 from mvd_scale.utils.io import write_atomic
 
 SCRIPT = "submit.sh"
@@ -94,7 +94,9 @@ def write_launch_files(title: str, scale: Scale, pipeline: Pipeline, cluster: Cl
     missing = [name for name in pipeline.stages if not is_finished(pipeline, name)]
     planned = [_plan(scale, pipeline, name, cluster) for name in missing]
     for name in missing:
-        configs.record(name, None)
+        # A stage that has begun keeps the commit by which it began; one that waits will run by the commit of now.
+        if not (pipeline.place(name).exists() and Record.load(pipeline, name)):
+            configs.record(name, None)
     total = sum(stage.gpu_hours for stage in planned)
     hours = f"Planned: {total:,.0f} hours of one {cluster.gpu.name}, tests and indexing not counted."
     script = pipeline.folder / SCRIPT
@@ -124,8 +126,8 @@ def _job(pipeline: Pipeline, planned: PlannedStage, missing: list[str], cluster:
     yield f"# {stage.title or name}"
     if isinstance(stage, IndexStage):
         output = shlex.quote(str(stage_output(pipeline, name)))
-        sources = shlex.join(stage.sources)
-        yield f"[[ -f {output} ]] || python -m mvd_scale data index {sources} --out {output}\n"
+        words = shlex.join(_index_words(pipeline, name))
+        yield f"[[ -f {output} ]] || python -m mvd_scale data index {words} --out {output}\n"
         return
     assert runs_on_ranks(stage)
     yield f"# plan: {planned.to_text()}"
@@ -146,6 +148,18 @@ def _job(pipeline: Pipeline, planned: PlannedStage, missing: list[str], cluster:
         words += f' --dependency="afterok:{":".join(f"${{{_variable(other)}}}" for other in after)}"'
     arguments = shlex.join(stage_arguments(pipeline, name))
     yield f"{_variable(name)}=$(submit {words} launch/slurm.sbatch {arguments})\n"
+
+
+def _index_words(pipeline: Pipeline, name: str) -> list[str]:
+    """Sources and options of `mvd-scale data index`, whose options have the names of the fields of the stage."""
+    values = pipeline.resolved(name)
+    options = [
+        word
+        for option, value in values.items()
+        if option not in {"kind", "sources", *BaseStage.model_fields} and value is not None
+        for word in (f"--{option}", str(value))
+    ]
+    return [*values["sources"], *options]
 
 
 def _variable(name: str) -> str:

@@ -94,6 +94,7 @@ def expand(scale: Scale, table: ScaledTable, seeds: Sequence[int], output: Path,
                 judged, measured = _judging(scale, names, (name, task, seed), split)
                 stages |= judged
                 cells += measured
+    stages = _without_unused_data(stages)
     used = tuple(seeds)
     return Expansion(
         Pipeline.model_validate({"folder": output, "ranks": 1, "stages": stages}),
@@ -126,6 +127,16 @@ def _data_stages(scale: Scale, names: _Names, seed: int) -> Iterator[tuple[str, 
     for name, stage in scale.data.items():
         values = names.rewrite(stage.model_dump(mode="json", exclude_unset=True), seed)
         yield names.stage(name, seed), values | ({"seed": seed} if isinstance(stage, SynthStage) else {})
+
+
+def _without_unused_data(stages: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Stages without the data from which no encoder, classifier, test or probe is made."""
+    used = {name for name, values in stages.items() if values["kind"] not in ("synth", "index")}
+    # A stage refers to earlier ones alone.
+    for name in reversed(stages):
+        if name in used:
+            used.update(find_references(stages[name]))
+    return {name: values for name, values in stages.items() if name in used}
 
 
 def _judging(

@@ -148,14 +148,17 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 @cache
 def code_version() -> str:
     """Commit of the code, with `+changes` if files differ from it; the version where there is no repository."""
-    folder = Path(mvd_scale.__file__).parent
-    git = ["git", "-C", str(folder)]
     try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no", "--", str(folder)],
-            capture_output=True, text=True, check=True,
-        ).stdout  # fmt: skip
+        # The package may be installed below somebody's own repository, which does not hold it.
+        _git("ls-files", "--error-unmatch", "__init__.py")
+        commit = _git("rev-parse", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.CalledProcessError):
         return f"version {mvd_scale.__version__}"
-    return commit + ("+changes" if changed.strip() else "")
+    return commit + ("+changes" if changed else "")
+
+
+def _git(*words: str) -> str:
+    """Output of a git command in the folder of the package; `status` without a path is of the whole repository."""
+    command = ["git", "-C", str(Path(mvd_scale.__file__).parent), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -62,11 +62,12 @@ def reproduce(
         UserError: the table is unknown, a value is invalid, or a finished stage has another configuration now.
     """
     file, table = load_table(name, scale_name)
-    scale = load_scale(scale_name, list(overrides))
+    told = [] if seeds is None else [f"--seeds={list(seeds)}"]
+    scale = load_scale(scale_name, [*overrides, *told])
     if split == "validation" and scale_name == "full":
         raise UserError("--validation is for `--scale mini`, whose videos are drawn: leave it out")
     folder = (output or scale.output).absolute()
-    expansion = expand(scale, table, seeds or scale.seeds, folder, split)
+    expansion = expand(scale, table, scale.seeds, folder, split)
     failed, planned = {}, []
     if scale_name == "mini":
         failed = run_missing(expansion.pipeline, jobs or len(os.sched_getaffinity(0)))

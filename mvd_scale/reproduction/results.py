@@ -1,7 +1,7 @@
 """Results of a table: figures of all seeds, their means with intervals, the directions of the paper; `results.json`.
 
-`results.json` holds the fields of `TableResults` by name; shares and differences are in percent. `docs/study.md`
-describes them.
+`results.json` is of the table that was asked for last: a start whose stages are all finished writes it again at once.
+It holds the fields of `TableResults` by name; shares and differences are in percent. `docs/study.md` describes them.
 """
 
 from __future__ import annotations
@@ -127,14 +127,17 @@ class TableResults:
     split: Split
     seeds: tuple[int, ...]
     cells: tuple[CellResult, ...]
+
     directions: tuple[DirectionResult, ...]
+    """For each direction, one for each measure that all of its encoders and tasks have."""
+
     encoders: tuple[EncoderCost, ...]
 
     cpu_minutes: float
     """Minutes on CPUs for all stages that ran here, those that draw videos with them."""
 
     def write(self, output: Path) -> Path:
-        """Write `results.json` and return its path."""
+        """Write `results.json`, in place of that of another table of the same folder, and return its path."""
         file = output / FILE
         write_atomic(file, json.dumps({"schema": SCHEMA, **_plain(asdict(self))}, indent=2) + "\n")
         return file
@@ -175,7 +178,14 @@ def gather(
     figures = {(cell.encoder, cell.task, cell.measure): cell for cell in cells}
     measures = sorted({cell.measure for cell in cells})
     directions = tuple(
-        _direction(direction, measure, figures) for direction in table.directions for measure in measures
+        _direction(direction, measure, figures)
+        for direction in table.directions
+        for measure in measures
+        if all(
+            (encoder, compared.task, measure) in figures
+            for compared in direction.all_of
+            for encoder in (compared.better, compared.than)
+        )
     )
     minutes = _minutes(expansion.pipeline)
     encoders = tuple(

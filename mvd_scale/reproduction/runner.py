@@ -161,5 +161,6 @@ def _command(pipeline: Pipeline, name: str) -> list[str]:
 
 
 def _cpu_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
+    """Time on CPUs of this process and of all its processes that have ended, such as those that probe videos."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(part.ru_utime + part.ru_stime for part in used)

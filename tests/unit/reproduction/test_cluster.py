@@ -9,10 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from mvd_scale.cli.data import index
 from mvd_scale.config import load_recipe
+from mvd_scale.config.pipeline import BaseStage, IndexStage, Pipeline
+from mvd_scale.config.reproduction import load_scale
 from mvd_scale.errors import UserError
 from mvd_scale.performance.planning.plan import Cluster, make_cluster, make_plan
 from mvd_scale.performance.planning.video_decoding import VideoFormat
+from mvd_scale.reproduction import records
+from mvd_scale.reproduction.cluster import write_launch_files
+from mvd_scale.reproduction.records import Record
 from mvd_scale.reproduction.report import to_text
 from mvd_scale.reproduction.reproduce import Reproduction, reproduce
 
@@ -24,6 +30,7 @@ wc -l <"$JOBS"
 """
 
 PYTHON = """#!/bin/bash
+printf '%s\\n' "$*" >>"$JOBS.indexed"
 while [[ "$1" != --out ]]; do shift; done
 mkdir -p "$(dirname "$2")" && touch "$2"
 """
@@ -34,8 +41,8 @@ def cluster(gpu: str = "H100", gpus: int = 32) -> Cluster:
     return make_cluster(gpu, gpus, 8, attention=None, efficiency=None, video=video, videos=240_000)
 
 
-def prepared(folder: Path) -> Reproduction:
-    return reproduce("table9", "full", seeds=[0], output=folder / "out", cluster=cluster())
+def prepared(folder: Path, *overrides: str) -> Reproduction:
+    return reproduce("table9", "full", seeds=[0], output=folder / "out", cluster=cluster(), overrides=overrides)
 
 
 def submitted(made: Reproduction, folder: Path) -> list[str]:
@@ -70,6 +77,44 @@ def test_each_stage_is_a_job_after_those_that_it_is_made_from(tmp_path: Path) ->
         if not name.endswith("_test_seed0"):
             assert (tmp_path / "out" / f"{name}.yaml").is_file()
     assert load_recipe(tmp_path / "out" / "b_video_seed0.yaml").run.folder == tmp_path / "out" / "b_video_seed0"
+
+
+def test_the_lists_that_a_table_needs_are_indexed_as_told(tmp_path: Path) -> None:
+    made = prepared(
+        tmp_path, "--data.k400.root", "/data/my videos", "--data.k400.split", "train", "--data.ssv2.fold", "2",
+        "--data.ssv2.classes", "labels.json",
+    )  # fmt: skip
+    submitted(made, tmp_path)
+    out = tmp_path / "out"
+    command = "-m mvd_scale data index"
+    # No images: neither encoder has a teacher of images.
+    assert (tmp_path / "jobs.indexed").read_text().splitlines() == [
+        f"{command} k400/train.csv --root /data/my videos --split train --out {out}/k400/manifest.parquet",
+        f"{command} k400/val.csv --out {out}/k400_test/manifest.parquet",
+        f"{command} ssv2/train.csv --fold 2 --classes labels.json --out {out}/ssv2/manifest.parquet",
+        f"{command} ssv2/val.csv --out {out}/ssv2_test/manifest.parquet",
+    ]
+    assert made.script is not None
+    assert "'/data/my videos'" in made.script.read_text()
+
+
+def test_each_field_of_an_index_is_an_option_of_its_command() -> None:
+    options = {option for parameter in index.params for option in parameter.opts}
+    fields = IndexStage.model_fields.keys() - BaseStage.model_fields.keys() - {"kind", "sources"}
+    assert {f"--{field}" for field in fields} <= options
+
+
+def test_a_stage_that_has_begun_keeps_the_commit_of_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    test = {"kind": "evaluate", "checkpoint": "weights", "source": "videos"}
+    stages = {"begun": test, "waiting": test}
+    pipeline = Pipeline.model_validate({"folder": tmp_path / "out", "stages": stages})
+    for commit in ("first", "second"):
+        monkeypatch.setattr(records, "code_version", lambda commit=commit: commit)
+        write_launch_files("Two tests", load_scale("full", []), pipeline, cluster())
+        pipeline.place("begun").mkdir(exist_ok=True)
+    made = {name: Record.load(pipeline, name) for name in stages}
+    # The other one will run by the code that is there when its job starts.
+    assert {name: record and record.commit for name, record in made.items()} == {"begun": "first", "waiting": "second"}
 
 
 def test_hours_and_memory_are_those_of_the_plan(tmp_path: Path) -> None:

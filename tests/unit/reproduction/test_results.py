@@ -117,6 +117,17 @@ def test_what_is_missing_is_named_and_the_rest_is_shown(tmp_path: Path) -> None:
     assert "minutes on CPUs for all that is there: 1.0" in text
 
 
+def test_a_task_without_a_probe_leaves_directions_to_the_measures_that_they_have(tmp_path: Path) -> None:
+    _, table = load_table("table1", "mini")
+    scale = load_scale("mini", ["--tasks.appearance.probe", "null"])
+    expansion = expand(scale, table, [0], tmp_path, "test")
+    results = gather(HEAD, scale, table, expansion, split="test", failed={})
+    probed = [told for told in results.directions if told.measure == "probe"]
+    assert [{compared.task for compared in told.comparisons} for told in probed] == [{"motion"}]
+    assert len([told for told in results.directions if told.measure == "finetune"]) == len(table.directions)
+    assert "By linear probe" in to_text(results)
+
+
 def test_the_file_has_the_documented_form(tmp_path: Path) -> None:
     file = gathered(filled(tmp_path, {("video", "motion"): [61.0, 63.0]})).write(tmp_path)
     values = json.loads(file.read_text())

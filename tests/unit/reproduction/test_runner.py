@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 
+import mvd_scale
+from mvd_scale.config.pipeline import Pipeline
 from mvd_scale.config.reproduction import load_scale, load_table
 from mvd_scale.errors import UserError
 from mvd_scale.pipelines.runner import stage_output
-from mvd_scale.reproduction import records
+from mvd_scale.reproduction import records, runner
 from mvd_scale.reproduction.expand import Expansion, expand
 from mvd_scale.reproduction.records import Record, StageConfigs
 from mvd_scale.reproduction.runner import _divide_cpus, run_missing
@@ -116,10 +120,60 @@ def test_a_killed_start_goes_on_where_it_stopped(small: Expansion, shell: Callab
     assert set(before) & set(after) == {"video_seed0"}
 
 
-def test_the_version_stands_for_the_commit_without_a_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_minutes_of_a_stage_in_this_process_include_its_worker_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_worker(pipeline: Pipeline, name: str) -> None:
+        work = "import time\nwhile time.process_time() < 0.5: pass"
+        subprocess.run([sys.executable, "-S", "-c", work], check=True)
+
+    monkeypatch.setattr(runner, "run_local_stage", with_worker)
+    stages = {"videos": {"kind": "index", "sources": ["videos"]}}
+    pipeline = Pipeline.model_validate({"folder": tmp_path, "stages": stages})
+    assert run_missing(pipeline, 1) == {}
+    record = Record.load(pipeline, "videos")
+    assert record is not None
+    assert record.cpu_minutes is not None
+    assert record.cpu_minutes >= 0.5 / 60
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Package in a folder of a repository, both empty; the commit of the code is that of this package."""
+    folder = tmp_path / "repository" / "mvd_scale"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").touch()
+    (folder.parent / "other.txt").write_text("first")
+    git(folder.parent, "init", "--quiet")
+    monkeypatch.setattr(mvd_scale, "__file__", str(folder / "__init__.py"))
+    records.code_version.cache_clear()
+    yield folder
+    records.code_version.cache_clear()
+
+
+def git(folder: Path, *words: str) -> str:
+    author = ("-c", "user.name=a", "-c", "user.email=a@localhost", "-c", "commit.gpgsign=false")
+    return subprocess.run(["git", *author, *words], cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+def test_the_commit_is_that_of_the_repository_that_holds_the_package(package: Path) -> None:
+    git(package, "add", "--all", ":/")
+    git(package, "commit", "--quiet", "-m", "all")
+    commit = git(package, "rev-parse", "HEAD").strip()
+    assert records.code_version() == commit
+    # A changed file beside the package, such as a launch script, is a change too.
+    (package.parent / "other.txt").write_text("second")
+    records.code_version.cache_clear()
+    assert records.code_version() == f"{commit}+changes"
+
+
+def test_the_version_stands_for_the_commit_where_no_repository_holds_the_package(
+    package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As when it is installed in an environment below the user's own project.
+    git(package.parent, "add", "other.txt")
+    git(package.parent, "commit", "--quiet", "-m", "another project")
+    assert records.code_version() == f"version {mvd_scale.__version__}"
     monkeypatch.setenv("PATH", "")
     records.code_version.cache_clear()
-    try:
-        assert records.code_version().startswith("version ")
-    finally:
-        records.code_version.cache_clear()
+    assert records.code_version() == f"version {mvd_scale.__version__}"

@@ -14,6 +14,9 @@ from mvd_scale.errors import UserError
 from mvd_scale.pipelines.runner import stage_arguments, stage_recipe
 from mvd_scale.reproduction.compute import Costs
 from mvd_scale.reproduction.expand import expand
+from mvd_scale.reproduction.reproduce import reproduce
+
+REPOSITORY = Path(__file__).resolve().parents[3]
 
 PUBLISHED = {
     "table1": [(80.4, 69.4), (80.1, 70.0), (80.6, 70.7), (82.3, 71.4), (82.1, 71.8), (82.7, 72.5)],
@@ -73,7 +76,8 @@ def test_an_encoder_at_full_scale_is_the_shipped_recipe(encoder: str, recipe: st
 def test_seeds_share_indexed_data_and_nothing_else(tmp_path: Path) -> None:
     _, table = load_table("table9", "full")
     stages = expand(FULL, table, [0, 1], tmp_path, "test").pipeline.stages
-    assert {name for name in stages if not re.search(r"_seed[01]$", name)} == set(FULL.data)
+    # No encoder of this table needs images.
+    assert {name for name in stages if not re.search(r"_seed[01]$", name)} == FULL.data.keys() - {"imagenet"}
     _, table = load_table("table9", "mini")
     stages = expand(MINI, table, [0, 1], tmp_path, "test").pipeline.stages
     assert all(re.search(r"_seed[01]$", name) for name in stages)
@@ -110,6 +114,32 @@ def test_a_pixel_student_of_equal_cost_pays_for_the_teachers_too(pixels: str, ta
     # At least as much, by less than an epoch.
     assert 0 <= costs.training(pixels) - whole < epoch
     assert costs.training("pixels") == epoch * MINI.encoders["pixels"].recipe["training"]["epochs"]
+
+
+def test_the_documented_epochs_are_those_of_the_scale() -> None:
+    text = (REPOSITORY / "docs/study.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (pixels[^|]*) \|[^|]*\| ([\d, ]+) \|$", text, re.MULTILINE))
+    costs = Costs(MINI.encoders)
+    epochs = [costs.recipe_values(name)["training"]["epochs"] for name in ("pixels_as_video", "pixels_as_both")]
+    assert rows["pixels as video, pixels as both"] == ", ".join(map(str, epochs))
+    assert rows["pixels (VideoMAE)"] == str(costs.recipe_values("pixels")["training"]["epochs"])
+
+
+def test_data_that_no_stage_refers_to_are_left_out(tmp_path: Path) -> None:
+    scale = load_scale("mini", ["--data.more", "{kind: synth, label: motion}"])
+    _, table = load_table("table9", "mini")
+    stages = expand(scale, table, [0], tmp_path, "test").pipeline.stages
+    # Videos are needed by way of an index too.
+    assert {"motion_seed0", "motion_index_seed0", "appearance_seed0"} <= stages.keys()
+    assert "more_seed0" not in stages
+
+
+def test_a_seed_given_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"seeds: \[1, 0, 1\] has a seed twice"):
+        load_scale("mini", ["--seeds", "[1, 0, 1]"])
+    with pytest.raises(UserError, match=r"seeds: \[0, 0\] has a seed twice"):
+        reproduce("table9", "mini", seeds=[0, 0], output=tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 def test_an_unknown_table_is_named() -> None:
