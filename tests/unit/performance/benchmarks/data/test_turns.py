@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from mvd_scale.performance.benchmarks.turns import Contest, order_of_round, take_turns
+from mvd_scale.performance.benchmarks.data.turns import Contest, order_of_round, take_turns
 
 
 @pytest.fixture(autouse=True)
 def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the processes of the loaders import this module."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[4]))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[5]))
 
 
 def batches(log: Path, name: str, end: int | None = None, how: str = "") -> Iterator[str]:

@@ -9,12 +9,12 @@ from click.testing import CliRunner
 
 from mvd_scale.cli import cli
 from mvd_scale.data.generated.sample_clips import write_sample_clips
-from mvd_scale.performance.benchmarks import data_loading
-from mvd_scale.performance.benchmarks.baselines.ffmpeg import link_libraries
-from mvd_scale.performance.benchmarks.baselines.loaders import BASELINES, baseline_batches, unavailable_reason
-from mvd_scale.performance.benchmarks.data_loading import BATCH, check_batch
-from mvd_scale.performance.benchmarks.turns import Contest, Turn
-from mvd_scale.performance.benchmarks.videos import load_or_index_videos
+from mvd_scale.performance.benchmarks.data import data_loading
+from mvd_scale.performance.benchmarks.data.baselines.ffmpeg import link_libraries
+from mvd_scale.performance.benchmarks.data.baselines.loaders import BASELINES, baseline_batches, unavailable_reason
+from mvd_scale.performance.benchmarks.data.data_loading import BATCH, check_batch
+from mvd_scale.performance.benchmarks.data.turns import Contest, Turn
+from mvd_scale.performance.benchmarks.data.videos import load_or_index_videos
 
 
 @pytest.fixture(scope="module")

@@ -20,16 +20,16 @@ from mvd_scale.data.indexing.transcode import TranscodeOptions
 from mvd_scale.data.loaders.clip_loader import BatchPlan, ClipLoader
 from mvd_scale.data.manifest import WHOLE_FILE, Manifest
 from mvd_scale.distributed.data_rank import DataRank
-from mvd_scale.performance.benchmarks.baselines.ffmpeg import lend_ffmpeg
-from mvd_scale.performance.benchmarks.baselines.loaders import (
+from mvd_scale.performance.benchmarks.data.baselines.ffmpeg import lend_ffmpeg
+from mvd_scale.performance.benchmarks.data.baselines.loaders import (
     BASELINES,
     Requests,
     baseline_batches,
 )
-from mvd_scale.performance.benchmarks.clip_stages import ClipStages, measure_stages
+from mvd_scale.performance.benchmarks.data.clip_stages import ClipStages, measure_stages
+from mvd_scale.performance.benchmarks.data.turns import Contest, Turn, take_turns
+from mvd_scale.performance.benchmarks.data.videos import generate_videos, load_or_index_videos
 from mvd_scale.performance.benchmarks.timing import run_in_subprocess
-from mvd_scale.performance.benchmarks.turns import Contest, Turn, take_turns
-from mvd_scale.performance.benchmarks.videos import generate_videos, load_or_index_videos
 from mvd_scale.performance.report import Metric, Report, this_machine
 
 BATCH = 8

@@ -95,7 +95,7 @@ class LoaderProcess:
     def __init__(self, work: Work, check: Check) -> None:
         # Processes that are forked from one that has imported torch and DALI, and used neither, start at once.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["mvd_scale.performance.benchmarks.data_loading"])
+        context.set_forkserver_preload(["mvd_scale.performance.benchmarks.data.data_loading"])
         self._connection, end = context.Pipe()
         self._process = context.Process(target=_serve, args=(end, work, check))
         self._process.start()
