@@ -29,7 +29,7 @@ class Costs:
         self._encoders = encoders
         self.training = cache(self._training)
 
-    def total(self, name: str) -> int:
+    def total(self, name: str) -> float:
         """Cost of an encoder with that of all encoders from which it is trained, each once."""
         return sum(self.training(other) for other in self.lineage(name))
 
@@ -50,7 +50,7 @@ class Costs:
         epochs = ceil(self.total(entry.costs_as) / _flops_per_epoch(recipe))
         return {**entry.recipe, "training": {**entry.recipe["training"], "epochs": epochs}}
 
-    def _training(self, name: str) -> int:
+    def _training(self, name: str) -> float:
         recipe = recipe_from_dict(self._named(name, self.recipe_values(name)), f"encoders.{name}.recipe")
         return recipe.training.epochs * _flops_per_epoch(recipe)
 
@@ -62,7 +62,7 @@ class Costs:
         return {**values, "run": {"folder": name}}
 
 
-def _flops_per_epoch(recipe: Recipe) -> int:
+def _flops_per_epoch(recipe: Recipe) -> float:
     """Floating-point operations of an epoch for each video.
 
     Raises:
