@@ -138,8 +138,9 @@ def measure_data(
                 measured, failed = _measure_set(videos, sources, count, rounds, seconds, say)
                 figures += measured
                 absent |= failed
-            ours = [figure for figure in figures if figure.videos == videos and figure.way == OURS]
-            slowest = max(figure.cpu_seconds_per_clip for figure in ours if figure.source == "files") if ours else 0.0
+            # None where ours failed on files.
+            ours = (each for each in figures if (each.videos, each.source, each.way) == (videos, "files", OURS))
+            slowest = max((figure.cpu_seconds_per_clip for figure in ours), default=0.0)
             stages.append(run_in_subprocess(measure_stages, videos, _requests(sources["files"]), slowest))
     machine = this_machine(_device(), _PACKAGES)
     return DataReport(
