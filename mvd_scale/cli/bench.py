@@ -156,7 +156,7 @@ def bench_data(
     """
     import tempfile
 
-    from mvd_scale.performance.benchmarks.data_loading import measure_data, measure_memory
+    from mvd_scale.performance.benchmarks.data.data_loading import measure_data, measure_memory
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = work or Path(scratch)
@@ -207,7 +207,7 @@ def bench_eval(
     """
     import tempfile
 
-    from mvd_scale.performance.benchmarks.evaluation import measure_evaluation
+    from mvd_scale.performance.benchmarks.data.evaluation import measure_evaluation
 
     with tempfile.TemporaryDirectory() as scratch:
         report = measure_evaluation(
@@ -390,7 +390,7 @@ def manifest(rows: list[int], workers: list[int], work: Path | None, as_json: bo
     """
     import tempfile
 
-    from mvd_scale.performance.benchmarks.manifest_size import measure_manifest
+    from mvd_scale.performance.benchmarks.data.manifest_size import measure_manifest
 
     with tempfile.TemporaryDirectory() as scratch:
         report = measure_manifest(rows, workers, work or Path(scratch))

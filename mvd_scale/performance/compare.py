@@ -11,10 +11,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from mvd_scale.errors import UserError
 from mvd_scale.performance.benchmarks.checkpointing import CheckpointReport
-from mvd_scale.performance.benchmarks.data_loading import DataReport
+from mvd_scale.performance.benchmarks.data.data_loading import DataReport
+from mvd_scale.performance.benchmarks.data.evaluation import EvalReport
+from mvd_scale.performance.benchmarks.data.manifest_size import ManifestReport
 from mvd_scale.performance.benchmarks.endurance import EnduranceReport
-from mvd_scale.performance.benchmarks.evaluation import EvalReport
-from mvd_scale.performance.benchmarks.manifest_size import ManifestReport
 from mvd_scale.performance.benchmarks.methods import MethodsReport
 from mvd_scale.performance.benchmarks.rank_growth import RanksReport
 from mvd_scale.performance.benchmarks.scaling import GrowthReport

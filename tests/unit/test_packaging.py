@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -92,3 +94,47 @@ def test_the_guide_names_the_lower_bounds_of_the_package() -> None:
     assert len(table) > 5
     bounds = set(re.findall(r'"([A-Za-z0-9-]+)>=([0-9.]+)', (REPOSITORY / "pyproject.toml").read_text()))
     assert set(table) <= bounds
+
+
+DISTRIBUTIONS = {
+    "decord": "decord2",
+    "nvidia": "nvidia-dali-cuda130",
+    "skimage": "scikit-image",
+    "spdl": "spdl-io",
+    "yaml": "pyyaml",
+}
+"""Distributions of imported packages, where their names differ."""
+
+UNDECLARED = {"markupsafe", "PIL", "triton"} | {"apex", "flash_attn_interface", "torchao"}
+"""Packages that come with jinja2, matplotlib and torch, and those that users build or choose themselves."""
+
+
+def imported_packages() -> set[str]:
+    """Names of all packages of others that ours import."""
+    found = set()
+    for root in (REPOSITORY / "mvd_scale", REPOSITORY / "kernels" / "mvd_kernels"):
+        for path in root.rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Import):
+                    found |= {alias.name.partition(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom):
+                    found.add(str(node.module).partition(".")[0])
+    return found - sys.stdlib_module_names - {"mvd_scale", "mvd_kernels"}
+
+
+def test_every_import_is_declared_and_mypy_skips_those_that_may_be_missing() -> None:
+    settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+    project = settings["project"]
+
+    def names(requirements: list[str]) -> set[str]:
+        return {re.split(r"[^A-Za-z0-9-]", requirement)[0] for requirement in requirements}
+
+    needed = names(project["dependencies"])
+    extras = {extra: names(requirements) for extra, requirements in project["optional-dependencies"].items()}
+    imported = {name: DISTRIBUTIONS.get(name, name).replace("_", "-") for name in imported_packages() - UNDECLARED}
+    assert set(imported.values()) <= needed.union(*extras.values())
+    assert {imported[name] for name in ("decord", "spdl", "torchcodec", "torchvision")} <= extras["bench"]
+    overrides = settings["tool"]["mypy"]["overrides"]
+    skipped = {name.partition(".")[0] for override in overrides for name in override["module"]}
+    present = needed | extras["dev"] | extras["samples"]  # by docs/guides/installation.md
+    assert {name for name, distribution in imported.items() if distribution not in present} <= skipped

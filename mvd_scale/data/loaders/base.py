@@ -44,7 +44,7 @@ small ones, and 76 frames for a clip of 16 at stride 4 with key frames 32 apart.
 of network storage, 8 of them read as many; from a local disk one or two do."""
 
 MAX_PYAV_SHARE = 0.1
-"""Share of videos that PyAV decodes up to which the workers count as readers: its 23 ms for a clip of 340x256
+"""Share of videos that PyAV decodes up to which the workers count as readers: its 24 ms for a clip of 340x256
 (docs/benchmarks/data_loading.md) then add 2 ms to each clip on average."""
 
 log = logging.getLogger("mvd_scale")

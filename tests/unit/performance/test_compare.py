@@ -13,10 +13,10 @@ from click.testing import CliRunner, Result
 from mvd_scale.cli import cli
 from mvd_scale.errors import UserError
 from mvd_scale.performance.benchmarks.checkpointing import CheckpointReport
-from mvd_scale.performance.benchmarks.data_loading import DataReport, LoaderSpeed
+from mvd_scale.performance.benchmarks.data.data_loading import DataReport, LoaderSpeed
+from mvd_scale.performance.benchmarks.data.evaluation import EvalReport, EvalSpeed
+from mvd_scale.performance.benchmarks.data.manifest_size import ManifestReport, Size, Start
 from mvd_scale.performance.benchmarks.endurance import FIGURES, EnduranceReport
-from mvd_scale.performance.benchmarks.evaluation import EvalReport, EvalSpeed
-from mvd_scale.performance.benchmarks.manifest_size import ManifestReport, Size, Start
 from mvd_scale.performance.benchmarks.methods import MethodsReport
 from mvd_scale.performance.benchmarks.rank_growth import Cost, RanksReport
 from mvd_scale.performance.benchmarks.scaling import GrowthReport, Point

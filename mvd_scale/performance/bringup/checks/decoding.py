@@ -31,7 +31,7 @@ from mvd_scale.data.loaders.clip_loader import BatchPlan, ClipLoader
 from mvd_scale.data.manifest import Manifest, Row
 from mvd_scale.data.storage import read_bytes
 from mvd_scale.distributed.data_rank import DataRank
-from mvd_scale.performance.benchmarks.videos import encode_pictures
+from mvd_scale.performance.benchmarks.data.videos import encode_pictures
 from mvd_scale.performance.bringup.session import Check, LeftOut, Session
 from mvd_scale.utils.nvdec import query_nvdec
 

@@ -12,7 +12,7 @@ from mvd_scale.data.decoding import pyav
 from mvd_scale.data.decoding.pyav import decode_frames
 from mvd_scale.data.manifest import Row
 from mvd_scale.data.storage import DecodeError, read_bytes
-from mvd_scale.performance.benchmarks.videos import generate_videos
+from mvd_scale.performance.benchmarks.data.videos import generate_videos
 
 
 def decode_all(path: Path) -> np.ndarray:

@@ -24,7 +24,7 @@ from unittest import mock
 
 from mvd_scale.data.decoding import pyav
 from mvd_scale.data.decoding.dali_geometry import resample
-from mvd_scale.performance.benchmarks.baselines import loaders
+from mvd_scale.performance.benchmarks.data.baselines import loaders
 
 CLIPS = 24
 """Clips that are timed, after a quarter as many."""

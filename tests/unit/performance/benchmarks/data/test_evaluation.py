@@ -22,9 +22,10 @@ from mvd_scale.data.loaders.view_loader import ViewLoader, ViewShape, view_items
 from mvd_scale.data.manifest import Manifest, Row
 from mvd_scale.data.sampling.eval_views import view_frame_indices
 from mvd_scale.distributed.data_rank import DataRank
-from mvd_scale.performance.benchmarks.baselines import loaders as baseline_loaders
-from mvd_scale.performance.benchmarks.baselines.views import BASELINES, Baseline, baseline_views, frames_decoded
-from mvd_scale.performance.benchmarks.evaluation import EvalReport, EvalSpeed
+from mvd_scale.performance.benchmarks.data.baselines import loaders as baseline_loaders
+from mvd_scale.performance.benchmarks.data.baselines import views as baseline_view_loaders
+from mvd_scale.performance.benchmarks.data.baselines.views import BASELINES, Baseline, baseline_views, frames_decoded
+from mvd_scale.performance.benchmarks.data.evaluation import EvalReport, EvalSpeed
 from mvd_scale.performance.report import Machine
 
 VIEWS = ViewsConfig(stride=3, clips=3, crops=2)
@@ -79,7 +80,7 @@ def test_the_frames_that_are_told_are_those_that_are_decoded(
         def decode(self, **which: int) -> Iterator[av.VideoFrame]:
             return counted(self.container.decode(**which), count)
 
-    monkeypatch.setattr("mvd_scale.performance.benchmarks.baselines.views.decord_frames", baseline_loaders.pyav_frames)
+    monkeypatch.setattr(baseline_view_loaders, "decord_frames", baseline_loaders.pyav_frames)
     monkeypatch.setattr(av, "open", Counting)
     next(iter(baseline_views(way, [path], [total], VIEWS, length=T, side=SIDE, workers=0)))
     assert count[0] == frames_decoded(way, total, VIEWS, length=T)

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from mvd_scale.performance.benchmarks.clip_stages import ClipStages, StageClock
+from mvd_scale.performance.benchmarks.data.clip_stages import ClipStages, StageClock
 
 
 def spin(milliseconds: float) -> None:

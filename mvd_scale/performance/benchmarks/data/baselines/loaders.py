@@ -97,15 +97,6 @@ class Requests:
         )
 
 
-def unavailable_reason(way: str, request: Request) -> str | None:
-    """Reason why a baseline cannot run here; None if it can read a clip."""
-    try:
-        _readers()[way](request)
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        return next(iter(str(error).splitlines()), type(error).__name__)
-    return None
-
-
 def baseline_batches(way: str, requests: Requests, *, batch: int, workers: int) -> Generator[tuple[Any, Any, Any]]:
     """Yield batches without end by one of `BASELINES`: pixels, visible, masked.
 

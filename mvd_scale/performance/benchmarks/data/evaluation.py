@@ -23,15 +23,15 @@ from mvd_scale.errors import UserError
 from mvd_scale.evaluation.scorer import ClipScorer
 from mvd_scale.models import Classifier
 from mvd_scale.models.precision import usual_precision
-from mvd_scale.performance.benchmarks.baselines.views import (
+from mvd_scale.performance.benchmarks.data.baselines.views import (
     BASELINES,
     Baseline,
     baseline_views,
     frames_decoded,
     reader_name,
 )
+from mvd_scale.performance.benchmarks.data.videos import generate_videos, load_or_index_videos
 from mvd_scale.performance.benchmarks.timing import run_in_subprocess, time_batches
-from mvd_scale.performance.benchmarks.videos import generate_videos, load_or_index_videos
 from mvd_scale.performance.report import Metric, Report, this_machine
 
 OURS = "mvd-scale"

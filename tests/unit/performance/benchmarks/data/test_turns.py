@@ -10,18 +10,23 @@ from typing import Any
 
 import pytest
 
-from mvd_scale.performance.benchmarks.turns import Contest, order_of_round, take_turns
+from mvd_scale.performance.benchmarks.data import turns as turns_module
+from mvd_scale.performance.benchmarks.data.turns import Contest, LoaderProcess, order_of_round, take_turns
 
 
 @pytest.fixture(autouse=True)
 def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the processes of the loaders import this module."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[4]))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[5]))
 
 
 def batches(log: Path, name: str, end: int | None = None, how: str = "") -> Iterator[str]:
     """Yield the name, noting each batch; from batch `end` on fail as `how` says."""
     n = 0
+    log.with_name(f"{name}.pid").write_text(str(os.getpid()))
+    if how == "worker" and os.fork() == 0:
+        time.sleep(60)
+        os._exit(0)
     while True:
         if n == end:
             if how == "segfault":
@@ -79,6 +84,35 @@ def test_a_loader_that_aborts_is_one_line_and_the_others_go_on(tmp_path: Path, h
     assert [*found.turns] == ["a", "c"]
     assert all(len(turns) == 2 for turns in found.turns.values())
     assert said.count(f"b is left out: {reason}") == 1
+
+
+@pytest.mark.parametrize("how", ["alone", "worker"])
+def test_a_loader_that_is_killed_between_turns_is_one_line_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """A worker that outlives its loader holds the loader's end of the connection."""
+    monkeypatch.setattr(turns_module, "PATIENCE", 5.0)
+    log = tmp_path / "log"
+
+    def kill(line: str) -> None:
+        if line.startswith("round 1"):
+            os.kill(int((tmp_path / "b.pid").read_text()), signal.SIGKILL)
+
+    loaders = {name: partial(batches, log, name, None, how if name == "b" else "") for name in "abc"}
+    found = take_turns(loaders, no_check, rounds=2, seconds=0.05, say=kill)
+    assert found.failed == {"b": "its process ended by SIGKILL"}
+    assert {name: len(turns) for name, turns in found.turns.items()} == {"a": 2, "c": 2}
+
+
+def test_a_loader_that_is_killed_before_it_reads_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    resume = LoaderProcess._signal
+
+    def kill(self: LoaderProcess, number: signal.Signals) -> None:
+        resume(self, signal.SIGKILL if number is signal.SIGCONT else number)
+
+    monkeypatch.setattr(LoaderProcess, "_signal", kill)
+    found = take_turns({"a": partial(batches, tmp_path / "log", "a")}, no_check, rounds=1, seconds=0.05, say=print)
+    assert found.failed == {"a": "its process ended by SIGKILL"}
 
 
 def test_a_loader_that_yields_other_clips_is_left_out(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from torchvision.transforms.v2 import functional
 
 from mvd_scale.config.data import ViewsConfig
 from mvd_scale.data.sampling.eval_views import crop_corners, resized_size, view_frame_indices
-from mvd_scale.performance.benchmarks.baselines.loaders import decord_frames, pyav_frames
+from mvd_scale.performance.benchmarks.data.baselines.loaders import decord_frames, pyav_frames
 
 Baseline = Literal["view", "clip", "whole"]
 BASELINES: tuple[Baseline, ...] = ("view", "clip", "whole")

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
 from mvd_scale.performance.benchmarks.timing import cpu_seconds
@@ -94,7 +94,7 @@ class LoaderProcess:
     def __init__(self, work: Work, check: Check) -> None:
         # Processes that are forked from one that has imported torch and DALI, and used neither, start at once.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["mvd_scale.performance.benchmarks.data_loading"])
+        context.set_forkserver_preload(["mvd_scale.performance.benchmarks.data.data_loading"])
         self._connection, end = context.Pipe()
         self._process = context.Process(target=_serve, args=(end, work, check))
         self._process.start()
@@ -115,7 +115,10 @@ class LoaderProcess:
         Raises:
             LoaderFailed: the loader failed, aborted or hangs.
         """
-        self._connection.send(seconds)
+        try:
+            self._connection.send(seconds)
+        except OSError:
+            raise self._ended() from None
         self._signal(signal.SIGCONT)
         turn: Turn = self._receive(PATIENCE + seconds)
         self._signal(signal.SIGSTOP)
@@ -131,16 +134,22 @@ class LoaderProcess:
         self._process.join()
 
     def _receive(self, patience: float = PATIENCE) -> Any:
-        if not self._connection.poll(patience):
+        # Workers that outlive the process keep its end of the connection open: its end is watched too.
+        if not wait([self._connection, self._process.sentinel], patience):
             raise LoaderFailed(f"no batch within {patience:.0f} s")
         try:
+            if not self._connection.poll():
+                raise EOFError
             answer = self._connection.recv()
-        except EOFError:
-            self._process.join()
-            raise LoaderFailed(_ending(self._process.exitcode)) from None
+        except (EOFError, OSError):
+            raise self._ended() from None
         if isinstance(answer, str):
             raise LoaderFailed(answer)
         return answer
+
+    def _ended(self) -> LoaderFailed:
+        self._process.join()
+        return LoaderFailed(_ending(self._process.exitcode))
 
     def _signal(self, number: signal.Signals) -> None:
         # The process leads a group of its own as soon as it runs; after the last of the group there is none.

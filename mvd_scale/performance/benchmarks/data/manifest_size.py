@@ -28,8 +28,8 @@ from mvd_scale.data.loaders.clip_loader import BatchPlan, ClipLoader
 from mvd_scale.data.manifest import SCHEMA, Manifest, Row
 from mvd_scale.data.spool import store_sorted
 from mvd_scale.distributed.data_rank import DataRank
+from mvd_scale.performance.benchmarks.data.videos import encode_pictures
 from mvd_scale.performance.benchmarks.timing import run_in_subprocess
-from mvd_scale.performance.benchmarks.videos import encode_pictures
 from mvd_scale.performance.report import Metric, Report, this_machine
 
 BATCH = 8

@@ -14,8 +14,8 @@ from click.testing import CliRunner
 from mvd_scale.cli import cli
 from mvd_scale.data import worker_pool
 from mvd_scale.data.manifest import Manifest
-from mvd_scale.performance.benchmarks import manifest_size
-from mvd_scale.performance.benchmarks.manifest_size import make_manifest
+from mvd_scale.performance.benchmarks.data import manifest_size
+from mvd_scale.performance.benchmarks.data.manifest_size import make_manifest
 
 
 @pytest.fixture

@@ -20,16 +20,16 @@ from mvd_scale.data.indexing.transcode import TranscodeOptions
 from mvd_scale.data.loaders.clip_loader import BatchPlan, ClipLoader
 from mvd_scale.data.manifest import WHOLE_FILE, Manifest
 from mvd_scale.distributed.data_rank import DataRank
-from mvd_scale.performance.benchmarks.baselines.ffmpeg import lend_ffmpeg
-from mvd_scale.performance.benchmarks.baselines.loaders import (
+from mvd_scale.performance.benchmarks.data.baselines.ffmpeg import lend_ffmpeg
+from mvd_scale.performance.benchmarks.data.baselines.loaders import (
     BASELINES,
     Requests,
     baseline_batches,
 )
-from mvd_scale.performance.benchmarks.clip_stages import ClipStages, measure_stages
+from mvd_scale.performance.benchmarks.data.clip_stages import ClipStages, measure_stages
+from mvd_scale.performance.benchmarks.data.turns import Contest, Turn, take_turns
+from mvd_scale.performance.benchmarks.data.videos import generate_videos, load_or_index_videos
 from mvd_scale.performance.benchmarks.timing import run_in_subprocess
-from mvd_scale.performance.benchmarks.turns import Contest, Turn, take_turns
-from mvd_scale.performance.benchmarks.videos import generate_videos, load_or_index_videos
 from mvd_scale.performance.report import Metric, Report, this_machine
 
 BATCH = 8
@@ -138,8 +138,9 @@ def measure_data(
                 measured, failed = _measure_set(videos, sources, count, rounds, seconds, say)
                 figures += measured
                 absent |= failed
-            ours = [figure for figure in figures if figure.videos == videos and figure.way == OURS]
-            slowest = max(figure.cpu_seconds_per_clip for figure in ours if figure.source == "files") if ours else 0.0
+            # None where ours failed on files.
+            ours = (each for each in figures if (each.videos, each.source, each.way) == (videos, "files", OURS))
+            slowest = max((figure.cpu_seconds_per_clip for figure in ours), default=0.0)
             stages.append(run_in_subprocess(measure_stages, videos, _requests(sources["files"]), slowest))
     machine = this_machine(_device(), _PACKAGES)
     return DataReport(

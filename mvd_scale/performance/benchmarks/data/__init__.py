@@ -1,0 +1,1 @@
+"""Benchmarks of loaders of clips and evaluation views, and of manifests."""
