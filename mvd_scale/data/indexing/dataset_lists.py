@@ -21,7 +21,7 @@ import json
 import logging
 import posixpath
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -142,18 +142,23 @@ def _plain(table: Table, options: ListOptions) -> Listing:
 def _listing(file: str, records: Stored[Record], options: ListOptions, *, anywhere: bool) -> Listing:
     """Listing of records of two fields each, path and label."""
     texts = Mapped(lambda record: (record[0], record[1][1].strip()), records)
-    labels, classes = _labels(file, texts, options.classes)
-    if not classes and min((label for label in labels if label >= 0), default=0) == 1:
+    label_of, classes = _labels(file, texts, options.classes)
+    starts, labels = set(), set()
+    for line, fields in records:
+        starts.add(fields[0].strip().rpartition("/")[0])
+        labels.add(label_of(line, fields[1].strip()))
+    if not classes and min(labels - {-1}, default=0) == 1:
         log.info("no video of %s has the label 0: if its labels count from 1, class 0 is empty", file)
-    paths = Mapped(lambda record: record[1][0].strip(), records)
-    folders = {posixpath.basename(start) for start in {path.rpartition("/")[0] for path in paths}} | set(classes)
+    folders = {*map(posixpath.basename, starts), *classes}
     root = options.root or _folder_of(file)
     finder = VideoFinder(file, root, anywhere=anywhere and not is_url(root), folders=folders)
-    lines = (
-        Line(file, line, path, label, classes[label] if classes and label >= 0 else "")
-        for (line, _), path, label in zip(records, paths, labels, strict=True)
-    )
-    return Listing(finder.rows(lines), classes)
+
+    def lines() -> Iterator[Line]:
+        for line, fields in records:
+            label = label_of(line, fields[1].strip())
+            yield Line(file, line, fields[0].strip(), label, classes[label] if classes and label >= 0 else "")
+
+    return Listing(finder.rows(lines()), classes)
 
 
 def _without_empty(table: Table, fields: list[str]) -> list[str]:
@@ -219,8 +224,12 @@ def _no_label(file: str, line: int, text: str) -> UserError:
     )
 
 
-def _labels(file: str, texts: Stored[tuple[int, str]], classes_file: str | None) -> tuple[Stored[int], tuple[str, ...]]:
-    """Class numbers and class names of the labels of a list, which are whole numbers in any writing, or names.
+def _labels(
+    file: str, texts: Stored[tuple[int, str]], classes_file: str | None
+) -> tuple[Callable[[int, str], int], tuple[str, ...]]:
+    """Function from line and label to the number of a class, and class names, for the labels of a list.
+
+    Labels are whole numbers in any writing, or names.
 
     Raises:
         UserError: numbers and names are mixed without a file of the names, a number is not whole or beyond the classes,
@@ -234,14 +243,14 @@ def _labels(file: str, texts: Stored[tuple[int, str]], classes_file: str | None)
                     f"{file}:{line}: label {_whole(text)}, but {classes_file} has {len(classes)} classes, "
                     f"0 to {len(classes) - 1}: give the file of classes that belongs to this list"
                 )
-        return Mapped(lambda entry: _whole(entry[1]), texts), classes
+        return lambda _, text: _whole(text), classes
     if classes:
         for line, text in texts:
             _label_of(file, line, text, classes)
     else:
         _check_names(file, texts)
         classes = tuple(sorted({text for _, text in texts} - {""}))
-    return Mapped(lambda entry: _label_of(file, *entry, classes), texts), classes
+    return lambda line, text: _label_of(file, line, text, classes), classes
 
 
 def _whole(text: str) -> int:
@@ -332,16 +341,20 @@ def _kinetics(table: Table, options: ListOptions) -> Listing:
     table = _checked(table)
     records = _of_split(table, options) if "split" in column else table.records
     place = column.get("label")
-    texts = Mapped(lambda record: (record[0], "" if place is None else record[1][place].strip()), records)
-    labels, classes = _labels(table.file, texts, options.classes)
+
+    def named(record: Record) -> tuple[int, str]:
+        return record[0], "" if place is None else record[1][place].strip()
+
+    label_of, classes = _labels(table.file, Mapped(named, records), options.classes)
     root = options.root or _folder_of(table.file)
     finder = VideoFinder(table.file, root, anywhere=True, folders=classes)
 
     def lines() -> Iterator[Line]:
-        for (line, fields), (_, name), label in zip(records, texts, labels, strict=True):
+        for line, fields in records:
+            _, name = named((line, fields))
             start, end = (_seconds(table.file, line, fields[column[key]]) for key in ("time_start", "time_end"))
             stem = f"{fields[column['youtube_id']].strip()}_{start:06d}_{end:06d}"
-            yield Line(table.file, line, f"{stem}.mp4", label, name)
+            yield Line(table.file, line, f"{stem}.mp4", label_of(line, name), name)
 
     return Listing(finder.rows(lines()), classes)
 
