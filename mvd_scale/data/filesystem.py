@@ -72,12 +72,12 @@ def find_files(folder: str, predicate: Callable[[str], bool]) -> Stored[str]:
     """Paths below a folder or URL for which `predicate(path)` is true, sorted; without those that are nothing.
 
     Symbolic links are followed; each folder is visited once, even if several links lead to it. Below a folder, no list
-    of all files is held in memory.
+    of all files is held in memory. Below a URL, fsspec holds one while it lists.
     """
     if is_url(folder):
         filesystem, inner = filesystem_of(folder)
         length = len(str(inner).rstrip("/"))
-        paths = [path for path in filesystem.find(inner) if not is_nothing(path[length:])]
+        paths = (path for path in filesystem.find(inner) if not is_nothing(path[length:]))
         return store_sorted(filesystem.unstrip_protocol(path) for path in paths if predicate(path))
     return store_sorted(_walk(folder, predicate, {os.path.realpath(folder)}))
 

@@ -170,7 +170,7 @@ def index_videos(
     part: tuple[int, int] | None = None,
     journal: Path | None = None,
 ) -> Manifest:
-    """Probe every video of a listing. No memory grows with their number, but that of files which lie on disk.
+    """Probe every video of a listing. Beyond the listing, only files that lie on disk grow with their number.
 
     Args:
         listing: the videos.

@@ -10,6 +10,9 @@
 | Something-Something (json)          | id, in any folder                 | template, numbered by labels.json |
 | UCF101 (trainlist01, testlist01)    | as written, or in any folder      | folder, numbered by classInd.txt |
 | HMDB51 (class_test_split1)          | in the folder of its class        | names, numbered alphabetically   |
+
+A long list is gone through line by line, several times, and its rows lie on disk. Memory grows with the classes and the
+folders; with the names of files that `VideoFinder` looks through; and with a list in JSON, which is read whole.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ import json
 import logging
 import posixpath
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -33,10 +37,12 @@ from mvd_scale.data.indexing.list_tables import (
     label_number,
     read_table,
     read_text,
+    store_records,
     whole_number,
 )
-from mvd_scale.data.indexing.listing import Listing, ListOptions, store_rows
-from mvd_scale.data.indexing.video_finder import VideoFinder
+from mvd_scale.data.indexing.listing import Listing, ListOptions
+from mvd_scale.data.indexing.video_finder import Line, VideoFinder
+from mvd_scale.data.spool import Mapped, Stored
 from mvd_scale.data.storage import is_url
 from mvd_scale.errors import UserError
 
@@ -68,7 +74,7 @@ def read_list(file: str, options: ListOptions) -> Listing:
     if table.header:
         return _csv(table, options)
     if re.fullmatch(r"(train|test)list0[123]\.txt", posixpath.basename(file)):
-        videos = [_first(fields).replace("\\", "/") for _, fields in table.records]
+        videos = Mapped(lambda record: _first(record[1]).replace("\\", "/"), table.records)
         if all("/" in video for video in videos):
             return _ucf(table, videos, options)
     return _plain(table, options)
@@ -91,20 +97,25 @@ def list_folds(files: Sequence[str], folder: str, options: ListOptions) -> Listi
     if not chosen:
         raise UserError(f"{folder} holds no files *{ending}: expected one such file for every class")
     names = [posixpath.basename(file).removesuffix(ending) for file in chosen]
-    rows = []
     finder = VideoFinder(folder, options.root or folder, anywhere=True, folders=names)
-    for label, file in enumerate(chosen):
-        finder.file = file
-        for line, fields in read_table(file).records:
-            video, mark = _first(fields[:-1]), fields[-1].strip()
-            if mark not in ("0", "1", "2") or not video:
-                raise UserError(
-                    f"{file}:{line}: {' '.join(fields)!r} is malformed: expected `video.avi MARK`, MARK 0, 1 or 2"
-                )
-            if mark in _HMDB_MARKS[options.split]:
-                rows.append(finder.row(line, f"{names[label]}/{video}", label))
-    finder.log_found()
-    return Listing(rows, tuple(names))
+    lines = (
+        Line(file, line, f"{name}/{video}", label)
+        for label, (file, name) in enumerate(zip(chosen, names, strict=True))
+        for line, video in _fold(file, _HMDB_MARKS[options.split])
+    )
+    return Listing(finder.rows(lines), tuple(names))
+
+
+def _fold(file: str, marks: str) -> Iterator[tuple[int, str]]:
+    """Yield number and video of the lines of one file of HMDB51 that have one of some marks."""
+    for line, fields in read_table(file).records:
+        video, mark = _first(fields[:-1]), fields[-1].strip()
+        if mark not in ("0", "1", "2") or not video:
+            raise UserError(
+                f"{file}:{line}: {' '.join(fields)!r} is malformed: expected `video.avi MARK`, MARK 0, 1 or 2"
+            )
+        if mark in marks:
+            yield line, video
 
 
 def _plain(table: Table, options: ListOptions) -> Listing:
@@ -115,29 +126,45 @@ def _plain(table: Table, options: ListOptions) -> Listing:
         len(fields) == 2 and is_media(fields[0]) and _NUMBER_LIKE.fullmatch(fields[1]) is None
         for _, fields in table.records
     )
-    for line, fields in table.records:
+
+    def checked(record: Record) -> Record:
+        line, fields = record
+        fields = _without_empty(table, fields)
         _check_columns(table, line, fields, root)
         if not fields[0] or (not named and whole_number(fields[1]) is None):
             raise _no_label(table.file, line, table.delimiter.join(fields))
-    return _listing(table.file, table.records, options, anywhere=options.root is not None)
+        return line, fields
+
+    records = store_records(map(checked, table.records))
+    return _listing(table.file, records, options, anywhere=options.root is not None)
 
 
-def _listing(file: str, records: Sequence[Record], options: ListOptions, *, anywhere: bool) -> Listing:
+def _listing(file: str, records: Stored[Record], options: ListOptions, *, anywhere: bool) -> Listing:
     """Listing of records of two fields each, path and label."""
-    labels, classes = _labels(file, [(line, fields[1].strip()) for line, fields in records], options.classes)
-    if not classes and min((label for label in labels if label >= 0), default=0) == 1:
+    texts = Mapped(lambda record: (record[0], record[1][1].strip()), records)
+    label_of, classes = _labels(file, texts, options.classes)
+    starts, labels = set(), set()
+    for line, fields in records:
+        starts.add(fields[0].strip().rpartition("/")[0])
+        labels.add(label_of(line, fields[1].strip()))
+    if not classes and min(labels - {-1}, default=0) == 1:
         log.info("no video of %s has the label 0: if its labels count from 1, class 0 is empty", file)
-    paths = [fields[0].strip() for _, fields in records]
-    folders = {posixpath.basename(start) for start in {path.rpartition("/")[0] for path in paths}} | set(classes)
+    folders = {*map(posixpath.basename, starts), *classes}
     root = options.root or _folder_of(file)
     finder = VideoFinder(file, root, anywhere=anywhere and not is_url(root), folders=folders)
-    names = [classes[label] if classes and label >= 0 else "" for label in labels]
-    rows = store_rows(
-        finder.row(line, path, label, name)
-        for (line, _), path, label, name in zip(records, paths, labels, names, strict=True)
-    )
-    finder.log_found()
-    return Listing(rows, classes)
+
+    def lines() -> Iterator[Line]:
+        for line, fields in records:
+            label = label_of(line, fields[1].strip())
+            yield Line(file, line, fields[0].strip(), label, classes[label] if classes and label >= 0 else "")
+
+    return Listing(finder.rows(lines()), classes)
+
+
+def _without_empty(table: Table, fields: list[str]) -> list[str]:
+    """The fields of a record without a header, without empty ones beyond two: spreadsheets delimit every empty cell."""
+    empty = table.delimiter != " " and len(fields) > 2 and not "".join(fields[2:]).strip()
+    return fields[:2] if empty else fields
 
 
 def _check_columns(table: Table, line: int, fields: list[str], root: str) -> None:
@@ -146,9 +173,6 @@ def _check_columns(table: Table, line: int, fields: list[str], root: str) -> Non
     Raises:
         UserError: it has fewer or more; the message names the forms that are read.
     """
-    if table.delimiter != " " and len(fields) > 2 and not "".join(fields[2:]).strip():
-        # Spreadsheets write a delimiter for each empty cell.
-        del fields[2:]
     if len(fields) < 2:
         raise _no_label(table.file, line, fields[0])
     by_words = table.delimiter == " " and not is_media(fields[0])
@@ -181,13 +205,15 @@ def _columns_of_words(fields: list[str]) -> list[str]:
 
 def _without_bounds(table: Table) -> Table:
     """The table with the label -1 if every line is `path 0 -1`: VideoMAE V2's form for whole videos without a class."""
-    records: list[Record] = []
-    for line, fields in table.records:
-        words = [*fields[0].rsplit(None, 1), *fields[1:]] if table.delimiter == " " else [*map(str.strip, fields)]
-        if words[1:] != ["0", "-1"] or not is_media(words[0]):
-            return table
-        records.append((line, [words[0], "-1"]))
-    return Table(table.file, records)
+
+    def words(fields: Sequence[str]) -> list[str]:
+        return [*fields[0].rsplit(None, 1), *fields[1:]] if table.delimiter == " " else [*map(str.strip, fields)]
+
+    if not all(
+        found[1:] == ["0", "-1"] and is_media(found[0]) for found in (words(record[1]) for record in table.records)
+    ):
+        return table
+    return Table(table.file, Mapped(lambda record: (record[0], [words(record[1])[0], "-1"]), table.records))
 
 
 def _no_label(file: str, line: int, text: str) -> UserError:
@@ -198,44 +224,59 @@ def _no_label(file: str, line: int, text: str) -> UserError:
     )
 
 
-def _labels(file: str, texts: Sequence[tuple[int, str]], classes_file: str | None) -> tuple[list[int], tuple[str, ...]]:
-    """Class numbers and class names of the labels of a list, which are whole numbers in any writing, or names.
+def _labels(
+    file: str, texts: Stored[tuple[int, str]], classes_file: str | None
+) -> tuple[Callable[[int, str], int], tuple[str, ...]]:
+    """Function from line and label to the number of a class, and class names, for the labels of a list.
+
+    Labels are whole numbers in any writing, or names.
 
     Raises:
         UserError: numbers and names are mixed without a file of the names, a number is not whole or beyond the classes,
             or a name is not one of the classes.
     """
     classes = _named_classes(classes_file)
-    numbers = [label_number(text) for _, text in texts]
-    if None not in numbers:
-        whole = [number for number in numbers if number is not None]
-        beyond = next((n for n, number in enumerate(whole) if classes and number >= len(classes)), None)
-        if beyond is not None:
-            raise UserError(
-                f"{file}:{texts[beyond][0]}: label {whole[beyond]}, but {classes_file} has {len(classes)} classes, "
-                f"0 to {len(classes) - 1}: give the file of classes that belongs to this list"
-            )
-        return whole, classes
-    if not classes:
-        _check_names(file, texts, numbers)
+    if all(label_number(text) is not None for _, text in texts):
+        for line, text in texts if classes else ():
+            if _whole(text) >= len(classes):
+                raise UserError(
+                    f"{file}:{line}: label {_whole(text)}, but {classes_file} has {len(classes)} classes, "
+                    f"0 to {len(classes) - 1}: give the file of classes that belongs to this list"
+                )
+        return lambda _, text: _whole(text), classes
+    if classes:
+        for line, text in texts:
+            _label_of(file, line, text, classes)
+    else:
+        _check_names(file, texts)
         classes = tuple(sorted({text for _, text in texts} - {""}))
-    return [_number(file, line, text, classes) if text else -1 for line, text in texts], classes
+    return lambda line, text: _label_of(file, line, text, classes), classes
 
 
-def _check_names(file: str, texts: Sequence[tuple[int, str]], numbers: Sequence[int | None]) -> None:
+def _whole(text: str) -> int:
+    number = label_number(text)
+    assert number is not None
+    return number
+
+
+def _label_of(file: str, line: int, text: str, classes: tuple[str, ...]) -> int:
+    return _number(file, line, text, classes) if text else -1
+
+
+def _check_names(file: str, texts: Stored[tuple[int, str]]) -> None:
     """Check that labels, some of which are no classes' numbers, are names.
 
     Raises:
         UserError: one is a number.
     """
-    for (line, text), number in zip(texts, numbers, strict=True):
-        if text and number is None and _NUMBER_LIKE.fullmatch(text):
+    for line, text in texts:
+        if text and label_number(text) is None and _NUMBER_LIKE.fullmatch(text):
             raise UserError(
                 f"{file}:{line}: the label {text!r} is no number of a class: expected one whole number, from 0 on"
             )
-    named = next((line, text) for (line, text), number in zip(texts, numbers, strict=True) if number is None)
-    for (line, text), number in zip(texts, numbers, strict=True):
-        if text and number is not None:
+    named = next((line, text) for line, text in texts if label_number(text) is None)
+    for line, text in texts:
+        if text and label_number(text) is not None:
             raise UserError(
                 f"{file}:{line}: the label {text!r} is a number, but {named[1]!r} in line {named[0]} is a name: write "
                 "all labels as numbers, or all as names. If classes are called so, give a file of them with --classes"
@@ -261,55 +302,64 @@ def _csv(table: Table, options: ListOptions) -> Listing:
     if len(labels) > 1:
         log.info("%s: labels are those of the column %s, not of %s", table.file, labels[0], ", ".join(labels[1:]))
     path, label = table.header.index(paths[0]), table.header.index(labels[0]) if labels else None
-    for line, fields in table.records:
-        _check_fields(table, line, fields)
-    records: list[Record] = []
-    for line, fields in _of_split(table, options):
-        if not fields[path].strip():
-            raise UserError(f"{table.file}:{line}: no path in the column {paths[0]}: expected the path of a video")
-        text = fields[label] if label is not None else ""
-        # With semicolons between fields, the decimal sign is a comma.
-        text = re.sub(r"^\s*([-+]?\d+),0{1,2}\s*$", r"\1", text) if table.delimiter == ";" else text
-        records.append((line, [fields[path], text]))
-    return _listing(table.file, records, options, anywhere=options.root is not None)
+
+    def pairs() -> Iterator[Record]:
+        for line, fields in _of_split(_checked(table), options):
+            if not fields[path].strip():
+                raise UserError(f"{table.file}:{line}: no path in the column {paths[0]}: expected the path of a video")
+            text = fields[label] if label is not None else ""
+            # With semicolons between fields, the decimal sign is a comma.
+            text = re.sub(r"^\s*([-+]?\d+),0{1,2}\s*$", r"\1", text) if table.delimiter == ";" else text
+            yield line, [fields[path], text]
+
+    return _listing(table.file, store_records(pairs()), options, anywhere=options.root is not None)
 
 
-def _check_fields(table: Table, line: int, fields: list[str]) -> None:
-    """Check that a record has as many fields as the header; empty ones at its end are dropped.
+def _checked(table: Table) -> Table:
+    """The table whose records have as many fields as the header; empty ones at their ends are dropped.
 
     Raises:
-        UserError: it has not.
+        UserError: a record has more or fewer.
     """
-    while len(fields) > len(table.header) and not fields[-1].strip():
-        fields.pop()
-    if len(fields) != len(table.header):
-        raise UserError(
-            f"{table.file}:{line}: {len(fields)} fields, expected {len(table.header)} as in the header; put a field "
-            "that holds the delimiter in quotes"
-        )
+
+    def checked(record: Record) -> Record:
+        line, fields = record
+        while len(fields) > len(table.header) and not fields[-1].strip():
+            fields = fields[:-1]
+        if len(fields) != len(table.header):
+            raise UserError(
+                f"{table.file}:{line}: {len(fields)} fields, expected {len(table.header)} as in the header; put a "
+                "field that holds the delimiter in quotes"
+            )
+        return line, fields
+
+    return replace(table, records=store_records(map(checked, table.records)))
 
 
 def _kinetics(table: Table, options: ListOptions) -> Listing:
     column = {name: number for number, name in enumerate(table.header)}
-    records = table.records
-    for line, fields in records:
-        _check_fields(table, line, fields)
-    if "split" in column:
-        records = _of_split(table, options)
-    texts = [(line, fields[column["label"]].strip() if "label" in column else "") for line, fields in records]
-    labels, classes = _labels(table.file, texts, options.classes)
+    table = _checked(table)
+    records = _of_split(table, options) if "split" in column else table.records
+    place = column.get("label")
+
+    def named(record: Record) -> tuple[int, str]:
+        return record[0], "" if place is None else record[1][place].strip()
+
+    label_of, classes = _labels(table.file, Mapped(named, records), options.classes)
     root = options.root or _folder_of(table.file)
     finder = VideoFinder(table.file, root, anywhere=True, folders=classes)
-    rows = []
-    for (line, fields), (_, name), label in zip(records, texts, labels, strict=True):
-        start, end = (_seconds(table.file, line, fields[column[name]]) for name in ("time_start", "time_end"))
-        stem = f"{fields[column['youtube_id']].strip()}_{start:06d}_{end:06d}"
-        rows.append(finder.row(line, f"{stem}.mp4", label, name))
-    finder.log_found()
-    return Listing(rows, classes)
+
+    def lines() -> Iterator[Line]:
+        for line, fields in records:
+            _, name = named((line, fields))
+            start, end = (_seconds(table.file, line, fields[column[key]]) for key in ("time_start", "time_end"))
+            stem = f"{fields[column['youtube_id']].strip()}_{start:06d}_{end:06d}"
+            yield Line(table.file, line, f"{stem}.mp4", label_of(line, name), name)
+
+    return Listing(finder.rows(lines()), classes)
 
 
-def _of_split(table: Table, options: ListOptions) -> list[Record]:
+def _of_split(table: Table, options: ListOptions) -> Stored[Record]:
     """Records that have the wanted split in the column `split`; all of them if none is wanted.
 
     Raises:
@@ -320,7 +370,7 @@ def _of_split(table: Table, options: ListOptions) -> list[Record]:
     if "split" not in table.header:
         raise UserError(f"{table.file} has no column `split`: leave --split {options.split} out, or give another list")
     place, wanted = table.header.index("split"), _SPLITS[options.split]
-    records = [record for record in table.records if record[1][place].strip().lower().startswith(wanted)]
+    records = store_records(record for record in table.records if record[1][place].strip().lower().startswith(wanted))
     if not records:
         raise UserError(
             f"{table.file} lists no videos of the split {options.split}: give --split one of the values of its "
@@ -349,26 +399,28 @@ def _something(file: str, options: ListOptions) -> Listing:
     if any(templates) and not classes:
         classes = tuple(sorted(set(templates) - {""}))
     finder = VideoFinder(file, options.root or _folder_of(file), anywhere=True)
-    rows = store_rows(
-        finder.row(number, f"{entry['id']}.webm", _number(file, number, template, classes) if template else -1)
+    lines = (
+        Line(file, number, f"{entry['id']}.webm", _label_of(file, number, template, classes))
         for number, (entry, template) in enumerate(zip(entries, templates, strict=True), start=1)
     )
-    finder.log_found()
-    return Listing(rows, classes)
+    return Listing(finder.rows(lines), classes)
 
 
-def _ucf(table: Table, videos: Sequence[str], options: ListOptions) -> Listing:
+def _ucf(table: Table, videos: Stored[str], options: ListOptions) -> Listing:
     classes = _named_classes(options.classes or _beside(table.file, "classInd.txt"))
-    folders = [posixpath.basename(posixpath.dirname(video)) for video in videos]
-    classes = classes or tuple(sorted(set(folders)))
+    folders = {_folder_of_class(video) for video in videos}
+    classes = classes or tuple(sorted(folders))
     root = options.root or _folder_of(table.file)
     finder = VideoFinder(table.file, root, anywhere=True, folders={*classes, *folders})
-    rows = [
-        finder.row(line, video, _number(table.file, line, folder, classes))
-        for (line, _), video, folder in zip(table.records, videos, folders, strict=True)
-    ]
-    finder.log_found()
-    return Listing(rows, classes)
+    lines = (
+        Line(table.file, line, video, _number(table.file, line, _folder_of_class(video), classes))
+        for (line, _), video in zip(table.records, videos, strict=True)
+    )
+    return Listing(finder.rows(lines), classes)
+
+
+def _folder_of_class(video: str) -> str:
+    return posixpath.basename(posixpath.dirname(video))
 
 
 def _first(fields: Sequence[str]) -> str:

@@ -1,18 +1,22 @@
 """Reading of a list as a table: its encoding, the character between its fields, its header, its records.
 
-A record is the number of its first line in the file, from 1, and its fields.
+A record is the number of its first line in the file, from 1, and its fields. The text and the records of a long list
+lie on disk; memory holds a piece of them.
 """
 
 from __future__ import annotations
 
 import codecs
 import csv
-import io
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import BinaryIO
 
 from mvd_scale.data.filesystem import is_media, open_file
+from mvd_scale.data.host_cache import open_unnamed
+from mvd_scale.data.spool import Stored, store
 from mvd_scale.errors import UserError
 
 Record = tuple[int, list[str]]
@@ -39,6 +43,9 @@ _LONGEST_NUMBER = 300
 
 _LARGEST_LABEL = 2**31 - 1
 
+_PIECE = 2**20
+"""Bytes of a file that are decoded at a time."""
+
 csv.field_size_limit(_LARGEST_LABEL)  # columns of captions and boxes are longer than the 128 KB of the default
 
 
@@ -49,7 +56,7 @@ class Table:
     file: str
     """Path or URL of the list, for messages."""
 
-    records: list[Record]
+    records: Stored[Record]
     """Records that are not blank, without the header."""
 
     header: list[str] = field(default_factory=list)
@@ -59,33 +66,75 @@ class Table:
     """Character between fields. With a space, a record is a path, which may hold spaces, and its last word."""
 
 
+@dataclass(frozen=True)
+class _Text:
+    """Lines of a text, each with its end, which can be gone through more than once."""
+
+    spool: BinaryIO
+    """File of the text in UTF-8."""
+
+    skipped: int = 0
+    """Lines at its beginning that are passed over."""
+
+    def __iter__(self) -> Iterator[str]:
+        with open(f"/proc/self/fd/{self.spool.fileno()}", encoding="utf-8", newline="") as lines:
+            yield from islice(lines, self.skipped, None)
+
+
 def read_text(file: str) -> str:
     """Text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark.
 
     Raises:
         UserError: the file cannot be read, is in no such encoding, or is not text.
     """
+    return "".join(_pieces(file))
+
+
+def store_records(records: Iterable[Record]) -> Stored[Record]:
+    """Keep records: few of them in a list, many on disk."""
+    return store(records, list, lambda values: (values[0], values[1]))
+
+
+def _spooled(file: str) -> _Text:
+    spool = open_unnamed()
+    for piece in _pieces(file):
+        spool.write(piece.encode())
+    spool.flush()
+    return _Text(spool)
+
+
+def _pieces(file: str) -> Iterator[str]:
+    """Yield the text of a file in pieces, see `read_text`."""
+    lines = 0
     try:
         with open_file(file) as opened:
-            data = opened.read()
+            piece = opened.read(_PIECE)
+            encoding = next((name for mark, name in _ENCODINGS if piece.startswith(mark)), "utf-8-sig")
+            decoder = codecs.getincrementaldecoder(encoding)()
+            while piece:
+                text = decoder.decode(piece)
+                _check_text(file, text, lines)
+                yield text
+                lines += text.count("\n")
+                piece = opened.read(_PIECE)
+            yield decoder.decode(b"", final=True)
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}. Expected a text file") from error
-    encoding = next((name for mark, name in _ENCODINGS if data.startswith(mark)), "utf-8-sig")
-    try:
-        text = data.decode(encoding)
     except UnicodeDecodeError as error:
-        before = data[: error.start].count(b"\n") + 1
+        before = lines + error.object[: error.start].count(b"\n") + 1
         raise UserError(
             f"{file} is not a text file: expected a list of videos in UTF-8, or in UTF-16 with a byte order mark, or a "
-            f"folder of videos. The first byte that is no text is {data[error.start]:#04x}, near line {before}"
+            f"folder of videos. The first byte that is no text is {error.object[error.start]:#04x}, near line {before}"
         ) from error
+
+
+def _check_text(file: str, text: str, lines: int) -> None:
     if "\0" in text:
-        line = text[: text.index("\0")].count("\n") + 1
+        line = lines + text[: text.index("\0")].count("\n") + 1
         raise UserError(
             f"{file} is not a text file: expected a list of videos in UTF-8, or in UTF-16 with a byte order mark, or a "
             f"folder of videos. The first null character is in line {line}"
         )
-    return text
 
 
 def read_table(file: str) -> Table:
@@ -94,7 +143,7 @@ def read_table(file: str) -> Table:
     Raises:
         UserError: the file is empty or not text, or a quote in it is not closed.
     """
-    table = _read_table(file, read_text(file))
+    table = _read_table(file, _spooled(file))
     if not table.records:
         raise UserError(f"the list {file} is empty: expected one `path label` per line, or a CSV file with a header")
     return table
@@ -122,26 +171,28 @@ def label_number(text: str) -> int | None:
     return None if number is None or number > _LARGEST_LABEL else max(number, -1)
 
 
-def _read_table(file: str, text: str) -> Table:
-    skipped = 0
-    first = next((line for line in io.StringIO(text, newline="") if line.strip()), "")
+def _read_table(file: str, text: _Text) -> Table:
+    place, first = _first_line(text)
     told = re.fullmatch(r'"?sep=(.)"?', first.strip(), re.IGNORECASE)
     if told:
         # Line by which spreadsheets tell each other the delimiter.
-        skipped = text[: text.index(first)].count("\n") + 1
-        text = text[text.index(first) + len(first) :]
-        first = next((line for line in io.StringIO(text, newline="") if line.strip()), "")
+        text = replace(text, skipped=place + 1)
+        _, first = _first_line(text)
     delimiters = (told[1],) if told else _DELIMITERS
     for delimiter in delimiters:
         header = _header(first, delimiter)
         if _is_header(header):
-            _, *records = _parsed(file, text, delimiter, skipped)
-            return Table(file, records, header, delimiter)
+            return Table(file, store_records(islice(_records(file, text, delimiter), 1, None)), header, delimiter)
     words = _header(first, _SPACE)
     if len(words) > 1 and set(words) <= {*PATH_COLUMNS, *LABEL_COLUMNS} and _is_header(words):
-        _, *records = _words(text, skipped)
-        return Table(file, records, words)
-    return _without_header(file, text, [delimiter for delimiter in delimiters if delimiter in text], skipped)
+        return Table(file, store_records(islice(_words(text), 1, None)), words)
+    present = [delimiter for delimiter in delimiters if any(delimiter in line for line in text)]
+    return _without_header(file, text, present)
+
+
+def _first_line(text: _Text) -> tuple[int, str]:
+    """The first line that is not blank, and the number of those before it; an empty one if all are blank."""
+    return next(((number, line) for number, line in enumerate(text) if line.strip()), (0, ""))
 
 
 def _header(line: str, delimiter: str) -> list[str]:
@@ -156,18 +207,18 @@ def _is_header(names: Sequence[str]) -> bool:
     return set(names) >= KINETICS_COLUMNS or not set(PATH_COLUMNS).isdisjoint(names)
 
 
-def _without_header(file: str, text: str, delimiters: Sequence[str], skipped: int) -> Table:
+def _without_header(file: str, text: _Text, delimiters: Sequence[str]) -> Table:
     """The table by the delimiter that makes most sense of its records; by spaces, if several make as much."""
-    tables = [Table(file, list(_words(text, skipped)))]
     faults: dict[str, UserError] = {}
-    for delimiter in delimiters:
-        records: list[Record] = []
+
+    def until_fault(delimiter: str) -> Iterator[Record]:
         try:
-            for record in _records(file, text, delimiter, skipped):
-                records.append(record)
+            yield from _records(file, text, delimiter)
         except UserError as error:
             faults[delimiter] = error
-        tables.append(Table(file, records, [], delimiter))
+
+    tables = [Table(file, store_records(_words(text)))]
+    tables += [Table(file, store_records(until_fault(delimiter)), [], delimiter) for delimiter in delimiters]
     best = max(tables, key=_sense) if len(tables) > 1 else tables[0]
     if best.delimiter in faults:
         raise faults[best.delimiter]
@@ -183,33 +234,29 @@ def _sense(table: Table) -> int:
     return sense
 
 
-def _parsed(file: str, text: str, delimiter: str, skipped: int) -> list[Record]:
-    return list(_records(file, text, delimiter, skipped))
-
-
-def _records(file: str, text: str, delimiter: str, skipped: int) -> Iterator[Record]:
+def _records(file: str, text: _Text, delimiter: str) -> Iterator[Record]:
     """Records of a csv; a quoted field may hold line breaks.
 
     Raises:
         UserError: a quote is not closed, or text follows a closed one.
     """
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
+    reader = csv.reader(text, delimiter=delimiter, skipinitialspace=True, strict=True)
     line = 1
     try:
         for fields in reader:
             if any(map(str.strip, fields)):
-                yield line + skipped, fields
+                yield line + text.skipped, fields
             line = reader.line_num + 1
     except csv.Error as error:
         raise UserError(
-            f"{file}:{line + skipped}: the fields cannot be told apart ({error}): close every quote, and write a "
+            f"{file}:{line + text.skipped}: the fields cannot be told apart ({error}): close every quote, and write a "
             "quote within a quoted field twice"
         ) from error
 
 
-def _words(text: str, skipped: int) -> Iterator[Record]:
+def _words(text: _Text) -> Iterator[Record]:
     """Records of a list by spaces: the path, in quotes or not, and the last word of the line."""
-    for number, line in enumerate(io.StringIO(text, newline=""), start=1 + skipped):
+    for number, line in enumerate(text, start=1 + text.skipped):
         words = _quoted(line) if '"' in line else line.rsplit(None, 1)
         if words:
             words[0] = words[0].strip()

@@ -14,15 +14,18 @@ import io
 import json
 import logging
 import os
+import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Self
+from typing import BinaryIO
 
+from mvd_scale.data.host_cache import open_unnamed
 from mvd_scale.data.indexing.media_probe import probe_video
 from mvd_scale.data.indexing.transcode import TranscodeOptions, transcode
 from mvd_scale.data.manifest import Manifest, Row
@@ -67,11 +70,10 @@ class _Writer:
     def _write(self, task: Shard) -> int:
         """Write a shard and its index, and return the number of its videos, packed or left out."""
         path = shard_path(self.folder, task.number)
-        # The index appears last: its presence marks the shard as complete.
+        index = _Index()
         with (
-            _IndexWriter(index_path(path)) as index,
-            _AtomicFile(path) as target,
-            tarfile.open(fileobj=target.file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+            _atomic_file(path) as target,
+            tarfile.open(fileobj=target, mode="w", format=tarfile.USTAR_FORMAT) as tar,
         ):
             for number in range(task.start, task.stop):
                 video = self.manifest.row(int(self.manifest.usable[number]))
@@ -83,12 +85,14 @@ class _Writer:
                 # Members are numbered: names from outside are never used as paths.
                 member = tarfile.TarInfo(f"{number:09d}{_suffix(row)}")
                 member.size = len(data)
-                start = target.file.tell()
+                start = target.tell()
                 tar.addfile(member, io.BytesIO(data))
                 tar.members.clear()  # type: ignore[attr-defined]  # kept for listings, one object for each video
                 # In a tar file, the data of a member follows its header of one block.
                 index.add(replace(row, path=path, offset=start + tarfile.BLOCKSIZE, size=len(data)))
                 self.manifest.release()
+        # The index appears last: its presence marks the shard as complete.
+        index.write(index_path(path))
         return task.stop - task.start
 
     def _read(self, video: Row) -> tuple[Row, bytes]:
@@ -206,7 +210,7 @@ def _packed_rows(manifest: Manifest, out: str, tasks: Sequence[Shard]) -> Iterat
     """Rows of a manifest in their order, those of packed videos as the indices of their shards have them."""
     place = 0
     for task in tasks:
-        packed = _read_index(index_path(shard_path(out, task.number)))
+        packed = _read_index(index_path(shard_path(out, task.number)), task.stop - task.start)
         for row, packed_row in zip(manifest.usable[task.start : task.stop].tolist(), packed, strict=True):
             yield from map(manifest.row, range(place, row))
             yield packed_row
@@ -252,67 +256,65 @@ def _check_folder(out: str, manifest: Manifest, size: int, encoding: TranscodeOp
         )
 
 
-def _read_index(path: str) -> Iterator[Row]:
+def _read_index(path: str, rows: int) -> Iterator[Row]:
     content = _read_file(path)
     if content is None:
         raise UserError(f"{path}, the index of a shard, was removed while its manifest was written: start again")
+    if content.count(b"\n") != rows + 2 or not content.endswith(b"\n]\n"):
+        raise UserError(
+            f"{path}, the index of a shard, is not whole: expected {rows} rows. Remove this file, and start the "
+            "command again, which writes the shard anew"
+        )
     for line in io.BytesIO(content):
         if line not in (b"[\n", b"]\n"):
             yield Row(**json.loads(line.removesuffix(b"\n").removesuffix(b",").decode()))
 
 
-class _AtomicFile:
-    """Context manager that writes a file atomically: the file appears complete, or not at all."""
+class _Index:
+    """Index of a shard, a list in JSON with one row in a line; it lies in a file without a name until it is written."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __enter__(self) -> Self:
-        if is_url(self.path):
-            filesystem, inner = filesystem_of(self.path)
-            # Object stores make a file visible only when it is closed.
-            self.file = filesystem.open(inner, "wb")
-        else:
-            self.partial = Path(f"{self.path}.partial")
-            self.partial.parent.mkdir(parents=True, exist_ok=True)
-            self.file = self.partial.open("wb")
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if not is_url(self.path) and kind is None:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        self.file.close()
-        if not is_url(self.path):
-            if kind is None:
-                self.partial.replace(self.path)
-            else:
-                self.partial.unlink()
-
-
-class _IndexWriter(_AtomicFile):
-    """Context manager that writes the index of a shard: a list in JSON, one row in a line."""
-
-    def __enter__(self) -> Self:
-        super().__enter__()
-        self.file.write(b"[\n")
-        self._before = b""
-        return self
+    def __init__(self) -> None:
+        self._file = open_unnamed()
+        self._before = b"[\n"
 
     def add(self, row: Row) -> None:
         """Append the row of a video."""
-        self.file.write(self._before + json.dumps(vars(row)).encode())
+        self._file.write(self._before + json.dumps(vars(row)).encode())
         self._before = b",\n"
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is None:
-            self.file.write(b"\n]\n")
-        super().__exit__(kind, *rest)
+    def write(self, path: str) -> None:
+        """Write the index, of one row or more, to a path or URL."""
+        self._file.write(b"\n]\n")
+        self._file.seek(0)
+        with _atomic_file(path) as target:
+            shutil.copyfileobj(self._file, target)
+
+
+@contextmanager
+def _atomic_file(path: str) -> Iterator[BinaryIO]:
+    """Open a path or URL for writing: the file appears complete, or not at all."""
+    if is_url(path):
+        filesystem, inner = filesystem_of(path)
+        # To close a file of an object store is to finish it, also after an error: the end of the transaction decides.
+        with filesystem.transaction, filesystem.open(inner, "wb") as file:
+            yield file
+        return
+    partial = Path(f"{path}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        partial.unlink()
+        raise
+    partial.replace(path)
 
 
 def _write_text(path: str, text: str) -> None:
-    with _AtomicFile(path) as target:
-        target.file.write(text.encode())
+    with _atomic_file(path) as target:
+        target.write(text.encode())
 
 
 def _read_file(path: str) -> bytes | None:

@@ -154,7 +154,10 @@ def _with_valid_name(row: Row) -> Row:
 
 
 def _glob(pattern: str) -> Stored[str]:
-    """Paths that match a pattern, sorted; those that are nothing only if the pattern has their names."""
+    """Paths that match a pattern, sorted; those that are nothing only if the pattern has their names.
+
+    Of a pattern at a URL, fsspec holds all paths while it lists.
+    """
     if is_url(pattern):
         filesystem, inner = filesystem_of(pattern)
         paths = (str(filesystem.unstrip_protocol(path)) for path in filesystem.glob(inner))

@@ -2,19 +2,27 @@
 
 A path is tried below the root, below the root's folder of its class, and below the working folder; then in the same
 folders with another suffix of a video; and at last anywhere below the root, where no other file can be meant.
+
+Lines and rows of a long list lie on disk. The names in the folders that lines mean stay in memory, and the paths of all
+videos below the root if a line is searched there: one look into a folder stands for one look-up per line.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import posixpath
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter, itemgetter
+from typing import NamedTuple
 
 from mvd_scale.data.filesystem import find_files, is_dir, is_media, join, relative
 from mvd_scale.data.manifest import Row
+from mvd_scale.data.spool import Mapped, Stored, store, store_sorted
 from mvd_scale.data.storage import absolute, is_url
 from mvd_scale.errors import UserError
 
@@ -35,6 +43,53 @@ class _Folder:
 
     entries: dict[str, bool]
     """Names of what it holds, each with whether it is a folder."""
+
+
+class Line(NamedTuple):
+    """A line of a list."""
+
+    file: str
+    """The list, for messages."""
+
+    number: int
+    """Number of the line, from 1, for messages."""
+
+    written: str
+    """Path of the video as the list has it."""
+
+    label: int
+    """Class of the video, from 0; -1 without one."""
+
+    folder: str = ""
+    """Name of the class, after which a folder may be named."""
+
+
+class _Found(NamedTuple):
+    """A line and the file that it means."""
+
+    line: Line
+    name: str
+    path: str
+    left_out: str | None = None
+
+    missing: bool = False
+    """Whether there is no such file."""
+
+    moved: bool = False
+    """Whether it is elsewhere than the list says."""
+
+
+class _Meaning(NamedTuple):
+    """A file and a line that means it."""
+
+    path: str
+    place: str
+    """Number of the line among all, in digits that sort like it."""
+    moved: bool
+    file: str
+    number: int
+    written: str
+    label: int
 
 
 class VideoFinder:
@@ -63,47 +118,60 @@ class VideoFinder:
         self._places: dict[tuple[str, str], list[_Folder]] = {}
         self._below: dict[str, list[str]] | None = None
         self._by_folders = False
-        self._found: dict[str, str] = {}
-        self._meant: dict[str, tuple[int, str, int]] = {}
-        self._repeated = 0
 
-    def row(self, line: int, written: str, label: int, folder: str = "") -> Row:
-        """Row of the video that a line means; one that is not found gets the path `root/written`.
+    def rows(self, lines: Iterable[Line]) -> Stored[Row]:
+        """Rows of the videos that lines mean; one that is not found gets the path `root/written`.
 
-        Args:
-            line: number of the line, for messages.
-            written: path of the video as the list has it.
-            label: its class, from 0; -1 without one.
-            folder: name of its class, after which a folder may be named.
+        The log says how many were found elsewhere than the list says, and how many lines repeat others.
 
         Raises:
-            UserError: the line can mean several files, or a file that a line of another class means too.
+            UserError: a line can mean several files, or a file that a line of another class means too.
         """
+        found = store(map(self._find, lines), list, lambda values: _Found(Line(*values[0]), *values[1:]))
+        self._check_repeated(found)
+        return Mapped(_row, found)
+
+    def _find(self, line: Line) -> _Found:
+        written = line.written
         if is_url(written) or (is_url(self.root) and not self.anywhere):
-            return self._once(self._named(join(self.root, written), label), line, written)
+            return self._named(line, join(self.root, written))
         start, slash, name = written.rpartition("/")
-        for place in self._candidates(start or slash, folder):
+        for place in self._candidates(start or slash, line.folder):
             if name in place.entries:
                 left_out = NOT_A_VIDEO if place.entries[name] else None
-                row = Row(name=place.name + name, path=f"{place.path}/{name}", label=label, left_out=left_out)
-                return self._once(row, line, written)
-        found = self._search(line, written, folder)
+                return _Found(line, place.name + name, f"{place.path}/{name}", left_out)
+        found = self._search(line)
         if found is None:
-            return self._named(join(self.root, written), label)
-        self._found.setdefault(found, written)
-        return self._once(self._named(found, label), line, written)
+            return self._named(line, join(self.root, written))._replace(missing=True)
+        return self._named(line, found)._replace(moved=True)
 
-    def log_found(self) -> None:
-        """Log how many videos were found elsewhere than the list says, and how many lines repeat others."""
-        if self._found:
-            path, written = next(iter(self._found.items()))
+    def _check_repeated(self, found: Stored[_Found]) -> None:
+        """Check that no file has several classes, and log how many were found elsewhere, and how many lines repeat."""
+        count = repeated = 0
+        clash: list[tuple[_Meaning, _Meaning]] = []
+        moved: list[_Meaning] = []
+        for meanings in _by_path(found):
+            first, *others = meanings
+            repeated += sum(other.label == first.label for other in others)
+            clash += [(other, first) for other in others if other.label != first.label]
+            clash = sorted(clash, key=lambda pair: pair[0].place)[:1]
+            elsewhere = [meaning for meaning in meanings if meaning.moved]
+            count += bool(elsewhere)
+            moved = sorted([*moved, *elsewhere], key=attrgetter("place"))[:1]
+        for other, first in clash:
+            raise UserError(
+                f"{other.file}:{other.number}: {other.written!r} is found as {other.path}, which line {first.number} "
+                f"has with another class, as {first.written!r}: write paths that tell the two videos apart, relative "
+                "to the root; for one video, keep one of the lines"
+            )
+        for meaning in moved:
             text = "%d videos of %s are not where it says and were found by their names, such as %s in %s"
-            log.info(text, len(self._found), self.file, written, path)
-        if self._repeated:
-            log.info("%d lines of %s repeat earlier ones; each counts as a video", self._repeated, self.file)
+            log.info(text, count, self.file, meaning.written, meaning.path)
+        if repeated:
+            log.info("%d lines of %s repeat earlier ones; each counts as a video", repeated, self.file)
 
-    def _named(self, path: str, label: int) -> Row:
-        return Row(name=self._relative(absolute(path)), path=absolute(path), label=label)
+    def _named(self, line: Line, path: str) -> _Found:
+        return _Found(line, self._relative(absolute(path)), absolute(path))
 
     def _relative(self, path: str) -> str:
         start = self.root.rstrip("/") + "/"
@@ -135,42 +203,20 @@ class VideoFinder:
                 self._entries[path] = {}
         return self._entries[path]
 
-    def _search(self, line: int, written: str, folder: str) -> str | None:
+    def _search(self, line: Line) -> str | None:
         """Path of a video that is not exactly where the list says; None if there is none."""
-        if "\\" in written:
-            written = written.replace("\\", "/")
+        written = line.written.replace("\\", "/")
         start, name = posixpath.split(written)
-        for place in self._candidates(start, folder):
+        for place in self._candidates(start, line.folder):
             if place.entries.get(name) is False:
                 return f"{place.path}/{name}"
             found = self._same_stem(place, name)
             if found:
-                return self._only(found, line, written)
+                return _only(found, line, written)
         if start and not self.anywhere:
             return None
-        found = self._by_name(written, folder)
-        return self._only(found, line, written) if found else None
-
-    def _only(self, found: Sequence[str], line: int, written: str) -> str:
-        if len(found) > 1:
-            rest = f" and {len(found) - 4} more" if len(found) > 4 else ""
-            raise UserError(
-                f"{self.file}:{line}: {written!r} can be any of {len(found)} files, {', '.join(found[:4])}{rest}: "
-                "write the path of one of them, relative to the root"
-            )
-        return found[0]
-
-    def _once(self, row: Row, line: int, written: str) -> Row:
-        """The row of a file, which no other line may have with another class."""
-        first, earlier, label = self._meant.setdefault(row.path, (line, written, row.label))
-        self._repeated += first != line and label == row.label
-        if label != row.label:
-            raise UserError(
-                f"{self.file}:{line}: {written!r} is found as {row.path}, which line {first} has with another class, "
-                f"as {earlier!r}: write paths that tell the two videos apart, relative to the root; for one video, "
-                "keep one of the lines"
-            )
-        return row
+        found = self._by_name(written, line.folder)
+        return _only(found, line, written) if found else None
 
     def _same_stem(self, place: _Folder, name: str) -> list[str]:
         """Videos in a folder whose names differ from one in nothing but the suffix."""
@@ -208,6 +254,31 @@ class VideoFinder:
 
     def _parents(self, path: str) -> list[str]:
         return [_spelling(part) for part in self._relative(path).split("/")[:-1]]
+
+
+def _row(found: _Found) -> Row:
+    return Row(name=found.name, path=found.path, label=found.line.label, left_out=found.left_out)
+
+
+def _by_path(found: Stored[_Found]) -> Iterator[list[_Meaning]]:
+    """Yield the lines that mean one file, in their order, for each file that is not missing."""
+    meanings = (
+        json.dumps(_Meaning(one.path, f"{place:012d}", one.moved, *one.line[:4]))
+        for place, one in enumerate(found)
+        if not one.missing
+    )
+    for _, group in groupby(map(json.loads, store_sorted(meanings)), itemgetter(0)):
+        yield [_Meaning(*values) for values in group]
+
+
+def _only(found: Sequence[str], line: Line, written: str) -> str:
+    if len(found) > 1:
+        rest = f" and {len(found) - 4} more" if len(found) > 4 else ""
+        raise UserError(
+            f"{line.file}:{line.number}: {written!r} can be any of {len(found)} files, {', '.join(found[:4])}{rest}: "
+            "write the path of one of them, relative to the root"
+        )
+    return found[0]
 
 
 def _shared(here: Sequence[str], there: Sequence[str]) -> int:

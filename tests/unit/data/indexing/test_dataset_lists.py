@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import tarfile
+import tracemalloc
+from itertools import chain
 from pathlib import Path
 
 import fsspec
@@ -40,6 +42,63 @@ def test_a_folder_of_class_folders_has_labels(tmp_path):
     rows, classes = listed(tmp_path / "train")
     assert {label for _, label in rows} == {-1}
     assert classes == ()
+
+
+def write_long(folder: Path, form: str, count: int) -> Path:
+    """Write a list of some form, or a tar file, of so many videos."""
+    file = folder / f"{form}-{count}{'.tar' if form == 'tar' else '.csv'}"
+    if form == "tar":
+        with tarfile.open(file, "w") as archive:
+            for number in range(count):
+                archive.addfile(tarfile.TarInfo(f"set/{number:08d}.mp4"))
+        return file
+    lines = {
+        "plain": (f"memory://set/{number:08d}.mp4 {number % 7}" for number in range(count)),
+        "named": (f"set/{number:08d}.mp4,class_{number % 7}" for number in range(count)),
+        "header": chain(
+            ["path,note,label"], (f"memory://set/{number:08d}.mp4,x,{number % 7}" for number in range(count))
+        ),
+        "kinetics": chain(
+            ["label,youtube_id,time_start,time_end,split"],
+            (f"class_{number % 7},{number:011d},{number},{number + 10},train" for number in range(count)),
+        ),
+    }
+    file.write_text("\n".join(lines[form]))
+    return file
+
+
+@pytest.mark.parametrize("form", ["plain", "named", "header", "kinetics", "tar"])
+def test_memory_does_not_grow_with_a_list_or_a_tar_file(tmp_path, monkeypatch, form):
+    expected = list(list_videos([str(write_long(tmp_path, form, 2000))], ListOptions()).rows)
+    monkeypatch.setattr("mvd_scale.data.spool.IN_MEMORY", 100)
+    monkeypatch.setattr("mvd_scale.data.spool._PIECE", 256)
+    monkeypatch.setattr("mvd_scale.data.indexing.list_tables._PIECE", 1024)
+    monkeypatch.setattr("mvd_scale.data.indexing.tars._CHUNK", 1024)
+    peaks = []
+    for count in (500, 2000):
+        file = str(write_long(tmp_path, form, count))
+        tracemalloc.start()
+        listing = list_videos([file], ListOptions())
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 1500 * 100, "bytes for 1500 more videos"
+    assert list(listing.rows) == expected
+
+
+def test_repeated_lines_are_told_apart_on_disk_as_in_memory(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("mvd_scale.data.spool.IN_MEMORY", 3)
+    caplog.set_level(logging.INFO)
+    names = [f"{number}.mp4" for number in range(12)]
+    touch(tmp_path / "deep", *names)
+    lines = [f"{name} 1" for name in [*names, *names[:2]]]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    assert listed(tmp_path / "list.txt")[0] == [(f"deep/{line.split()[0]}", 1) for line in lines]
+    assert "12 videos of" in caplog.text
+    assert "such as 0.mp4 in" in caplog.text
+    assert "2 lines of" in caplog.text
+    (tmp_path / "list.txt").write_text("\n".join([*lines, "7.mp4 2", "1.mp4 2"]))
+    with pytest.raises(UserError, match=r"list.txt:15: '7.mp4' is found as .*, which line 8 has with another class"):
+        listed(tmp_path / "list.txt")
 
 
 def test_a_link_to_a_parent_folder_is_not_followed_forever(tmp_path):
@@ -144,8 +203,9 @@ def test_ucf101(tmp_path):
     rows, classes = listed(tmp_path / "trainlist01.txt", root=str(tmp_path / "videos"))
     assert (rows, classes) == ([("Archery/v_Archery_g01_c01.avi", 1)], ("ApplyEyeMakeup", "Archery", "Basketball"))
     listing = list_videos([str(tmp_path / "testlist01.txt")], ListOptions(root=str(tmp_path / "videos")))
-    assert listing.rows[0].label == 2
-    assert listing.rows[0].path == str(tmp_path / "videos/v_Basketball_g01_c01.avi")
+    (row,) = listing.rows
+    assert row.label == 2
+    assert row.path == str(tmp_path / "videos/v_Basketball_g01_c01.avi")
 
 
 def test_hmdb51(tmp_path):

@@ -16,6 +16,7 @@ from mvd_scale.cli import cli
 from mvd_scale.config.data import DataConfig
 from mvd_scale.config.model import ModelConfig
 from mvd_scale.data.decoding.pyav import decode_frames
+from mvd_scale.data.indexing import shards
 from mvd_scale.data.indexing.build import build_manifest
 from mvd_scale.data.indexing.shards import save_manifest, shard_videos
 from mvd_scale.data.indexing.transcode import TranscodeOptions, encoded_size
@@ -106,6 +107,43 @@ def test_a_killed_job_goes_on_with_the_next_shard(tmp_path, manifest):
     assert (tmp_path / "out" / "shard-000001.tar").stat().st_size > 4
     with pytest.raises(UserError, match="holds shards of other videos, or made with other options"):
         pack(manifest, tmp_path / "out", size=99_000)
+
+
+@pytest.mark.parametrize("where", ["folder", "memory://interrupted/set"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_shard_is_absent_and_is_written_anew(tmp_path, manifest, monkeypatch, where, error):
+    out = f"{where}-{error.__name__}" if "://" in where else str(tmp_path / where)
+    whole = pack(manifest, tmp_path / "whole")
+    read = shards.read_bytes
+
+    def interrupted(path: str, *place: int) -> np.ndarray:
+        if path == manifest.path[5]:
+            raise error
+        return read(path, *place)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shards, "run_with_timeout", lambda _timeout, _path, function, *rest: function(*rest))
+        patched.setattr(shards, "read_bytes", interrupted)
+        with pytest.raises(error):
+            pack(manifest, out)
+    filesystem, folder = fsspec.core.url_to_fs(out)
+    left = sorted(path.rsplit("/")[-1] for path in filesystem.find(folder))
+    assert left[:2] == ["shard-000000.json", "shard-000000.tar"]
+    assert len(left) % 2, "a shard without its index, or an index without its shard"
+    packed = pack(manifest, out)
+    assert (packed.size.tolist(), packed.offset.tolist()) == (whole.size.tolist(), whole.offset.tolist())
+    last = packed.path[-1]
+    assert filesystem.size(last.removeprefix("memory:/")) == Path(whole.path[-1]).stat().st_size
+
+
+def test_a_torn_index_is_named(tmp_path, manifest):
+    pack(manifest, tmp_path / "out")
+    index = tmp_path / "out" / "shard-000001.json"
+    content = index.read_bytes()
+    for torn in (content[:-2], content[: content.index(b"\n", 5) + 1], b"[\n]\n"):
+        index.write_bytes(torn)
+        with pytest.raises(UserError, match="the index of a shard, is not whole: expected"):
+            pack(manifest, tmp_path / "out")
 
 
 def test_a_video_that_is_gone_is_left_out_and_named(tmp_path, videos):
