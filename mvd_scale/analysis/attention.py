@@ -82,9 +82,10 @@ def _inputs_of_attention(encoder: Encoder) -> Iterator[list[list[tuple[Tensor, T
 
     def keep(number: int) -> Any:
         def hook(_: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
-            tokens, output_tokens, rotation = arguments
-            # A selection of queries would change the mean over them.
+            tokens, output_tokens, rotation, places = arguments
+            # A selection of queries would change the mean over them; encoders share no rows between clips.
             assert output_tokens is None
+            assert places is None
             inputs[number].append((tokens, rotation))
 
         return hook

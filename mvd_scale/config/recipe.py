@@ -13,7 +13,7 @@ from mvd_scale.config.data import DataConfig, MaskConfig, ShortSideCrop
 from mvd_scale.config.model import WIDTH_MULTIPLES, ModelConfig
 from mvd_scale.config.section import Section
 from mvd_scale.config.students import StudentConfig, find_contradictions, merge_student
-from mvd_scale.config.target import MomentumTarget, TargetConfig, TeacherTarget
+from mvd_scale.config.target import MomentumTarget, TargetConfig, TeacherTarget, group_decoders
 from mvd_scale.config.training import (
     CheckpointConfig,
     LoggingConfig,
@@ -253,11 +253,10 @@ class Recipe(RunRecipe):
 
     def _check_programs(self) -> None:
         teachers = self.teachers
-        shapes = [target.decoder for target in self.targets.values() if target.decoder is not None]
-        if self.training.batch_decoders is True and len(set(shapes)) == len(shapes):
+        if self.training.batch_decoders is True and not self.decoder_groups:
             raise ValueError(
-                "training.batch_decoders true has no effect: no two targets have decoders of the same shape. Set it to "
-                "auto"
+                "training.batch_decoders true has no effect: no two targets have decoders of the same shape that "
+                "predict the same tokens. Set it to auto"
             )
         for key in ("compile", "cuda_graphs"):
             if getattr(teachers, key) is not True:
@@ -359,6 +358,11 @@ class Recipe(RunRecipe):
     def each_student(self) -> dict[str, Recipe]:
         """Recipes of all students by name; this recipe itself, under an empty name, if it names no students."""
         return {name: self.alone(name) for name in self.students} or {"": self}
+
+    @property
+    def decoder_groups(self) -> list[list[str]]:
+        """Targets whose decoders can be batched, see `group_decoders`."""
+        return group_decoders({name: target.decoder_kind for name, target in self.targets.items()})
 
     @property
     def own_masks(self) -> dict[str, MaskConfig | None]:

@@ -5,6 +5,7 @@ Distance and weight are D and lambda of Eq. 2 and 3 of the paper.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -46,6 +47,8 @@ class TokenHeadConfig(Section):
 
 
 HeadConfig = DecoderConfig | TokenHeadConfig
+DecoderKind = tuple[DecoderConfig, bool]
+"""Shape of a decoder, and whether it predicts visible tokens too; decoders of one kind can be batched."""
 Distance = Literal["smooth_l1", "l1", "l2", "cosine"]
 Tokens = Literal["masked", "visible", "all"]
 
@@ -85,6 +88,11 @@ class BaseTarget(Section):
             assert self.decoder is not None
             return self.decoder
         return TokenHeadConfig(kind=self.head, hidden=self.hidden)
+
+    @property
+    def decoder_kind(self) -> DecoderKind | None:
+        """Kind of the decoder; None for another head."""
+        return None if self.decoder is None else (self.decoder, bool(self.visible_weight))
 
     @model_validator(mode="after")
     def _check_head(self) -> Self:
@@ -140,8 +148,8 @@ class TeacherTarget(BaseTarget):
     teachers weigh alike in the loss (RADIO): `channel`, of each channel; `layer`, one of all channels of a layer, which
     keeps their proportions. Checkpoints hold both. `none`: features as they are."""
 
-    standardize_momentum: float = Field(default=0.99, ge=0, lt=1)
-    """Weight of the old mean and variance in an optimizer step, for `standardize`."""
+    standardize_momentum: float | None = Field(default=None, ge=0, lt=1)
+    """Weight of the old mean and variance in an optimizer step, for `standardize`; 0.99 if omitted."""
 
     layers: tuple[int, ...] = ()
     """Blocks of the teacher whose outputs are the features, ascending, counted from 1; the last block if empty. The
@@ -154,6 +162,11 @@ class TeacherTarget(BaseTarget):
             raise ValueError(
                 f"norm and standardize {self.standardize} both scale the features: set one of them to "
                 "`norm: false` or `standardize: none`"
+            )
+        if self.standardize == "none" and self.standardize_momentum is not None:
+            raise ValueError(
+                "standardize_momentum has no effect with `standardize: none`: remove it, or set `standardize: channel` "
+                "or `standardize: layer`"
             )
         return self
 
@@ -239,3 +252,12 @@ class MomentumTarget(TeacherTarget):
 TargetConfig = Annotated[
     PixelTarget | ImageTeacherTarget | VideoTeacherTarget | TimmTarget | MomentumTarget, Field(discriminator="kind")
 ]
+
+
+def group_decoders(kinds: Mapping[str, DecoderKind | None]) -> list[list[str]]:
+    """Group decoders that can be batched, by name of the target: names of at least two in each group."""
+    groups: dict[DecoderKind, list[str]] = {}
+    for name, kind in kinds.items():
+        if kind is not None:
+            groups.setdefault(kind, []).append(name)
+    return [group for group in groups.values() if len(group) > 1]

@@ -86,7 +86,14 @@ class ClipBatch:
 
     def tokens(self, which: Tokens) -> Tensor | None:
         """Indices of the tokens at which a target is predicted, int64 (B, M) or (B, V); None for all in order."""
-        return None if which == "all" else self.masked if which == "masked" else self.visible
+        if self.is_unmasked or which == "all":
+            return None
+        return self.masked if which == "masked" else self.visible
+
+    @property
+    def is_unmasked(self) -> bool:
+        """Whether no token is masked, so that features are at all tokens in order."""
+        return self.masked.shape[1] == 0
 
     def seen_by(self, student: str) -> Self:
         """Batch of one student alone: the tokens of its own mask if it has one, and no features."""
@@ -94,9 +101,9 @@ class ClipBatch:
         return replace(self, visible=visible, masked=masked, own_visible={}, own_masked={}, features={})
 
     def unmasked(self, tokens: int) -> Self:
-        """Batch whose visible tokens, and masked ones, are all `tokens` of a clip, for features at all of them."""
+        """Batch of which all `tokens` of a clip are visible, for features at all of them."""
         every = torch.arange(tokens, device=self.visible.device).expand(len(self.visible), -1)
-        return replace(self, visible=every, masked=every, own_visible={}, own_masked={})
+        return replace(self, visible=every, masked=every[:, :0], own_visible={}, own_masked={})
 
     def at(self, side: int) -> Tensor:
         """Pixels at an input side of `side` pixels: uint8 (B, T, side, side, 3)."""

@@ -250,7 +250,7 @@ class Blocks(nn.ModuleList):
                 tokens = block(*arguments, recompute_attention=again == "attention")
             if number in wanted:
                 outputs.append(tokens if is_last else select_output_tokens(tokens, output_tokens))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        return torch.cat(outputs, dim=-1) if len(outputs) > 1 else tokens
 
 
 def sequences_per_pass(tokens: int) -> int:

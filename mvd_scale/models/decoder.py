@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mvd_kernels import LayerNorm, decoder_input
 from mvd_scale.config import DecoderConfig, ModelConfig
+from mvd_scale.config.target import DecoderKind
 from mvd_scale.models.blocks import Blocks
 from mvd_scale.models.grouped import GroupedLinear, grouped_blocks
 from mvd_scale.models.initialization import init_mask_token, init_pretrain_weights
@@ -52,6 +53,11 @@ class Decoder(nn.Module):
         if config.embed_bias:
             init_pretrain_weights(self.embed)
         init_mask_token(self.mask_token, encoder)
+
+    @property
+    def kind(self) -> DecoderKind:
+        """Kind of the decoder: those of one kind can be batched."""
+        return self.config, self.predicts_visible
 
     def forward(self, encoded: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
         """Predict the target at masked tokens, or at visible and masked tokens.

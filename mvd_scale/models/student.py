@@ -11,6 +11,7 @@ from typing import Protocol, Self
 from torch import Tensor, nn
 
 from mvd_scale.config import DecoderConfig, HeadConfig, ModelConfig, Recipe
+from mvd_scale.config.target import group_decoders
 from mvd_scale.models.decoder import Decoder, GroupedDecoders
 from mvd_scale.models.encoder import Encoder
 from mvd_scale.models.heads import TokenHead
@@ -54,11 +55,12 @@ class Student(nn.Module):
     def groups_by_shape(self) -> list[dict[str, Decoder]]:
         """Group decoders of the same shape that predict the same tokens: one {target name: decoder} per group of at
         least two."""
-        groups: dict[tuple[DecoderConfig, bool], dict[str, Decoder]] = {}
+        decoders: dict[str, Decoder] = {}
         for name, decoder in self.decoders.items():
             assert isinstance(decoder, Decoder)
-            groups.setdefault((decoder.config, decoder.predicts_visible), {})[name] = decoder
-        return [group for group in groups.values() if len(group) > 1]
+            decoders[name] = decoder
+        groups = group_decoders({name: decoder.kind for name, decoder in decoders.items()})
+        return [{name: decoders[name] for name in group} for group in groups]
 
     def batch_decoders(self) -> None:
         """Run decoders of the same shape as one batched pass in all following calls of `forward`."""

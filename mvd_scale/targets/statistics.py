@@ -3,7 +3,7 @@
 Without it the teacher whose features have the largest variance rules a sum of distances: those of public models differ
 a hundredfold. Features of a step are standardised by the statistics of the steps before it, which do not depend on how
 the step is cut into ranks and micro batches; those of the first step by the statistics of their micro batch, of all
-ranks. Nothing waits for the device.
+ranks. Nothing waits for the device but the first update.
 
 Legend: D channels, L layers.
 """
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 EPS = 1e-6
 """Added to a variance, as that of a channel may be 0."""
+
+MOMENTUM = 0.99
+"""Weight of the old moments in an update, where a recipe names none."""
 
 
 class FeatureStatistics(nn.Module):
@@ -35,7 +38,7 @@ class FeatureStatistics(nn.Module):
     _sums: Tensor
 
     known = False
-    """Whether the moments are of any features."""
+    """Whether the moments are of any features; equal on all ranks, and after a resumption."""
 
     def __init__(self, channels: int, momentum: float, *, layers: int, each_channel: bool) -> None:
         super().__init__()
@@ -59,8 +62,7 @@ class FeatureStatistics(nn.Module):
         Returns:
             float32 (B, M, L D).
         """
-        rows = features.float().flatten(0, -2)
-        sums = torch.cat([rows.sum(0), rows.square().sum(0), rows.new_full((1,), len(rows))]).double()
+        sums = _sums_of(features.float().flatten(0, -2))
         sums = torch.where(torch.isfinite(sums).all(), sums, torch.zeros_like(sums))
         self._sums += sums
         if self.known:
@@ -75,13 +77,20 @@ class FeatureStatistics(nn.Module):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Update the moments with all features since the last update. All ranks must call it, after each step."""
+        """Update the moments with all features since the last update. All ranks must call it, after each step that
+        changed weights."""
         self.reduce(self._sums)
         # A step without any finite features does not count.
         weight = (1 - self.momentum if self.known else 1.0) * (self._sums[-1] > 0).double()
         self.moments.lerp_(_moments(self._sums), weight)
         self._sums.zero_()
-        self.known = True
+        if not self.known:
+            # This waits for the device. A choice on the device would have to sum each later micro batch over all ranks.
+            self.restore()
+
+    def discard(self) -> None:
+        """Forget all features since the last update, of a step that changed no weight. All ranks must call it."""
+        self._sums.zero_()
 
     def restore(self) -> None:
         """Take moments that were written into the tensor `moments`, such as those of a checkpoint."""
@@ -93,7 +102,23 @@ class FeatureStatistics(nn.Module):
         if not self._each_channel:
             variance = variance.mean(1, keepdim=True).expand_as(variance)
         scale = (variance.flatten() + EPS).rsqrt()
-        return (features.float() - mean.float()) * scale.float()
+        # A float32 mean may be wrong by much of a deviation, its rest is not.
+        nearest = mean.float()
+        rest = (mean - nearest).float()
+        return (features.float() - nearest).sub_(rest).mul_(scale.float())
+
+
+def _sums_of(rows: Tensor) -> Tensor:
+    """Sum values and squares of rows, float32 (R, D), with the number of rows behind both: float64 (2 D + 1,).
+
+    Sums are of the differences from the mean in float32, whose squares do not cancel where it is much larger than the
+    deviation.
+    """
+    count, pivot = len(rows), rows.mean(0)
+    differences = rows - pivot
+    first, second, pivot = differences.sum(0).double(), differences.square().sum(0).double(), pivot.double()
+    squares = second + 2 * pivot * first + count * pivot.square()
+    return torch.cat([first + count * pivot, squares, first.new_full((1,), count)])
 
 
 def _moments(sums: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from mvd_scale.models.blocks import select_output_tokens
 from mvd_scale.models.encoder import Patchify
 from mvd_scale.models.timm_vit import TimmViT
 from mvd_scale.targets.resampling import GridResampler
-from mvd_scale.targets.statistics import FeatureStatistics
+from mvd_scale.targets.statistics import MOMENTUM, FeatureStatistics
 
 
 class Target(ABC):
@@ -46,9 +46,9 @@ class Target(ABC):
     def tokens(self, batch: ClipBatch) -> Tensor | None:
         """Return the tokens at which the target is predicted: int64 (B, M), or None for all tokens in order.
 
-        With `visible_weight` they are the visible tokens, then the masked ones.
+        With `visible_weight` they are the visible tokens, then the masked ones. Of an unmasked batch they are all.
         """
-        if self.config.visible_weight:
+        if self.config.visible_weight and not batch.is_unmasked:
             return torch.cat([batch.visible, batch.masked], dim=1)
         return batch.tokens(self.config.tokens)
 
@@ -89,7 +89,8 @@ class FrozenTeacher(Target):
         self.channels = teacher.width * layers
         self.input_size = input_size
         if config.standardize != "none":
-            momentum, each = config.standardize_momentum, config.standardize == "channel"
+            momentum = MOMENTUM if config.standardize_momentum is None else config.standardize_momentum
+            each = config.standardize == "channel"
             self.statistics = FeatureStatistics(self.channels, momentum, layers=layers, each_channel=each)
 
     def select(self, features: Tensor, tokens: Tensor | None) -> Tensor:

@@ -58,6 +58,9 @@ class ModelEma:
         torch._foreach_lerp_(self.shards, list(self._online_shards()), 1 - self.momentum(step))
         self.publish()
 
+    def skip(self) -> None:
+        """Do nothing: the weights are those of the last update."""
+
     def save(self, folder: Path) -> None:
         """Write the whole average to its file in a folder. All ranks must call it."""
         whole = {}

@@ -457,9 +457,8 @@ def _prefetch(config: TeacherConfig, teacher: Teacher, kind: DeviceKind) -> Deci
 def _batch_decoders(recipe: RunRecipe, stage: int, kind: DeviceKind) -> Decision[bool]:
     if not isinstance(recipe, Recipe):
         return Decision(False, "the model has no decoders")
-    shapes = [target.decoder for target in recipe.targets.values() if target.decoder is not None]
-    if len(set(shapes)) == len(shapes):
-        return Decision(False, "no two decoders have the same shape")
+    if not recipe.decoder_groups:
+        return Decision(False, "no two decoders have the same shape and predict the same tokens")
     return _switch(
         "training.batch_decoders",
         recipe.training.batch_decoders,

@@ -35,6 +35,9 @@ class MovingAverage(Protocol):
     def update(self, step: int) -> None:
         """Update it after optimizer step `step`."""
 
+    def skip(self) -> None:
+        """Forget what it took of an optimizer step that changed no weight; called in place of `update`."""
+
     def save(self, folder: Path) -> None:
         """Write all of it to its file in a folder."""
 

@@ -135,7 +135,10 @@ class Trainer:
         for model, nonfinite in zip(self.models, self._nonfinite, strict=True):
             losses = [(metrics.losses[f"{model.metrics}loss"], rows) for metrics, rows in steps]
             nonfinite.check(model.engine, self.step, losses)
-            for average in model.averages if not nonfinite.in_a_row else ():
+            for average in model.averages:
+                if nonfinite.in_a_row:
+                    average.skip()
+                    continue
                 with self._timer.part(model.part("moving average")):
                     average.update(self.step)
         self.step += 1

@@ -11,7 +11,11 @@ from mvd_kernels.verification.errors import TOLERANCE, measure_errors, relative_
 
 NO_KERNELS = {
     "AddLayerNorm",  # holds the weights of add_layer_norm
-    "Int8Linear",  # for CPUs only
+    "AttentionWays",  # for CPUs only, as are the following
+    "Int8Linear",
+    "Linear",
+    "LinearWays",
+    "linear",
     "attention_backend",
     "attention_backends",
     "bf16_instructions",

@@ -142,11 +142,13 @@ def _make_runs(recipe: Recipe, ranks: Ranks) -> dict[str, Trainer]:
     trainers = {}
     for run, own in parts.items():
         targets = merge_targets(part.targets for part in own)
-        micro, _ = recipe.micro_batch_and_accumulation(ranks.world_size)
-        batches = random_batches(recipe, micro, ranks.device, teacher_input_sizes(recipe, targets))
-        placements, tokens = [part.placement for part in own], recipe.shared_tokens
+        # One student alone has its mask as that of the batch, and features at its own tokens only.
+        own_recipe = own[0].recipe if run else recipe
+        micro, _ = own_recipe.micro_batch_and_accumulation(ranks.world_size)
+        batches = random_batches(own_recipe, micro, ranks.device, teacher_input_sizes(own_recipe, targets))
+        placements, tokens = [part.placement for part in own], own_recipe.shared_tokens
         begin = make_prefetcher(MaskedDistillation(targets), placements, ranks.device, all_tokens=tokens)
-        trainers[run] = Trainer([next(models) for _ in own], TeacherPrefetcher(batches, begin), recipe, ranks)
+        trainers[run] = Trainer([next(models) for _ in own], TeacherPrefetcher(batches, begin), own_recipe, ranks)
     return trainers
 
 

@@ -120,6 +120,8 @@ def measure_teachers(name: str, overrides: list[str], *, steps: int) -> Teachers
     absent: dict[str, str] = {}
     for key, target in teachers.items():
         unchanged = target.teacher
+        if target.statistics is not None:
+            target.statistics.to(device)
         for precision in PRECISIONS[device.type]:
             try:
                 target.teacher = cast_frozen(copy.deepcopy(unchanged), precision, device)

@@ -38,7 +38,8 @@ def each_model(recipe: Recipe | FinetuneRecipe) -> Mapping[str, Recipe | Finetun
 
 def build_workloads(recipe: Recipe | FinetuneRecipe) -> dict[str, Workload]:
     """Build the workload of each student, see `build_workload`."""
-    return {name: build_workload(alone) for name, alone in each_model(recipe).items()}
+    all_tokens = isinstance(recipe, Recipe) and recipe.shared_tokens is not None
+    return {name: build_workload(alone, all_tokens=all_tokens) for name, alone in each_model(recipe).items()}
 
 
 def place_students(

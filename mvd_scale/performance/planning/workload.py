@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -125,8 +126,12 @@ PERSISTENT = 100_000
 """`stage3_param_persistence_threshold` of the package's DeepSpeed files: smaller tensors are not sharded."""
 
 
-def build_workload(recipe: Recipe | FinetuneRecipe) -> Workload:
+def build_workload(recipe: Recipe | FinetuneRecipe, *, all_tokens: bool = False) -> Workload:
     """Build the workload of a recipe; models are built on torch's meta device, without memory.
+
+    Args:
+        recipe: recipe of one student.
+        all_tokens: whether teachers compute features at all tokens, for students with masks of their own.
 
     Raises:
         UserError: a teacher's shape or the number of classes is missing, or shapes do not fit each other.
@@ -141,7 +146,9 @@ def build_workload(recipe: Recipe | FinetuneRecipe) -> Workload:
     return Workload(
         trained=(encoder_part(recipe.model, recipe.visible_tokens), *_head_parts(recipe, targets)),
         teachers=tuple(
-            _teacher_part(name, target, recipe) for name, target in targets.items() if isinstance(target, FrozenTeacher)
+            _teacher_part(name, target, recipe, all_tokens=all_tokens and target.prefetchable)
+            for name, target in targets.items()
+            if isinstance(target, FrozenTeacher)
         ),
         parameters=_count(student),
         tensors=len(list(student.parameters())),
@@ -268,14 +275,14 @@ def _keeping_input(part: ModelPart) -> ModelPart:
     return replace(part, layers=(kept, *part.layers[1:]))
 
 
-def _teacher_part(target_name: str, target: FrozenTeacher, recipe: Recipe) -> ModelPart:
+def _teacher_part(target_name: str, target: FrozenTeacher, recipe: Recipe, *, all_tokens: bool) -> ModelPart:
     name, teacher = f"{target_name} teacher", target.teacher
     known, standardized = teacher_of(target_name, target), target.statistics is not None
     largest = max(
         _count(block) for path, block in teacher.named_modules() if path.rpartition(".")[0].endswith("blocks")
     )
     linear = quantizable_weights(teacher)
-    counts = {
+    counts: dict[str, Any] = {
         "parameters": _count(teacher),
         "unsharded": _count(teacher, below=PERSISTENT),
         "largest": largest,
@@ -284,6 +291,8 @@ def _teacher_part(target_name: str, target: FrozenTeacher, recipe: Recipe) -> Mo
     }
     token_counts = {"masked": masked_tokens(recipe), "visible": recipe.visible_tokens, "all": recipe.tokens}
     wanted = token_counts[target.config.tokens] + (recipe.visible_tokens if target.config.visible_weight else 0)
+    if all_tokens:
+        wanted = recipe.tokens
     values = wanted * target.channels
     if isinstance(teacher, TimmViT):
         patches = (teacher.input_size // teacher.patch_size) ** 2
@@ -300,7 +309,7 @@ def _teacher_part(target_name: str, target: FrozenTeacher, recipe: Recipe) -> Mo
     sequences = recipe.model.grid[0] if isinstance(target, ImageTeacher) else 1
     tokens = model.grid[0] * model.grid[1] * model.grid[2]
     seen = tokens + model.class_token
-    outputs = seen if target.config.tokens == "all" else wanted // sequences
+    outputs = seen if all_tokens or target.config.tokens == "all" else wanted // sequences
     if (isinstance(target, ImageTeacher) and not target.tubes) or target.resampler is not None:
         outputs = seen
     embedding = LinearCost(sequences * tokens, 3 * model.tubelet * model.patch_size**2, _width(model))

@@ -28,6 +28,7 @@ from mvd_scale.models.precision import dtype_of
 from mvd_scale.performance.planning.hardware import known_gpu
 from mvd_scale.targets import FrozenTeacher, MaskedDistillation, build_targets
 from mvd_scale.targets.build import init_teacher
+from mvd_scale.targets.own_masks import StudentObjective, at_all_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,25 +87,35 @@ def count_flops(recipe: Recipe, clips: ClipBatch) -> dict[str, int]:
         if isinstance(own, MomentumTarget)
     )
     for name, alone in students.items():
-        for part, count in _count_student(alone, shapes).items():
+        for part, count in _count_student(alone, name, shapes, recipe.shared_tokens).items():
             # A frozen teacher computes for all students at once.
             shared = part.endswith(" teacher") and moving[part] < 2
             flops[f"{name}: {part}" if name and not shared else part] = count
     return flops
 
 
-def _count_student(recipe: Recipe, clips: ClipBatch) -> dict[str, int]:
-    """Count the FLOPs of the student of a recipe and of its teachers on a batch on torch's meta device."""
+def _count_student(recipe: Recipe, name: str, clips: ClipBatch, all_tokens: int | None) -> dict[str, int]:
+    """Count the FLOPs of one student and of its teachers on a batch on torch's meta device.
+
+    Args:
+        recipe: recipe of the student alone.
+        name: name of the student, if there are several.
+        clips: batch of all students.
+        all_tokens: number of tokens of a clip if teachers compute features at all of them for masks of students' own.
+    """
     parts = FlopParts()
     with torch.device("meta"):
         targets = build_targets(recipe, lambda name: init_teacher(recipe, name))
         student = Student.from_recipe(recipe, targets)
-    for name, target in targets.items():
+    for key, target in targets.items():
         if isinstance(target, FrozenTeacher):
-            parts.watch(f"{name} teacher", target.teacher.to("meta"))
+            parts.watch(f"{key} teacher", target.teacher.to("meta"))
     parts.watch("student forward", student)
+    objective = MaskedDistillation(targets)
     with parts.counter:
-        loss, _ = MaskedDistillation(targets)(student, clips)
+        if all_tokens is not None:
+            clips = at_all_tokens(objective.prefetch_features, all_tokens)(clips)
+        loss, _ = StudentObjective(objective, name)(student, clips)
         with parts.part("backward"):
             loss.backward()
     return parts.flops

@@ -36,6 +36,10 @@ class RunningStatistics:
         """Update the statistics with the features of optimizer step `step`. All ranks must call it."""
         self.statistics.update()
 
+    def skip(self) -> None:
+        """Forget the features of an optimizer step that changed no weight."""
+        self.statistics.discard()
+
     def save(self, folder: Path) -> None:
         """Write the statistics to their file in a folder. All ranks must call it."""
         if self.ranks.is_main:

@@ -20,6 +20,8 @@ TINY: dict[str, Any] = {
     "training": {"epochs": 4, "global_batch": 8, "base_lr": 1e-3, "warmup_epochs": 1},
 }
 
+DENSE = "{kind: pixels, visible_weight: 0.5, decoder: {width: 16, depth: 1, heads: 2}}"
+
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
@@ -87,6 +89,11 @@ def test_overrides_reach_any_depth_and_the_last_one_wins(tiny: Path) -> None:
         (["--teachers.compile", "true", "--teachers.sharding", "zero3"], "recipe", "`teachers.sharding: replicated`"),
         (["--teachers.compile", "true"], "recipe", "no target has a teacher"),
         (["--training.batch_decoders", "true"], "recipe", "no two targets have decoders of the same shape"),
+        (
+            ["--training.batch_decoders", "true", "--targets.dense", DENSE],
+            "recipe",
+            "decoders of the same shape that predict the same tokens",
+        ),
         (["--training.warmup_epochs", "4"], "recipe", "must be less"),
         (["--training.min_lr", "1"], "recipe", "must not exceed training.base_lr"),
         (["--model.heads", "3"], "model", "width 32 is not a multiple of heads 3"),

@@ -15,7 +15,7 @@ from mvd_scale.errors import UserError
 from mvd_scale.performance.benchmarks.checkpointing import CheckpointReport
 from mvd_scale.performance.benchmarks.data.data_loading import DataReport, LoaderSpeed
 from mvd_scale.performance.benchmarks.data.evaluation import EvalReport, EvalSpeed
-from mvd_scale.performance.benchmarks.data.manifest_size import ManifestReport, Size, Start
+from mvd_scale.performance.benchmarks.data.manifest_size import Command, ManifestReport, Size, Start
 from mvd_scale.performance.benchmarks.endurance import FIGURES, EnduranceReport
 from mvd_scale.performance.benchmarks.methods import MethodsReport
 from mvd_scale.performance.benchmarks.rank_growth import Cost, RanksReport
@@ -166,7 +166,8 @@ ENDURANCE = EnduranceReport(
 MANIFEST = ManifestReport(
     machine=MACHINE,
     starts=[Start(rows, "later", 2, 1.0, 300.0, 70.0) for rows in (1000, 10_000_000)],
-    sizes=[Size(rows, rows / 2**20, rows / 2**18, 1.0, 100.0) for rows in (1000, 10_000_000)],
+    sizes=[Size(rows, rows / 2**20, rows / 2**18) for rows in (1000, 10_000_000)],
+    commands=[Command(rows, "stats", 1.0, 100.0, 70.0, 0.0) for rows in (1000, 10_000_000)],
 )
 ROOFLINE = RooflineReport(
     machine=MACHINE,

@@ -39,6 +39,7 @@ def family(mask: Mapping[str, Any]) -> Recipe:
                 "image": SHALLOW,
                 "video": {"kind": "video_teacher", "norm": True, "decoder": DECODER},
                 "seen": {"kind": "video_teacher", "head": "linear", "tokens": "visible"},
+                "dense": {"kind": "video_teacher", "visible_weight": 0.5, "decoder": DECODER},
                 "average": {"kind": "momentum", "decoder": DECODER},
                 "pixels": {"kind": "pixels", "decoder": DECODER},
             },
@@ -74,7 +75,7 @@ def test_losses_and_gradients_are_those_of_the_student_alone(mask: dict[str, Any
     teach = at_all_tokens(MaskedDistillation(merge_targets(targets.values())).prefetch_features, recipe.shared_tokens)
     together = TeachersFirst(teach)(lambda: batch)()
     assert {name: features.shape[1] for name, features in together.features.items()} == {
-        "image": 64, "video": 64, "seen": 64
+        "image": 64, "video": 64, "seen": 64, "dense": 64
     }  # fmt: skip
     found = {}
     for name, alone in recipe.each_student().items():
@@ -84,7 +85,7 @@ def test_losses_and_gradients_are_those_of_the_student_alone(mask: dict[str, Any
             student,
             learn(targets[name], student, StudentObjective(MaskedDistillation(targets[name]), name), together),
         )
-    assert calls == {"image": 1, "video": 1, "seen": 1, "average": 2, "pixels": 0}
+    assert calls == {"image": 1, "video": 1, "seen": 1, "dense": 1, "average": 2, "pixels": 0}
     for name, alone in recipe.each_student().items():
         own = random_batch(alone, 2, CPU)
         assert torch.equal(own.visible, batch.seen_by(name).visible)

@@ -87,6 +87,41 @@ def test_the_first_micro_batch_is_standardised_by_all_ranks() -> None:
     torch.testing.assert_close(made.observe(torch.zeros(1, 1, 1)), torch.tensor([[[-1.0]]]))
 
 
+def test_a_mean_that_is_much_larger_than_the_deviation() -> None:
+    made = statistics(2)
+    drawn = torch.randn(8, 100, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    given = (drawn + torch.tensor([3.0e4, -2.0e3])).float()
+    exact = given.double()
+    expected = ((exact - exact.mean((0, 1))) / exact.std((0, 1), correction=0)).float()
+    torch.testing.assert_close(made.observe(given), expected, rtol=1e-5, atol=1e-5)
+    made.update()
+    torch.testing.assert_close(made.standardize(given), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_features_of_a_step_that_changed_no_weight_are_forgotten() -> None:
+    """A resumed run never saw them."""
+    run, resumed = statistics(3), statistics(3)
+    run.observe(features(0))
+    RunningStatistics("it", run, ALONE).skip()
+    for made in (run, resumed):
+        made.observe(features(1))
+        made.update()
+    assert torch.equal(run.moments, resumed.moments)
+
+
+def test_a_first_step_without_finite_features_leaves_the_next_one_to_itself() -> None:
+    made, fresh = statistics(3), statistics(3)
+    made.observe(features(0) * float("inf"))
+    made.update()
+    assert not made.known
+    assert torch.equal(made.standardize(features(1)), features(1))
+    assert torch.equal(made.observe(features(1)), fresh.observe(features(1)))
+    made.update()
+    fresh.update()
+    assert made.known
+    assert torch.equal(made.moments, fresh.moments)
+
+
 def test_features_that_are_not_finite_do_not_count() -> None:
     made = statistics(3)
     made.observe(features(0))
@@ -152,3 +187,11 @@ def test_the_loss_is_that_of_standardised_features(batch: ClipBatch, ahead: bool
 def test_features_are_scaled_once() -> None:
     with pytest.raises(ValidationError, match="norm and standardize channel both scale the features"):
         recipe(video={"kind": "video_teacher", "norm": True, "standardize": "channel"})
+
+
+def test_a_momentum_without_statistics_is_refused() -> None:
+    with pytest.raises(ValidationError, match="standardize_momentum has no effect with `standardize: none`"):
+        recipe(video={"kind": "video_teacher", "standardize_momentum": 0.5})
+    made = recipe(video={"kind": "video_teacher", "standardize": "layer"})
+    (target,) = build_targets(made, lambda _: teacher(**VIDEO)).values()
+    assert target.statistics.momentum == 0.99  # type: ignore[attr-defined]

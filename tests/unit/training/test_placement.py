@@ -159,6 +159,10 @@ CASES: dict[str, tuple[dict[str, Any], Devices, dict[str, Any], dict[str, Any]]]
     "decoders that differ": (
         {"targets": {"video": VIDEO, "average": MOMENTUM}}, GPU, {"batch_decoders": False}, {},
     ),
+    "decoders of other tokens": (
+        {"targets": {"video": VIDEO, "pixels": {**TARGETS["pixels"], "visible_weight": 0.5}}}, GPU,
+        {"batch_decoders": False}, {},
+    ),
     "deeper queue of clips": ({"data__prefetch": 5}, GPU, {"data_prefetch": 5}, {}),
     "no compiler": (
         {}, replace(GPU, capabilities=Capabilities("H100", fp8=True, no_compile="Triton is off")),

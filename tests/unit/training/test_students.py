@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,9 +104,10 @@ def _gather(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_student_that_is_not_finite_skips_its_own_step_alone(caplog: pytest.LogCaptureFixture) -> None:
     micro = trainer(model("", Drawing(1))).accumulation
     spoiled, sound = model("a", Drawing(1, (2 * micro - 1,))), model("b", Drawing(1))
-    updates: list[tuple[str, int]] = []
+    updates: list[tuple[str, int | str]] = []
     for each in (spoiled, sound):
-        each.averages = [SimpleNamespace(update=lambda step, name=each.name: updates.append((name, step)))]  # type: ignore[list-item]
+        add = partial(lambda name, step="skipped": updates.append((name, step)), each.name)
+        each.averages = [SimpleNamespace(update=add, skip=add)]  # type: ignore[list-item]
     made = trainer(spoiled, sound)
     with caplog.at_level("WARNING"):
         for _ in range(3):
@@ -113,7 +115,7 @@ def test_a_student_that_is_not_finite_skips_its_own_step_alone(caplog: pytest.Lo
     assert "are not finite in 'forward' of step 2 of students.a" in caplog.text
     assert (spoiled.engine.skipped_steps, sound.engine.skipped_steps) == (1, 0)
     # Neither does its moving average move in that step.
-    assert updates == [("a", 0), ("b", 0), ("b", 1), ("a", 2), ("b", 2)]
+    assert updates == [("a", 0), ("b", 0), ("a", "skipped"), ("b", 1), ("a", 2), ("b", 2)]
 
 
 @pytest.mark.usefixtures("_gather")

@@ -25,6 +25,7 @@ from mvd_scale.models import Classifier, Student
 from mvd_scale.models.blocks import set_gradient_checkpointing
 from mvd_scale.performance.planning.flops import part_flops
 from mvd_scale.performance.planning.layers import Backward, BlockCost, LinearCost
+from mvd_scale.performance.planning.students import build_workloads
 from mvd_scale.performance.planning.workload import build_workload, masked_tokens
 from mvd_scale.targets import FrozenTeacher, build_targets
 from mvd_scale.targets.build import init_teacher
@@ -154,6 +155,27 @@ def test_every_part_counts_what_torch_counts(method: str, checkpointing: Checkpo
                 target.encode(clips, target.tokens(clips))
             assert said[f"{name} teacher"].forward * CLIPS == counter.get_total_flops()
             assert said[f"{name} teacher"].backward == 0
+
+
+def test_teachers_of_students_with_masks_of_their_own_are_counted_at_all_tokens() -> None:
+    average = {"kind": "momentum", "decoder": DECODER}
+    dense = {**TARGETS["video"], "visible_weight": 0.5}
+    made = recipe(
+        targets={"image": TARGETS["image"], "video": dense, "average": average},
+        students={"own": {"data": {"mask": {"ratio": 0.5}}}, "shared": {}},
+    )
+    for name, workload in build_workloads(made).items():
+        alone = made.alone(name)
+        said = {part.part: part.forward for part in part_flops(workload, checkpointing="none")}
+        values = {part.name: part.predicted for part in workload.teachers}
+        clips = batch(alone, decoded=masked_tokens(alone))
+        for key, target in build_targets(alone, lambda key, alone=alone: init_teacher(alone, key)).items():
+            assert isinstance(target, FrozenTeacher)
+            seen = clips.unmasked(made.tokens) if target.prefetchable else clips
+            with counting("fused") as counter, torch.no_grad():
+                features = target.raw_features(seen)
+            assert said[f"{key} teacher"] * CLIPS == counter.get_total_flops()
+            assert values[f"{key} teacher"] * CLIPS == features.numel()
 
 
 def test_projections_of_mask_tokens_are_counted_once_for_a_micro_batch() -> None:

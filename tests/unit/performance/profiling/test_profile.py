@@ -14,6 +14,7 @@ import torch
 from mvd_scale.config import Recipe, load_recipe
 from mvd_scale.data.batch import ClipBatch
 from mvd_scale.models import Student
+from mvd_scale.performance.batches import random_batch
 from mvd_scale.performance.profiling.flops import count_flops, module_table, peak_flops
 from mvd_scale.performance.profiling.memory_plot import plot_memory
 from mvd_scale.performance.profiling.report import Operator, PartFigures, ProfileReport
@@ -135,6 +136,20 @@ def test_arithmetic_is_what_is_counted_by_hand_attention_included():
     assert student(decoder.depth - 0.7) <= flops["student forward"] <= student(decoder.depth)
     # Each product twice; pixels want no gradient.
     assert flops["backward"] == 2 * flops["student forward"] - 3 * 2 * 48 * 2 * patch * 128
+
+
+def test_a_student_with_a_mask_of_its_own_is_counted_at_its_own_tokens():
+    students = "{own: {data: {mask: {ratio: 0.5}}}, shared: {}}"
+    recipe = load_recipe("quickstart/student", ["--students", students])
+    clips = random_batch(recipe, 2, torch.device("cpu"))
+    flops = count_flops(recipe, clips)
+    for name in recipe.students:
+        alone = count_flops(recipe.alone(name), clips.seen_by(name))
+        for part in ("student forward", "backward"):
+            assert flops[f"{name}: {part}"] == alone[part]
+        # At all tokens, once for all masks.
+        assert flops["video teacher"] > alone["video teacher"]
+    assert flops["own: student forward"] > flops["shared: student forward"]
 
 
 def test_arithmetic_of_teachers_of_timm_is_counted():
