@@ -98,8 +98,8 @@ def test_a_loader_that_is_killed_between_turns_is_one_line_and_the_others_go_on(
         if line.startswith("round 1"):
             os.kill(int((tmp_path / "b.pid").read_text()), signal.SIGKILL)
 
-    loaders = {name: partial(batches, log, name, None, how if name == "b" else "") for name in "abc"}
-    found = take_turns(loaders, no_check, rounds=2, seconds=0.05, say=kill)
+    loaders = {name: (partial(batches, log, name, None, how if name == "b" else ""), no_check) for name in "abc"}
+    found = take_turns(loaders, rounds=2, seconds=0.05, say=kill)
     assert found.failed == {"b": "its process ended by SIGKILL"}
     assert {name: len(turns) for name, turns in found.turns.items()} == {"a": 2, "c": 2}
 
@@ -111,7 +111,8 @@ def test_a_loader_that_is_killed_before_it_reads_is_one_line(tmp_path: Path, mon
         resume(self, signal.SIGKILL if number is signal.SIGCONT else number)
 
     monkeypatch.setattr(LoaderProcess, "_signal", kill)
-    found = take_turns({"a": partial(batches, tmp_path / "log", "a")}, no_check, rounds=1, seconds=0.05, say=print)
+    loaders = {"a": (partial(batches, tmp_path / "log", "a"), no_check)}
+    found = take_turns(loaders, rounds=1, seconds=0.05, say=print)
     assert found.failed == {"a": "its process ended by SIGKILL"}
 
 
