@@ -12,12 +12,12 @@ from mvd_scale.config import Recipe
 from mvd_scale.distributed.process_group import Ranks
 from mvd_scale.models import Student
 from mvd_scale.targets import MaskedDistillation, Target
-from mvd_scale.targets.own_masks import StudentObjective
 from mvd_scale.training.deepspeed_engine import train_engine
 from mvd_scale.training.ema import build_momentum_emas, initialize_momentum_targets
 from mvd_scale.training.lr_schedule import Schedule
 from mvd_scale.training.optimizer import parameter_groups
 from mvd_scale.training.placement import Placement
+from mvd_scale.training.teachers.own_masks import StudentObjective
 from mvd_scale.training.teachers.place import place_teachers
 from mvd_scale.training.teachers.statistics import running_statistics
 from mvd_scale.training.trained_model import MovingAverage, Objective, TrainedModel

@@ -122,6 +122,9 @@ def test_it_listens_at_the_address_of_the_job_alone(jobs: Jobs, options: list[st
     wait_for(lambda: bool(listening(process)), 60, process)
     time.sleep(0.5)
     assert {found.ip for found in listening(process)} == {address}
+    # Workers of torchrun have sessions of their own, so that they would outlive it, and hold its output.
+    for member in psutil.Process(process.pid).children(recursive=True):
+        member.kill()
 
 
 def listening(process: subprocess.Popen[str]) -> set[Any]:

@@ -28,7 +28,7 @@ from mvd_scale.models.precision import dtype_of
 from mvd_scale.performance.planning.hardware import known_gpu
 from mvd_scale.targets import FrozenTeacher, MaskedDistillation, build_targets
 from mvd_scale.targets.build import init_teacher
-from mvd_scale.targets.own_masks import StudentObjective, at_all_tokens
+from mvd_scale.training.teachers.own_masks import StudentObjective, at_all_tokens
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from mvd_scale.data.batch import ClipBatch
-from mvd_scale.targets.own_masks import at_all_tokens
+from mvd_scale.training.teachers.own_masks import at_all_tokens
 
 if TYPE_CHECKING:
     from mvd_scale.targets import MaskedDistillation

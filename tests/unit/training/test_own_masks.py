@@ -14,7 +14,7 @@ from mvd_scale.models import Encoder, Student
 from mvd_scale.performance.batches import random_batch
 from mvd_scale.targets import MaskedDistillation, Target, build_targets
 from mvd_scale.targets.build import merge_targets
-from mvd_scale.targets.own_masks import StudentObjective, at_all_tokens
+from mvd_scale.training.teachers.own_masks import StudentObjective, at_all_tokens
 from mvd_scale.training.teachers.prefetch import TeachersFirst
 
 CPU = torch.device("cpu")
