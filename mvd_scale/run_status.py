@@ -6,7 +6,6 @@ run.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -20,7 +19,7 @@ from mvd_scale.errors import UserError
 from mvd_scale.run_dir import RunFolder
 from mvd_scale.training.checkpointing.folders import checkpoint_folder, common_steps
 from mvd_scale.utils.events import first_faults, read_events
-from mvd_scale.utils.io import last_metrics, read_metrics
+from mvd_scale.utils.io import last_metrics, read_json_object, read_metrics
 from mvd_scale.utils.lease import RENEW_SECONDS, STALE_RENEWALS, LeaseView, look_at_lease
 
 State = Literal["running", "finished", "stopped", "failed", "dead", "stale", "unknown"]
@@ -195,7 +194,7 @@ def _judge(
     """Tell the state of a run, and its reason."""
     if alive:
         return "running", _note_of_running(folder, step)
-    if step and _read_json(folder.summary).get("steps") == step:
+    if step and read_json_object(folder.summary).get("steps") == step:
         return "finished", ""
     if view.content is None:
         return "unknown", "there is no lease.json"
@@ -260,7 +259,7 @@ def _checkpoint(folder: RunFolder, now: float) -> Checkpoint | None:
 def _ranks_of(folder: RunFolder, checkpoint: Checkpoint | None) -> int | None:
     if checkpoint is None:
         return None
-    layout = _read_json(checkpoint_folder(folder.checkpoints, checkpoint.step) / "state.json").get("layout")
+    layout = read_json_object(checkpoint_folder(folder.checkpoints, checkpoint.step) / "state.json").get("layout")
     return layout.get("ranks") if isinstance(layout, dict) else None
 
 
@@ -275,11 +274,3 @@ def _age(path: Path, now: float) -> float | None:
         return max(now - path.stat().st_mtime, 0.0)
     except FileNotFoundError:
         return None  # deleted since it was listed
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return document if isinstance(document, dict) else {}

@@ -7,7 +7,6 @@ signatures are nobody's business.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ import yaml
 from mvd_scale.checkpoints.checkpoint import Checkpoint
 from mvd_scale.checkpoints.reading import recipe_near
 from mvd_scale.checkpoints.roles import describe_checkpoint, identify_checkpoint
+from mvd_scale.utils.io import read_json_object
 
 Library = Literal["transformers", "mvd-scale"]
 
@@ -57,7 +57,7 @@ logits = detector(clips, boxes)  # (people, actions)""",
 
 @dataclass(frozen=True)
 class Origin:
-    """What the files beside weights tell of their making."""
+    """Making of weights, as far as the files beside them tell it."""
 
     recipe: Mapping[str, Any] = field(default_factory=dict)
     """Recipe with its locations cut; empty without a run folder."""
@@ -81,14 +81,14 @@ def read_origin(checkpoint: Checkpoint) -> Origin:
         recipe = None
     return Origin(
         _cut_locations(recipe) if isinstance(recipe, dict) else {},
-        _read(path.with_name("summary.json")).get("origin", {}),
+        read_json_object(path.with_name("summary.json")).get("origin", {}),
         _tests_of(checkpoint, path.parent),
     )
 
 
 def _tests_of(checkpoint: Checkpoint, run: Path) -> dict[str, Mapping[str, Any]]:
     """Read the tests in a run folder that are of a checkpoint alone, not of its best weights or of an ensemble."""
-    summaries = {file.parent.name: _read(file) for file in sorted(run.glob("*/summary.json"))}
+    summaries = {file.parent.name: read_json_object(file) for file in sorted(run.glob("*/summary.json"))}
     tests = {name: summary for name, summary in summaries.items() if "top1" in summary and summary.get("model")}
     if not tests:
         return {}
@@ -236,11 +236,3 @@ def _cut_location(text: str) -> str:
         return text
     parts = [part for part in path.split("/") if part not in ("", ".", "..") and not part.startswith("~")]
     return "/".join(parts[-2:]) or "..."
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return document if isinstance(document, dict) else {}

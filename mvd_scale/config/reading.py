@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -83,6 +84,17 @@ def set_by_path(values: dict[str, Any], key: list[str], value: Any) -> None:
             set_by_path(values[last], [str(name)], inner)
     else:
         values[last] = value
+
+
+def flatten_sections(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested sections to values by dotted key; lists and empty sections stay values."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten_sections(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def _without_tags(parts: list[str]) -> list[str]:

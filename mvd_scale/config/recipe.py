@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from mvd_scale.config.data import DataConfig, MaskConfig, ShortSideCrop
 from mvd_scale.config.model import WIDTH_MULTIPLES, ModelConfig
+from mvd_scale.config.reading import flatten_sections
 from mvd_scale.config.section import Section
 from mvd_scale.config.students import StudentConfig, find_contradictions, merge_student
 from mvd_scale.config.target import MomentumTarget, TargetConfig, TeacherTarget, group_decoders
@@ -139,7 +140,7 @@ class RunRecipe(Section):
         The folder of the run, the frequency of checkpoints and logs, the settings of decoding, the split of batches,
         and the last step may change between a start and its resumption.
         """
-        return dict(_flatten(self._identity()))
+        return flatten_sections(self._identity())
 
     def _identity(self) -> dict[str, Any]:
         values = self.model_dump(mode="json")
@@ -456,11 +457,3 @@ def _nearest(numbers: list[int], wanted: int) -> list[int]:
 
 def _either(numbers: list[int]) -> str:
     return " or ".join(map(str, numbers))
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

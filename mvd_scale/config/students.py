@@ -35,7 +35,7 @@ _SHAPE = ("width", "depth", "heads")
 
 
 class StudentData(Section):
-    """What a student sees of the clips that all students share."""
+    """View of one student on the clips that all students share."""
 
     mask: MaskConfig | None
     """Mask over the tokens: that which the student would have alone. Features of the teachers are then computed at all
@@ -150,5 +150,5 @@ def find_contradictions(
 
 
 def _mask_draws(mask: MaskConfig | None) -> tuple[str, bool] | None:
-    """What the random numbers depend on that a mask takes from the generator of its clip."""
+    """Properties of a mask on which the random numbers that it draws for a clip depend."""
     return None if mask is None else (mask.kind, mask.decode_ratio < 1)

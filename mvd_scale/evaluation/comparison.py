@@ -18,7 +18,7 @@ from mvd_scale.evaluation.results import EvalResult
 from mvd_scale.utils.io import write_atomic
 
 _QUANTILE = 1.959964
-"""Of the normal distribution at 97.5 %."""
+"""Quantile of the normal distribution at 97.5 %."""
 
 RESAMPLES = 10_000
 """Draws of the test videos, with replacement."""

@@ -29,7 +29,7 @@ class Cell:
     """Stage whose result it is."""
 
     stages: tuple[str, ...]
-    """That stage and those before it that serve this figure alone."""
+    """Names of that stage and of those before it that serve this figure alone."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import mvd_scale
 from mvd_scale.config import finetune_recipe_from_dict, recipe_from_dict
 from mvd_scale.config.pipeline import FinetuneStage, Pipeline, TrainStage, references
+from mvd_scale.config.reading import flatten_sections
 from mvd_scale.errors import UserError
 from mvd_scale.pipelines.runner import stage_output
 from mvd_scale.utils.io import write_atomic
@@ -30,7 +30,7 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Record:
-    """What made the output of a stage."""
+    """Settings, code and time that made the output of a stage."""
 
     config_hash: str
     """Hash of the configuration of the stage and of those from which it is made; folders do not enter it."""
@@ -134,15 +134,7 @@ class StageConfigs:
                 for key in keys:
                     del recipe[section][key]
             values["recipe"] = recipe
-        return dict(_flatten(values))
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+        return flatten_sections(values)
 
 
 @cache

@@ -35,7 +35,7 @@ _LOG_RATIO = 30.0
 
 @dataclass(frozen=True)
 class Quantity:
-    """What a chart shows."""
+    """Metric of a chart, with its title and unit."""
 
     metric: str
     title: str

@@ -20,7 +20,8 @@ from typing import Any
 
 from mvd_scale.errors import UserError
 from mvd_scale.evaluation.comparison import Comparison, Estimate, wilson_interval
-from mvd_scale.run_report.sources import STUDY, read_object
+from mvd_scale.run_report.sources import STUDY
+from mvd_scale.utils.io import read_json_object
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def read_test(name: str, folder: Path) -> Figure:
     Raises:
         UserError: `summary.json` does not hold it.
     """
-    summary = read_object(folder / "summary.json")
+    summary = read_json_object(folder / "summary.json")
     try:
         if "frame_map" in summary:
             note = f"{int(summary['key_frames'])} key frames, {int(summary['actions'])} actions"
@@ -102,7 +103,7 @@ def read_study(name: str, folder: Path) -> StudyTable:
     Raises:
         UserError: `results.json` holds no cells.
     """
-    document = read_object(folder / STUDY)
+    document = read_json_object(folder / STUDY)
     try:
         names = {str(cell.get("encoder", cell["row"])): str(cell["row"]) for cell in document["cells"]}
         cells = {

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mvd_scale.config.reading import flatten_sections
+
 Settings = dict[str, str]
 """Values of a recipe as JSON by their dotted keys."""
 
@@ -14,16 +16,13 @@ _OWN = "run.folder"
 """Key that no two runs share; the report names runs by it."""
 
 
-def flatten(document: Mapping[Any, Any], prefix: str = "") -> Settings:
-    """Flatten nested sections to dotted keys; lists and empty sections stay values."""
-    flat: Settings = {}
-    for key, value in document.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{name}.")
-        elif name != _OWN:
-            flat[name] = value if isinstance(value, str) else json.dumps(value, default=str)
-    return flat
+def flatten(document: Mapping[Any, Any]) -> Settings:
+    """Convert a recipe to the values of its dotted keys; lists and empty sections stay values."""
+    return {
+        name: value if isinstance(value, str) else json.dumps(value, default=str)
+        for name, value in flatten_sections(document).items()
+        if name != _OWN
+    }
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from mvd_scale.evaluation.comparison import FILE as COMPARISON
 from mvd_scale.run_status import SEARCH_DEPTH, is_run
+from mvd_scale.utils.io import read_json_object
 
 STUDY = "results.json"
 """File of a study's cells, see `mvd_scale.run_report.results`."""
@@ -81,7 +80,7 @@ def _walk(path: Path, depth: int) -> Iterator[Path]:
 def _sort_in(folder: Path, found: Sources) -> None:
     if is_run(folder):
         found.runs.append(folder)
-    elif read_object(folder / "summary.json").keys() & {"top1", "frame_map"}:
+    elif read_json_object(folder / "summary.json").keys() & {"top1", "frame_map"}:
         found.tests.append(folder)
     if (folder / COMPARISON).is_file():
         found.comparisons.append(folder)
@@ -98,12 +97,3 @@ def _explain(path: Path) -> str:
         f"{path} holds no run and no finished evaluation: expected recipe.yaml of a run, summary.json of a test, or "
         f"{STUDY} of a study in it, or in a folder up to {SEARCH_DEPTH} levels below"
     )
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object; empty if the file is missing, partial or holds something else."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return document if isinstance(document, dict) else {}

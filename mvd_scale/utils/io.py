@@ -68,6 +68,15 @@ def is_plain_name(name: Any) -> bool:
     return isinstance(name, str) and "\0" not in name and name not in ("", ".", "..") and Path(name).name == name
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object; empty if the file is missing, partial or holds something else."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read all documents of a file of JSON lines, oldest first; skips lines that a killed process wrote partially."""
     readings = []

@@ -11,7 +11,7 @@ from mvd_kernels import AttentionWays, attention
 from mvd_kernels.cpu_attention import AttentionWay, cpu_attention, possible_ways
 from mvd_kernels.cpu_trial import time_attention, time_products
 from mvd_kernels.native import attention as native
-from mvd_kernels.reference.attention import attention as reference
+from tests.kernels.checks import check_attention
 
 
 @pytest.mark.parametrize(("forward", "backward"), list(product(possible_ways(64), repeat=2)))
@@ -19,21 +19,8 @@ from mvd_kernels.reference.attention import attention as reference
 def test_ways_can_be_mixed(
     clips: int, tokens: int, queries: int, forward: AttentionWay, backward: AttentionWay
 ) -> None:
-    torch.manual_seed(0)
-    ours = torch.randn(clips, tokens, 3, 2, 64).bfloat16().requires_grad_()
-    true = ours.detach().float().requires_grad_()
-    result = attention(ours, queries, AttentionWays(forward, backward))
-    expected = reference(true, queries)
-    assert result.dtype == torch.bfloat16
-    # Half a step of bf16 is 0.2 to 0.4 % of a number.
-    assert (result.float() - expected).norm() < 0.004 * expected.norm()
-    upstream = torch.randn_like(expected).bfloat16()
-    (gradient,) = torch.autograd.grad(result, ours, upstream)
-    (expected_gradient,) = torch.autograd.grad(expected, true, upstream.float())
-    for part in range(3):
-        off, whole = gradient[:, :, part].float() - expected_gradient[:, :, part], expected_gradient[:, :, part]
-        assert off.norm() < 0.01 * whole.norm()
-    assert not gradient[:, : tokens - queries, 0].any()
+    ways = AttentionWays(forward, backward)
+    check_attention(lambda qkv: attention(qkv, queries, ways), (clips, tokens, 3, 2, 64), queries)
 
 
 @pytest.mark.parametrize("channels", [48, 64])

@@ -14,6 +14,7 @@ from mvd_kernels.native import library as native_library
 from mvd_kernels.quantize import quantize
 from mvd_kernels.reference.attention import attention as reference
 from mvd_kernels.reference.quantize import quantize as plain_quantize
+from tests.kernels.checks import check_attention
 
 CPU = torch.device("cpu")
 refused = native.unsupported_reason(CPU, torch.bfloat16, 64)
@@ -37,20 +38,8 @@ compiled = pytest.mark.skipif(native_library.library() is None, reason=native_li
 def test_attention_is_that_of_float32(
     clips: int, tokens: int, heads: int, channels: int, queries: int, threads: int
 ) -> None:
-    torch.manual_seed(0)
-    ours = torch.randn(clips, tokens, 3, heads, channels).bfloat16().requires_grad_()
-    true = ours.detach().float().requires_grad_()
-    result, expected = attention_of(ours, queries, threads), reference(true, queries)
-    assert result.dtype == torch.bfloat16
-    # Half a step of bf16 is 0.2 to 0.4 % of a number.
-    assert (result.float() - expected).norm() < 0.004 * expected.norm()
-    upstream = torch.randn_like(expected).bfloat16()
-    (gradient,) = torch.autograd.grad(result, ours, upstream)
-    (expected_gradient,) = torch.autograd.grad(expected, true, upstream.float())
-    for part in range(3):
-        off, whole = gradient[:, :, part].float() - expected_gradient[:, :, part], expected_gradient[:, :, part]
-        assert off.norm() < 0.01 * whole.norm()
-    assert not gradient[:, : tokens - queries, 0].any()
+    shape = (clips, tokens, 3, heads, channels)
+    check_attention(lambda qkv: attention_of(qkv, queries, threads), shape, queries)
 
 
 def attention_of(qkv: torch.Tensor, queries: int, threads: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mvd_scale.checkpoints import Hints, build_encoder, describe_checkpoint, import_checkpoint, read_checkpoint
 from mvd_scale.config import ModelConfig, Recipe
@@ -19,6 +19,7 @@ from mvd_scale.models import Encoder
 from mvd_scale.models.encoder import IMAGENET_MEAN, IMAGENET_STD
 from mvd_scale.performance.batches import random_batch
 from mvd_scale.targets.build import load_targets
+from tests.random_weights import randomise
 
 SHAPE = ModelConfig(width=64, depth=2, heads=2, frames=4, input_size=48, positions="rotary_vjepa2")
 HINTS = Hints(heads=2, frames=4, input_size=48)
@@ -166,14 +167,6 @@ def test_an_imported_file_holds_all_of_the_model(tmp_path: Path) -> None:
 @pytest.fixture
 def hf() -> Any:
     return pytest.importorskip("transformers", reason="the hf extra is not installed")
-
-
-def randomise(module: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(3)
-    for name, parameter in module.named_parameters():
-        offset = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-        scale = 0.06 if parameter.ndim > 1 else 0.5
-        parameter.data = offset + scale * torch.randn(parameter.shape, generator=generator)
 
 
 SMALL = {

@@ -1,4 +1,4 @@
-"""What mask tokens have in common is computed once for all clips: the same predictions and gradients as for each."""
+"""Common parts of mask tokens are computed once for all clips: the same predictions and gradients as for each."""
 
 from __future__ import annotations
 

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mvd_scale.models.timm_vit import TimmViT
+from tests.random_weights import randomise
 
 SIZES = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIDE = 256
@@ -29,14 +30,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Build timm's models with two layers of 64 channels."""
     made = partial(timm.create_model, depth=2, embed_dim=64, num_heads=2)
     monkeypatch.setattr("mvd_scale.models.timm_vit.timm.create_model", made)
-
-
-def randomise(module: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(3)
-    for name, parameter in module.named_parameters():
-        offset = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-        scale = 0.06 if parameter.ndim > 1 else 0.5
-        parameter.data = offset + scale * torch.randn(parameter.shape, generator=generator)
 
 
 def by_names_of_timm(tensors: dict[str, Tensor], embedding: str) -> dict[str, Tensor]:

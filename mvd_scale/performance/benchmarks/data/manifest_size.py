@@ -84,7 +84,7 @@ class Command:
     most_mib: float
     """Most private memory (USS) of its process, MiB."""
     more_mib: float
-    """That of the process before the command, subtracted from the most: MiB."""
+    """Difference of `most_mib` to the private memory before the command, MiB."""
     worker_mib: float
     """Most private memory (USS) of a worker, MiB; 0 without workers."""
 
