@@ -179,6 +179,52 @@ def test_the_pieces_of_all_ranks_become_one_description(tmp_path: Path) -> None:
     assert read_tensors(folder)["model.w"].tolist() == [0.0] * 10 + [1.0] * 10
 
 
+def test_the_watchdog_is_told_which_ranks_still_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 writes until its part is on disk, rank 0 until the checkpoint is complete."""
+    go, save = threading.Event(), module.save_pieces
+
+    def wait_on_rank_0(state: State, folder: Path, planner: Any, rank: int) -> None:
+        assert rank or go.wait(30)
+        save(state, folder, planner, rank)
+
+    monkeypatch.setattr(module, "save_pieces", wait_on_rank_0)
+
+    def write_together(ranks: Ranks) -> list[tuple[int, int, int]]:
+        writer = CheckpointWriter(tmp_path, ranks, Retention([tmp_path], CheckpointConfig()))
+        run_on_rank0(ranks, "room", lambda: writer.make_room(3, 80))
+        writer.start(3, share(ranks), {"step": 3, "weights": {}})
+        seen = [ranks.progress.position.written] if ranks.is_main else []
+        if not ranks.is_main:
+            deadline = time.monotonic() + 30
+            while ranks.progress.position.writing:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            seen.append(ranks.progress.position.written)
+            go.set()
+        writer.wait()
+        return [*seen, ranks.progress.position.written]
+
+    main, other = SimulatedJob(2).run(write_together)
+    (waiting, done), (own, end) = main, other
+    assert waiting == (0, 0, 3)
+    assert done[0] == own[0] == 1
+    assert done[1] > 0, "tensors that were written count"
+    assert done[2] == own[2] == end[2] == 0
+
+
+@pytest.mark.parametrize("error", [None, OSError(28, "No space left on device")])
+def test_a_thread_that_has_ended_writes_no_more(
+    error: OSError | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if error is not None:
+        monkeypatch.setattr(module, "save_pieces", lambda *_: (_ for _ in ()).throw(error))
+    writer = make(tmp_path)
+    write(writer, 7)
+    writer.finish(30)
+    assert writer.has_failed == (error is not None)
+    assert writer.ranks.progress.position.writing == 0
+
+
 def test_an_error_of_one_rank_is_known_to_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     described = module.describe_files
 
