@@ -35,4 +35,5 @@ def test_the_memory_of_a_clip_is_used_again() -> None:
         for how in ("keep", "hand back")
     }
     assert faults["keep"] < 100
-    assert faults["hand back"] > 1000
+    # The C library decides how much of it a process hands back by default: 550 to 2,400 pages were seen.
+    assert faults["hand back"] > 2 * 100
