@@ -91,15 +91,24 @@ class Scale(Section):
             if not name.isidentifier():
                 raise ValueError(f"{name}: a name must consist of letters, digits and underscores")
         known = [*self.data, *self.encoders]
+        for name, stage in self.data.items():
+            for reference in find_references(stage.model_dump(mode="json")):
+                if reference not in self.data or reference == name:
+                    raise ValueError(f"data.{name}: {reference} is not one of {', '.join(self.data)}")
+        for name, task in self.tasks.items():
+            # `{encoder}` and `{split}` are filled in for each cell.
+            for reference in find_references(task.model_dump(mode="json")):
+                if reference not in (*known, "encoder", "split"):
+                    raise ValueError(f"tasks.{name}: {reference} is not one of {', '.join(known)}, encoder, split")
         for name, entry in self.encoders.items():
             wanted = [*find_references(entry.recipe), *([entry.costs_as] if entry.costs_as else [])]
             for reference in wanted:
                 if reference not in known or reference == name:
                     raise ValueError(f"encoders.{name}: {reference} is not one of {', '.join(known)}")
-            for task, told in self.tasks.items():
-                if entry.finetuned_as is not None and entry.finetuned_as not in told.finetune:
+            for task_name, task in self.tasks.items():
+                if entry.finetuned_as is not None and entry.finetuned_as not in task.finetune:
                     raise ValueError(
-                        f"encoders.{name}.finetuned_as {entry.finetuned_as} is not one of tasks.{task}.finetune"
+                        f"encoders.{name}.finetuned_as {entry.finetuned_as} is not one of tasks.{task_name}.finetune"
                     )
         return self
 

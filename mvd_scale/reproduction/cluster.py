@@ -15,7 +15,7 @@ from mvd_scale.errors import UserError
 from mvd_scale.performance.planning.hardware import GIB
 from mvd_scale.performance.planning.plan import Cluster, Plan, make_plan
 from mvd_scale.pipelines.runner import recipe_file, runs_on_ranks, stage_arguments, stage_output, write_recipe
-from mvd_scale.reproduction.records import Record, StageConfigs, is_finished
+from mvd_scale.reproduction.records import Record, StageConfigs, code_version, is_finished
 from mvd_scale.utils.io import write_atomic
 
 SCRIPT = "submit.sh"
@@ -93,10 +93,11 @@ def write_launch_files(title: str, scale: Scale, pipeline: Pipeline, cluster: Cl
     pipeline.folder.mkdir(parents=True, exist_ok=True)
     missing = [name for name in pipeline.stages if not is_finished(pipeline, name)]
     planned = [_plan(scale, pipeline, name, cluster) for name in missing]
+    commit = code_version()
     for name in missing:
         # A stage that has begun keeps the commit by which it began; one that waits will run by the commit of now.
         if not (pipeline.place(name).exists() and Record.load(pipeline, name)):
-            configs.record(name, None)
+            configs.record(name, None, commit)
     total = sum(stage.gpu_hours for stage in planned)
     hours = f"Planned: {total:,.0f} hours of one {cluster.gpu.name}, tests and indexing not counted."
     script = pipeline.folder / SCRIPT

@@ -6,7 +6,6 @@ import hashlib
 import json
 import subprocess
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,8 @@ class Record:
     """Configuration of the stage alone, by dotted key."""
 
     commit: str
-    """Commit of the code, with `+changes` if files differ from it; the version where there is no repository."""
+    """Commit of the code when the stage was started, with `+changes` if files differed from it; the version where there
+    is no repository. On a cluster, when its launch file was written."""
 
     cpu_minutes: float | None
     """Minutes on CPUs of the start that finished it, all its processes together; None if it ran on a cluster."""
@@ -77,9 +77,9 @@ class StageConfigs:
         self._pipeline = pipeline
         self._hashes: dict[str, str] = {}
 
-    def record(self, name: str, cpu_minutes: float | None) -> None:
-        """Write the record of a stage that was made by the configuration that it has now."""
-        made = Record(self.hash(name), self.described(name), code_version(), cpu_minutes)
+    def record(self, name: str, cpu_minutes: float | None, commit: str) -> None:
+        """Write the record of a stage that was made by the configuration that it has now, and by the code `commit`."""
+        made = Record(self.hash(name), self.described(name), commit, cpu_minutes)
         made.write(self._pipeline, name)
 
     def check_unchanged(self) -> None:
@@ -137,9 +137,8 @@ class StageConfigs:
         return flatten_sections(values)
 
 
-@cache
 def code_version() -> str:
-    """Commit of the code, with `+changes` if files differ from it; the version where there is no repository."""
+    """Commit of the code as it lies now, with `+changes` if files differ from it; the version without a repository."""
     try:
         # The package may be installed below somebody's own repository, which does not hold it.
         _git("ls-files", "--error-unmatch", "__init__.py")

@@ -13,7 +13,7 @@ from mvd_scale.performance.planning.plan import Cluster
 from mvd_scale.reproduction.cluster import SCRIPT, PlannedStage, write_launch_files
 from mvd_scale.reproduction.expand import Split, expand
 from mvd_scale.reproduction.results import TableResults, gather
-from mvd_scale.reproduction.runner import run_missing
+from mvd_scale.reproduction.runner import Failures, run_missing
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,20 @@ def reproduce(
         raise UserError("--validation is for `--scale mini`, whose videos are drawn: leave it out")
     folder = (output or scale.output).absolute()
     expansion = expand(scale, table, scale.seeds, folder, split)
+    head = {"table": name, "title": file.title, "note": file.note, "scale": scale_name}
+
+    def results_so_far(failed: Failures) -> TableResults:
+        return gather(head, scale, table, expansion, split=split, failed=failed)
+
+    def write_results(failed: Failures) -> None:
+        results_so_far(failed).write(folder)
+
     failed, planned = {}, []
     if scale_name == "mini":
-        failed = run_missing(expansion.pipeline, jobs or len(os.sched_getaffinity(0)))
+        failed = run_missing(expansion.pipeline, jobs or len(os.sched_getaffinity(0)), write_results)
     else:
         assert cluster is not None
         planned = write_launch_files(file.title, scale, expansion.pipeline, cluster)
-    head = {"table": name, "title": file.title, "note": file.note, "scale": scale_name}
-    results = gather(head, scale, table, expansion, split=split, failed=failed)
+    results = results_so_far(failed)
     written = results.write(folder)
     return Reproduction(results, written, failed, tuple(planned), folder / SCRIPT if planned else None)

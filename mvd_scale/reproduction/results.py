@@ -1,6 +1,7 @@
 """Results of a table: figures of all seeds, their means with intervals, the directions of the paper; `results.json`.
 
-`results.json` is of the table that was asked for last: a start whose stages are all finished writes it again at once.
+`results.json` is of the table that was asked for last. It is written at the start and after each stage, so that a study
+that goes on, or was killed, has what is there.
 It holds the fields of `TableResults` by name; shares and differences are in percent. `docs/study.md` describes them.
 """
 
@@ -174,7 +175,8 @@ def gather(
         split: videos on which all were judged.
         failed: reason for each stage that failed, by name.
     """
-    cells = tuple(_cell(scale, table, expansion, key, failed) for key in _keys(expansion))
+    minutes = _minutes(expansion.pipeline)
+    cells = tuple(_cell(scale, table, expansion, key, minutes, failed) for key in _keys(expansion))
     figures = {(cell.encoder, cell.task, cell.measure): cell for cell in cells}
     measures = sorted({cell.measure for cell in cells})
     directions = tuple(
@@ -187,7 +189,6 @@ def gather(
             for encoder in (compared.better, compared.than)
         )
     )
-    minutes = _minutes(expansion.pipeline)
     encoders = tuple(
         EncoderCost(name, sum(stage in minutes for stage in stages), _mean(minutes, stages))
         for name, stages in expansion.encoders.items()
@@ -225,10 +226,16 @@ def _keys(expansion: Expansion) -> list[Key]:
     return list(dict.fromkeys((cell.encoder, cell.task, cell.measure) for cell in expansion.cells))
 
 
-def _cell(scale: Scale, table: ScaledTable, expansion: Expansion, key: Key, failed: Mapping[str, str]) -> CellResult:
+def _cell(
+    scale: Scale,
+    table: ScaledTable,
+    expansion: Expansion,
+    key: Key,
+    minutes: Mapping[str, float],
+    failed: Mapping[str, str],
+) -> CellResult:
     encoder, task, measure = key
     row = next(row for row in table.rows if row.encoder == encoder)
-    minutes = _minutes(expansion.pipeline)
     spent: list[float] = []
     figures, missing = [], {}
     for cell in expansion.cells:

@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from mvd_scale.config.pipeline import Pipeline, TrainStage, references
@@ -22,14 +23,20 @@ from mvd_scale.pipelines.runner import (
     write_recipe,
 )
 from mvd_scale.pipelines.stage_job import StageJob
-from mvd_scale.reproduction.records import StageConfigs, is_finished
+from mvd_scale.reproduction.records import StageConfigs, code_version, is_finished
 
 logger = logging.getLogger("mvd_scale")
 
 _POLL_SECONDS = 0.05
 
 
-def run_missing(pipeline: Pipeline, jobs: int) -> dict[str, str]:
+Failures = Mapping[str, str]
+"""Reason for each stage that failed or was left out, by its name."""
+
+
+def run_missing(
+    pipeline: Pipeline, jobs: int, on_change: Callable[[Failures], None] = lambda failed: None
+) -> dict[str, str]:
     """Run the stages of a pipeline that are not finished, each that runs on ranks as one rank on CPUs of its own.
 
     A stage that fails does not stop the others, but those that are made from it.
@@ -37,6 +44,7 @@ def run_missing(pipeline: Pipeline, jobs: int) -> dict[str, str]:
     Args:
         pipeline: pipeline of a table.
         jobs: number of stages side by side; the CPUs are divided among them.
+        on_change: called at the start and whenever a stage has finished or failed.
 
     Returns:
         the reason for each stage that failed or was left out, by its name.
@@ -49,7 +57,7 @@ def run_missing(pipeline: Pipeline, jobs: int) -> dict[str, str]:
     configs.check_unchanged()
     slots = _divide_cpus(jobs)
     with exclusive_lock(pipeline.folder) as lock:
-        return _Schedule(pipeline, configs, slots, lock).run()
+        return _Schedule(pipeline, configs, slots, lock, on_change).run()
 
 
 def _divide_cpus(jobs: int) -> list[list[int]]:
@@ -62,17 +70,26 @@ def _divide_cpus(jobs: int) -> list[list[int]]:
 class _Schedule:
     """Stages that wait, run and have ended."""
 
-    def __init__(self, pipeline: Pipeline, configs: StageConfigs, slots: list[list[int]], lock: int) -> None:
-        self._pipeline, self._configs, self._lock = pipeline, configs, lock
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        configs: StageConfigs,
+        slots: list[list[int]],
+        lock: int,
+        on_change: Callable[[Failures], None],
+    ) -> None:
+        self._pipeline, self._configs, self._lock, self._on_change = pipeline, configs, lock, on_change
         self._free = slots
         self._waiting = [name for name in pipeline.stages if not is_finished(pipeline, name)]
         self._done = {name for name in pipeline.stages if name not in self._waiting}
         self._running: dict[str, tuple[StageJob, list[int], float]] = {}
         self._failed: dict[str, str] = {}
+        self._commits: dict[str, str] = {}
         self._number = len(self._waiting)
 
     def run(self) -> dict[str, str]:
         logger.info("%d of %d stages are missing", self._number, len(self._pipeline.stages))
+        self._on_change(self._failed)
         usual = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         try:
             while self._waiting or self._running:
@@ -103,6 +120,7 @@ class _Schedule:
         stage = self._pipeline.stages[name]
         position = self._number - len(self._waiting)
         logger.info("stage %d/%d, %s: %s", position, self._number, name, stage.title or stage.kind)
+        self._commits[name] = code_version()
         if not runs_on_ranks(stage):
             self._run_here(name)
             return True
@@ -148,11 +166,13 @@ class _Schedule:
     def _fail(self, name: str, reason: str) -> None:
         logger.error("stage %s failed: %s", name, reason)
         self._failed[name] = reason
+        self._on_change(self._failed)
 
     def _finish(self, name: str, cpu_seconds: float) -> None:
-        self._configs.record(name, cpu_seconds / 60)
+        self._configs.record(name, cpu_seconds / 60, self._commits[name])
         self._done.add(name)
         self._log(name).unlink(missing_ok=True)
+        self._on_change(self._failed)
 
 
 def _command(pipeline: Pipeline, name: str) -> list[str]:

@@ -206,7 +206,8 @@ def load_picture(name: str) -> Picture:
 
 def encode_video(frames: list[Picture], file: Path) -> None:
     """Encode frames, uint8 (H, W, 3) each, as H.264, and write the file atomically."""
-    partial = file.with_name(f".{file.name}")
+    # No name of a video: what a killed process leaves must not count as one.
+    partial = file.with_name(f".{file.name}.partial")
     with av.open(str(partial), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=FPS)
         # The pixels of several encoder threads would depend on the number of cores.

@@ -20,7 +20,7 @@ Shell = Callable[[str], str]
 
 @pytest.fixture
 def small(tmp_path: Path) -> Expansion:
-    """Table 9 in miniature, seed 0: 19 stages."""
+    """Table 9 in miniature, seed 0: 21 stages."""
     _, table = load_table("table9", "mini")
     return expand(load_scale("mini", []), table, [0], tmp_path / "out", "test")
 

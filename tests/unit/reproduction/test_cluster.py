@@ -16,7 +16,7 @@ from mvd_scale.config.reproduction import load_scale
 from mvd_scale.errors import UserError
 from mvd_scale.performance.planning.plan import Cluster, make_cluster, make_plan
 from mvd_scale.performance.planning.video_decoding import VideoFormat
-from mvd_scale.reproduction import records
+from mvd_scale.reproduction import cluster as cluster_jobs
 from mvd_scale.reproduction.cluster import write_launch_files
 from mvd_scale.reproduction.records import Record
 from mvd_scale.reproduction.report import to_text
@@ -109,7 +109,7 @@ def test_a_stage_that_has_begun_keeps_the_commit_of_its_start(tmp_path: Path, mo
     stages = {"begun": test, "waiting": test}
     pipeline = Pipeline.model_validate({"folder": tmp_path / "out", "stages": stages})
     for commit in ("first", "second"):
-        monkeypatch.setattr(records, "code_version", lambda commit=commit: commit)
+        monkeypatch.setattr(cluster_jobs, "code_version", lambda commit=commit: commit)
         write_launch_files("Two tests", load_scale("full", []), pipeline, cluster())
         pipeline.place("begun").mkdir(exist_ok=True)
     made = {name: Record.load(pipeline, name) for name in stages}

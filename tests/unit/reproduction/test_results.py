@@ -30,7 +30,7 @@ def filled(folder: Path, figures: Mapping[tuple[str, str], list[float]]) -> Expa
             file = stage_output(expansion.pipeline, cell.stage)
             file.parent.mkdir(parents=True)
             file.write_text(json.dumps({"top1": values[cell.seed] / 100, "videos": 200}))
-            configs.record(cell.stage, 0.5)
+            configs.record(cell.stage, 0.5, "a commit")
     return expansion
 
 
@@ -93,9 +93,9 @@ def test_a_direction_holds_only_if_all_of_its_comparisons_do(tmp_path: Path) -> 
 def test_minutes_are_means_over_seeds_of_all_that_a_cell_needs(tmp_path: Path) -> None:
     expansion = filled(tmp_path, {("video", "motion"): [61.0, 63.0]})
     configs = StageConfigs(expansion.pipeline)
-    configs.record("video_motion_classifier_seed0", 2.0)
-    configs.record("video_motion_classifier_seed1", 3.0)
-    configs.record("video_teacher_seed0", 4.0)
+    configs.record("video_motion_classifier_seed0", 2.0, "a commit")
+    configs.record("video_motion_classifier_seed1", 3.0, "a commit")
+    configs.record("video_teacher_seed0", 4.0, "a commit")
     results = gathered(expansion)
     assert results.cell("video", "motion", "finetune").cpu_minutes == 3.0
     assert results.cell("per_token", "motion", "finetune").cpu_minutes is None

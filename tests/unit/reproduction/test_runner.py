@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from mvd_scale.pipelines.runner import stage_output
 from mvd_scale.reproduction import records, runner
 from mvd_scale.reproduction.expand import Expansion, expand
 from mvd_scale.reproduction.records import Record, StageConfigs
+from mvd_scale.reproduction.reproduce import reproduce
 from mvd_scale.reproduction.runner import _divide_cpus, run_missing
 
 from .conftest import Shell
@@ -94,6 +96,34 @@ def test_a_changed_teacher_changes_its_students(small: Expansion, tmp_path: Path
     assert differing == set(changed.stages) - data
 
 
+def test_a_stage_has_the_commit_at_which_it_was_started(
+    small: Expansion, shell: Callable[[Shell], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = tmp_path / "moved"
+    monkeypatch.setattr(runner, "code_version", lambda: "second" if moved.exists() else "first")
+    shell(lambda name: f"touch {moved}" if name == "video_teacher_seed0" else "")
+    run_missing(small.pipeline, 1)
+    made = {name: Record.load(small.pipeline, name) for name in ("video_teacher_seed0", "video_seed0")}
+    assert {name: record and record.commit for name, record in made.items()} == {
+        "video_teacher_seed0": "first",
+        "video_seed0": "second",
+    }
+
+
+def test_a_table_that_is_being_made_has_results_of_what_is_there(
+    shell: Callable[[Shell], None], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shell(lambda name: f"cp {out}/results.json {tmp_path}/{name}.json")
+    made = reproduce("table9", "mini", seeds=[0], output=out, jobs=1)
+    assert len(made.results.encoders) == 3
+    last = [cell for cell in made.results.cells if cell.seeds][-1].encoder
+    seen = json.loads((tmp_path / f"{last}_motion_test_seed0.json").read_text())
+    there = {(cell["encoder"], cell["task"], cell["measure"]) for cell in seen["cells"] if cell["seeds"]}
+    assert 0 < len(there) < len(seen["cells"])
+    assert seen["cells"][0]["missing"] in ({}, {"0": "has not been run"})
+
+
 def test_more_jobs_than_cpus_are_refused() -> None:
     cpus = len(os.sched_getaffinity(0))
     assert sorted(cpu for share in _divide_cpus(cpus) for cpu in share) == sorted(os.sched_getaffinity(0))
@@ -138,7 +168,7 @@ def test_minutes_of_a_stage_in_this_process_include_its_worker_processes(
 
 
 @pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Package in a folder of a repository, both empty; the commit of the code is that of this package."""
     folder = tmp_path / "repository" / "mvd_scale"
     folder.mkdir(parents=True)
@@ -146,9 +176,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (folder.parent / "other.txt").write_text("first")
     git(folder.parent, "init", "--quiet")
     monkeypatch.setattr(mvd_scale, "__file__", str(folder / "__init__.py"))
-    records.code_version.cache_clear()
-    yield folder
-    records.code_version.cache_clear()
+    return folder
 
 
 def git(folder: Path, *words: str) -> str:
@@ -163,7 +191,6 @@ def test_the_commit_is_that_of_the_repository_that_holds_the_package(package: Pa
     assert records.code_version() == commit
     # A changed file beside the package, such as a launch script, is a change too.
     (package.parent / "other.txt").write_text("second")
-    records.code_version.cache_clear()
     assert records.code_version() == f"{commit}+changes"
 
 
@@ -175,5 +202,4 @@ def test_the_version_stands_for_the_commit_where_no_repository_holds_the_package
     git(package.parent, "commit", "--quiet", "-m", "another project")
     assert records.code_version() == f"version {mvd_scale.__version__}"
     monkeypatch.setenv("PATH", "")
-    records.code_version.cache_clear()
     assert records.code_version() == f"version {mvd_scale.__version__}"

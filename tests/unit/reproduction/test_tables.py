@@ -152,3 +152,7 @@ def test_a_fault_of_an_override_is_named() -> None:
         load_scale("mini", ["--encoders.video.recipes.seed", "1"])
     with pytest.raises(UserError, match=r"encoders.video: teacher is not one of"):
         load_scale("mini", ["--encoders.video.recipe.targets.video.checkpoint", "'{teacher}/encoder.safetensors'"])
+    with pytest.raises(UserError, match=r"data.motion_index: motions is not one of .*motion_unlabelled"):
+        load_scale("mini", ["--data.motion_index.sources", '["{motions}/train"]'])
+    with pytest.raises(UserError, match=r"tasks.motion: motions is not one of .*, encoder, split"):
+        load_scale("mini", ["--tasks.motion.evaluate.source", "'{motions}/test'"])

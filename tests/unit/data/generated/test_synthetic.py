@@ -57,6 +57,19 @@ def test_folders_of_classes_hold_real_videos_and_a_second_start_adds_what_is_mis
         write_synthetic_videos("motion", tmp_path, train=2, test=1)
 
 
+def test_a_start_goes_on_after_one_that_was_killed_while_it_wrote_a_video(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda partial, file: None)
+    write_synthetic_videos("motion", tmp_path, train=1, test=1)
+    assert len([file for file in tmp_path.rglob("*") if file.is_file()]) == 4
+    monkeypatch.setattr(Path, "replace", real)
+    out = write_synthetic_videos("motion", tmp_path, train=1, test=1)
+    assert len(list(out.rglob("*.mp4"))) == 4
+    assert not list(out.rglob("*.partial"))
+
+
 def test_splits_share_no_background_and_no_part_of_a_texture() -> None:
     every = sum(BACKGROUNDS.values(), ())
     assert len(every) == len(set(every))
