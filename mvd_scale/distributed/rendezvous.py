@@ -101,7 +101,8 @@ def open_store(endpoint: Endpoint, rank: int, world_size: int, timeout: timedelt
         wait_for_all: whether rank 0 waits until all ranks are connected.
 
     Returns:
-        `torch.distributed.TCPStore`.
+        `torch.distributed.TCPStore`; below the agent of `torchrun`, whose store outlives a restart of the ranks, the
+        keys of this attempt in it.
 
     Raises:
         DistNetworkError: the port is in use, the address is not one of this host, or rank 0 does not answer.
@@ -114,7 +115,7 @@ def open_store(endpoint: Endpoint, rank: int, world_size: int, timeout: timedelt
         listener = listen_at(endpoint.address, endpoint.port) if serves else None
     except OSError as error:
         raise torch.distributed.DistNetworkError(f"rank 0 cannot listen there ({error.strerror})") from error
-    return torch.distributed.TCPStore(  # type: ignore[attr-defined]
+    store = torch.distributed.TCPStore(  # type: ignore[attr-defined]
         # The other ranks resolve the name as often as they try: a pod that starts anew has another address.
         endpoint.address if serves else endpoint.host,
         endpoint.port,
@@ -124,6 +125,11 @@ def open_store(endpoint: Endpoint, rank: int, world_size: int, timeout: timedelt
         wait_for_workers=wait_for_all,
         master_listen_fd=listener.detach() if listener else None,
     )
+    if not _agent_serves():
+        return store
+    # Otherwise the ranks would take answers that the ranks before the restart have left.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return torch.distributed.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined]
 
 
 def _allow_connections(world_size: int) -> None:

@@ -168,6 +168,19 @@ def test_the_store_listens_at_the_address_of_the_rendezvous_alone() -> None:
     assert other.get("key") == b"value"
 
 
+def test_ranks_that_an_agent_has_restarted_see_nothing_of_the_attempt_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    endpoint = Endpoint("127.0.0.1", free_port(), "127.0.0.1")
+    served = torch.distributed.TCPStore("127.0.0.1", endpoint.port, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    for attempt in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        stores = [open_store(endpoint, rank, 2, timedelta(seconds=10)) for rank in range(2)]
+        assert not stores[1].check(["answer"])
+        stores[0].set("answer", "yes")
+        assert stores[1].get("answer") == b"yes"
+    del served
+
+
 def test_a_port_in_use_is_an_error_of_the_rendezvous() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
