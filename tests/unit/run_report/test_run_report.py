@@ -257,6 +257,12 @@ def test_differences_of_settings() -> None:
     assert compared.equal == [("data.scales", "[1, 2]")]
 
 
+def test_settings_hold_no_credentials() -> None:
+    signed = "https://me:pw@host/x.parquet?X-Amz-Signature=0a1b"
+    told = flatten({"data": {"source": signed, "more": [signed]}})
+    assert told == {"data.source": "https://host/x.parquet", "data.more": '["https://host/x.parquet"]'}
+
+
 def test_a_curve_has_the_readings(write: Write) -> None:
     charts = optimizer_charts([record("a", {"lr": [0.5, 0.25], "grad_norm": [90.0, math.nan, 1.0]})])
     assert [chart.title for chart in charts] == ["Learning rate", "Gradient norm before clipping"]
