@@ -27,7 +27,7 @@ from mvd_scale.run_report.page import _scale, write_run_report
 from mvd_scale.run_report.records import RunRecord, Series, read_record, series_by_name
 from mvd_scale.run_report.results import Figure, read_study, read_test
 from mvd_scale.run_report.settings import compare_settings, flatten
-from mvd_scale.run_report.sources import find_sources
+from mvd_scale.run_report.sources import Sources, find_sources
 from mvd_scale.run_status import RunStatus
 
 EVIL = '<script>alert("$x$")</script>'
@@ -416,6 +416,25 @@ def test_a_run_by_two_paths_is_shown_once(write: Write, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(folder)
     sources = find_sources([folder, tmp_path / "link", tmp_path / "runs"])
     assert (sources.runs, sources.left_out) == ([folder.resolve()], [])
+
+
+def test_linked_folders_are_followed(write: Write, tmp_path: Path) -> None:
+    kept = write("../elsewhere/kept")
+    write("../elsewhere/many/one")
+    run = write("real")
+    runs = tmp_path / "runs"
+    for link, folder in (("linked", kept), ("a_second_name", run), ("many", tmp_path / "elsewhere" / "many")):
+        (runs / link).symlink_to(folder)
+    (runs / "loop").symlink_to(runs)
+    (run / "data").symlink_to(write("../videos/no_run_of_this"))
+    sources = find_sources([runs])
+    assert [sources.name(folder) for folder in sources.runs] == ["linked", "many/one", "real"]
+
+
+def test_runs_without_a_common_folder_have_a_title() -> None:
+    sources = Sources(runs=[Path("/a/x"), Path("/b/y"), Path("/b/z")])
+    assert sources.title == "x and 2 more"
+    assert [sources.name(folder) for folder in sources.runs] == ["a/x", "b/y", "b/z"]
 
 
 @pytest.mark.parametrize("width", [500, 1280])
