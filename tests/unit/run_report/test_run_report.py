@@ -383,9 +383,47 @@ def test_a_study(tmp_path: Path) -> None:
         "video less image, motion: +9.0 ± 2.0",
     ):  # fmt: skip
         assert words in text, words
-    (tmp_path / "results.json").write_text(json.dumps({"cells": [{"row": "both"}]}))
-    with pytest.raises(UserError, match="holds no cells"):
-        read_study("study", tmp_path)
+    assert "minutes of CPU for a seed" not in text
+    costs = [{"encoder": "both", "seeds": 3, "cpu_minutes": 12.34}, {"encoder": EVIL, "seeds": 0, "cpu_minutes": None}]
+    (tmp_path / "results.json").write_text(json.dumps({**document, "encoders": costs}))
+    assert read_study("study", tmp_path).encoders == [("both", 3, 12.34), (EVIL, 0, None)]
+    text = page_of(tmp_path, out=tmp_path / "page.html").text
+    assert f"minutes of CPU for a seed both 3 12.3 {EVIL} 0 unknown" in text
+    for broken in ({"cells": [{"row": "both"}]}, {**document, "encoders": [{"seeds": 3}]}):
+        (tmp_path / "results.json").write_text(json.dumps(broken))
+        with pytest.raises(UserError, match="holds no cells"):
+            read_study("study", tmp_path)
+
+
+@undrawn
+def test_of_a_large_study_the_pre_training_is_drawn(write: Write, tmp_path: Path) -> None:
+    stages = ["both_seed0", "both_seed1", "image_seed0", *(f"both_task{number}_seed0" for number in range(24))]
+    for stage in stages:
+        write(f"study/{stage}", steps=3)
+    write("alone", steps=3)
+    results = tmp_path / "runs" / "study" / "results.json"
+    cell = {"row": "both", "task": "motion", "measure": "probe", "top1": None}
+    encoders = [{"encoder": name, "seeds": 2, "cpu_minutes": 1} for name in ("both", "image")]
+
+    def drawn(document: dict[str, Any], *folders: str) -> tuple[list[str], str]:
+        results.write_text(json.dumps({"cells": [cell], **document}))
+        paths = [tmp_path / "runs" / folder for folder in folders or ("",)]
+        assert write_run_report(paths, tmp_path / "page.html") == []
+        text = (tmp_path / "page.html").read_text()
+        return re.findall(r'<th scope="row" class="run">.*</span>(.*)</th>', text), Page(text).text
+
+    names, text = drawn({"encoders": encoders})
+    assert names == ["alone", "study/both_seed0", "study/both_seed1", "study/image_seed0"]
+    assert "24 of 28 runs are not drawn: `mvd-scale report study/RUN...` draws" in text
+    assert text.index("both") < text.index(" Runs ")
+    # Without names of encoders the first runs that have a line style of their own.
+    names, text = drawn({})
+    assert len(names) == 24
+    assert "4 of 28 runs are not drawn" in text
+    # Runs that are named are drawn.
+    names, text = drawn({"encoders": encoders}, "study/both_task3_seed0", "study/both_seed0")
+    assert names == ["both_task3_seed0", "both_seed0"]
+    assert "not drawn" not in text
 
 
 @undrawn
