@@ -7,20 +7,27 @@ signatures are nobody's business.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from mvd_scale.checkpoints.checkpoint import Checkpoint
-from mvd_scale.checkpoints.reading import recipe_near
+from mvd_scale.checkpoints.reading import read_raw_checkpoint, recipe_near, tensors_digest
 from mvd_scale.checkpoints.roles import describe_checkpoint, identify_checkpoint
+from mvd_scale.errors import UserError
 from mvd_scale.utils.io import read_json_object
+from mvd_scale.utils.locations import cut_locations
 
 Library = Literal["transformers", "mvd-scale"]
+
+_OWN_FORMAT = "mvd-scale"
+"""Format of weights that runs write."""
+
+_NO_TEACHERS = frozenset({"pixels", "momentum"})
+"""Kinds of targets that take no features of another model."""
 
 UNKNOWN_LICENCE = "unknown"
 """Identifier of the hub for a licence that nobody has stated."""
@@ -66,29 +73,82 @@ class Origin:
     """Digests of videos and weights that the run began from."""
 
     tests: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Summaries of finished tests of these weights alone in the run folder, by the name of their folder."""
+    """Summaries of finished tests of these weights alone, in the run folder or beside it, by name of their folder."""
+
+    encoder: Origin | None = None
+    """Making of the encoder that the run began from; None if its run is not on disk, or holds other weights now."""
+
+    @property
+    def lineage(self) -> Iterator[Origin]:
+        """This origin, that of its encoder, and so on."""
+        yield self
+        if self.encoder is not None:
+            yield from self.encoder.lineage
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether a recipe has a teacher."""
+        kinds = {target.get("kind") for origin in self.lineage for target in origin.targets.values()}
+        return bool(kinds - _NO_TEACHERS - {None})
+
+    @property
+    def targets(self) -> Mapping[str, Mapping[str, Any]]:
+        """Targets of the recipe by name; empty for a run without any."""
+        return self.recipe.get("targets") or {}
 
 
 def read_origin(checkpoint: Checkpoint) -> Origin:
-    """Read recipe, digests and tests of the run whose folder holds a checkpoint; empty if there is none."""
-    weights = Path(checkpoint.source)
-    path = recipe_near(weights if weights.is_dir() else weights.parent)
+    """Read recipe, digests and tests of the run whose folder holds a checkpoint; empty if there is none.
+
+    Weights in the format of others are not of a run, whatever lies beside them.
+    """
+    path = _run_of(Path(checkpoint.source)) if checkpoint.format == _OWN_FORMAT else None
     if path is None:
         return Origin()
+    return replace(_read_run(path), tests=_tests_of(checkpoint, path.parent))
+
+
+def _run_of(weights: Path) -> Path | None:
+    """Find the recipe of the run that wrote a file or folder of weights."""
+    return recipe_near(weights if weights.is_dir() else weights.parent)
+
+
+def _read_run(path: Path) -> Origin:
+    """Read recipe and digests of a run, and of those that its encoder came from."""
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         recipe = None
-    return Origin(
-        _cut_locations(recipe) if isinstance(recipe, dict) else {},
-        read_json_object(path.with_name("summary.json")).get("origin", {}),
-        _tests_of(checkpoint, path.parent),
-    )
+    if not isinstance(recipe, dict):
+        return Origin()
+    digests = read_json_object(path.with_name("summary.json")).get("origin", {})
+    initial = (recipe.get("training") or {}).get("initial_encoder")
+    known = digests.get("initial encoder") or (digests.get("teachers") or {}).get("initial encoder")
+    encoder = _read_encoder_run(Path(initial), known) if initial and known else None
+    return Origin(cut_locations(recipe), digests, encoder=encoder)
+
+
+def _read_encoder_run(weights: Path, digest: str) -> Origin | None:
+    """Read the run that wrote an encoder; None if the encoder is gone, of no run, or not the one with this digest."""
+    path = _run_of(weights)
+    if path is None:
+        return None
+    try:
+        found = tensors_digest(read_raw_checkpoint(weights).tensors)
+    except (UserError, OSError):
+        return None
+    return _read_run(path) if found == digest else None
 
 
 def _tests_of(checkpoint: Checkpoint, run: Path) -> dict[str, Mapping[str, Any]]:
-    """Read the tests in a run folder that are of a checkpoint alone, not of its best weights or of an ensemble."""
+    """Read the tests in and beside a run folder that are of a checkpoint alone, not of its best weights or an ensemble.
+
+    A test beside the run that has the name of one in it is called `../NAME`.
+    """
     summaries = {file.parent.name: read_json_object(file) for file in sorted(run.glob("*/summary.json"))}
+    for file in sorted(run.absolute().parent.glob("*/summary.json")):
+        name = file.parent.name
+        summaries[f"../{name}" if name in summaries else name] = read_json_object(file)
     tests = {name: summary for name, summary in summaries.items() if "top1" in summary and summary.get("model")}
     if not tests:
         return {}
@@ -112,18 +172,22 @@ def write_model_card(checkpoint: Checkpoint, library: Library, licence: str, out
 
 
 def _head(checkpoint: Checkpoint, library: Library, licence: str, origin: Origin, name: str) -> dict[str, Any]:
-    task = "video-classification" if checkpoint.kind == "classifier" else "feature-extraction"
+    medium = _medium(checkpoint)
+    # transformers loads classifiers as those of videos alone.
+    classified = "video" if library == "transformers" else medium
+    task = f"{classified}-classification" if checkpoint.kind == "classifier" else "feature-extraction"
+    distilled = ["masked-video-distillation"] if origin.is_distilled else []
     head: dict[str, Any] = {
         "license": licence,
         "library_name": library,
         "pipeline_tag": task,
-        "tags": ["video", "masked-video-distillation", checkpoint.kind],
+        "tags": [medium, *distilled, checkpoint.kind],
     }
     if origin.tests:
         results = [
             {
                 "task": {"type": task},
-                "dataset": {"type": "video", "name": test},
+                "dataset": {"type": medium, "name": test},
                 "metrics": [
                     {"type": "accuracy", "name": title, "value": round(100 * summary[key], 2)}
                     for key, title in (("top1", "top-1"), ("top5", "top-5"))
@@ -136,9 +200,15 @@ def _head(checkpoint: Checkpoint, library: Library, licence: str, origin: Origin
     return head
 
 
+def _medium(checkpoint: Checkpoint) -> str:
+    return "image" if checkpoint.model.frames == 1 else "video"
+
+
 def _body(checkpoint: Checkpoint, library: Library, licence: str, origin: Origin, name: str) -> Iterator[str]:
     yield f"# {name}\n"
-    yield f"A video {checkpoint.kind} trained by MVD-Scale (Masked Video Distillation).\n"
+    medium = _medium(checkpoint)
+    made = "trained" if origin.recipe else "converted"
+    yield f"{'An' if medium == 'image' else 'A'} {medium} {checkpoint.kind} {made} by MVD-Scale.\n"
     yield from _fenced("text", describe_checkpoint(checkpoint))
     yield "\n## How to load\n"
     kind = checkpoint.kind if (library, checkpoint.kind) in _USES else "encoder"
@@ -168,11 +238,12 @@ def _body(checkpoint: Checkpoint, library: Library, licence: str, origin: Origin
 def _training(origin: Origin) -> Iterator[str]:
     recipe = origin.recipe
     if not recipe:
-        yield "The weights lay beside no recipe: nothing is known of their training."
+        yield "The weights lay beside no recipe of their own: nothing is known of their training."
         return
     data, training = recipe.get("data") or {}, recipe.get("training") or {}
     facts = {
         "videos": data.get("source"),
+        **{f"videos of {name}": part.get("source") for name, part in (data.get("mixture") or {}).items()},
         "digest of the videos": origin.digests.get("videos"),
         "epochs": training.get("epochs"),
         "global batch": training.get("global_batch"),
@@ -183,16 +254,18 @@ def _training(origin: Origin) -> Iterator[str]:
     for title, value in facts.items():
         if value is not None:
             yield f"| {title} | {_cell(value)} |"
-    digests = origin.digests.get("teachers") or {}
-    for name, target in (recipe.get("targets") or {}).items():
-        told = [str(target[key]) for key in ("kind", "checkpoint", "size", "weight") if target.get(key) is not None]
-        known = [f"digest {digests[name]}"] if digests.get(name) else []
-        yield f"| target {_cell(name)} | {_cell(', '.join([*told, *known]))} |"
+    for made in origin.lineage:
+        digests = made.digests.get("teachers") or {}
+        of_encoder = "" if made is origin else " of the encoder that it began from"
+        for name, target in made.targets.items():
+            told = [str(target[key]) for key in ("kind", "checkpoint", "size", "weight") if target.get(key) is not None]
+            known = [f"digest {digests[name]}"] if digests.get(name) else []
+            yield f"| target {_cell(name)}{of_encoder} | {_cell(', '.join([*told, *known]))} |"
 
 
 def _results(origin: Origin) -> Iterator[str]:
     if not origin.tests:
-        yield "No finished test of these weights lies beside them."
+        yield "No finished test of these weights lies beside them or their run folder."
         return
     yield "| test | videos | top-1 | top-5 |\n|---|---|---|---|"
     for name, summary in origin.tests.items():
@@ -212,27 +285,3 @@ def _fenced(language: str, text: str) -> Iterator[str]:
     while fence in text:
         fence += "`"
     yield f"{fence}{language}\n{text}\n{fence}"
-
-
-def _cut_locations(value: Any) -> Any:
-    """Cut the locations in nested values; see `_cut_location`."""
-    if isinstance(value, dict):
-        return {key: _cut_locations(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_cut_locations(each) for each in value]
-    return _cut_location(value) if isinstance(value, str) else value
-
-
-def _cut_location(text: str) -> str:
-    """Cut an absolute path, a path that leads upwards, or a URL to its last two parts; other text is returned as it is.
-
-    Of a URL the path alone is kept, without host, user, password, query and fragment; of chained URLs the last one's.
-    """
-    _, url, path = text.rpartition("://")
-    if url:
-        # A slash in a password does not end the host.
-        path = re.split("[?#]", path)[0].rpartition("@")[2].partition("/")[2]
-    elif not re.search("(^|::)[/~]", text) and ".." not in text.split("/"):
-        return text
-    parts = [part for part in path.split("/") if part not in ("", ".", "..") and not part.startswith("~")]
-    return "/".join(parts[-2:]) or "..."

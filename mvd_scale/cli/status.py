@@ -94,8 +94,8 @@ def report(folders: tuple[Path, ...], out: Path | None, hardest: int) -> None:
 
     A folder that `evaluate`, `ensemble` or `probe` wrote gives the page of that test: figures, classes, and pictures of
     the hardest videos. Runs, folders up to four levels above runs, and studies give a page with state, results, curves,
-    predictions over time, and differences of settings, of all FOLDERS together. What is no run, test or study is named,
-    and the exit code is then 2.
+    predictions over time, and differences of settings, of all FOLDERS together. What is no run, test or study, or a
+    damaged result, is named, and the exit code is then 2.
     """
     import sys
 

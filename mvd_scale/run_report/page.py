@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,9 @@ _PICTURES = 24
 
 _PICTURE_WIDTH = 1000
 """Largest width of a picture in pixels."""
+
+_STYLES = len(SERIES) * len(DASHES)
+"""Number of runs that curves tell apart."""
 
 _KINDS = ("pre-training", "fine-tuning", "detection", UNKNOWN)
 
@@ -71,9 +75,10 @@ def write_run_report(paths: Sequence[Path], out: Path) -> list[str]:
     if not sources.folders:
         raise UserError("\n".join(sources.left_out))
     left_out = list(sources.left_out)
-    statuses = read_statuses(sources.runs)
-    records = [read_record(sources.name(status.path), status) for status in statuses]
-    page = render_runs(sources.title, records, *_results(sources, left_out), left_out)
+    figures, studies = _results(sources, left_out)
+    chosen, undrawn = _choose_runs(sources.runs, studies)
+    records = [read_record(sources.name(status.path), status) for status in read_statuses(chosen)]
+    page = render_runs(sources.title, records, figures, studies, left_out, undrawn)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, page)
     return left_out
@@ -95,10 +100,43 @@ def _results(sources: Sources, left_out: list[str]) -> tuple[list[Figure], list[
     return figures, read(read_study, sources.studies)
 
 
+def _choose_runs(runs: list[Path], studies: list[StudyTable]) -> tuple[list[Path], str]:
+    """Choose the runs that a page shows: all of them, unless runs of studies make them more than curves tell apart.
+
+    Then only the pre-training of the studies' encoders is shown of these, or the first runs if none is known by its
+    name, as far as they fit beside the other runs.
+
+    Returns:
+        the runs in their order, and a sentence about the others; empty if there are none.
+    """
+    within = {run: study for study in studies for run in runs if study.folder in run.parents}
+    if len(runs) <= _STYLES or not within:
+        return runs, ""
+    trained = [run for run, study in within.items() if _trains_encoder(run, study)]
+    fit = max(_STYLES - (len(runs) - len(within)), 0)
+    hidden = within.keys() - set((trained or list(within))[:fit])
+    if not hidden:
+        return runs, ""
+    names = " ".join(f"{name}/RUN..." for name in dict.fromkeys(within[run].name for run in runs if run in hidden))
+    told = f"{len(hidden)} of {len(runs)} runs are not drawn: `mvd-scale report {names}` draws the runs that it names."
+    return [run for run in runs if run not in hidden], told
+
+
+def _trains_encoder(run: Path, study: StudyTable) -> bool:
+    """Whether a run in the folder of a study is named after one of its encoders, with or without a seed."""
+    stage = run.relative_to(study.folder).parts[0]
+    return re.sub(r"_seed\d+$", "", stage) in {encoder for encoder, _, _ in study.encoders}
+
+
 def render_runs(
-    title: str, records: Sequence[RunRecord], figures: list[Figure], studies: list[StudyTable], left_out: list[str]
+    title: str,
+    records: Sequence[RunRecord],
+    figures: list[Figure],
+    studies: list[StudyTable],
+    left_out: list[str],
+    undrawn: str = "",
 ) -> str:
-    """Render the page; `left_out` is what it does not show."""
+    """Render the page; `left_out` is what it does not show, `undrawn` a sentence about runs that it does not."""
     kinds = [kind for kind in _KINDS if any(record.kind == kind for record in records)]
     strips, broken = _filmstrips(records)
     gaps = [f"{record.name}: {gap}" for record in records for gap in record.gaps]
@@ -107,6 +145,7 @@ def render_runs(
         title=title,
         records=records,
         overview=_overview(records),
+        undrawn=undrawn,
         marks=[(place % len(SERIES), DASHES[place // len(SERIES) % len(DASHES)]) for place in range(len(records))],
         sections=[
             *((_heading("Loss", kind, kinds), loss_charts(records, kind)) for kind in kinds),

@@ -6,6 +6,7 @@ A study is a folder with `results.json`. Of it are read, in percent:
 - `cells`: `row` and, where rows have equal names, `encoder`; `task`, `measure`; `top1`, null or an
   object of `mean`, `half` (of the 95 % interval, or null) and `count` (seeds); `missing`, the reason by seed; where
   known, `published` (the paper's figure) and `cpu_minutes` of a seed;
+- `encoders`: `encoder`, `seeds` (how many are trained), `cpu_minutes` of its training, or null; may be missing;
 - `directions`: `says`, `measure`, `verdict` and `comparisons` of `better`, `than`, `task`, `difference` (as `top1`).
 
 Other keys are ignored.
@@ -53,12 +54,15 @@ class StudyTable:
     """Cells of a study as a table of rows and columns, in the order in which the file has them."""
 
     name: str
+    folder: Path
     title: str
     notes: list[str]
     columns: list[str]
     rows: list[tuple[str, list[Figure | Absent]]]
     claims: list[tuple[str, str, str]]
     """Claim, verdict and reasons."""
+    encoders: list[tuple[str, int, float | None]]
+    """Encoder, number of trained seeds, and minutes on CPUs of one of them where known."""
 
 
 def read_test(name: str, folder: Path) -> Figure:
@@ -111,6 +115,7 @@ def read_study(name: str, folder: Path) -> StudyTable:
             for cell in document["cells"]
         }
         claims = [_claim(direction) for direction in document.get("directions", [])]
+        encoders = [_cost(encoder) for encoder in document.get("encoders", [])]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder / STUDY} holds no cells in the form of a study ({error!r})") from error
     columns = list(dict.fromkeys(column for _, column in cells))
@@ -120,7 +125,12 @@ def read_study(name: str, folder: Path) -> StudyTable:
     ]
     about = [str(document[key]) for key in ("scale", "split") if document.get(key)]
     notes = [*([", ".join(about)] if about else []), *([str(document["note"])] if document.get("note") else [])]
-    return StudyTable(name, str(document.get("title", name)), notes, columns, rows, claims)
+    return StudyTable(name, folder, str(document.get("title", name)), notes, columns, rows, claims, encoders)
+
+
+def _cost(encoder: Mapping[str, Any]) -> tuple[str, int, float | None]:
+    minutes = encoder.get("cpu_minutes")
+    return str(encoder["encoder"]), int(encoder["seeds"]), None if minutes is None else float(minutes)
 
 
 def _cell(cell: Mapping[str, Any]) -> Figure | Absent:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mvd_scale.config.reading import flatten_sections
+from mvd_scale.utils.locations import without_credentials
 
 Settings = dict[str, str]
 """Values of a recipe as JSON by their dotted keys."""
@@ -17,10 +18,13 @@ _OWN = "run.folder"
 
 
 def flatten(document: Mapping[Any, Any]) -> Settings:
-    """Convert a recipe to the values of its dotted keys; lists and empty sections stay values."""
+    """Convert a recipe to the values of its dotted keys; lists and empty sections stay values.
+
+    URLs lose user, password, query and fragment: a page is sent to others.
+    """
     return {
         name: value if isinstance(value, str) else json.dumps(value, default=str)
-        for name, value in flatten_sections(document).items()
+        for name, value in flatten_sections(without_credentials(document)).items()
         if name != _OWN
     }
 

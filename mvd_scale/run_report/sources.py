@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,8 +41,10 @@ class Sources:
 
     @property
     def title(self) -> str:
-        """Name of the deepest folder that holds all others."""
-        return Path(os.path.commonpath(self.folders)).name
+        """Name of the deepest folder that holds all others; without any, that of the first one, and how many more."""
+        common = Path(os.path.commonpath(self.folders)).name
+        first, *more = self.folders
+        return common or f"{first.name} and {len(more)} more"
 
 
 def find_sources(paths: Sequence[Path]) -> Sources:
@@ -52,29 +54,46 @@ def find_sources(paths: Sequence[Path]) -> Sources:
     for path in paths:
         before = len(found.folders)
         known = False
-        for folder in sorted(_walk(path.resolve(), SEARCH_DEPTH)):
-            if folder in seen:
+        for real, folder in _by_real_path(_walk(path.resolve(), SEARCH_DEPTH)):
+            if real in seen:
                 known = True
                 continue
-            seen.add(folder)
+            seen.add(real)
             _sort_in(folder, found)
         if len(found.folders) == before and not known:
             found.left_out.append(_explain(path))
     return found
 
 
-def _walk(path: Path, depth: int) -> Iterator[Path]:
-    if not path.is_dir():
+def _by_real_path(folders: Iterable[Path]) -> list[tuple[Path, Path]]:
+    """Pair folders with what they are without links, once each, in the order of their paths.
+
+    Of a folder and links to it the folder is taken.
+    """
+    chosen: dict[Path, Path] = {}
+    for folder in sorted(folders):
+        real = folder.resolve()
+        if real == folder or real not in chosen:
+            chosen[real] = folder
+    return sorted(chosen.items(), key=lambda pair: pair[1])
+
+
+def _walk(path: Path, depth: int, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """Yield a folder and those beneath it; links are followed, except in runs and to folders `above` (resolved)."""
+    real = path.resolve()
+    if not path.is_dir() or real in above:
         return
     yield path
     if depth:
+        # A link in a run is one to its videos or weights.
+        follow = not is_run(path)
         try:
-            below = [entry.name for entry in os.scandir(path) if entry.is_dir(follow_symlinks=False)]
+            below = [entry.name for entry in os.scandir(path) if entry.is_dir(follow_symlinks=follow)]
         except PermissionError:
             return  # somebody else's, beside the runs
         for name in below:
             if name[0] != "." and name not in _SKIPPED:
-                yield from _walk(path / name, depth - 1)
+                yield from _walk(path / name, depth - 1, above | {real})
 
 
 def _sort_in(folder: Path, found: Sources) -> None:

@@ -20,9 +20,10 @@ from torch import nn
 
 import mvd_scale
 from mvd_scale.checkpoints import build_classifier, export_checkpoint, read_checkpoint
+from mvd_scale.checkpoints.checkpoint import Hints
 from mvd_scale.checkpoints.hub import find_weights
-from mvd_scale.checkpoints.model_card import _cut_location
 from mvd_scale.checkpoints.native import save_weights
+from mvd_scale.checkpoints.reading import read_raw_checkpoint, tensors_digest
 from mvd_scale.checkpoints.roles import identify_checkpoint
 from mvd_scale.config import DecoderConfig, DetectorConfig, ModelConfig, load_finetune_recipe, load_recipe
 from mvd_scale.config.data import ViewsConfig
@@ -32,6 +33,7 @@ from mvd_scale.evaluation.metrics import Predictions
 from mvd_scale.evaluation.results import EvalResult, Origin
 from mvd_scale.models import Classifier, Encoder, Student
 from mvd_scale.models.detector import Detector
+from mvd_scale.utils.locations import cut_location
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -110,8 +112,8 @@ def write_test(out: Path, *, top1: float, model: dict[str, Any] | None) -> None:
     EvalResult(out, Predictions(labels, np.ones(50, np.bool_), views), ["a"] * 50, CLASSES, origin, {}).write()
 
 
-def export(source: Path, family: str, out: Path, **options: Any) -> Path:
-    export_checkpoint(read_checkpoint(source), family, out, **options)
+def export(source: Path, family: str, out: Path, *, heads: int | None = None, **options: Any) -> Path:
+    export_checkpoint(read_checkpoint(source, Hints(heads=heads)), family, out, **options)
     return out
 
 
@@ -174,7 +176,7 @@ def test_the_card_lists_tests_of_these_weights_alone(tmp_path: Path) -> None:
     ],
 )
 def test_locations_are_cut(text: str, cut: str) -> None:
-    assert _cut_location(text) == cut
+    assert cut_location(text) == cut
 
 
 def test_the_recipe_of_a_card_has_no_credentials(tmp_path: Path) -> None:
@@ -232,6 +234,73 @@ def test_the_card_names_teachers(tmp_path: Path) -> None:
     )
     encoder = mvd_scale.from_pretrained(out)
     torch.testing.assert_close(encoder(clips()), student.encoder(clips()))
+
+
+def test_the_card_of_a_classifier_names_the_teachers_of_its_encoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    student = Path("runs/student")
+    student.mkdir(parents=True)
+    save_weights(student / "encoder.safetensors", randomise(Encoder(shape())).state_dict(), shape())
+    words = ["--targets.video.checkpoint", "/data/x/teachers/videomae_b.pth", "--data.source", "train.parquet"]
+    (student / "recipe.yaml").write_text(load_recipe("quickstart/student", words).to_yaml())
+    (student / "summary.json").write_text(json.dumps({"origin": {"teachers": {"video": "feed"}}}))
+    run = write_run(tmp_path / "run")  # began from this encoder
+    digest = tensors_digest(read_raw_checkpoint(student / "encoder.safetensors").tensors)
+    (run / "summary.json").write_text(json.dumps({"origin": {"videos": "0123abcd", "initial encoder": digest}}))
+    out = export(run, "hub", tmp_path / "model")
+    title, teacher = "target `video` of the encoder that it began from", "video_teacher, teachers/videomae_b.pth"
+    row = f"| {title} | `{teacher}, 1.0, digest feed` |"
+    assert row in (out / "README.md").read_text()
+    assert head_of(out / "README.md")["tags"] == ["video", "masked-video-distillation", "classifier"]
+    # The encoder of another training lies there now: nothing is known of the one that the run began from.
+    save_weights(student / "encoder.safetensors", Encoder(shape()).state_dict(), shape())
+    out = export(run, "hub", tmp_path / "model")
+    assert "| target" not in (out / "README.md").read_text()
+    assert head_of(out / "README.md")["tags"] == ["video", "classifier"]
+
+
+def test_the_card_lists_the_sources_of_a_mixture(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    mixture = {
+        "k400": {"source": "/home/me/secret/k400/train.parquet"},
+        "ssv2": {"source": "s3://me:pw@host/a/b/c.csv"},
+    }
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["data"] |= {"source": None, "mixture": mixture}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    card = (export(run, "hub", tmp_path / "model") / "README.md").read_text()
+    for row in ("| videos of k400 | `k400/train.parquet` |", "| videos of ssv2 | `b/c.csv` |"):
+        assert row in card
+
+
+def test_the_card_lists_tests_beside_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(tmp_path / "runs" / "classifier")
+    model = identify_checkpoint(read_checkpoint(run))
+    write_test(tmp_path / "runs" / "test", top1=0.5, model=model)
+    write_test(tmp_path / "runs" / "slow", top1=0.24, model=model)
+    write_test(tmp_path / "runs" / "other", top1=0.9, model={**model, "weights": "0"})
+    monkeypatch.chdir(run)
+    for source in (run, Path("classifier.safetensors")):
+        (found,) = head_of(export(source, "hub", tmp_path / "model") / "README.md")["model-index"]
+        tests = {each["dataset"]["name"]: each["metrics"][0]["value"] for each in found["results"]}
+        assert tests == {"test": 50.0, "../test": 50.0, "slow": 24.0}
+
+
+def test_the_card_claims_no_weights_of_others(tmp_path: Path) -> None:
+    size = {"width": 48, "depth": 2, "heads": 3, "patch_size": 8}
+    image = ModelConfig(**size, input_size=32, frames=1, tubelet=1, positions="sincos2d", class_token=True)
+    save_weights(tmp_path / "encoder.safetensors", randomise(Encoder(image)).state_dict(), image)
+    export(tmp_path / "encoder.safetensors", "mae", tmp_path / "mae_b.pth")
+    # A recipe that happens to lie there is not theirs.
+    (tmp_path / "recipe.yaml").write_text(load_recipe("quickstart/student", ["--data.source", "x"]).to_yaml())
+    card = export(tmp_path / "mae_b.pth", "hub", tmp_path / "model", heads=3) / "README.md"
+    assert "An image encoder converted by MVD-Scale." in card.read_text()
+    assert head_of(card)["tags"] == ["image", "encoder"]
+    assert "trained by" not in card.read_text()
+    own = export(tmp_path / "encoder.safetensors", "hub", tmp_path / "own") / "README.md"
+    assert "An image encoder trained by MVD-Scale." in own.read_text()
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from mvd_scale.run_report.page import _scale, write_run_report
 from mvd_scale.run_report.records import RunRecord, Series, read_record, series_by_name
 from mvd_scale.run_report.results import Figure, read_study, read_test
 from mvd_scale.run_report.settings import compare_settings, flatten
-from mvd_scale.run_report.sources import find_sources
+from mvd_scale.run_report.sources import Sources, find_sources
 from mvd_scale.run_status import RunStatus
 
 EVIL = '<script>alert("$x$")</script>'
@@ -257,6 +257,12 @@ def test_differences_of_settings() -> None:
     assert compared.equal == [("data.scales", "[1, 2]")]
 
 
+def test_settings_hold_no_credentials() -> None:
+    signed = "https://me:pw@host/x.parquet?X-Amz-Signature=0a1b"
+    told = flatten({"data": {"source": signed, "more": [signed]}})
+    assert told == {"data.source": "https://host/x.parquet", "data.more": '["https://host/x.parquet"]'}
+
+
 def test_a_curve_has_the_readings(write: Write) -> None:
     charts = optimizer_charts([record("a", {"lr": [0.5, 0.25], "grad_norm": [90.0, math.nan, 1.0]})])
     assert [chart.title for chart in charts] == ["Learning rate", "Gradient norm before clipping"]
@@ -377,9 +383,47 @@ def test_a_study(tmp_path: Path) -> None:
         "video less image, motion: +9.0 ± 2.0",
     ):  # fmt: skip
         assert words in text, words
-    (tmp_path / "results.json").write_text(json.dumps({"cells": [{"row": "both"}]}))
-    with pytest.raises(UserError, match="holds no cells"):
-        read_study("study", tmp_path)
+    assert "minutes of CPU for a seed" not in text
+    costs = [{"encoder": "both", "seeds": 3, "cpu_minutes": 12.34}, {"encoder": EVIL, "seeds": 0, "cpu_minutes": None}]
+    (tmp_path / "results.json").write_text(json.dumps({**document, "encoders": costs}))
+    assert read_study("study", tmp_path).encoders == [("both", 3, 12.34), (EVIL, 0, None)]
+    text = page_of(tmp_path, out=tmp_path / "page.html").text
+    assert f"minutes of CPU for a seed both 3 12.3 {EVIL} 0 unknown" in text
+    for broken in ({"cells": [{"row": "both"}]}, {**document, "encoders": [{"seeds": 3}]}):
+        (tmp_path / "results.json").write_text(json.dumps(broken))
+        with pytest.raises(UserError, match="holds no cells"):
+            read_study("study", tmp_path)
+
+
+@undrawn
+def test_of_a_large_study_the_pre_training_is_drawn(write: Write, tmp_path: Path) -> None:
+    stages = ["both_seed0", "both_seed1", "image_seed0", *(f"both_task{number}_seed0" for number in range(24))]
+    for stage in stages:
+        write(f"study/{stage}", steps=3)
+    write("alone", steps=3)
+    results = tmp_path / "runs" / "study" / "results.json"
+    cell = {"row": "both", "task": "motion", "measure": "probe", "top1": None}
+    encoders = [{"encoder": name, "seeds": 2, "cpu_minutes": 1} for name in ("both", "image")]
+
+    def drawn(document: dict[str, Any], *folders: str) -> tuple[list[str], str]:
+        results.write_text(json.dumps({"cells": [cell], **document}))
+        paths = [tmp_path / "runs" / folder for folder in folders or ("",)]
+        assert write_run_report(paths, tmp_path / "page.html") == []
+        text = (tmp_path / "page.html").read_text()
+        return re.findall(r'<th scope="row" class="run">.*</span>(.*)</th>', text), Page(text).text
+
+    names, text = drawn({"encoders": encoders})
+    assert names == ["alone", "study/both_seed0", "study/both_seed1", "study/image_seed0"]
+    assert "24 of 28 runs are not drawn: `mvd-scale report study/RUN...` draws" in text
+    assert text.index("both") < text.index(" Runs ")
+    # Without names of encoders the first runs that have a line style of their own.
+    names, text = drawn({})
+    assert len(names) == 24
+    assert "4 of 28 runs are not drawn" in text
+    # Runs that are named are drawn.
+    names, text = drawn({"encoders": encoders}, "study/both_task3_seed0", "study/both_seed0")
+    assert names == ["both_task3_seed0", "both_seed0"]
+    assert "not drawn" not in text
 
 
 @undrawn
@@ -410,6 +454,25 @@ def test_a_run_by_two_paths_is_shown_once(write: Write, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(folder)
     sources = find_sources([folder, tmp_path / "link", tmp_path / "runs"])
     assert (sources.runs, sources.left_out) == ([folder.resolve()], [])
+
+
+def test_linked_folders_are_followed(write: Write, tmp_path: Path) -> None:
+    kept = write("../elsewhere/kept")
+    write("../elsewhere/many/one")
+    run = write("real")
+    runs = tmp_path / "runs"
+    for link, folder in (("linked", kept), ("a_second_name", run), ("many", tmp_path / "elsewhere" / "many")):
+        (runs / link).symlink_to(folder)
+    (runs / "loop").symlink_to(runs)
+    (run / "data").symlink_to(write("../videos/no_run_of_this"))
+    sources = find_sources([runs])
+    assert [sources.name(folder) for folder in sources.runs] == ["linked", "many/one", "real"]
+
+
+def test_runs_without_a_common_folder_have_a_title() -> None:
+    sources = Sources(runs=[Path("/a/x"), Path("/b/y"), Path("/b/z")])
+    assert sources.title == "x and 2 more"
+    assert [sources.name(folder) for folder in sources.runs] == ["a/x", "b/y", "b/z"]
 
 
 @pytest.mark.parametrize("width", [500, 1280])
