@@ -77,11 +77,13 @@ def similarity(
     from mvd_scale.models.precision import usual_precision
 
     views = ViewsConfig(sampling=sampling, stride=stride, clips=clips, crops=1)
-    subjects, clip = read_subjects(checkpoints, frames=frames, positions=positions)
+    lineup = read_subjects(checkpoints, frames=frames, positions=positions)
     ranks = init_distributed(device, timeout_minutes=10)
+    if ranks.is_main:
+        for name, reason in lineup.left_out.items():
+            click.echo(f"left out: model {name}: {reason}", err=True)
     found = compute_similarity(
-        subjects,
-        clip,
+        lineup,
         DataConfig(source=source, root=root),
         FeatureOptions(views, layer, pool="none", norm=norm),
         out,
@@ -142,7 +144,7 @@ def features(
     are the first three principal components, fitted over targets and predictions together. What a model does not have,
     such as a decoder or a teacher, is left out and named.
     """
-    from mvd_scale.analysis.clip_rows import ClipOptions, analyse_clip
+    from mvd_scale.analysis.clip_rows import ClipOptions, Section, analyse_clip
     from mvd_scale.analysis.feature_sheet import check_picture, draw_sheet, write_moving_sheet
     from mvd_scale.analysis.subjects import read_subjects
     from mvd_scale.config.data import ViewsConfig
@@ -152,10 +154,12 @@ def features(
     named = dict(word.partition("=")[::2] for word in teachers)
     if not all(named.values()):
         raise click.UsageError("--teacher names a target and a file, such as image=mae_b.pth")
-    subjects, clip = read_subjects(checkpoints, frames=frames, positions=positions)
+    subjects, clip, left_out = read_subjects(checkpoints, frames=frames, positions=positions)
     views = ViewsConfig(sampling=sampling, stride=stride, clips=1, crops=1)
     options = ClipOptions(views, mask_ratio, seed, {name: Path(file) for name, file in named.items()})
     sections = analyse_clip(video, subjects, clip, options, choose_device(device))
+    # Without rows: their notes are on the sheet and in the output, as what is missing of the others.
+    sections += [Section(f"{name}: left out", missing=[reason]) for name, reason in left_out.items()]
     draw_sheet(sections, out)
     if moving is not None:
         write_moving_sheet(sections, moving)
