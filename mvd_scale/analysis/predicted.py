@@ -5,9 +5,10 @@ A file of weights holds no teachers: those of a run are in its recipe, those of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from mvd_scale.analysis.subjects import Subject
 from mvd_scale.checkpoints import adapt, build_encoder, read_checkpoint
@@ -21,7 +22,7 @@ from mvd_scale.config import (
     VideoTeacherTarget,
     load_any_recipe,
 )
-from mvd_scale.config.data import MaskConfig
+from mvd_scale.config.data import DataConfig, MaskConfig, ViewsConfig
 from mvd_scale.config.target import TargetConfig, TrainedTeacherTarget
 from mvd_scale.errors import UserError
 from mvd_scale.models import Encoder
@@ -67,6 +68,23 @@ def read_run(subject: Subject) -> RunFacts:
         return RunFacts(load_any_recipe(file) if file.is_file() else None)
     except (UserError, OSError, UnicodeDecodeError) as error:
         return RunFacts(None, str(error))
+
+
+def views_of(
+    subjects: Sequence[Subject], sampling: Literal["dense", "uniform"] | None, stride: int | None
+) -> ViewsConfig:
+    """Return the view of a clip: as given, otherwise as in the run of the first video model that has a recipe.
+
+    Args:
+        subjects: models that are shown the clip.
+        sampling: sampling of the clip; that of the run if None, or dense if `stride` is given or there is no run.
+        stride: stride of dense clips; that of the run if None, or 4 if there is none.
+    """
+    recipes = (read_run(subject).recipe for subject in subjects if not subject.is_image_model)
+    data = next((recipe.data for recipe in recipes if recipe is not None), DataConfig())
+    if sampling is None:
+        sampling = "uniform" if data.spans_whole_videos and stride is None else "dense"
+    return ViewsConfig(sampling=sampling, stride=stride or data.stride, clips=1, crops=1)
 
 
 def _folder(subject: Subject) -> Path:
@@ -184,8 +202,8 @@ def _check_grid(what: str, teacher: ModelConfig, student: ModelConfig) -> None:
     if have != student.grid or student.frames % teacher.frames:
         of_teacher, of_student = ("x".join(map(str, grid)) for grid in (have, student.grid))
         raise UserError(
-            f"{what}: the teacher has {of_teacher} tokens (frames: {teacher.frames}), the student {of_student} (frames: "
-            f"{student.frames}): name the teacher that it was taught by, or give the folder of the student's run"
+            f"{what}: the teacher has {of_teacher} tokens (frames: {teacher.frames}), the student {of_student} "
+            f"(frames: {student.frames}): name the teacher that it was taught by, or give the folder of its run"
         )
 
 

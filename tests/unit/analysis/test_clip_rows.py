@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import av
 import numpy as np
@@ -15,7 +15,7 @@ from PIL import Image
 from mvd_scale.analysis import clip_rows
 from mvd_scale.analysis.clip_rows import ClipOptions, Section, analyse_clip
 from mvd_scale.analysis.feature_sheet import check_picture, draw_sheet, write_moving_sheet
-from mvd_scale.analysis.predicted import find_targets, read_run
+from mvd_scale.analysis.predicted import find_targets, read_run, views_of
 from mvd_scale.analysis.subjects import read_subjects
 from mvd_scale.checkpoints import adapt, build_encoder, read_checkpoint
 from mvd_scale.checkpoints.weights import save_weights
@@ -186,12 +186,12 @@ def test_a_run_knows_its_targets_and_names_a_teacher_that_is_gone(
     assert section.missing == []
 
 
-def save_run(folder: Path, **targets: dict[str, Any]) -> None:
+def save_run(folder: Path, data: dict[str, Any] | None = None, **targets: dict[str, Any]) -> None:
     decoder = DECODER.model_dump(exclude_none=True)
     recipe = {
         "run": {"folder": str(folder)},
         "model": VIDEO.model_dump(),
-        "data": {"mask": {"ratio": 0.75}},
+        "data": {"mask": {"ratio": 0.75}, **(data or {})},
         "targets": {name: {**target, "decoder": decoder} for name, target in targets.items()},
         "training": {"epochs": 2, "global_batch": 2, "base_lr": 1e-3, "warmup_epochs": 0},
     }
@@ -254,6 +254,24 @@ def test_a_teacher_that_cannot_take_the_frames_is_named(
     assert "video: predicted" in titles(section)
     (reason,) = section.missing
     assert "sees 2 frames of the student's 6, in tubelets of 2, and cannot see the same share of 4" in reason
+
+
+def test_the_clip_is_sampled_as_in_the_run(files: dict[str, Path], tmp_path: Path) -> None:
+    student = save_student(tmp_path / "student.safetensors", VIDEO, {"pixels": 2 * 64 * 3})
+    subjects, *_ = read_subjects([str(word) for word in (files["mae"], files["videomae"], student)])
+
+    def sampled(sampling: Literal["dense", "uniform"] | None, stride: int | None) -> tuple[str, int]:
+        views = views_of(subjects, sampling, stride)
+        return views.sampling, views.stride
+
+    assert sampled(None, None) == ("dense", 4)
+    save_run(tmp_path, {"stride": 1}, pixels={"kind": "pixels"})
+    assert sampled(None, None) == ("dense", 1)
+    assert sampled(None, 3) == ("dense", 3)
+    assert sampled("uniform", None)[0] == "uniform"
+    save_run(tmp_path, {"sampling": "segments"}, pixels={"kind": "pixels"})
+    assert sampled(None, None)[0] == "uniform"
+    assert sampled(None, 3) == ("dense", 3)
 
 
 def test_a_run_whose_recipe_cannot_be_read_shows_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
