@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from mvd_scale.analysis.attention import look
-from mvd_scale.analysis.predicted import find_targets, mask_of
+from mvd_scale.analysis.predicted import RunFacts, find_targets, mask_of, read_run
 from mvd_scale.analysis.similarity import resize_clips
 from mvd_scale.analysis.subjects import ClipShape, Subject
 from mvd_scale.checkpoints import build_encoder, build_student
+from mvd_scale.checkpoints.reading import read_raw_checkpoint
 from mvd_scale.config import PixelTarget
 from mvd_scale.config.data import ViewsConfig
 from mvd_scale.data.batch import ClipBatch
@@ -81,7 +82,8 @@ def analyse_clip(
         a section with the front frames of the slices, and one for each model.
 
     Raises:
-        UserError: the video cannot be decoded, weights do not fit, or a teacher that was named suits no model.
+        UserError: the video cannot be decoded, weights do not fit, or a teacher that was named is of no target here or
+            unreadable.
     """
     _check_teachers(subjects, options.teachers)
     shape = subjects[0].model.model_copy(update={"frames": clip.frames, "input_size": clip.side})
@@ -100,6 +102,8 @@ def _check_teachers(subjects: list[Subject], teachers: Mapping[str, Path]) -> No
         if name not in known:
             expected = ", ".join(sorted(known)) or "none, as none is a student"
             raise UserError(f"--teacher {name}=...: no model here predicts {name}; expected one of: {expected}")
+        # A wrong path is an error; a teacher that does not fit a student is named as missing.
+        read_raw_checkpoint(teachers[name])
 
 
 def _section(subject: Subject, pixels: Tensor, clip: ClipShape, options: ClipOptions) -> Section:
@@ -128,10 +132,14 @@ def _kind(subject: Subject) -> str:
 
 @torch.inference_mode()
 def _add_predictions(section: Section, subject: Subject, sequences: Tensor, options: ClipOptions) -> None:
-    batch, ratio = _masked(subject, sequences, options)
+    run = read_run(subject)
+    if run.fault is not None:
+        used = "" if options.mask_ratio is not None else "; the mask is the published one"
+        section.missing.append(f"recipe of its run: {run.fault}{used}")
+    batch, ratio = _masked(subject, run, sequences, options)
     student = build_student(subject.checkpoint).eval().to(sequences.device)
     predictions = student(batch.pixels, batch.visible, batch.masked)
-    found = find_targets(subject, options.teachers)
+    found = find_targets(subject, run, options.teachers)
     frames = sequences[:, :: subject.model.tubelet].cpu().float().div(255).numpy()
     seen = hide_masked(frames, batch.visible.cpu(), subject.model)
     section.rows.append(Row(("what the student", f"sees: {1 - ratio:.0%}"), _slices(seen)))
@@ -143,9 +151,9 @@ def _add_predictions(section: Section, subject: Subject, sequences: Tensor, opti
     section.missing.extend(f"{name}, true features: {reason}" for name, reason in found.missing.items())
 
 
-def _masked(subject: Subject, sequences: Tensor, options: ClipOptions) -> tuple[ClipBatch, float]:
+def _masked(subject: Subject, run: RunFacts, sequences: Tensor, options: ClipOptions) -> tuple[ClipBatch, float]:
     """Draw one mask, the same for all sequences; with it the share of tokens that it hides."""
-    mask = mask_of(subject, options.mask_ratio)
+    mask = mask_of(subject, run, options.mask_ratio)
     drawn = draw_mask(np.random.default_rng(options.seed), mask, subject.model.grid)
     visible, masked = (torch.from_numpy(tokens).to(sequences.device).expand(len(sequences), -1) for tokens in drawn)
     total = visible.shape[1] + masked.shape[1]

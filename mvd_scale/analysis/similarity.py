@@ -12,7 +12,7 @@ Legend: S models, X clips, V views, T frames, t time slices, P places of a slice
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mvd_scale import __version__
-from mvd_scale.analysis.subjects import ClipShape, Subject
+from mvd_scale.analysis.subjects import ClipShape, Lineup, Subject
 from mvd_scale.checkpoints import build_encoder
 from mvd_scale.checkpoints.reading import tensors_digest
 from mvd_scale.config.data import DataConfig
@@ -97,6 +97,9 @@ class Similarity:
     left_out: dict[str, str]
     """Reasons why videos were left out, by name of the video."""
 
+    models_left_out: dict[str, str]
+    """Reasons why models were left out, by name of the model."""
+
     settings: dict[str, Any]
 
     def to_json(self) -> str:
@@ -104,11 +107,12 @@ class Similarity:
         return json.dumps({"definition": DEFINITION, "version": __version__, **asdict(self)}, indent=2)
 
     def to_text(self) -> str:
-        """Format as a table with a line for each model, and a line for videos that were left out."""
+        """Format as a table with a line for each model, and lines for models and videos that were left out."""
         width = max(len(model.name) for model in self.models)
         lines = [f"{'model':{width}}  adjacent slices  first and last"]
         lines += [f"{model.name:{width}}  {model.adjacent:15.3f}  {model.ends:14.3f}" for model in self.models]
         lines.append(f"mean over {self.clips} clips")
+        lines += [f"left out: model {name}: {reason}" for name, reason in self.models_left_out.items()]
         if self.left_out:
             name, reason = next(iter(self.left_out.items()))
             lines.append(f"left out: {len(self.left_out)} videos, named in {FILE}; the first is {name}: {reason}")
@@ -152,8 +156,7 @@ def slice_similarity(features: Tensor) -> Tensor:
 
 
 def compute_similarity(
-    subjects: Sequence[Subject],
-    clip: ClipShape,
+    lineup: Lineup,
     data: DataConfig,
     options: FeatureOptions,
     out: Path,
@@ -165,8 +168,7 @@ def compute_similarity(
     """Compute the matrices of all models on the videos of a source; continues an interrupted pass. All ranks call it.
 
     Args:
-        subjects: the models.
-        clip: clips that all of them take.
+        lineup: the models, the clips that they take, and those that were left out.
         data: `source` and `root` give the videos; workers and time limit apply to decoding.
         options: views, layer and final norm.
         out: folder for the matrices of each clip, and for `similarity.json`.
@@ -181,6 +183,7 @@ def compute_similarity(
         UserError: weights or videos cannot be read, no video can be decoded, or `out` holds other results.
     """
     check_precision(precision, ranks.device)
+    subjects, clip, models_left_out = lineup
     encoders = [SliceEncoder(each, clip, options, ranks.device, dtype_of(precision)) for each in subjects]
     shards = ResultShards(out, "clips", "safetensors", _SHARD)
     settings: dict[str, Any] = {
@@ -205,7 +208,9 @@ def compute_similarity(
         results=lambda views: _matrices(views, encoders),
         write=_write_shard,
     )
-    found = run_on_rank0(ranks, f"average {out}", lambda: asdict(_average(shards, files, manifest, settings)))
+    found = run_on_rank0(
+        ranks, f"average {out}", lambda: asdict(_average(shards, files, manifest, settings, models_left_out))
+    )
     return Similarity(**found | {"models": [SimilarityMatrix(**model) for model in found["models"]]})
 
 
@@ -233,7 +238,13 @@ def _write_shard(file: Path, videos: list[dict[str, Tensor]]) -> None:
     save_file({name: torch.cat([video[name] for video in videos]) for name in ("video", "similarity")}, file)
 
 
-def _average(shards: ResultShards, files: list[Path], manifest: Manifest, settings: dict[str, Any]) -> Similarity:
+def _average(
+    shards: ResultShards,
+    files: list[Path],
+    manifest: Manifest,
+    settings: dict[str, Any],
+    models_left_out: Mapping[str, str],
+) -> Similarity:
     """Average the matrices of all clips, in the order of the manifest on any number of ranks, and write the result."""
     every = np.concatenate([load_file(file)["similarity"].double().numpy() for file in files])
     missing = {manifest.name[row]: reason for row, reason in left_out(shards.out, manifest).items()}
@@ -247,6 +258,7 @@ def _average(shards: ResultShards, files: list[Path], manifest: Manifest, settin
         deviations = None if deviation is None else deviation.tolist()
         matrices.append(SimilarityMatrix(name, **facts, matrix=mean.tolist(), deviation=deviations))
     shared = {name: value for name, value in settings.items() if name != "models"}
-    found = Similarity(matrices, len(every), missing, {**shared, "manifest": manifest.digest})
+    facts = {**shared, "manifest": manifest.digest}
+    found = Similarity(matrices, len(every), missing, dict(models_left_out), facts)
     write_atomic(shards.out / FILE, found.to_json() + "\n")
     return found

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from mvd_scale.checkpoints import Checkpoint, Hints, adapt, read_checkpoint
 from mvd_scale.config import ModelConfig
@@ -28,6 +29,9 @@ class Subject:
     """File or folder as it was given."""
 
     checkpoint: Checkpoint
+
+    own_frames: int
+    """Frames of the clips that the model of the file takes, before it was adapted."""
 
     @property
     def model(self) -> ModelConfig:
@@ -62,10 +66,20 @@ class ClipShape:
         return ViewShape(self.frames, self.side)
 
 
-def read_subjects(
-    words: Sequence[str], *, frames: int | None = None, positions: Positions | None = None
-) -> tuple[list[Subject], ClipShape]:
-    """Read the models of an analysis.
+class Lineup(NamedTuple):
+    """Models of an analysis."""
+
+    subjects: list[Subject]
+
+    clip: ClipShape
+    """Clips that all of them take."""
+
+    left_out: dict[str, str]
+    """Reasons why models were left out, by name of the model."""
+
+
+def read_subjects(words: Sequence[str], *, frames: int | None = None, positions: Positions | None = None) -> Lineup:
+    """Read the models of an analysis; those that cannot take the clips of the first video model are left out.
 
     Args:
         words: PATH or NAME=PATH of each, a file or folder in any known format.
@@ -73,21 +87,31 @@ def read_subjects(
         positions: position table of the training, for files that contain none.
 
     Returns:
-        the models, and the clips that all of them take.
+        the models, the clips that all of them take, and the reasons why models were left out, by name.
 
     Raises:
-        UserError: see `read_checkpoint`; two models have one name, or the models take different clips.
+        UserError: see `read_checkpoint`; two models have one name, or no model can take clips of `frames`.
     """
     named = [_split(word) for word in words]
     read = [read_checkpoint(path, Hints(positions=positions)) for _, path in named]
-    if frames is not None:
-        read = [each if each.model.frames == 1 else adapt(each, frames=frames) for each in read]
-    names = _names(named)
-    subjects = [
-        Subject(name, path, checkpoint)
-        for name, (_, path), checkpoint in zip(names, named, read, strict=True)
-    ]  # fmt: skip
-    return subjects, _common_clips(subjects, frames)
+    subjects: list[Subject] = []
+    left_out: dict[str, str] = {}
+    first: Subject | None = None
+    for name, (_, path), checkpoint in zip(_names(named), named, read, strict=True):
+        own = checkpoint.model.frames
+        try:
+            adapted = checkpoint if frames is None or own == 1 else adapt(checkpoint, frames=frames)
+            subject = Subject(name, path, adapted, own)
+            if not subject.is_image_model:
+                first = first or subject
+                _check_slices(first, subject)
+        except UserError as error:
+            left_out[name] = str(error)
+        else:
+            subjects.append(subject)
+    if not subjects:
+        raise UserError(next(iter(left_out.values())))
+    return Lineup(subjects, _common_clips(subjects, first, frames), left_out)
 
 
 def _split(word: str) -> tuple[str | None, Path]:
@@ -109,25 +133,23 @@ def _names(named: Sequence[tuple[str | None, Path]]) -> list[str]:
     return names
 
 
-def _common_clips(subjects: Sequence[Subject], frames: int | None) -> ClipShape:
+def _common_clips(subjects: Sequence[Subject], first: Subject | None, frames: int | None) -> ClipShape:
     side = max(subject.model.input_size for subject in subjects)
-    videos = [subject for subject in subjects if not subject.is_image_model]
-    if not videos:
+    if first is None:
         length = frames or _FRAMES
         if length % _TUBELET:
             raise UserError(f"--frames {length}: expected a multiple of {_TUBELET}, the frames of a time slice")
         return ClipShape(length, _TUBELET, side)
-    first, *others = videos
-    for other in others:
-        if (other.model.frames, other.model.tubelet) != (first.model.frames, first.model.tubelet):
-            adapt = (
-                "Adapt them by `--frames N`, or analyse" if other.model.tubelet == first.model.tubelet else "Analyse"
-            )
-            raise UserError(
-                f"{first.path} takes clips of {_clip_text(first.model)}, {other.path} of {_clip_text(other.model)}: "
-                f"models are compared on the same time slices. {adapt} them one by one"
-            )
     return ClipShape(first.model.frames, first.model.tubelet, side)
+
+
+def _check_slices(first: Subject, other: Subject) -> None:
+    if (other.model.frames, other.model.tubelet) != (first.model.frames, first.model.tubelet):
+        adapt = "Adapt them by `--frames N`, or analyse" if other.model.tubelet == first.model.tubelet else "Analyse"
+        raise UserError(
+            f"{first.path} takes clips of {_clip_text(first.model)}, {other.path} of {_clip_text(other.model)}: "
+            f"models are compared on the same time slices. {adapt} them one by one"
+        )
 
 
 def _clip_text(model: ModelConfig) -> str:

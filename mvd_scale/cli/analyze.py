@@ -77,11 +77,13 @@ def similarity(
     from mvd_scale.models.precision import usual_precision
 
     views = ViewsConfig(sampling=sampling, stride=stride, clips=clips, crops=1)
-    subjects, clip = read_subjects(checkpoints, frames=frames, positions=positions)
+    lineup = read_subjects(checkpoints, frames=frames, positions=positions)
     ranks = init_distributed(device, timeout_minutes=10)
+    if ranks.is_main:
+        for name, reason in lineup.left_out.items():
+            click.echo(f"left out: model {name}: {reason}", err=True)
     found = compute_similarity(
-        subjects,
-        clip,
+        lineup,
         DataConfig(source=source, root=root),
         FeatureOptions(views, layer, pool="none", norm=norm),
         out,
@@ -105,12 +107,13 @@ def similarity(
     help="Teacher of a target, for students without their run, such as image=mae_b.pth; may be given several times.",
 )  # fmt: skip
 @click.option(
-    "--sampling", type=click.Choice(["dense", "uniform"]), default="dense", show_default=True,
-    help="Sampling of the clip: from the middle of the video, or over all of it.",
+    "--sampling", type=click.Choice(["dense", "uniform"]),
+    help="Sampling of the clip: from the middle of the video, or over all of it; that of the first run, or dense, if "
+    "omitted.",
 )  # fmt: skip
 @click.option(
-    "--stride", type=click.IntRange(min=1), default=4, show_default=True,
-    help="For dense sampling, frames from one sampled frame to the next.",
+    "--stride", type=click.IntRange(min=1),
+    help="For dense sampling, frames from one sampled frame to the next; that of the first run, or 4, if omitted.",
 )  # fmt: skip
 @click.option(
     "--frames", type=click.IntRange(min=1), help="Frames per clip to adapt video models to; their own if omitted."
@@ -129,33 +132,36 @@ def features(
     moving: Path | None,
     teachers: tuple[str, ...],
     sampling: Any,
-    stride: int,
+    stride: int | None,
     frames: int | None,
     mask_ratio: float | None,
     seed: int,
     positions: Any,
     device: str,
 ) -> None:
-    """Draw what models see in a clip of a video: features, predictions at masked places, and attention.
+    """Draw what models see in a clip of a video: features, predictions of students, and attention.
 
     Each CHECKPOINT is a file in any format that `inspect` knows, or a run folder, and may be named: NAME=PATH. Colours
-    are the first three principal components, fitted over targets and predictions together. What a model does not have,
-    such as a decoder or a teacher, is left out and named.
+    are the first three principal components, fitted over a target and its predictions together. What a model does not
+    have, such as a decoder or a teacher, is left out and named; so are models of other clips than the first.
     """
-    from mvd_scale.analysis.clip_rows import ClipOptions, analyse_clip
+    from mvd_scale.analysis.clip_rows import ClipOptions, Section, analyse_clip
     from mvd_scale.analysis.feature_sheet import check_picture, draw_sheet, write_moving_sheet
+    from mvd_scale.analysis.predicted import views_of
     from mvd_scale.analysis.subjects import read_subjects
-    from mvd_scale.config.data import ViewsConfig
     from mvd_scale.distributed.process_group import choose_device
 
     check_picture(out, moving)
     named = dict(word.partition("=")[::2] for word in teachers)
     if not all(named.values()):
         raise click.UsageError("--teacher names a target and a file, such as image=mae_b.pth")
-    subjects, clip = read_subjects(checkpoints, frames=frames, positions=positions)
-    views = ViewsConfig(sampling=sampling, stride=stride, clips=1, crops=1)
-    options = ClipOptions(views, mask_ratio, seed, {name: Path(file) for name, file in named.items()})
+    subjects, clip, left_out = read_subjects(checkpoints, frames=frames, positions=positions)
+    options = ClipOptions(
+        views_of(subjects, sampling, stride), mask_ratio, seed, {name: Path(file) for name, file in named.items()}
+    )
     sections = analyse_clip(video, subjects, clip, options, choose_device(device))
+    # Without rows: their notes are on the sheet and in the output, as what is missing of the others.
+    sections += [Section(f"{name}: left out", missing=[reason]) for name, reason in left_out.items()]
     draw_sheet(sections, out)
     if moving is not None:
         write_moving_sheet(sections, moving)

@@ -45,9 +45,11 @@ def load_teacher(recipe: Recipe, name: str, averages: Path | None = None) -> Enc
     """
     config = recipe.targets[name]
     if isinstance(config, MomentumTarget):
-        return (
-            build_ema_encoder(recipe) if averages is None else load_encoder(ema_file(averages, name), final_norm=False)
-        )
+        if averages is None:
+            return build_ema_encoder(recipe)
+        # It takes the student's clips, also where an analysis shows others than the run had.
+        hints = Hints(frames=recipe.model.frames, input_size=recipe.model.input_size)
+        return load_encoder(ema_file(averages, name), final_norm=False, hints=hints)
     if isinstance(config, TimmTarget):
         return _load_timm(config, recipe.model)
     assert isinstance(config, TrainedTeacherTarget)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import av
 import numpy as np
@@ -15,13 +15,18 @@ from PIL import Image
 from mvd_scale.analysis import clip_rows
 from mvd_scale.analysis.clip_rows import ClipOptions, Section, analyse_clip
 from mvd_scale.analysis.feature_sheet import check_picture, draw_sheet, write_moving_sheet
+from mvd_scale.analysis.predicted import find_targets, read_run, views_of
 from mvd_scale.analysis.subjects import read_subjects
+from mvd_scale.checkpoints import adapt, build_encoder, read_checkpoint
 from mvd_scale.checkpoints.weights import save_weights
 from mvd_scale.config import DecoderConfig, ModelConfig
 from mvd_scale.config.data import ViewsConfig
+from mvd_scale.data.batch import ClipBatch
 from mvd_scale.data.storage import DecodeError
 from mvd_scale.errors import UserError
 from mvd_scale.models import Encoder, Student
+from mvd_scale.targets.load import ema_file
+from mvd_scale.targets.target import EncoderTeacher
 from mvd_scale.visualization.predictions import HIDDEN
 
 VIDEO = ModelConfig(width=48, depth=2, heads=3, frames=6, input_size=32, patch_size=8)
@@ -48,6 +53,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     other_grid = IMAGE.model_copy(update={"input_size": 48})
     rotary = VIDEO.model_copy(update={"positions": "rotary_vjepa2"})
     models = {"mae": IMAGE, "videomae": VIDEO, "other_grid": other_grid, "rotary": rotary}
+    models["long"] = VIDEO.model_copy(update={"frames": 12})
     for name, model in models.items():
         save_weights(folder / f"{name}.safetensors", Encoder(model).state_dict(), model)
     save_student(folder / "mvd.safetensors", VIDEO, {"image": 32, "video": 48})
@@ -56,10 +62,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {file.stem: file for file in folder.glob("*.safetensors")}
 
 
-def analyse(*words: str | Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[Section]:
-    monkeypatch.setattr(clip_rows, "views_of_file", lambda *_: FRAMES)
-    subjects, clip = read_subjects([str(word) for word in words])
-    clip = type(clip)(6, 2, 32)
+def analyse(
+    *words: str | Path, monkeypatch: pytest.MonkeyPatch, frames: int | None = None, **options: Any
+) -> list[Section]:
+    length = frames or 6
+    monkeypatch.setattr(clip_rows, "views_of_file", lambda *_: FRAMES[:, :length])
+    subjects, clip, _ = read_subjects([str(word) for word in words], frames=frames)
+    clip = type(clip)(length, 2, 32)
     chosen = ClipOptions(ViewsConfig(clips=1, crops=1), **{"mask_ratio": MASK, **options})
     return analyse_clip("clip.mp4", subjects, clip, chosen, torch.device("cpu"))
 
@@ -69,7 +78,7 @@ def titles(section: Section) -> list[str]:
 
 
 def test_a_prediction_that_equals_its_target_has_its_colours(files: dict[str, Path]) -> None:
-    (subject,), _ = read_subjects([str(files["mvd"])])
+    (subject,), *_ = read_subjects([str(files["mvd"])])
     truth = torch.randn(1, 48, 48)
     places = torch.arange(48).view(1, 3, 16)[:, :, ::2].flatten(1)
     predicted = truth.gather(1, places.unsqueeze(-1).expand(-1, -1, 48))
@@ -110,19 +119,30 @@ def test_a_published_student_shows_what_there_is_and_names_the_rest(
     assert (visible != masked).all()
 
 
-def test_teachers_that_do_not_fit_are_refused(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    def message(name: str, file: str) -> str:
-        with pytest.raises(UserError) as raised:
-            analyse(files["mvd"], monkeypatch=monkeypatch, teachers={name: files.get(file, Path(file))})
-        return str(raised.value)
+def test_teachers_that_do_not_fit_are_named_and_the_rest_is_shown(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reason(name: str, file: str, student: str = "mvd") -> str:
+        _, section = analyse(files[student], monkeypatch=monkeypatch, teachers={name: files[file]})
+        assert f"{name}: predicted" in titles(section)
+        assert f"{name}: target" not in titles(section)
+        (reason,) = (note for note in section.missing if note.startswith(f"{name}, true features: "))
+        return reason
 
-    assert "give it frames of `input_size: 32`" in message("image", "other_grid")
-    assert "the student predicts 48 channels of video, but the teacher has 32" in message("video", "mae")
-    assert "nothing.pth" in message("video", "nothing.pth")
-    assert "how the student saw this teacher (frames, norm) is in the recipe of its run" in message("video", "rotary")
-    with pytest.raises(UserError, match="pixels takes no file here"):
-        analyse(files["pixels"], monkeypatch=monkeypatch, teachers={"pixels": files["mae"]})
-    assert "no model here predicts depth; expected one of: image, video" in message("depth", "mae")
+    assert "the teacher has 3x6x6 tokens (frames: 1), the student 3x4x4 (frames: 6)" in reason("image", "other_grid")
+    assert "the teacher has 6x4x4 tokens (frames: 12), the student 3x4x4 (frames: 6)" in reason("video", "long")
+    assert "the student predicts 48 channels of video, but the teacher has 32" in reason("video", "mae")
+    assert "how the student saw this teacher (frames, norm) is in the recipe of its run" in reason("video", "rotary")
+    assert "pixels takes no file here" in reason("pixels", "mae", "pixels")
+
+
+def test_teachers_of_no_file_or_no_target_are_refused(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, file, said in (
+        ("video", Path("nothing.pth"), r"nothing\.pth"),
+        ("depth", files["mae"], "no model here predicts depth; expected one of: image, video"),
+    ):
+        with pytest.raises(UserError, match=said):
+            analyse(files["mvd"], monkeypatch=monkeypatch, teachers={name: file})
 
 
 def test_models_without_decoders_show_features_and_attention(
@@ -150,18 +170,12 @@ def test_pixels_are_shown_as_they_are_trained(files: dict[str, Path], monkeypatc
 def test_a_run_knows_its_targets_and_names_a_teacher_that_is_gone(
     files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoder = DECODER.model_dump(exclude_none=True)
-    recipe = {
-        "run": {"folder": str(tmp_path)},
-        "model": VIDEO.model_dump(),
-        "data": {"mask": {"ratio": 0.75}},
-        "targets": {
-            "image": {"kind": "image_teacher", "checkpoint": str(files["mae"]), "norm": True, "decoder": decoder},
-            "video": {"kind": "video_teacher", "checkpoint": str(tmp_path / "gone.safetensors"), "decoder": decoder},
-        },
-        "training": {"epochs": 2, "global_batch": 2, "base_lr": 1e-3, "warmup_epochs": 0},
-    }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    gone = str(tmp_path / "gone.safetensors")
+    save_run(
+        tmp_path,
+        image={"kind": "image_teacher", "checkpoint": str(files["mae"]), "norm": True},
+        video={"kind": "video_teacher", "checkpoint": gone},
+    )
     save_student(tmp_path / "student.safetensors", VIDEO, {"image": 32, "video": 48})
     _, section = analyse(tmp_path, monkeypatch=monkeypatch, mask_ratio=None)
     assert titles(section)[:4] == ["what the student", "image: target", "image: predicted", "video: predicted"]
@@ -172,10 +186,109 @@ def test_a_run_knows_its_targets_and_names_a_teacher_that_is_gone(
     assert section.missing == []
 
 
+def save_run(folder: Path, data: dict[str, Any] | None = None, **targets: dict[str, Any]) -> None:
+    decoder = DECODER.model_dump(exclude_none=True)
+    recipe = {
+        "run": {"folder": str(folder)},
+        "model": VIDEO.model_dump(),
+        "data": {"mask": {"ratio": 0.75}, **(data or {})},
+        "targets": {name: {**target, "decoder": decoder} for name, target in targets.items()},
+        "training": {"epochs": 2, "global_batch": 2, "base_lr": 1e-3, "warmup_epochs": 0},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+
+@pytest.mark.parametrize("frames", [None, 4])
+def test_teachers_take_the_frames_that_the_student_is_adapted_to(
+    frames: int | None, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of a run's targets, and a named teacher, are the features of a teacher adapted as the student is."""
+    half = VIDEO.model_copy(update={"frames": 3, "tubelet": 1})
+    save_weights(tmp_path / "half.safetensors", Encoder(half).state_dict(), half)
+    average = ema_file(tmp_path, "average")
+    save_weights(average, Encoder(VIDEO).state_dict(), VIDEO)
+    save_run(
+        tmp_path,
+        video={"kind": "video_teacher", "checkpoint": str(files["videomae"])},
+        second={"kind": "video_teacher", "checkpoint": str(tmp_path / "half.safetensors")},
+        average={"kind": "momentum"},
+    )
+    student = save_student(tmp_path / "student.safetensors", VIDEO, {"video": 48, "second": 48, "average": 48})
+    length = frames or 6
+    (subject,), *_ = read_subjects([str(student)], frames=frames)
+    found = find_targets(subject, read_run(subject), {})
+    assert found.missing == {}
+    tokens = torch.arange(length // 2 * 16).unsqueeze(0)
+    batch = ClipBatch(FRAMES[:, :length], tokens, tokens, tokens[:, 0], tokens[:, 0])
+    for name, file, stride in (
+        ("video", "videomae", 1),
+        ("second", tmp_path / "half.safetensors", 2),
+        ("average", average, 1),
+    ):
+        read = read_checkpoint(files[file] if isinstance(file, str) else file)
+        encoder = build_encoder(adapt(read, frames=length // stride), final_norm=False).eval()
+        target = found.targets[name]
+        assert isinstance(target, EncoderTeacher)
+        with torch.inference_mode():
+            torch.testing.assert_close(target.encode(batch, tokens), encoder(FRAMES[:, :length:stride]))
+
+    _, section = analyse(
+        files["mvd"],
+        monkeypatch=monkeypatch,
+        frames=frames,
+        teachers={"video": files["videomae"], "image": files["mae"]},
+    )
+    assert section.missing == []
+
+
+def test_a_teacher_that_cannot_take_the_frames_is_named(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = VIDEO.model_copy(update={"frames": 2})
+    save_weights(tmp_path / "slow.safetensors", Encoder(slow).state_dict(), slow)
+    save_run(
+        tmp_path, video={"kind": "video_teacher", "checkpoint": str(tmp_path / "slow.safetensors"), "resample": True}
+    )
+    student = save_student(tmp_path / "student.safetensors", VIDEO, {"video": 48})
+    _, section = analyse(student, monkeypatch=monkeypatch, frames=4)
+    assert "video: predicted" in titles(section)
+    (reason,) = section.missing
+    assert "sees 2 frames of the student's 6, in tubelets of 2, and cannot see the same share of 4" in reason
+
+
+def test_the_clip_is_sampled_as_in_the_run(files: dict[str, Path], tmp_path: Path) -> None:
+    student = save_student(tmp_path / "student.safetensors", VIDEO, {"pixels": 2 * 64 * 3})
+    subjects, *_ = read_subjects([str(word) for word in (files["mae"], files["videomae"], student)])
+
+    def sampled(sampling: Literal["dense", "uniform"] | None, stride: int | None) -> tuple[str, int]:
+        views = views_of(subjects, sampling, stride)
+        return views.sampling, views.stride
+
+    assert sampled(None, None) == ("dense", 4)
+    save_run(tmp_path, {"stride": 1}, pixels={"kind": "pixels"})
+    assert sampled(None, None) == ("dense", 1)
+    assert sampled(None, 3) == ("dense", 3)
+    assert sampled("uniform", None)[0] == "uniform"
+    save_run(tmp_path, {"sampling": "segments"}, pixels={"kind": "pixels"})
+    assert sampled(None, None)[0] == "uniform"
+    assert sampled(None, 3) == ("dense", 3)
+
+
+def test_a_run_whose_recipe_cannot_be_read_shows_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_student(tmp_path / "student.safetensors", VIDEO, {"image": 32, "pixels": 2 * 64 * 3})
+    for content in (b"model: [", b"model: {size: huge}\ntraining: {}\n", b"\xff\xfe\xfa"):
+        (tmp_path / "recipe.yaml").write_bytes(content)
+        _, section = analyse(tmp_path, monkeypatch=monkeypatch, mask_ratio=None)
+        assert titles(section) == ["what the student", "image: predicted", "pixels: predicted", *ATTENTION]
+        assert section.missing[0].startswith("recipe of its run: ")
+        assert section.missing[0].endswith("the mask is the published one")
+        assert "pixels, true features: how it was computed is in the recipe of its run" in section.missing[2]
+
+
 def test_what_cannot_be_shown_at_all_is_an_error(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"--mask-ratio 0\.01 leaves 48 of 48 tokens"):
         analyse(files["mvd"], monkeypatch=monkeypatch, mask_ratio=0.01)
-    subjects, clip = read_subjects([str(files["mvd"])])
+    subjects, clip, _ = read_subjects([str(files["mvd"])])
 
     def broken(*_: object) -> None:
         raise DecodeError("clip.mp4", "no such file")

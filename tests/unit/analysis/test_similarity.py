@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from mvd_scale.analysis.similarity import SliceEncoder, resize_clips, slice_similarity
+from mvd_scale.analysis.similarity import Similarity, SimilarityMatrix, SliceEncoder, resize_clips, slice_similarity
 from mvd_scale.analysis.subjects import ClipShape, Subject, read_subjects
 from mvd_scale.checkpoints.weights import save_weights
 from mvd_scale.config import ModelConfig
@@ -27,7 +29,9 @@ OPTIONS = FeatureOptions(ViewsConfig(clips=1, crops=1), pool="none", norm=False)
 def saved(tmp_path: Path) -> dict[str, Path]:
     torch.manual_seed(0)
     paths = {}
-    for name, model in {"image": IMAGE, "video": VIDEO, "long": VIDEO.model_copy(update={"frames": 8})}.items():
+    long = VIDEO.model_copy(update={"frames": 8})
+    models = {"image": IMAGE, "video": VIDEO, "long": long, "coarse": long.model_copy(update={"tubelet": 4})}
+    for name, model in models.items():
         paths[name] = tmp_path / name / "encoder.safetensors"
         paths[name].parent.mkdir()
         save_weights(paths[name], Encoder(model).state_dict(), model)
@@ -49,7 +53,7 @@ def test_hand_made_features_give_the_hand_computed_matrix() -> None:
 
 
 def test_a_still_clip_is_the_same_in_all_slices_for_an_image_model_only(saved: dict[str, Path]) -> None:
-    (image, video), clip = read_subjects([f"image={saved['image']}", f"video={saved['video']}"])
+    (image, video), clip, _ = read_subjects([f"image={saved['image']}", f"video={saved['video']}"])
     assert (clip.frames, clip.tubelet, clip.side, clip.slices) == (6, 2, 48, 3)
     frame = torch.randint(0, 256, (2, 1, 48, 48, 3), dtype=torch.uint8)
     still = frame.expand(-1, 6, -1, -1, -1)
@@ -63,7 +67,7 @@ def test_a_still_clip_is_the_same_in_all_slices_for_an_image_model_only(saved: d
 
 
 def test_an_image_model_sees_the_front_frames_without_its_class_token(saved: dict[str, Path]) -> None:
-    (image, _), clip = read_subjects([f"image={saved['image']}", str(saved["video"])])
+    (image, _), clip, _ = read_subjects([f"image={saved['image']}", str(saved["video"])])
     clips = torch.randint(0, 256, (2, 6, 48, 48, 3), dtype=torch.uint8)
     encode = encoder_of(image, clip)
     features = encode(clips)
@@ -82,20 +86,45 @@ def test_a_smaller_input_gets_the_clip_resized_without_aliasing() -> None:
 
 
 def test_names_are_given_or_those_of_the_files(saved: dict[str, Path]) -> None:
-    subjects, _ = read_subjects([str(saved["image"]), f"teacher={saved['video']}", str(saved["video"])])
+    subjects, *_ = read_subjects([str(saved["image"]), f"teacher={saved['video']}", str(saved["video"])])
     assert [subject.name for subject in subjects] == ["image/encoder", "teacher", "video/encoder"]
     with pytest.raises(UserError, match="two models are called a: name them apart, as in NAME=PATH"):
         read_subjects([f"a={saved['image']}", f"a={saved['video']}"])
 
 
-def test_models_of_other_slices_are_refused_unless_they_are_adapted(saved: dict[str, Path]) -> None:
-    words = [str(saved["video"]), str(saved["image"]), str(saved["long"])]
-    with pytest.raises(UserError, match=r"6 frames in 3 time slices, .*8 frames in 4 time slices.*`--frames N`"):
-        read_subjects(words)
-    subjects, clip = read_subjects(words, frames=4)
-    assert [subject.model.frames for subject in subjects] == [4, 1, 4]
+def test_models_of_other_slices_are_left_out_and_named_unless_they_are_adapted(saved: dict[str, Path]) -> None:
+    words = [str(saved["video"]), f"long={saved['long']}", str(saved["image"])]
+    subjects, clip, left_out = read_subjects(words)
+    assert [subject.name for subject in subjects] == ["video/encoder", "image/encoder"]
+    assert (clip.frames, clip.slices) == (6, 3)
+    assert list(left_out) == ["long"]
+    assert re.search(r"6 frames in 3 time slices, .*8 frames in 4 time slices.*`--frames N`", left_out["long"])
+    subjects, clip, left_out = read_subjects(words, frames=4)
+    assert [subject.model.frames for subject in subjects] == [4, 4, 1]
+    assert [subject.own_frames for subject in subjects] == [6, 8, 1]
     assert clip.slices == 2
-    _, alone = read_subjects([str(saved["image"])])
+    assert left_out == {}
+
+
+def test_models_that_cannot_be_adapted_are_left_out_and_an_error_if_nothing_is_left(saved: dict[str, Path]) -> None:
+    # Tubelets of 4 frames do not divide a clip of 6.
+    words = [f"coarse={saved['coarse']}", f"fine={saved['long']}"]
+    (fine,), clip, left_out = read_subjects(words, frames=6)
+    assert (fine.name, clip.slices) == ("fine", 3)
+    assert "cannot take clips of 6 frames" in left_out["coarse"]
+    with pytest.raises(UserError, match="cannot take clips of 6 frames"):
+        read_subjects(words[:1], frames=6)
+
+
+def test_the_result_names_models_that_were_left_out() -> None:
+    model = SimilarityMatrix("a", "a.pth", "0", "sincos3d", 6, 32, [[1.0, 0.5], [0.5, 1.0]], None)
+    found = Similarity([model], 3, {}, {"long": "takes other clips"}, {})
+    assert "left out: model long: takes other clips" in found.to_text()
+    assert json.loads(found.to_json())["models_left_out"] == {"long": "takes other clips"}
+
+
+def test_clips_that_no_model_can_take_are_refused(saved: dict[str, Path]) -> None:
+    _, alone, _ = read_subjects([str(saved["image"])])
     assert (alone.frames, alone.tubelet) == (16, 2)
     with pytest.raises(UserError, match="--frames 5: expected a multiple of 2"):
         read_subjects([str(saved["image"])], frames=5)
