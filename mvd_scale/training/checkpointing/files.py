@@ -5,6 +5,7 @@ A full disk, a host that goes down before its disk has everything, a copy that i
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -77,10 +78,16 @@ def find_damage(folder: Path) -> str | None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Flush the names in a folder to disk, so that a renamed file keeps its new name when the host goes down."""
+    """Flush the names in a folder to disk, so that a renamed file keeps its new name when the host goes down.
+
+    Does nothing on file systems that cannot flush a folder, as some of FUSE and CIFS.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 

@@ -43,8 +43,7 @@ class Retention:
     def delete_old(self) -> None:
         """Delete the checkpoints that newer ones supersede.
 
-        Raises:
-            OSError: one cannot be deleted.
+        One that cannot be deleted is a warning: the next call tries it again.
         """
         every = self.config.keep_every_steps
         with self._deleting:
@@ -53,7 +52,15 @@ class Retention:
                 # Those that others lack as well: a run may have been killed between the deletions of two students.
                 for step in saved_steps(path):
                     if kept and step < kept[0] and (not every or step % every):
-                        shutil.rmtree(checkpoint_folder(path, step))
+                        _delete(checkpoint_folder(path, step))
+
+
+def _delete(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        # On NFS, such as a file that another process still reads.
+        logger.warning("old checkpoint %s cannot be deleted: %s; the next save tries it again", folder, error)
 
 
 def choose_resumed_step(paths: Sequence[Path]) -> int | None:

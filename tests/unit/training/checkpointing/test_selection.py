@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -103,3 +104,28 @@ def test_a_checkpoint_that_a_kill_left_of_one_student_goes_with_the_next_save(pa
     save(b, 10, 20)
     Retention(paths, CheckpointConfig(keep=1)).delete_old()
     assert (saved_steps(a), saved_steps(b)) == ([20], [20])
+
+
+def test_a_checkpoint_that_cannot_be_deleted_is_a_warning_and_tried_again(
+    paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = paths
+    save(a, 10, 20)
+    save(b, 10, 20)
+    delete, said = shutil.rmtree, []
+
+    def fail_in_a(folder: Path) -> None:
+        if folder.parent == a:
+            raise OSError(39, "Directory not empty")
+        delete(folder)
+
+    monkeypatch.setattr(selection.shutil, "rmtree", fail_in_a)
+    monkeypatch.setattr(selection.logger, "warning", lambda text, *values: said.append(text % values))
+    retention = Retention(paths, CheckpointConfig(keep=1))
+    retention.delete_old()
+    assert (saved_steps(a), saved_steps(b)) == ([10, 20], [20])
+    (line,) = said
+    assert line.startswith(f"old checkpoint {a}/step_00000010 cannot be deleted: [Errno 39] Directory not empty; ")
+    monkeypatch.setattr(selection.shutil, "rmtree", delete)
+    retention.delete_old()
+    assert saved_steps(a) == [20]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,13 +18,13 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-from mvd_scale.checkpoints.tensor_folder import read_tensors
+from mvd_scale.checkpoints.tensor_folder import TensorFolderWriter, read_tensors
 from mvd_scale.config.training import CheckpointConfig
 from mvd_scale.distributed.process_group import Ranks, run_on_rank0
 from mvd_scale.errors import SharedError, UserError
 from mvd_scale.performance.benchmarks.simulated_ranks import SimulatedJob
 from mvd_scale.training.checkpointing import writer as module
-from mvd_scale.training.checkpointing.files import find_damage
+from mvd_scale.training.checkpointing.files import find_damage, flush_folder
 from mvd_scale.training.checkpointing.folders import saved_steps
 from mvd_scale.training.checkpointing.host_copy import HostCopy
 from mvd_scale.training.checkpointing.pieces import Pieces, State
@@ -274,3 +276,20 @@ def test_a_failed_run_does_not_wait_for_a_rank_that_is_gone(tmp_path: Path) -> N
     writer.start(3, share(alone), {"step": 3, "weights": {}})
     writer.finish(0.2)
     assert not saved_steps(tmp_path)
+
+
+@pytest.mark.parametrize(("number", "passes"), [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.EIO, False)])
+def test_a_file_system_that_cannot_flush_folders_is_no_failure(
+    number: int, passes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with nullcontext() if passes else pytest.raises(OSError, match="Input/output error"):
+        flush_folder(tmp_path)
+
+
+def test_pieces_are_written_without_a_stream_of_a_gpu(tmp_path: Path) -> None:
+    """They are on the CPU: torch takes its loader with streams only where it may copy ahead."""
+    assert TensorFolderWriter(tmp_path, 0).per_thread_copy_ahead == 0
