@@ -58,7 +58,7 @@ class TensorFolderWriter(FileSystemWriter):
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
-        # With a copy ahead, torch would synchronise a stream of GPU 0 in this thread; the pieces are on the CPU already.
+        # With a copy ahead, torch would synchronise a stream of GPU 0 in this thread; the pieces are on the CPU.
         super().__init__(folder, per_thread_copy_ahead=0)
         self._rank = rank
 
