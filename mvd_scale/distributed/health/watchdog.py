@@ -26,9 +26,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Self
 
@@ -64,6 +65,9 @@ _NONE = "none"
 _SECONDS_TO_END = 10.0
 """Time of the main thread of a rank to end by itself after a verdict about another rank."""
 
+_SECONDS_TO_WRITE = 5.0
+"""Longest wait for each of the event, the stacks and the removal of an empty file of stacks."""
+
 
 class Watchdog:
     """Context manager that watches a run from the start of its process group to its end. All ranks create one.
@@ -92,16 +96,20 @@ class Watchdog:
         self._lost: str | None = None
         self._alarmed: float | None = None
         self._verdict: Verdict | None = None
-        self._explained = self._ending = False
+        self._explained = self._ending = self._reported = False
         self._slept = False
+        self._awake = 0.0
         self._guard: StallGuard | None = None
         self._stop = threading.Event()
         self._lock = threading.Lock()
+        self._reporting = threading.Lock()
 
     def __enter__(self) -> Self:
         ranks = self.ranks
         self._resources = ExitStack()
         self._stacks = self._resources.enter_context(StackFile(self._faults, ranks.rank))
+        self._writer = _FaultWriter()
+        self._resources.callback(self._writer.close)
         self._launcher = LauncherProcesses()
         self._launcher_ended = False
         me = Member.own(ranks.rank)
@@ -229,12 +237,15 @@ class Watchdog:
 
     def _wake_up(self, now: float, slept: float) -> None:
         """Begin anew to wait for the others after this process was stopped: what they sent meanwhile was not read."""
-        self._slept = slept > 0.8 * self.limit
+        self._slept = self._slept or slept > 0.8 * self.limit
+        # The others may have ended meanwhile, which this process notices after one limit.
+        self._awake = now + self.limit + 5 * self.interval
         self._answered = now
         self._beats.restart(now)
 
     def _judge(self, now: float) -> None:
         """Decide whether the run goes on."""
+        self._slept = self._slept and now < self._awake
         if self.ranks.world_size == 1:
             self._beats.record(0, f"{now} {self.ranks.progress.position}", now)
         if self.ranks.is_main:
@@ -261,13 +272,13 @@ class Watchdog:
     def _end(self, verdict: Verdict) -> None:
         """End this process, which hangs, or has another 10 s to end by itself."""
         self._ending = verdict.hangs
-        if verdict.hangs:
-            self._stacks.write(verdict.message)
-            self._wake_neighbours(verdict)
-        elif self._stop.wait(_SECONDS_TO_END):
+        if not verdict.hangs and self._stop.wait(_SECONDS_TO_END):
             return
-        if not self._explained:
-            self._report(verdict)
+        # First of all: what follows writes to the run folder, and the main thread may be about to report it.
+        self._report(verdict)
+        if verdict.hangs:
+            self._writer.begin(lambda: self._stacks.write(verdict.message)).wait(_SECONDS_TO_WRITE)
+            self._wake_neighbours(verdict)
         self._linger()
         self._leave(verdict.code)
 
@@ -288,8 +299,23 @@ class Watchdog:
         """Print the verdict and record it, on the one rank that reports."""
         # A rank that failed by an exception has said so itself.
         if self._reports(verdict) and verdict.code == FAULT_CODE:
-            _print(verdict)
-            self._record(verdict)
+            self._tell(verdict)
+
+    def _tell(self, verdict: Verdict, *, printed: bool = True) -> None:
+        """Print and record a verdict, unless this process has told one before. Both threads may call it.
+
+        Args:
+            verdict: what to tell.
+            printed: whether to print it; otherwise the command line does.
+        """
+        with self._reporting:
+            if self._reported:
+                return
+            self._reported = True
+            if printed:
+                _print(verdict)
+            recorded = self._writer.begin(lambda: self._record(verdict))
+        recorded.wait(_SECONDS_TO_WRITE)
 
     def _reports(self, verdict: Verdict) -> bool:
         """Whether this rank reports a verdict: rank 0, or where that is at fault, the first other rank of each host."""
@@ -338,7 +364,7 @@ class Watchdog:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if self._ending:
             # The other thread ends this process.
-            time.sleep(_SECONDS_TO_END)
+            time.sleep(_SECONDS_TO_END + 3 * _SECONDS_TO_WRITE)
         self._explained = True
         if not _is_communication(error):
             return self._report_failure(error, named=named)
@@ -368,9 +394,7 @@ class Watchdog:
             first = Verdict.parse(self._store.compare_set(_FAILED, _NONE, verdict.to_json()).decode())
         told_by_main = isinstance(error, SharedError) or getattr(error, "reported", False)
         if first == verdict and (main or not told_by_main):
-            self._record(verdict)
-            if not (main and for_user):
-                _print(verdict)
+            self._tell(verdict, printed=not (main and for_user))
         if for_user and not main:
             self._leave(first.code)
         self._linger()
@@ -401,7 +425,7 @@ class Watchdog:
 
     def _leave(self, code: int) -> None:
         """End this process at once."""
-        self._stacks.remove_if_empty()
+        self._writer.begin(self._stacks.remove_if_empty).wait(_SECONDS_TO_WRITE)
         _exit_with_children(code)
 
     def _linger(self) -> None:
@@ -412,6 +436,34 @@ class Watchdog:
 
 def _print(verdict: Verdict) -> None:
     print(f"mvd-scale: {verdict.message}", file=sys.stderr, flush=True)
+
+
+class _FaultWriter:
+    """Thread that writes to the run folder at a fault: its file system may be what hangs.
+
+    It starts with the run: where stacks are dumped by a signal, a thread that begins or ends could crash the process.
+    """
+
+    def __init__(self) -> None:
+        self._work: SimpleQueue[tuple[Callable[[], None], threading.Event] | None] = SimpleQueue()
+        threading.Thread(target=self._run, name="fault", daemon=True).start()
+
+    def begin(self, work: Callable[[], None]) -> threading.Event:
+        """Call a function after those before it, and return the event that it has ended; its `OSError` is no error."""
+        ended = threading.Event()
+        self._work.put((work, ended))
+        return ended
+
+    def close(self) -> None:
+        """End the thread after what was begun, without waiting for it."""
+        self._work.put(None)
+
+    def _run(self) -> None:
+        while (item := self._work.get()) is not None:
+            work, ended = item
+            with suppress(OSError):
+                work()
+            ended.set()
 
 
 def _is_communication(error: Exception) -> bool:

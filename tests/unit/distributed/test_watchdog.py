@@ -368,3 +368,67 @@ def test_end_of_the_launcher_is_a_request_to_stop(
         f"the launcher of {Member.own(0).name}, process 4711, has ended in 'start': the run stops after a checkpoint"
     )
     assert told == [ended]
+
+
+def test_a_file_system_that_hangs_holds_up_neither_the_message_nor_the_end(
+    pair: list[Watchdog],
+    ends: dict[str, int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    mended, stuck = threading.Event(), []
+
+    def hang(*values: object, **fields: object) -> None:
+        stuck.append(capfd.readouterr().err)
+        mended.wait(60)
+
+    monkeypatch.setattr(module, "_SECONDS_TO_WRITE", 0.2)
+    enter(pair)
+    monkeypatch.setattr(pair[0]._stacks, "write", hang)
+    monkeypatch.setattr(pair[0]._stacks, "remove_if_empty", hang)
+    monkeypatch.setattr(pair[0]._events, "write", hang)
+    for dog in pair:
+        dog.ranks.progress.enter("forward", 4)
+    try:
+        wait_for(lambda: not pair[0]._threads[0].is_alive())
+    finally:
+        mended.set()
+    leave(pair)
+    assert ends["watchdog"] == 75
+    assert "mvd-scale: no progress for 2 s" in stuck[0], "before anything is written"
+
+
+def test_a_verdict_is_told_though_the_main_thread_was_about_to_tell_it(
+    pair: list[Watchdog], ends: dict[str, int], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The other thread ends this process at once."""
+    enter(pair)
+    told: list[str] = []
+
+    def ask() -> verdicts.Verdict | None:
+        wait_for(lambda: "watchdog" in ends)
+        told.append(capfd.readouterr().err)
+        return pair[0]._verdict
+
+    monkeypatch.setattr(pair[0], "_ask", ask)
+    for dog in pair:
+        dog.ranks.progress.enter("forward", 4)
+    with pytest.raises(Ended), pair[0].explaining():
+        raise RuntimeError("[gloo] Connection closed by peer")
+    leave(pair)
+    assert told[0].count("mvd-scale: no progress for 2 s") == 1
+    assert "mvd-scale" not in capfd.readouterr().err, "once"
+
+
+def test_a_process_that_slept_speaks_again_after_one_limit(tmp_path: Path) -> None:
+    """Until then the others may have ended because it slept."""
+    ranks, events = Ranks(0, 0, 2, torch.device("cpu")), EventLog(tmp_path / "events.jsonl")
+    dog = Watchdog(ranks, tmp_path / "faults", events, MINUTES)
+    dog._members[0] = Member.own(0)
+    dog._wake_up(100, 0.9 * dog.limit)
+    verdict = verdicts.Verdict("rank 1 hangs", 75, (1,), hangs=True)
+    dog._judge(100 + dog.limit + 2 * dog.interval)
+    assert not dog._reports(verdict)
+    dog._judge(100 + dog.limit + 6 * dog.interval)
+    assert dog._reports(verdict)
