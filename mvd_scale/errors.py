@@ -46,3 +46,25 @@ FAULT_CODE = 75
 It is EX_TEMPFAIL of sysexits.h, a failure that may pass. By it `mvd-scale supervise` and job schedulers tell a fault
 from invalid input (exit code 2), which no restart mends.
 """
+
+_NO_FAULTS_OF_DEVICES = (
+    "out of memory",
+    "alloc_failed",
+    "device-side assert",
+    "no kernel image",
+    "invalid",
+    "not supported",
+    "not_supported",
+)
+"""Words in errors of a device that the program, its settings or its installation cause, and which a restart repeats."""
+
+
+def is_device_fault(error: BaseException) -> bool:
+    """Whether an exception is the failure of a GPU, such as by ECC or Xid, as far as its type and text tell."""
+    # torch is not imported here: its type is known by its name. Later lines of the text are torch's general advice.
+    text = str(error).partition("\n")[0]
+    if not isinstance(error, RuntimeError) or not (
+        type(error).__name__ == "AcceleratorError" or text.startswith("CUDA error")
+    ):
+        return False
+    return not any(word in text.lower() for word in _NO_FAULTS_OF_DEVICES)

@@ -6,6 +6,7 @@ import atexit
 import gc
 import sys
 import time
+import traceback
 
 import click
 
@@ -27,7 +28,7 @@ from mvd_scale.cli import (
     weights,
 )
 from mvd_scale.config.launcher import env_rank
-from mvd_scale.errors import UserError
+from mvd_scale.errors import FAULT_CODE, UserError, is_device_fault
 from mvd_scale.utils.logging import configure_logging
 
 
@@ -73,7 +74,10 @@ for _command in (
 
 
 def main() -> None:
-    """Run the command line. A `UserError` prints one message and exits with code 2; `--debug` prints the traceback."""
+    """Run the command line. A `UserError` prints one message and exits with code 2; `--debug` prints the traceback.
+
+    The failure of a GPU prints its traceback and exits with `FAULT_CODE`.
+    """
     debug = "--debug" in sys.argv
     if debug:
         # click accepts options of a group before the subcommand only; --debug may stand anywhere.
@@ -89,6 +93,11 @@ def main() -> None:
             _delay_message_of_other_ranks()
             click.echo(f"mvd-scale: {error}", err=True)
         sys.exit(getattr(error, "exit_code", UserError.exit_code))
+    except RuntimeError as error:
+        if not is_device_fault(error):
+            raise
+        traceback.print_exc()
+        sys.exit(FAULT_CODE)
 
 
 def _collect_garbage_rarely() -> None:

@@ -11,7 +11,7 @@ from mvd_scale import __version__
 from mvd_scale.config import RunRecipe
 from mvd_scale.config.deepspeed import zero_stage
 from mvd_scale.distributed.process_group import Ranks
-from mvd_scale.errors import Preempted, UserError
+from mvd_scale.errors import FAULT_CODE, Preempted, UserError, is_device_fault
 from mvd_scale.run_dir import RunFolder
 from mvd_scale.training.lr_schedule import Schedule
 from mvd_scale.utils.events import EventLog
@@ -76,7 +76,7 @@ def describe_end(error: BaseException) -> tuple[str, str, int]:
         return "invalid", message, 2
     if isinstance(error, KeyboardInterrupt):
         return "stopped", "a second Ctrl-C", 130
-    return "error", f"{type(error).__name__}: {message}", 1
+    return "error", f"{type(error).__name__}: {message}", FAULT_CODE if is_device_fault(error) else 1
 
 
 def _record_end(folder: RunFolder, reason: str, message: str, exit_code: int) -> None:

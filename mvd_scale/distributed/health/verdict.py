@@ -74,6 +74,9 @@ class Verdict:
     hangs: bool = False
     """Whether processes hang: then they write their stacks and end at once."""
 
+    told: bool = False
+    """Whether a rank that failed by an exception reports it itself."""
+
     def to_json(self) -> str:
         """Serialise as JSON."""
         return json.dumps(asdict(self))

@@ -53,7 +53,7 @@ from mvd_scale.distributed.health.verdict import (
     writing_verdict,
 )
 from mvd_scale.distributed.process_group import Ranks, count_collectives
-from mvd_scale.errors import FAULT_CODE, Preempted, SharedError, UserError
+from mvd_scale.errors import FAULT_CODE, Preempted, SharedError, UserError, is_device_fault
 from mvd_scale.utils.events import EventLog
 
 logger = logging.getLogger("mvd_scale")
@@ -297,8 +297,7 @@ class Watchdog:
 
     def _report(self, verdict: Verdict) -> None:
         """Print the verdict and record it, on the one rank that reports."""
-        # A rank that failed by an exception has said so itself.
-        if self._reports(verdict) and verdict.code == FAULT_CODE:
+        if self._reports(verdict) and not verdict.told:
             self._tell(verdict)
 
     def _tell(self, verdict: Verdict, *, printed: bool = True) -> None:
@@ -406,12 +405,13 @@ class Watchdog:
         rank, name = self.ranks.rank, self._members[self.ranks.rank].name
         where = self.ranks.progress.position.description
         if isinstance(error, SharedError):
-            return Verdict(str(error), error.exit_code, error.ranks)
+            return Verdict(str(error), error.exit_code, error.ranks, told=True)
         if isinstance(error, (UserError, OSError)):
             # As the command line takes them, see `cli.main`.
             code = getattr(error, "exit_code", UserError.exit_code)
-            return Verdict(f"{name} failed in {where}: {error}", code, (rank,))
-        return Verdict(f"{name} failed in {where}: {type(error).__name__}: {error}", 1, (rank,))
+            return Verdict(f"{name} failed in {where}: {error}", code, (rank,), told=True)
+        code = FAULT_CODE if is_device_fault(error) else 1
+        return Verdict(f"{name} failed in {where}: {type(error).__name__}: {error}", code, (rank,), told=True)
 
     def _ask(self) -> Verdict | None:
         """Raise the alarm and wait for the verdict; None if all ranks live."""

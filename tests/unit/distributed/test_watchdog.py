@@ -231,6 +231,20 @@ def test_error_of_the_program_is_told_in_one_line_beside_its_traceback(
     assert fault(tmp_path) == f"{pair[0]._members[rank].name} failed in 'forward' of step 5: ZeroDivisionError: a bug"
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_gpu_that_fails_is_a_fault_that_its_rank_tells_once(
+    rank: int, pair: list[Watchdog], ends: dict[str, int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    enter(pair)
+    with pytest.raises(torch.AcceleratorError), pair[rank].explaining():
+        raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
+    wait_for(lambda: ends.get("watchdog") == 75)
+    leave(pair)
+    assert capfd.readouterr().err == f"mvd-scale: {fault(tmp_path)}\n"
+    assert len(read_events(tmp_path / "events.jsonl")) == 1
+    assert "AcceleratorError: CUDA error: uncorrectable ECC" in fault(tmp_path)
+
+
 def test_input_that_is_refused_before_the_steps_is_told_as_it_is(pair: list[Watchdog], ends: dict[str, int]) -> None:
     enter(pair)
     error = UserError("written with other videos")

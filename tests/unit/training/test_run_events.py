@@ -25,6 +25,7 @@ from mvd_scale.utils.lease import look_at_lease
         (UserError("no room"), ("invalid", "no room", 2)),
         (OSError(28, "No space left"), ("invalid", "[Errno 28] No space left", 2)),
         (KeyboardInterrupt(), ("stopped", "a second Ctrl-C", 130)),
+        (RuntimeError("CUDA error: ECC"), ("error", "RuntimeError: CUDA error: ECC", 75)),
         (RuntimeError("x" * 9000), ("error", "RuntimeError: " + "x" * 2000, 1)),
     ],
 )
