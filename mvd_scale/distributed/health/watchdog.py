@@ -449,7 +449,7 @@ class _FaultWriter:
         threading.Thread(target=self._run, name="fault", daemon=True).start()
 
     def begin(self, work: Callable[[], None]) -> threading.Event:
-        """Call a function after those before it, and return the event that it has ended; its `OSError` is no error."""
+        """Call a function after those before it, and return the event that it has ended; a file that fails it is no error."""
         ended = threading.Event()
         self._work.put((work, ended))
         return ended
@@ -461,7 +461,8 @@ class _FaultWriter:
     def _run(self) -> None:
         while (item := self._work.get()) is not None:
             work, ended = item
-            with suppress(OSError):
+            # A ValueError is that of a file that the end of the run has closed meanwhile.
+            with suppress(OSError, ValueError):
                 work()
             ended.set()
 
