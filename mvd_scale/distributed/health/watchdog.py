@@ -449,7 +449,7 @@ class _FaultWriter:
         threading.Thread(target=self._run, name="fault", daemon=True).start()
 
     def begin(self, work: Callable[[], None]) -> threading.Event:
-        """Call a function after those before it, and return the event that it has ended; a file that fails it is no error."""
+        """Call a function after those before it; return the event of its end. Errors of files are left out."""
         ended = threading.Event()
         self._work.put((work, ended))
         return ended
