@@ -226,8 +226,8 @@ def _host() -> str:
     return " ".join(machine_id())
 
 
-def run_on_rank0(ranks: Ranks, name: str, work: Callable[[], Any]) -> Any:
-    """Run a function on rank 0, however long it takes; all ranks return its result or raise its `UserError`.
+def run_on_rank0(ranks: Ranks, name: str, work: Callable[[], Any], *, patience: int = 0) -> Any:
+    """Run a function on rank 0; all ranks return its result or raise its `UserError`.
 
     The other ranks wait; meanwhile rank 0 may use their CPUs.
 
@@ -235,6 +235,7 @@ def run_on_rank0(ranks: Ranks, name: str, work: Callable[[], Any]) -> Any:
         ranks: this process among all; all ranks must call this function.
         name: name of the call, unique in the job.
         work: function to run; its result must be serialisable as JSON.
+        patience: factor on the time after which the watchdog takes it for a hang; 0 for any time.
     """
 
     def with_all_cpus() -> Any:
@@ -242,14 +243,21 @@ def run_on_rank0(ranks: Ranks, name: str, work: Callable[[], Any]) -> Any:
             return work()
 
     # The store, not a collective operation: its timeout would be too short for the indexing of a data set.
-    with ranks.progress.unlimited(name):
-        return answer_from_rank0(ranks.store, f"mvd_scale/{name}", ranks.rank, with_all_cpus, _LONGEST_WORK)
+    with ranks.progress.passing(name, patience=patience):
+        if not ranks.is_main:
+            # Rank 0 enters the phase again after its work: until then it is the one that the others wait for.
+            ranks.progress.enter(name, patience=patience)
+        try:
+            return answer_from_rank0(ranks.store, f"mvd_scale/{name}", ranks.rank, with_all_cpus, _LONGEST_WORK)
+        finally:
+            if ranks.is_main:
+                ranks.progress.enter(name, patience=patience)
 
 
 def barrier_via_store(ranks: Ranks, name: str) -> None:
     """Wait until all ranks have called this function with the same name; in contrast to a collective, up to 7 days."""
     exchange = StoreExchange(ranks.store, ranks.rank, ranks.world_size, _LONGEST_WORK)
-    with ranks.progress.unlimited(name):
+    with ranks.progress.passing(name):
         exchange.wait_for_all(name)
 
 

@@ -126,10 +126,10 @@ class Progress:
             self._writing.pop(writer, None)
 
     @contextmanager
-    def unlimited(self, phase: str) -> Iterator[None]:
-        """Run a `with` block as a phase of unlimited length, and return to the phase before it."""
+    def passing(self, phase: str, *, patience: int = 0) -> Iterator[None]:
+        """Run a `with` block as a phase, by default of unlimited length, and return to the phase before it."""
         before = self._entered
-        self.enter(phase, patience=0)
+        self.enter(phase, patience=patience)
         try:
             yield
         finally:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Self
 from mvd_scale.checkpoints.tensor_folder import STATE, load_pieces
 from mvd_scale.config import RunRecipe
 from mvd_scale.config.deepspeed import zero_stage
+from mvd_scale.distributed.health.progress import WRITING_PATIENCE
 from mvd_scale.distributed.process_group import Ranks, run_on_rank0
 from mvd_scale.errors import UserError
 from mvd_scale.run_dir import RunFolder
@@ -93,7 +94,7 @@ class Checkpointer:
     ) -> None:
         """Wait for a checkpoint that is being written; after an error not for long, as one of the ranks may be gone."""
         if error is None:
-            self.wait()
+            self.wait_for_last()
         else:
             for model in self._models:
                 model.writer.finish(_PATIENCE)
@@ -118,7 +119,9 @@ class Checkpointer:
         self.wait()
         states = [model.state() for model in self._models]
         needed = sum(pieces.whole_bytes for state in states for pieces in state.values())
-        run_on_rank0(self.ranks, f"room for step {step}", lambda: self._make_room(step, needed))
+        run_on_rank0(
+            self.ranks, f"room for step {step}", lambda: self._make_room(step, needed), patience=WRITING_PATIENCE
+        )
         copies = [model.copy(state) for model, state in zip(self._models, states, strict=True)]
         self.saved_at = time.monotonic()
         for model, copied in zip(self._models, copies, strict=True):
@@ -149,6 +152,15 @@ class Checkpointer:
                 errors.append(error)
         if errors:
             raise errors[0]
+
+    def wait_for_last(self) -> None:
+        """Wait as `wait` does, at the end of a run: as patiently as for writing beside the training.
+
+        Raises:
+            UserError: see `wait`.
+        """
+        with self.ranks.progress.passing("save", patience=WRITING_PATIENCE):
+            self.wait()
 
     def resume(self) -> int:
         """Load the newest checkpoint that is whole for all students, and set newer ones aside. All ranks must call it.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mvd_scale.distributed.health.progress import WRITING_PATIENCE
 from mvd_scale.distributed.process_group import Ranks, run_on_rank0
 from mvd_scale.run_dir import RunFolder
 from mvd_scale.training.callbacks import Callback
@@ -59,7 +60,7 @@ class ValidationCallback(Callback):
         if self.averaged is not None:
             values[f"{self.name}_average"] = self.measure(self.averaged)
         judged = list(values.values())[-1]
-        best = run_on_rank0(self.ranks, f"best before {step}", lambda: self._best(step))
+        best = run_on_rank0(self.ranks, f"best before {step}", lambda: self._best(step), patience=WRITING_PATIENCE)
         if judged > best:
             self._keep(engine)
         if self.ranks.is_main:

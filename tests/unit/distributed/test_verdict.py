@@ -62,10 +62,10 @@ def test_ticks_of_a_thread_take_no_phase_back() -> None:
     assert progress.position.arrivals == 50_000
 
 
-def test_unlimited_phase_returns_to_the_phase_before() -> None:
+def test_a_phase_within_another_returns_to_the_phase_before() -> None:
     progress = Progress()
     progress.enter("save", 5)
-    with progress.unlimited("room for step 5"):
+    with progress.passing("room for step 5"):
         assert progress.position.patience == 0
     assert progress.position[3:6] == (1, 5, "save")
 
