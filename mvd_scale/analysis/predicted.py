@@ -48,7 +48,7 @@ class PredictedTargets:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What the folder of a file says about its run."""
+    """Recipe of the run that a file lies in, or the reason why it cannot be read."""
 
     recipe: RunRecipe | None
     """Recipe of any kind; None if the file is of no run, or if `fault` says why the recipe cannot be read."""

@@ -206,7 +206,7 @@ class Trainer:
                     meter.add_step(self.train_step())
                 except NonfiniteError:
                     # All ranks are here, so that a checkpoint that is being written can be completed.
-                    checkpointer.wait()
+                    checkpointer.wait_for_last()
                     raise
                 ended = self.step == last
                 stopping = stop.should_stop(self.ranks, self.step - 1, failed=checkpointer.has_failed)
@@ -225,7 +225,7 @@ class Trainer:
                     checkpointer.save(self.step)
                 if stopping and not ended:
                     # The message of `Preempted` promises a checkpoint.
-                    checkpointer.wait()
+                    checkpointer.wait_for_last()
                     raise Preempted(stop.exit_code)
 
     def _optimizer_values(self) -> dict[str, float]:

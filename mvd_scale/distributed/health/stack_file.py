@@ -5,13 +5,11 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
-import sys
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Thread
-from threading import enumerate as enumerate_threads
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Self
 
 import torch
@@ -21,24 +19,6 @@ _MAX_BYTES = 2**20
 
 _FLIGHT_RECORDER_SECONDS = 5.0
 """Longest wait for the flight recorder, which may wait for the hanging device itself."""
-
-
-def format_stacks() -> str:
-    """Format the stacks of all threads of this process, the innermost call first, in the form of `faulthandler`.
-
-    `faulthandler` itself reads the list of threads without a lock, and crashes where one ends at that moment.
-    """
-    names = {thread.ident: thread.name for thread in enumerate_threads()}
-    lines = []
-    for ident, frame in sys._current_frames().items():
-        lines.append(f"Thread 0x{ident:016x} [{names.get(ident, 'not of Python')}] (most recent call first):")
-        caller: FrameType | None = frame
-        while caller is not None:
-            code = caller.f_code
-            lines.append(f'  File "{code.co_filename}", line {caller.f_lineno} in {code.co_name}')
-            caller = caller.f_back
-        lines.append("")
-    return "\n".join(lines)
 
 
 class StackFile:
@@ -63,8 +43,9 @@ class StackFile:
         """Write the stacks of all threads of this process, and on GPUs the flight recorder of NCCL beside it."""
         with suppress(OSError):
             now = datetime.now(UTC).isoformat(timespec="seconds")
-            self._file.write(f"\n{now} pid {os.getpid()}: {reason}\n{format_stacks()}")
+            self._file.write(f"\n{now} pid {os.getpid()}: {reason}\n")
             self._file.flush()
+            faulthandler.dump_traceback(self._file, all_threads=True)
         if torch.cuda.is_available():
             recorder = Thread(target=self._write_flight_recorder, daemon=True)
             recorder.start()

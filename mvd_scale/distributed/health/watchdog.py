@@ -283,9 +283,17 @@ class Watchdog:
         self._leave(verdict.code)
 
     def _wake_neighbours(self, verdict: Verdict) -> None:
-        """Make ranks of this host that hang write their stacks, also if they are stopped or hold the interpreter."""
-        for member in self._neighbours():
-            if member.rank in verdict.ranks and member.lives:
+        """Make ranks of this host that hang and do not end by themselves write their stacks.
+
+        They are stopped, or C code holds their interpreter. A rank whose watchdog runs is left to it: the handler of
+        the signal reads the stacks of all threads as they run, and could crash the process before it ends.
+        """
+        hanging = [member for member in self._neighbours() if member.rank in verdict.ranks]
+        deadline = time.monotonic() + 4 * self.interval
+        while time.monotonic() < deadline and any(member.lives for member in hanging):
+            time.sleep(self.interval / 4)
+        for member in hanging:
+            if member.lives:
                 with suppress(OSError):
                     os.kill(member.pid, signal.SIGUSR2)
                     os.kill(member.pid, signal.SIGCONT)
@@ -363,7 +371,7 @@ class Watchdog:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if self._ending:
             # The other thread ends this process.
-            time.sleep(_SECONDS_TO_END + 3 * _SECONDS_TO_WRITE)
+            time.sleep(_SECONDS_TO_END + 3 * _SECONDS_TO_WRITE + 6 * self.interval)
         self._explained = True
         if not _is_communication(error):
             return self._report_failure(error, named=named)

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,13 +17,15 @@ from torch.distributed import TCPStore
 
 from mvd_scale.distributed.health import verdict as verdicts
 from mvd_scale.distributed.health import watchdog as module
-from mvd_scale.distributed.health.verdict import Member
+from mvd_scale.distributed.health.verdict import Member, Verdict
 from mvd_scale.distributed.health.watchdog import Watchdog
 from mvd_scale.distributed.process_group import Ranks
 from mvd_scale.errors import Preempted, SharedError, UserError
 from mvd_scale.utils.events import EventLog, read_events
 
 MINUTES = 2 / 60
+
+WAKE_NEIGHBOURS = Watchdog._wake_neighbours
 
 
 class Ended(BaseException):
@@ -41,6 +44,10 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
     monkeypatch.setattr(module, "_exit_with_children", end)
     monkeypatch.setattr(module, "_SECONDS_TO_END", 0.3)
+    # This process goes on after its end: a guard, and the rank beside it, would take it to stand still, and have the
+    # stacks of its running threads dumped, which can crash it.
+    monkeypatch.setattr(module, "StallGuard", lambda seconds: nullcontext())
+    monkeypatch.setattr(Watchdog, "_wake_neighbours", lambda dog, verdict: None)
     return codes
 
 
@@ -100,6 +107,22 @@ def test_rank_that_hangs_is_named_with_its_phase(
     assert "did not leave 'data wait' of step 5, and the others wait in 'backward' of step 5" in fault(tmp_path)
     assert capfd.readouterr().err.count("mvd-scale: no progress for 2 s") == 1
     assert "test_watchdog.py" in (tmp_path / "faults" / "rank_0.txt").read_text()
+
+
+def test_only_ranks_that_do_not_end_by_themselves_are_signalled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = Ranks(0, 0, 4, torch.device("cpu"))
+    dog = Watchdog(ranks, tmp_path, EventLog(tmp_path / "events.jsonl"), MINUTES)
+    space = Member.own(0).space
+    dog._members = {rank: Member(rank, "host", 100 + rank, None, space) for rank in range(4)}
+    # Rank 1 ends at the second look, rank 2 is stopped, rank 3 does not hang.
+    looks = {101: iter([True])}
+    monkeypatch.setattr(Member, "lives", property(lambda member: next(looks.get(member.pid, iter([True])), False)))
+    signals: list[tuple[int, int]] = []
+    monkeypatch.setattr(module.os, "kill", lambda pid, number: signals.append((pid, number)))
+    WAKE_NEIGHBOURS(dog, Verdict("message", 75, (1, 2), hangs=True))
+    assert signals == [(102, signal.SIGUSR2), (102, signal.SIGCONT)]
 
 
 def test_rank_whose_checkpoint_is_not_written_is_named_while_the_steps_go_on(
@@ -394,7 +417,8 @@ def test_a_file_system_that_hangs_holds_up_neither_the_message_nor_the_end(
     mended, stuck = threading.Event(), []
 
     def hang(*values: object, **fields: object) -> None:
-        stuck.append(capfd.readouterr().err)
+        if not mended.is_set():
+            stuck.append(capfd.readouterr().err)
         mended.wait(60)
 
     monkeypatch.setattr(module, "_SECONDS_TO_WRITE", 0.2)
