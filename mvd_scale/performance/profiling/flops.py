@@ -126,8 +126,8 @@ def peak_flops(device: torch.device, precision: Precision) -> Peak:
     gpu = known_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if gpu is not None and precision in gpu.peak:
         return Peak(gpu.peak[precision], f"dense {precision} of the {gpu.name}'s data sheet")
-    measured = product_flops(device, dtype_of(precision))
-    side = product_side(device)
+    dtype = dtype_of(precision)
+    measured, side = product_flops(device, dtype), product_side(device, dtype)
     return Peak(measured, f"best of {PRODUCTS} {precision} matrix products of side {side}, timed in this run")
 
 
