@@ -203,8 +203,9 @@ def samples(out: Path) -> None:
 
 @data.command()
 @click.option(
-    "--kind", type=click.Choice(["appearance", "motion"]), required=True, help="Property that the label describes."
-)
+    "--kind", type=click.Choice(["appearance", "motion", "object", "direction"]), required=True,
+    help="Property that the label describes; of an object that crosses a dim scene: object, direction.",
+)  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for train/ and test/.")
 @click.option("--train", type=click.IntRange(min=1), default=100, show_default=True, help="Training videos per class.")
 @click.option("--test", type=click.IntRange(min=1), default=25, show_default=True, help="Test videos per class.")

@@ -55,8 +55,9 @@ class SynthStage(BaseStage):
 
     kind: Literal["synth"]
 
-    label: Literal["appearance", "motion"]
-    """Property that the label describes: the appearance of an object, or the direction of motion."""
+    label: Literal["appearance", "motion", "object", "direction"]
+    """Property that the label describes: the appearance of an object, or the direction of motion, left or right; or
+    texture and direction, one of eight, of an object that crosses a dim scene."""
 
     train: int = Field(default=100, gt=0)
     """Number of training videos per class."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from mvd_kernels.bench import timing
+from mvd_kernels.bench import limits, timing
 from mvd_kernels.bench.__main__ import OPERATORS, main
 from mvd_kernels.bench.case import BenchmarkCase
 
@@ -47,3 +47,14 @@ def test_passes_are_timed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     passes = [line.passes for line in timing.time_case(case, torch.device("cpu"))]
     assert passes == ["forward", "backward", "full"]
     assert len(seen) == 3  # once forward, once to have something to go back through, once full
+
+
+def test_the_peak_of_a_cpu_is_measured_in_seconds_in_dtypes_that_it_computes_slowly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(limits, "bf16_instructions", lambda: False)
+    assert (limits.product_side(cpu, torch.float32), limits.product_side(cpu, torch.bfloat16)) == (2048, 512)
+    monkeypatch.setattr(limits, "bf16_instructions", lambda: True)
+    assert limits.product_side(cpu, torch.bfloat16) == 2048
+    assert limits.product_side(torch.device("cuda"), torch.bfloat16) == 8192

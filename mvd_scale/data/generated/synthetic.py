@@ -5,6 +5,10 @@ In the kind `appearance`, the label is the texture of the object, and the motion
 single frames, and the set of all frames without their order, have the same distribution in both classes. A video that
 is played backwards is a video of the other class.
 
+In the kinds `object` and `direction`, an object crosses a dim scene that stands still. The label is the texture of the
+object or the direction, one of eight, and does not depend on the other. A model needs less training for these: object
+and scene differ in brightness, and the scene tells nothing about the motion.
+
 Training, validation and test videos have different objects and backgrounds.
 """
 
@@ -28,12 +32,16 @@ from mvd_scale.errors import UserError
 
 log = logging.getLogger("mvd_scale")
 
-Kind = Literal["appearance", "motion"]
+Kind = Literal["appearance", "motion", "object", "direction"]
 Split = Literal["train", "validation", "test"]
 Picture = NDArray[np.uint8]
 
 SIDE, FRAMES, FPS, OBJECT = 96, 32, 25, 44
 """Side of a frame in pixels, frames per video, frames per second, and side of an object in pixels."""
+
+CROSSING_FRAMES, CROSSING_SPEEDS, OFFSET, DIMMED = 6, (6.0, 12.0), 20, 0.4
+"""For an object that crosses a dim scene: frames per video, slowest and fastest motion in pixels per frame, greatest
+distance from the middle of the scene to that of the path by axis in pixels, and factor on the scene's brightness."""
 
 TEXTURES = ("coffee", "coins", "gravel", "ihc", "retina", "text")
 """Pictures of scikit-image from which objects are cut: from the left half for training, the right half for the test.
@@ -48,6 +56,17 @@ BACKGROUNDS = {
 }
 
 DIRECTIONS = ("left", "right")
+
+EIGHT_DIRECTIONS = ("right", "right_down", "down", "left_down", "left", "left_up", "up", "right_up")
+"""Directions of an object that crosses a scene, in steps of 45 degrees."""
+
+CLASSES: dict[Kind, tuple[str, ...]] = {
+    "appearance": TEXTURES,
+    "motion": DIRECTIONS,
+    "object": TEXTURES,
+    "direction": EIGHT_DIRECTIONS,
+}
+"""Names of the classes by kind."""
 
 _SPLIT_SEEDS: dict[Split, int] = {"train": 0, "test": 1, "validation": 2}
 
@@ -92,7 +111,7 @@ def write_synthetic_videos(kind: Kind, out: Path, *, train: int, test: int, vali
     Raises:
         UserError: scikit-image is not installed, or the folder holds other videos.
     """
-    classes = TEXTURES if kind == "appearance" else DIRECTIONS
+    classes = CLASSES[kind]
     counts: dict[Split, int] = {"train": train, "validation": validation, "test": test}
     wanted = {out / s / c / f"{n:05d}.mp4" for s, count in counts.items() for c in classes for n in range(count)}
     others = sorted(set(out.rglob("*.mp4")) - wanted)
@@ -109,7 +128,7 @@ def write_synthetic_videos(kind: Kind, out: Path, *, train: int, test: int, vali
         file = out / split / classes[label] / f"{number:05d}.mp4"
         if file.exists():
             return False
-        rng = default_rng((seed, kind == "motion", _SPLIT_SEEDS[split], label, number))
+        rng = default_rng((seed, list(CLASSES).index(kind), _SPLIT_SEEDS[split], label, number))
         encode_video(draw_video(kind, label, splits[split], pictures, rng), file)
         return True
 
@@ -125,7 +144,7 @@ def write_synthetic_videos(kind: Kind, out: Path, *, train: int, test: int, vali
 def draw_video(
     kind: Kind, label: int, made_of: SplitPictures, pictures: dict[str, Picture], rng: Generator
 ) -> list[Picture]:
-    """Draw the 32 frames of one video, uint8 (96, 96, 3) each.
+    """Draw the frames of one video, uint8 (96, 96, 3) each: 32, or 6 of the kinds `object` and `direction`.
 
     Args:
         kind: property that the label describes.
@@ -135,8 +154,11 @@ def draw_video(
         rng: random generator of this video.
     """
     scene = draw_background(pictures[str(rng.choice(made_of.backgrounds))], rng)
-    texture = TEXTURES[label] if kind == "appearance" else str(rng.choice(TEXTURES))
+    texture = TEXTURES[label] if kind in ("appearance", "object") else str(rng.choice(TEXTURES))
     picture = _tinted(_object(pictures[texture], made_of.columns, rng), rng)
+    if kind in ("object", "direction"):
+        towards = label if kind == "direction" else int(rng.integers(len(EIGHT_DIRECTIONS)))
+        return _crossing((scene * DIMMED).astype(np.uint8), picture, 45 * towards, rng)
     start, speeds = rng.uniform(0, SIDE, size=2), rng.uniform(2, 4, size=2)
     if kind == "appearance":
         drift, pan = speeds * rng.choice([-1, 1], size=2), 0.0
@@ -154,6 +176,24 @@ def draw_video(
         )
         frame[np.ix_(rows, columns)] = picture
         frames.append(frame)
+    return frames
+
+
+def _crossing(scene: Picture, picture: Picture, degrees: float, rng: Generator) -> list[Picture]:
+    """Frames of an object that crosses a scene in a direction, in degrees clockwise from right.
+
+    The middle of its path has the same distribution for all directions, so that the middle frame does not tell them.
+    """
+    angle, speed = np.deg2rad(degrees), rng.uniform(*CROSSING_SPEEDS)
+    middle = (SIDE - OBJECT) / 2 + rng.uniform(-OFFSET, OFFSET, size=2)
+    frames = []
+    for number in range(CROSSING_FRAMES):
+        passed = speed * (number - (CROSSING_FRAMES - 1) / 2)
+        top, left = np.rint(middle + passed * np.array([np.sin(angle), np.cos(angle)])).astype(int)
+        # Parts of the object that have left the scene are not drawn.
+        frame = np.pad(scene, ((SIDE, SIDE), (SIDE, SIDE), (0, 0)))
+        frame[SIDE + top : SIDE + top + OBJECT, SIDE + left : SIDE + left + OBJECT] = picture
+        frames.append(frame[SIDE:-SIDE, SIDE:-SIDE])
     return frames
 
 

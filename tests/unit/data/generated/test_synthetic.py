@@ -13,7 +13,10 @@ pytest.importorskip("skimage", reason="synthetic videos need the samples extra: 
 from mvd_scale.data.generated import synthetic as synth
 from mvd_scale.data.generated.synthetic import (
     BACKGROUNDS,
+    CROSSING_FRAMES,
+    DIMMED,
     DIRECTIONS,
+    EIGHT_DIRECTIONS,
     FRAMES,
     SIDE,
     TEXTURES,
@@ -114,3 +117,29 @@ def test_appearance_differs_in_the_object_only(pictures: dict[str, synth.Picture
     one, other = (frames("appearance", label, pictures, seed=5)[0] for label in (0, 3))
     same = (one == other).all(axis=2)
     assert 0.3 < same.mean() < 1
+
+
+@pytest.mark.parametrize("label", range(len(EIGHT_DIRECTIONS)))
+def test_an_object_crosses_the_scene_in_its_direction(label: int) -> None:
+    white, black = np.full((300, 300, 3), 255, np.uint8), np.zeros((300, 300, 3), np.uint8)
+    pictures = dict.fromkeys(TEXTURES, white) | dict.fromkeys(sum(BACKGROUNDS.values(), ()), black)
+    for seed in range(5):
+        seen = frames("direction", label, pictures, seed)
+        assert seen.shape == (CROSSING_FRAMES, SIDE, SIDE, 3)
+        first, second = (np.argwhere(frame[..., 0] > 0).mean(0) for frame in seen[2:4])
+        down, right = second - first
+        # Clockwise from right, as rows count downwards; positions are whole pixels.
+        turned = np.rad2deg(np.arctan2(down, right)) - 45 * label
+        assert abs((turned + 180) % 360 - 180) < 8
+        name = EIGHT_DIRECTIONS[label]
+        assert (("right" in name) - ("left" in name), ("down" in name) - ("up" in name)) == (
+            np.sign(round(right, 9)), np.sign(round(down, 9)),
+        )  # fmt: skip
+
+
+def test_a_crossed_scene_is_dim_and_stands_still(pictures: dict[str, synth.Picture]) -> None:
+    seen = frames("object", 3, pictures, 0)
+    still = (seen == seen[0]).all((0, 3))
+    assert 0.1 < still.mean() < 1
+    assert seen[0][still].max() <= 255 * DIMMED
+    assert seen.max() > 255 * DIMMED
