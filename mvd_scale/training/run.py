@@ -145,8 +145,11 @@ def run_training(job: TrainingJob[Any]) -> None:
         ranks = init_distributed(recipe.device, recipe.training.collective_timeout_minutes)
         for run in job.runs:
             check_deepspeed_config(run.recipe, ranks.world_size)
-        run_on_rank0(ranks, "prepared", job.prepare)
-        with Watchdog(ranks, folder.faults, EventLog(folder.events), recipe.training.hang_minutes) as watchdog:
+        minutes = recipe.training.hang_minutes
+        with Watchdog(ranks, folder.faults, EventLog(folder.events), minutes, claimed=False) as watchdog:
+            ranks.progress.enter("prepare", patience=0)
+            run_on_rank0(ranks, "prepared", job.prepare)
+            watchdog.claim()
             _train(job, ranks, watchdog)
         destroy_distributed()
 

@@ -18,6 +18,7 @@ from typing import Any
 from mvd_scale.cli import main
 from mvd_scale.data.loaders.clip_loader import ClipLoader
 from mvd_scale.training.checkpointing.writer import CheckpointWriter
+from mvd_scale.training.run import TrainingJob
 from mvd_scale.training.trainer import Trainer
 
 FILE_BYTES = 50_000
@@ -50,6 +51,11 @@ def save(trainer: Trainer) -> None:
 
 def crash(trainer: Trainer) -> None:
     """An error of the program."""
+    raise ZeroDivisionError("a bug")
+
+
+def crash_in_preparation(*_: Any) -> None:
+    """An error of the program before the data are indexed; the step of the fault is not read."""
     raise ZeroDivisionError("a bug")
 
 
@@ -142,6 +148,8 @@ def inject(fault: Callable[[Trainer], None], step: int) -> None:
 if __name__ == "__main__":
     name, rank, first = sys.argv[1:4]
     del sys.argv[1:4]
-    if os.environ.get("RANK", "0") == rank:
+    if os.environ.get("RANK", "0") == rank and name == "crash_in_preparation":
+        TrainingJob.prepare = crash_in_preparation  # type: ignore[method-assign]
+    elif os.environ.get("RANK", "0") == rank:
         inject(globals()[name], int(first))
     main()

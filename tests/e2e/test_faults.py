@@ -157,6 +157,14 @@ def test_a_rank_that_crashes_ends_the_run(run: Run, undisturbed: dict[int, Readi
     run.check_continuation(undisturbed)
 
 
+def test_an_error_before_the_data_are_indexed_ends_all_ranks_and_writes_nothing(run: Run) -> None:
+    code, output = run.with_fault("crash_in_preparation", 0, step=0)
+    assert code == 1
+    (message,) = [line for line in output.splitlines() if line.startswith("mvd-scale: ")]
+    assert re.search(r"rank 0 \(host .+, pid \d+\) failed in 'prepare': ZeroDivisionError: a bug", message), message
+    assert not run.folder.exists()
+
+
 def test_a_loss_that_is_no_number_skips_the_step_on_all_ranks(run: Run, undisturbed: dict[int, Reading]) -> None:
     code, output = run.with_fault("not_a_number", rank=1, step=7)
     assert code == 0, output

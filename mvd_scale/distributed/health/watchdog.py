@@ -79,10 +79,18 @@ class Watchdog:
         minutes: minutes without progress of any rank, or without a heartbeat of one, after which the run ends; None
             never ends a run that hangs, but still names ranks that are gone.
         store: store of the process group; None for that of torch's default group.
+        claimed: whether the run folder is known to be this run's; otherwise faults are printed alone until `claim`.
     """
 
     def __init__(
-        self, ranks: Ranks, faults: Path, events: EventLog, minutes: float | None, store: Store | None = None
+        self,
+        ranks: Ranks,
+        faults: Path,
+        events: EventLog,
+        minutes: float | None,
+        store: Store | None = None,
+        *,
+        claimed: bool = True,
     ) -> None:
         self.ranks = ranks
         self.limit = float("inf") if minutes is None else 60 * minutes
@@ -99,6 +107,8 @@ class Watchdog:
         self._explained = self._ending = self._reported = False
         self._slept = False
         self._awake = 0.0
+        self._claimed = claimed
+        self._stacks: StackFile | None = None
         self._guard: StallGuard | None = None
         self._stop = threading.Event()
         self._lock = threading.Lock()
@@ -107,7 +117,8 @@ class Watchdog:
     def __enter__(self) -> Self:
         ranks = self.ranks
         self._resources = ExitStack()
-        self._stacks = self._resources.enter_context(StackFile(self._faults, ranks.rank))
+        if self._claimed:
+            self.claim()
         self._writer = _FaultWriter()
         self._resources.callback(self._writer.close)
         self._launcher = LauncherProcesses()
@@ -129,7 +140,8 @@ class Watchdog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if isinstance(error, Exception):
+            # All ranks raise the `UserError` of rank 0 about input for which it cannot claim the folder.
+            if isinstance(error, Exception) and (self._claimed or not isinstance(error, UserError)):
                 # Outside of the steps, the `UserError` of rank 0 is about the input of all ranks.
                 self._explain(error, named=not isinstance(error, UserError))
         finally:
@@ -137,6 +149,11 @@ class Watchdog:
             # It may be about to write to the guard; it waits for no other rank.
             self._threads[0].join(_SECONDS_TO_END)
             self._resources.close()
+
+    def claim(self) -> None:
+        """Write stacks and events to the run folder from now on. Every rank calls it, when the folder is the run's."""
+        self._stacks = self._resources.enter_context(StackFile(self._faults, self.ranks.rank))
+        self._claimed = True
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
@@ -277,7 +294,8 @@ class Watchdog:
         # First of all: what follows writes to the run folder, and the main thread may be about to report it.
         self._report(verdict)
         if verdict.hangs:
-            self._writer.begin(lambda: self._stacks.write(verdict.message)).wait(_SECONDS_TO_WRITE)
+            if (stacks := self._stacks) is not None:
+                self._writer.begin(lambda: stacks.write(verdict.message)).wait(_SECONDS_TO_WRITE)
             self._wake_neighbours(verdict)
         self._linger()
         self._leave(verdict.code)
@@ -321,6 +339,8 @@ class Watchdog:
             self._reported = True
             if printed:
                 _print(verdict)
+            if not self._claimed:
+                return
             recorded = self._writer.begin(lambda: self._record(verdict))
         recorded.wait(_SECONDS_TO_WRITE)
 
@@ -433,7 +453,8 @@ class Watchdog:
 
     def _leave(self, code: int) -> None:
         """End this process at once."""
-        self._writer.begin(self._stacks.remove_if_empty).wait(_SECONDS_TO_WRITE)
+        if self._stacks is not None:
+            self._writer.begin(self._stacks.remove_if_empty).wait(_SECONDS_TO_WRITE)
         _exit_with_children(code)
 
     def _linger(self) -> None:

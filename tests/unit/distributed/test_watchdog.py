@@ -109,6 +109,30 @@ def test_rank_that_hangs_is_named_with_its_phase(
     assert "test_watchdog.py" in (tmp_path / "faults" / "rank_0.txt").read_text()
 
 
+def test_a_rank_that_is_lost_before_the_folder_is_claimed_is_named_and_nothing_is_written(
+    pair: list[Watchdog], ends: dict[str, int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for dog in pair:
+        dog._claimed = False
+    enter(pair)
+    # It sends no heartbeats any more, as over a link that is cut.
+    pair[1]._stop.set()
+    wait_for(lambda: ends.get("watchdog") == 75)
+    leave(pair)
+    assert "rank 1 (host " in capfd.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_folder_is_written_to_once_it_is_claimed(pair: list[Watchdog], tmp_path: Path) -> None:
+    for dog in pair:
+        dog._claimed = False
+    enter(pair)
+    assert not any(tmp_path.iterdir())
+    pair[1].claim()
+    assert [file.name for file in (tmp_path / "faults").iterdir()] == ["rank_1.txt"]
+    leave(pair)
+
+
 def test_only_ranks_that_do_not_end_by_themselves_are_signalled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
