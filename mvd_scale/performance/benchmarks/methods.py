@@ -30,12 +30,12 @@ METHODS: dict[str, list[str]] = {
         "--recipe", "distill/b_from_b",
         "--targets.pixels", "{kind: pixels, decoder: {width: 768, depth: 2, heads: 12}}",
     ],
-    "co-teaching, half decoded": ["--recipe", "ablations/decoder_mask_b"],
-    "co-teaching, random mask": ["--recipe", "ablations/random_mask_b"],
-    "co-teaching, cosine": ["--recipe", "ablations/distance_cosine_b"],
+    "co-teaching (half decoded)": ["--recipe", "ablations/decoder_mask_b"],
+    "co-teaching (random mask)": ["--recipe", "ablations/random_mask_b"],
+    "co-teaching (cosine)": ["--recipe", "ablations/distance_cosine_b"],
     "momentum teacher": ["--recipe", "ablations/momentum_b"],
     "per-token distillation": ["--recipe", "ablations/per_token_b"],
-    "alignment, visible tokens": [
+    "alignment (visible tokens)": [
         "--recipe", "distill/b_from_b", "--targets.image", _VISIBLE, "--targets.video", _VISIBLE,
     ],
     "four layers": [

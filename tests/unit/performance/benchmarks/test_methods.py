@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from mvd_scale.cli import cli
 from mvd_scale.config.training import Checkpointing
 from mvd_scale.errors import UserError
+from mvd_scale.performance.benchmarks.methods import METHODS
 
 from ..test_compare import STEP
 
@@ -37,3 +38,7 @@ def test_every_choice_of_checkpointing_stands_beside_none(monkeypatch: pytest.Mo
 
     result = CliRunner().invoke(cli, [*words, "--training.gradient_checkpointing=block"])
     assert isinstance(result.exception, UserError)
+
+
+def test_every_method_can_be_named_in_a_list() -> None:
+    assert not [name for name in METHODS if "," in name]
