@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mvd_scale.config import RunRecipe
 from mvd_scale.distributed.health.verdict import Member, name_ranks
@@ -33,16 +34,16 @@ class NonfiniteError(SharedError):
 
 
 class _Cause(NamedTuple):
-    """Cause of gradients that are not finite, as far as the losses tell."""
+    """Cause of gradients that are not finite, as far as the losses and gradients of single ranks tell."""
 
     ranks: list[int]
-    """Ranks whose losses are not finite."""
+    """Ranks whose losses are not finite; or if all are, whose gradients are not, before they are summed over ranks."""
 
     text: str
     """Names of these ranks, and the phase; a sentence."""
 
     rows: list[int]
-    """Rows in the manifest of the clips of these ranks; of all clips if all losses are finite."""
+    """Rows in the manifest of the clips of these ranks; of all clips if there are no such ranks."""
 
 
 class NonfiniteSteps:
@@ -70,10 +71,13 @@ class NonfiniteSteps:
         self._ranks = ranks
         self._student, self._of_student = student, _of(student)
         self._skipped_before = 0
+        self._own = _OwnGradients()
 
     def begin(self, engine: Any) -> None:
         """Begin a step."""
         self._skipped_before = engine.skipped_steps
+        if self.in_a_row:
+            self._own.watch(engine.module)
 
     def check(self, engine: Any, step: int, micro_batches: Sequence[MicroBatch]) -> None:
         """Record a step that DeepSpeed skipped. All ranks call it after every step.
@@ -88,6 +92,7 @@ class NonfiniteSteps:
         """
         if not self._counts or engine.skipped_steps == self._skipped_before:
             self.in_a_row = 0
+            self._own.stop()
             return
         self.in_a_row += 1
         cause = self._find_cause(step + 1, micro_batches)
@@ -112,20 +117,26 @@ class NonfiniteSteps:
         """
         finite = [bool(torch.isfinite(loss)) for loss, _ in micro_batches]
         parts: list[Any] = [None] * self._ranks.world_size
-        mine = (Member.own(self._ranks.rank), finite, [rows.tolist() for _, rows in micro_batches])
+        videos = [rows.tolist() for _, rows in micro_batches]
+        mine = (Member.own(self._ranks.rank), finite, videos, self._own.finite)
         torch.distributed.all_gather_object(parts, mine)
-        culprits = [rank for rank, (_, finite, _) in enumerate(parts) if not all(finite)]
+        step = f"step {number}{self._of_student}"
+        members = {rank: member for rank, (member, *_) in enumerate(parts)}
+        of_losses = [rank for rank, (_, finite, _, _) in enumerate(parts) if not all(finite)]
+        culprits = of_losses or [rank for rank, (*_, own) in enumerate(parts) if not own]
+        if of_losses:
+            text = f"the losses of {name_ranks(culprits, members)} are not finite in 'forward' of {step}"
+        elif culprits:
+            text = f"the gradients of {name_ranks(culprits, members)} are not finite in 'backward' of {step}"
+        else:
+            text = f"the gradients are not finite in 'backward' of {step}, though all losses are"
         rows = [
             row
-            for _, finite, lists in parts
+            for rank, (_, finite, lists, _) in enumerate(parts)
             for good, clips in zip(finite, lists, strict=True)
-            if not good or not culprits
+            if (not good if of_losses else rank in culprits or not culprits)
             for row in clips
         ]
-        text = f"the gradients are not finite in 'backward' of step {number}{self._of_student}, though all losses are"
-        if culprits:
-            names = name_ranks(culprits, {rank: member for rank, (member, _, _) in enumerate(parts)})
-            text = f"the losses of {names} are not finite in 'forward' of step {number}{self._of_student}"
         return _Cause(culprits, text, list(dict.fromkeys(rows)))
 
     def _record(self, number: int, cause: _Cause) -> None:
@@ -148,6 +159,40 @@ class NonfiniteSteps:
         EventLog(self.folder.events).write(
             "skip", step=number, **named, ranks=ranks, rows=rows[:_NAMED_CLIPS], clips=clips, clip_count=len(rows)
         )
+
+
+class _OwnGradients:
+    """Whether the gradients of this rank are finite before they are summed over ranks.
+
+    DeepSpeed looks at the sums only, which tell no rank. A look at every gradient costs time, so that only steps after
+    a skipped one are watched.
+    """
+
+    def __init__(self) -> None:
+        self._hooks: list[RemovableHandle] = []
+        self._looks: list[Tensor] = []
+
+    def watch(self, module: nn.Module) -> None:
+        """Watch the gradients of the next backward passes."""
+        self._looks.clear()
+        if not self._hooks:
+            trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+            self._hooks = [parameter.register_hook(self._look) for parameter in trained]
+
+    def stop(self) -> None:
+        """Watch no more."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._looks.clear()
+
+    @property
+    def finite(self) -> bool:
+        """Whether all gradients since `watch` were finite; true if none were watched. Waits for the device."""
+        return not self._looks or bool(torch.stack(self._looks).all())
+
+    def _look(self, gradient: Tensor) -> None:
+        self._looks.append(gradient.isfinite().all())
 
 
 def _of(student: str) -> str:

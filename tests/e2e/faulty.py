@@ -73,6 +73,12 @@ def not_a_number(trainer: Trainer) -> None:
     model.objective = spoiled  # type: ignore[assignment]
 
 
+def gradients_not_numbers(trainer: Trainer) -> None:
+    """The gradient of one parameter is not a number in this step and all that follow, while the losses are numbers."""
+    weights = [weight for weight in trainer.models[0].engine.module.parameters() if weight.requires_grad]
+    weights[len(weights) // 2].register_hook(lambda gradient: gradient * float("nan"))
+
+
 def always_not_a_number(trainer: Trainer) -> None:
     """The loss of this step and of all that follow is not a number."""
     model = trainer.models[0]

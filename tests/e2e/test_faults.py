@@ -178,10 +178,15 @@ def test_a_loss_that_is_no_number_skips_the_step_on_all_ranks(run: Run, undistur
     assert max(run.readings) == LAST
 
 
-def test_losses_that_stay_no_numbers_end_the_run_with_its_checkpoint(run: Run, undisturbed: dict[int, Reading]) -> None:
-    code, output = run.with_fault("always_not_a_number", rank=1, step=7)
+@pytest.mark.parametrize(
+    ("fault", "phase"), [("always_not_a_number", "forward"), ("gradients_not_numbers", "backward")]
+)
+def test_losses_or_gradients_that_stay_no_numbers_end_the_run_with_its_checkpoint(
+    fault: str, phase: str, run: Run, undisturbed: dict[int, Reading]
+) -> None:
+    code, output = run.with_fault(fault, rank=1, step=7)
     assert code == 2
-    message = run.check_message(output, 1, "not finite in 'forward' of step 11")
+    message = run.check_message(output, 1, f"not finite in '{phase}' of step 11")
     assert "nor were those of the 3 steps before it" in message
     assert run.saved_steps == [SAVED_EVERY]
     run.check_continuation(undisturbed)
