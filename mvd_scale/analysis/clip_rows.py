@@ -172,6 +172,8 @@ def _truth(target: Target, batch: ClipBatch) -> Tensor:
     whole = replace(batch, visible=every, masked=every)
     if isinstance(target, FrozenTeacher):
         target.teacher.to(batch.pixels.device)
+        if target.statistics is not None:
+            target.statistics.to(batch.pixels.device)
         side = target.input_size
         whole = replace(whole, resized={side: resize_clips(batch.pixels, side)})
     return target.features(whole).float().cpu()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mvd_scale.checkpoints import native
 from mvd_scale.checkpoints.checkpoint import Checkpoint, Hints
-from mvd_scale.checkpoints.formats import is_ambiguous, recognise, strip_prefixes
+from mvd_scale.checkpoints.formats import V_JEPA, is_ambiguous, may_be_v_jepa_2, recognise, strip_prefixes
 from mvd_scale.checkpoints.formats.foreign import find_foreign
 from mvd_scale.checkpoints.formats.format import Format, unnamed_classes
 from mvd_scale.checkpoints.formats.names import pack_attention, to_native_name
@@ -51,6 +51,12 @@ def interpret(source: RawCheckpoint, hints: Hints) -> Checkpoint:
         return native.interpret(replace(source, tensors=tensors), hints)
     if hints.positions is None and is_ambiguous(form):
         raise _ambiguous(source)
+    if hints.positions is None and may_be_v_jepa_2(form, tensors):
+        raise UserError(
+            f"{source.path} can be V-JEPA or V-JEPA 2, which keeps a position table in its file but does not add it: "
+            "say which with --positions sincos3d (V-JEPA) or --positions rotary_vjepa2 (V-JEPA 2), or by "
+            "targets.NAME.model in a recipe"
+        )
     ours, unexpected, unused = _rename(form.prepare(tensors), form)
     _check_kinds(source, ours)
     try:
@@ -207,7 +213,8 @@ def _place(
                         f"{source.path} holds the position table {kind}; --positions {hints.positions} contradicts it"
                     )
                 return model, None
-    if hints.positions is not None:
+    # V-JEPA's name of its table tells it from V-JEPA 2; it may be of other wavelengths than ours.
+    if hints.positions is not None and form is not V_JEPA:
         raise UserError(f"{source.path} holds learned positions; leave `--positions {hints.positions}` out")
     wanted = (hints.frames or form.frames) // values["tubelet"]
     chosen = next((grid for grid in grids if form.image or grid[0] == wanted), None)

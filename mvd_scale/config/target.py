@@ -193,7 +193,8 @@ class FrozenTeacherTarget(TeacherTarget):
 
     final_norm: bool = False
     """Apply the model's norm after the last block, as published features of V-JEPA 2 and DINOv3 do; those of the
-    paper's teachers are the output of the last block. With `layers` it is applied to each of them."""
+    paper's teachers are the output of the last block. With `layers` it is applied to each of them; V-JEPA 2.1,
+    which has a norm for each, refuses that."""
 
 
 class TrainedTeacherTarget(FrozenTeacherTarget):

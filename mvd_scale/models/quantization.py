@@ -11,6 +11,7 @@ from torch import nn
 from mvd_kernels import Int8Linear, bf16_instructions
 from mvd_scale.errors import UserError
 from mvd_scale.models.blocks import QKV, Attention, Block, Mlp
+from mvd_scale.models.encoder import Encoder
 
 QuantizedPrecision = Literal["int8", "fp8"]
 
@@ -42,7 +43,7 @@ def quantize_linear_layers(
         if device.type != "cpu":
             raise UserError(REFUSED["int8"])
         _to_int8(model)
-        return model.to(rest)
+        return _cast(model, device, rest)
     if device.type != "cuda" or not has_fp8(device):
         raise UserError(REFUSED["fp8"])
     try:
@@ -53,11 +54,20 @@ def quantize_linear_layers(
         if isinstance(block, Block):
             block.attn.qkv = _as_linear(block.attn.qkv)
     names = set(_linear_layers(model))
-    model = model.to(device, rest)
+    model = _cast(model, device, rest)
     # torchao would tune all compiled programs of the process, which takes minutes, and before 0.18 compute float32
     # products of the process in TF32.
     granular = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
     quantize_(model, granular, filter_fn=lambda _, name: name in names)
+    return model
+
+
+def _cast(model: nn.Module, device: torch.device, rest: torch.dtype) -> nn.Module:
+    """Move a model to a device and cast all but its tables of rotary positions, as other precisions leave them too."""
+    tables = {part: part.positions for part in model.modules() if isinstance(part, Encoder) and part.config.is_rotary}
+    model = model.to(device, rest)
+    for encoder, table in tables.items():
+        encoder.positions = table.to(device)
     return model
 
 

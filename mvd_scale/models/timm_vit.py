@@ -63,6 +63,11 @@ class TimmViT(nn.Module):
         self.vit = timm.create_model(name, pretrained=pretrained, num_classes=0, **given)
         if not final_norm:
             self.vit.norm = nn.Identity()
+        elif isinstance(self.vit.norm, nn.Identity):
+            raise UserError(
+                f"timm's {name} has no norm after its last block, but one of the mean of its tokens: set final_norm to "
+                "false, since true would change nothing"
+            )
         self.mean, self.std = self.vit.pretrained_cfg["mean"], self.vit.pretrained_cfg["std"]
         self.width: int = self.vit.num_features
         self.layers: tuple[int, ...] = ()

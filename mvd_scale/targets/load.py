@@ -71,6 +71,12 @@ def load_teacher(recipe: Recipe, name: str, averages: Path | None = None) -> Enc
         )
         if differing:
             raise UserError(f"{config.checkpoint} is not the teacher of targets.{name}.model: it has {differing}")
+    depth, positions = checkpoint.model.depth, checkpoint.model.positions
+    if config.final_norm and positions == "rotary_vjepa2_1" and set(config.layers) - {depth}:
+        raise UserError(
+            f"targets.{name}: V-JEPA 2.1 has a norm of its own for each of its layers, of which the last one alone is "
+            "read: with `layers` set `final_norm: false` and `norm: true`"
+        )
     runs = running_shape(name, config, checkpoint.model, recipe.model)
     checkpoint = adapt(checkpoint, frames=runs.frames, input_size=runs.input_size)
     return map_encoder(checkpoint, final_norm=config.final_norm)

@@ -151,6 +151,41 @@ def test_a_stored_table_is_that_of_v_jepa_unless_the_user_says_otherwise(tmp_pat
     assert (checkpoint.format, checkpoint.unused) == ("v-jepa 2", ("pos_embed",))
 
 
+def test_a_table_of_the_size_of_v_jepa_2_is_of_the_model_that_the_user_states(tmp_path: Path) -> None:
+    file = saved(tmp_path, authors(encoder()) | {"pos_embed": torch.randn(1, 2048, 64)})
+    with pytest.raises(UserError, match=r"can be V-JEPA or V-JEPA 2, .*--positions rotary_vjepa2"):
+        read_checkpoint(file, Hints(heads=2))
+    assert read_checkpoint(file, Hints(heads=2, positions="rotary_vjepa2")).format == "v-jepa 2"
+    first = read_checkpoint(file, Hints(heads=2, frames=16, positions="sincos3d"))
+    assert (first.format, first.model.grid) == ("v-jepa", (8, 16, 16))
+
+
+def test_the_last_norm_of_v_jepa_2_1_is_not_applied_to_its_other_layers(tmp_path: Path) -> None:
+    tensors = authors(encoder(positions="rotary_vjepa2_1"))
+    for name in ("weight", "bias"):
+        norm = tensors.pop(f"norm.{name}")
+        tensors |= {f"norms_block.{number}.{name}": norm for number in range(4)}
+    file = saved(tmp_path, tensors)
+    model = {"width": 64, "depth": 2, "heads": 2, "frames": 4, "input_size": 48}
+    target = {
+        "kind": "video_teacher", "checkpoint": str(file), "final_norm": True, "norm": True,
+        "model": {**model, "positions": "rotary_vjepa2_1"}, "decoder": {"width": 32, "depth": 1, "heads": 2},
+    }  # fmt: skip
+
+    def of_layers(layers: list[int]) -> Recipe:
+        return Recipe.model_validate(
+            {
+                "run": {"folder": "run"}, "model": model, "data": {"mask": {"ratio": 0.5}},
+                "targets": {"video": {**target, "layers": layers}},
+                "training": {"epochs": 2, "global_batch": 2, "base_lr": 1e-3, "warmup_epochs": 0},
+            }
+        )  # fmt: skip
+
+    with pytest.raises(UserError, match=r"targets\.video: V-JEPA 2\.1 has a norm of its own for each"):
+        load_targets(of_layers([1, 2]))
+    load_targets(of_layers([2]))
+
+
 @torch.no_grad()
 def test_an_imported_file_holds_all_of_the_model(tmp_path: Path) -> None:
     model = encoder()

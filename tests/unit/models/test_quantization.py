@@ -12,8 +12,10 @@ import timm
 import torch
 from torch import nn
 
+from mvd_scale.config import ModelConfig
 from mvd_scale.models import quantization
 from mvd_scale.models.blocks import Blocks
+from mvd_scale.models.encoder import Encoder
 from mvd_scale.models.quantization import quantize_linear_layers
 
 
@@ -51,3 +53,15 @@ def test_fp8_quantizes_timm_s_layers(calls: list[tuple[dict[str, Any], list[str]
         model = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=3)
     quantize_linear_layers(model, "fp8", GPU)
     assert sorted(calls[0][1]) == sorted(f"blocks.0.{layer}" for layer in LAYERS)
+
+
+def test_tables_of_rotary_positions_stay_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = ModelConfig(width=64, depth=1, heads=2, frames=4, input_size=32, patch_size=16, positions="rotary_vjepa2")
+    model = Encoder(shape)
+    table = model.positions.clone()
+    monkeypatch.setattr(quantization, "_to_int8", lambda model: None)
+    made = quantize_linear_layers(model, "int8", torch.device("cpu"), torch.bfloat16)
+    assert isinstance(made, Encoder)
+    assert made.patch_embed.weight.dtype == torch.bfloat16
+    assert made.positions.dtype == torch.float32
+    assert torch.equal(made.positions, table)

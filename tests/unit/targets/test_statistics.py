@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from mvd_scale.analysis import clip_rows
 from mvd_scale.checkpoints.native import save_weights
 from mvd_scale.checkpoints.tensor_folder import complete_description, load_pieces, save_pieces
 from mvd_scale.data.batch import ClipBatch
@@ -195,3 +196,12 @@ def test_a_momentum_without_statistics_is_refused() -> None:
     made = recipe(video={"kind": "video_teacher", "standardize": "layer"})
     (target,) = build_targets(made, lambda _: teacher(**VIDEO)).values()
     assert target.statistics.momentum == 0.99  # type: ignore[attr-defined]
+
+
+def test_an_analysis_standardises_on_the_device_of_its_clips(batch: ClipBatch, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    made = recipe(video={"kind": "video_teacher", "standardize": "layer"})
+    target = build_targets(made, lambda _: teacher(**VIDEO))["video"]
+    moved: list[torch.device] = []
+    monkeypatch.setattr(target.statistics, "to", moved.append)
+    clip_rows._truth(target, batch)
+    assert moved == [batch.pixels.device]

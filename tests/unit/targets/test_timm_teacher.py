@@ -68,6 +68,7 @@ def test_patch_features_of_front_frames(tmp_path: Path, vit: str, final_norm: bo
         ("vit_tiny_patch16_224", {"input_size": 224}, "`input_size: 64`"),
         ("vit_tinny_patch16_224", {}, "close to it: vit_tiny_patch16_224"),
         ("resnet18", {}, "no plain vision transformer"),
+        ("eva02_tiny_patch14_224", {"final_norm": True}, "has no norm after its last block"),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path: Path, vit: str, target: dict[str, Any], message: str) -> None:
