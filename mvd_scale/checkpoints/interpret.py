@@ -13,9 +13,10 @@ from torch import Tensor
 
 from mvd_scale.checkpoints import native
 from mvd_scale.checkpoints.checkpoint import Checkpoint, Hints
-from mvd_scale.checkpoints.formats import V_JEPA, is_ambiguous, may_be_v_jepa_2, recognise, strip_prefixes
+from mvd_scale.checkpoints.formats import is_ambiguous, may_be_v_jepa_2, recognise, strip_prefixes
 from mvd_scale.checkpoints.formats.foreign import find_foreign
 from mvd_scale.checkpoints.formats.format import Format, unnamed_classes
+from mvd_scale.checkpoints.formats.jepa import V_JEPA
 from mvd_scale.checkpoints.formats.names import pack_attention, to_native_name
 from mvd_scale.checkpoints.reading import RawCheckpoint
 from mvd_scale.checkpoints.shapes import (
