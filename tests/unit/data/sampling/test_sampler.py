@@ -280,6 +280,15 @@ def test_a_mixture_of_one_set_is_that_set():
     assert [as_tuple(alone, 1, i) for i in range(7)] == [as_tuple(mixed, 1, i) for i in range(7)]
 
 
+@pytest.mark.parametrize("videos", [(3, 4), (0, 7)])
+def test_the_manifest_of_a_mixture_is_one_set_where_it_is_the_source(videos):
+    mixed = Sampler(make_mixture(*videos), DataConfig(stride=2), MODEL, 3)
+    alone = Sampler(make_mixture(7), DataConfig(stride=2), MODEL, 3)
+    assert mixed.clips == alone.clips == 7
+    assert [as_tuple(mixed, 1, i) for i in range(7)] == [as_tuple(alone, 1, i) for i in range(7)]
+    assert steps_per_epoch(mixed.manifest, mixed.data, 3) == 2
+
+
 def test_a_set_of_a_mixture_may_have_a_rate_of_its_own():
     mixture = {"fast": {"source": "x"}, "slow": {"source": "y", "stride": 5}}
     sampler = Sampler(make_mixture(3, 3), DataConfig.model_validate({"stride": 2, "mixture": mixture}), MODEL, 3)
