@@ -261,7 +261,8 @@ def epoch_order(seed: int, epoch: int, clips: int) -> Permutation:
     return draw_permutation((_ORDER, seed, epoch), clips)
 
 
-@lru_cache(maxsize=8)
+# The clips of an epoch are of all components and, for each, of a few rounds, in random order.
+@lru_cache(maxsize=64)
 def round_order(seed: int, round_: int, part: int, videos: int) -> Permutation:
     """Draw the order of one round through the videos of a mixture component: a permutation of them."""
     return draw_permutation((_ROUND, seed, round_, part), videos)

@@ -20,7 +20,8 @@ from mvd_scale.data.sampling.frames import (
     window_frames,
 )
 from mvd_scale.data.sampling.masks import draw_mask, running_cell_mask
-from mvd_scale.data.sampling.sampler import RankShard, Sampler, steps_per_epoch
+from mvd_scale.data.sampling.permutation import draw_permutation
+from mvd_scale.data.sampling.sampler import RankShard, Sampler, epoch_order, round_order, steps_per_epoch
 from mvd_scale.errors import UserError
 
 MODEL = ModelConfig(width=16, depth=1, heads=1, frames=4, input_size=32, patch_size=8)
@@ -295,6 +296,22 @@ def test_a_set_of_a_mixture_may_have_a_rate_of_its_own():
     for i in range(6):
         plan = sampler.plan(0, i)
         assert set(np.diff(plan.frames)) == {2 if plan.row < 3 else 5}
+
+
+def test_no_order_of_an_epoch_of_many_sets_is_drawn_twice(monkeypatch):
+    drawn = []
+
+    def draw(key: tuple[int, ...], count: int) -> object:
+        drawn.append((key, count))
+        return draw_permutation(key, count)
+
+    monkeypatch.setattr("mvd_scale.data.sampling.sampler.draw_permutation", draw)
+    round_order.cache_clear()
+    epoch_order.cache_clear()
+    mixed = mix(make_mixture(*[5] * 10), [0.8] * 10)
+    assert len({mixed.plan(1, i).row for i in range(mixed.clips)}) > 20
+    # The order of the epoch, and for each set the end of its first round and the start of the second.
+    assert len(drawn) == len(set(drawn)) == 1 + 10 * 2
 
 
 def test_copies_share_their_frames_and_nothing_else():
