@@ -258,7 +258,7 @@ class Manifest:
         block = list(islice(coming, MAPPED_FROM))
         if len(block) < MAPPED_FROM:
             return cls._in_memory(block, **about)
-        with open_unnamed() as spool:
+        with open_unnamed("the rows of a manifest") as spool:
             path = f"/proc/self/fd/{spool.fileno()}"
             with _parquet_writer(path, about) as writer:
                 while block:
@@ -287,7 +287,8 @@ class Manifest:
             about: the fields `source`, `classes` and `part`.
         """
         if rows >= MAPPED_FROM:
-            return cls._of_file(make_unnamed(lambda file: _write_columns(file, chunks, about)))
+            what = f"a manifest of {rows} rows"
+            return cls._of_file(make_unnamed(what, lambda file: _write_columns(file, chunks, about)))
         columns: dict[str, Any] = {}
         for column in SCHEMA:
             if column.type == pa.string():
@@ -556,15 +557,16 @@ class Manifest:
         about = _described(source.about)
         if source.rows < MAPPED_FROM:
             return cls.from_chunks(source.chunks, source.rows, **about)
+        what = f"the manifest {path} of {source.rows} rows"
         if source.key is None:
-            return cls._of_file(make_unnamed(lambda file: _write_columns(file, source.chunks, about)))
+            return cls._of_file(make_unnamed(what, lambda file: _write_columns(file, source.chunks, about)))
 
         def write(file: BinaryIO) -> None:
             _write_columns(file, source.chunks, about)
             source.check_unchanged()
 
         name = f"manifest-{source.key}-{_FORMAT}.columns"
-        manifest = cls._of_file(open_or_make(name, f"the manifest {path} of {source.rows} rows", write))
+        manifest = cls._of_file(open_or_make(name, what, write))
         object.__setattr__(manifest, "_parquet", source)
         return manifest
 

@@ -276,7 +276,7 @@ class _Index:
     """Index of a shard, a list in JSON with one row in a line; it lies in a file without a name until it is written."""
 
     def __init__(self) -> None:
-        self._file = open_unnamed()
+        self._file = open_unnamed("the index of a shard")
         self._before = b"[\n"
 
     def add(self, row: Row) -> None:
