@@ -505,11 +505,11 @@ class Manifest:
         for rows in self.usable_blocks():
             if len(rows):
                 digest.update(before)
-                digest.update(joined_lines(_taken(self.name, rows)))
+                digest.update(joined_lines(_taken(self.name, rows)).data)
                 before = b"\n"
         for column in (self.frames, self.height, self.width, self.dataset):
             for rows in self.usable_blocks():
-                digest.update(np.ascontiguousarray(column[_selection(rows)]))
+                digest.update(np.ascontiguousarray(column[_selection(rows)]).data)
         return digest.hexdigest()[:16]
 
     def save(self, path: Path) -> None:

@@ -233,7 +233,7 @@ def _check_folder(out: str, manifest: Manifest, size: int, encoding: TranscodeOp
     digest, before = hashlib.sha256(), b""
     for chunk in manifest.chunks("path"):
         digest.update(before)
-        digest.update(joined_lines(chunk))
+        digest.update(joined_lines(chunk).data)
         before = b"\n"
     places = digest.hexdigest()[:16]
     wanted = json.dumps(
