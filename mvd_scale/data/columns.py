@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, overload
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import DTypeLike, NDArray
 
 BLOCK = 1 << 16
@@ -298,6 +299,12 @@ def encode_texts(texts: Iterable[str | None]) -> pa.Array:
     """Binaries of Arrow of texts; lone surrogates, which UTF-8 does not have, are escaped."""
     encoded = [None if text is None else text.encode("utf-8", "surrogateescape") for text in texts]
     return pa.array(encoded, pa.large_binary())
+
+
+def joined_lines(texts: pa.Array) -> NDArray[np.uint8]:
+    """Bytes of binaries of Arrow, one or more, with a newline between two of them: uint8 (bytes,)."""
+    ended = pc.binary_join_element_wise(texts, *(pa.scalar(text, pa.large_binary()) for text in (b"", b"\n")))
+    return _encoded(ended)[1][:-1]
 
 
 def _encoded(chunk: pa.Array) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -48,38 +49,55 @@ def open_or_make(name: str, what: str, write: Callable[[BinaryIO], None]) -> Col
     try:
         return _open_or_make(_own_folder() / name, what, write)
     except OSError as error:
-        log.warning(
-            "%s cannot be kept in %s: %s. This process and its workers hold it in memory of their own. Free space "
-            "there, or set TMPDIR to a folder on a local disk",
-            what,
-            cache_folder(),
-            error.strerror or error,
-        )
+        _warn(what, cache_folder(), str(error.strerror or error))
         return in_memory(write)
 
 
-def make_unnamed(write: Callable[[BinaryIO], None]) -> ColumnFile:
+def make_unnamed(what: str, write: Callable[[BinaryIO], None]) -> ColumnFile:
     """Write columns to a file without a name, which ends with the processes that map it.
 
-    Its pages go to disk if memory is short; if the folder cannot be written, they stay in memory.
+    Its pages go to disk if memory is short; if the folder cannot be written or is full, a warning says so, and they
+    stay in memory.
+
+    Args:
+        what: the content, for messages.
+        write: as for `open_or_make`.
     """
     try:
-        with open_unnamed() as file:
+        with open_unnamed(what) as file:
             write(file)
             return ColumnFile(os.dup(file.fileno()))
-    except OSError:
+    except OSError as error:
+        _warn(what, cache_folder(), str(error.strerror or error))
         return in_memory(write)
 
 
-def open_unnamed() -> BinaryIO:
+def open_unnamed(what: str) -> BinaryIO:
     """Open an empty file without a name for writing and reading, which ends with this process.
 
-    Its pages go to disk if memory is short; if the folder cannot be written, they stay in memory.
+    Its pages go to disk if memory is short; if the folder cannot be written, a warning says so, and they stay in
+    memory.
+
+    Args:
+        what: the content, for messages.
     """
     try:
         return cast(BinaryIO, tempfile.TemporaryFile(dir=_own_folder()))
-    except OSError:
+    except OSError as error:
+        _warn(what, cache_folder(), str(error.strerror or error))
         return os.fdopen(os.memfd_create("mvd_scale", os.MFD_CLOEXEC), "w+b")
+
+
+@lru_cache
+def _warn(what: str, folder: Path, reason: str) -> None:
+    """Warn once that something stays in memory: an index of a shard, for example, is one of thousands."""
+    log.warning(
+        "%s cannot be kept in %s: %s. This process and its workers hold it in memory of their own. Free space there, "
+        "or set TMPDIR to a folder on a local disk",
+        what,
+        folder,
+        reason,
+    )
 
 
 def _own_folder() -> Path:

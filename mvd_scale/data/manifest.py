@@ -26,7 +26,16 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pyarrow.fs import LocalFileSystem
 
-from mvd_scale.data.columns import BLOCK, Categories, ColumnFile, ColumnWriter, Texts, encode_texts, in_memory
+from mvd_scale.data.columns import (
+    BLOCK,
+    Categories,
+    ColumnFile,
+    ColumnWriter,
+    Texts,
+    encode_texts,
+    in_memory,
+    joined_lines,
+)
 from mvd_scale.data.host_cache import make_unnamed, open_or_make, open_unnamed
 from mvd_scale.data.orientation import orientation_of_exif
 from mvd_scale.data.parquet import ParquetSource
@@ -249,7 +258,7 @@ class Manifest:
         block = list(islice(coming, MAPPED_FROM))
         if len(block) < MAPPED_FROM:
             return cls._in_memory(block, **about)
-        with open_unnamed() as spool:
+        with open_unnamed("the rows of a manifest") as spool:
             path = f"/proc/self/fd/{spool.fileno()}"
             with _parquet_writer(path, about) as writer:
                 while block:
@@ -278,7 +287,8 @@ class Manifest:
             about: the fields `source`, `classes` and `part`.
         """
         if rows >= MAPPED_FROM:
-            return cls._of_file(make_unnamed(lambda file: _write_columns(file, chunks, about)))
+            what = f"a manifest of {rows} rows"
+            return cls._of_file(make_unnamed(what, lambda file: _write_columns(file, chunks, about)))
         columns: dict[str, Any] = {}
         for column in SCHEMA:
             if column.type == pa.string():
@@ -430,9 +440,10 @@ class Manifest:
             return {Kind(*kind): count for *kind, count in json.loads(known.tobytes())}
         counts: Counter[Kind] = Counter()
         for rows in self.usable_blocks():
-            turned, height, width = self.rotation[rows] % 180 != 0, self.height[rows], self.width[rows]
+            chosen = _selection(rows)
+            turned, height, width = self.rotation[chosen] % 180 != 0, self.height[chosen], self.width[chosen]
             texts = {name: self.codes(name, rows) for name in ("codec", "pixel_format", "colour")}
-            columns: dict[str, NDArray[Any]] = {"still": self.still[rows], "plain": self.plain[rows]}
+            columns: dict[str, NDArray[Any]] = {"still": self.still[chosen], "plain": self.plain[chosen]}
             columns |= {name: codes for name, (codes, _) in texts.items()}
             columns |= {"height": np.where(turned, width, height), "width": np.where(turned, height, width)}
             grouped = pa.table(columns).group_by(list(columns), use_threads=False).aggregate([([], "count_all")])
@@ -448,7 +459,7 @@ class Manifest:
             return list(self._file.about["dataset_sizes"])
         sizes = np.zeros(0, np.int64)
         for rows in self.usable_blocks():
-            counts = np.bincount(self.dataset[rows], minlength=len(sizes))
+            counts = np.bincount(self.dataset[_selection(rows)], minlength=len(sizes))
             counts[: len(sizes)] += sizes
             sizes = counts
         return [int(size) for size in sizes]
@@ -489,15 +500,16 @@ class Manifest:
         """
         if self._file is not None and "digest" in self._file.about:
             return str(self._file.about["digest"])
-        digest, before = hashlib.sha256(), ""
+        # No name becomes an object of Python: of millions, these would take longer than all else.
+        digest, before = hashlib.sha256(), b""
         for rows in self.usable_blocks():
             if len(rows):
-                names = before + "\n".join(_taken(self.name, rows))
-                digest.update(names.encode("utf-8", "surrogateescape"))
-                before = "\n"
+                digest.update(before)
+                digest.update(joined_lines(_taken(self.name, rows)).data)
+                before = b"\n"
         for column in (self.frames, self.height, self.width, self.dataset):
             for rows in self.usable_blocks():
-                digest.update(column[rows].tobytes())
+                digest.update(np.ascontiguousarray(column[_selection(rows)]).data)
         return digest.hexdigest()[:16]
 
     def save(self, path: Path) -> None:
@@ -545,15 +557,16 @@ class Manifest:
         about = _described(source.about)
         if source.rows < MAPPED_FROM:
             return cls.from_chunks(source.chunks, source.rows, **about)
+        what = f"the manifest {path} of {source.rows} rows"
         if source.key is None:
-            return cls._of_file(make_unnamed(lambda file: _write_columns(file, source.chunks, about)))
+            return cls._of_file(make_unnamed(what, lambda file: _write_columns(file, source.chunks, about)))
 
         def write(file: BinaryIO) -> None:
             _write_columns(file, source.chunks, about)
             source.check_unchanged()
 
         name = f"manifest-{source.key}-{_FORMAT}.columns"
-        manifest = cls._of_file(open_or_make(name, f"the manifest {path} of {source.rows} rows", write))
+        manifest = cls._of_file(open_or_make(name, what, write))
         object.__setattr__(manifest, "_parquet", source)
         return manifest
 
@@ -628,11 +641,15 @@ def _numbered(chunk: pa.Array, values: dict[str, int]) -> NDArray[np.int32]:
     return numbers[encoded.indices.to_numpy(zero_copy_only=False)] if len(chunk) else np.zeros(0, np.int32)
 
 
-def _taken(texts: Sequence[str], rows: NDArray[np.int64]) -> list[str]:
-    """Texts of some rows, ascending."""
+def _taken(texts: Sequence[str], rows: NDArray[np.int64]) -> pa.Array:
+    """Texts of some rows, one or more, ascending, as binaries of Arrow."""
     if not isinstance(texts, Texts):
-        return [texts[row] for row in rows.tolist()]
-    if not len(rows):
-        return []
-    block = texts.block(int(rows[0]), int(rows[-1]) + 1).take(pa.array(rows - rows[0]))
-    return [text.decode("utf-8", "surrogateescape") for text in block.to_pylist()]
+        return encode_texts(texts[row] for row in rows.tolist())
+    block = texts.block(int(rows[0]), int(rows[-1]) + 1)
+    return block if len(block) == len(rows) else block.take(pa.array(rows - rows[0]))
+
+
+def _selection(rows: NDArray[np.int64]) -> slice | NDArray[np.int64]:
+    """Index of some rows, ascending: a slice, which copies nothing, if none between them is missing."""
+    whole = len(rows) and rows[-1] - rows[0] + 1 == len(rows)
+    return slice(int(rows[0]), int(rows[-1]) + 1) if whole else rows

@@ -75,7 +75,7 @@ class _Lines:
     """File without a name whose lines are values of JSON."""
 
     def __init__(self) -> None:
-        self._file = open_unnamed()
+        self._file = open_unnamed("a list of videos")
         self._end = 0
 
     def add(self, values: Iterable[Any]) -> range:

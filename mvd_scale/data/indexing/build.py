@@ -245,7 +245,8 @@ def _open_one(source: str, root: str | None, cache: Path) -> Manifest:
     manifest = build_manifest(source, root, workers=len(os.sched_getaffinity(0)))
     manifest.save(cache)
     cache.touch()  # `save` leaves the time of an equal file as it was
-    return manifest
+    # Of a large manifest, the columns of the file are those of its copies and of later starts too.
+    return Manifest.load(cache)
 
 
 def _probe_all(videos: Stored[Row], workers: int, prober: VideoProber, journal: Path | None) -> Iterator[Row]:

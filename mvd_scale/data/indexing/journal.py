@@ -39,7 +39,7 @@ class Places:
     """Places of rows in a journal, by the numbers of their videos from 0, in a file without a name."""
 
     def __init__(self) -> None:
-        self._file = open_unnamed()
+        self._file = open_unnamed("the places of the rows in a journal")
 
     def __enter__(self) -> Self:
         return self
@@ -75,13 +75,13 @@ class Journal:
 
     def __enter__(self) -> Self:
         if self._path is None:
-            self._file = open_unnamed()
+            self._file = open_unnamed("the journal of an index")
         else:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("a+b")
             self._file.seek(0)
         if self._path is not None and self._file.readline() == self._head:
-            self._known = make_unnamed(self._write_known)
+            self._known = make_unnamed(f"what the journal {self._path} has", self._write_known)
             # The last line may be incomplete: the newline keeps the next record apart from it.
             self._append(b"\n")
         else:

@@ -96,7 +96,7 @@ def store_records(records: Iterable[Record]) -> Stored[Record]:
 
 
 def _spooled(file: str) -> _Text:
-    spool = open_unnamed()
+    spool = open_unnamed(f"the text of {file}")
     for piece in _pieces(file):
         spool.write(piece.encode())
     spool.flush()

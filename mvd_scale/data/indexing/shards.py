@@ -25,6 +25,7 @@ from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
+from mvd_scale.data.columns import joined_lines
 from mvd_scale.data.host_cache import open_unnamed
 from mvd_scale.data.indexing.media_probe import probe_video
 from mvd_scale.data.indexing.transcode import TranscodeOptions, transcode
@@ -231,7 +232,8 @@ def _check_folder(out: str, manifest: Manifest, size: int, encoding: TranscodeOp
     """Check that the folder has no shards yet, or shards made from the same videos with the same options."""
     digest, before = hashlib.sha256(), b""
     for chunk in manifest.chunks("path"):
-        digest.update(before + b"\n".join(chunk.to_pylist()))
+        digest.update(before)
+        digest.update(joined_lines(chunk).data)
         before = b"\n"
     places = digest.hexdigest()[:16]
     wanted = json.dumps(
@@ -274,7 +276,7 @@ class _Index:
     """Index of a shard, a list in JSON with one row in a line; it lies in a file without a name until it is written."""
 
     def __init__(self) -> None:
-        self._file = open_unnamed()
+        self._file = open_unnamed("the index of a shard")
         self._before = b"[\n"
 
     def add(self, row: Row) -> None:

@@ -53,11 +53,14 @@ def view_items(manifest: Manifest, views: ViewsConfig, *, frames: int) -> NDArra
     Returns:
         row of the manifest and index of the first clip of each item: int64 (items, 2).
     """
+    usable = manifest.usable
     if views.sampling != "sliding":
-        return np.stack([manifest.usable, np.zeros_like(manifest.usable)], axis=1)
-    counts = [len(view_frame_indices(views, int(manifest.frames[row]), frames=frames)) for row in manifest.usable]
-    items = [(row, k) for row, n in zip(manifest.usable, counts, strict=True) for k in range(0, n, views.clips)]
-    return np.array(items, dtype=np.int64).reshape(-1, 2)
+        return np.stack([usable, np.zeros_like(usable)], axis=1)
+    clips = (len(view_frame_indices(views, int(manifest.frames[row]), frames=frames)) for row in usable)
+    groups = -(-np.fromiter(clips, np.int64, len(usable)) // views.clips)
+    # Items of all videos are numbered; less the items of the videos before, each has its place within its video.
+    places = np.arange(groups.sum(), dtype=np.int64) - np.repeat(groups.cumsum() - groups, groups)
+    return np.stack([np.repeat(usable, groups), places * views.clips], axis=1)
 
 
 @dataclass(frozen=True)

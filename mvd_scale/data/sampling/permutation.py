@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from mvd_scale.data.columns import BLOCK, ColumnFile, ColumnWriter
 from mvd_scale.data.host_cache import open_or_make
 
-SHARED_FROM = 250_000
-"""Entries from which on a permutation is shared; a smaller one takes at most 1 MB in each process."""
+SHARED_FROM = 50_000
+"""Entries from which on a permutation is shared; a smaller one takes at most 0.2 MB in each process, which may hold
+dozens of them (`sampler.round_order`)."""
 
 
 class Permutation(Protocol):

@@ -144,7 +144,7 @@ class Sampler:
     def draw_frames(self, rng: Generator, video: int) -> NDArray[np.int64]:
         """Draw the frame numbers of a clip of usable video number `video`: int64 (T,), ascending."""
         row = self.rows[video]
-        stride = self.components[self.manifest.dataset[row]].stride
+        stride = self.components[self.manifest.dataset[row] if self.data.mixture else 0].stride
         return draw_frames(rng, self.data.sampling, int(self.manifest.frames[row]), self.model.frames, stride)
 
 
@@ -166,8 +166,9 @@ class MixtureComponent:
 
 
 def mixture_components(manifest: Manifest, data: DataConfig) -> tuple[MixtureComponent, ...]:
-    """List videos, clips per epoch and stride of each data set of a mixture."""
-    counts = manifest.dataset_sizes
+    """List videos, clips per epoch and stride of each data set of a mixture; without one, all videos are one set."""
+    # A manifest that was saved from a mixture numbers its data sets also where it is the only source.
+    counts = manifest.dataset_sizes if data.mixture else [len(manifest.usable)]
     counts += [0] * (len(data.mixture or [0]) - len(counts))
     shares = [(source.weight, source.stride) for source in (data.mixture or {}).values()] or [(1.0, None)]
     components, first = [], 0
@@ -260,7 +261,8 @@ def epoch_order(seed: int, epoch: int, clips: int) -> Permutation:
     return draw_permutation((_ORDER, seed, epoch), clips)
 
 
-@lru_cache(maxsize=8)
+# The clips of an epoch are of all components and, for each, of a few rounds, in random order.
+@lru_cache(maxsize=64)
 def round_order(seed: int, round_: int, part: int, videos: int) -> Permutation:
     """Draw the order of one round through the videos of a mixture component: a permutation of them."""
     return draw_permutation((_ROUND, seed, round_, part), videos)

@@ -18,7 +18,7 @@ import pytest
 
 from mvd_scale.data import host_cache
 from mvd_scale.data.columns import ColumnFile, ColumnWriter
-from mvd_scale.data.host_cache import cache_folder, make_unnamed, open_or_make
+from mvd_scale.data.host_cache import cache_folder, make_unnamed, open_or_make, open_unnamed
 
 
 @pytest.fixture(autouse=True)
@@ -129,13 +129,36 @@ def test_a_full_disk_is_named_and_columns_stay_in_memory(caplog):
     assert files() == ["manifest-a.lock"]
 
 
+def test_a_disk_too_full_for_a_file_without_a_name_is_named(caplog):
+    calls = []
+
+    def write_until_full(file: BinaryIO) -> None:
+        calls.append(file)
+        if len(calls) == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(file)
+
+    with caplog.at_level(logging.WARNING):
+        made = make_unnamed("the numbers", write_until_full)
+    assert made["numbers"].tolist() == list(range(10))
+    assert f"the numbers cannot be kept in {cache_folder()}: No space left on device" in caplog.text
+    assert "set TMPDIR" in caplog.text
+
+
 def test_a_folder_that_cannot_be_written_is_named(caplog, temporary):
     (temporary / f"mvd_scale-{os.getuid()}").write_text("no folder")
     with caplog.at_level(logging.WARNING):
         made = open_or_make("manifest-a.columns", "the numbers", write)
     assert made["numbers"].tolist() == list(range(10))
     assert f"the numbers cannot be kept in {cache_folder()}: File exists" in caplog.text
-    assert make_unnamed(write)["numbers"].tolist() == list(range(10))
+    assert make_unnamed("others", write)["numbers"].tolist() == list(range(10))
+    with open_unnamed("a list") as file:
+        file.write(b"a")
+    assert f"others cannot be kept in {cache_folder()}: File exists" in caplog.text
+    assert f"a list cannot be kept in {cache_folder()}: File exists" in caplog.text
+    assert caplog.text.count("set TMPDIR") == 3
+    open_unnamed("a list").close()
+    assert caplog.text.count("set TMPDIR") == 3, "once for all lists"
 
 
 def test_a_folder_of_another_user_is_not_trusted(caplog, monkeypatch):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import subprocess
 import sys
 import tempfile
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -99,6 +101,41 @@ def test_blocks_without_usable_videos_leave_no_trace(tmp_path, monkeypatch, left
     assert loaded.unusable.tolist() == list(left_out)
     monkeypatch.setattr(manifest, "BLOCK", 1000)
     assert in_memory(made).digest == loaded.digest
+
+
+@pytest.mark.parametrize("left_out", [(), (0, 8, 13), range(3, 20), range(0, 60, 2)], ids=str)
+def test_the_digest_is_that_of_the_names_and_numbers_one_after_the_other(left_out):
+    names = ["", "a\udcff.mp4", "é", ""] * 15
+    made = [
+        Row(name=name, path=f"/{k}", frames=k, height=48 + k % 3, width=64, dataset=k // 30)
+        for k, name in enumerate(names)
+    ]
+    made = [replace(row, left_out="broken" if k in left_out else None) for k, row in enumerate(made)]
+    loaded = in_memory(made).shared()
+    computed = replace(loaded)  # which has the mapped columns, but not what was derived from them
+    assert computed._file is None
+    usable = [row for row in made if row.left_out is None]
+    expected = hashlib.sha256("\n".join(row.name for row in usable).encode("utf-8", "surrogateescape"))
+    for column in ("frames", "height", "width", "dataset"):
+        expected.update(np.array([getattr(row, column) for row in usable], np.int64).tobytes())
+    assert loaded.digest == computed.digest == in_memory(made).digest == expected.hexdigest()[:16]
+    assert loaded.kinds == computed.kinds == in_memory(made).kinds
+
+
+@pytest.mark.parametrize("left_out", [None, "broken"])
+def test_the_digest_makes_no_object_for_a_name(monkeypatch, left_out):
+    for module in (columns, manifest):
+        monkeypatch.setattr(module, "BLOCK", 1 << 16)
+    count = 20_000
+    made = (Row(name=f"{k}.mp4", path="", frames=1, left_out=None if k % 9 else left_out) for k in range(count))
+    computed = replace(Manifest.from_rows(made))
+    assert computed.digest  # what is made once
+    tracemalloc.start()
+    try:
+        assert computed.digest
+        assert tracemalloc.get_traced_memory()[1] < 50 * count
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_column_that_is_replaced_is_that_of_the_copy(tmp_path):

@@ -71,7 +71,7 @@ class DataReport(Report):
     figures: list[LoaderSpeed]
     stages: list[ClipStages]
     absent: dict[str, str]
-    """Loaders that cannot run here, or that failed, with the reason."""
+    """Loaders that cannot run here, or that failed, each with the videos and the number of workers, and the reason."""
     rounds: int
     seconds: float
     """Length of a turn."""
@@ -137,7 +137,7 @@ def measure_data(
                 say(f"{videos}, {count} workers")
                 measured, failed = _measure_set(videos, sources, count, rounds, seconds, say)
                 figures += measured
-                absent |= failed
+                absent |= {f"{way}, {videos}, {count} workers": reason for way, reason in failed.items()}
             # None where ours failed on files.
             ours = (each for each in figures if (each.videos, each.source, each.way) == (videos, "files", OURS))
             slowest = max((figure.cpu_seconds_per_clip for figure in ours), default=0.0)

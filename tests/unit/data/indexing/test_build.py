@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 import signal
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,6 +18,7 @@ from click.testing import CliRunner
 
 from mvd_scale.cli import cli
 from mvd_scale.config.data import DataConfig
+from mvd_scale.data.host_cache import cache_folder
 from mvd_scale.data.indexing.build import VideoProber, build_manifest, load_source, merge
 from mvd_scale.data.indexing.media_probe import probe_video
 from mvd_scale.data.manifest import Manifest, Row
@@ -139,6 +141,23 @@ def test_a_source_is_indexed_again_only_when_it_changes(tmp_path, encode, monkey
     assert [Path(path).name for path in load_source(DataConfig(source=str(tmp_path / "other")), cache).path] == [
         "c.mp4"
     ]
+
+
+def test_a_large_source_its_copy_and_the_next_start_have_one_file_of_columns(tmp_path, encode, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr("mvd_scale.data.manifest.MAPPED_FROM", 1)
+    encode(tmp_path / "videos" / "a.mp4")
+    past = 1_000_000_000
+    for path in (tmp_path / "videos", tmp_path / "videos" / "a.mp4"):
+        os.utime(path, (past, past))
+    data, copy = DataConfig(source=str(tmp_path / "videos")), tmp_path / "run" / "manifest.parquet"
+    built = load_source(data, tmp_path / "cache")
+    built.save(copy)
+    again = load_source(data, tmp_path / "cache")
+    again.save(copy)
+    assert built.rows == again.rows == Manifest.load(copy).rows
+    assert len(list(cache_folder().glob("manifest-*.columns"))) == 1
 
 
 def test_parts_put_together_are_the_whole(tmp_path, videos):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import av
@@ -14,7 +15,7 @@ from mvd_scale.data.batch import ViewBatch
 from mvd_scale.data.indexing.build import build_manifest
 from mvd_scale.data.loaders.quarantine import Quarantine
 from mvd_scale.data.loaders.view_loader import ViewLoader, ViewShape, view_items
-from mvd_scale.data.manifest import Manifest
+from mvd_scale.data.manifest import Manifest, Row
 from mvd_scale.data.sampling.eval_views import crop_corners, resized_size, sliding_views, view_frame_indices
 from mvd_scale.distributed.data_rank import DataRank
 
@@ -52,6 +53,30 @@ def plainly(path: str, views: ViewsConfig) -> torch.Tensor:
     corners = crop_corners(*size, side=SIDE, crops=views.crops)
     cut = [torch.stack([small[clip][:, :, y : y + SIDE, x : x + SIDE] for y, x in corners]) for clip in clips]
     return torch.stack(cut).permute(0, 1, 2, 4, 5, 3)
+
+
+@pytest.mark.parametrize("videos", [0, 7, 300])
+def test_sliding_items_are_those_of_each_video_in_turn_and_take_little_memory(videos):
+    made = [
+        Row(name=f"{k}", path=f"/{k}", frames=250 + k % 7, left_out="broken" if k % 5 == 0 else None)
+        for k in range(videos)
+    ]
+    listed, views = Manifest.from_rows(made), ViewsConfig(sampling="sliding", stride=2, every=1, clips=3, crops=1)
+    assert len(listed.usable) == videos - len(range(0, videos, 5))
+    tracemalloc.start()
+    try:
+        items = view_items(listed, views, frames=T)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert items.dtype == np.int64
+    assert items.tolist() == [
+        [k, first]
+        for k, row in enumerate(made)
+        if row.left_out is None
+        for first in range(0, len(view_frame_indices(views, row.frames, frames=T)), 3)
+    ]
+    assert peak < 70 * len(items) + 100_000
 
 
 @pytest.mark.parametrize("views", [DENSE, UNIFORM, ViewsConfig(stride=9, clips=5, crops=1)], ids=str)

@@ -20,7 +20,8 @@ from mvd_scale.data.sampling.frames import (
     window_frames,
 )
 from mvd_scale.data.sampling.masks import draw_mask, running_cell_mask
-from mvd_scale.data.sampling.sampler import RankShard, Sampler, steps_per_epoch
+from mvd_scale.data.sampling.permutation import draw_permutation
+from mvd_scale.data.sampling.sampler import RankShard, Sampler, epoch_order, round_order, steps_per_epoch
 from mvd_scale.errors import UserError
 
 MODEL = ModelConfig(width=16, depth=1, heads=1, frames=4, input_size=32, patch_size=8)
@@ -280,12 +281,37 @@ def test_a_mixture_of_one_set_is_that_set():
     assert [as_tuple(alone, 1, i) for i in range(7)] == [as_tuple(mixed, 1, i) for i in range(7)]
 
 
+@pytest.mark.parametrize("videos", [(3, 4), (0, 7)])
+def test_the_manifest_of_a_mixture_is_one_set_where_it_is_the_source(videos):
+    mixed = Sampler(make_mixture(*videos), DataConfig(stride=2), MODEL, 3)
+    alone = Sampler(make_mixture(7), DataConfig(stride=2), MODEL, 3)
+    assert mixed.clips == alone.clips == 7
+    assert [as_tuple(mixed, 1, i) for i in range(7)] == [as_tuple(alone, 1, i) for i in range(7)]
+    assert steps_per_epoch(mixed.manifest, mixed.data, 3) == 2
+
+
 def test_a_set_of_a_mixture_may_have_a_rate_of_its_own():
     mixture = {"fast": {"source": "x"}, "slow": {"source": "y", "stride": 5}}
     sampler = Sampler(make_mixture(3, 3), DataConfig.model_validate({"stride": 2, "mixture": mixture}), MODEL, 3)
     for i in range(6):
         plan = sampler.plan(0, i)
         assert set(np.diff(plan.frames)) == {2 if plan.row < 3 else 5}
+
+
+def test_no_order_of_an_epoch_of_many_sets_is_drawn_twice(monkeypatch):
+    drawn = []
+
+    def draw(key: tuple[int, ...], count: int) -> object:
+        drawn.append((key, count))
+        return draw_permutation(key, count)
+
+    monkeypatch.setattr("mvd_scale.data.sampling.sampler.draw_permutation", draw)
+    round_order.cache_clear()
+    epoch_order.cache_clear()
+    mixed = mix(make_mixture(*[5] * 10), [0.8] * 10)
+    assert len({mixed.plan(1, i).row for i in range(mixed.clips)}) > 20
+    # The order of the epoch, and for each set the end of its first round and the start of the second.
+    assert len(drawn) == len(set(drawn)) == 1 + 10 * 2
 
 
 def test_copies_share_their_frames_and_nothing_else():

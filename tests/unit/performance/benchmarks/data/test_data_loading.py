@@ -70,7 +70,21 @@ def test_where_ours_fails_on_files_the_stages_are_told_without_the_rest(clips, t
         str(clips), tmp_path, workers=[0], rounds=1, seconds=0.1, large=False, say=lambda line: None
     )
     assert report.stages == [("given", 0.0)]
-    assert report.absent == {"mvd-scale": "OSError: torn"}
+    assert report.absent == {"mvd-scale, given, 0 workers": "OSError: torn"}
+
+
+def test_a_loader_that_fails_on_one_set_is_named_with_that_set(clips, tmp_path, monkeypatch):
+    def measure(videos: str, sources: object, workers: int, *_: object) -> tuple[list[object], dict[str, str]]:
+        return [], {"SPDL": "OSError: torn"} if (videos, workers) == ("vp9", 2) else {}
+
+    made = {videos: {"files": load_or_index_videos(str(clips))} for videos in ("h264", "vp9")}
+    monkeypatch.setattr(data_loading, "_made_sets", lambda *_: made)
+    monkeypatch.setattr(data_loading, "_measure_set", measure)
+    monkeypatch.setattr(data_loading, "run_in_subprocess", lambda work, videos, requests, loader: (videos, loader))
+    report = data_loading.measure_data(
+        None, tmp_path, workers=[1, 2], rounds=1, seconds=0.1, large=False, say=lambda line: None
+    )
+    assert report.absent == {"SPDL, vp9, 2 workers": "OSError: torn"}
 
 
 def test_a_library_with_a_hash_in_its_name_is_linked_by_its_usual_name(tmp_path):
@@ -89,7 +103,8 @@ def test_figures_of_every_way_that_is_there(clips):
     arguments = ["bench", "data", str(clips), "--workers", "0", "--rounds", "1", "--seconds", "0.1", "--json"]
     result = CliRunner().invoke(cli, arguments, catch_exceptions=False)
     report = json.loads(result.stdout)
-    assert {figure["way"] for figure in report["figures"]} | set(report["absent"]) == {"mvd-scale", *BASELINES}
+    absent = {name.removesuffix(", given, 0 workers") for name in report["absent"]}
+    assert {figure["way"] for figure in report["figures"]} | absent == {"mvd-scale", *BASELINES}
     assert all(figure["clips_per_second"] > 0 and figure["cpu_seconds_per_clip"] > 0 for figure in report["figures"])
     assert all(reason and "\n" not in reason for reason in report["absent"].values())
     (stages,) = report["stages"]
