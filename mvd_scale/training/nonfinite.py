@@ -120,16 +120,16 @@ class NonfiniteSteps:
         videos = [rows.tolist() for _, rows in micro_batches]
         mine = (Member.own(self._ranks.rank), finite, videos, self._own.finite)
         torch.distributed.all_gather_object(parts, mine)
-        step = f"step {number}{self._of_student}"
+        step = f"{number}{self._of_student}"
         members = {rank: member for rank, (member, *_) in enumerate(parts)}
         of_losses = [rank for rank, (_, finite, _, _) in enumerate(parts) if not all(finite)]
         culprits = of_losses or [rank for rank, (*_, own) in enumerate(parts) if not own]
         if of_losses:
-            text = f"the losses of {name_ranks(culprits, members)} are not finite in 'forward' of {step}"
+            text = f"the losses of {name_ranks(culprits, members)} are not finite in 'forward' of step {step}"
         elif culprits:
-            text = f"the gradients of {name_ranks(culprits, members)} are not finite in 'backward' of {step}"
+            text = f"the gradients of {name_ranks(culprits, members)} are not finite in 'backward' of step {step}"
         else:
-            text = f"the gradients are not finite in 'backward' of {step}, though all losses are"
+            text = f"the gradients are not finite in 'backward' of step {step}, though all losses are"
         rows = [
             row
             for rank, (_, finite, lists, _) in enumerate(parts)
