@@ -11,7 +11,6 @@ from torch import nn
 from mvd_kernels import Int8Linear, bf16_instructions
 from mvd_scale.errors import UserError
 from mvd_scale.models.blocks import QKV, Attention, Block, Mlp
-from mvd_scale.models.encoder import Encoder
 
 QuantizedPrecision = Literal["int8", "fp8"]
 
@@ -63,11 +62,12 @@ def quantize_linear_layers(
 
 
 def _cast(model: nn.Module, device: torch.device, rest: torch.dtype) -> nn.Module:
-    """Move a model to a device and cast all but its tables of rotary positions, as other precisions leave them too."""
-    tables = {part: part.positions for part in model.modules() if isinstance(part, Encoder) and part.config.is_rotary}
+    """Move a model to a device and cast all but its tables of positions, which other precisions leave in float32 too."""
+    named = [(part, name, table) for part in model.modules() for name, table in part.named_buffers(recurse=False)]
     model = model.to(device, rest)
-    for encoder, table in tables.items():
-        encoder.positions = table.to(device)
+    for part, name, table in named:
+        if name == "positions":
+            setattr(part, name, table.to(device))
     return model
 
 
