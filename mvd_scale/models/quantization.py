@@ -62,7 +62,7 @@ def quantize_linear_layers(
 
 
 def _cast(model: nn.Module, device: torch.device, rest: torch.dtype) -> nn.Module:
-    """Move a model to a device and cast all but its tables of positions, which other precisions leave in float32 too."""
+    """Move a model to a device, and cast all but its tables of positions, as other precisions do."""
     named = [(part, name, table) for part in model.modules() for name, table in part.named_buffers(recurse=False)]
     model = model.to(device, rest)
     for part, name, table in named:
