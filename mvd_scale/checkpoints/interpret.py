@@ -214,8 +214,9 @@ def _place(
                         f"{source.path} holds the position table {kind}; --positions {hints.positions} contradicts it"
                     )
                 return model, None
-    # V-JEPA's name of its table tells it from V-JEPA 2; it may be of other wavelengths than ours.
-    if hints.positions is not None and form is not V_JEPA:
+    # For V-JEPA, naming its own kind only tells the file from one of V-JEPA 2; its table is read as it is.
+    tells_v_jepa = form is V_JEPA and hints.positions == form.positions
+    if hints.positions is not None and not tells_v_jepa:
         raise UserError(f"{source.path} holds learned positions; leave `--positions {hints.positions}` out")
     wanted = (hints.frames or form.frames) // values["tubelet"]
     chosen = next((grid for grid in grids if form.image or grid[0] == wanted), None)

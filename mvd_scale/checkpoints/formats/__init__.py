@@ -36,11 +36,11 @@ _ORDER = (
 """Order of recognition, the most specific keys first: later formats also match files of earlier ones."""
 
 _PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.", "encoder.")
-TOKENS_OF_V_JEPA_2 = (2048, 8192, 18432)
-"""Tokens of V-JEPA 2's clips: 16 or 64 frames of 256 pixels, 64 of 384. V-JEPA was published for 16 of 224 or 384."""
-
 _COUNTER = "n_averaged"
 """Entry of torch's `AveragedModel` beside the weights."""
+
+_TOKENS_OF_V_JEPA_2 = (2048, 8192, 18432)
+"""Tokens of V-JEPA 2's clips: 16 or 64 frames of 256 pixels, 64 of 384. V-JEPA was published for 16 of 224 or 384."""
 
 _PATCHES = ("patch_embed.proj.weight", "patch_embed.weight", "embeddings.patch_embeddings.projection.weight")
 
@@ -77,7 +77,7 @@ def is_ambiguous(form: Format) -> bool:
 
 def may_be_v_jepa_2(form: Format, tensors: Mapping[str, Tensor]) -> bool:
     """Whether a file that V-JEPA would be read from has the table of a clip of V-JEPA 2, which does not add it."""
-    return form is V_JEPA and tensors["pos_embed"].shape[-2] in TOKENS_OF_V_JEPA_2
+    return form is V_JEPA and tensors["pos_embed"].shape[-2] in _TOKENS_OF_V_JEPA_2
 
 
 def strip_prefixes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -158,6 +158,8 @@ def test_a_table_of_the_size_of_v_jepa_2_is_of_the_model_that_the_user_states(tm
     assert read_checkpoint(file, Hints(heads=2, positions="rotary_vjepa2")).format == "v-jepa 2"
     first = read_checkpoint(file, Hints(heads=2, frames=16, positions="sincos3d"))
     assert (first.format, first.model.grid) == ("v-jepa", (8, 16, 16))
+    with pytest.raises(UserError, match="holds learned positions"):
+        read_checkpoint(file, Hints(heads=2, frames=16, positions="sinusoid"))
 
 
 def test_the_last_norm_of_v_jepa_2_1_is_not_applied_to_its_other_layers(tmp_path: Path) -> None:

@@ -52,11 +52,19 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 @pytest.fixture
-def pair(tmp_path: Path, ends: dict[str, int]) -> Iterator[list[Watchdog]]:
+def claimed() -> bool:
+    """Whether the run folder is known to be the run's."""
+    return True
+
+
+@pytest.fixture
+def pair(tmp_path: Path, ends: dict[str, int], claimed: bool) -> Iterator[list[Watchdog]]:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     events = EventLog(tmp_path / "events.jsonl")
     dogs = [
-        Watchdog(Ranks(rank, rank, 2, torch.device("cpu")), tmp_path / "faults", events, MINUTES, store)
+        Watchdog(
+            Ranks(rank, rank, 2, torch.device("cpu")), tmp_path / "faults", events, MINUTES, store, claimed=claimed
+        )
         for rank in range(2)
     ]
     yield dogs
@@ -109,11 +117,10 @@ def test_rank_that_hangs_is_named_with_its_phase(
     assert "test_watchdog.py" in (tmp_path / "faults" / "rank_0.txt").read_text()
 
 
+@pytest.mark.parametrize("claimed", [False])
 def test_a_rank_that_is_lost_before_the_folder_is_claimed_is_named_and_nothing_is_written(
     pair: list[Watchdog], ends: dict[str, int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    for dog in pair:
-        dog._claimed = False
     enter(pair)
     # It sends no heartbeats any more, as over a link that is cut.
     pair[1]._stop.set()
@@ -123,9 +130,8 @@ def test_a_rank_that_is_lost_before_the_folder_is_claimed_is_named_and_nothing_i
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("claimed", [False])
 def test_the_folder_is_written_to_once_it_is_claimed(pair: list[Watchdog], tmp_path: Path) -> None:
-    for dog in pair:
-        dog._claimed = False
     enter(pair)
     assert not any(tmp_path.iterdir())
     pair[1].claim()
