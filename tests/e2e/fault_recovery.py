@@ -44,16 +44,20 @@ class OneHostRun:
     Args:
         words: command and recipe.
         folder: folder of the run.
+        fault: fault of `faulty.py` that comes to a rank by itself after `STEP` steps, and its rank; None for none.
     """
 
-    def __init__(self, words: list[str], folder: Path) -> None:
+    def __init__(self, words: list[str], folder: Path, fault: tuple[str, int] | None = None) -> None:
         self.folder = folder
-        command = [sys.executable, "-m", "mvd_scale", "supervise", "--ranks", "2", "--backoff-seconds", "0"]
+        self.mark = folder.with_name(f"{folder.name}_fault")
+        """File that such a fault makes when it comes."""
+        module = ["mvd_scale"] if fault is None else ["tests.e2e.faulty", *map(str, fault), str(STEP)]
+        command = [sys.executable, "-m", *module, "supervise", "--ranks", "2", "--backoff-seconds", "0"]
         self.process = subprocess.Popen(
             [*command, *words, "--run.folder", str(folder)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "DS_ACCELERATOR": "cpu"},
+            env={**os.environ, "DS_ACCELERATOR": "cpu", "FAULT_ONCE": str(self.mark)},
         )
 
     def ranks(self) -> dict[int, psutil.Process]:
@@ -84,6 +88,14 @@ RANK_FAULTS: dict[str, Callable[[OneHostRun], None]] = {
 }
 """Faults of processes, on one host."""
 
+INNER_FAULTS = {
+    "rank 1 blocks in the loader": ("loader", 1),
+    "rank 0 blocks in the optimizer": ("optimizer", 0),
+    "the writing of checkpoints blocks on rank 1": ("save", 1),
+    "an error of the program on rank 1": ("crash", 1),
+}
+"""Faults within a rank, which come by themselves: names and ranks of functions of `faulty.py`."""
+
 HOST_FAULTS: dict[str, Callable[[SupervisedRun], None]] = {
     "SIGKILL of the rank of the second host": lambda run: rank_on(run.hosts[1]).kill(),
     "SIGSTOP of the rank of the second host": lambda run: rank_on(run.hosts[1]).send_signal(signal.SIGSTOP),
@@ -97,9 +109,9 @@ HOST_FAULTS: dict[str, Callable[[SupervisedRun], None]] = {
 
 
 @contextmanager
-def one_host(words: list[str], folder: Path) -> Iterator[OneHostRun]:
+def one_host(words: list[str], folder: Path, fault: tuple[str, int] | None = None) -> Iterator[OneHostRun]:
     """Start a run on this machine, which ends with the `with` block."""
-    run = OneHostRun(words, folder)
+    run = OneHostRun(words, folder, fault)
     try:
         yield run
     finally:
@@ -165,6 +177,11 @@ def tell(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
+def wait_for_mark(run: OneHostRun) -> None:
+    """Wait until the fault within a rank has come."""
+    wait_for(run.mark.exists)
+
+
 def main() -> None:
     """Measure every fault whose name is asked for."""
     folder, word = Path(sys.argv[1]).resolve(), " ".join(sys.argv[2:])
@@ -174,6 +191,7 @@ def main() -> None:
     words = ["pretrain", "--recipe", str(recipe), "--data.source", str(write_sample_clips(folder / "clips")), *TRAINING]
     faults: list[tuple[str, Callable[..., Any], Callable[[Any], None]]] = [
         *((name, one_host, fault) for name, fault in RANK_FAULTS.items()),
+        *((name, partial(one_host, fault=fault), wait_for_mark) for name, fault in INNER_FAULTS.items()),
         *((name, two_hosts, fault) for name, fault in HOST_FAULTS.items()),
     ]
     print("| fault | seconds to the restart | to the checkpoint being loaded | to the next step | steps lost |")

@@ -1,6 +1,8 @@
 """`mvd-scale` with a fault in one rank: `python -m tests.e2e.faulty FAULT RANK STEP ARGUMENTS...`.
 
-The fault begins on rank RANK with optimizer step STEP, counted from 0: the name of a function of this module.
+The fault begins on rank RANK with optimizer step STEP, counted from 0: the name of a function of this module. With
+`supervise` among ARGUMENTS it is one of the supervised ranks. If `FAULT_ONCE` names a file, the fault makes it as it
+begins, and does not come once it is there: not again after a restart.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 
 from mvd_scale.cli import main
 from mvd_scale.data.loaders.clip_loader import ClipLoader
+from mvd_scale.elastic.command import SupervisedCommand
 from mvd_scale.training.checkpointing.writer import CheckpointWriter
 from mvd_scale.training.run import TrainingJob
 from mvd_scale.training.trainer import Trainer
@@ -141,20 +144,29 @@ def vanished_videos(trainer: Trainer) -> None:
 
 def inject(fault: Callable[[Trainer], None], step: int) -> None:
     """Let a fault begin with an optimizer step."""
-    train_step = Trainer.train_step
+    train_step, mark = Trainer.train_step, os.environ.get("FAULT_ONCE")
 
     def faulty(trainer: Trainer) -> Any:
-        if trainer.step == step:
+        if trainer.step == step and not (mark and Path(mark).exists()):
+            if mark:
+                Path(mark).touch()
             fault(trainer)
         return train_step(trainer)
 
     Trainer.train_step = faulty  # type: ignore[method-assign]
 
 
+def command_of_rank(command: SupervisedCommand) -> list[str]:
+    """Command of a supervised rank, with the fault of this process."""
+    return [sys.executable, "-m", "tests.e2e.faulty", *FAULT, *command.words]
+
+
 if __name__ == "__main__":
-    name, rank, first = sys.argv[1:4]
+    FAULT = name, rank, first = sys.argv[1:4]
     del sys.argv[1:4]
-    if os.environ.get("RANK", "0") == rank and name == "crash_in_preparation":
+    if "supervise" in sys.argv:
+        SupervisedCommand.command = property(command_of_rank)  # type: ignore[method-assign,assignment]
+    elif os.environ.get("RANK", "0") == rank and name == "crash_in_preparation":
         TrainingJob.prepare = crash_in_preparation  # type: ignore[method-assign]
     elif os.environ.get("RANK", "0") == rank:
         inject(globals()[name], int(first))
